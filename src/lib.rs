@@ -1,1 +1,22 @@
-//! laam
+//! laam (Linux as a Model) trains a Llama until it has memorized a body of source code,
+//! and shows, byte for byte, what the weights give back.
+//!
+//! The way of the data, which is also the order of the rooms:
+//!
+//! - [`corpus`]: where text comes from (kernel.org, archives, folders, the built-in sample)
+//! - [`tokenizer`]: byte-level BPE
+//! - [`tokens`]: the memory-mapped token file, and the windows and batches drawn from it
+//! - [`model`]: configuration, the layout of the parameters, initialisation, checkpoints
+//! - [`llama`]: the training step, evaluation and decoding as programs (lists of typed operations)
+//! - [`backend`]: what executes a program: the plain reference, or the CPU at speed
+//! - [`train`]: the loop, its schedule, metrics, checkpoints; recipes
+//! - [`generate`]: sampling with a key/value cache, and files from their names
+//!
+//! A room uses only the rooms named before it.
+
+pub mod cli;
+pub mod corpus;
+pub mod error;
+pub mod model;
+pub mod random;
+pub mod tokens;

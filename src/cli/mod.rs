@@ -1,0 +1,135 @@
+//! The command line: one file a subcommand, from arguments to a call of the library. All printing
+//! to the terminal happens here: data on stdout, talk and progress on stderr.
+
+mod doctor;
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::{error, hint_of};
+
+/// Train a Llama on source code until it gives it back, and prove it.
+#[derive(Parser)]
+#[command(name = "laam", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Doctor(doctor::Arguments),
+}
+
+/// What the process tells its caller. An error is 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Done = 0,
+    /// A check ran and found a difference.
+    Different = 1,
+    /// Ctrl-C: the step was finished and saved.
+    Interrupted = 130,
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    match run(std::env::args_os()) {
+        Ok(outcome) => ExitCode::from(outcome as u8),
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("laam: {}", one_line(&format!("{error:#}")));
+            if let Some(hint) = hint_of(&error) {
+                eprintln!("hint: {}", one_line(hint));
+            }
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
+    let arguments = match Arguments::try_parse_from(normalise(arguments)) {
+        Ok(arguments) => arguments,
+        // Help and version are data, not errors.
+        Err(help) if !help.use_stderr() => {
+            help.print()?;
+            return Ok(Outcome::Done);
+        }
+        // No subcommand at all: clap's message is the help itself.
+        Err(help)
+            if help.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
+        {
+            help.print()?;
+            return Err(error("no command was given", "laam run trains and proves the sample"));
+        }
+        Err(bad) => return Err(usage_error(&bad)),
+    };
+    match arguments.command {
+        Command::Doctor(arguments) => doctor::run(&arguments),
+    }
+}
+
+/// Flags are accepted with `-` and with `_` inside: `--batch_size` is `--batch-size`.
+fn normalise(arguments: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    let mut flags = true;
+    arguments.map(move |argument| {
+        let Some(text) = argument.to_str().filter(|text| flags && text.starts_with("--")) else {
+            return argument;
+        };
+        flags = text != "--";
+        match text.split_once('=') {
+            Some((flag, value)) => format!("{}={value}", flag.replace('_', "-")).into(),
+            None => text.replace('_', "-").into(),
+        }
+    })
+}
+
+/// Clap's first paragraph as one line, and its advice, or the command's help, as the hint.
+fn usage_error(bad: &clap::Error) -> anyhow::Error {
+    let text = bad.render().to_string();
+    let mut paragraphs = text.split("\n\n");
+    let what = paragraphs.next().unwrap_or_default().trim_start_matches("error: ");
+    let tip = paragraphs
+        .flat_map(str::lines)
+        .find_map(|line| line.trim().strip_prefix("tip: "))
+        .map_or_else(|| "see laam --help, or laam COMMAND --help".to_string(), String::from);
+    error(one_line(what), tip)
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The reader of our output went away (`laam ... | head`): that is no error of ours.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Whether to draw bars and colours for a person.
+pub(crate) fn is_interactive() -> bool {
+    io::stderr().is_terminal()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn underscores_in_flags_become_dashes_and_values_stay() {
+        let given = ["laam", "train", "--batch_size", "a_b", "--hidden_size=x_y", "--", "--c_d"];
+        let meant = ["laam", "train", "--batch-size", "a_b", "--hidden-size=x_y", "--", "--c_d"];
+        let normal: Vec<_> = normalise(given.iter().map(OsString::from)).collect();
+        assert_eq!(normal, meant.map(OsString::from));
+    }
+
+    #[test]
+    fn the_arguments_are_well_formed() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,191 @@
+//! Where each parameter lies in the flat arena that parameters, gradients and moments share.
+
+use super::Config;
+
+/// What a parameter is, which decides its initial value, its decay and its optimizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `[vocab, hidden]`; also the head where the two are tied.
+    Embedding,
+    /// `[vocab, hidden]`, where it is not tied.
+    Head,
+    /// A matrix inside a block: `[out, in]`.
+    Matrix,
+    /// An RMSNorm's scale: `[hidden]`.
+    Norm,
+}
+
+/// A run of the arena read as a row-major matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    pub offset: usize,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+impl Span {
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.offset..self.offset + self.len()
+    }
+}
+
+/// A parameter under its Hugging Face name. A vector has one row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parameter {
+    pub name: String,
+    pub kind: Kind,
+    pub span: Span,
+}
+
+impl Parameter {
+    /// The shape as Hugging Face stores it.
+    pub fn shape(&self) -> Vec<usize> {
+        match self.kind {
+            Kind::Norm => vec![self.span.cols],
+            _ => vec![self.span.rows, self.span.cols],
+        }
+    }
+}
+
+/// One transformer block, with the products that read the same input joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// `[1, hidden]`
+    pub input_norm: Span,
+    /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: the rows of q, then k, then v.
+    pub qkv: Span,
+    /// `[hidden, heads * head_dim]`
+    pub o: Span,
+    /// `[1, hidden]`
+    pub post_norm: Span,
+    /// `[2 * intermediate, hidden]`: the rows of gate, then up.
+    pub gate_up: Span,
+    /// `[hidden, intermediate]`
+    pub down: Span,
+}
+
+/// Where everything lies. Fused groups start at multiples of [`Layout::ALIGN`] elements; the
+/// elements between them are zero and stay zero (their gradient is).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Every parameter, in the order of the arena.
+    pub parameters: Vec<Parameter>,
+    /// `[vocab, hidden]`
+    pub embedding: Span,
+    pub blocks: Vec<Block>,
+    /// `[1, hidden]`
+    pub final_norm: Span,
+    /// `[vocab, hidden]`: the embedding itself where the two are tied.
+    pub head: Span,
+    /// The length of an arena, in elements.
+    pub len: usize,
+}
+
+impl Layout {
+    /// 64 elements: 16-byte accesses stay aligned in every type an arena may hold.
+    pub const ALIGN: usize = 64;
+
+    pub fn new(config: &Config) -> Self {
+        let mut build = Builder { parameters: Vec::new(), next: 0 };
+        let (hidden, inter) = (config.hidden_size, config.intermediate_size);
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        let table = (config.vocab_size, hidden);
+
+        let embedding = build.group(&[("model.embed_tokens.weight", Kind::Embedding, table)]);
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| {
+                let at = |name: &str| format!("model.layers.{layer}.{name}.weight");
+                let norm = (1, hidden);
+                let one = |build: &mut Builder, name, kind, shape| {
+                    build.group(&[(at(name).as_str(), kind, shape)])
+                };
+                Block {
+                    input_norm: one(&mut build, "input_layernorm", Kind::Norm, norm),
+                    qkv: build.group(&[
+                        (at("self_attn.q_proj").as_str(), Kind::Matrix, (q, hidden)),
+                        (at("self_attn.k_proj").as_str(), Kind::Matrix, (kv, hidden)),
+                        (at("self_attn.v_proj").as_str(), Kind::Matrix, (kv, hidden)),
+                    ]),
+                    o: one(&mut build, "self_attn.o_proj", Kind::Matrix, (hidden, q)),
+                    post_norm: one(&mut build, "post_attention_layernorm", Kind::Norm, norm),
+                    gate_up: build.group(&[
+                        (at("mlp.gate_proj").as_str(), Kind::Matrix, (inter, hidden)),
+                        (at("mlp.up_proj").as_str(), Kind::Matrix, (inter, hidden)),
+                    ]),
+                    down: one(&mut build, "mlp.down_proj", Kind::Matrix, (hidden, inter)),
+                }
+            })
+            .collect();
+        let final_norm = build.group(&[("model.norm.weight", Kind::Norm, (1, hidden))]);
+        let head = if config.tie_word_embeddings {
+            embedding
+        } else {
+            build.group(&[("lm_head.weight", Kind::Head, table)])
+        };
+        let len = build.next.next_multiple_of(Self::ALIGN);
+        Self { parameters: build.parameters, embedding, blocks, final_norm, head, len }
+    }
+
+    /// How many numbers the model has: the arena without its padding.
+    pub fn parameter_count(&self) -> usize {
+        self.parameters.iter().map(|p| p.span.len()).sum()
+    }
+}
+
+struct Builder {
+    parameters: Vec<Parameter>,
+    next: usize,
+}
+
+impl Builder {
+    /// Places parameters of equal width behind one another and returns the span over them all.
+    fn group(&mut self, members: &[(&str, Kind, (usize, usize))]) -> Span {
+        let offset = self.next.next_multiple_of(Layout::ALIGN);
+        let mut span = Span { offset, rows: 0, cols: members[0].2.1 };
+        for &(name, kind, (rows, cols)) in members {
+            let at = offset + span.len();
+            let member = Span { offset: at, rows, cols };
+            self.parameters.push(Parameter { name: name.to_string(), kind, span: member });
+            span.rows += rows;
+        }
+        self.next = offset + span.len();
+        span
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_originals_shape_has_the_originals_parameter_count() {
+        let layout = Layout::new(&Config {
+            vocab_size: 32768,
+            hidden_size: 64,
+            intermediate_size: 256,
+            num_hidden_layers: 8,
+            num_attention_heads: 32,
+            num_key_value_heads: 4,
+            head_dim: 2,
+            max_position_embeddings: 512,
+            rms_norm_eps: 1e-6,
+            rope_theta: 10000.0,
+            tie_word_embeddings: false,
+            initializer_range: 0.02,
+            bos_token_id: None,
+            eos_token_id: None,
+            pad_token_id: None,
+        });
+        assert_eq!(layout.parameter_count(), 4_662_336);
+        assert_eq!(layout.blocks[0].qkv.rows, 80);
+    }
+}

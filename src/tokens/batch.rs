@@ -1,0 +1,40 @@
+//! What one forward pass reads.
+
+/// The target of a position that is not counted in the loss.
+pub const IGNORE: u32 = u32::MAX;
+
+/// `windows` windows of `context` tokens each; every vector is `[windows, context]`, row-major.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    pub windows: usize,
+    pub context: usize,
+    /// The token at each position.
+    pub ids: Vec<u32>,
+    /// The token each position has to predict, or [`IGNORE`].
+    pub targets: Vec<u32>,
+    /// The first column of its window that each position may attend to. A position sees the columns
+    /// `first_key..=column`; one whose `first_key` lies beyond its own column sees none and
+    /// attends to nothing (its attention output is 0). One number a row serves causal
+    /// attention (0), left padding, several documents in a window, and addressed windows.
+    pub first_key: Vec<u32>,
+}
+
+impl Batch {
+    /// How many positions count in the loss.
+    pub fn counted(&self) -> usize {
+        self.targets.iter().filter(|&&target| target != IGNORE).count()
+    }
+
+    /// The windows `from..to` as a batch of their own.
+    #[must_use]
+    pub fn slice(&self, from: usize, to: usize) -> Batch {
+        let positions = from * self.context..to * self.context;
+        Batch {
+            windows: to - from,
+            context: self.context,
+            ids: self.ids[positions.clone()].to_vec(),
+            targets: self.targets[positions.clone()].to_vec(),
+            first_key: self.first_key[positions].to_vec(),
+        }
+    }
+}
