@@ -14,9 +14,11 @@
 //!
 //! A room uses only the rooms named before it.
 
+pub mod backend;
 pub mod cli;
 pub mod corpus;
 pub mod error;
+pub mod llama;
 pub mod model;
 pub mod random;
 pub mod tokens;

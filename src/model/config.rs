@@ -68,4 +68,11 @@ impl Config {
     pub fn group(&self) -> usize {
         self.num_attention_heads / self.num_key_value_heads
     }
+
+    /// Radians a position for each pair of a head's components, `[head_dim / 2]`.
+    pub fn rope_frequencies(&self) -> Vec<f64> {
+        (0..self.head_dim / 2)
+            .map(|pair| self.rope_theta.powf(-2.0 * pair as f64 / self.head_dim as f64))
+            .collect()
+    }
 }

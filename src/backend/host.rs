@@ -1,0 +1,151 @@
+//! The session both host backends share: it holds memory and programs; what an operation does is
+//! the backend's.
+
+use super::memory::Memory;
+use super::{Arena, Feed, Loaded, Need, Session};
+use crate::error::error;
+use crate::llama::{Buffer, Element, Op, Plan, Program, Use};
+use crate::model::Layout;
+
+/// Numbers a host backend computes in.
+pub trait Real: Copy + Default + Send + Sync + 'static {
+    fn from_f32(value: f32) -> Self;
+    fn to_f32(self) -> f32;
+}
+
+impl Real for f32 {
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl Real for f64 {
+    fn from_f32(value: f32) -> Self {
+        f64::from(value)
+    }
+    fn to_f32(self) -> f32 {
+        self as f32
+    }
+}
+
+/// What each operation does.
+pub(super) trait Execute<R>: Send {
+    fn execute(&mut self, op: &Op, program: &Program, memory: &mut Memory<R>, feed: &Feed);
+}
+
+/// A session in host memory.
+pub(super) struct Host<R, E> {
+    pub memory: Memory<R>,
+    pub executor: E,
+    programs: Vec<(Program, Plan)>,
+    /// The program whose buffers lie in the block.
+    arranged: Option<usize>,
+}
+
+impl<R: Real, E: Execute<R>> Host<R, E> {
+    pub fn new(layout: &Layout, need: Need, executor: E) -> Self {
+        Self { memory: Memory::new(layout, need), executor, programs: Vec::new(), arranged: None }
+    }
+
+    fn assert_arranged(&self, Loaded(program): Loaded) {
+        assert_eq!(self.arranged, Some(program), "outputs are those of the program that ran last");
+    }
+}
+
+impl<R: Real, E: Execute<R>> Session for Host<R, E> {
+    fn load(&mut self, program: Program) -> anyhow::Result<Loaded> {
+        let plan = program.plan();
+        self.memory.reserve(&plan);
+        self.programs.push((program, plan));
+        Ok(Loaded(self.programs.len() - 1))
+    }
+
+    fn run(&mut self, program: Loaded, feed: &Feed) -> anyhow::Result<()> {
+        let Loaded(at) = program;
+        let (program, plan) = &self.programs[at];
+        check_feed(program, feed)?;
+        self.memory.arrange(program, plan);
+        self.arranged = Some(at);
+        for (buffer, values) in &feed.indices {
+            let [place] = self.memory.indices.get([*buffer]);
+            place.copy_from_slice(values);
+        }
+        for (buffer, values) in &feed.floats {
+            let [place] = self.memory.floats.get([*buffer]);
+            for (place, value) in place.iter_mut().zip(values.iter()) {
+                *place = R::from_f32(*value);
+            }
+        }
+        for op in &program.ops {
+            self.executor.execute(op, program, &mut self.memory, feed);
+        }
+        Ok(())
+    }
+
+    fn floats(&self, program: Loaded, buffer: Buffer) -> Vec<f32> {
+        self.assert_arranged(program);
+        self.memory.floats.one(buffer).iter().map(|value| value.to_f32()).collect()
+    }
+
+    fn indices(&self, program: Loaded, buffer: Buffer) -> Vec<u32> {
+        self.assert_arranged(program);
+        self.memory.indices.one(buffer).to_vec()
+    }
+
+    fn read(&self, arena: Arena) -> Vec<f32> {
+        self.memory.arena(arena).iter().map(|value| value.to_f32()).collect()
+    }
+
+    fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
+        let place = self.memory.arena_mut(arena);
+        if place.len() != values.len() {
+            return Err(error(
+                format!(
+                    "{} values do not fill the {arena:?} arena of {}",
+                    values.len(),
+                    place.len()
+                ),
+                "give the weights or the training state of a model of this very shape",
+            ));
+        }
+        for (place, value) in place.iter_mut().zip(values) {
+            *place = R::from_f32(*value);
+        }
+        Ok(())
+    }
+
+    fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+}
+
+/// Every input is given once, at its full length: what is missing would be read as garbage.
+fn check_feed(program: &Program, feed: &Feed) -> anyhow::Result<()> {
+    let indices = feed.indices.iter().map(|(buffer, values)| (*buffer, values.len()));
+    let floats = feed.floats.iter().map(|(buffer, values)| (*buffer, values.len()));
+    let mut missing: Vec<usize> = program
+        .buffers
+        .iter()
+        .enumerate()
+        .filter(|(_, info)| info.usage == Use::Input)
+        .map(|(at, _)| at)
+        .collect();
+    let given = indices.map(|i| (i, true)).chain(floats.map(|f| (f, false)));
+    for ((buffer, len), index) in given {
+        let info = program.info(buffer);
+        anyhow::ensure!(
+            info.len == len && (info.element == Element::Index) == index,
+            "input {} has {} elements, not {len}",
+            info.name,
+            info.len
+        );
+        missing.retain(|&at| at != buffer.0);
+    }
+    match missing.first() {
+        Some(&at) => anyhow::bail!("input {} was not given", program.buffers[at].name),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,114 @@
+//! The memory of a session on the host: flat arenas, and one block that the buffers of a program
+//! share by its plan.
+
+use std::ops::Range;
+
+use super::{Arena, Need};
+use crate::llama::{Buffer, Element, Plan, Program};
+use crate::model::Layout;
+
+/// The buffers of the running program, in one allocation.
+pub(super) struct Block<T> {
+    data: Vec<T>,
+    /// The place of each buffer of the running program; empty for those of another type.
+    ranges: Vec<Range<usize>>,
+}
+
+impl<T: Copy + Default> Block<T> {
+    fn new() -> Self {
+        Self { data: Vec::new(), ranges: Vec::new() }
+    }
+
+    /// Disjoint buffers, to read or to write.
+    pub fn get<const N: usize>(&mut self, buffers: [Buffer; N]) -> [&mut [T]; N] {
+        let ranges = buffers.map(|Buffer(buffer)| self.ranges[buffer].clone());
+        self.data.get_disjoint_mut(ranges).expect("a plan keeps an operation's buffers apart")
+    }
+
+    pub fn one(&self, Buffer(buffer): Buffer) -> &[T] {
+        &self.data[self.ranges[buffer].clone()]
+    }
+}
+
+/// Everything an operation can touch.
+pub(super) struct Memory<R> {
+    pub parameters: Vec<R>,
+    pub gradients: Vec<R>,
+    pub first_moment: Vec<R>,
+    pub second_moment: Vec<R>,
+    pub cache: Vec<R>,
+    pub floats: Block<R>,
+    pub indices: Block<u32>,
+}
+
+impl<R: Copy + Default> Memory<R> {
+    pub fn new(layout: &Layout, need: Need) -> Self {
+        let zeros = |len| vec![R::default(); len];
+        let trained = if need.training { layout.len } else { 0 };
+        Self {
+            parameters: zeros(layout.len),
+            gradients: zeros(trained),
+            first_moment: zeros(trained),
+            second_moment: zeros(trained),
+            cache: zeros(need.cache),
+            floats: Block::new(),
+            indices: Block::new(),
+        }
+    }
+
+    /// Makes the block long enough for a plan.
+    pub fn reserve(&mut self, plan: &Plan) {
+        if self.floats.data.len() < plan.floats {
+            self.floats.data.resize(plan.floats, R::default());
+        }
+        if self.indices.data.len() < plan.indices {
+            self.indices.data.resize(plan.indices, 0);
+        }
+    }
+
+    /// Lays the program's buffers over the block.
+    pub fn arrange(&mut self, program: &Program, plan: &Plan) {
+        self.floats.ranges.clear();
+        self.indices.ranges.clear();
+        for (info, &offset) in program.buffers.iter().zip(&plan.offsets) {
+            let range = offset..offset + info.len;
+            let (floats, indices) =
+                if info.element == Element::Index { (0..0, range) } else { (range, 0..0) };
+            self.floats.ranges.push(floats);
+            self.indices.ranges.push(indices);
+        }
+    }
+
+    pub fn arena(&self, arena: Arena) -> &[R] {
+        match arena {
+            Arena::Parameters => &self.parameters,
+            Arena::Gradients => &self.gradients,
+            Arena::FirstMoment => &self.first_moment,
+            Arena::SecondMoment => &self.second_moment,
+            Arena::Cache => &self.cache,
+        }
+    }
+
+    pub fn arena_mut(&mut self, arena: Arena) -> &mut [R] {
+        match arena {
+            Arena::Parameters => &mut self.parameters,
+            Arena::Gradients => &mut self.gradients,
+            Arena::FirstMoment => &mut self.first_moment,
+            Arena::SecondMoment => &mut self.second_moment,
+            Arena::Cache => &mut self.cache,
+        }
+    }
+
+    pub fn bytes(&self) -> usize {
+        let arenas = [
+            &self.parameters,
+            &self.gradients,
+            &self.first_moment,
+            &self.second_moment,
+            &self.cache,
+            &self.floats.data,
+        ];
+        arenas.iter().map(|values| std::mem::size_of_val(values.as_slice())).sum::<usize>()
+            + 4 * self.indices.data.len()
+    }
+}

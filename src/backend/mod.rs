@@ -1,0 +1,81 @@
+//! What executes a program.
+//!
+//! - [`reference`]: plain loops in f64 or f32, obviously right, never tuned
+//! - [`cpu`]: f32 at the speed of this machine's vector units
+
+mod host;
+mod memory;
+pub mod reference;
+
+use std::borrow::Cow;
+
+use crate::llama::{Buffer, Program, Rates};
+use crate::model::Layout;
+
+/// Something that can hold a model and execute programs on it.
+pub trait Backend: Send + Sync {
+    /// Its name on the command line.
+    fn name(&self) -> &'static str;
+    /// Where it runs, for a person and for the provenance: the device and what is used of it.
+    fn device(&self) -> String;
+    /// Memory for a model: parameters all zero, and what `need` says.
+    fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>>;
+    /// How many windows of `context` tokens it likes to take at a time, out of `windows`.
+    fn micro_windows(&self, windows: usize, context: usize) -> usize;
+}
+
+/// What a session has to hold beside the parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Need {
+    /// Gradients and both moments.
+    pub training: bool,
+    /// Elements of the key/value cache.
+    pub cache: usize,
+}
+
+/// The flat arrays a model lives in. All but the cache have the layout's length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arena {
+    Parameters,
+    Gradients,
+    /// Adam's mean of gradients; Muon's momentum.
+    FirstMoment,
+    /// Adam's mean of squared gradients.
+    SecondMoment,
+    Cache,
+}
+
+/// A program that a session has planned and made room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loaded(usize);
+
+/// Input of one run.
+#[derive(Clone, Debug, Default)]
+pub struct Feed<'a> {
+    /// Every index input of the program, at its full length.
+    pub indices: Vec<(Buffer, &'a [u32])>,
+    /// Every floating-point input of the program.
+    pub floats: Vec<(Buffer, Cow<'a, [f32]>)>,
+    /// What each token's loss counts in the gradient: 1 / counted tokens of the whole step.
+    pub loss_scale: f64,
+    pub rates: Rates,
+}
+
+/// A model in a backend's memory, and the programs made ready for it.
+pub trait Session: Send {
+    /// Plans a program's memory and makes room. Programs of a session share one block: a program's
+    /// outputs hold until the next one runs.
+    fn load(&mut self, program: Program) -> anyhow::Result<Loaded>;
+    /// Executes a program.
+    fn run(&mut self, program: Loaded, feed: &Feed) -> anyhow::Result<()>;
+    /// A floating-point buffer as the last run of `program` left it.
+    fn floats(&self, program: Loaded, buffer: Buffer) -> Vec<f32>;
+    /// An index buffer as the last run of `program` left it.
+    fn indices(&self, program: Loaded, buffer: Buffer) -> Vec<u32>;
+    /// A copy of an arena.
+    fn read(&self, arena: Arena) -> Vec<f32>;
+    /// Replaces an arena, whose length `values` must have.
+    fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()>;
+    /// Bytes held: arenas and the block of buffers.
+    fn bytes(&self) -> usize;
+}

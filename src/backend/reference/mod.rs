@@ -1,0 +1,142 @@
+//! The reference: every operation as plain loops in f64 or f32, in the order of its formula.
+//!
+//! It is checked by finite differences in f64 and checks the other backends. It may be slow; it may
+//! not be clever. With [`Rounding::Bf16`] it rounds where mixed precision does, so that a whole bf16
+//! step can be held against it: weights as they are read, every activation as it is written, and
+//! inside attention and the head what enters a second product (softmax's p and ds, the logits'
+//! gradient). Gradients of parameters, statistics and the update stay unrounded.
+
+mod attention;
+mod dense;
+mod update;
+
+#[cfg(test)]
+mod tests;
+
+use num_traits::Float;
+
+use super::host::{Execute, Host, Real};
+use super::memory::Memory;
+use super::{Backend, Feed, Need, Session};
+use crate::llama::{Element, Op, Program};
+use crate::model::{Layout, Span};
+
+/// Where values are rounded on their way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rounding {
+    #[default]
+    None,
+    /// To bfloat16, at the points of mixed precision.
+    Bf16,
+}
+
+/// The precision the loops run in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    F32,
+    F64,
+}
+
+/// The plain backend.
+#[derive(Clone, Copy, Debug)]
+pub struct Reference {
+    pub precision: Precision,
+    pub rounding: Rounding,
+}
+
+impl Backend for Reference {
+    fn name(&self) -> &'static str {
+        "reference"
+    }
+
+    fn device(&self) -> String {
+        format!("reference, plain loops in {:?}", self.precision).to_lowercase()
+    }
+
+    fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
+        let plain = Plain { rounding: self.rounding };
+        Ok(match self.precision {
+            Precision::F32 => Box::new(Host::<f32, _>::new(layout, need, plain)),
+            Precision::F64 => Box::new(Host::<f64, _>::new(layout, need, plain)),
+        })
+    }
+
+    fn micro_windows(&self, windows: usize, _context: usize) -> usize {
+        windows
+    }
+}
+
+/// Carries out one operation after another.
+struct Plain {
+    rounding: Rounding,
+}
+
+impl Plain {
+    fn round<R: Real>(&self, value: R) -> R {
+        match self.rounding {
+            Rounding::None => value,
+            Rounding::Bf16 => {
+                // Through f32: twice rounded, as a card does from its f32 accumulators.
+                R::from_f32(half::bf16::from_f32(value.to_f32()).to_f32())
+            }
+        }
+    }
+
+    /// A parameter as products read it.
+    fn weight<R: Real>(&self, parameters: &[R], span: Span) -> Vec<R> {
+        parameters[span.range()].iter().map(|&value| self.round(value)).collect()
+    }
+}
+
+impl<R: Real + Float> Execute<R> for Plain {
+    fn execute(&mut self, op: &Op, program: &Program, memory: &mut Memory<R>, feed: &Feed) {
+        match op {
+            Op::Embed(o) => self.embed(o, memory),
+            Op::EmbedBackward(o) => self.embed_backward(o, memory),
+            Op::RmsNorm(o) => self.rms_norm(o, memory),
+            Op::RmsNormBackward(o) => self.rms_norm_backward(o, memory),
+            Op::Linear(o) => self.linear(o, memory),
+            Op::LinearBackwardInput(o) => self.linear_backward_input(o, memory),
+            Op::LinearBackwardWeight(o) => self.linear_backward_weight(o, memory),
+            Op::Rope(o) => self.rope(o, memory),
+            Op::RopeBackward(o) => self.rope_backward(o, memory),
+            Op::Attention(o) => self.attention(o, memory),
+            Op::AttentionBackward(o) => self.attention_backward(o, memory),
+            Op::CachedAttention(o) => self.cached_attention(o, memory),
+            Op::SwiGlu(o) => self.swiglu(o, memory),
+            Op::SwiGluBackward(o) => self.swiglu_backward(o, memory),
+            Op::HeadLoss(o) => self.head_loss(o, memory, feed.loss_scale),
+            Op::PickRows(o) => self.pick_rows(o, memory),
+            Op::ZeroGradients(_) => memory.gradients.fill(R::zero()),
+            Op::GradNorm(o) => self.grad_norm(o, memory),
+            Op::AdamWStep(o) => self.adamw(o, memory, &feed.rates),
+            Op::MuonStep(o) => self.muon(o, memory, &feed.rates),
+        }
+        if self.rounding != Rounding::None {
+            for buffer in op.writes() {
+                if program.info(buffer).element == Element::Activation {
+                    let [values] = memory.floats.get([buffer]);
+                    for value in values {
+                        *value = self.round(*value);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A constant in the precision at hand.
+fn real<R: Float>(value: f64) -> R {
+    R::from(value).expect("a float holds any constant")
+}
+
+fn dot<R: Float>(a: &[R], b: &[R]) -> R {
+    a.iter().zip(b).fold(R::zero(), |sum, (&a, &b)| sum + a * b)
+}
+
+/// `y += scale * x`
+fn add_scaled<R: Float>(y: &mut [R], scale: R, x: &[R]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = *y + scale * x;
+    }
+}

@@ -1,0 +1,326 @@
+//! Every backward held by central finite differences in f64, one operation at a time.
+
+use super::super::host::Host;
+use super::super::{Feed, Loaded, Need, Session};
+use super::{Plain, Rounding};
+use crate::llama::ops::{
+    Add, Attention, AttentionBackward, Embed, EmbedBackward, HeadLoss, Heads, Linear,
+    LinearBackwardInput, LinearBackwardWeight, RmsNorm, RmsNormBackward, Rope, RopeBackward,
+    SwiGlu, SwiGluBackward,
+};
+use crate::llama::{Buffer, Element, Op, Program, Use};
+use crate::model::{Layout, Span};
+use crate::random::{Philox, Stream};
+use crate::tokens::IGNORE;
+
+/// A forward and its backward, and how their buffers correspond.
+struct Pair {
+    program: Program,
+    forward: Vec<Op>,
+    backward: Vec<Op>,
+    /// Inputs of the forward with the gradient the backward leaves for each.
+    inputs: Vec<(Buffer, Buffer)>,
+    /// Outputs of the forward with the gradient the backward is given.
+    outputs: Vec<(Buffer, Buffer)>,
+    /// A parameter that both use.
+    weight: Option<Span>,
+    indices: Vec<(Buffer, Vec<u32>)>,
+    /// Inputs that are given values but no gradient.
+    constants: Vec<Buffer>,
+    /// The gradient of every output, where it is not random.
+    output_gradient: Option<f64>,
+}
+
+impl Pair {
+    fn new() -> Self {
+        Self {
+            program: Program::default(),
+            forward: vec![],
+            backward: vec![],
+            inputs: vec![],
+            outputs: vec![],
+            weight: None,
+            indices: vec![],
+            constants: vec![],
+            output_gradient: None,
+        }
+    }
+
+    fn float(&mut self, name: &str, len: usize) -> Buffer {
+        self.program.buffer(name, Element::Activation, len, Use::Output)
+    }
+
+    fn input(&mut self, name: &str, len: usize) -> (Buffer, Buffer) {
+        let pair = (self.float(name, len), self.float(&format!("d {name}"), len));
+        self.inputs.push(pair);
+        pair
+    }
+
+    fn output(&mut self, name: &str, len: usize) -> (Buffer, Buffer) {
+        let pair = (self.float(name, len), self.float(&format!("d {name}"), len));
+        self.outputs.push(pair);
+        pair
+    }
+
+    fn weight(&mut self, rows: usize, cols: usize) -> Span {
+        *self.weight.insert(Span { offset: 64, rows, cols })
+    }
+
+    fn index(&mut self, name: &str, values: Vec<u32>) -> Buffer {
+        let buffer = self.program.buffer(name, Element::Index, values.len(), Use::Output);
+        self.indices.push((buffer, values));
+        buffer
+    }
+
+    /// The largest ‖numerical − analytic‖ / ‖numerical‖ over the inputs and the weight, for
+    /// `loss = sum(output * gradient of output)`.
+    fn error(self) -> f64 {
+        let mut machine = Machine::new(&self);
+        machine.loss();
+        machine.host.run(machine.backward, &machine.feed).unwrap();
+        let by_input = self.inputs.iter().map(|&(x, dx)| {
+            let places = (0..self.program.info(x).len).map(|i| Place::Float(x, i)).collect();
+            (places, machine.host.memory.floats.one(dx).to_vec())
+        });
+        let by_weight = self.weight.iter().map(|w| {
+            let places = w.range().map(Place::Parameter).collect();
+            (places, machine.host.memory.gradients[w.range()].to_vec())
+        });
+        let all: Vec<(Vec<Place>, Vec<f64>)> = by_input.chain(by_weight).collect();
+        all.into_iter().map(|(places, analytic)| machine.difference(&places, &analytic)).fold(
+            0.0,
+            |worst, error| {
+                assert!(error.is_finite(), "a gradient is not a number");
+                worst.max(error)
+            },
+        )
+    }
+}
+
+/// One number that the loss depends on.
+#[derive(Clone, Copy)]
+enum Place {
+    Float(Buffer, usize),
+    Parameter(usize),
+}
+
+struct Machine {
+    host: Host<f64, Plain>,
+    forward: Loaded,
+    backward: Loaded,
+    outputs: Vec<(Buffer, Buffer)>,
+    feed: Feed<'static>,
+}
+
+impl Machine {
+    fn new(pair: &Pair) -> Self {
+        let layout = Layout {
+            parameters: vec![],
+            embedding: Span { offset: 0, rows: 0, cols: 0 },
+            blocks: vec![],
+            final_norm: Span { offset: 0, rows: 0, cols: 0 },
+            head: Span { offset: 0, rows: 0, cols: 0 },
+            len: pair.weight.map_or(0, |w| w.range().end),
+        };
+        let need = Need { training: true, cache: 0 };
+        let mut host = Host::<f64, _>::new(&layout, need, Plain { rounding: Rounding::None });
+        // All buffers are outputs, so both programs lay them out alike in one block.
+        let mut load =
+            |ops: &[Op]| host.load(Program { ops: ops.to_vec(), ..pair.program.clone() }).unwrap();
+        let (forward, backward) = (load(&pair.forward), load(&pair.backward));
+        let feed = Feed { loss_scale: LOSS_SCALE, ..Feed::default() };
+
+        let nothing = host.load(Program { ops: vec![], ..pair.program.clone() }).unwrap();
+        host.run(nothing, &feed).unwrap();
+        fill(0, &mut host.memory.parameters);
+        for (sequence, &(x, dx)) in pair.inputs.iter().enumerate() {
+            fill(1 + sequence, host.memory.floats.get([x])[0]);
+            host.memory.floats.get([dx])[0].fill(f64::NAN);
+        }
+        for (sequence, &(y, dy)) in pair.outputs.iter().enumerate() {
+            host.memory.floats.get([y])[0].fill(f64::NAN);
+            match pair.output_gradient {
+                Some(constant) => host.memory.floats.get([dy])[0].fill(constant),
+                None => fill(100 + sequence, host.memory.floats.get([dy])[0]),
+            }
+        }
+        for (sequence, &buffer) in pair.constants.iter().enumerate() {
+            fill(200 + sequence, host.memory.floats.get([buffer])[0]);
+        }
+        for (buffer, values) in &pair.indices {
+            host.memory.indices.get([*buffer])[0].copy_from_slice(values);
+        }
+        Self { host, forward, backward, outputs: pair.outputs.clone(), feed }
+    }
+
+    fn loss(&mut self) -> f64 {
+        self.host.run(self.forward, &self.feed).unwrap();
+        let floats = &self.host.memory.floats;
+        self.outputs.iter().map(|&(y, dy)| super::dot(floats.one(y), floats.one(dy))).sum()
+    }
+
+    fn at(&mut self, place: Place) -> &mut f64 {
+        match place {
+            Place::Float(buffer, i) => &mut self.host.memory.floats.get([buffer])[0][i],
+            Place::Parameter(i) => &mut self.host.memory.parameters[i],
+        }
+    }
+
+    fn difference(&mut self, places: &[Place], analytic: &[f64]) -> f64 {
+        const STEP: f64 = 1e-5;
+        let (mut difference, mut norm) = (0.0, 0.0);
+        for (&place, analytic) in places.iter().zip(analytic) {
+            let kept = *self.at(place);
+            *self.at(place) = kept + STEP;
+            let up = self.loss();
+            *self.at(place) = kept - STEP;
+            let down = self.loss();
+            *self.at(place) = kept;
+            let numeric = (up - down) / (2.0 * STEP);
+            difference += (numeric - analytic).powi(2);
+            norm += numeric.powi(2);
+        }
+        assert!(norm > 0.0, "nothing depends on it");
+        (difference / norm).sqrt()
+    }
+}
+
+const LOSS_SCALE: f64 = 0.3;
+
+fn fill(sequence: usize, out: &mut [f64]) {
+    let mut draws = vec![0.0f32; out.len()];
+    Philox::new(11, Stream::Test).fill_normal(sequence as u32, 1.0, &mut draws);
+    for (out, draw) in out.iter_mut().zip(draws) {
+        *out = f64::from(draw);
+    }
+}
+
+/// Central differences with a step of 1e-5 are good to about 1e-10 of values near 1; their
+/// cancellation leaves 1e-11 / 1e-5.
+const BOUND: f64 = 1e-6;
+
+const SHAPE: Heads = Heads { windows: 2, context: 5, heads: 6, kv_heads: 2, head_dim: 4 };
+
+#[test]
+fn embed() {
+    let mut pair = Pair::new();
+    let table = pair.weight(7, 3);
+    let ids = pair.index("ids", vec![1, 6, 1, 0, 1]);
+    let (out, dout) = pair.output("out", 15);
+    pair.forward = vec![Op::Embed(Embed { ids, table, out })];
+    pair.backward = vec![Op::EmbedBackward(EmbedBackward { ids, dout, table })];
+    assert!(pair.error() < BOUND);
+}
+
+#[test]
+fn rms_norm_with_and_without_a_residual() {
+    for with_residual in [false, true] {
+        let mut pair = Pair::new();
+        let weight = pair.weight(1, 7);
+        let (x, dx) = pair.input("x", 28);
+        let (y, dy) = pair.output("y", 28);
+        let rstd = pair.float("rstd", 4);
+        let mut norm = RmsNorm { x, add: None, weight, eps: 1e-2, y, rstd };
+        let mut back = RmsNormBackward { x, rstd, weight, dy, dsum: None, dx };
+        if with_residual {
+            let residual = pair.float("residual", 28);
+            pair.constants.push(residual);
+            let (sum, dsum) = pair.output("sum", 28);
+            norm.add = Some(Add { residual, sum });
+            (back.x, back.dsum) = (sum, Some(dsum));
+        }
+        pair.forward = vec![Op::RmsNorm(norm)];
+        pair.backward = vec![Op::RmsNormBackward(back)];
+        assert!(pair.error() < BOUND, "residual: {with_residual}");
+    }
+}
+
+#[test]
+fn linear() {
+    let mut pair = Pair::new();
+    let w = pair.weight(5, 3);
+    let (x, dx) = pair.input("x", 12);
+    let (y, dy) = pair.output("y", 20);
+    pair.forward = vec![Op::Linear(Linear { x, w, y, rows: 4 })];
+    pair.backward = vec![
+        Op::LinearBackwardInput(LinearBackwardInput { dy, w, dx, rows: 4 }),
+        Op::LinearBackwardWeight(LinearBackwardWeight { dy, x, w, rows: 4 }),
+    ];
+    assert!(pair.error() < BOUND);
+}
+
+#[test]
+fn rope() {
+    let mut pair = Pair::new();
+    let shape = SHAPE;
+    let frequencies = vec![1.0, 0.3];
+    let rows = shape.rows();
+    let (qkv, dqkv) = pair.input("qkv", rows * shape.qkv_width());
+    let (q, dq) = pair.output("q", rows * shape.q_width());
+    let (k, dk) = pair.output("k", rows * shape.kv_width());
+    let (v, dv) = pair.output("v", rows * shape.kv_width());
+    pair.backward = vec![Op::RopeBackward(RopeBackward {
+        dq,
+        dk,
+        dv,
+        frequencies: frequencies.clone(),
+        shape,
+        dqkv,
+    })];
+    pair.forward = vec![Op::Rope(Rope { qkv, start: None, frequencies, shape, q, k, v })];
+    assert!(pair.error() < BOUND);
+}
+
+#[test]
+fn attention_with_rows_that_see_nothing() {
+    let mut pair = Pair::new();
+    let shape = SHAPE;
+    let rows = shape.rows();
+    // Causal; left-padded by two; the last column of the first window starts a new document.
+    let first_key = pair.index("first key", vec![0, 0, 0, 0, 4, 5, 5, 2, 2, 2]);
+    let (q, dq) = pair.input("q", rows * shape.q_width());
+    let (k, dk) = pair.input("k", rows * shape.kv_width());
+    let (v, dv) = pair.input("v", rows * shape.kv_width());
+    let (out, dout) = pair.output("out", rows * shape.q_width());
+    let lse = pair.float("lse", rows * shape.heads);
+    pair.forward = vec![Op::Attention(Attention { q, k, v, first_key, shape, out, lse })];
+    pair.backward = vec![Op::AttentionBackward(AttentionBackward {
+        q,
+        k,
+        v,
+        first_key,
+        out,
+        lse,
+        dout,
+        shape,
+        dq,
+        dk,
+        dv,
+    })];
+    assert!(pair.error() < BOUND);
+}
+
+#[test]
+fn swiglu() {
+    let mut pair = Pair::new();
+    let (gate_up, dgate_up) = pair.input("gate and up", 30);
+    let (out, dout) = pair.output("out", 15);
+    pair.forward = vec![Op::SwiGlu(SwiGlu { gate_up, inter: 5, out })];
+    pair.backward = vec![Op::SwiGluBackward(SwiGluBackward { gate_up, dout, inter: 5, dgate_up })];
+    assert!(pair.error() < BOUND);
+}
+
+#[test]
+fn head_loss_with_ignored_targets() {
+    let mut pair = Pair::new();
+    let w = pair.weight(9, 3);
+    let targets = pair.index("targets", vec![4, IGNORE, 8, 0]);
+    let (x, dx) = pair.input("x", 12);
+    let (nll, _) = pair.output("nll", 4);
+    let argmax = pair.index("argmax", vec![0; 4]);
+    pair.output_gradient = Some(LOSS_SCALE);
+    let head = HeadLoss { x, w, targets, rows: 4, nll, argmax, dx: None };
+    pair.forward = vec![Op::HeadLoss(head.clone())];
+    pair.backward = vec![Op::HeadLoss(HeadLoss { dx: Some(dx), ..head })];
+    assert!(pair.error() < BOUND);
+}

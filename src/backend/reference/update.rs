@@ -1,0 +1,106 @@
+//! The norm of the gradients, AdamW and Muon.
+
+use num_traits::Float;
+
+use super::super::host::Real;
+use super::super::memory::Memory;
+use super::{Plain, dot, real};
+use crate::llama::Rates;
+use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
+
+/// What gradients are scaled by, or `None` where an update must not happen.
+fn clip<R: Float>(norm: R, max_grad_norm: f64) -> Option<R> {
+    let factor = real::<R>(max_grad_norm) / (norm + real(1e-6));
+    norm.is_finite().then(|| factor.min(R::one()))
+}
+
+impl Plain {
+    pub(super) fn grad_norm<R: Real + Float>(&self, o: &GradNorm, memory: &mut Memory<R>) {
+        let squares: f64 =
+            memory.gradients.iter().map(|g| g.to_f64().expect("a float").powi(2)).sum();
+        memory.floats.get([o.norm])[0][0] = real(squares.sqrt());
+    }
+
+    pub(super) fn adamw<R: Real + Float>(
+        &self,
+        o: &AdamWStep,
+        memory: &mut Memory<R>,
+        rates: &Rates,
+    ) {
+        let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
+        let t = rates.step as f64;
+        let step_size = real::<R>(rates.learning_rate / (1.0 - o.beta1.powf(t)));
+        let correction = real::<R>((1.0 - o.beta2.powf(t)).sqrt());
+        for (range, decay) in &o.ranges {
+            for i in range.clone() {
+                let g = memory.gradients[i] * clip;
+                let p = memory.parameters[i] * real(1.0 - rates.learning_rate * decay);
+                let (m, v) = (memory.first_moment[i], memory.second_moment[i]);
+                let m = m + (g - m) * real(1.0 - o.beta1);
+                let v = v * real(o.beta2) + g * g * real(1.0 - o.beta2);
+                memory.first_moment[i] = m;
+                memory.second_moment[i] = v;
+                memory.parameters[i] =
+                    p - step_size * m / (v.sqrt() / correction + real(o.epsilon));
+            }
+        }
+    }
+
+    pub(super) fn muon<R: Real + Float>(
+        &self,
+        o: &MuonStep,
+        memory: &mut Memory<R>,
+        rates: &Rates,
+    ) {
+        let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
+        let momentum = real::<R>(o.momentum);
+        let mut update = Vec::with_capacity(o.w.len());
+        for i in o.w.range() {
+            let g = memory.gradients[i] * clip;
+            memory.first_moment[i] = momentum * memory.first_moment[i] + g;
+            update.push(g + momentum * memory.first_moment[i]);
+        }
+        let update = orthogonalise(&update, o.w.rows, o.w.cols);
+        let scale = (o.w.rows as f64 / o.w.cols as f64).max(1.0).sqrt();
+        for (i, u) in o.w.range().zip(update) {
+            let p = memory.parameters[i] * real(1.0 - rates.muon_learning_rate * o.decay);
+            memory.parameters[i] = p - real::<R>(rates.muon_learning_rate * scale) * u;
+        }
+    }
+}
+
+/// Five Newton-Schulz iterations `X = a X + (b A + c A A) X`, `A = X XT`, with Muon's coefficients,
+/// from X scaled to norm 1; a tall matrix is turned on its side first.
+fn orthogonalise<R: Float>(g: &[R], rows: usize, cols: usize) -> Vec<R> {
+    let tall = rows > cols;
+    let (m, n) = if tall { (cols, rows) } else { (rows, cols) };
+    let at = |i: usize, j: usize| if tall { j * cols + i } else { i * cols + j };
+    let norm = dot(g, g).sqrt() + real(1e-7);
+    let mut x: Vec<R> = (0..m * n).map(|k| g[at(k / n, k % n)] / norm).collect();
+    for _ in 0..5 {
+        let gram = |x: &[R], y: &[R], width: usize| -> Vec<R> {
+            (0..m * m)
+                .map(|k| dot(&x[k / m * width..][..width], &y[k % m * width..][..width]))
+                .collect()
+        };
+        let a = gram(&x, &x, n);
+        let aa = gram(&a, &a, m);
+        let b: Vec<R> = a
+            .iter()
+            .zip(&aa)
+            .map(|(&a, &aa)| real::<R>(-4.775) * a + real::<R>(2.0315) * aa)
+            .collect();
+        let mut next: Vec<R> = x.iter().map(|&x| real::<R>(3.4445) * x).collect();
+        for i in 0..m {
+            for k in 0..m {
+                super::add_scaled(&mut next[i * n..][..n], b[i * m + k], &x[k * n..][..n]);
+            }
+        }
+        x = next;
+    }
+    let mut out = vec![R::zero(); m * n];
+    for k in 0..m * n {
+        out[at(k / n, k % n)] = x[k];
+    }
+    out
+}

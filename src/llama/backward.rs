@@ -1,0 +1,88 @@
+//! The backward pass: the forward's operations in reverse, each with its own derivative.
+
+use super::forward::{Builder, Saved, SavedNorm};
+use super::ops::{
+    AttentionBackward, EmbedBackward, LinearBackwardInput, LinearBackwardWeight, Op,
+    RmsNormBackward, RopeBackward, SwiGluBackward,
+};
+use super::program::Buffer;
+use crate::model::Span;
+
+impl Builder<'_> {
+    /// From the gradient of the final norm's output to every parameter's.
+    pub fn backward(&mut self, saved: &Saved, ids: Buffer, first_key: Buffer, dy: Buffer) {
+        let shape = self.shape;
+        // `dx` is the gradient of the sum that a norm read: of the residual stream at that point,
+        // and so of both of its terms.
+        let mut dx = self.norm_backward(saved.final_norm, self.layout.final_norm, dy, None);
+        for (layer, (block, kept)) in self.layout.blocks.iter().zip(&saved.blocks).enumerate().rev()
+        {
+            self.scope = format!("layer {layer} d ");
+            let dactivated = self.linear_backward(dx, kept.activated, block.down, "activated");
+            let dgate_up = self.activation("gate and up", block.gate_up.rows);
+            self.p.ops.push(Op::SwiGluBackward(SwiGluBackward {
+                gate_up: kept.gate_up,
+                dout: dactivated,
+                inter: self.config.intermediate_size,
+                dgate_up,
+            }));
+            let dy = self.linear_backward(dgate_up, kept.mlp_norm.y, block.gate_up, "mlp norm");
+            dx = self.norm_backward(kept.mlp_norm, block.post_norm, dy, Some(dx));
+
+            let dattended = self.linear_backward(dx, kept.attended, block.o, "attended");
+            let dq = self.activation("q", shape.q_width());
+            let dk = self.activation("k", shape.kv_width());
+            let dv = self.activation("v", shape.kv_width());
+            self.p.ops.push(Op::AttentionBackward(AttentionBackward {
+                q: kept.q,
+                k: kept.k,
+                v: kept.v,
+                first_key,
+                out: kept.attended,
+                lse: kept.lse.expect("windows keep their log-sum-exp"),
+                dout: dattended,
+                shape,
+                dq,
+                dk,
+                dv,
+            }));
+            let dqkv = self.activation("qkv", shape.qkv_width());
+            let frequencies = self.config.rope_frequencies();
+            self.p.ops.push(Op::RopeBackward(RopeBackward {
+                dq,
+                dk,
+                dv,
+                frequencies,
+                shape,
+                dqkv,
+            }));
+            let dy = self.linear_backward(dqkv, kept.attention_norm.y, block.qkv, "attention norm");
+            dx = self.norm_backward(kept.attention_norm, block.input_norm, dy, Some(dx));
+        }
+        self.scope.clear();
+        let table = self.layout.embedding;
+        self.p.ops.push(Op::EmbedBackward(EmbedBackward { ids, dout: dx, table }));
+    }
+
+    /// Both derivatives of `y = x wT`; returns dx.
+    fn linear_backward(&mut self, dy: Buffer, x: Buffer, w: Span, name: &str) -> Buffer {
+        let rows = self.rows();
+        self.p.ops.push(Op::LinearBackwardWeight(LinearBackwardWeight { dy, x, w, rows }));
+        let dx = self.activation(name, w.cols);
+        self.p.ops.push(Op::LinearBackwardInput(LinearBackwardInput { dy, w, dx, rows }));
+        dx
+    }
+
+    fn norm_backward(
+        &mut self,
+        saved: SavedNorm,
+        weight: Span,
+        dy: Buffer,
+        dsum: Option<Buffer>,
+    ) -> Buffer {
+        let dx = self.activation("sum", self.config.hidden_size);
+        let SavedNorm { x, rstd, .. } = saved;
+        self.p.ops.push(Op::RmsNormBackward(RmsNormBackward { x, rstd, weight, dy, dsum, dx }));
+        dx
+    }
+}
