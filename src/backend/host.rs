@@ -4,7 +4,7 @@
 use super::memory::Memory;
 use super::{Arena, Feed, Loaded, Need, Session};
 use crate::error::error;
-use crate::llama::{Buffer, Element, Op, Plan, Program, Use};
+use crate::llama::{Buffer, Element, Plan, Program, Use};
 use crate::model::Layout;
 
 /// Numbers a host backend computes in.
@@ -31,9 +31,9 @@ impl Real for f64 {
     }
 }
 
-/// What each operation does.
+/// Carries out the operations of a program, whose inputs are in place.
 pub(super) trait Execute<R>: Send {
-    fn execute(&mut self, op: &Op, program: &Program, memory: &mut Memory<R>, feed: &Feed);
+    fn execute(&mut self, program: &Program, memory: &mut Memory<R>, feed: &Feed);
 }
 
 /// A session in host memory.
@@ -79,9 +79,7 @@ impl<R: Real, E: Execute<R>> Session for Host<R, E> {
                 *place = R::from_f32(*value);
             }
         }
-        for op in &program.ops {
-            self.executor.execute(op, program, &mut self.memory, feed);
-        }
+        self.executor.execute(program, &mut self.memory, feed);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 //! - [`reference`]: plain loops in f64 or f32, obviously right, never tuned
 //! - [`cpu`]: f32 at the speed of this machine's vector units
 
+pub mod cpu;
 mod host;
 mod memory;
 pub mod reference;

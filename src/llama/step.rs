@@ -101,6 +101,8 @@ pub fn decoding(
     fresh: usize,
     capacity: usize,
 ) -> Decoding {
+    // Whole vectors on any machine.
+    let capacity = capacity.next_multiple_of(64);
     let mut b = Builder::new(config, layout, windows, fresh);
     let ids = b.index("ids", windows * fresh);
     let start = b.index("start", windows);

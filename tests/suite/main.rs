@@ -4,5 +4,6 @@
 //! Tests on the real corpus look for `linux-1.0.tar.xz` in `LAAM_TEST_CORPUS` (a file or its
 //! folder) and in `../shared/corpus`, and say so loudly when they skip.
 
+mod backend;
 mod cli;
 mod support;

@@ -89,7 +89,21 @@ impl Plain {
 }
 
 impl<R: Real + Float> Execute<R> for Plain {
-    fn execute(&mut self, op: &Op, program: &Program, memory: &mut Memory<R>, feed: &Feed) {
+    fn execute(&mut self, program: &Program, memory: &mut Memory<R>, feed: &Feed) {
+        for op in &program.ops {
+            self.one(op, program, memory, feed);
+        }
+    }
+}
+
+impl Plain {
+    fn one<R: Real + Float>(
+        &self,
+        op: &Op,
+        program: &Program,
+        memory: &mut Memory<R>,
+        feed: &Feed,
+    ) {
         match op {
             Op::Embed(o) => self.embed(o, memory),
             Op::EmbedBackward(o) => self.embed_backward(o, memory),

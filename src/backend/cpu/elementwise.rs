@@ -1,0 +1,132 @@
+//! Embedding, SwiGLU, and the choice of rows.
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::super::memory::Memory;
+use super::lanes;
+use crate::llama::ops::{Embed, EmbedBackward, PickRows, SwiGlu, SwiGluBackward};
+
+/// Rows that one task takes.
+const ROWS: usize = 64;
+
+pub(super) fn embed(o: &Embed, memory: &mut Memory<f32>) {
+    let table = &memory.parameters[o.table.range()];
+    let hidden = o.table.cols;
+    let [out] = memory.floats.get([o.out]);
+    out.par_chunks_mut(ROWS * hidden).zip(memory.indices.one(o.ids).par_chunks(ROWS)).for_each(
+        |(out, ids)| {
+            for (row, &id) in out.chunks_mut(hidden).zip(ids) {
+                row.copy_from_slice(&table[id as usize * hidden..][..hidden]);
+            }
+        },
+    );
+}
+
+/// One thread, in the order of the rows: a few additions a token.
+pub(super) fn embed_backward(o: &EmbedBackward, memory: &mut Memory<f32>) {
+    let hidden = o.table.cols;
+    let dtable = &mut memory.gradients[o.table.range()];
+    let rows = memory.floats.one(o.dout).chunks(hidden);
+    for (row, &id) in rows.zip(memory.indices.one(o.ids)) {
+        for (sum, &d) in dtable[id as usize * hidden..][..hidden].iter_mut().zip(row) {
+            *sum += d;
+        }
+    }
+}
+
+pub(super) fn pick_rows(o: &PickRows, memory: &mut Memory<f32>) {
+    let [x, out] = memory.floats.get([o.x, o.out]);
+    let width = out.len() / o.windows;
+    for (window, &column) in memory.indices.one(o.column).iter().enumerate() {
+        let row = window * o.context + column as usize;
+        out[window * width..][..width].copy_from_slice(&x[row * width..][..width]);
+    }
+}
+
+pub(super) fn swiglu(arch: Arch, o: &SwiGlu, memory: &mut Memory<f32>) {
+    let [gate_up, out] = memory.floats.get([o.gate_up, o.out]);
+    out.par_chunks_mut(ROWS * o.inter)
+        .zip(gate_up.par_chunks(ROWS * 2 * o.inter))
+        .for_each(|(out, gate_up)| arch.dispatch(Forward { gate_up, inter: o.inter, out }));
+}
+
+pub(super) fn swiglu_backward(arch: Arch, o: &SwiGluBackward, memory: &mut Memory<f32>) {
+    let [gate_up, dout, dgate_up] = memory.floats.get([o.gate_up, o.dout, o.dgate_up]);
+    dgate_up
+        .par_chunks_mut(ROWS * 2 * o.inter)
+        .zip(gate_up.par_chunks(ROWS * 2 * o.inter))
+        .zip(dout.par_chunks(ROWS * o.inter))
+        .for_each(|((dgate_up, gate_up), dout)| {
+            arch.dispatch(Backward { gate_up, dout, inter: o.inter, dgate_up });
+        });
+}
+
+struct Forward<'a> {
+    gate_up: &'a [f32],
+    inter: usize,
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Forward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        for (gate_up, out) in
+            self.gate_up.chunks(2 * self.inter).zip(self.out.chunks_mut(self.inter))
+        {
+            let (gate, up) = gate_up.split_at(self.inter);
+            let vectors = out.chunks_mut(S::F32_LANES);
+            for ((out, gate), up) in
+                vectors.zip(gate.chunks(S::F32_LANES)).zip(up.chunks(S::F32_LANES))
+            {
+                let gate = s.partial_load_f32s(gate);
+                let silu = s.mul_f32s(gate, sigmoid(s, gate));
+                s.partial_store_f32s(out, s.mul_f32s(silu, s.partial_load_f32s(up)));
+            }
+        }
+    }
+}
+
+struct Backward<'a> {
+    gate_up: &'a [f32],
+    dout: &'a [f32],
+    inter: usize,
+    dgate_up: &'a mut [f32],
+}
+
+impl WithSimd for Backward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let one = s.splat_f32s(1.0);
+        let rows = self.gate_up.chunks(2 * self.inter).zip(self.dout.chunks(self.inter));
+        for ((gate_up, dout), dgate_up) in rows.zip(self.dgate_up.chunks_mut(2 * self.inter)) {
+            let (gate, up) = gate_up.split_at(self.inter);
+            let (dgate, dup) = dgate_up.split_at_mut(self.inter);
+            let given = gate.chunks(S::F32_LANES).zip(up.chunks(S::F32_LANES));
+            let wanted = dgate.chunks_mut(S::F32_LANES).zip(dup.chunks_mut(S::F32_LANES));
+            for (((gate, up), (dgate, dup)), dout) in
+                given.zip(wanted).zip(dout.chunks(S::F32_LANES))
+            {
+                let gate = s.partial_load_f32s(gate);
+                let dout = s.partial_load_f32s(dout);
+                let sigma = sigmoid(s, gate);
+                let silu = s.mul_f32s(gate, sigma);
+                // d silu = sigma (1 + gate (1 - sigma)) = sigma + silu (1 - sigma)
+                let slope = s.mul_add_f32s(silu, s.sub_f32s(one, sigma), sigma);
+                let dsilu = s.mul_f32s(dout, s.partial_load_f32s(up));
+                s.partial_store_f32s(dgate, s.mul_f32s(dsilu, slope));
+                s.partial_store_f32s(dup, s.mul_f32s(dout, silu));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sigmoid<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+    let one = s.splat_f32s(1.0);
+    s.div_f32s(one, s.add_f32s(one, lanes::exp(s, s.neg_f32s(x))))
+}

@@ -1,0 +1,121 @@
+//! f32 at the speed of the processor's vector units, chosen when the program starts: AVX-512, AVX2,
+//! NEON, or plain.
+//!
+//! Work is cut into pieces whose number and order depend on shapes alone, never on how many threads
+//! there are, so that results are the same bits at any `--threads`. Each file is one family of
+//! operations; [`product`] and [`lanes`] are what they share.
+
+mod attention;
+mod elementwise;
+mod head;
+mod lanes;
+mod norm;
+mod product;
+mod rope;
+mod update;
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use super::host::{Execute, Host};
+use super::memory::Memory;
+use super::{Backend, Feed, Need, Session};
+use crate::llama::{Op, Program};
+use crate::model::Layout;
+
+/// The fast backend of any machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu {
+    pub threads: usize,
+}
+
+impl Cpu {
+    /// `threads` of them, or as many as the machine has.
+    pub fn new(threads: Option<usize>) -> Self {
+        let all = || std::thread::available_parallelism().map_or(1, usize::from);
+        Self { threads: threads.unwrap_or_else(all).max(1) }
+    }
+}
+
+impl Backend for Cpu {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn device(&self) -> String {
+        let threads = self.threads;
+        format!(
+            "cpu, {} in f32, {threads} thread{}",
+            lanes::name(),
+            if threads == 1 { "" } else { "s" }
+        )
+    }
+
+    fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
+        let pool = ThreadPoolBuilder::new().num_threads(self.threads).build()?;
+        let vector = Vector {
+            arch: pulp::Arch::new(),
+            pool,
+            rope: rope::Table::default(),
+            head: Vec::new(),
+        };
+        Ok(Box::new(Host::new(layout, need, vector)))
+    }
+
+    /// Some 4,096 tokens at a time: enough rows for the products, activations that stay small.
+    fn micro_windows(&self, windows: usize, context: usize) -> usize {
+        (4096 / context).clamp(1, windows)
+    }
+}
+
+/// Carries out one operation after another on a pool of threads.
+struct Vector {
+    arch: pulp::Arch,
+    pool: ThreadPool,
+    rope: rope::Table,
+    /// The head's tiles of logits, kept from step to step.
+    head: Vec<f32>,
+}
+
+impl Execute<f32> for Vector {
+    fn execute(&mut self, program: &Program, memory: &mut Memory<f32>, feed: &Feed) {
+        let Vector { arch, pool, rope, head } = self;
+        // Once a program: entering the pool costs microseconds, as much as a small operation.
+        pool.install(|| {
+            for op in &program.ops {
+                one(*arch, rope, head, op, memory, feed);
+            }
+        });
+    }
+}
+
+fn one(
+    arch: pulp::Arch,
+    rope: &mut rope::Table,
+    logits: &mut Vec<f32>,
+    op: &Op,
+    memory: &mut Memory<f32>,
+    feed: &Feed,
+) {
+    match op {
+        Op::Embed(o) => elementwise::embed(o, memory),
+        Op::EmbedBackward(o) => elementwise::embed_backward(o, memory),
+        Op::RmsNorm(o) => norm::forward(arch, o, memory),
+        Op::RmsNormBackward(o) => norm::backward(arch, o, memory),
+        Op::Linear(o) => product::linear(o, memory),
+        Op::LinearBackwardInput(o) => product::linear_backward_input(o, memory),
+        Op::LinearBackwardWeight(o) => product::linear_backward_weight(o, memory),
+        Op::Rope(o) => rope.forward(o, memory),
+        Op::RopeBackward(o) => rope.backward(o, memory),
+        Op::Attention(o) => attention::forward(arch, o, memory),
+        Op::AttentionBackward(o) => attention::backward(arch, o, memory),
+        Op::CachedAttention(o) => attention::cached(arch, o, memory),
+        Op::SwiGlu(o) => elementwise::swiglu(arch, o, memory),
+        Op::SwiGluBackward(o) => elementwise::swiglu_backward(arch, o, memory),
+        Op::HeadLoss(o) => head::loss(arch, o, memory, feed.loss_scale as f32, logits),
+        Op::PickRows(o) => elementwise::pick_rows(o, memory),
+        Op::ZeroGradients(_) => memory.gradients.fill(0.0),
+        Op::GradNorm(o) => update::grad_norm(o, memory),
+        Op::AdamWStep(o) => update::adamw(arch, o, memory, &feed.rates),
+        Op::MuonStep(o) => update::muon(o, memory, &feed.rates),
+    }
+}

@@ -1,0 +1,96 @@
+//! Matrix products, by the `gemm` crate.
+
+use gemm::Parallelism;
+
+use super::super::memory::Memory;
+use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
+
+/// A matrix in a slice, by strides, so that a transpose is a view.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// `[rows, cols]`, row-major.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols);
+        Self { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    pub fn transposed(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// Whether a product is one of many that run side by side, or may itself use every thread.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Threads {
+    One,
+    All,
+}
+
+/// `out = a b`, or `out += a b`; out is `[a.rows, b.cols]`, row-major.
+pub(super) fn product(out: &mut [f32], accumulate: bool, a: View, b: View, threads: Threads) {
+    assert_eq!(a.cols, b.rows);
+    assert_eq!(out.len(), a.rows * b.cols);
+    // Below this many multiplications waking another thread costs more than it brings.
+    let large = a.rows * a.cols * b.cols > 1 << 20;
+    let parallelism =
+        if threads == Threads::All && large { Parallelism::Rayon(0) } else { Parallelism::None };
+    // SAFETY: `out`, `a.data` and `b.data` are slices that the strides stay inside of: `View::new`
+    // checked rows * cols against the length, transposing swaps both sizes and strides, and out's
+    // length was checked above. `out` is borrowed mutably, so it overlaps neither.
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.cols,
+            a.cols,
+            out.as_mut_ptr(),
+            1,
+            b.cols as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+pub(super) fn linear(o: &Linear, memory: &mut Memory<f32>) {
+    let [x, y] = memory.floats.get([o.x, o.y]);
+    let w = View::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
+    product(y, false, View::new(x, o.rows, o.w.cols), w.transposed(), Threads::All);
+}
+
+pub(super) fn linear_backward_input(o: &LinearBackwardInput, memory: &mut Memory<f32>) {
+    let [dy, dx] = memory.floats.get([o.dy, o.dx]);
+    let w = View::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
+    product(dx, false, View::new(dy, o.rows, o.w.rows), w, Threads::All);
+}
+
+pub(super) fn linear_backward_weight(o: &LinearBackwardWeight, memory: &mut Memory<f32>) {
+    let [dy, x] = memory.floats.get([o.dy, o.x]);
+    let dw = &mut memory.gradients[o.w.range()];
+    let dy = View::new(dy, o.rows, o.w.rows);
+    product(dw, true, dy.transposed(), View::new(x, o.rows, o.w.cols), Threads::All);
+}

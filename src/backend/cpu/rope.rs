@@ -1,0 +1,98 @@
+//! Rotary embedding, with the split into heads.
+
+use rayon::prelude::*;
+
+use super::super::memory::Memory;
+use crate::llama::ops::{Heads, Rope, RopeBackward};
+
+/// Cosines and sines by position, computed once in f64 and kept.
+#[derive(Default)]
+pub(super) struct Table {
+    frequencies: Vec<f64>,
+    /// `[positions, pairs]` of (cosine, sine).
+    turns: Vec<(f32, f32)>,
+}
+
+impl Table {
+    fn reach(&mut self, frequencies: &[f64], positions: usize) {
+        if self.frequencies != frequencies {
+            *self = Self { frequencies: frequencies.to_vec(), turns: Vec::new() };
+        }
+        for position in self.turns.len() / frequencies.len()..positions {
+            self.turns.extend(frequencies.iter().map(|frequency| {
+                let (sin, cos) = (position as f64 * frequency).sin_cos();
+                (cos as f32, sin as f32)
+            }));
+        }
+    }
+
+    fn at(&self, position: usize) -> &[(f32, f32)] {
+        &self.turns[position * self.frequencies.len()..][..self.frequencies.len()]
+    }
+
+    pub fn forward(&mut self, o: &Rope, memory: &mut Memory<f32>) {
+        let Heads { windows, context, heads, kv_heads, head_dim } = o.shape;
+        let zeros = vec![0; windows];
+        let start = o.start.map_or(zeros.as_slice(), |start| memory.indices.one(start));
+        let furthest = start.iter().max().map_or(0, |&start| start as usize) + context;
+        self.reach(&o.frequencies, furthest);
+        let table = &*self;
+        let [qkv, q, k, v] = memory.floats.get([o.qkv, o.q, o.k, o.v]);
+        let (qkv, width) = (&*qkv, o.shape.qkv_width());
+        // A task is one head of one window: where its component lies in a joined row, and whether
+        // it turns.
+        let split = |out: &mut [f32], count: usize, first: usize, turns: bool| {
+            out.par_chunks_mut(context * head_dim).enumerate().for_each(|(task, out)| {
+                let (window, head) = (task / count, task % count);
+                for (column, out) in out.chunks_mut(head_dim).enumerate() {
+                    let row = (window * context + column) * width + (first + head) * head_dim;
+                    let given = &qkv[row..row + head_dim];
+                    if turns {
+                        turn(given, table.at(start[window] as usize + column), 1.0, out);
+                    } else {
+                        out.copy_from_slice(given);
+                    }
+                }
+            });
+        };
+        split(q, heads, 0, true);
+        split(k, kv_heads, heads, true);
+        split(v, kv_heads, heads + kv_heads, false);
+    }
+
+    pub fn backward(&mut self, o: &RopeBackward, memory: &mut Memory<f32>) {
+        let Heads { context, heads, kv_heads, head_dim, .. } = o.shape;
+        self.reach(&o.frequencies, context);
+        let table = &*self;
+        let [dq, dk, dv, dqkv] = memory.floats.get([o.dq, o.dk, o.dv, o.dqkv]);
+        let (dq, dk, dv) = (&*dq, &*dk, &*dv);
+        dqkv.par_chunks_mut(o.shape.qkv_width()).enumerate().for_each(|(row, joined)| {
+            let (window, column) = (row / context, row % context);
+            for (at, out) in joined.chunks_mut(head_dim).enumerate() {
+                let (given, count, head) = if at < heads {
+                    (dq, heads, at)
+                } else if at < heads + kv_heads {
+                    (dk, kv_heads, at - heads)
+                } else {
+                    (dv, kv_heads, at - heads - kv_heads)
+                };
+                let given = &given[((window * count + head) * context + column) * head_dim..];
+                if at < heads + kv_heads {
+                    turn(&given[..head_dim], table.at(column), -1.0, out);
+                } else {
+                    out.copy_from_slice(&given[..head_dim]);
+                }
+            }
+        });
+    }
+}
+
+/// Turns the pairs `(i, i + half)`; `direction` is 1 or, for the way back, -1.
+fn turn(given: &[f32], turns: &[(f32, f32)], direction: f32, out: &mut [f32]) {
+    let half = turns.len();
+    for (i, &(cos, sin)) in turns.iter().enumerate() {
+        let (a, b, sin) = (given[i], given[half + i], direction * sin);
+        out[i] = a * cos - b * sin;
+        out[half + i] = b * cos + a * sin;
+    }
+}

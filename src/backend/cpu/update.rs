@@ -1,0 +1,115 @@
+//! The norm of the gradients, AdamW in one pass, and Muon.
+
+use pulp::Arch;
+use rayon::prelude::*;
+
+use super::super::memory::Memory;
+use super::product::{Threads, View, product};
+use crate::llama::Rates;
+use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
+
+/// Elements that one task takes.
+const CHUNK: usize = 1 << 14;
+
+/// In f64: eight interleaved sums a chunk, the chunks in order.
+pub(super) fn grad_norm(o: &GradNorm, memory: &mut Memory<f32>) {
+    let squares: Vec<f64> = memory
+        .gradients
+        .par_chunks(CHUNK)
+        .map(|chunk| {
+            let mut sums = [0.0f64; 8];
+            for values in chunk.chunks(8) {
+                for (sum, &g) in sums.iter_mut().zip(values) {
+                    *sum += f64::from(g) * f64::from(g);
+                }
+            }
+            sums.iter().sum()
+        })
+        .collect();
+    memory.floats.get([o.norm])[0][0] = squares.iter().sum::<f64>().sqrt() as f32;
+}
+
+/// What gradients are scaled by, or `None` where an update must not happen.
+fn clip(norm: f32, max_grad_norm: f64) -> Option<f32> {
+    norm.is_finite().then(|| (max_grad_norm as f32 / (norm + 1e-6)).min(1.0))
+}
+
+pub(super) fn adamw(arch: Arch, o: &AdamWStep, memory: &mut Memory<f32>, rates: &Rates) {
+    let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
+    let t = rates.step as f64;
+    let step_size = (rates.learning_rate / (1.0 - o.beta1.powf(t))) as f32;
+    let correction = (1.0 - o.beta2.powf(t)).sqrt() as f32;
+    let (keep, beta2, fresh) = ((1.0 - o.beta1) as f32, o.beta2 as f32, (1.0 - o.beta2) as f32);
+    let epsilon = o.epsilon as f32;
+    for (range, decay) in &o.ranges {
+        let shrink = (1.0 - rates.learning_rate * decay) as f32;
+        let range = range.clone();
+        memory.parameters[range.clone()]
+            .par_chunks_mut(CHUNK)
+            .zip(memory.gradients[range.clone()].par_chunks(CHUNK))
+            .zip(memory.first_moment[range.clone()].par_chunks_mut(CHUNK))
+            .zip(memory.second_moment[range].par_chunks_mut(CHUNK))
+            .for_each(|(((p, g), m), v)| {
+                arch.dispatch(|| {
+                    for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+                        let g = g * clip;
+                        *m += (g - *m) * keep;
+                        *v = *v * beta2 + g * g * fresh;
+                        *p = *p * shrink - step_size * *m / (v.sqrt() / correction + epsilon);
+                    }
+                });
+            });
+    }
+}
+
+pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, rates: &Rates) {
+    let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
+    let momentum = o.momentum as f32;
+    let gradient = &memory.gradients[o.w.range()];
+    let update: Vec<f32> = memory.first_moment[o.w.range()]
+        .iter_mut()
+        .zip(gradient)
+        .map(|(m, &g)| {
+            *m = momentum * *m + g * clip;
+            g * clip + momentum * *m
+        })
+        .collect();
+    let update = orthogonalise(update, o.w.rows, o.w.cols);
+    let scale = (o.w.rows as f64 / o.w.cols as f64).max(1.0).sqrt();
+    let step = (rates.muon_learning_rate * scale) as f32;
+    let shrink = (1.0 - rates.muon_learning_rate * o.decay) as f32;
+    for (p, u) in memory.parameters[o.w.range()].iter_mut().zip(update) {
+        *p = *p * shrink - step * u;
+    }
+}
+
+/// Five Newton-Schulz iterations `X = a X + (b A + c A A) X`, `A = X XT`, with Muon's coefficients,
+/// from X scaled to norm 1. For a tall matrix A is `XT X` and stands on the right.
+fn orthogonalise(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
+    let norm = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt() as f32 + 1e-7;
+    for x in &mut x {
+        *x /= norm;
+    }
+    let tall = rows > cols;
+    let m = rows.min(cols);
+    let (mut gram, mut square) = (vec![0.0; m * m], vec![0.0; m * m]);
+    let mut next = vec![0.0; x.len()];
+    for _ in 0..5 {
+        let view = View::new(&x, rows, cols);
+        let (left, right) =
+            if tall { (view.transposed(), view) } else { (view, view.transposed()) };
+        product(&mut gram, false, left, right, Threads::All);
+        let a = View::new(&gram, m, m);
+        product(&mut square, false, a, a, Threads::All);
+        for (square, a) in square.iter_mut().zip(&gram) {
+            *square = -4.775 * a + 2.0315 * *square;
+        }
+        let b = View::new(&square, m, m);
+        let (left, right) = if tall { (view, b) } else { (b, view) };
+        product(&mut next, false, left, right, Threads::All);
+        for (x, next) in x.iter_mut().zip(&next) {
+            *x = 3.4445 * *x + next;
+        }
+    }
+    x
+}

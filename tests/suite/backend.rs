@@ -1,0 +1,291 @@
+//! Backends against the f64 reference: whole programs on odd shapes.
+
+use laam::backend::cpu::Cpu;
+use laam::backend::reference::{Precision, Reference, Rounding};
+use laam::backend::{Arena, Backend, Feed, Loaded, Need, Session};
+use laam::llama::step::{self, BatchInputs};
+use laam::llama::{AdamW, Muon, Optimizer, Rates, update};
+use laam::model::{Config, Layout};
+use laam::random::{Philox, Stream};
+use laam::tokens::{Batch, IGNORE};
+
+/// An odd-sized model.
+pub fn config(heads: usize, kv_heads: usize, head_dim: usize, tied: bool) -> Config {
+    Config {
+        vocab_size: 1311,
+        hidden_size: 36,
+        intermediate_size: 77,
+        num_hidden_layers: 2,
+        num_attention_heads: heads,
+        num_key_value_heads: kv_heads,
+        head_dim,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-6,
+        rope_theta: 10000.0,
+        tie_word_embeddings: tied,
+        initializer_range: 0.02,
+        bos_token_id: None,
+        eos_token_id: None,
+        pad_token_id: None,
+    }
+}
+
+pub fn reference(precision: Precision) -> Reference {
+    Reference { precision, rounding: Rounding::None }
+}
+
+fn cpu(threads: usize) -> Cpu {
+    Cpu { threads }
+}
+
+/// Random weights of a size at which every part of the model matters.
+fn weights(layout: &Layout) -> Vec<f32> {
+    let mut arena = vec![0.0; layout.len];
+    for (sequence, parameter) in layout.parameters.iter().enumerate() {
+        let deviation = if parameter.span.rows == 1 { 1.0 } else { 0.3 };
+        let place = &mut arena[parameter.span.range()];
+        Philox::new(5, Stream::Test).fill_normal(sequence as u32, deviation, place);
+    }
+    arena
+}
+
+/// Random tokens; some windows are left-padded, some hold two documents.
+fn batch(windows: usize, context: usize, vocab: usize) -> Batch {
+    let random = Philox::new(6, Stream::Test);
+    let draw = |at: usize, n: usize| (random.at(0, at as u64)[0] as usize % n) as u32;
+    let mut batch = Batch { windows, context, ..Batch::default() };
+    for at in 0..windows * context {
+        let (window, column) = (at / context, at % context);
+        let edge = draw(1_000_000 + window, context) as usize;
+        batch.ids.push(draw(2 * at, vocab));
+        let ignored = draw(2 * at + 1, 5) == 0;
+        batch.targets.push(if ignored { IGNORE } else { draw(3_000_000 + at, vocab) });
+        batch.first_key.push(match window % 3 {
+            // Left-padded: pads see nothing, the rest sees what is not padding.
+            1 => {
+                if column < edge {
+                    context
+                } else {
+                    edge
+                }
+            }
+            // A second document starts in the middle.
+            2 if column >= edge => edge,
+            _ => 0,
+        } as u32);
+    }
+    batch
+}
+
+pub fn feed<'a>(inputs: &BatchInputs, batch: &'a Batch) -> Feed<'a> {
+    Feed {
+        indices: vec![
+            (inputs.ids, &batch.ids),
+            (inputs.targets, &batch.targets),
+            (inputs.first_key, &batch.first_key),
+        ],
+        loss_scale: 1.0 / batch.counted().max(1) as f64,
+        ..Feed::default()
+    }
+}
+
+/// ‖a − b‖ / ‖b‖; not a number anywhere never passes.
+pub fn error(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    assert!(a.iter().chain(b).all(|x| x.is_finite()), "a value is not finite");
+    let square = |x: f64| x * x;
+    let difference: f64 = a.iter().zip(b).map(|(&a, &b)| square(f64::from(a) - f64::from(b))).sum();
+    let norm: f64 = b.iter().map(|&b| square(f64::from(b))).sum();
+    (difference / norm).sqrt()
+}
+
+struct Outcome {
+    nll: Vec<f32>,
+    argmax: Vec<u32>,
+    gradients: Vec<f32>,
+}
+
+fn train_once(backend: &dyn Backend, config: &Config, batch: &Batch) -> Outcome {
+    let layout = Layout::new(config);
+    let need = Need { training: true, cache: 0 };
+    let mut session = backend.open(&layout, need).unwrap();
+    session.write(Arena::Parameters, &weights(&layout)).unwrap();
+    let micro = step::training(config, &layout, batch.windows, batch.context);
+    let program = session.load(micro.program).unwrap();
+    // Twice: stale outputs and gradients of the first run must not leak into the second.
+    for _ in 0..2 {
+        session.write(Arena::Gradients, &vec![0.0; layout.len]).unwrap();
+        session.run(program, &feed(&micro.batch, batch)).unwrap();
+    }
+    Outcome {
+        nll: session.floats(program, micro.losses.nll),
+        argmax: session.indices(program, micro.losses.argmax),
+        gradients: session.read(Arena::Gradients),
+    }
+}
+
+const SHAPES: [(usize, usize, usize, bool); 6] = [
+    (18, 3, 2, false),
+    (6, 2, 6, true),
+    (9, 1, 4, false),
+    (4, 4, 16, true),
+    (2, 1, 34, false),
+    (1, 1, 128, true),
+];
+
+#[test]
+fn the_cpu_is_as_close_to_f64_as_plain_f32_loops_are() {
+    for (heads, kv_heads, head_dim, tied) in SHAPES {
+        for (windows, context) in [(3, 37), (4, 1), (1, 64)] {
+            let config = config(heads, kv_heads, head_dim, tied);
+            let batch = batch(windows, context, config.vocab_size);
+            let exact = train_once(&reference(Precision::F64), &config, &batch);
+            let plain = train_once(&reference(Precision::F32), &config, &batch);
+            let fast = train_once(&cpu(2), &config, &batch);
+            let what = format!("{heads}/{kv_heads} heads of {head_dim}, {windows} x {context}");
+            // Contract 2: at most twice the plain version's error, and rounding of the result.
+            let bound = |plain: f64| 2.0 * plain + f64::from(f32::EPSILON);
+            let nll = error(&fast.nll, &exact.nll);
+            assert!(nll <= bound(error(&plain.nll, &exact.nll)), "{what}: nll off by {nll}");
+            let layout = Layout::new(&config);
+            for parameter in &layout.parameters {
+                let part = |outcome: &Outcome| outcome.gradients[parameter.span.range()].to_vec();
+                let [fast, plain, exact] = [&fast, &plain, &exact].map(part);
+                if exact.iter().all(|&g| g == 0.0) {
+                    // One key is always weighted 1: queries and keys get no gradient. Rounding may
+                    // leave a trace of one, no more than in the plain loops.
+                    let size = |g: &[f32]| g.iter().fold(0.0f32, |max, g| max.max(g.abs()));
+                    assert!(size(&fast) <= 1e-6, "{what}: d {}", parameter.name);
+                    continue;
+                }
+                let off = error(&fast, &exact);
+                let bound = bound(error(&plain, &exact));
+                assert!(off <= bound, "{what}: d {} off by {off} > {bound}", parameter.name);
+            }
+            let same = fast.argmax.iter().zip(&exact.argmax).filter(|(a, b)| a == b).count();
+            assert_eq!(same, fast.argmax.len(), "{what}: argmax");
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let config = config(18, 3, 2, false);
+    let batch = batch(5, 64, config.vocab_size);
+    let one = train_once(&cpu(1), &config, &batch);
+    for threads in [2, 3, 7] {
+        let many = train_once(&cpu(threads), &config, &batch);
+        assert!(one.nll == many.nll && one.gradients == many.gradients, "{threads} threads");
+    }
+}
+
+fn logits(
+    session: &mut dyn Session,
+    decoding: &step::Decoding,
+    program: Loaded,
+    ids: &[u32],
+    start: &[u32],
+    column: &[u32],
+) -> Vec<f32> {
+    let indices = vec![(decoding.ids, ids), (decoding.start, start), (decoding.column, column)];
+    session.run(program, &Feed { indices, ..Feed::default() }).unwrap();
+    session.floats(program, decoding.logits)
+}
+
+/// A prompt at once and then token by token gives the logits of the whole text at once, also where
+/// the windows' prompts differ in length.
+#[test]
+fn decoding_against_a_cache_equals_one_pass() {
+    for (heads, kv_heads, head_dim, tied) in SHAPES {
+        for backend in [&reference(Precision::F64) as &dyn Backend, &cpu(2)] {
+            let config = config(heads, kv_heads, head_dim, tied);
+            let layout = Layout::new(&config);
+            let text = batch(2, 23, config.vocab_size);
+            let windows = |n: usize| step::decoding(&config, &layout, 2, n, 40);
+            let (whole, prefill, single) = (windows(23), windows(9), windows(1));
+            let need = Need { training: false, cache: whole.cache };
+            let mut session = backend.open(&layout, need).unwrap();
+            session.write(Arena::Parameters, &weights(&layout)).unwrap();
+            let [a, b, c] = [&whole, &prefill, &single]
+                .map(|decoding| session.load(decoding.program.clone()).unwrap());
+            let tokens = |window: usize, from: usize, to: usize| {
+                text.ids[window * 23 + from..window * 23 + to].to_vec()
+            };
+            let expected = logits(&mut *session, &whole, a, &text.ids, &[0, 0], &[22, 20]);
+
+            // Prompts of 9 and 7 tokens; the second is padded with anything.
+            let mut ids = [tokens(0, 0, 9), tokens(1, 0, 7), vec![3, 3]].concat();
+            let mut got = logits(&mut *session, &prefill, b, &ids, &[0, 0], &[8, 6]);
+            for step in 0..14 {
+                ids = [tokens(0, 9 + step, 10 + step), tokens(1, 7 + step, 8 + step)].concat();
+                let start = [9 + step as u32, 7 + step as u32];
+                got = logits(&mut *session, &single, c, &ids, &start, &[0, 0]);
+            }
+            let off = error(&got, &expected);
+            assert!(off < 1e-5, "{}, heads of {head_dim}: {off}", backend.name());
+        }
+    }
+}
+
+#[test]
+fn updates_equal_the_references() {
+    for muon in [None, Some(Muon { momentum: 0.95 })] {
+        let config = config(6, 2, 6, false);
+        let layout = Layout::new(&config);
+        let optimizer = Optimizer {
+            adamw: AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8 },
+            muon,
+            decay: 0.1,
+            max_grad_norm: 1.0,
+        };
+        let after = |backend: &dyn Backend| {
+            let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+            session.write(Arena::Parameters, &weights(&layout)).unwrap();
+            let (program, norm) = update(&layout, &optimizer);
+            let program = session.load(program).unwrap();
+            for step in 1..=3 {
+                let mut gradients = weights(&layout);
+                for g in &mut gradients {
+                    *g *= step as f32;
+                }
+                session.write(Arena::Gradients, &gradients).unwrap();
+                let rates = Rates { learning_rate: 1e-2, muon_learning_rate: 2e-2, step };
+                session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
+                assert!(session.floats(program, norm)[0] > 1.0, "clipping is part of the test");
+            }
+            assert!(session.read(Arena::Gradients).iter().all(|&g| g == 0.0));
+            [Arena::Parameters, Arena::FirstMoment, Arena::SecondMoment].map(|a| session.read(a))
+        };
+        let exact = after(&reference(Precision::F64));
+        let plain = after(&reference(Precision::F32));
+        let fast = after(&cpu(2));
+        for ((fast, plain), exact) in fast.iter().zip(&plain).zip(&exact) {
+            let off = error(fast, exact);
+            let bound = 2.0 * error(plain, exact) + f64::from(f32::EPSILON);
+            assert!(off <= bound, "muon: {}: off by {off} > {bound}", muon.is_some());
+        }
+    }
+}
+
+#[test]
+fn an_update_with_a_gradient_that_is_not_finite_changes_nothing() {
+    let config = config(6, 2, 6, false);
+    let layout = Layout::new(&config);
+    let adamw = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+    let muon = Some(Muon { momentum: 0.95 });
+    let optimizer = Optimizer { adamw, muon, decay: 0.1, max_grad_norm: 1.0 };
+    for backend in [&reference(Precision::F32) as &dyn Backend, &cpu(2)] {
+        let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+        session.write(Arena::Parameters, &weights(&layout)).unwrap();
+        let mut gradients = weights(&layout);
+        gradients[layout.blocks[1].down.offset] = f32::NAN;
+        session.write(Arena::Gradients, &gradients).unwrap();
+        let (program, norm) = update(&layout, &optimizer);
+        let program = session.load(program).unwrap();
+        let rates = Rates { learning_rate: 1e-2, muon_learning_rate: 2e-2, step: 1 };
+        session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
+        assert!(session.floats(program, norm)[0].is_nan());
+        assert_eq!(session.read(Arena::Parameters), weights(&layout), "{}", backend.name());
+        assert!(session.read(Arena::FirstMoment).iter().all(|&m| m == 0.0));
+    }
+}
