@@ -3,18 +3,20 @@
 //!
 //! The way of the data, which is also the order of the rooms:
 //!
-//! - [`corpus`]: where text comes from (kernel.org, archives, folders, the built-in sample)
-//! - [`tokenizer`]: byte-level BPE
-//! - [`tokens`]: the memory-mapped token file, and the windows and batches drawn from it
-//! - [`model`]: configuration, the layout of the parameters, initialisation, checkpoints
-//! - [`llama`]: the training step, evaluation and decoding as programs (lists of typed operations)
-//! - [`backend`]: what executes a program: the plain reference, or the CPU at speed
-//! - [`train`]: the loop, its schedule, metrics, checkpoints; recipes
-//! - [`generate`]: sampling with a key/value cache, and files from their names
+//! - [`corpus`][]: where text comes from (kernel.org, archives, folders, the built-in sample)
+//! - [`tokenizer`][]: byte-level BPE
+//! - [`tokens`][]: the memory-mapped token file, and the windows and batches drawn from it
+//! - [`model`][]: configuration, the layout of the parameters, initialisation, checkpoints
+//! - [`llama`][]: the training step, evaluation and decoding as programs (lists of typed operations)
+//! - [`backend`][]: what executes a program: the plain reference, or the CPU at speed
+//! - [`train`][]: the loop, its schedule, metrics, checkpoints; recipes
+//! - [`generate`][]: sampling with a key/value cache, and files from their names
+//! - [`bench`][]: timings
 //!
 //! A room uses only the rooms named before it.
 
 pub mod backend;
+pub mod bench;
 pub mod cli;
 pub mod corpus;
 pub mod error;
@@ -22,3 +24,4 @@ pub mod llama;
 pub mod model;
 pub mod random;
 pub mod tokens;
+pub mod train;

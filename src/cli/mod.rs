@@ -1,6 +1,8 @@
 //! The command line: one file a subcommand, from arguments to a call of the library. All printing
 //! to the terminal happens here: data on stdout, talk and progress on stderr.
 
+mod backend;
+mod bench;
 mod doctor;
 
 use std::ffi::OsString;
@@ -21,6 +23,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    Bench(bench::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -67,6 +70,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
         Err(bad) => return Err(usage_error(&bad)),
     };
     match arguments.command {
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     }
 }

@@ -1,0 +1,3 @@
+//! Timings, on the device at hand.
+
+pub mod step;

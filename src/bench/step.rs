@@ -1,0 +1,138 @@
+//! Whole training steps, timed.
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::backend::{Arena, Backend};
+use crate::llama::{AdamW, Optimizer, Rates};
+use crate::model::{Config, Layout};
+use crate::random::{Philox, Stream};
+use crate::tokens::{Batch, IGNORE};
+use crate::train::Engine;
+
+/// A model's shape by name, and the context it is trained at.
+pub const PRESETS: [&str; 6] = ["original", "32m", "124m", "350m", "1.3b", "7b"];
+
+/// The configuration a preset names.
+pub fn preset(name: &str) -> Option<Config> {
+    //                          hidden inter layers heads kv vocab context
+    let [hidden, inter, layers, heads, kv, vocab, context] = match name {
+        "original" => [64, 256, 8, 32, 4, 32768, 512],
+        "32m" => [256, 1024, 8, 16, 16, 32768, 512],
+        "124m" => [768, 2048, 12, 12, 12, 32768, 1024],
+        "350m" => [1024, 2816, 24, 16, 16, 32768, 1024],
+        "1.3b" => [2048, 5632, 24, 16, 16, 32768, 2048],
+        "7b" => [4096, 11008, 32, 32, 32, 32000, 4096],
+        _ => return None,
+    };
+    Some(Config {
+        vocab_size: vocab,
+        hidden_size: hidden,
+        intermediate_size: inter,
+        num_hidden_layers: layers,
+        num_attention_heads: heads,
+        num_key_value_heads: kv,
+        head_dim: hidden / heads,
+        max_position_embeddings: context,
+        rms_norm_eps: 1e-6,
+        rope_theta: 10000.0,
+        tie_word_embeddings: false,
+        initializer_range: 0.02,
+        bos_token_id: Some(0),
+        eos_token_id: Some(1),
+        pad_token_id: Some(4),
+    })
+}
+
+/// What a run of steps took.
+#[derive(Clone, Debug, Serialize)]
+pub struct Timing {
+    pub backend: String,
+    pub device: String,
+    pub preset: String,
+    pub precision: String,
+    pub batch: usize,
+    pub context: usize,
+    pub parameters: usize,
+    /// The median of the timed steps.
+    pub seconds_a_step: f64,
+    pub tokens_a_second: f64,
+    pub fastest: f64,
+    pub slowest: f64,
+    /// The most memory the process has held.
+    pub peak_bytes: u64,
+    /// Of the first and of the last step.
+    pub losses: [f64; 2],
+}
+
+/// Times `steps` steps after `warmup` untimed ones, on random tokens and random weights.
+pub fn time(
+    backend: &dyn Backend,
+    name: &str,
+    config: &Config,
+    batch: usize,
+    warmup: usize,
+    steps: usize,
+) -> anyhow::Result<Timing> {
+    let context = config.max_position_embeddings;
+    let optimizer = Optimizer {
+        adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
+        muon: None,
+        decay: 0.1,
+        max_grad_norm: 1.0,
+    };
+    let mut engine = Engine::new(backend, config, &optimizer, batch, context)?;
+    let layout = Layout::new(config);
+    let mut arena = vec![0.0; layout.len];
+    Philox::new(0, Stream::Init).fill_normal(0, config.initializer_range, &mut arena);
+    engine.write(Arena::Parameters, &arena)?;
+    drop(arena);
+
+    let mut seconds = Vec::with_capacity(steps);
+    let mut losses = [f64::NAN; 2];
+    for step in 0..warmup + steps {
+        let windows = random_windows(batch, context, config.vocab_size, step as u32);
+        let rates = Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step: step as u64 + 1 };
+        let start = Instant::now();
+        let outcome = engine.step(std::slice::from_ref(&windows), rates)?;
+        if step >= warmup {
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+        losses[usize::from(step > 0)] = outcome.loss;
+    }
+    seconds.sort_by(f64::total_cmp);
+    let median = seconds[seconds.len() / 2];
+    Ok(Timing {
+        backend: backend.name().to_string(),
+        device: backend.device(),
+        preset: name.to_string(),
+        precision: "float32".to_string(),
+        batch,
+        context,
+        parameters: layout.parameter_count(),
+        seconds_a_step: median,
+        tokens_a_second: (batch * context) as f64 / median,
+        fastest: seconds[0],
+        slowest: seconds[seconds.len() - 1],
+        peak_bytes: peak_bytes(),
+        losses,
+    })
+}
+
+fn random_windows(windows: usize, context: usize, vocab: usize, step: u32) -> Batch {
+    let random = Philox::new(0, Stream::Test);
+    let ids: Vec<u32> =
+        (0..windows * context).map(|at| random.at(step, at as u64)[0] % vocab as u32).collect();
+    let next = |at: usize| if (at + 1).is_multiple_of(context) { IGNORE } else { ids[at + 1] };
+    let targets = (0..ids.len()).map(next).collect();
+    Batch { windows, context, targets, first_key: vec![0; ids.len()], ids }
+}
+
+/// The most resident memory this process has had, in bytes, where the system tells (Linux).
+pub fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}

@@ -1,0 +1,127 @@
+//! One training step on a backend: some windows at a time, then the update.
+
+use crate::backend::{Arena, Backend, Feed, Loaded, Need, Session};
+use crate::llama::step::{self, BatchInputs, Losses};
+use crate::llama::{Buffer, Optimizer, Rates, update};
+use crate::model::{Config, Layout};
+use crate::tokens::{Batch, IGNORE};
+
+/// A model in a backend's memory, ready to step.
+pub struct Engine {
+    config: Config,
+    layout: Layout,
+    session: Box<dyn Session>,
+    context: usize,
+    /// How many windows go through at once.
+    micro_windows: usize,
+    /// The programs for as many windows as were needed so far.
+    micros: Vec<Micro>,
+    update: Loaded,
+    norm: Buffer,
+}
+
+struct Micro {
+    windows: usize,
+    program: Loaded,
+    batch: BatchInputs,
+    losses: Losses,
+}
+
+/// What a step tells.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// Mean negative log-likelihood of the counted targets, in nats.
+    pub loss: f64,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Targets that counted.
+    pub counted: usize,
+}
+
+impl Outcome {
+    /// Whether the update happened: one with a gradient that is not finite does not.
+    pub fn updated(&self) -> bool {
+        self.grad_norm.is_finite()
+    }
+}
+
+impl Engine {
+    /// Memory for a model and for steps of at most `windows` windows of `context` tokens. The
+    /// parameters are zero until [`Engine::write`] says otherwise.
+    pub fn new(
+        backend: &dyn Backend,
+        config: &Config,
+        optimizer: &Optimizer,
+        windows: usize,
+        context: usize,
+    ) -> anyhow::Result<Self> {
+        let layout = Layout::new(config);
+        let mut session = backend.open(&layout, Need { training: true, cache: 0 })?;
+        let (program, norm) = update(&layout, optimizer);
+        let update = session.load(program)?;
+        let micro_windows = backend.micro_windows(windows, context);
+        let config = config.clone();
+        let micros = Vec::new();
+        Ok(Self { config, layout, session, context, micro_windows, micros, update, norm })
+    }
+
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Forward and backward of every batch, then one update by their joint mean loss.
+    pub fn step(&mut self, batches: &[Batch], rates: Rates) -> anyhow::Result<Outcome> {
+        let counted: usize = batches.iter().map(Batch::counted).sum();
+        // A step in which nothing counts has no gradient, and a loss of 0.
+        let loss_scale = 1.0 / counted.max(1) as f64;
+        let mut sum = 0.0;
+        for batch in batches {
+            for from in (0..batch.windows).step_by(self.micro_windows) {
+                let to = (from + self.micro_windows).min(batch.windows);
+                sum += self.micro(&batch.slice(from, to), loss_scale)?;
+            }
+        }
+        self.session.run(self.update, &Feed { rates, ..Feed::default() })?;
+        let grad_norm = f64::from(self.session.floats(self.update, self.norm)[0]);
+        Ok(Outcome { loss: sum * loss_scale, grad_norm, counted })
+    }
+
+    /// Adds the gradients of a few windows; returns the sum of their losses.
+    fn micro(&mut self, batch: &Batch, loss_scale: f64) -> anyhow::Result<f64> {
+        if !self.micros.iter().any(|micro| micro.windows == batch.windows) {
+            let micro = step::training(&self.config, &self.layout, batch.windows, self.context);
+            self.micros.push(Micro {
+                windows: batch.windows,
+                program: self.session.load(micro.program)?,
+                batch: micro.batch,
+                losses: micro.losses,
+            });
+        }
+        let micro = self.micros.iter().find(|micro| micro.windows == batch.windows);
+        let micro = micro.expect("it was made above");
+        let indices = vec![
+            (micro.batch.ids, batch.ids.as_slice()),
+            (micro.batch.targets, &batch.targets),
+            (micro.batch.first_key, &batch.first_key),
+        ];
+        self.session.run(micro.program, &Feed { indices, loss_scale, ..Feed::default() })?;
+        let nll = self.session.floats(micro.program, micro.losses.nll);
+        let counted = nll.iter().zip(&batch.targets).filter(|&(_, &target)| target != IGNORE);
+        Ok(counted.map(|(&nll, _)| f64::from(nll)).sum())
+    }
+
+    /// A copy of an arena.
+    pub fn read(&self, arena: Arena) -> Vec<f32> {
+        self.session.read(arena)
+    }
+
+    /// Replaces an arena.
+    pub fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
+        self.session.write(arena, values)
+    }
+
+    /// Bytes of memory the session holds.
+    pub fn bytes(&self) -> usize {
+        self.session.bytes()
+    }
+}
