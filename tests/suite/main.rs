@@ -6,4 +6,5 @@
 
 mod backend;
 mod cli;
+mod corpus;
 mod support;

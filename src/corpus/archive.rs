@@ -1,0 +1,235 @@
+//! Archives: tar, plain or packed with gzip or xz, told apart by their first bytes.
+//!
+//! An archive may come from anyone. Nothing of it is written to disk; what it unpacks to is counted
+//! against the [`Limits`](super::Limits) as it unpacks; what the tar reader keeps in memory between
+//! two members (long names, PAX records, sparse maps) is bounded; and it is read to its very end, so
+//! that the checksums of its packing have a say.
+//!
+//! A member whose name leads out (absolute, or with `..`) makes the whole archive refused. Links,
+//! devices and sparse files are left out.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+use std::rc::Rc;
+
+use tar::{Archive, Entry, EntryType};
+
+use super::manifest::Reason;
+use super::names::{self, Fault, shown};
+use super::pass::{Flow, Intake};
+use crate::error::error;
+
+/// Memory an xz archive may ask for, in KiB: twice what `xz -9` makes need.
+const XZ_MEMORY_KIB: u32 = 129 << 10;
+
+/// Bytes that headers may take between two members.
+const HEADERS: u64 = 1 << 20;
+
+pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<()> {
+    let mut reading = Reading { member: None, unpacked: Rc::default(), packed: Rc::default() };
+    reading.members(path, intake).map_err(|stop| match stop {
+        Stop::Refused(error) => error,
+        Stop::Damaged(why) => reading.damaged(&why, path),
+    })
+}
+
+/// Where in the archive we are.
+struct Reading {
+    member: Option<String>,
+    unpacked: Rc<Meter>,
+    packed: Rc<Meter>,
+}
+
+/// Why reading cannot go on.
+enum Stop {
+    Refused(anyhow::Error),
+    Damaged(io::Error),
+}
+
+impl From<anyhow::Error> for Stop {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<io::Error> for Stop {
+    fn from(why: io::Error) -> Self {
+        Self::Damaged(why)
+    }
+}
+
+impl Reading {
+    fn members(&mut self, path: &Path, intake: &mut Intake) -> Result<(), Stop> {
+        let limits = *intake.limits();
+        self.packed.allowed.set(u64::MAX);
+        self.unpacked.allowed.set(HEADERS);
+        let packed = Metered { inner: File::open(path)?, meter: self.packed.clone() };
+        let unpacked = unpack(BufReader::with_capacity(1 << 16, packed))?;
+        let mut archive = Archive::new(Metered { inner: unpacked, meter: self.unpacked.clone() });
+
+        let mut entries = archive.entries()?;
+        let mut count = 0;
+        while let Some(entry) = entries.next().transpose()? {
+            let name = entry.path_bytes().into_owned();
+            self.member = Some(shown(&name));
+            count += 1;
+            if count > limits.entries {
+                return Err(refuse(format!("more than {} members", limits.entries), path));
+            }
+            // What the reader will have to skip, or we read, before the next member's headers.
+            let behind = if entry.header().entry_type().is_gnu_sparse() {
+                entry.header().entry_size()?
+            } else {
+                entry.size()
+            };
+            let end = self.unpacked.done.get().saturating_add(behind);
+            if end > limits.total {
+                return Err(refuse(format!("unpacks to more than {} bytes", limits.total), path));
+            }
+            self.unpacked.allowed.set(end + HEADERS);
+            if take(entry, &name, path, intake)? == Flow::Break(()) {
+                return Ok(());
+            }
+        }
+        self.member = None;
+        drop(entries);
+        if self.unpacked.ended.get() {
+            return Err(io::Error::other("no end-of-archive mark").into());
+        }
+        self.unpacked.allowed.set(limits.total);
+        only_zeros(archive.into_inner())?;
+        Ok(())
+    }
+
+    fn damaged(&self, why: &io::Error, path: &Path) -> anyhow::Error {
+        let (packed, unpacked) = (self.packed.done.get(), self.unpacked.done.get());
+        if packed == 0 {
+            return error(format!("{why}, {}", path.display()), super::SOURCE_HINT);
+        }
+        if why.kind() == io::ErrorKind::OutOfMemory {
+            let what = format!("needs more than {XZ_MEMORY_KIB} KiB of memory to unpack");
+            return error(
+                format!("{what}, {}", path.display()),
+                "if you trust it, unpack it and give the folder",
+            );
+        }
+        let near = match &self.member {
+            Some(member) => format!("in or after member {member}"),
+            None if unpacked <= 512 => "at its start: is it an archive?".to_string(),
+            None => "at its end".to_string(),
+        };
+        error(
+            format!(
+                "damaged or cut short ({why}) {near}, by byte {packed} of {} ({unpacked} unpacked)",
+                path.display()
+            ),
+            "get the archive again; .tar, .tar.gz and .tar.xz can be read",
+        )
+    }
+}
+
+/// Keeps a member, or leaves it out.
+fn take(
+    mut entry: Entry<'_, impl Read>,
+    name: &[u8],
+    path: &Path,
+    intake: &mut Intake,
+) -> Result<Flow, Stop> {
+    let corpus_path = names::corpus_path(name);
+    if corpus_path == Err(Fault::LeadsOut) {
+        return Err(refuse(format!("member {} leads out of it", shown(name)), path));
+    }
+    if !names::is_kept(name) {
+        return Ok(Flow::Continue(()));
+    }
+    match entry.header().entry_type() {
+        EntryType::Directory | EntryType::XGlobalHeader => return Ok(Flow::Continue(())),
+        EntryType::Link | EntryType::Symlink => return Ok(intake.leave_out(name, Reason::Link)?),
+        EntryType::Regular | EntryType::Continuous if !is_pax_sparse(&mut entry)? => {}
+        _ => return Ok(intake.leave_out(name, Reason::Special)?),
+    }
+    let Ok(corpus_path) = corpus_path else {
+        return Ok(intake.leave_out(name, Reason::Name)?);
+    };
+    let (size, most) = (entry.size(), intake.limits().file);
+    if size > most {
+        return Err(refuse(format!("member {} has more than {most} bytes", shown(name)), path));
+    }
+    let mut bytes = Vec::new();
+    entry.read_to_end(&mut bytes)?;
+    if bytes.len() as u64 != size {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
+    Ok(intake.keep(corpus_path, bytes)?)
+}
+
+/// Whether PAX records say that the member's bytes are a map of holes and what lies between them.
+fn is_pax_sparse(entry: &mut Entry<'_, impl Read>) -> io::Result<bool> {
+    let Some(records) = entry.pax_extensions()? else { return Ok(false) };
+    for record in records {
+        if record?.key_bytes().starts_with(b"GNU.sparse.") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn refuse(what: String, path: &Path) -> Stop {
+    error(format!("{what}, {}", path.display()), "if you trust it, unpack it and give the folder")
+        .into()
+}
+
+/// Undoes the packing that the first bytes tell of.
+fn unpack<R: BufRead + 'static>(mut packed: R) -> io::Result<Box<dyn Read>> {
+    let start = packed.fill_buf()?;
+    Ok(if start.starts_with(b"\xFD7zXZ\0") {
+        Box::new(lzma_rust2::XzReader::new_mem_limit(packed, true, XZ_MEMORY_KIB))
+    } else if start.starts_with(&[0x1F, 0x8B]) {
+        Box::new(flate2::bufread::MultiGzDecoder::new(packed))
+    } else {
+        Box::new(packed)
+    })
+}
+
+/// Reads on to the end, where only the padding of the last record may come.
+fn only_zeros(mut rest: impl Read) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match rest.read(&mut buffer)? {
+            0 => return Ok(()),
+            n if buffer[..n].iter().any(|&byte| byte != 0) => {
+                return Err(io::Error::other("more data after the end-of-archive mark"));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// How far a reader has come, and how far it may go.
+#[derive(Default)]
+struct Meter {
+    done: Cell<u64>,
+    allowed: Cell<u64>,
+    /// It was asked for more at the end of its data.
+    ended: Cell<bool>,
+}
+
+struct Metered<R> {
+    inner: R,
+    meter: Rc<Meter>,
+}
+
+impl<R: Read> Read for Metered<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        let done = self.meter.done.get() + n as u64;
+        self.meter.done.set(done);
+        self.meter.ended.set(n == 0 && !buffer.is_empty());
+        if done > self.meter.allowed.get() {
+            return Err(io::Error::other("more headers or padding than an archive needs"));
+        }
+        Ok(n)
+    }
+}

@@ -1,0 +1,92 @@
+//! A folder's files, sorted bytewise by path relative to it. Links in it are never followed, so the
+//! walk stays inside and ends.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::manifest::Reason;
+use super::names::{self, Fault};
+use super::pass::{Flow, Intake};
+use crate::error::error;
+
+/// Something in the folder that counts by its name.
+struct Found {
+    /// Its path relative to the folder.
+    name: Vec<u8>,
+    kind: fs::FileType,
+}
+
+pub fn read(folder: &Path, intake: &mut Intake) -> anyhow::Result<()> {
+    let mut found = walk(folder, intake.limits().entries, intake.limits().names)?;
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    for Found { name, kind } in found {
+        let flow = if kind.is_symlink() {
+            intake.leave_out(&name, Reason::Link)?
+        } else if !kind.is_file() {
+            intake.leave_out(&name, Reason::Special)?
+        } else {
+            match names::corpus_path(&name) {
+                Ok(path) => {
+                    let file = folder.join(std::ffi::OsStr::from_bytes(&name));
+                    intake.keep(path, contents(&file, intake.limits().file)?)?
+                }
+                Err(Fault::Unusable | Fault::LeadsOut) => intake.leave_out(&name, Reason::Name)?,
+            }
+        };
+        if flow == Flow::Break(()) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// All that counts by its name in the folder and the folders in it, in no order.
+fn walk(folder: &Path, most_entries: u64, most_names: u64) -> anyhow::Result<Vec<Found>> {
+    let mut found = Vec::new();
+    let (mut entries, mut name_bytes) = (0, 0);
+    let mut folders = vec![PathBuf::new()];
+    while let Some(relative) = folders.pop() {
+        let place = folder.join(&relative);
+        for entry in fs::read_dir(&place).map_err(|why| unreadable(&why, &place))? {
+            let entry = entry.map_err(|why| unreadable(&why, &place))?;
+            let kind = entry.file_type().map_err(|why| unreadable(&why, &entry.path()))?;
+            let relative = relative.join(entry.file_name());
+            let name = relative.as_os_str().as_bytes();
+            let counts = !kind.is_dir() && names::is_kept(name);
+            entries += 1;
+            name_bytes += if counts || kind.is_dir() { name.len() as u64 } else { 0 };
+            if entries > most_entries || name_bytes > most_names {
+                return Err(error(
+                    format!("more than {most_entries} files in {}", folder.display()),
+                    "give a smaller folder",
+                ));
+            }
+            if kind.is_dir() {
+                folders.push(relative);
+            } else if counts {
+                found.push(Found { name: name.to_vec(), kind });
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn contents(file: &Path, most: u64) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(file)
+        .and_then(|opened| opened.take(most + 1).read_to_end(&mut bytes))
+        .map_err(|why| unreadable(&why, file))?;
+    if bytes.len() as u64 > most {
+        return Err(error(
+            format!("a file of more than {most} bytes, {}", file.display()),
+            "no source file is as large: take it out of the folder",
+        ));
+    }
+    Ok(bytes)
+}
+
+fn unreadable(why: &io::Error, place: &Path) -> anyhow::Error {
+    error(format!("{why}, {}", place.display()), "make it readable, or take it out of the folder")
+}
