@@ -4,6 +4,9 @@
 mod backend;
 mod bench;
 mod doctor;
+mod fetch;
+mod progress;
+pub mod source;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
@@ -25,6 +28,7 @@ struct Arguments {
 enum Command {
     Bench(bench::Arguments),
     Doctor(doctor::Arguments),
+    Fetch(fetch::Arguments),
 }
 
 /// What the process tells its caller. An error is 2.
@@ -72,6 +76,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
     match arguments.command {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Fetch(arguments) => fetch::run(&arguments),
     }
 }
 

@@ -9,7 +9,9 @@
 //! [`Limits`] and `archive.rs`.
 
 mod archive;
+mod download;
 mod folder;
+mod kernel;
 mod manifest;
 mod names;
 mod pass;
@@ -21,6 +23,8 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+pub use download::{Event, Tell};
+pub use kernel::{Fetched, Kernel, MIRROR, Version, cache_folder};
 pub use manifest::{FileRecord, LeftOut, Manifest, Reason};
 pub use names::SUFFIXES;
 pub use pass::Documents;
@@ -39,6 +43,8 @@ pub struct Document {
 /// Where a corpus is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
+    /// A kernel of kernel.org, downloaded if it is not in the cache.
+    Kernel(Kernel),
     /// A folder, or a .tar, .tar.gz or .tar.xz archive.
     Path(PathBuf),
     /// The small C program that is built into this one.
@@ -105,11 +111,25 @@ enum Place {
 }
 
 impl Corpus {
-    /// Finds the source, and hashes it if it is an archive.
+    /// Finds the source, and hashes it if it is an archive. A download says nothing: see
+    /// [`Corpus::open_telling`].
     pub fn open(source: &Source, options: Options) -> anyhow::Result<Self> {
+        Self::open_telling(source, options, &mut |_| ())
+    }
+
+    /// The same, telling how a download goes and what a person should know about it.
+    pub fn open_telling(source: &Source, options: Options, tell: Tell) -> anyhow::Result<Self> {
         let mut origin = Manifest { encoding: options.encoding, ..Manifest::default() };
         origin.limit = options.limit;
         let place = match source {
+            Source::Kernel(kernel) => {
+                let fetched = kernel.fetch(tell)?;
+                origin.source = fetched.url;
+                origin.retrieved = Some(fetched.retrieved);
+                origin.archive_sha256 = Some(fetched.sha256);
+                origin.checksum_confirmed = Some(fetched.checksum_confirmed);
+                Place::Archive(fetched.path)
+            }
             Source::Sample => {
                 origin.source = "built-in sample".to_string();
                 Place::Sample

@@ -1,0 +1,34 @@
+//! `laam fetch`: a kernel archive, downloaded and checked.
+
+use std::io::{self, Write};
+
+use clap::Args;
+
+use super::Outcome;
+use super::progress::Downloads;
+use super::source;
+use crate::corpus::MIRROR;
+
+/// Download and check a kernel archive, and print where it is.
+///
+/// The archive is kept in LAAM_CACHE, else XDG_CACHE_HOME/laam, else ~/.cache/laam, and found there
+/// the next time. A download that broke off goes on where it stopped. The archive is checked against
+/// the server's sha256sums.asc and refused if it differs.
+#[derive(Args)]
+#[command(after_help = "Example: laam fetch --version v1.0/1.0")]
+pub struct Arguments {
+    /// The kernel's folder and number on the server, like v1.0/1.0 or v6.x/6.9.4
+    #[arg(id = "kernel_version", long = "version", value_name = "V")]
+    version: String,
+    /// The server: the address of the folder that holds v1.0
+    #[arg(long, value_name = "URL", default_value = MIRROR)]
+    mirror_uri: String,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let kernel = source::kernel(&arguments.version, &arguments.mirror_uri)?;
+    let mut downloads = Downloads::default();
+    let fetched = kernel.fetch(&mut |event| downloads.show(event))?;
+    writeln!(io::stdout(), "{}", fetched.path.display())?;
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,67 @@
+//! The arguments that name a corpus, the same wherever a command reads one.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::progress::Downloads;
+use crate::corpus::{Corpus, Encoding, Kernel, MIRROR, Manifest, Options, Source, Version};
+
+/// Where the text comes from. With none of these, the built-in sample.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Source")]
+pub struct SourceArguments {
+    /// A kernel of kernel.org, like v1.0/1.0 or v6.x/6.9.4: downloaded once, checked, cached
+    #[arg(id = "kernel_version", long = "version", value_name = "V", conflicts_with = "source")]
+    pub version: Option<String>,
+    /// The server that has the kernels: the address of the folder that holds v1.0
+    #[arg(long, value_name = "URL", default_value = MIRROR)]
+    pub mirror_uri: String,
+    /// A folder, or a .tar, .tar.gz or .tar.xz archive
+    #[arg(long, value_name = "PATH")]
+    pub source: Option<PathBuf>,
+    /// Only the first N of the files that count
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub limit: Option<u64>,
+    /// Fail on a file that is not UTF-8 text instead of leaving it out
+    #[arg(long)]
+    pub strict: bool,
+}
+
+impl SourceArguments {
+    /// Whether a source was named at all.
+    pub fn is_given(&self) -> bool {
+        self.version.is_some() || self.source.is_some()
+    }
+
+    /// Opens the corpus that the arguments name, or `default` (a kernel's version, or None for the
+    /// built-in sample) where they name none. Shows a download as it goes.
+    pub fn corpus(&self, default: Option<&str>, encoding: Encoding) -> anyhow::Result<Corpus> {
+        let options = Options {
+            limit: self.limit.map(|limit| limit as usize),
+            strict: self.strict,
+            encoding,
+            ..Options::default()
+        };
+        let source = match (&self.source, self.version.as_deref().or(default)) {
+            (Some(path), _) => Source::Path(path.clone()),
+            (None, Some(version)) => Source::Kernel(kernel(version, &self.mirror_uri)?),
+            (None, None) => Source::Sample,
+        };
+        let mut downloads = Downloads::default();
+        Corpus::open_telling(&source, options, &mut |event| downloads.show(event))
+    }
+}
+
+/// A kernel's version and server as they were given.
+pub fn kernel(version: &str, mirror_uri: &str) -> anyhow::Result<Kernel> {
+    let kernel = Kernel::new(version.parse::<Version>()?)?;
+    Ok(Kernel { mirror: mirror_uri.to_string(), ..kernel })
+}
+
+/// Says on stderr what a pass left out.
+pub fn warn(manifest: &Manifest) {
+    for line in manifest.warnings() {
+        eprintln!("warning: {line}");
+    }
+}

@@ -1,0 +1,331 @@
+//! One file over HTTP, into `NAME.part`: resumed where it broke off, with timeouts on everything.
+//!
+//! Beside `NAME.part` lies `NAME.part.json`, which says what it is a part of, so that a file that
+//! has changed on the server is started anew and not glued together.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use ureq::http::{Response, StatusCode, header};
+use ureq::{Agent, Body};
+
+use crate::error::error;
+
+/// Bytes of a download. The largest kernel archive has 230 MB.
+const MOST: u64 = 2 << 30;
+
+/// How often a download that breaks off is taken up again before we give up.
+const ATTEMPTS: u32 = 4;
+
+/// An attempt that brought as much does not count.
+const PROGRESS: u64 = 1 << 20;
+
+/// A download that is slower, in bytes a second over a whole timeout, counts as stuck.
+const SLOWEST: u64 = 1 << 10;
+
+/// What a fetch tells while it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Something a person should know.
+    Note(String),
+    /// A download starts, or is taken up again.
+    Start { url: String },
+    /// Bytes there so far, the earlier part included, and bytes in all where the server says.
+    Progress { done: u64, total: Option<u64> },
+    /// The download is complete.
+    End,
+}
+
+/// Where events go.
+pub type Tell<'a> = &'a mut dyn FnMut(Event);
+
+/// An HTTP client that never waits longer than `timeout` for the next byte.
+pub fn agent(timeout: Duration) -> Agent {
+    Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_resolve(Some(timeout))
+        .timeout_connect(Some(timeout))
+        .timeout_send_request(Some(timeout))
+        .timeout_recv_response(Some(timeout))
+        .timeout_per_read(Some(timeout))
+        .user_agent(concat!("laam/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .into()
+}
+
+/// A small text, or None where the server has no such file.
+pub fn text(agent: &Agent, url: &str) -> anyhow::Result<Option<String>> {
+    let mut response = agent.get(url).call().map_err(|why| unreachable(url, &why))?;
+    match response.status() {
+        StatusCode::OK => {
+            let body = response.body_mut().with_config().limit(16 << 20).lossy_utf8(true);
+            body.read_to_string().map(Some).map_err(|why| unreachable(url, &why))
+        }
+        StatusCode::NOT_FOUND | StatusCode::GONE => Ok(None),
+        status => Err(refused(url, status)),
+    }
+}
+
+/// A download in the making.
+pub struct Download<'a> {
+    pub agent: &'a Agent,
+    pub url: &'a str,
+    /// Where the bytes go.
+    pub part: PathBuf,
+    pub timeout: Duration,
+}
+
+/// How a download ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The part is the whole file. `resumed`: some of it is from an earlier attempt.
+    Complete { resumed: bool },
+    /// The server has no such file.
+    Missing,
+}
+
+/// What a part is a part of.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Origin {
+    url: String,
+    etag: Option<String>,
+    last_modified: Option<String>,
+}
+
+/// Why an attempt failed, and whether another may do better.
+enum Failure {
+    Final(anyhow::Error),
+    Passing(String),
+}
+
+impl From<io::Error> for Failure {
+    fn from(why: io::Error) -> Self {
+        Self::Passing(why.to_string())
+    }
+}
+
+impl Download<'_> {
+    /// Runs to the end, taking up again what broke off.
+    pub fn run(&self, tell: Tell) -> anyhow::Result<Outcome> {
+        let mut failures = 0;
+        let mut resumed = self.length() > 0;
+        loop {
+            let before = self.length();
+            match self.attempt(tell) {
+                Ok(None) => return Ok(Outcome::Missing),
+                Ok(Some(from)) => return Ok(Outcome::Complete { resumed: resumed && from > 0 }),
+                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Passing(why)) => {
+                    let gained = self.length().saturating_sub(before);
+                    failures = if gained >= PROGRESS { 0 } else { failures + 1 };
+                    if failures >= ATTEMPTS {
+                        return Err(error(
+                            format!(
+                                "the download broke off at byte {} ({why}), {}",
+                                self.length(),
+                                self.url
+                            ),
+                            "run it again: it goes on where it stopped",
+                        ));
+                    }
+                    tell(Event::Note(format!("{why}; trying again")));
+                    std::thread::sleep(self.timeout.min(Duration::from_millis(500)) * failures);
+                    resumed = true;
+                }
+            }
+        }
+    }
+
+    /// Forgets what is there.
+    pub fn discard(&self) -> io::Result<()> {
+        for file in [&self.part, &self.origin_file()] {
+            match fs::remove_file(file) {
+                Err(why) if why.kind() != io::ErrorKind::NotFound => return Err(why),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the note about the part lies.
+    pub fn origin_file(&self) -> PathBuf {
+        self.part.with_added_extension("json")
+    }
+
+    fn length(&self) -> u64 {
+        fs::metadata(&self.part).map_or(0, |metadata| metadata.len())
+    }
+
+    /// One request. The offset it started at, or None where there is no such file.
+    fn attempt(&self, tell: Tell) -> Result<Option<u64>, Failure> {
+        let origin: Option<Origin> = fs::read(self.origin_file())
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .filter(|origin: &Origin| origin.url == self.url);
+        if origin.is_none() {
+            self.discard().map_err(|why| unwritable(&self.part, &why))?;
+        }
+        let have = self.length();
+
+        let mut request = self.agent.get(self.url);
+        if have > 0 {
+            request = request.header(header::RANGE, format!("bytes={have}-"));
+            // Only a strong validator says that the bytes are the same (RFC 9110, 13.1.5).
+            let validator = origin.as_ref().and_then(|origin| {
+                let strong = origin.etag.as_ref().filter(|etag| !etag.starts_with("W/"));
+                strong.or(origin.last_modified.as_ref())
+            });
+            if let Some(validator) = validator {
+                request = request.header(header::IF_RANGE, validator);
+            }
+        }
+        let response = match request.call() {
+            Ok(response) => response,
+            // What was reached before may only be away for a moment.
+            Err(why) if have > 0 => return Err(Failure::Passing(why.to_string())),
+            Err(why) => return Err(Failure::Final(unreachable(self.url, &why))),
+        };
+        let now = Origin {
+            url: self.url.to_string(),
+            etag: text_of(&response, &header::ETAG),
+            last_modified: text_of(&response, &header::LAST_MODIFIED),
+        };
+        let from = match response.status() {
+            StatusCode::OK => 0,
+            StatusCode::PARTIAL_CONTENT
+                if have > 0
+                    && range_start(&response) == Some(have)
+                    && origin.as_ref() == Some(&now) =>
+            {
+                have
+            }
+            // Not the range we asked for, or of another file than the one we have the start of.
+            StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
+                self.discard().map_err(|why| unwritable(&self.part, &why))?;
+                return Err(Failure::Passing("the file has changed on the server".to_string()));
+            }
+            StatusCode::NOT_FOUND | StatusCode::GONE => return Ok(None),
+            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
+                return Err(Failure::Passing(format!("the server says {status}")));
+            }
+            status => return Err(Failure::Final(refused(self.url, status))),
+        };
+        self.receive(response, from, &now, tell)?;
+        Ok(Some(from))
+    }
+
+    /// Appends a response's body to the part.
+    fn receive(
+        &self,
+        response: Response<Body>,
+        from: u64,
+        origin: &Origin,
+        tell: Tell,
+    ) -> Result<(), Failure> {
+        let unwritable = |why: io::Error| unwritable(&self.part, &why);
+        let mut part =
+            OpenOptions::new().create(true).append(true).open(&self.part).map_err(unwritable)?;
+        part.set_len(from).map_err(unwritable)?;
+        let note = serde_json::to_vec(origin).map_err(io::Error::from)?;
+        fs::write(self.origin_file(), note).map_err(unwritable)?;
+
+        let total = response.body().content_length().map(|length| from + length);
+        tell(Event::Start { url: self.url.to_string() });
+        tell(Event::Progress { done: from, total });
+        let mut body = response.into_body().into_with_config().limit(u64::MAX).reader();
+        let mut buffer = vec![0; 1 << 16];
+        let mut done = from;
+        let mut pace = Pace::new(self.timeout, done);
+        loop {
+            let n = body.read(&mut buffer)?;
+            if n == 0 {
+                break;
+            }
+            part.write_all(&buffer[..n]).map_err(unwritable)?;
+            done += n as u64;
+            if done > MOST {
+                let _ = self.discard(); // the error matters more
+                let what = format!("more than {MOST} bytes, {}", self.url);
+                return Err(Failure::Final(error(what, "that is no kernel archive: try a mirror")));
+            }
+            tell(Event::Progress { done, total });
+            pace.keep_up(done)?;
+        }
+        if total.is_some_and(|total| done < total) {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        part.sync_all().map_err(unwritable)?;
+        tell(Event::End);
+        Ok(())
+    }
+}
+
+/// Notices a server that sends a byte now and then, which no timeout does.
+struct Pace {
+    timeout: Duration,
+    since: Instant,
+    from: u64,
+}
+
+impl Pace {
+    fn new(timeout: Duration, from: u64) -> Self {
+        Self { timeout, since: Instant::now(), from }
+    }
+
+    fn keep_up(&mut self, done: u64) -> io::Result<()> {
+        let elapsed = self.since.elapsed();
+        if elapsed < self.timeout {
+            return Ok(());
+        }
+        if ((done - self.from) as f64) < SLOWEST as f64 * elapsed.as_secs_f64() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "less than 1 KiB a second"));
+        }
+        (self.since, self.from) = (Instant::now(), done);
+        Ok(())
+    }
+}
+
+fn text_of(response: &Response<Body>, name: &header::HeaderName) -> Option<String> {
+    Some(response.headers().get(name)?.to_str().ok()?.to_string())
+}
+
+/// The first byte of `Content-Range: bytes FIRST-LAST/TOTAL`.
+fn range_start(response: &Response<Body>) -> Option<u64> {
+    let range = text_of(response, &header::CONTENT_RANGE)?;
+    range.strip_prefix("bytes ")?.split_once('-')?.0.trim().parse().ok()
+}
+
+fn unreachable(url: &str, why: &ureq::Error) -> anyhow::Error {
+    error(
+        format!("{why}, {url}"),
+        "is the network there? --mirror_uri names another server, --source an archive you have",
+    )
+}
+
+fn refused(url: &str, status: StatusCode) -> anyhow::Error {
+    error(format!("the server says {status}, {url}"), "--mirror_uri names another server")
+}
+
+fn unwritable(file: &Path, why: &io::Error) -> Failure {
+    Failure::Final(cannot_write(file, why))
+}
+
+/// The error of a cache that cannot be written.
+pub fn cannot_write(file: &Path, why: &io::Error) -> anyhow::Error {
+    error(
+        format!("{why}, {}", file.display()),
+        "make room or give another place for downloads in LAAM_CACHE",
+    )
+}
+
+/// Writes a small file so that it is there whole or not at all.
+pub fn write_whole(file: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = file.with_added_extension("tmp");
+    let mut out = File::create(&temporary)?;
+    out.write_all(bytes)?;
+    out.sync_all()?;
+    fs::rename(temporary, file)
+}

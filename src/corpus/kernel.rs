@@ -1,0 +1,275 @@
+//! Kernel archives from kernel.org by version, checked and kept in a cache.
+//!
+//! An archive is compared with the `sha256sums.asc` of its folder. That guards against damage and
+//! against a mirror that serves something else than it lists; the list's PGP signature is not
+//! verified, so trust in the list is trust in the server and its TLS certificate.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::download::{self, Download, Event, Outcome, Tell, cannot_write, write_whole};
+use super::{sha256_of, time};
+use crate::error::{Hint, error};
+
+/// Where kernels come from unless another server is named.
+pub const MIRROR: &str = "https://cdn.kernel.org/pub/linux/kernel";
+
+const VERSION_HINT: &str = "a version is a folder and a number, like v1.0/1.0 or v6.x/6.9.4";
+
+/// A kernel's folder and number, as in `v1.0/1.0`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// The folder under the mirror, `/`-separated.
+    folder: String,
+    number: String,
+}
+
+impl FromStr for Version {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        // Parts become part of a URL and of a file's name.
+        let plain = |part: &str| {
+            !part.is_empty()
+                && part.len() <= 64
+                && !part.starts_with('.')
+                && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte))
+        };
+        match text.rsplit_once('/') {
+            Some((folder, number))
+                if folder.len() <= 256 && text.split('/').all(plain) && plain(number) =>
+            {
+                Ok(Self { folder: folder.to_string(), number: number.to_string() })
+            }
+            _ => {
+                let shown = super::names::shown(text.as_bytes());
+                Err(error(format!("no kernel version: {shown}"), VERSION_HINT))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.folder, self.number)
+    }
+}
+
+/// A kernel archive, and where to get and keep it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    pub version: Version,
+    /// `http(s)://HOST/PATH`, the folder that holds `v1.0`.
+    pub mirror: String,
+    /// The cache's folder: see [`cache_folder`].
+    pub cache: PathBuf,
+    /// The longest wait for a server.
+    pub timeout: Duration,
+}
+
+/// An archive in the cache. The record beside it (`ARCHIVE.json`) holds the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetched {
+    #[serde(skip)]
+    pub path: PathBuf,
+    pub url: String,
+    /// When it was downloaded: UTC, RFC 3339.
+    pub retrieved: String,
+    pub sha256: String,
+    /// Whether the server's list names the archive, with this sha256. False where it has no list or
+    /// does not name it; an archive that the list contradicts is refused.
+    pub checksum_confirmed: bool,
+}
+
+impl Kernel {
+    /// A kernel from the usual server, in the usual cache.
+    pub fn new(version: Version) -> anyhow::Result<Self> {
+        let timeout = Duration::from_secs(30);
+        Ok(Self { version, mirror: MIRROR.to_string(), cache: cache_folder()?, timeout })
+    }
+
+    /// The archive: from the cache if it is there and unharmed, else downloaded. The whole file is
+    /// hashed either way.
+    pub fn fetch(&self, tell: Tell) -> anyhow::Result<Fetched> {
+        let mirror = self.mirror.trim_end_matches('/');
+        let host = mirror.strip_prefix("https://").or_else(|| mirror.strip_prefix("http://"));
+        let Some(host) = host.filter(|host| !host.is_empty()) else {
+            return Err(error(
+                format!("no http address: {}", super::names::shown(mirror.as_bytes())),
+                format!("--mirror_uri is like {MIRROR}"),
+            ));
+        };
+        // Each server has its own folder: what one says is never taken for what another said.
+        let plain = |c: char| if c.is_ascii_alphanumeric() || ".-".contains(c) { c } else { '_' };
+        let host: String = host.chars().map(plain).collect();
+        let folder = self.cache.join(format!("at-{host}")).join(&self.version.folder);
+        if let Some(fetched) = self.cached(&folder, tell)? {
+            return Ok(fetched);
+        }
+        fs::create_dir_all(&folder).map_err(|why| cannot_write(&folder, &why))?;
+        // Whoever else is fetching the same archive is waited for; the lock ends with the process.
+        let lock_file = folder.join(format!("linux-{}.lock", self.version.number));
+        let lock = File::create(&lock_file).map_err(|why| cannot_write(&lock_file, &why))?;
+        if lock.try_lock().is_err() {
+            tell(Event::Note("another laam is fetching the same archive; waiting".to_string()));
+            lock.lock().map_err(|why| cannot_write(&lock_file, &why))?;
+            if let Some(fetched) = self.cached(&folder, tell)? {
+                return Ok(fetched);
+            }
+        }
+        self.download(&format!("{mirror}/{}", self.version.folder), &folder, tell)
+    }
+
+    fn names(&self) -> [String; 2] {
+        ["xz", "gz"].map(|packing| format!("linux-{}.tar.{packing}", self.version.number))
+    }
+
+    /// The archive as an earlier fetch left it, if its bytes still are what they were.
+    fn cached(&self, folder: &Path, tell: Tell) -> anyhow::Result<Option<Fetched>> {
+        for name in self.names() {
+            let path = folder.join(name);
+            let record = fs::read(record_of(&path)).ok();
+            let Some(fetched) =
+                record.and_then(|record| serde_json::from_slice::<Fetched>(&record).ok())
+            else {
+                continue;
+            };
+            if !path.is_file() {
+                continue;
+            }
+            if sha256_of(&path)? == fetched.sha256 {
+                return Ok(Some(Fetched { path, ..fetched }));
+            }
+            let damaged = format!("the cached {} is damaged; fetching it anew", path.display());
+            tell(Event::Note(damaged));
+        }
+        Ok(None)
+    }
+
+    fn download(&self, base: &str, folder: &Path, tell: Tell) -> anyhow::Result<Fetched> {
+        let agent = download::agent(self.timeout);
+        let list = download::text(&agent, &format!("{base}/sha256sums.asc"))?;
+        for name in self.names() {
+            let url = format!("{base}/{name}");
+            let path = folder.join(&name);
+            let part = path.with_added_extension("part");
+            let download = Download { agent: &agent, url: &url, part, timeout: self.timeout };
+            let listed = list.as_deref().and_then(|list| checksum_in(list, &name));
+            let Some(sha256) = checked(&download, listed.as_deref(), tell)? else { continue };
+            if listed.is_none() {
+                let what =
+                    if list.is_none() { "has no sha256sums.asc" } else { "does not list it" };
+                tell(Event::Note(format!(
+                    "WARNING: {name} could not be checked: {base} {what}; its sha256 is {sha256}"
+                )));
+            }
+            let fetched = Fetched {
+                path: path.clone(),
+                url: url.clone(),
+                retrieved: time::now(),
+                sha256,
+                checksum_confirmed: listed.is_some(),
+            };
+            keep(&download, &path, &fetched).map_err(|why| cannot_write(&path, &why))?;
+            return Ok(fetched);
+        }
+        let [xz, gz] = self.names();
+        Err(error(format!("neither {xz} nor {gz}, {base}/"), VERSION_HINT))
+    }
+}
+
+/// Downloads until the sha256 is the listed one, once anew where an earlier part may be to blame.
+/// None where there is no such file.
+fn checked(
+    download: &Download,
+    listed: Option<&str>,
+    tell: Tell,
+) -> anyhow::Result<Option<String>> {
+    loop {
+        let Outcome::Complete { resumed } = download.run(tell)? else { return Ok(None) };
+        let sha256 = sha256_of(&download.part)?;
+        if listed.is_none_or(|listed| listed == sha256) {
+            return Ok(Some(sha256));
+        }
+        download.discard().map_err(|why| cannot_write(&download.part, &why))?;
+        if !resumed {
+            let listed = listed.unwrap_or_default();
+            return Err(error(
+                format!("its sha256 is {sha256}, but the server lists {listed}, {}", download.url),
+                "the file was damaged or replaced: try again later, or another --mirror_uri",
+            ));
+        }
+        tell(Event::Note("the resumed download has a wrong checksum; starting anew".to_string()));
+    }
+}
+
+/// Moves the part into place. The record comes first: alone, it counts for nothing.
+fn keep(download: &Download, path: &Path, fetched: &Fetched) -> io::Result<()> {
+    write_whole(&record_of(path), &serde_json::to_vec_pretty(fetched)?)?;
+    fs::rename(&download.part, path)?;
+    fs::remove_file(download.origin_file())
+}
+
+fn record_of(path: &Path) -> PathBuf {
+    path.with_added_extension("json")
+}
+
+/// The hash of a file in a list of lines `HASH  NAME` (or `HASH *NAME`), which may be signed text.
+fn checksum_in(list: &str, name: &str) -> Option<String> {
+    list.lines().find_map(|line| {
+        let (hash, listed) = line.trim_end().split_once(' ')?;
+        let named =
+            matches!(listed.as_bytes(), [b' ' | b'*', rest @ ..] if rest == name.as_bytes());
+        let is_hash = hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+        (named && is_hash).then(|| hash.to_ascii_lowercase())
+    })
+}
+
+/// Where downloads are kept: `LAAM_CACHE`, else `XDG_CACHE_HOME/laam`, else `~/.cache/laam`.
+pub fn cache_folder() -> anyhow::Result<PathBuf> {
+    let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let given = std::env::var_os("LAAM_CACHE").filter(|given| !given.is_empty());
+    given
+        .map(PathBuf::from)
+        .or_else(|| Some(folder("XDG_CACHE_HOME")?.join("laam")))
+        .or_else(|| Some(folder("HOME")?.join(".cache/laam")))
+        .ok_or_else(|| anyhow::anyhow!("no place for downloads"))
+        .hint(|| "set LAAM_CACHE to a folder")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_a_folder_and_a_number() {
+        for good in ["v1.0/1.0", "v6.x/6.9.4", "v2.6/longterm/v2.6.32/2.6.32.61", "v5.x/5.1-rc1"] {
+            assert_eq!(good.parse::<Version>().unwrap().to_string(), good);
+        }
+        let long = format!("v1.0/{}", "1".repeat(99));
+        for bad in
+            ["", "1.0", "/1.0", "v1.0/", "v1.0/../1.0", "v1.0/1.0?x", "v1 0/1", "a//b", &long]
+        {
+            assert!(bad.parse::<Version>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_checksum_is_found_by_its_exact_name() {
+        let (a, b) = ("a".repeat(64), "B".repeat(64));
+        let list = format!(
+            "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n{a}  linux-1.0.tar.xz.sign\n\
+             {b}  linux-1.0.tar.xz\r\nshort  linux-1.0.tar.gz\n{a} *patch.gz\n"
+        );
+        assert_eq!(checksum_in(&list, "linux-1.0.tar.xz"), Some("b".repeat(64)));
+        assert_eq!(checksum_in(&list, "patch.gz"), Some(a));
+        assert_eq!(checksum_in(&list, "linux-1.0.tar.gz"), None);
+        assert_eq!(checksum_in(&list, "1.0.tar.xz"), None);
+    }
+}
