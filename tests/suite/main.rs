@@ -8,3 +8,4 @@ mod backend;
 mod cli;
 mod corpus;
 mod support;
+mod tokenizer;

@@ -1,9 +1,11 @@
 //! What the tests share.
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use assert_cmd::cargo::CommandCargoExt;
+use laam::corpus::Document;
 
 /// The program itself, ready to be given arguments.
 pub fn laam() -> Command {
@@ -24,4 +26,27 @@ pub fn linux() -> Option<PathBuf> {
         "SKIPPED: no Linux 1.0 corpus. Set LAAM_TEST_CORPUS to linux-1.0.tar.xz to run this test."
     );
     None
+}
+
+/// The source files of an archive by the first LaaM's filter, in the archive's order: read here by
+/// hand, so that tokens are tested without the corpus room.
+pub fn documents(archive: &Path) -> Vec<Document> {
+    const SUFFIXES: [&str; 13] = [
+        ".c", ".cc", ".cpp", ".cxx", ".c++", ".h", ".hh", ".hpp", ".hxx", ".h++", ".s", ".rs",
+        ".txt",
+    ];
+    let file = std::fs::File::open(archive).expect("the archive opens");
+    let mut archive = tar::Archive::new(lzma_rust2::XzReader::new(file, false));
+    let mut documents = Vec::new();
+    for member in archive.entries().expect("a tar archive") {
+        let mut member = member.expect("a member");
+        let path = member.path().expect("a path").to_str().expect("UTF-8").to_string();
+        let lower = path.to_lowercase();
+        if member.header().entry_type().is_file() && SUFFIXES.iter().any(|s| lower.ends_with(s)) {
+            let mut text = String::new();
+            member.read_to_string(&mut text).expect("Linux 1.0 is ASCII");
+            documents.push(Document { path, text });
+        }
+    }
+    documents
 }

@@ -1,0 +1,361 @@
+//! A tokenizer's files: `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
+//!
+//! A tokenizer.json is hostile until checked: the `tokenizers` crate panics on some that are
+//! broken (merges whose result is no token, among others) and quietly renumbers others.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Mutex;
+
+use anyhow::{Context, anyhow, bail};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tokenizers::models::bpe::BPE;
+use tokenizers::{AddedToken, ModelWrapper};
+
+use super::words::{PATTERN, Words};
+use super::{BLANKS, MARKERS, Markers, Special, Spelling, Style, Tokenizer, byte_level};
+use crate::error::Hint;
+use crate::files::write_atomically;
+
+/// Larger files are refused unread: the largest in use have 33 MB.
+const LARGEST: u64 = 256 << 20;
+
+/// How text is cut into words: style `exact`.
+fn exact_pre_tokenizer() -> Value {
+    json!({
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": PATTERN},
+                "behavior": "Isolated",
+                "invert": false
+            },
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}
+        ]
+    })
+}
+
+fn original_pre_tokenizer() -> Value {
+    json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true})
+}
+
+fn byte_level_decoder() -> Value {
+    json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true})
+}
+
+/// All blanks of the text are tokens of their own, so each `Ġ` in a token is one that encoding
+/// put before a piece: it goes.
+fn original_decoder() -> Value {
+    json!({
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "Ġ"}, "content": ""},
+            byte_level_decoder()
+        ]
+    })
+}
+
+/// A trained model in its style's clothes. `pads` are further special tokens, after all others.
+pub fn assemble(style: Style, model: BPE, pads: Vec<AddedToken>) -> anyhow::Result<Tokenizer> {
+    let mut inner = tokenizers::Tokenizer::new(ModelWrapper::from(model));
+    let specials = style.special_tokens().chain(pads);
+    inner.add_special_tokens(specials).map_err(|error| anyhow!("{error}"))?;
+    let mut json = serde_json::to_value(&inner)?;
+    // tokenizers 0.19 and older read merges as strings alone.
+    for merge in json["model"]["merges"].as_array_mut().into_iter().flatten() {
+        if let [Value::String(a), Value::String(b)] =
+            merge.as_array().map(Vec::as_slice).unwrap_or_default()
+        {
+            *merge = Value::String(format!("{a} {b}"));
+        }
+    }
+    (json["pre_tokenizer"], json["decoder"]) = match style {
+        Style::Exact => (exact_pre_tokenizer(), byte_level_decoder()),
+        Style::Original => (original_pre_tokenizer(), original_decoder()),
+    };
+    let config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": MARKERS[0],
+        "eos_token": MARKERS[1],
+        "pad_token": MARKERS[4],
+        "add_prefix_space": style == Style::Original,
+        "clean_up_tokenization_spaces": false,
+        "padding_side": "left"
+    });
+    parse(serde_json::to_vec_pretty(&json)?, serde_json::to_vec_pretty(&config)?, None)
+}
+
+pub fn save(tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<()> {
+    write_atomically(&folder.join("tokenizer_config.json"), &tokenizer.config)?;
+    write_atomically(&folder.join("tokenizer.json"), &tokenizer.json)
+}
+
+pub fn save_vocabulary(tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<()> {
+    let json: Value = serde_json::from_slice(&tokenizer.json)?;
+    let merges = merges(&json["model"]["merges"])?;
+    let mut text = String::from("#version: 0.2\n");
+    merges.iter().for_each(|(a, b)| text.extend([a, " ", b, "\n"]));
+    write_atomically(&folder.join("vocab.json"), &serde_json::to_vec(&json["model"]["vocab"])?)?;
+    write_atomically(&folder.join("merges.txt"), text.as_bytes())
+}
+
+pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
+    let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
+    let read = || -> anyhow::Result<Vec<u8>> {
+        let size = fs::metadata(&file)?.len();
+        if size > LARGEST {
+            bail!("it has {size} bytes, more than any tokenizer");
+        }
+        Ok(fs::read(&file)?)
+    };
+    let json = read()
+        .with_context(|| format!("cannot read the tokenizer {}", file.display()))
+        .hint(|| "--tokenizer_path is a folder that laam train-tokenizer or transformers wrote")?;
+    // A tokenizer.json by itself is a tokenizer too.
+    let config_file = file.with_file_name("tokenizer_config.json");
+    let config = match fs::read(&config_file) {
+        Ok(config) => config,
+        Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => b"{}".to_vec(),
+        Err(error) => {
+            return Err(error)
+                .with_context(|| format!("cannot read {}", config_file.display()))
+                .hint(|| "make the file readable, or remove it");
+        }
+    };
+    parse(json, config, Some(&file))
+        .with_context(|| format!("{} is not a tokenizer that laam can use", file.display()))
+        .hint(|| "laam train-tokenizer makes one; laam reads byte-pair tokenizers of transformers")
+}
+
+fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result<Tokenizer> {
+    let value: Value = serde_json::from_slice(&json).context("it is not JSON")?;
+    let config_value: Value =
+        serde_json::from_slice(&config).context("tokenizer_config.json is not JSON")?;
+    let vocabulary = check(&value)?;
+    let mut inner = tokenizers::Tokenizer::from_bytes(&json).map_err(|error| anyhow!("{error}"))?;
+    // They concern batches of a training in Python.
+    inner.with_padding(None);
+    inner.with_truncation(None).map_err(|error| anyhow!("{error}"))?;
+    for (content, id) in &vocabulary.added {
+        let given = inner.token_to_id(content);
+        if given != Some(*id) {
+            bail!("added token {content:?} has id {id}, where its place gives it {given:?}");
+        }
+    }
+    let id_of = |token: &str| inner.token_to_id(token);
+    let markers = (|| {
+        let [start_file, end_file, start_header, end_header, pad] = MARKERS.map(id_of);
+        Some(Markers {
+            start_file: start_file?,
+            end_file: end_file?,
+            start_header: start_header?,
+            end_header: end_header?,
+            pad: pad?,
+        })
+    })();
+    let named = |key: &str| {
+        let token = &config_value[key];
+        token.as_str().or_else(|| token["content"].as_str()).and_then(id_of)
+    };
+    let special = Special {
+        bos: named("bos_token").or(markers.map(|markers| markers.start_file)),
+        eos: named("eos_token").or(markers.map(|markers| markers.end_file)),
+        pad: named("pad_token").or(markers.map(|markers| markers.pad)),
+    };
+    Ok(Tokenizer {
+        style: markers.and_then(|_| style_of(&value)),
+        markers,
+        special,
+        sha256: Sha256::digest(&json).into(),
+        json,
+        config,
+        place: place.map(Path::to_path_buf),
+        vocab_size: vocabulary.size,
+        spelling: vocabulary.spelling(&value["decoder"]),
+        words: Words::new(),
+        caches: Mutex::default(),
+        inner,
+    })
+}
+
+/// Which of our styles this is, by the parts that decide what ids a text gets.
+fn style_of(json: &Value) -> Option<Style> {
+    let added: Vec<_> =
+        json["added_tokens"].as_array()?.iter().map(|token| &token["content"]).collect();
+    let plain = json["normalizer"].is_null()
+        && json["post_processor"].is_null()
+        && MODEL_SWITCHES.iter().all(|(switch, usual)| {
+            json["model"].get(*switch).is_none_or(|given| given == usual || given.is_null())
+        });
+    if !plain {
+        return None;
+    }
+    if json["pre_tokenizer"] == exact_pre_tokenizer() && added == MARKERS {
+        return Some(Style::Exact);
+    }
+    let same = |(index, name): (usize, &&str)| added.get(index).is_some_and(|token| token == name);
+    let original = json["pre_tokenizer"] == original_pre_tokenizer()
+        && MARKERS.iter().chain(&BLANKS).enumerate().all(same);
+    original.then_some(Style::Original)
+}
+
+/// What a plain byte-level model has here.
+const MODEL_SWITCHES: [(&str, Value); 7] = [
+    ("dropout", Value::Null),
+    ("unk_token", Value::Null),
+    ("continuing_subword_prefix", Value::Null),
+    ("end_of_word_suffix", Value::Null),
+    ("fuse_unk", Value::Bool(false)),
+    ("byte_fallback", Value::Bool(false)),
+    ("ignore_merges", Value::Bool(false)),
+];
+
+/// A checked vocabulary.
+struct Vocabulary<'a> {
+    /// Token and id: the model's.
+    model: HashMap<&'a str, u32>,
+    /// Added tokens, in the order of the file.
+    added: Vec<(&'a str, u32)>,
+    /// One more than the largest id.
+    size: usize,
+}
+
+/// Refuses what the crate would panic on, misread or run wild with.
+fn check(json: &Value) -> anyhow::Result<Vocabulary<'_>> {
+    let model = &json["model"];
+    if model["type"] != "BPE" {
+        bail!("its model is {}, not BPE", model["type"]);
+    }
+    for affix in ["continuing_subword_prefix", "end_of_word_suffix"] {
+        if !model[affix].is_null() && model[affix] != "" {
+            bail!("its model has a {affix}, which laam does not read");
+        }
+    }
+    if !model["dropout"].is_null() && model["dropout"] != 0.0 {
+        bail!("its model drops merges by chance (dropout {})", model["dropout"]);
+    }
+    check_parts(&json["normalizer"], "normalizers", &NORMALIZERS)?;
+    check_parts(&json["pre_tokenizer"], "pretokenizers", &PRE_TOKENIZERS)?;
+    check_parts(&json["post_processor"], "processors", &POST_PROCESSORS)?;
+    check_parts(&json["decoder"], "decoders", &DECODERS)?;
+
+    let entries = model["vocab"].as_object().context("its model has no vocab")?;
+    let mut vocab = HashMap::with_capacity(entries.len());
+    let mut ids = std::collections::HashSet::with_capacity(entries.len());
+    for (token, id) in entries {
+        let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        let id = id.with_context(|| format!("token {token:?} has no id"))?;
+        vocab.insert(token.as_str(), id);
+        if !ids.insert(id) {
+            bail!("two tokens have id {id}");
+        }
+    }
+    let mut joined = String::new();
+    for (a, b) in merges(&model["merges"])? {
+        joined.clear();
+        joined.extend([a, b]);
+        for token in [a, b, &joined] {
+            if !vocab.contains_key(token) {
+                bail!("the merge of {a:?} and {b:?} needs token {token:?}, which the vocab lacks");
+            }
+        }
+    }
+    let mut added = Vec::new();
+    for token in json["added_tokens"].as_array().into_iter().flatten() {
+        let content = token["content"].as_str().unwrap_or_default();
+        let id = token["id"].as_u64().and_then(|id| u32::try_from(id).ok());
+        match id {
+            Some(id) if !content.is_empty() => added.push((content, id)),
+            _ => bail!("an added token has no content or no id: {token}"),
+        }
+        ids.extend(id);
+    }
+    let size = ids.iter().max().map_or(0, |&id| id as usize + 1);
+    // Ids may have gaps, but not such that a table of them is out of all proportion.
+    if size == 0 || size > 2 * ids.len() + 65_536 {
+        bail!("it has {} tokens, with ids up to {}", ids.len(), size.saturating_sub(1));
+    }
+    Ok(Vocabulary { model: vocab, added, size })
+}
+
+/// The parts that are known not to panic and to read text as transformers does.
+const NORMALIZERS: [&str; 7] = ["NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Strip"];
+const PRE_TOKENIZERS: [&str; 6] =
+    ["ByteLevel", "Split", "Digits", "Metaspace", "Whitespace", "WhitespaceSplit"];
+const POST_PROCESSORS: [&str; 2] = ["ByteLevel", "TemplateProcessing"];
+const DECODERS: [&str; 6] = ["ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"];
+
+/// A part, or a sequence of parts (one level deep), of known kinds.
+fn check_parts(part: &Value, list: &str, known: &[&str]) -> anyhow::Result<()> {
+    let parts = match part {
+        Value::Null => return Ok(()),
+        sequence if sequence["type"] == "Sequence" => {
+            sequence[list].as_array().map(Vec::as_slice).unwrap_or_default()
+        }
+        one => std::slice::from_ref(one),
+    };
+    for part in parts {
+        let kind = &part["type"];
+        if !kind.as_str().is_some_and(|kind| known.contains(&kind)) {
+            bail!("laam does not read its {kind} (among its {list})");
+        }
+        if kind == "Replace" && part["pattern"]["String"] == "" {
+            bail!("it replaces nothing by something, everywhere");
+        }
+    }
+    Ok(())
+}
+
+fn pair(merge: &Value) -> Option<(&str, &str)> {
+    match merge {
+        Value::String(both) => both.split_once(' ').filter(|(_, b)| !b.contains(' ')),
+        Value::Array(pair) => match pair.as_slice() {
+            [Value::String(a), Value::String(b)] => Some((a, b)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The merges, in order: "a b" or ["a", "b"].
+fn merges(list: &Value) -> anyhow::Result<Vec<(&str, &str)>> {
+    let list = list.as_array().context("its model has no merges")?;
+    list.iter()
+        .enumerate()
+        .map(|(rank, merge)| {
+            pair(merge).with_context(|| format!("merge {rank} is no pair of tokens: {merge}"))
+        })
+        .collect()
+}
+
+impl Vocabulary<'_> {
+    /// Each id's bytes, if the decoder is byte-level: then a text is its tokens' bytes in a row.
+    fn spelling(&self, decoder: &Value) -> Option<Spelling> {
+        let drops_blanks = *decoder == original_decoder();
+        if !drops_blanks && decoder["type"] != "ByteLevel" {
+            return None;
+        }
+        let mut by_id: Vec<Vec<u8>> = vec![Vec::new(); self.size];
+        for (&token, &id) in &self.model {
+            let bytes = token.chars().map(byte_level::byte_of).collect::<Option<Vec<u8>>>();
+            // A token that is not in the spelling is text as it stands.
+            let mut bytes = bytes.unwrap_or_else(|| token.as_bytes().to_vec());
+            if drops_blanks {
+                bytes.retain(|&byte| byte != b' ');
+            }
+            by_id[id as usize] = bytes;
+        }
+        for &(content, id) in &self.added {
+            by_id[id as usize] = content.as_bytes().to_vec();
+        }
+        let mut spelling = Spelling { bytes: Vec::new(), ends: Vec::with_capacity(self.size) };
+        for bytes in by_id {
+            spelling.bytes.extend(bytes);
+            spelling.ends.push(spelling.bytes.len() as u32);
+        }
+        Some(spelling)
+    }
+}

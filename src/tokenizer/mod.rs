@@ -1,0 +1,272 @@
+//! Text to tokens and back: byte-level BPE in two styles, on the `tokenizers` crate.
+//!
+//! - [`Style::Exact`] (the default) gives back any UTF-8 text byte for byte. Documents are framed by
+//!   markers, which are ids of their own: a marker spelled out in a file is plain text.
+//! - [`Style::Original`] is the first LaaM's, id for id: a blank before every piece of text, runs of
+//!   blanks as special tokens, markers read from the text. Its decoder is repaired (it drops the
+//!   blanks that encoding added), so that it too gives back what it was given.
+//!
+//! Any other byte-pair tokenizer of a Hugging Face folder can be loaded for generation.
+
+mod byte_level;
+mod folder;
+mod train;
+mod words;
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::anyhow;
+use serde::{Deserialize, Serialize};
+use tokenizers::{AddedToken, Model};
+
+pub use train::{Trained, Training};
+
+use crate::corpus::Document;
+use crate::error::{Hint, error};
+
+/// How text becomes tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Style {
+    /// Gives back any text byte for byte.
+    #[default]
+    Exact,
+    /// The first LaaM's tokens, id for id.
+    Original,
+}
+
+/// The markers, in the order of their ids: `start_file`, `end_file`, `start_header`, `end_header`,
+/// `pad`. They frame a document:
+/// `<|start_file|><|start_header|>PATH<|end_header|>TEXT<|end_file|>`.
+pub const MARKERS: [&str; 5] =
+    ["<|start_file|>", "<|end_file|>", "<|start_header|>", "<|end_header|>", "<|pad|>"];
+
+/// The blanks that are tokens of their own in style `original`.
+const BLANKS: [&str; 4] = ["\t", " ", "  ", "    "];
+
+impl Style {
+    /// The special tokens of the style, in the order of their ids, from 0.
+    fn special_tokens(self) -> impl Iterator<Item = AddedToken> {
+        let blanks = match self {
+            Style::Exact => [].as_slice(),
+            Style::Original => BLANKS.as_slice(),
+        };
+        let marker = |marker: &&str| AddedToken::from(*marker, true);
+        // Blanks are text, not specials: a decoder that skips specials must not lose them. The
+        // first LaaM called them special; their ids are the same.
+        let blank = |blank: &&str| AddedToken::from(*blank, false).normalized(false);
+        MARKERS.iter().map(marker).chain(blanks.iter().map(blank))
+    }
+}
+
+/// The ids of the markers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Markers {
+    pub start_file: u32,
+    pub end_file: u32,
+    pub start_header: u32,
+    pub end_header: u32,
+    pub pad: u32,
+}
+
+/// The tokens that open, close and fill a text, where the tokenizer names them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Special {
+    /// Begins every text: where generation without a prompt starts.
+    pub bos: Option<u32>,
+    /// Ends every text.
+    pub eos: Option<u32>,
+    pub pad: Option<u32>,
+}
+
+/// A tokenizer, trained or loaded.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// `None`: somebody else's.
+    style: Option<Style>,
+    markers: Option<Markers>,
+    special: Special,
+    /// The bytes of `tokenizer.json` and `tokenizer_config.json`.
+    json: Vec<u8>,
+    config: Vec<u8>,
+    sha256: [u8; 32],
+    /// Where it was loaded from, for messages.
+    place: Option<PathBuf>,
+    vocab_size: usize,
+    /// Each id's bytes, where a text is its tokens' bytes in a row.
+    spelling: Option<Spelling>,
+    words: words::Words,
+    /// Style `exact` remembers the tokens of words: a cache for each thread that is encoding.
+    caches: Mutex<Vec<words::Cache>>,
+}
+
+/// The bytes of every id, end to end.
+#[derive(Debug)]
+struct Spelling {
+    bytes: Vec<u8>,
+    ends: Vec<u32>,
+}
+
+impl Spelling {
+    fn of(&self, id: u32) -> Option<&[u8]> {
+        let id = id as usize;
+        let to = *self.ends.get(id)? as usize;
+        let from = if id == 0 { 0 } else { self.ends[id - 1] as usize };
+        Some(&self.bytes[from..to])
+    }
+}
+
+/// A word of more bytes is refused: merging it would take gigabytes.
+const LONGEST_WORD: usize = 4 << 20;
+
+impl Tokenizer {
+    /// The style, or `None` for a tokenizer that is not one of ours.
+    pub fn style(&self) -> Option<Style> {
+        self.style
+    }
+
+    /// One more than the largest id: the rows an embedding needs.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// SHA-256 of `tokenizer.json` as [`Tokenizer::save`] writes it.
+    pub fn sha256(&self) -> [u8; 32] {
+        self.sha256
+    }
+
+    /// The markers' ids. An error for a tokenizer that lacks them: it can generate text, but knows
+    /// no documents.
+    pub fn markers(&self) -> anyhow::Result<Markers> {
+        self.markers.ok_or_else(|| {
+            error(
+                format!("the tokenizer{} has no document markers ({})", self.at(), MARKERS[0]),
+                "laam train-tokenizer makes one that has; this one serves for generate alone",
+            )
+        })
+    }
+
+    /// Beginning, end and padding of a text.
+    pub fn special(&self) -> Special {
+        self.special
+    }
+
+    /// A document framed by its markers.
+    pub fn encode_document(&self, document: &Document) -> anyhow::Result<Vec<u32>> {
+        let markers = self.markers()?;
+        if self.style == Some(Style::Exact) {
+            let mut ids = self.encode_header(&document.path, None)?;
+            self.encode_words(&document.text, &mut ids)
+                .hint(|| format!("leave out {}", document.path))?;
+            ids.push(markers.end_file);
+            return Ok(ids);
+        }
+        // Here markers are read from the text, as the first LaaM did.
+        self.encode_text(&train::format_document(document))
+            .hint(|| format!("leave out {}", document.path))
+    }
+
+    /// What precedes a document's text: `<|start_file|><|start_header|>PATH<|end_header|>`, or with a
+    /// chunk's number `PATH N`.
+    pub fn encode_header(&self, path: &str, chunk: Option<usize>) -> anyhow::Result<Vec<u32>> {
+        let markers = self.markers()?;
+        let name = match chunk {
+            None => path.to_string(),
+            Some(chunk) => format!("{path} {chunk}"),
+        };
+        let mut ids = vec![markers.start_file, markers.start_header];
+        ids.extend(self.encode_text(&name)?);
+        ids.push(markers.end_header);
+        Ok(ids)
+    }
+
+    /// Text alone. Style `exact` takes it all as plain text; the others find markers in it.
+    pub fn encode_text(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        if self.style == Some(Style::Exact) {
+            let mut ids = Vec::with_capacity(text.len() / 3);
+            self.encode_words(text, &mut ids)?;
+            return Ok(ids);
+        }
+        self.encode_by_the_crate(text, false)
+    }
+
+    /// A prompt as transformers encodes it: markers are markers, and what the tokenizer puts before
+    /// every text is put there.
+    pub fn encode_prompt(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        self.encode_by_the_crate(text, true)
+    }
+
+    fn encode_by_the_crate(&self, text: &str, specials: bool) -> anyhow::Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, specials);
+        let encoding = encoding.map_err(|error| anyhow!("cannot encode text: {error}"));
+        Ok(encoding.hint(|| format!("is the tokenizer{} sound?", self.at()))?.get_ids().to_vec())
+    }
+
+    fn encode_words(&self, text: &str, ids: &mut Vec<u32>) -> anyhow::Result<()> {
+        let mut cache = self.take_cache();
+        for word in self.words.of(text) {
+            if let Some(known) = cache.get(word) {
+                ids.extend(known);
+                continue;
+            }
+            if word.len() > LONGEST_WORD {
+                return Err(error(
+                    format!("a word of {} bytes is too long to be merged", word.len()),
+                    "such a file is hardly source code: leave it out",
+                ));
+            }
+            let from = ids.len();
+            let tokens = self.inner.get_model().tokenize(&byte_level::text(word.as_bytes()));
+            let tokens = tokens.map_err(|error| anyhow!("cannot encode {word:?}: {error}"))?;
+            ids.extend(tokens.iter().map(|token| token.id));
+            cache.insert(word, &ids[from..]);
+        }
+        // Lost on an error, which ends the encoding anyway.
+        self.caches.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(cache);
+        Ok(())
+    }
+
+    fn take_cache(&self) -> words::Cache {
+        let mut caches = self.caches.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        caches.pop().unwrap_or_default()
+    }
+
+    /// The bytes of the text that the ids stand for, markers spelled out.
+    pub fn decode_bytes(&self, ids: &[u32]) -> anyhow::Result<Vec<u8>> {
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+            return Err(error(
+                format!("id {id} is not in the vocabulary of {}{}", self.vocab_size, self.at()),
+                "the model and the tokenizer do not belong together",
+            ));
+        }
+        let Some(spelling) = &self.spelling else {
+            let text = self.inner.decode(ids, false);
+            let text = text.map_err(|error| anyhow!("cannot decode: {error}"));
+            return Ok(text.hint(|| format!("is the tokenizer{} sound?", self.at()))?.into_bytes());
+        };
+        Ok(ids.iter().filter_map(|&id| spelling.of(id)).flatten().copied().collect())
+    }
+
+    /// ` of PLACE`, or nothing for one that was just trained.
+    fn at(&self) -> String {
+        let of = |place: &PathBuf| format!(" of {}", place.display());
+        self.place.as_ref().map(of).unwrap_or_default()
+    }
+
+    /// Writes `tokenizer.json` and `tokenizer_config.json`, each wholly or not at all.
+    pub fn save(&self, folder: &Path) -> anyhow::Result<()> {
+        folder::save(self, folder)
+    }
+
+    /// Writes `vocab.json` and `merges.txt`, GPT-2's two files: the first LaaM's `--format hf`.
+    pub fn save_vocabulary(&self, folder: &Path) -> anyhow::Result<()> {
+        folder::save_vocabulary(self, folder)
+    }
+
+    /// Reads a tokenizer from its folder, or from a `tokenizer.json`.
+    pub fn load(path: &Path) -> anyhow::Result<Self> {
+        folder::load(path)
+    }
+}

@@ -1,0 +1,115 @@
+//! Text into words for the `exact` style, and the words' tokens remembered.
+//!
+//! Most of the time of encoding goes into finding words and into the merges of words that were seen
+//! before. The `tokenizers` crate finds them with a backtracking matcher, for the sake of one
+//! look-ahead; here the same pattern runs as a finite automaton, and the look-ahead is two lines of
+//! code. The test beside this file and the tests on real text hold both to equal words.
+
+use std::collections::HashMap;
+
+use regex::Regex;
+
+/// The pattern as `tokenizer.json` holds it: Llama 3's. Words are letters with one leading other
+/// character, numbers of up to three digits, punctuation with the line breaks behind it, line breaks
+/// with the blanks before them, and blanks, the last of which goes to the word that follows.
+pub const PATTERN: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
+/// The same without its look-ahead.
+const AUTOMATON: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+);
+
+/// The words of a text, in order; together they are the text.
+#[derive(Debug)]
+pub struct Words(Regex);
+
+impl Words {
+    pub fn new() -> Self {
+        Self(Regex::new(AUTOMATON).expect("a constant pattern"))
+    }
+
+    pub fn of<'a, 't: 'a>(&'a self, text: &'t str) -> impl Iterator<Item = &'t str> + use<'a, 't> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let found = self.0.find_at(text, at)?;
+            debug_assert_eq!(found.start(), at, "the pattern covers every character");
+            let mut word = found.as_str();
+            // `\s+(?!\S)`: blanks before a word leave their last one to it. (A run that holds a
+            // line break ends with it: an earlier alternative took it.)
+            if found.end() < text.len()
+                && let Some(last) = word.chars().next_back()
+                && last.is_whitespace()
+                && !matches!(last, '\r' | '\n')
+                && word.len() > last.len_utf8()
+            {
+                word = &word[..word.len() - last.len_utf8()];
+            }
+            at += word.len();
+            Some(word)
+        })
+    }
+}
+
+/// Words' tokens, remembered: a bounded map from a word to its ids.
+#[derive(Debug, Default)]
+pub struct Cache {
+    ids: Vec<u32>,
+    /// Where a word's ids lie in `ids`.
+    words: HashMap<Box<str>, (u32, u32)>,
+}
+
+impl Cache {
+    /// Some 10 MB a thread. Kernel source has a few times as many words, but the most frequent
+    /// come early.
+    const WORDS: usize = 1 << 17;
+    /// A longer word is hardly met twice.
+    const BYTES: usize = 64;
+
+    pub fn get(&self, word: &str) -> Option<&[u32]> {
+        self.words.get(word).map(|&(from, to)| &self.ids[from as usize..to as usize])
+    }
+
+    pub fn insert(&mut self, word: &str, ids: &[u32]) {
+        if self.words.len() < Self::WORDS && word.len() <= Self::BYTES {
+            let from = self.ids.len() as u32;
+            self.ids.extend(ids);
+            self.words.insert(word.into(), (from, self.ids.len() as u32));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::{
+        OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior,
+    };
+
+    fn words_by_the_crate(text: &str) -> Vec<String> {
+        let pattern = SplitPattern::Regex(PATTERN.to_string());
+        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap();
+        let mut words = PreTokenizedString::from(text);
+        split.pre_tokenize(&mut words).unwrap();
+        words
+            .get_splits(OffsetReferential::Original, OffsetType::Byte)
+            .into_iter()
+            .map(|(word, ..)| word.to_string())
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn words_equal_the_crates(
+            text in r"([ \t]{0,3}[\r\n]{0,2}|[a-zA-Z]{0,3}|'[sStTlLrRvVeEmMdD]{1,2}|[0-9]{1,5}|[;+<>|_]{1,3}|\PC|\s|[\u{a0}\u{2003}\u{85}\u{0}é中ſ]){0,24}"
+        ) {
+            prop_assert_eq!(Words::new().of(&text).collect::<Vec<_>>(), words_by_the_crate(&text));
+        }
+    }
+}
