@@ -9,3 +9,4 @@ mod cli;
 mod corpus;
 mod support;
 mod tokenizer;
+mod trainer;
