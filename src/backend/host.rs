@@ -34,6 +34,11 @@ impl Real for f64 {
 /// Carries out the operations of a program, whose inputs are in place.
 pub(super) trait Execute<R>: Send {
     fn execute(&mut self, program: &Program, memory: &mut Memory<R>, feed: &Feed);
+
+    /// Seconds spent in each kind of operation so far.
+    fn profile(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
+    }
 }
 
 /// A session in host memory.
@@ -113,6 +118,10 @@ impl<R: Real, E: Execute<R>> Session for Host<R, E> {
             *place = R::from_f32(*value);
         }
         Ok(())
+    }
+
+    fn profile(&self) -> Vec<(&'static str, f64)> {
+        self.executor.profile()
     }
 
     fn bytes(&self) -> usize {

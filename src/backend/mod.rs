@@ -77,6 +77,8 @@ pub trait Session: Send {
     fn read(&self, arena: Arena) -> Vec<f32>;
     /// Replaces an arena, whose length `values` must have.
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()>;
+    /// Seconds spent in each kind of operation since the session began, where the backend counts.
+    fn profile(&self) -> Vec<(&'static str, f64)>;
     /// Bytes held: arenas and the block of buffers.
     fn bytes(&self) -> usize;
 }

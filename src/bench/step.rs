@@ -64,6 +64,8 @@ pub struct Timing {
     pub peak_bytes: u64,
     /// Of the first and of the last step.
     pub losses: [f64; 2],
+    /// Seconds a step in each kind of operation, the longest first.
+    pub operations: Vec<(&'static str, f64)>,
 }
 
 /// Times `steps` steps after `warmup` untimed ones, on random tokens and random weights.
@@ -91,9 +93,13 @@ pub fn time(
 
     let mut seconds = Vec::with_capacity(steps);
     let mut losses = [f64::NAN; 2];
+    let mut before = Vec::new();
     for step in 0..warmup + steps {
         let windows = random_windows(batch, context, config.vocab_size, step as u32);
         let rates = Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step: step as u64 + 1 };
+        if step == warmup {
+            before = engine.profile();
+        }
         let start = Instant::now();
         let outcome = engine.step(std::slice::from_ref(&windows), rates)?;
         if step >= warmup {
@@ -101,6 +107,13 @@ pub fn time(
         }
         losses[usize::from(step > 0)] = outcome.loss;
     }
+    let warm = |name| before.iter().find(|(other, _)| *other == name).map_or(0.0, |(_, s)| *s);
+    let mut operations: Vec<_> = engine
+        .profile()
+        .into_iter()
+        .map(|(name, seconds)| (name, (seconds - warm(name)) / steps as f64))
+        .collect();
+    operations.sort_by(|a, b| b.1.total_cmp(&a.1));
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
     Ok(Timing {
@@ -117,6 +130,7 @@ pub fn time(
         slowest: seconds[seconds.len() - 1],
         peak_bytes: peak_bytes(),
         losses,
+        operations,
     })
 }
 

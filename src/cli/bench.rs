@@ -83,6 +83,13 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
             timing.tokens_a_second,
             timing.peak_bytes / 1_000_000,
         );
+        for (name, seconds) in &timing.operations {
+            println!(
+                "  {name:24} {:9.2} ms  {:4.1}%",
+                1e3 * seconds,
+                100.0 * seconds / timing.seconds_a_step
+            );
+        }
     }
     Ok(Outcome::Done)
 }

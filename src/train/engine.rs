@@ -120,6 +120,11 @@ impl Engine {
         self.session.write(arena, values)
     }
 
+    /// Seconds spent in each kind of operation so far, where the backend counts them.
+    pub fn profile(&self) -> Vec<(&'static str, f64)> {
+        self.session.profile()
+    }
+
     /// Bytes of memory the session holds.
     pub fn bytes(&self) -> usize {
         self.session.bytes()

@@ -388,10 +388,14 @@ impl<S: Simd> Tiles<S> {
     #[inline(always)]
     fn softmax(&self, s: S, chunks: Range<usize>, scores: &mut [f32]) -> [(f32, f32); ROWS] {
         let (scores, _) = S::as_mut_simd_f32s(scores);
-        std::array::from_fn(|r| {
+        let mut statistics = [(0.0, 0.0); ROWS];
+        for (r, statistic) in statistics.iter_mut().enumerate() {
             let row = &mut scores[r * self.vectors..][chunks.clone()];
-            let lowest = s.splat_f32s(f32::NEG_INFINITY);
-            let max = s.reduce_max_f32s(row.iter().fold(lowest, |max, &x| s.max_f32s(max, x)));
+            let mut max = s.splat_f32s(f32::NEG_INFINITY);
+            for &score in &*row {
+                max = s.max_f32s(max, score);
+            }
+            let max = s.reduce_max_f32s(max);
             // A row that sees nothing has only minus infinities: 0 keeps its exponentials 0.
             let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
             let shift = s.splat_f32s(max);
@@ -400,8 +404,9 @@ impl<S: Simd> Tiles<S> {
                 *score = exp(s, s.sub_f32s(*score, shift));
                 sum = s.add_f32s(sum, *score);
             }
-            (max, s.reduce_sum_f32s(sum))
-        })
+            *statistic = (max, s.reduce_sum_f32s(sum));
+        }
+        statistics
     }
 
     /// `out[r][c] = sum over j of p[r][j] * values[c][j]`; d is even.

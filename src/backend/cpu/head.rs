@@ -175,28 +175,33 @@ impl WithSimd for Exponentials<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Vec<Peak> {
-        self.logits
-            .chunks_mut(self.width)
-            .map(|row| {
-                let (lanes, rest) = S::as_simd_f32s(row);
-                let lowest = s.splat_f32s(f32::NEG_INFINITY);
-                let max = s.reduce_max_f32s(lanes.iter().fold(lowest, |m, &x| s.max_f32s(m, x)));
-                let max = rest.iter().fold(max, |m, &x| m.max(x));
-                let place = row.iter().position(|&x| x == max).unwrap_or(0);
-                let shift = s.splat_f32s(max);
-                let mut sum = s.splat_f32s(0.0);
-                let (lanes, rest) = S::as_mut_simd_f32s(row);
-                for x in lanes {
-                    *x = exp(s, s.sub_f32s(*x, shift));
-                    sum = s.add_f32s(sum, *x);
-                }
-                let mut sum = s.reduce_sum_f32s(sum);
-                for x in rest {
-                    *x = (*x - max).exp();
-                    sum += *x;
-                }
-                Peak { max, sum, argmax: (self.first + place) as u32 }
-            })
-            .collect()
+        let mut peaks = Vec::with_capacity(self.logits.len() / self.width);
+        for row in self.logits.chunks_mut(self.width) {
+            let (lanes, rest) = S::as_mut_simd_f32s(row);
+            let mut max = s.splat_f32s(f32::NEG_INFINITY);
+            for &x in &*lanes {
+                max = s.max_f32s(max, x);
+            }
+            let mut max = s.reduce_max_f32s(max);
+            for &mut x in &mut *rest {
+                max = max.max(x);
+            }
+            let place = row.iter().position(|&x| x == max).unwrap_or(0);
+
+            let (lanes, rest) = S::as_mut_simd_f32s(row);
+            let shift = s.splat_f32s(max);
+            let mut sum = s.splat_f32s(0.0);
+            for x in lanes {
+                *x = exp(s, s.sub_f32s(*x, shift));
+                sum = s.add_f32s(sum, *x);
+            }
+            let mut sum = s.reduce_sum_f32s(sum);
+            for x in rest {
+                *x = (*x - max).exp();
+                sum += *x;
+            }
+            peaks.push(Peak { max, sum, argmax: (self.first + place) as u32 });
+        }
+        peaks
     }
 }

@@ -1,5 +1,8 @@
 //! Vectors of f32 as wide as the processor has them, through `pulp`, and the functions of them that
 //! hardware lacks.
+//!
+//! A rule for everything generic over `Simd`: no vector code inside a closure. A closure is compiled
+//! for the plain instruction set, and calls there cost twenty times the work.
 
 use pulp::{Arch, Simd};
 

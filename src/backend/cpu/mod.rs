@@ -14,6 +14,9 @@ mod product;
 mod rope;
 mod update;
 
+use std::collections::BTreeMap;
+use std::time::Instant;
+
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::host::{Execute, Host};
@@ -57,6 +60,7 @@ impl Backend for Cpu {
             pool,
             rope: rope::Table::default(),
             head: Vec::new(),
+            seconds: BTreeMap::new(),
         };
         Ok(Box::new(Host::new(layout, need, vector)))
     }
@@ -74,17 +78,25 @@ struct Vector {
     rope: rope::Table,
     /// The head's tiles of logits, kept from step to step.
     head: Vec<f32>,
+    /// By the name of the operation.
+    seconds: BTreeMap<&'static str, f64>,
 }
 
 impl Execute<f32> for Vector {
     fn execute(&mut self, program: &Program, memory: &mut Memory<f32>, feed: &Feed) {
-        let Vector { arch, pool, rope, head } = self;
+        let Vector { arch, pool, rope, head, seconds } = self;
         // Once a program: entering the pool costs microseconds, as much as a small operation.
         pool.install(|| {
             for op in &program.ops {
+                let start = Instant::now();
                 one(*arch, rope, head, op, memory, feed);
+                *seconds.entry(op.name()).or_default() += start.elapsed().as_secs_f64();
             }
         });
+    }
+
+    fn profile(&self) -> Vec<(&'static str, f64)> {
+        self.seconds.iter().map(|(&name, &seconds)| (name, seconds)).collect()
     }
 }
 
