@@ -85,17 +85,23 @@ impl Cache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::LazyLock;
+
     use proptest::prelude::*;
     use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
     use tokenizers::{
         OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior,
     };
 
-    fn words_by_the_crate(text: &str) -> Vec<String> {
+    static WORDS: LazyLock<Words> = LazyLock::new(Words::new);
+    static SPLIT: LazyLock<Split> = LazyLock::new(|| {
         let pattern = SplitPattern::Regex(PATTERN.to_string());
-        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap();
+        Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap()
+    });
+
+    fn words_by_the_crate(text: &str) -> Vec<String> {
         let mut words = PreTokenizedString::from(text);
-        split.pre_tokenize(&mut words).unwrap();
+        SPLIT.pre_tokenize(&mut words).unwrap();
         words
             .get_splits(OffsetReferential::Original, OffsetType::Byte)
             .into_iter()
@@ -109,7 +115,7 @@ mod tests {
         fn words_equal_the_crates(
             text in r"([ \t]{0,3}[\r\n]{0,2}|[a-zA-Z]{0,3}|'[sStTlLrRvVeEmMdD]{1,2}|[0-9]{1,5}|[;+<>|_]{1,3}|\PC|\s|[\u{a0}\u{2003}\u{85}\u{0}é中ſ]){0,24}"
         ) {
-            prop_assert_eq!(Words::new().of(&text).collect::<Vec<_>>(), words_by_the_crate(&text));
+            prop_assert_eq!(WORDS.of(&text).collect::<Vec<_>>(), words_by_the_crate(&text));
         }
     }
 }

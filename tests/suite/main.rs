@@ -10,3 +10,4 @@ mod corpus;
 mod support;
 mod tokenizer;
 mod trainer;
+mod tokens;

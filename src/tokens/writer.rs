@@ -1,0 +1,162 @@
+//! Writing a token file: documents stream through, are encoded by all threads a batch at a time, and
+//! written in their order. The file gets its name when it is whole.
+
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::sync_channel;
+
+use anyhow::Context;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::file::{HEADER, Header};
+use crate::corpus::Document;
+use crate::error::Hint;
+use crate::files::AtomicFile;
+use crate::tokenizer::Tokenizer;
+
+/// Text is handed to the threads in batches of about this many bytes.
+const BATCH: usize = 8 << 20;
+
+/// A token file in the making. Dropped before [`TokenWriter::finish`], it disappears.
+pub struct TokenWriter<'t> {
+    tokenizer: &'t Tokenizer,
+    target: PathBuf,
+    file: AtomicFile,
+    body: Sha256,
+    header: Header,
+    /// The document table and the paths, which come after the ids.
+    table: Vec<u8>,
+    paths: Vec<u8>,
+}
+
+/// A document's ids, and how many of them are its header.
+type Encoded = (Vec<u32>, usize);
+
+impl<'t> TokenWriter<'t> {
+    /// Starts the file that will be called `target`.
+    pub fn create(target: &Path, tokenizer: &'t Tokenizer) -> anyhow::Result<Self> {
+        tokenizer.markers()?;
+        let mut file = AtomicFile::create(target)?;
+        // The header is known at the end.
+        file.write_all(&[0; HEADER]).with_context(|| cannot(target)).hint(|| FULL)?;
+        let header = Header {
+            id_bytes: if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 },
+            tokens: 0,
+            documents: 0,
+            path_bytes: 0,
+            vocab_size: tokenizer.vocab_size() as u32,
+            tokenizer_sha256: tokenizer.sha256(),
+            corpus_sha256: [0; 32],
+            body_sha256: [0; 32],
+        };
+        let (table, paths) = (Vec::new(), Vec::new());
+        let target = target.to_path_buf();
+        Ok(Self { tokenizer, target, file, body: Sha256::new(), header, table, paths })
+    }
+
+    /// Encodes and writes documents, in order. `progress` is told the bytes of text taken so far.
+    ///
+    /// The next batch is read while the last one is encoded.
+    pub fn write(
+        &mut self,
+        documents: impl IntoIterator<Item = anyhow::Result<Document>>,
+        mut progress: impl FnMut(u64),
+    ) -> anyhow::Result<()> {
+        std::thread::scope(|scope| {
+            let (sender, batches) = sync_channel::<Vec<Document>>(1);
+            let encoder = scope
+                .spawn(move || batches.into_iter().try_for_each(|batch| self.write_batch(&batch)));
+            let mut batch = Vec::new();
+            let (mut held, mut taken) = (0, 0);
+            let mut failed = None;
+            for document in documents {
+                match document {
+                    Ok(document) => {
+                        held += document.text.len();
+                        taken += document.text.len() as u64;
+                        batch.push(document);
+                    }
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
+                if held >= BATCH {
+                    held = 0;
+                    // Nobody takes it: the encoder has failed, and says why below.
+                    if sender.send(std::mem::take(&mut batch)).is_err() {
+                        break;
+                    }
+                    progress(taken);
+                }
+            }
+            let _ = sender.send(batch); // the same
+            drop(sender);
+            progress(taken);
+            match (encoder.join(), failed) {
+                (_, Some(error)) => Err(error),
+                (Ok(result), None) => result,
+                (Err(panic), None) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    fn write_batch(&mut self, batch: &[Document]) -> anyhow::Result<()> {
+        let encoded: anyhow::Result<Vec<Encoded>> = batch
+            .par_iter()
+            .map(|document| {
+                let ids = self.tokenizer.encode_document(document)?;
+                Ok((ids, self.tokenizer.encode_header(&document.path, None)?.len()))
+            })
+            .collect();
+        let mut bytes = Vec::new();
+        for (document, (ids, header)) in batch.iter().zip(encoded?) {
+            let first = self.header.tokens;
+            self.header.tokens += ids.len() as u64;
+            self.header.documents += 1;
+            self.paths.extend(document.path.as_bytes());
+            for field in [first, first + header as u64, self.paths.len() as u64] {
+                self.table.extend(field.to_le_bytes());
+            }
+            bytes.clear();
+            if self.header.id_bytes == 2 {
+                bytes.extend(ids.iter().flat_map(|&id| (id as u16).to_le_bytes()));
+            } else {
+                bytes.extend(ids.iter().flat_map(|&id| id.to_le_bytes()));
+            }
+            self.body.update(&bytes);
+            self.file.write_all(&bytes).with_context(|| cannot(&self.target)).hint(|| FULL)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the document table and the header, and gives the file its name. `corpus_sha256` is
+    /// the hash of the manifest of what was written.
+    pub fn finish(mut self, corpus_sha256: [u8; 32]) -> anyhow::Result<Header> {
+        self.finish_file(corpus_sha256).with_context(|| cannot(&self.target)).hint(|| FULL)?;
+        self.file.commit()?;
+        Ok(self.header)
+    }
+
+    fn finish_file(&mut self, corpus_sha256: [u8; 32]) -> io::Result<()> {
+        let ids = self.header.tokens * u64::from(self.header.id_bytes);
+        let zeros = [0; 8];
+        let zeros = &zeros[..(ids.next_multiple_of(8) - ids) as usize];
+        for part in [zeros, &self.table, &self.paths] {
+            self.body.update(part);
+            self.file.write_all(part)?;
+        }
+        self.header.path_bytes = self.paths.len() as u64;
+        self.header.corpus_sha256 = corpus_sha256;
+        self.header.body_sha256 = self.body.clone().finalize().into();
+        self.file.seek(SeekFrom::Start(0))?;
+        self.file.write_all(&self.header.to_bytes())
+    }
+}
+
+const FULL: &str = "is the disk full? What was there before is untouched";
+
+fn cannot(target: &Path) -> String {
+    format!("cannot write {}", target.display())
+}
