@@ -7,6 +7,8 @@ mod doctor;
 mod fetch;
 mod progress;
 pub mod source;
+mod tokenize;
+mod train_tokenizer;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
@@ -29,6 +31,8 @@ enum Command {
     Bench(bench::Arguments),
     Doctor(doctor::Arguments),
     Fetch(fetch::Arguments),
+    TrainTokenizer(train_tokenizer::Arguments),
+    Tokenize(tokenize::Arguments),
 }
 
 /// What the process tells its caller. An error is 2.
@@ -77,6 +81,8 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Fetch(arguments) => fetch::run(&arguments),
+        Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
+        Command::Tokenize(arguments) => tokenize::run(&arguments),
     }
 }
 

@@ -97,7 +97,9 @@ pub fn save_vocabulary(tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<(
     let json: Value = serde_json::from_slice(&tokenizer.json)?;
     let merges = merges(&json["model"]["merges"])?;
     let mut text = String::from("#version: 0.2\n");
-    merges.iter().for_each(|(a, b)| text.extend([a, " ", b, "\n"]));
+    for (a, b) in merges {
+        text.extend([a, " ", b, "\n"]);
+    }
     write_atomically(&folder.join("vocab.json"), &serde_json::to_vec(&json["model"]["vocab"])?)?;
     write_atomically(&folder.join("merges.txt"), text.as_bytes())
 }
@@ -320,7 +322,7 @@ fn pair(merge: &Value) -> Option<(&str, &str)> {
     }
 }
 
-/// The merges, in order: "a b" or ["a", "b"].
+/// The merges, in order: each a string with one blank, or a list of two.
 fn merges(list: &Value) -> anyhow::Result<Vec<(&str, &str)>> {
     let list = list.as_array().context("its model has no merges")?;
     list.iter()

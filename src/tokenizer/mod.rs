@@ -20,7 +20,7 @@ use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 use tokenizers::{AddedToken, Model};
 
-pub use train::{Trained, Training};
+pub use train::{Stage, Trained, Training};
 
 use crate::corpus::Document;
 use crate::error::{Hint, error};

@@ -45,6 +45,15 @@ pub struct Trained {
     pub dropped_up_to: u64,
 }
 
+/// How far a training has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// So many bytes of text are read.
+    Read(u64),
+    /// All is read, and merges are chosen among so many words.
+    Merge { words: usize },
+}
+
 /// Text is handed to the threads in batches of about this many bytes.
 const BATCH: usize = 8 << 20;
 /// Distinct words kept while counting. Linux 6.1 has about 2 million.
@@ -57,11 +66,11 @@ const WORD: usize = 4096;
 type Counts = HashMap<Box<[u8]>, u64>;
 
 impl Tokenizer {
-    /// Trains a tokenizer on a corpus. `progress` is told the bytes read so far.
+    /// Trains a tokenizer on a corpus. `progress` is told how far it is.
     pub fn train(
         documents: impl IntoIterator<Item = anyhow::Result<Document>>,
         training: &Training,
-        mut progress: impl FnMut(u64),
+        mut progress: impl FnMut(Stage),
     ) -> anyhow::Result<(Tokenizer, Trained)> {
         let specials: Vec<_> = training.style.special_tokens().collect();
         let least = specials.len() + 256;
@@ -91,6 +100,7 @@ impl Tokenizer {
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .build();
         let mut model = BPE::default();
+        progress(Stage::Merge { words: distinct });
         // The crate's map, and its strings, by inference.
         let words = counter
             .most_frequent()
@@ -140,7 +150,7 @@ impl Counter {
     fn read(
         &mut self,
         documents: impl IntoIterator<Item = anyhow::Result<Document>>,
-        progress: &mut impl FnMut(u64),
+        progress: &mut impl FnMut(Stage),
     ) -> anyhow::Result<()> {
         let mut batch = Vec::new();
         let mut held = 0;
@@ -152,13 +162,13 @@ impl Counter {
             batch.push(document);
             if held >= BATCH {
                 self.count(&batch)?;
-                progress(self.bytes);
+                progress(Stage::Read(self.bytes));
                 batch.clear();
                 held = 0;
             }
         }
         self.count(&batch)?;
-        progress(self.bytes);
+        progress(Stage::Read(self.bytes));
         Ok(())
     }
 
@@ -220,7 +230,9 @@ impl Counter {
         let pairs: u64 = words.iter().map(|(word, count)| word.len() as u64 * count).sum();
         let shift = (pairs >> 30).checked_ilog2().map_or(0, |bits| bits + 1);
         if shift > 0 {
-            words.iter_mut().for_each(|(_, count)| *count = (*count >> shift).max(1));
+            for (_, count) in &mut words {
+                *count = (*count >> shift).max(1);
+            }
         }
         words
     }

@@ -275,6 +275,11 @@ impl TokenFile {
         }
     }
 
+    /// The sha256 of the whole file.
+    pub fn sha256(&self) -> [u8; 32] {
+        Sha256::digest(&self.map[..]).into()
+    }
+
     /// Reads and checks everything.
     pub fn verify(&self) -> anyhow::Result<()> {
         if Sha256::digest(&self.map[HEADER..])[..] != self.header.body_sha256 {

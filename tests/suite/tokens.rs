@@ -223,7 +223,7 @@ proptest! {
         changed[at.index(good.len())] ^= change;
         std::fs::write(&path, &changed).unwrap();
         let found = TokenFile::open(&path).and_then(|file| {
-            use_all(Arc::new(file), &tokenizer);
+            use_all(&Arc::new(file), &tokenizer);
             TokenFile::open(&path)?.verify()
         });
         prop_assert!(found.is_err());
@@ -242,13 +242,13 @@ proptest! {
         std::fs::write(&path, &changed).unwrap();
         if let Ok(file) = TokenFile::open(&path) {
             let _ = file.verify();
-            use_all(Arc::new(file), &tokenizer);
+            use_all(&Arc::new(file), &tokenizer);
         }
     }
 }
 
 /// Draws every window there is, errors and all.
-fn use_all(file: Arc<TokenFile>, tokenizer: &Arc<Tokenizer>) {
+fn use_all(file: &Arc<TokenFile>, tokenizer: &Arc<Tokenizer>) {
     for kind in [Kind::Original, Kind::Stream, Kind::Addressed] {
         if let Ok(windows) = Windows::new(file.clone(), tokenizer.clone(), kind, 24, None) {
             for window in 0..windows.len() {

@@ -1,0 +1,113 @@
+//! `laam tokenize`: a corpus as a token file.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::json;
+
+use super::Outcome;
+use super::progress::Progress;
+use super::source::{self, SourceArguments};
+use super::train_tokenizer::encoding_of;
+use crate::corpus::hex;
+use crate::error::Hint;
+use crate::tokenizer::{Style, Tokenizer};
+use crate::tokens::{Kind, TokenFile, TokenWriter, Windows};
+
+/// Write a corpus as tokens, to be trained on.
+///
+/// The file is written under another name and renamed when it is whole. Prints what it holds, and
+/// into how many windows it is cut.
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  laam tokenize --source linux-1.0.tar.xz --tokenizer_path tokenizer --output linux.tokens")]
+pub struct Arguments {
+    #[command(flatten)]
+    source: SourceArguments,
+    /// The folder of the tokenizer, or its tokenizer.json
+    #[arg(long, value_name = "DIR", default_value = "tokenizer")]
+    tokenizer_path: PathBuf,
+    /// The token file to write
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// The kind of windows to count
+    #[arg(long, value_enum, default_value = "original")]
+    windows: Kind,
+    /// The inputs of a window
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    max_position_embeddings: usize,
+    /// Tokens from one stream window to the next: as many as a window has, by default
+    #[arg(long, value_name = "N")]
+    stride: Option<usize>,
+    /// No progress
+    #[arg(long)]
+    quiet: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
+    let encoding = encoding_of(tokenizer.style().unwrap_or(Style::Exact));
+    // The output's faults show before the work, not after it.
+    let mut writer = TokenWriter::create(&arguments.output, &tokenizer)?;
+    let corpus = arguments.source.corpus(None, encoding)?;
+    let mut documents = corpus.documents()?;
+    let mut progress = (!arguments.quiet).then(|| Progress::new("tokenized"));
+    writer.write(&mut documents, |bytes| {
+        if let Some(progress) = &mut progress {
+            progress.set(bytes, None);
+        }
+    })?;
+    if let Some(progress) = &mut progress {
+        progress.finish();
+    }
+    let manifest = documents.into_manifest();
+    source::warn(&manifest);
+    writer.finish(unhex(&manifest.hash())?)?;
+
+    let file = Arc::new(TokenFile::open(&arguments.output)?);
+    let (kind, context) = (arguments.windows, arguments.max_position_embeddings);
+    let windows = Windows::new(file.clone(), tokenizer.clone(), kind, context, arguments.stride)
+        .with_context(|| format!("{} is written, but", arguments.output.display()))?;
+    let header = file.header();
+    let printed = json!({
+        "tokens": header.tokens,
+        "documents": header.documents,
+        "windows": windows.len(),
+        "sha256": hex(&file.sha256()),
+        "window_kind": kind,
+        "context": context,
+        "bytes": manifest.bytes(),
+        "vocab_size": header.vocab_size,
+        "tokenizer_sha256": hex(&header.tokenizer_sha256),
+        "corpus_sha256": hex(&header.corpus_sha256),
+        "output": arguments.output.to_string_lossy(),
+    });
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{printed:#}")?;
+        return Ok(Outcome::Done);
+    }
+    for (name, value) in printed.as_object().into_iter().flatten() {
+        let value = value.as_str().map_or_else(|| value.to_string(), String::from);
+        writeln!(out, "{name}: {value}")?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn unhex(text: &str) -> anyhow::Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    for (byte, at) in bytes.iter_mut().zip((0..).step_by(2)) {
+        let digits = text.get(at..at + 2).unwrap_or_default();
+        *byte = u8::from_str_radix(digits, 16)
+            .with_context(|| format!("{text} is no sha256"))
+            .hint(|| "this is a fault of laam: report it")?;
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,116 @@
+//! `laam train-tokenizer`: a byte-pair vocabulary from a corpus.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::Outcome;
+use super::progress::Progress;
+use super::source::{self, SourceArguments};
+use crate::corpus::{Encoding, hex};
+use crate::tokenizer::{Stage, Style, Tokenizer, Training};
+
+/// Train a tokenizer and write it as transformers reads it.
+///
+/// Prints one JSON object. Memory stays bounded, whatever the corpus: of very many distinct words the
+/// rarest have no say in the merges.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  laam train-tokenizer --source linux-1.0.tar.xz --vocab_size 4096 --output_path tokenizer
+  laam train-tokenizer --version v1.0/1.0 --style original --vocab_size 32768")]
+pub struct Arguments {
+    #[command(flatten)]
+    source: SourceArguments,
+    /// exact gives back any text byte for byte; original is the first LaaM's, id for id
+    #[arg(long, value_enum, default_value_t)]
+    style: Style,
+    /// Tokens in the vocabulary, special ones included
+    #[arg(long, value_name = "N", default_value_t = 1 << 16)]
+    vocab_size: usize,
+    /// The folder the tokenizer is written to
+    #[arg(long, value_name = "DIR", default_value = "tokenizer")]
+    output_path: PathBuf,
+    /// tokenizers writes tokenizer.json and its config; hf adds vocab.json and merges.txt
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// No progress
+    #[arg(long)]
+    quiet: bool,
+    /// Print JSON, as is done without this flag too
+    #[arg(long, hide = true)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    #[default]
+    Tokenizers,
+    Hf,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let encoding = encoding_of(arguments.style);
+    let corpus = arguments.source.corpus(None, encoding)?;
+    let mut documents = corpus.documents()?;
+    let mut progress = (!arguments.quiet).then(|| Progress::new("read"));
+    let training = Training { style: arguments.style, vocab_size: arguments.vocab_size };
+    let (tokenizer, trained) = Tokenizer::train(&mut documents, &training, |stage| {
+        if let Some(progress) = &mut progress {
+            match stage {
+                Stage::Read(bytes) => progress.set(bytes, None),
+                Stage::Merge { words } => {
+                    progress.finish();
+                    eprintln!("choosing merges among {words} distinct words");
+                }
+            }
+        }
+    })?;
+    source::warn(documents.manifest());
+    if trained.num_tokens < arguments.vocab_size {
+        eprintln!(
+            "warning: the corpus gives {} tokens, not {}: it has no more pairs to merge",
+            trained.num_tokens, arguments.vocab_size
+        );
+    }
+    if trained.dropped_up_to > 0 {
+        eprintln!(
+            "note: words that occurred {} times or fewer may have been left out of the count",
+            trained.dropped_up_to
+        );
+    }
+    tokenizer.save(&arguments.output_path)?;
+    let folder = arguments.output_path.canonicalize()?;
+    let (output_path, output_format) = match arguments.format {
+        Format::Tokenizers => (folder.join("tokenizer.json"), "tokenizers"),
+        Format::Hf => {
+            tokenizer.save_vocabulary(&folder)?;
+            (folder, "hf")
+        }
+    };
+    let printed = json!({
+        "num_tokens": trained.num_tokens,
+        "num_special_tokens": trained.num_special_tokens,
+        "num_pad_tokens": trained.num_pad_tokens,
+        "pre_vocab_size": trained.pre_vocab_size,
+        "vocab_size": arguments.vocab_size,
+        "output_path": output_path.to_string_lossy(),
+        "output_format": output_format,
+        "style": arguments.style,
+        "documents": trained.documents,
+        "bytes": trained.bytes,
+        "sha256": hex(&tokenizer.sha256()),
+    });
+    writeln!(io::stdout(), "{printed:#}")?;
+    Ok(Outcome::Done)
+}
+
+/// How a corpus is read for a tokenizer: the first LaaM took what is not UTF-8 for latin-1.
+pub fn encoding_of(style: Style) -> Encoding {
+    match style {
+        Style::Exact => Encoding::Utf8,
+        Style::Original => Encoding::Latin1,
+    }
+}
