@@ -1,0 +1,114 @@
+//! What a run tells while it runs: `metrics.jsonl`, one object a logged step.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Hint;
+use crate::files::write_atomically;
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Updates so far, from 1.
+    pub step: u64,
+    /// Times through all windows so far.
+    pub epoch: f64,
+    /// Mean over the steps since the last line, in nats a token.
+    pub loss: f64,
+    /// The rate of this step.
+    pub learning_rate: f64,
+    /// Of this step, before clipping.
+    pub grad_norm: f64,
+    /// Tokens trained on so far, padding included.
+    pub tokens: u64,
+    /// Since the last line: windows x context over wall time.
+    pub tokens_a_second: f64,
+    /// Since the run, or what resumed it, began.
+    pub seconds: f64,
+    /// Part of the windows that come back verbatim, where it was measured at this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verbatim_rate: Option<f64>,
+}
+
+/// `metrics.jsonl`, open for more lines.
+pub struct MetricsFile {
+    file: File,
+    path: String,
+}
+
+impl MetricsFile {
+    /// Opens the file and drops every line after step `resumed` (all of them at 0), and a last line
+    /// that a crash cut short: what a resumed run says again is not said twice.
+    pub fn open(path: &Path, resumed: u64) -> anyhow::Result<Self> {
+        let advice = || "choose a path that can be written, by --output-path or --metrics";
+        let mut kept = Vec::new();
+        if resumed > 0 && path.exists() {
+            let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
+            for line in BufReader::new(file).lines() {
+                let Ok(line) = line else { break };
+                match serde_json::from_str::<Metrics>(&line) {
+                    Ok(metrics) if metrics.step <= resumed => {
+                        kept.extend_from_slice(line.as_bytes());
+                        kept.push(b'\n');
+                    }
+                    _ => break,
+                }
+            }
+        }
+        write_atomically(path, &kept)?;
+        let file = OpenOptions::new()
+            .append(true)
+            .open(path)
+            .with_context(|| format!("cannot write {}", path.display()))
+            .hint(advice)?;
+        Ok(Self { file, path: path.display().to_string() })
+    }
+
+    /// Adds a line.
+    pub fn write(&mut self, metrics: &Metrics) -> anyhow::Result<()> {
+        let line = serde_json::to_string(metrics)? + "\n";
+        self.file
+            .write_all(line.as_bytes())
+            .with_context(|| format!("cannot write {}", self.path))
+            .hint(|| "is the disk full? laam train --resume goes on from the last checkpoint")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resumed_run_repeats_no_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let at = |step| Metrics {
+            step,
+            epoch: 0.5,
+            loss: 1.0,
+            learning_rate: 1e-3,
+            grad_norm: 2.0,
+            tokens: 10,
+            tokens_a_second: 5.0,
+            seconds: 2.0,
+            verbatim_rate: None,
+        };
+        let mut file = MetricsFile::open(&path, 0).unwrap();
+        for step in [10, 20, 30] {
+            file.write(&at(step)).unwrap();
+        }
+        file.file.write_all(b"{\"step\": 40, \"epo").unwrap();
+        let mut file = MetricsFile::open(&path, 20).unwrap();
+        file.write(&at(30)).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let steps: Vec<u64> =
+            text.lines().map(|line| serde_json::from_str::<Metrics>(line).unwrap().step).collect();
+        assert_eq!(steps, [10, 20, 30]);
+        MetricsFile::open(&path, 0).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+    }
+}
