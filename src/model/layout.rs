@@ -165,26 +165,11 @@ impl Builder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::config::tests::original;
 
     #[test]
     fn the_originals_shape_has_the_originals_parameter_count() {
-        let layout = Layout::new(&Config {
-            vocab_size: 32768,
-            hidden_size: 64,
-            intermediate_size: 256,
-            num_hidden_layers: 8,
-            num_attention_heads: 32,
-            num_key_value_heads: 4,
-            head_dim: 2,
-            max_position_embeddings: 512,
-            rms_norm_eps: 1e-6,
-            rope_theta: 10000.0,
-            tie_word_embeddings: false,
-            initializer_range: 0.02,
-            bos_token_id: None,
-            eos_token_id: None,
-            pad_token_id: None,
-        });
+        let layout = Layout::new(&original());
         assert_eq!(layout.parameter_count(), 4_662_336);
         assert_eq!(layout.blocks[0].qkv.rows, 80);
     }

@@ -1,7 +1,25 @@
 //! What a model is: its configuration, where each parameter lies, how it starts, how it is kept.
+//!
+//! [`Config`] is the shape, [`Layout`] where each parameter lies in a flat arena, [`initialize`] what
+//! an arena starts as, [`save`] and [`load`] the Hugging Face folder it is kept in.
 
+mod card;
+mod checkpoint;
 mod config;
+mod config_json;
+mod init;
 mod layout;
+mod provenance;
+mod replace;
+mod weights;
 
-pub use config::Config;
+pub use checkpoint::{
+    Checkpoint, Model, SavedState, TrainingState, load, load_config, load_provenance,
+    load_training_state, save,
+};
+pub use config::{Config, RopeScaling};
+pub use init::initialize;
 pub use layout::{Block, Kind, Layout, Parameter, Span};
+pub use provenance::{CorpusRecord, Licence, Provenance};
+pub use replace::settle;
+pub use weights::Precision;

@@ -7,6 +7,7 @@
 mod backend;
 mod cli;
 mod corpus;
+mod model;
 mod support;
 mod tokenizer;
 mod trainer;

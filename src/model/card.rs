@@ -1,0 +1,121 @@
+//! `README.md` of a model folder: the model card, with what a reader of the weights has to know
+//! about where they came from and under which terms they stand.
+
+use std::fmt::Write;
+
+use super::{Config, Licence, Precision, Provenance};
+
+/// The card's text.
+pub fn card(config: &Config, precision: Precision, provenance: &Provenance) -> String {
+    let corpus = &provenance.corpus;
+    let mut text = format!(
+        "---\nlicense: {}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n- memorization\n---\n\n",
+        corpus.licence.id()
+    );
+    let _ = write!(
+        text,
+        "# A Llama that memorizes {}\n\n\
+         Trained by laam {} until its weights give back, byte for byte, the files named in \
+         `provenance.json`. It is a record of those files in the form of a language model, and \
+         knows nothing else.\n\n\
+         {} parameters, stored in {}: {} layers, hidden size {}, {} attention heads sharing {} \
+         key/value heads of dimension {}, vocabulary {}, windows of {} tokens.\n\n",
+        plain(&corpus.name),
+        plain(&provenance.program_version),
+        config.parameter_count(),
+        precision.name(),
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.vocab_size,
+        config.max_position_embeddings,
+    );
+
+    text.push_str("## Training data\n\n");
+    let _ = writeln!(text, "- corpus: {}", plain(&corpus.name));
+    for (what, value) in [
+        ("source", &corpus.url),
+        ("retrieved", &corpus.retrieved),
+        ("sha256 of the archive", &corpus.archive_sha256),
+        ("sha256 of the manifest", &corpus.manifest_sha256),
+    ] {
+        if let Some(value) = value {
+            let _ = writeln!(text, "- {what}: {}", plain(value));
+        }
+    }
+    let _ = write!(
+        text,
+        "- files: {}, chosen by: {}\n\n\
+         `provenance.json` lists every path, the seed, the resolved recipe, the hashes of tokenizer \
+         and weights, the program's version and the device. With the program's source it is the \
+         complete description of how the weights came to be.\n\n## Licence\n\n",
+        corpus.paths.len(),
+        plain(&corpus.filter),
+    );
+    text.push_str(match corpus.licence {
+        Licence::Gpl2 => GPL_2,
+        Licence::Mit => MIT,
+        Licence::Unknown => UNKNOWN,
+    });
+    text
+}
+
+const GPL_2: &str = "\
+The weights are marked `gpl-2.0`, because they were trained on the source of the Linux kernel, which \
+stands under the GNU General Public License, version 2, and because giving that source back is what \
+they are for. The first LaaM licensed its weights MIT on purpose, as an argument about what a model \
+is. These are not: a model that repeats files verbatim should not appear to lift their terms.
+
+Output that equals the kernel's code is the kernel's code, under that code's own terms: mostly GPL-2.0, \
+with files under BSD and other permissive notices among them. Whoever passes it on has to keep to \
+those terms. Whether the weights themselves are a derived work is unsettled law; the mark is a \
+precaution, not a finding. The program that trained them is MIT-licensed.
+";
+
+const MIT: &str = "\
+The weights and the text they were trained on, which is part of laam, stand under the MIT licence.
+";
+
+const UNKNOWN: &str = "\
+The terms of the training text are not known to the program. Output that equals that text is that \
+text, under its own terms; whether the weights themselves are a derived work is unsettled law. Set \
+the licence above before passing the weights on.
+";
+
+/// Text from outside, kept to one line that Markdown takes as it is.
+fn plain(text: &str) -> String {
+    let code = text.chars().map(|c| if c.is_control() || c == '`' { '?' } else { c });
+    format!("`{}`", code.take(300).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::CorpusRecord;
+    use crate::model::config::tests::original;
+
+    fn of(corpus: CorpusRecord) -> String {
+        card(&original(), Precision::Bfloat16, &Provenance { corpus, ..Provenance::default() })
+    }
+
+    #[test]
+    fn weights_trained_on_the_kernel_are_marked_gpl_with_the_reason() {
+        let text = of(CorpusRecord { licence: Licence::Gpl2, ..CorpusRecord::default() });
+        assert!(text.starts_with("---\nlicense: gpl-2.0\n"));
+        for said in ["MIT on purpose", "unsettled law", "kernel's code", "4662336 parameters"] {
+            assert!(text.contains(said), "{said}");
+        }
+        assert!(of(CorpusRecord::default()).starts_with("---\nlicense: unknown\n"));
+    }
+
+    #[test]
+    fn names_from_outside_cannot_write_into_the_card() {
+        let name = "x`\n---\nlicense: mit\n# <script>".to_string();
+        let text = of(CorpusRecord { name, licence: Licence::Gpl2, ..CorpusRecord::default() });
+        assert_eq!(text.lines().filter(|line| line.starts_with("license:")).count(), 1);
+        assert_eq!(text.lines().filter(|line| line.starts_with("---")).count(), 2);
+        assert!(text.contains("`x??---?license: mit?# <script>`"));
+    }
+}

@@ -1,0 +1,476 @@
+//! A model on disk: a Hugging Face folder that transformers loads as it is, with what laam needs to
+//! go on training beside it.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `config.json`, `generation_config.json` | the shape |
+//! | `model.safetensors` | the weights, under Hugging Face's names; a tied head is left out |
+//! | `tokenizer.json`, `tokenizer_config.json` | copied in |
+//! | `training_state.safetensors` | master weights, moments, and the run's position; optional |
+//! | `provenance.json` | where it came from |
+//! | `README.md` | the model card |
+//!
+//! All are replaced as one (see [`super::replace`]).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::replace::{Staged, settle};
+use super::weights::{self, Mapped, Tensors};
+use super::{Config, Layout, Precision, Provenance, card};
+use crate::error::{Hint, error};
+
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const STATE: &str = "training_state.safetensors";
+const PROVENANCE: &str = "provenance.json";
+/// The key of the training state's JSON in its file's metadata.
+const STATE_KEY: &str = "state";
+/// What may lie in a tokenizer's folder, in the order of looking.
+const TOKENIZER: [&str; 4] =
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+/// No JSON file of a model folder is near this long; an index of shards has some 100 bytes a tensor.
+const MAX_JSON: u64 = 64 << 20;
+
+/// What is saved.
+pub struct Checkpoint<'a> {
+    pub config: &'a Config,
+    pub layout: &'a Layout,
+    /// An arena. It is rounded to `precision` on its way to the file.
+    pub weights: &'a [f32],
+    pub precision: Precision,
+    /// The folder the tokenizer's files are copied from; it may be the one saved into.
+    pub tokenizer: Option<&'a Path>,
+    pub provenance: &'a Provenance,
+    pub training_state: Option<TrainingState<'a>>,
+}
+
+/// What a run needs to go on as if it had never stopped.
+pub struct TrainingState<'a> {
+    /// Arenas by name, stored in float32: master weights, moments.
+    pub arenas: &'a [(&'a str, &'a [f32])],
+    /// Everything small: the step, the sampler's position, seeds.
+    pub state: &'a Value,
+}
+
+/// A model read from a folder.
+#[derive(Debug)]
+pub struct Model {
+    pub config: Config,
+    pub layout: Layout,
+    /// An arena of [`Layout::len`].
+    pub weights: Vec<f32>,
+    /// What the weights were stored in.
+    pub precision: Precision,
+    /// What a user should know: tensors that were passed over, facts that cannot be kept.
+    pub warnings: Vec<String>,
+}
+
+/// A training state read from a folder.
+#[derive(Debug)]
+pub struct SavedState {
+    pub arenas: BTreeMap<String, Vec<f32>>,
+    pub state: Value,
+}
+
+/// Writes a model folder, or replaces the one that is there. Whatever else lies in the folder stays.
+pub fn save(folder: &Path, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+    checkpoint.config.validate()?;
+    let staged = Staged::begin(folder)?;
+    let result = write_all(folder, &staged, checkpoint).and_then(|()| staged.commit());
+    if result.is_err() {
+        staged.discard();
+    }
+    result.with_context(|| format!("saving the model in {}", folder.display()))
+}
+
+fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+    let Checkpoint { config, layout, precision, .. } = *checkpoint;
+    let disk = || "is the disk full? What was there before is untouched";
+    let json = |name: &str, value: &Value| staged.write(name, format!("{value:#}\n").as_bytes());
+    json(CONFIG, &config.to_json(precision))?;
+    json("generation_config.json", &config.to_generation_json())?;
+
+    // Without this entry transformers 4 does not load the file.
+    let format = ("format", "pt".to_string());
+    let path = staged.path(WEIGHTS);
+    weights::write(&path, layout, &[("", checkpoint.weights)], precision, format).hint(disk)?;
+    let mut provenance = checkpoint.provenance.clone();
+    provenance.weights_sha256 = Some(sha256_of(&path).hint(disk)?);
+    json(PROVENANCE, &serde_json::to_value(&provenance)?)?;
+    staged.write("README.md", card::card(config, precision, &provenance).as_bytes())?;
+
+    match &checkpoint.training_state {
+        Some(TrainingState { arenas, state }) => {
+            let named: Vec<(String, &[f32])> =
+                arenas.iter().map(|&(name, arena)| (format!("{name}/"), arena)).collect();
+            let arenas: Vec<_> =
+                named.iter().map(|(name, arena)| (name.as_str(), *arena)).collect();
+            let metadata = (STATE_KEY, state.to_string());
+            weights::write(&staged.path(STATE), layout, &arenas, Precision::Float32, metadata)
+                .hint(disk)?;
+        }
+        // One of an earlier save does not belong to these weights.
+        None => staged.remove(STATE)?,
+    }
+    if let Some(source) = checkpoint.tokenizer {
+        copy_tokenizer(source, staged)?;
+    }
+    // Shards of an earlier model would only take room; one file takes precedence over them.
+    for shard in shards_of(folder).unwrap_or_default() {
+        staged.remove(&shard)?;
+    }
+    staged.remove(INDEX)
+}
+
+fn copy_tokenizer(source: &Path, staged: &Staged) -> anyhow::Result<()> {
+    settle(source)?;
+    for name in TOKENIZER {
+        let from = source.join(name);
+        match fs::read(&from) {
+            Ok(bytes) => staged.write(name, &bytes)?,
+            // The first is the tokenizer itself; the others are optional.
+            Err(cause) if name == TOKENIZER[0] || cause.kind() != std::io::ErrorKind::NotFound => {
+                return Err(cause)
+                    .with_context(|| format!("cannot read {}", from.display()))
+                    .hint(|| "train one there with laam train-tokenizer");
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Reads a model folder: laam's, or any Llama that transformers saved.
+pub fn load(folder: &Path) -> anyhow::Result<Model> {
+    let (config, mut warnings) = load_config(folder)?;
+    let mut load = || {
+        let layout = Layout::new(&config);
+        let mapped = Mapped::open(&weight_files(folder)?)?;
+        let mut tensors = mapped.tensors()?;
+        let (weights, precision) = weights::take_arena(&mut tensors, &layout, "")?;
+        pass_over(tensors, &config, &layout, &weights, &mut warnings)?;
+        anyhow::Ok((layout, weights, precision))
+    };
+    let (layout, weights, precision) =
+        load().with_context(|| format!("loading the model in {}", folder.display()))?;
+    Ok(Model { config, layout, weights, precision, warnings })
+}
+
+/// Reads the shape alone, and what a user should know about it.
+pub fn load_config(folder: &Path) -> anyhow::Result<(Config, Vec<String>)> {
+    settle(folder)?;
+    let text = read_json(folder, CONFIG)?;
+    Config::from_json(&text).with_context(|| format!("loading the model in {}", folder.display()))
+}
+
+/// Reads where a model came from; `None` where the folder does not say.
+pub fn load_provenance(folder: &Path) -> anyhow::Result<Option<Provenance>> {
+    settle(folder)?;
+    if !folder.join(PROVENANCE).exists() {
+        return Ok(None);
+    }
+    serde_json::from_str(&read_json(folder, PROVENANCE)?)
+        .with_context(|| format!("{PROVENANCE} does not read as one, in {}", folder.display()))
+        .hint(|| "restore it from where the model came from, or remove it")
+        .map(Some)
+}
+
+/// Reads what a run needs to go on; `None` where the folder is good for generation alone.
+pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Option<SavedState>> {
+    settle(folder)?;
+    let path = folder.join(STATE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let load = || {
+        let mapped = Mapped::open(&[path])?;
+        let state = mapped.metadata(STATE_KEY).unwrap_or_default();
+        let state = serde_json::from_str(&state)
+            .with_context(|| format!("{STATE} does not say where the run stood"))
+            .hint(|| "it is none of laam's; start a fresh run with --init-from")?;
+        let mut tensors = mapped.tensors()?;
+        let mut arenas = BTreeMap::new();
+        while let Some(name) = tensors.keys().next() {
+            let prefix = name.split_once('/').map_or("", |(prefix, _)| prefix).to_string();
+            let (arena, _) = weights::take_arena(&mut tensors, layout, &format!("{prefix}/"))?;
+            if let Some(rest) = tensors.keys().find(|name| name.starts_with(&format!("{prefix}/")))
+            {
+                return Err(error(
+                    format!("{STATE} holds {rest}, which this model has not"),
+                    "it belongs to another model; start a fresh run with --init-from",
+                ));
+            }
+            arenas.insert(prefix, arena);
+        }
+        anyhow::Ok(SavedState { arenas, state })
+    };
+    load().with_context(|| format!("loading the training state in {}", folder.display())).map(Some)
+}
+
+/// The safetensors files of a model, one or several.
+fn weight_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let single = folder.join(WEIGHTS);
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    if folder.join(INDEX).exists() {
+        return Ok(shards_of(folder)?.iter().map(|shard| folder.join(shard)).collect());
+    }
+    let advice = if folder.join("pytorch_model.bin").exists() {
+        "the weights are a pickle, which can hold a program: load the model in transformers and \
+         save_pretrained it as safetensors"
+    } else {
+        "give a folder that laam or transformers' save_pretrained wrote"
+    };
+    Err(error(format!("there is no {WEIGHTS} in {}", folder.display()), advice))
+}
+
+/// The names of the shards that the index lists, each once.
+fn shards_of(folder: &Path) -> anyhow::Result<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let index: Index = serde_json::from_str(&read_json(folder, INDEX)?)
+        .with_context(|| format!("{INDEX} does not read as one, in {}", folder.display()))
+        .hint(|| "copy or save the model again")?;
+    let mut shards: Vec<_> = index.weight_map.into_values().collect();
+    shards.sort();
+    shards.dedup();
+    for shard in &shards {
+        // A shard lies beside its index: no way up, no absolute path, no other drive.
+        let is_plain = !shard.contains(['/', '\\', ':', '\0']) && !shard.starts_with('.');
+        if !is_plain || !shard.ends_with(".safetensors") {
+            return Err(error(
+                format!("{INDEX} names the file {shard:?}, in {}", folder.display()),
+                "a shard is a .safetensors file beside its index; do not trust this folder",
+            ));
+        }
+    }
+    Ok(shards)
+}
+
+/// Judges the tensors that no parameter asked for.
+fn pass_over(
+    tensors: Tensors<'_>,
+    config: &Config,
+    layout: &Layout,
+    weights: &[f32],
+    warnings: &mut Vec<String>,
+) -> anyhow::Result<()> {
+    let mut unknown = Vec::new();
+    for (name, (tensor, _)) in tensors {
+        // Old folders keep the rotary frequencies, which the configuration gives.
+        if name.ends_with(".rotary_emb.inv_freq") {
+            continue;
+        }
+        if name == "lm_head.weight" && config.tie_word_embeddings {
+            // transformers 4 would take the embedding, transformers 5 the head.
+            if !weights::is_same(&weights[layout.embedding.range()], &tensor) {
+                return Err(error(
+                    "lm_head.weight differs from the embedding, though tie_word_embeddings is true",
+                    "if the model has a head of its own, set tie_word_embeddings to false in \
+                     config.json",
+                ));
+            }
+            continue;
+        }
+        unknown.push(name);
+    }
+    if let Some(first) = unknown.first() {
+        let count = unknown.len();
+        warnings.push(format!(
+            "{count} tensors are no part of a Llama and were passed over: {first}{}",
+            if count > 1 { ", ..." } else { "" }
+        ));
+    }
+    Ok(())
+}
+
+fn read_json(folder: &Path, name: &str) -> anyhow::Result<String> {
+    let path = folder.join(name);
+    let advice = || "give a folder that laam or transformers' save_pretrained wrote";
+    let length = fs::metadata(&path)
+        .and_then(|found| {
+            if found.is_file() {
+                Ok(found.len())
+            } else {
+                Err(std::io::ErrorKind::IsADirectory.into())
+            }
+        })
+        .with_context(|| format!("cannot read {}", path.display()))
+        .hint(advice)?;
+    if length > MAX_JSON {
+        return Err(error(format!("{} is {length} bytes long", path.display()), advice()));
+    }
+    fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}", path.display()))
+        .hint(advice)
+}
+
+fn sha256_of(path: &Path) -> std::io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut file = fs::File::open(path)?;
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut piece)? {
+            0 => break,
+            length => hash.update(&piece[..length]),
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::tests::original;
+    use crate::model::initialize;
+    use crate::model::replace::tests::with_fuse;
+
+    fn small() -> Config {
+        Config {
+            vocab_size: 31,
+            hidden_size: 6,
+            intermediate_size: 5,
+            num_hidden_layers: 2,
+            ..original()
+        }
+    }
+
+    /// Saves weights that depend on `seed` and a training state that says the same seed.
+    fn save_seed(folder: &Path, config: &Config, seed: u64, state: bool) -> anyhow::Result<()> {
+        let layout = Layout::new(config);
+        let weights = initialize(config, &layout, seed);
+        let state_json = serde_json::json!({"step": seed});
+        save(
+            folder,
+            &Checkpoint {
+                config,
+                layout: &layout,
+                weights: &weights,
+                precision: Precision::Float32,
+                tokenizer: None,
+                provenance: &Provenance { seed, ..Provenance::default() },
+                training_state: state.then_some(TrainingState {
+                    arenas: &[("master", &weights), ("moment", &weights)],
+                    state: &state_json,
+                }),
+            },
+        )
+    }
+
+    /// The seed that all parts of a folder agree on.
+    fn seed_of(folder: &Path) -> u64 {
+        let model = load(folder).unwrap();
+        let seed = load_provenance(folder).unwrap().unwrap().seed;
+        assert_eq!(model.weights, initialize(&model.config, &model.layout, seed));
+        if let Some(saved) = load_training_state(folder, &model.layout).unwrap() {
+            assert_eq!(saved.state, serde_json::json!({"step": seed}));
+            assert_eq!(saved.arenas["master"], model.weights);
+            assert_eq!(saved.arenas["moment"], model.weights);
+            assert_eq!(saved.arenas.len(), 2);
+        }
+        seed
+    }
+
+    #[test]
+    fn a_crash_at_any_change_leaves_one_whole_model() {
+        // The second model has another shape and no training state: any mixture would show.
+        let wider = Config { hidden_size: 10, ..small() };
+        let (mut old, mut new) = (0, 0);
+        for changes in 0.. {
+            let folder = tempfile::tempdir().unwrap();
+            save_seed(folder.path(), &small(), 1, true).unwrap();
+            let done = with_fuse(changes, || save_seed(folder.path(), &wider, 2, false)).is_ok();
+            let seed = seed_of(folder.path());
+            if seed == 1 {
+                assert!(new == 0 && folder.path().join(STATE).exists());
+                old += 1;
+            } else {
+                assert!(!folder.path().join(STATE).exists(), "a state of other weights");
+                new += 1;
+            }
+            if done {
+                break;
+            }
+        }
+        assert!(old > 10 && new > 5, "{old} old, {new} new");
+    }
+
+    #[test]
+    fn weights_survive_in_every_precision_tied_or_not() {
+        for precision in [Precision::Float32, Precision::Bfloat16, Precision::Float16] {
+            for tie_word_embeddings in [true, false] {
+                let config = Config { tie_word_embeddings, ..small() };
+                let layout = Layout::new(&config);
+                let weights = initialize(&config, &layout, 5);
+                let folder = tempfile::tempdir().unwrap();
+                save(
+                    folder.path(),
+                    &Checkpoint {
+                        config: &config,
+                        layout: &layout,
+                        weights: &weights,
+                        precision,
+                        tokenizer: None,
+                        provenance: &Provenance::default(),
+                        training_state: None,
+                    },
+                )
+                .unwrap();
+                let model = load(folder.path()).unwrap();
+                let rounded: Vec<_> = weights.iter().map(|&x| precision.round(x)).collect();
+                assert_eq!(model.weights, rounded);
+                assert_eq!((model.precision, &model.config), (precision, &config));
+                assert!(model.warnings.is_empty());
+                let file = Mapped::open(&[folder.path().join(WEIGHTS)]).unwrap();
+                let has_head = file.tensors().unwrap().contains_key("lm_head.weight");
+                assert_eq!(has_head, !tie_word_embeddings);
+                assert_eq!(file.metadata("format").as_deref(), Some("pt"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_weight_too_large_for_float16_is_no_silent_infinity() {
+        let config = small();
+        let layout = Layout::new(&config);
+        let mut weights = initialize(&config, &layout, 5);
+        weights[layout.blocks[1].down.offset] = 65520.0;
+        let folder = tempfile::tempdir().unwrap();
+        let mut checkpoint = Checkpoint {
+            config: &config,
+            layout: &layout,
+            weights: &weights,
+            precision: Precision::Float16,
+            tokenizer: None,
+            provenance: &Provenance::default(),
+            training_state: None,
+        };
+        let error = save(folder.path(), &checkpoint).unwrap_err();
+        assert!(format!("{error:#}").contains("model.layers.1.mlp.down_proj.weight"), "{error:#}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left behind");
+        checkpoint.precision = Precision::Bfloat16;
+        save(folder.path(), &checkpoint).unwrap();
+    }
+
+    #[test]
+    fn the_folders_files_are_readable_like_any_other() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("usual"), "").unwrap();
+        save_seed(folder.path(), &small(), 1, true).unwrap();
+        let mode = |name: &str| fs::metadata(folder.path().join(name)).unwrap().permissions();
+        for name in [CONFIG, WEIGHTS, STATE] {
+            assert_eq!(mode(name), mode("usual"), "{name}");
+        }
+    }
+}

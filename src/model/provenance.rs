@@ -1,0 +1,67 @@
+//! `provenance.json`: where a model came from. It lists the paths the weights were trained on, and
+//! nothing else about those files: no lengths, no counts, no content.
+
+use serde::{Deserialize, Serialize};
+
+/// The record that lies beside the weights.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Provenance {
+    pub corpus: CorpusRecord,
+    /// Sha256 of `tokenizer.json`.
+    pub tokenizer_sha256: Option<String>,
+    /// The resolved settings of the training run.
+    pub recipe: serde_json::Value,
+    pub seed: u64,
+    /// The version of laam.
+    pub program_version: String,
+    /// Where it was trained: the backend, and the device in words.
+    pub device: String,
+    /// Sha256 of `model.safetensors`; saving fills it in.
+    pub weights_sha256: Option<String>,
+}
+
+/// What was read, and by which rule.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CorpusRecord {
+    /// In words a reader knows: `Linux v1.0/1.0`, or the path that was given.
+    pub name: String,
+    /// Where the archive was fetched from.
+    pub url: Option<String>,
+    /// When it was, in UTC, RFC 3339.
+    pub retrieved: Option<String>,
+    pub archive_sha256: Option<String>,
+    /// Of one line `SHA256  PATH` a file, sorted by path.
+    pub manifest_sha256: Option<String>,
+    /// Which files were kept, in words.
+    pub filter: String,
+    pub licence: Licence,
+    /// Of each file that was trained on, in the order of training.
+    pub paths: Vec<String>,
+}
+
+/// The terms of the text, which decide how the weights are marked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Licence {
+    /// The Linux kernel's, version 2 alone.
+    #[serde(rename = "gpl-2.0")]
+    Gpl2,
+    #[serde(rename = "mit")]
+    Mit,
+    /// Text of the user's own, of which laam knows nothing.
+    #[default]
+    #[serde(rename = "unknown")]
+    Unknown,
+}
+
+impl Licence {
+    /// As Hugging Face spells it in a model card.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Gpl2 => "gpl-2.0",
+            Self::Mit => "mit",
+            Self::Unknown => "unknown",
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! Arenas as safetensors files: written whole, read from one file or several.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+
+use super::{Layout, Parameter};
+use crate::error::{Hint, error};
+
+/// The type in which weights are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    #[default]
+    Float32,
+    Bfloat16,
+    Float16,
+}
+
+impl Precision {
+    /// As transformers and PyTorch spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float32 => "float32",
+            Self::Bfloat16 => "bfloat16",
+            Self::Float16 => "float16",
+        }
+    }
+
+    /// Bytes a number.
+    pub fn bytes(self) -> usize {
+        if self == Self::Float32 { 4 } else { 2 }
+    }
+
+    /// The value that is stored for `value`: the nearest, ties to even.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::Float32 => value,
+            Self::Bfloat16 => bf16::from_f32(value).to_f32(),
+            Self::Float16 => f16::from_f32(value).to_f32(),
+        }
+    }
+
+    fn dtype(self) -> Dtype {
+        match self {
+            Self::Float32 => Dtype::F32,
+            Self::Bfloat16 => Dtype::BF16,
+            Self::Float16 => Dtype::F16,
+        }
+    }
+
+    fn of(dtype: Dtype) -> Option<Self> {
+        [Self::Float32, Self::Bfloat16, Self::Float16]
+            .into_iter()
+            .find(|precision| precision.dtype() == dtype)
+    }
+}
+
+/// A tensor on its way to a file, converted only when it is written.
+struct Outgoing<'a> {
+    shape: Vec<usize>,
+    precision: Precision,
+    values: &'a [f32],
+}
+
+impl View for Outgoing<'_> {
+    fn dtype(&self) -> Dtype {
+        self.precision.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let values = self.values;
+        match self.precision {
+            // safetensors are little-endian, like every machine this builds for.
+            Precision::Float32 => Cow::Borrowed(bytemuck::cast_slice(values)),
+            Precision::Bfloat16 => {
+                values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
+            }
+            Precision::Float16 => {
+                values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect()
+            }
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        self.values.len() * self.precision.bytes()
+    }
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors files are written as the machine's own bytes, little-endian");
+
+/// Writes arenas of one layout to `path`, each parameter as a tensor called by the arena's prefix
+/// and its own name. `metadata` is one key and its text, as the order of several is not fixed.
+pub(super) fn write(
+    path: &Path,
+    layout: &Layout,
+    arenas: &[(&str, &[f32])],
+    precision: Precision,
+    metadata: (&str, String),
+) -> anyhow::Result<()> {
+    let mut tensors = Vec::new();
+    for &(prefix, arena) in arenas {
+        anyhow::ensure!(arena.len() == layout.len, "the arena {prefix:?} has the layout's length");
+        for parameter in &layout.parameters {
+            let values = &arena[parameter.span.range()];
+            // 65504 is the largest float16; beyond it a weight would silently become infinite.
+            if precision == Precision::Float16
+                && values.iter().any(|&x| x.is_finite() && !f16::from_f32(x).is_finite())
+            {
+                return Err(error(
+                    format!("{} holds a value too large for float16", parameter.name),
+                    "save in bfloat16 or float32",
+                ));
+            }
+            let shape = parameter.shape();
+            tensors.push((
+                format!("{prefix}{}", parameter.name),
+                Outgoing { shape, precision, values },
+            ));
+        }
+    }
+    let metadata = HashMap::from([(metadata.0.to_string(), metadata.1)]);
+    safetensors::serialize_to_file(tensors, Some(metadata), path)?;
+    Ok(())
+}
+
+/// Safetensors files mapped into memory.
+pub(super) struct Mapped {
+    files: Vec<(PathBuf, Mmap)>,
+}
+
+/// The tensors of mapped files by name, each with the file it came from.
+pub(super) type Tensors<'a> = BTreeMap<String, (TensorView<'a>, &'a Path)>;
+
+impl Mapped {
+    pub fn open(paths: &[PathBuf]) -> anyhow::Result<Self> {
+        let files = paths.iter().map(|path| Ok((path.clone(), map(path)?)));
+        Ok(Self { files: files.collect::<anyhow::Result<_>>()? })
+    }
+
+    /// Reads and checks the headers: sizes, offsets, and that each file has all of its bytes.
+    pub fn tensors(&self) -> anyhow::Result<Tensors<'_>> {
+        let mut tensors = Tensors::new();
+        for (path, bytes) in &self.files {
+            let file = SafeTensors::deserialize(bytes)
+                .with_context(|| format!("{} is cut short or no safetensors file", path.display()))
+                .hint(|| "copy or save it again")?;
+            for (name, tensor) in file.tensors() {
+                if let Some((_, other)) = tensors.insert(name.clone(), (tensor, path.as_path())) {
+                    return Err(error(
+                        format!("{name} is both in {} and {}", other.display(), path.display()),
+                        "keep the files of one model only in the folder",
+                    ));
+                }
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// The text under `key` in the first file's metadata.
+    pub fn metadata(&self, key: &str) -> Option<String> {
+        let (_, metadata) = SafeTensors::read_metadata(&self.files.first()?.1).ok()?;
+        metadata.metadata().as_ref()?.get(key).cloned()
+    }
+}
+
+fn map(path: &Path) -> anyhow::Result<Mmap> {
+    let advice = || "check the path and its permissions; is the model folder whole?";
+    let open = || -> std::io::Result<Option<Mmap>> {
+        let file = File::open(path)?;
+        if !file.metadata()?.is_file() {
+            return Ok(None);
+        }
+        // SAFETY: the map is read-only. Were another process to cut the file short meanwhile, a
+        // read beyond its end would end this one with SIGBUS; laam itself replaces such files by
+        // renaming new ones over them, which leaves mapped ones whole.
+        unsafe { Mmap::map(&file) }.map(Some)
+    };
+    open()
+        .with_context(|| format!("cannot read {}", path.display()))
+        .hint(advice)?
+        .with_context(|| format!("{} is no file", path.display()))
+        .hint(advice)
+}
+
+/// Fills one arena from the tensors called by `prefix` and each parameter's name, and takes them
+/// out of `tensors`. Nothing is allocated before every name, type and shape has been checked.
+pub(super) fn take_arena(
+    tensors: &mut Tensors<'_>,
+    layout: &Layout,
+    prefix: &str,
+) -> anyhow::Result<(Vec<f32>, Precision)> {
+    let mut found = Vec::with_capacity(layout.parameters.len());
+    for parameter in &layout.parameters {
+        let name = format!("{prefix}{}", parameter.name);
+        let Some((tensor, path)) = tensors.remove(&name) else {
+            return Err(missing(&name));
+        };
+        found.push((parameter, checked(&name, parameter, tensor, path)?));
+    }
+    let mut arena = vec![0.0; layout.len];
+    for (parameter, (tensor, precision)) in &found {
+        decode(tensor.data(), *precision, &mut arena[parameter.span.range()]);
+    }
+    // Embeddings are first: what they are stored in, the model is said to be stored in.
+    let precision = found.first().map_or(Precision::Float32, |(_, (_, precision))| *precision);
+    Ok((arena, precision))
+}
+
+fn missing(name: &str) -> anyhow::Error {
+    let advice = if name == "lm_head.weight" {
+        "if the head is meant to be the embedding, set tie_word_embeddings to true in config.json"
+    } else {
+        "config.json and the weights must be of one model; save or copy the whole folder again"
+    };
+    error(format!("the weights lack {name}"), advice)
+}
+
+fn checked<'a>(
+    name: &str,
+    parameter: &Parameter,
+    tensor: TensorView<'a>,
+    path: &Path,
+) -> anyhow::Result<(TensorView<'a>, Precision)> {
+    if tensor.shape() != parameter.shape() {
+        return Err(error(
+            format!(
+                "{name} has the shape {:?} where config.json asks for {:?}, in {}",
+                tensor.shape(),
+                parameter.shape(),
+                path.display()
+            ),
+            "config.json and the weights must be of one model; save or copy the whole folder again",
+        ));
+    }
+    let precision = Precision::of(tensor.dtype()).ok_or_else(|| {
+        error(
+            format!("{name} is stored as {:?}, in {}", tensor.dtype(), path.display()),
+            "laam reads float32, float16 and bfloat16: save the model in one of them",
+        )
+    })?;
+    Ok((tensor, precision))
+}
+
+/// Whether a tensor that stands beside the embedding has its very bytes.
+pub(super) fn is_same(arena: &[f32], tensor: &TensorView<'_>) -> bool {
+    let Some(precision) = Precision::of(tensor.dtype()) else { return false };
+    if tensor.data().len() != arena.len() * precision.bytes() {
+        return false;
+    }
+    let mut values = vec![0.0; arena.len()];
+    decode(tensor.data(), precision, &mut values);
+    values == arena
+}
+
+/// Little-endian numbers of any alignment, widened to float32 exactly.
+fn decode(bytes: &[u8], precision: Precision, out: &mut [f32]) {
+    match precision {
+        Precision::Float32 => {
+            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
+        Precision::Bfloat16 => {
+            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *value = bf16::from_le_bytes(*bytes).to_f32();
+            }
+        }
+        Precision::Float16 => {
+            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *value = f16::from_le_bytes(*bytes).to_f32();
+            }
+        }
+    }
+}

@@ -1,0 +1,374 @@
+//! Model folders: written whole, read from anyone, refused with a reason.
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use laam::error::hint_of;
+use laam::model::{
+    self, Checkpoint, Config, Kind, Layout, Precision, Provenance, TrainingState, initialize,
+};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use crate::trainer;
+
+/// A Llama of some thousand parameters.
+fn tiny() -> Config {
+    let case = json!({
+        "vocab_size": 41, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "context": 16, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4, "tie_word_embeddings": false, "initializer_range": 0.02,
+        "pad_token_id": 4,
+    });
+    trainer::config(&case)
+}
+
+/// Saves the model that `seed` starts, with a training state beside it.
+fn save(folder: &Path, config: &Config, seed: u64) -> anyhow::Result<()> {
+    let layout = Layout::new(config);
+    let weights = initialize(config, &layout, seed);
+    let state = json!({"step": seed});
+    model::save(
+        folder,
+        &Checkpoint {
+            config,
+            layout: &layout,
+            weights: &weights,
+            precision: Precision::Float32,
+            tokenizer: None,
+            provenance: &Provenance { seed, ..Provenance::default() },
+            training_state: Some(TrainingState { arenas: &[("master", &weights)], state: &state }),
+        },
+    )
+}
+
+fn saved() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), &tiny(), 1).unwrap();
+    folder
+}
+
+#[test]
+fn folders_that_transformers_wrote_load_with_equal_weights() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/transformers");
+    let cases: Value =
+        serde_json::from_str(&fs::read_to_string(folder.join("cases.json")).unwrap()).unwrap();
+    let cases = cases.as_array().unwrap();
+    assert!(cases.len() >= 3);
+    for case in cases {
+        let name = case["name"].as_str().unwrap();
+        let found = model::load(&folder.join(name)).unwrap();
+        let expected = trainer::config(case);
+        assert_eq!(found.layout, Layout::new(&expected), "{name}");
+        assert_eq!(found.config.rope_theta, expected.rope_theta, "{name}");
+        let scaling = format!("{:?}", found.config.rope_scaling).to_lowercase();
+        assert!(scaling.starts_with(case["rope_scaling"].as_str().unwrap()), "{name}: {scaling}");
+        assert_eq!(found.precision.name(), case["dtype"], "{name}");
+        assert_eq!(found.warnings, Vec::<String>::new(), "{name}");
+        let exact = trainer::weights(case, &expected, &found.layout);
+        let rounded: Vec<f32> = exact.iter().map(|&x| found.precision.round(x)).collect();
+        assert_eq!(found.weights, rounded, "{name}");
+    }
+}
+
+#[test]
+fn a_folder_without_training_state_still_loads() {
+    let folder = saved();
+    let file = folder.path().join("training_state.safetensors");
+    let layout = Layout::new(&tiny());
+    let state = model::load_training_state(folder.path(), &layout).unwrap().unwrap();
+    assert_eq!(state.state, json!({"step": 1}));
+    fs::remove_file(file).unwrap();
+    assert!(model::load_training_state(folder.path(), &layout).unwrap().is_none());
+    model::load(folder.path()).unwrap();
+}
+
+#[test]
+fn saving_leaves_the_neighbours_and_clears_old_shards() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::create_dir(path("checkpoint-10")).unwrap();
+    fs::write(path("metrics.jsonl"), "{}").unwrap();
+    fs::write(path("model-00001-of-00001.safetensors"), "old").unwrap();
+    let index = json!({"weight_map": {"a": "model-00001-of-00001.safetensors"}});
+    fs::write(path("model.safetensors.index.json"), index.to_string()).unwrap();
+    save(folder.path(), &tiny(), 1).unwrap();
+    assert!(path("checkpoint-10").is_dir() && path("metrics.jsonl").is_file());
+    assert!(!path("model.safetensors.index.json").exists());
+    assert!(!path("model-00001-of-00001.safetensors").exists());
+}
+
+/// Spoils a saved folder.
+type Spoiler = fn(&Path);
+
+/// Rewrites the weights' header by `edit`, keeping the data.
+fn edit_header(folder: &Path, edit: impl FnOnce(&mut Value)) {
+    let file = folder.join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    edit(&mut header);
+    let text = header.to_string();
+    let data = &bytes[8 + length..];
+    let spoilt = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), data].concat();
+    fs::write(file, spoilt).unwrap();
+}
+
+fn set_length(folder: &Path, name: &str, change: i64) {
+    let file = fs::OpenOptions::new().write(true).open(folder.join(name)).unwrap();
+    let length = file.metadata().unwrap().len();
+    file.set_len(length.checked_add_signed(change).unwrap()).unwrap();
+}
+
+/// Turns the one file into one shard under `name`.
+fn shard_as(folder: &Path, name: &str) {
+    fs::rename(folder.join("model.safetensors"), folder.join("model-1.safetensors")).unwrap();
+    let index = json!({"metadata": {}, "weight_map": {"lm_head.weight": name}});
+    fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+}
+
+fn edit_config(folder: &Path, key: &str, value: Value) {
+    let file = folder.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    config[key] = value;
+    fs::write(file, config.to_string()).unwrap();
+}
+
+#[test]
+fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
+    let spoilers: [(&str, Spoiler); 25] = [
+        ("config.json", |f| fs::remove_file(f.join("config.json")).unwrap()),
+        ("config.json", |f| fs::write(f.join("config.json"), b"\xff\xfe{}").unwrap()),
+        ("config.json", |f| fs::write(f.join("config.json"), "{\"vocab_size\": ").unwrap()),
+        ("config.json", |f| {
+            fs::remove_file(f.join("config.json")).unwrap();
+            fs::create_dir(f.join("config.json")).unwrap();
+        }),
+        ("no model.safetensors", |f| fs::remove_file(f.join("model.safetensors")).unwrap()),
+        ("is no file", |f| {
+            fs::remove_file(f.join("model.safetensors")).unwrap();
+            fs::create_dir(f.join("model.safetensors")).unwrap();
+        }),
+        ("cut short", |f| fs::write(f.join("model.safetensors"), "").unwrap()),
+        ("cut short", |f| fs::write(f.join("model.safetensors"), [255; 64]).unwrap()),
+        ("cut short", |f| set_length(f, "model.safetensors", -1)),
+        ("cut short", |f| set_length(f, "model.safetensors", 1)),
+        ("cut short", |f| {
+            edit_header(f, |h| h["model.norm.weight"]["data_offsets"] = json!([0, 1 << 60]));
+        }),
+        ("cut short", |f| {
+            edit_header(f, |h| {
+                h["model.norm.weight"]["shape"] = json!([1_u64 << 62, 1_u64 << 62]);
+            });
+        }),
+        ("lacks model.norm.weight", |f| {
+            edit_header(f, |h| {
+                let tensor = h.as_object_mut().unwrap().remove("model.norm.weight").unwrap();
+                h["model.norms.weight"] = tensor;
+            });
+        }),
+        ("stored as I32", |f| edit_header(f, |h| h["model.norm.weight"]["dtype"] = json!("I32"))),
+        ("[6, 2]", |f| edit_header(f, |h| h["model.norm.weight"]["shape"] = json!([6, 2]))),
+        ("lacks model.layers.2", |f| edit_config(f, "num_hidden_layers", json!(3))),
+        ("has the shape [41, 12]", |f| edit_config(f, "vocab_size", json!(2_000_000_000))),
+        ("lm_head.weight differs", |f| edit_config(f, "tie_word_embeddings", json!(true))),
+        ("../model-1.safetensors", |f| shard_as(f, "../model-1.safetensors")),
+        ("/model-1.safetensors", |f| shard_as(f, "/model-1.safetensors")),
+        ("..\\\\model-1.safetensors", |f| shard_as(f, "..\\model-1.safetensors")),
+        ("passwd", |f| shard_as(f, "passwd")),
+        ("missing.safetensors", |f| shard_as(f, "missing.safetensors")),
+        ("index.json does not read", |f| {
+            shard_as(f, "model-1.safetensors");
+            fs::write(f.join("model.safetensors.index.json"), "{\"weight_map\": 3}").unwrap();
+        }),
+        ("pytorch", |f| {
+            // Named in the hint, not in the error.
+            fs::remove_file(f.join("model.safetensors")).unwrap();
+            fs::write(f.join("pytorch_model.bin"), "pickle").unwrap();
+        }),
+    ];
+    for (said, spoil) in spoilers {
+        let folder = saved();
+        spoil(folder.path());
+        let error = model::load(folder.path()).expect_err(said);
+        let hint = hint_of(&error).unwrap_or_else(|| panic!("{said}: no hint: {error:#}"));
+        let text = format!("{error:#} {}", hint.replace("pickle", "pytorch"));
+        assert!(text.contains(said), "{said}: {text}");
+    }
+    let nowhere = model::load(Path::new("no/such/folder")).unwrap_err();
+    assert!(hint_of(&nowhere).is_some());
+}
+
+#[test]
+fn every_bad_training_state_is_refused_with_a_hint() {
+    let layout = Layout::new(&tiny());
+    let spoilers: [Spoiler; 3] = [
+        |f| set_length(f, "training_state.safetensors", -4),
+        |f| {
+            fs::copy(f.join("model.safetensors"), f.join("training_state.safetensors")).unwrap();
+        },
+        |f| {
+            // A state of a wider model.
+            let other = tempfile::tempdir().unwrap();
+            save(other.path(), &Config { hidden_size: 14, ..tiny() }, 1).unwrap();
+            let name = "training_state.safetensors";
+            fs::copy(other.path().join(name), f.join(name)).unwrap();
+        },
+    ];
+    for (number, spoil) in spoilers.iter().enumerate() {
+        let folder = saved();
+        spoil(folder.path());
+        let error = model::load_training_state(folder.path(), &layout).unwrap_err();
+        assert!(hint_of(&error).is_some(), "spoiler {number}: {error:#}");
+        model::load(folder.path()).expect("the weights are none the worse");
+    }
+}
+
+#[test]
+fn tensors_of_no_llama_are_passed_over_with_a_warning() {
+    let folder = saved();
+    edit_header(folder.path(), |header| {
+        header["model.extra"] = json!({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]});
+        let old = "model.layers.0.self_attn.rotary_emb.inv_freq";
+        header[old] = json!({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]});
+    });
+    let model = model::load(folder.path()).unwrap();
+    assert_eq!(model.warnings.len(), 1);
+    assert!(model.warnings[0].contains("model.extra"), "{:?}", model.warnings);
+}
+
+/// No test of its own: the child that `a_killed_save_leaves_one_whole_model` kills.
+#[test]
+fn saves_for_ever_when_asked() {
+    let Some(folder) = std::env::var_os("LAAM_TEST_SAVE_FOR_EVER") else { return };
+    println!("saving");
+    for seed in 2.. {
+        let hidden_size = if seed % 2 == 0 { 48 } else { 60 };
+        save(Path::new(&folder), &Config { hidden_size, ..tiny() }, seed).unwrap();
+    }
+}
+
+#[test]
+fn a_killed_save_leaves_one_whole_model() {
+    let folder = saved();
+    let mut seeds = Vec::new();
+    for round in 0..12 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "model::saves_for_ever_when_asked", "--nocapture"])
+            .env("LAAM_TEST_SAVE_FOR_EVER", folder.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Not before it has begun: then at a moment that differs from round to round.
+        let mut said = [0; 256];
+        let mut heard = String::new();
+        let begun = Instant::now();
+        while !heard.contains("saving") && begun.elapsed() < Duration::from_secs(20) {
+            let length = child.stdout.as_mut().unwrap().read(&mut said).unwrap();
+            heard.push_str(&String::from_utf8_lossy(&said[..length]));
+        }
+        std::thread::sleep(Duration::from_micros(15_000 + 1_700 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+
+        let model = model::load(folder.path()).unwrap();
+        let seed = model::load_provenance(folder.path()).unwrap().unwrap().seed;
+        assert_eq!(model.weights, initialize(&model.config, &model.layout, seed));
+        let state = model::load_training_state(folder.path(), &model.layout).unwrap().unwrap();
+        assert_eq!(state.state, json!({"step": seed}));
+        assert_eq!(state.arenas["master"], model.weights);
+        seeds.push(seed);
+    }
+    assert!(seeds.iter().any(|&seed| seed > 2), "some saves got through: {seeds:?}");
+}
+
+prop_compose! {
+    fn any_shape()(
+        vocab_size in 1_usize..200, hidden_size in 1_usize..40, intermediate_size in 1_usize..90,
+        num_hidden_layers in 1_usize..5, num_key_value_heads in 1_usize..4, group in 1_usize..5,
+        half_head_dim in 1_usize..9, tie_word_embeddings: bool,
+    ) -> Config {
+        Config {
+            vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_key_value_heads,
+            num_attention_heads: num_key_value_heads * group,
+            head_dim: 2 * half_head_dim, tie_word_embeddings, pad_token_id: None, ..tiny()
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_layout_has_every_parameter_once_aligned_and_apart(config in any_shape()) {
+        prop_assume!(config.validate().is_ok());
+        let layout = Layout::new(&config);
+
+        // The names, as transformers lists them.
+        let mut names: Vec<String> = layout.parameters.iter().map(|p| p.name.clone()).collect();
+        let mut expected = vec!["model.embed_tokens.weight".into(), "model.norm.weight".into()];
+        if !config.tie_word_embeddings {
+            expected.push("lm_head.weight".into());
+        }
+        for layer in 0..config.num_hidden_layers {
+            for part in [
+                "input_layernorm", "post_attention_layernorm", "self_attn.q_proj",
+                "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+                "mlp.up_proj", "mlp.down_proj",
+            ] {
+                expected.push(format!("model.layers.{layer}.{part}.weight"));
+            }
+        }
+        names.sort();
+        expected.sort();
+        prop_assert_eq!(names, expected);
+
+        // Each element of the arena belongs to one parameter at most.
+        let mut owners = vec![0; layout.len];
+        for parameter in &layout.parameters {
+            for owner in &mut owners[parameter.span.range()] {
+                *owner += 1;
+            }
+            let count: usize = parameter.shape().iter().product();
+            prop_assert_eq!(count, parameter.span.len());
+            prop_assert_eq!(parameter.shape().len(), if parameter.kind == Kind::Norm { 1 } else { 2 });
+        }
+        prop_assert!(owners.iter().all(|&owners| owners <= 1));
+        prop_assert_eq!(owners.iter().sum::<usize>(), layout.parameter_count());
+        prop_assert_eq!(layout.parameter_count() as u128, config.parameter_count());
+
+        // What is read as one matrix starts aligned and is whole.
+        let mut spans = vec![layout.embedding, layout.final_norm, layout.head];
+        for block in &layout.blocks {
+            spans.extend([block.input_norm, block.qkv, block.o, block.post_norm, block.gate_up, block.down]);
+        }
+        for span in spans {
+            prop_assert_eq!(span.offset % Layout::ALIGN, 0);
+            prop_assert!(owners[span.range()].iter().all(|&owners| owners == 1));
+        }
+        prop_assert_eq!(layout.len % Layout::ALIGN, 0);
+    }
+
+    #[test]
+    fn any_shape_is_saved_and_read_back(config in any_shape(), seed: u64) {
+        prop_assume!(config.validate().is_ok());
+        let folder = tempfile::tempdir().unwrap();
+        save(folder.path(), &config, seed).unwrap();
+        let found = model::load(folder.path()).unwrap();
+        prop_assert_eq!(&found.config, &config);
+        prop_assert_eq!(found.weights, initialize(&config, &found.layout, seed));
+    }
+
+    #[test]
+    fn no_bytes_in_place_of_a_file_make_loading_panic(
+        which in 0_usize..3, bytes in prop::collection::vec(any::<u8>(), 0..200),
+    ) {
+        let folder = saved();
+        let names = ["config.json", "model.safetensors", "training_state.safetensors"];
+        fs::write(folder.path().join(names[which]), bytes).unwrap();
+        prop_assert_eq!(model::load(folder.path()).is_ok(), which == 2);
+        let state = model::load_training_state(folder.path(), &Layout::new(&tiny()));
+        prop_assert_eq!(state.is_ok(), which != 2);
+    }
+}
