@@ -22,6 +22,7 @@ pub mod corpus;
 pub mod error;
 pub mod files;
 pub mod llama;
+pub mod memorization;
 pub mod model;
 pub mod random;
 pub mod tokenizer;

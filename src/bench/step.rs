@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::backend::{Arena, Backend};
 use crate::llama::{AdamW, Optimizer, Rates};
-use crate::model::{Config, Layout};
+use crate::model::{Config, Layout, RopeScaling};
 use crate::random::{Philox, Stream};
 use crate::tokens::{Batch, IGNORE};
 use crate::train::Engine;
@@ -37,6 +37,7 @@ pub fn preset(name: &str) -> Option<Config> {
         max_position_embeddings: context,
         rms_norm_eps: 1e-6,
         rope_theta: 10000.0,
+        rope_scaling: RopeScaling::None,
         tie_word_embeddings: false,
         initializer_range: 0.02,
         bos_token_id: Some(0),

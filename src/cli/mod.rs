@@ -8,7 +8,9 @@ mod fetch;
 mod progress;
 pub mod source;
 mod tokenize;
+mod train;
 mod train_tokenizer;
+mod training;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
@@ -33,6 +35,7 @@ enum Command {
     Fetch(fetch::Arguments),
     TrainTokenizer(train_tokenizer::Arguments),
     Tokenize(tokenize::Arguments),
+    Train(Box<train::Arguments>),
 }
 
 /// What the process tells its caller. An error is 2.
@@ -83,6 +86,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
         Command::Fetch(arguments) => fetch::run(&arguments),
         Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
         Command::Tokenize(arguments) => tokenize::run(&arguments),
+        Command::Train(arguments) => train::run(&arguments),
     }
 }
 

@@ -13,9 +13,9 @@ use super::progress::Progress;
 use super::source::{self, SourceArguments};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::hex;
-use crate::error::Hint;
 use crate::tokenizer::{Style, Tokenizer};
-use crate::tokens::{Kind, TokenFile, TokenWriter, Windows};
+use crate::tokens::{Kind, Windows};
+use crate::train::prepare;
 
 /// Write a corpus as tokens, to be trained on.
 ///
@@ -54,12 +54,9 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
     let encoding = encoding_of(tokenizer.style().unwrap_or(Style::Exact));
-    // The output's faults show before the work, not after it.
-    let mut writer = TokenWriter::create(&arguments.output, &tokenizer)?;
     let corpus = arguments.source.corpus(None, encoding)?;
-    let mut documents = corpus.documents()?;
     let mut progress = (!arguments.quiet).then(|| Progress::new("tokenized"));
-    writer.write(&mut documents, |bytes| {
+    let (file, manifest) = prepare::tokenize(&corpus, &tokenizer, &arguments.output, |bytes| {
         if let Some(progress) = &mut progress {
             progress.set(bytes, None);
         }
@@ -67,11 +64,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     if let Some(progress) = &mut progress {
         progress.finish();
     }
-    let manifest = documents.into_manifest();
     source::warn(&manifest);
-    writer.finish(unhex(&manifest.hash())?)?;
-
-    let file = Arc::new(TokenFile::open(&arguments.output)?);
     let (kind, context) = (arguments.windows, arguments.max_position_embeddings);
     let windows = Windows::new(file.clone(), tokenizer.clone(), kind, context, arguments.stride)
         .with_context(|| format!("{} is written, but", arguments.output.display()))?;
@@ -99,15 +92,4 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         writeln!(out, "{name}: {value}")?;
     }
     Ok(Outcome::Done)
-}
-
-fn unhex(text: &str) -> anyhow::Result<[u8; 32]> {
-    let mut bytes = [0; 32];
-    for (byte, at) in bytes.iter_mut().zip((0..).step_by(2)) {
-        let digits = text.get(at..at + 2).unwrap_or_default();
-        *byte = u8::from_str_radix(digits, 16)
-            .with_context(|| format!("{text} is no sha256"))
-            .hint(|| "this is a fault of laam: report it")?;
-    }
-    Ok(bytes)
 }

@@ -131,7 +131,7 @@ impl Corpus {
                 Place::Archive(fetched.path)
             }
             Source::Sample => {
-                origin.source = "built-in sample".to_string();
+                origin.source = SAMPLE.to_string();
                 Place::Sample
             }
             Source::Path(path) => {
@@ -184,6 +184,9 @@ impl Corpus {
     }
 }
 
+/// What the manifest of the built-in sample names as its source.
+pub const SAMPLE: &str = "built-in sample";
+
 const SOURCE_HINT: &str = "give a folder, or a .tar, .tar.gz or .tar.xz archive, that can be read";
 
 /// The sha256 of a file, in hexadecimal.
@@ -216,4 +219,16 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}"); // writing to a String cannot fail
         text
     })
+}
+
+/// A sha256 from its hexadecimal form.
+pub(crate) fn unhex(text: &str) -> anyhow::Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    for (byte, at) in bytes.iter_mut().zip((0..).step_by(2)) {
+        let digits = text.get(at..at + 2).unwrap_or_default();
+        *byte = u8::from_str_radix(digits, 16).map_err(|_| {
+            error(format!("{text} is no sha256"), "this is a fault of laam: report it")
+        })?;
+    }
+    Ok(bytes)
 }

@@ -4,6 +4,7 @@ use super::forward::{Builder, Keys};
 use super::ops::{HeadLoss, Linear, Op, PickRows};
 use super::program::{Buffer, Element, Program, Use};
 use crate::model::{Config, Layout};
+use crate::tokens::Batch;
 
 /// Forward and backward of a few windows; gradients accumulate.
 #[derive(Clone, Debug)]
@@ -27,6 +28,17 @@ pub struct BatchInputs {
     pub ids: Buffer,
     pub targets: Buffer,
     pub first_key: Buffer,
+}
+
+impl BatchInputs {
+    /// A batch as the program's inputs.
+    pub fn feed<'a>(&self, batch: &'a Batch) -> Vec<(Buffer, &'a [u32])> {
+        vec![
+            (self.ids, batch.ids.as_slice()),
+            (self.targets, batch.targets.as_slice()),
+            (self.first_key, batch.first_key.as_slice()),
+        ]
+    }
 }
 
 /// Where a program leaves each position's loss and best guess, `[windows, context]`.

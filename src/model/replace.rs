@@ -250,7 +250,8 @@ pub(super) mod tests {
     #[test]
     fn a_cut_off_settling_is_taken_up_even_when_cut_off_again() {
         let mut interrupted_twice = 0;
-        for (first, second) in (0..12).flat_map(|first| (0..12).map(move |second| (first, second))) {
+        for (first, second) in (0..12).flat_map(|first| (0..12).map(move |second| (first, second)))
+        {
             let folder = tempfile::tempdir().unwrap();
             replace(folder.path(), &[("a", "old"), ("b", "old"), ("c", "old")], &[]).unwrap();
             let commit = folder.path().join(COMMIT);

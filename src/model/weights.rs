@@ -14,7 +14,18 @@ use super::{Layout, Parameter};
 use crate::error::{Hint, error};
 
 /// The type in which weights are stored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     #[default]
     Float32,

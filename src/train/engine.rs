@@ -16,6 +16,7 @@ pub struct Engine {
     micro_windows: usize,
     /// The programs for as many windows as were needed so far.
     micros: Vec<Micro>,
+    evaluations: Vec<Micro>,
     update: Loaded,
     norm: Buffer,
 }
@@ -61,8 +62,18 @@ impl Engine {
         let update = session.load(program)?;
         let micro_windows = backend.micro_windows(windows, context);
         let config = config.clone();
-        let micros = Vec::new();
-        Ok(Self { config, layout, session, context, micro_windows, micros, update, norm })
+        let (micros, evaluations) = (Vec::new(), Vec::new());
+        Ok(Self {
+            config,
+            layout,
+            session,
+            context,
+            micro_windows,
+            micros,
+            evaluations,
+            update,
+            norm,
+        })
     }
 
     pub fn layout(&self) -> &Layout {
@@ -90,24 +101,37 @@ impl Engine {
     fn micro(&mut self, batch: &Batch, loss_scale: f64) -> anyhow::Result<f64> {
         if !self.micros.iter().any(|micro| micro.windows == batch.windows) {
             let micro = step::training(&self.config, &self.layout, batch.windows, self.context);
-            self.micros.push(Micro {
-                windows: batch.windows,
-                program: self.session.load(micro.program)?,
-                batch: micro.batch,
-                losses: micro.losses,
-            });
+            let program = self.session.load(micro.program)?;
+            let (windows, batch, losses) = (batch.windows, micro.batch, micro.losses);
+            self.micros.push(Micro { windows, program, batch, losses });
         }
         let micro = self.micros.iter().find(|micro| micro.windows == batch.windows);
         let micro = micro.expect("it was made above");
-        let indices = vec![
-            (micro.batch.ids, batch.ids.as_slice()),
-            (micro.batch.targets, &batch.targets),
-            (micro.batch.first_key, &batch.first_key),
-        ];
+        let indices = micro.batch.feed(batch);
         self.session.run(micro.program, &Feed { indices, loss_scale, ..Feed::default() })?;
         let nll = self.session.floats(micro.program, micro.losses.nll);
         let counted = nll.iter().zip(&batch.targets).filter(|&(_, &target)| target != IGNORE);
         Ok(counted.map(|(&nll, _)| f64::from(nll)).sum())
+    }
+
+    /// The best guess at every position of a batch, `[windows, context]`, without training.
+    pub fn guesses(&mut self, batch: &Batch) -> anyhow::Result<Vec<u32>> {
+        let mut guesses = Vec::with_capacity(batch.ids.len());
+        for from in (0..batch.windows).step_by(self.micro_windows) {
+            let part = batch.slice(from, (from + self.micro_windows).min(batch.windows));
+            if !self.evaluations.iter().any(|micro| micro.windows == part.windows) {
+                let eval = step::evaluation(&self.config, &self.layout, part.windows, self.context);
+                let program = self.session.load(eval.program)?;
+                let (windows, batch, losses) = (part.windows, eval.batch, eval.losses);
+                self.evaluations.push(Micro { windows, program, batch, losses });
+            }
+            let eval = self.evaluations.iter().find(|micro| micro.windows == part.windows);
+            let eval = eval.expect("it was made above");
+            let indices = eval.batch.feed(&part);
+            self.session.run(eval.program, &Feed { indices, ..Feed::default() })?;
+            guesses.extend(self.session.indices(eval.program, eval.losses.argmax));
+        }
+        Ok(guesses)
     }
 
     /// A copy of an arena.

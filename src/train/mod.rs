@@ -1,7 +1,20 @@
 //! Training: the step, and the loop around it.
+//!
+//! [`Settings`] are the numbers a run depends on, [`Engine`] does one step of it, [`Trainer`] all of
+//! them: in the order of the windows, by the schedule, with metrics and checkpoints on the way.
 
+mod checkpoints;
 mod engine;
+mod metrics;
+pub mod prepare;
 mod schedule;
+mod settings;
+mod tensorboard;
+mod trainer;
 
 pub use engine::{Engine, Outcome};
+pub use metrics::{Metrics, MetricsFile};
 pub use schedule::{Decline, Schedule};
+pub use settings::{Method, Settings};
+pub use tensorboard::EventFile;
+pub use trainer::{Finish, Job, Observer, Start, Trainer};

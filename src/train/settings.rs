@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Decline, Schedule};
 use crate::error::error;
 use crate::llama::{AdamW, Muon, Optimizer};
-use crate::model::{Config, Precision};
+use crate::model::{Config, Precision, RopeScaling};
 use crate::tokenizer::Special;
 use crate::tokens::{Kind, Order};
 
@@ -211,7 +211,7 @@ impl Settings {
             max_position_embeddings: self.max_position_embeddings,
             rms_norm_eps: 1e-6,
             rope_theta: self.rope_theta,
-            rope_scaling: None,
+            rope_scaling: RopeScaling::None,
             tie_word_embeddings: self.tie_word_embeddings,
             initializer_range: self.initializer_range,
             bos_token_id: special.bos,

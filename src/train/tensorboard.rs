@@ -106,7 +106,10 @@ mod tests {
     fn records_carry_masked_checksums() {
         // CRC-32C's published check value, masked as TFRecord says.
         assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
-        assert_eq!(masked_crc(b"123456789"), 0xe306_9283u32.rotate_right(15).wrapping_add(0xa282_ead8));
+        assert_eq!(
+            masked_crc(b"123456789"),
+            0xe306_9283u32.rotate_right(15).wrapping_add(0xa282_ead8)
+        );
         let mut event = Vec::new();
         double(&mut event, 1, 1.0);
         bytes(&mut event, 3, b"brain.Event:2");

@@ -79,11 +79,7 @@ fn batch(windows: usize, context: usize, vocab: usize) -> Batch {
 
 pub fn feed<'a>(inputs: &BatchInputs, batch: &'a Batch) -> Feed<'a> {
     Feed {
-        indices: vec![
-            (inputs.ids, &batch.ids),
-            (inputs.targets, &batch.targets),
-            (inputs.first_key, &batch.first_key),
-        ],
+        indices: inputs.feed(batch),
         loss_scale: 1.0 / batch.counted().max(1) as f64,
         ..Feed::default()
     }

@@ -10,5 +10,5 @@ mod corpus;
 mod model;
 mod support;
 mod tokenizer;
-mod trainer;
 mod tokens;
+mod trainer;

@@ -1,0 +1,190 @@
+//! `laam train`: a model from a corpus and a tokenizer.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::progress::Progress;
+use super::source::{self, SourceArguments};
+use super::train_tokenizer::encoding_of;
+use super::training::Watcher;
+use super::{Outcome, backend};
+use crate::backend::Backend;
+use crate::corpus::{Corpus, hex};
+use crate::error::error;
+use crate::model::{Config, Precision, Provenance, load};
+use crate::tokenizer::{Style, Tokenizer};
+use crate::tokens::Windows;
+use crate::train::{Finish, Job, Settings, Start, Trainer, prepare};
+
+/// Train a model until its steps are done, and save it as a Hugging Face folder.
+///
+/// Ctrl-C finishes the step, saves a checkpoint, and exits with 130; --resume goes on from there, to
+/// the same bytes as an unbroken run. OUTPUT/metrics.jsonl holds one object a logged step.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  laam train --source linux/kernel --tokenizer_path tokenizer --output_path model \\
+      --windows addressed --hidden_size 80 --num_attention_heads 5 --max_position_embeddings 256 \\
+      --optimizer muon --learning_rate 1e-2 --decay_rate 0 --lr_scheduler_type wsd --epochs 60
+  laam train --source linux/kernel --tokenizer_path tokenizer --output_path model --resume ...")]
+pub struct Arguments {
+    #[command(flatten)]
+    source: SourceArguments,
+    /// The folder of the tokenizer
+    #[arg(long, value_name = "DIR", default_value = "tokenizer")]
+    tokenizer_path: PathBuf,
+    /// The folder the model is saved in
+    #[arg(long, value_name = "DIR", default_value = "models/llama2")]
+    output_path: PathBuf,
+    /// Begin with the weights and the tokenizer of the output folder, and a fresh optimizer
+    #[arg(long, conflicts_with_all = ["resume", "init_from"])]
+    reload: bool,
+    /// Go on from the newest checkpoint in the output folder
+    #[arg(long, conflicts_with = "init_from")]
+    resume: bool,
+    /// Begin with the weights of this model, and a fresh optimizer
+    #[arg(long, value_name = "DIR")]
+    init_from: Option<PathBuf>,
+    /// Where the metrics go [default: OUTPUT/metrics.jsonl]
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
+    /// Also write TensorBoard events into this folder
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
+    #[command(flatten)]
+    backend: backend::Arguments,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    arguments.settings.validate()?;
+    let backend = arguments.backend.open()?;
+    let tokenizer =
+        if arguments.reload { &arguments.output_path } else { &arguments.tokenizer_path };
+    let style = Tokenizer::load(tokenizer)?.style().unwrap_or(Style::Exact);
+    let corpus = arguments.source.corpus(None, encoding_of(style))?;
+    let begin = if arguments.resume {
+        Begin::Resume
+    } else if arguments.reload {
+        Begin::From(&arguments.output_path)
+    } else {
+        arguments.init_from.as_deref().map_or(Begin::Fresh, Begin::From)
+    };
+    let metrics = arguments.metrics.clone();
+    let stage = Stage {
+        settings: &arguments.settings,
+        tokenizer,
+        begin,
+        tokens: &arguments.output_path.with_added_extension("tokens"),
+        output: &arguments.output_path,
+        metrics: metrics.unwrap_or_else(|| arguments.output_path.join("metrics.jsonl")),
+        tensorboard: arguments.tensorboard.clone(),
+    };
+    let finish = stage.train(&*backend, &corpus)?;
+    Ok(if finish.interrupted { Outcome::Interrupted } else { Outcome::Done })
+}
+
+/// What the first weights are.
+#[derive(Clone, Copy)]
+pub enum Begin<'a> {
+    Fresh,
+    Resume,
+    From(&'a Path),
+}
+
+/// One training run with its places, as `train` and each stage of `run` have it.
+pub struct Stage<'a> {
+    pub settings: &'a Settings,
+    pub tokenizer: &'a Path,
+    pub begin: Begin<'a>,
+    /// Where the corpus is written as tokens: outside the model's folder, which holds no text.
+    pub tokens: &'a Path,
+    pub output: &'a Path,
+    pub metrics: PathBuf,
+    pub tensorboard: Option<PathBuf>,
+}
+
+impl Stage<'_> {
+    /// Tokenizes and trains, telling a person how it goes.
+    pub fn train(&self, backend: &dyn Backend, corpus: &Corpus) -> anyhow::Result<Finish> {
+        let settings = self.settings;
+        let tokenizer = Arc::new(Tokenizer::load(self.tokenizer)?);
+        let mut progress = Progress::new("tokenized");
+        let (file, manifest) =
+            prepare::tokenize(corpus, &tokenizer, self.tokens, |bytes| progress.set(bytes, None))?;
+        progress.finish();
+        source::warn(&manifest);
+        let (kind, context) = (settings.windows, settings.max_position_embeddings);
+        let windows = Windows::new(file, tokenizer.clone(), kind, context, settings.stride)?;
+
+        let (config, start) = match self.begin {
+            Begin::From(folder) => {
+                let model = load(folder)?;
+                for warning in &model.warnings {
+                    eprintln!("warning: {warning}");
+                }
+                check_vocabulary(&model.config, &tokenizer, folder)?;
+                let config = Config { max_position_embeddings: context, ..model.config };
+                (config, Start::Weights(model.weights))
+            }
+            begin => {
+                let start = if let Begin::Resume = begin { Start::Resume } else { Start::Fresh };
+                (settings.config(tokenizer.vocab_size(), tokenizer.special())?, start)
+            }
+        };
+        let provenance = Provenance {
+            corpus: prepare::record(&manifest),
+            tokenizer_sha256: Some(hex(&tokenizer.sha256())),
+            ..Provenance::default()
+        };
+        let job = Job {
+            settings,
+            config: &config,
+            windows: &windows,
+            start,
+            tokenizer: self.tokenizer,
+            output: self.output,
+            metrics: self.metrics.clone(),
+            tensorboard: self.tensorboard.clone(),
+            provenance,
+        };
+        let trainer = Trainer::new(backend, job)?;
+        eprintln!(
+            "training {} parameters on {} windows of {context} tokens, {}",
+            config.parameter_count(),
+            windows.len(),
+            backend.device(),
+        );
+        if settings.precision != Precision::Float32 {
+            eprintln!(
+                "warning: this backend computes in float32; only the saved weights are {}",
+                settings.precision.name()
+            );
+        }
+        if trainer.done() > 0 {
+            eprintln!("resuming after step {} of {}", trainer.done(), trainer.total());
+        }
+        let mut watcher = Watcher::new(trainer.done(), trainer.total())?;
+        let finish = trainer.run(&mut watcher)?;
+        watcher.finish(&finish, self.output);
+        Ok(finish)
+    }
+}
+
+fn check_vocabulary(config: &Config, tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<()> {
+    if config.vocab_size == tokenizer.vocab_size() {
+        return Ok(());
+    }
+    Err(error(
+        format!(
+            "the tokenizer has {} tokens, the model in {} {}",
+            tokenizer.vocab_size(),
+            folder.display(),
+            config.vocab_size
+        ),
+        "give the tokenizer that lies in the model's folder",
+    ))
+}

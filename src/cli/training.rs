@@ -1,0 +1,133 @@
+//! What a person sees of a training run, and Ctrl-C.
+
+use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::is_interactive;
+use crate::train::{Finish, Metrics, Observer, Outcome};
+
+/// Set by the first Ctrl-C; the second ends the process where it stands.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// How often a log hears of it.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// A bar at a terminal, a line now and then in a log.
+pub struct Watcher {
+    bar: Option<ProgressBar>,
+    began: Instant,
+    said: Option<Instant>,
+    /// Steps that an earlier run had done.
+    from: u64,
+    loss: Loss,
+}
+
+/// A loss that jumps less than each step's own.
+#[derive(Default)]
+struct Loss(Option<f64>);
+
+impl Loss {
+    fn follow(&mut self, loss: f64) -> f64 {
+        let smooth = self.0.map_or(loss, |before| 0.9 * before + 0.1 * loss);
+        *self.0.insert(smooth)
+    }
+}
+
+impl Watcher {
+    /// Begins to watch a run, and Ctrl-C.
+    pub fn new(done: u64, total: u64) -> anyhow::Result<Self> {
+        catch_interrupts()?;
+        let bar = is_interactive().then(|| {
+            let bar = ProgressBar::new(total);
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+            let form = "step {pos}/{len} {wide_bar} {msg}, {eta} left";
+            bar.set_style(ProgressStyle::with_template(form).expect("the template is right"));
+            bar.set_position(done);
+            bar.reset_eta();
+            bar
+        });
+        Ok(Self { bar, began: Instant::now(), said: None, from: done, loss: Loss::default() })
+    }
+
+    /// Ends the display with a line that says how it went.
+    pub fn finish(&self, finish: &Finish, output: &Path) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        let seconds = self.began.elapsed().as_secs_f64();
+        let (steps, total) = (finish.steps, finish.total);
+        if finish.interrupted {
+            let folder = output.display();
+            eprintln!("stopped after step {steps} of {total}; --resume goes on, {folder}");
+        } else if steps == self.from {
+            eprintln!("nothing to do: all {total} steps were done, {}", output.display());
+        } else {
+            let did = steps - self.from;
+            let loss = self.loss.0.unwrap_or(finish.loss);
+            let folder = output.display();
+            eprintln!("trained {did} steps in {seconds:.0} s, loss {loss:.4}, saved in {folder}");
+        }
+    }
+}
+
+impl Observer for Watcher {
+    fn step(&mut self, step: u64, total: u64, outcome: &Outcome, metrics: Option<&Metrics>) {
+        let loss = self.loss.follow(outcome.loss);
+        if let Some(bar) = &self.bar {
+            bar.set_position(step);
+        }
+        let Some(metrics) = metrics else { return };
+        let mut text = format!("loss {loss:.4}, {:.0} tokens/s", metrics.tokens_a_second);
+        if let Some(rate) = metrics.verbatim_rate {
+            text = format!("{text}, verbatim {:.1}%", 100.0 * rate);
+        }
+        if let Some(bar) = &self.bar {
+            bar.set_message(text);
+        } else if step == total || self.said.is_none_or(|said| said.elapsed() >= INTERVAL) {
+            self.said = Some(Instant::now());
+            let pace = self.began.elapsed().as_secs_f64() / (step - self.from) as f64;
+            let left = pace * (total - step) as f64;
+            eprintln!("step {step}/{total}: {text}, {left:.0} s left");
+        }
+    }
+
+    fn note(&mut self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn stop(&self) -> bool {
+        INTERRUPTED.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Watcher {
+    /// Leaves no half bar behind when an error ends the run.
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Installs the handler once a process: `run` trains several stages.
+fn catch_interrupts() -> anyhow::Result<()> {
+    static INSTALLED: OnceLock<()> = OnceLock::new();
+    if INSTALLED.set(()).is_ok() {
+        ctrlc::set_handler(|| {
+            if INTERRUPTED.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+            eprintln!("finishing the step, then saving; Ctrl-C again ends at once");
+        })
+        .context("cannot watch for Ctrl-C")?;
+    }
+    Ok(())
+}

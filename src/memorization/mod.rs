@@ -1,0 +1,3 @@
+//! What the weights give back.
+
+pub mod verbatim;

@@ -1,0 +1,60 @@
+//! Verbatim windows: the cheap measure, from one forward pass.
+//!
+//! Greedy decoding gives a text back exactly where the most likely token is the true one at every
+//! position, given the true tokens before it: one mistake would be the first, and before it all was
+//! true. So teacher-forced best guesses tell what greedy decoding would do.
+
+use crate::tokens::{IGNORE, Kind};
+
+/// Tokens a model is given of a window without an address, and tokens it has to go on with
+/// (Carlini et al. 2022).
+pub const PREFIX: usize = 50;
+pub const SUFFIX: usize = 50;
+
+/// Whether a window comes back verbatim.
+///
+/// An addressed window does when every token of its stretch is the best guess, from its address
+/// alone. Another does when tokens 50 to 99 of its text are, given the first 50; `None` where it is
+/// shorter than that.
+pub fn window(kind: Kind, targets: &[u32], argmax: &[u32]) -> Option<bool> {
+    let right = |at: &usize| targets[*at] == argmax[*at];
+    let mut counted = (0..targets.len()).filter(|&at| targets[at] != IGNORE);
+    if kind == Kind::Addressed {
+        let mut counted = counted.peekable();
+        return counted.peek().is_some().then(|| counted.all(|at| right(&at)));
+    }
+    // The first counted target is the second token: 49 of them complete the prefix.
+    let suffix: Vec<usize> = counted.by_ref().skip(PREFIX - 1).take(SUFFIX).collect();
+    (suffix.len() == SUFFIX).then(|| suffix.iter().all(right))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_addressed_window_is_verbatim_when_its_whole_stretch_is() {
+        let targets = [IGNORE, 7, 8, 9, IGNORE];
+        assert_eq!(window(Kind::Addressed, &targets, &[1, 7, 8, 9, 2]), Some(true));
+        assert_eq!(window(Kind::Addressed, &targets, &[1, 7, 8, 1, 2]), Some(false));
+        assert_eq!(window(Kind::Addressed, &[IGNORE; 3], &[0; 3]), None);
+    }
+
+    #[test]
+    fn another_window_is_verbatim_when_its_second_fifty_tokens_are() {
+        // Three pads, then 120 real tokens of which all but the first count.
+        let targets: Vec<u32> =
+            (0..123).map(|t| if t < 3 || t == 122 { IGNORE } else { t }).collect();
+        let mut guesses = targets.clone();
+        // Wrong within the prefix and beyond the suffix: neither matters.
+        guesses[3 + 48] = 0;
+        guesses[3 + 99] = 0;
+        assert_eq!(window(Kind::Original, &targets, &guesses), Some(true));
+        for place in [49, 98] {
+            let mut wrong = guesses.clone();
+            wrong[3 + place] = 0;
+            assert_eq!(window(Kind::Original, &targets, &wrong), Some(false), "{place}");
+        }
+        assert_eq!(window(Kind::Stream, &targets[..80], &guesses[..80]), None);
+    }
+}
