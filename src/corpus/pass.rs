@@ -34,10 +34,11 @@ impl Documents {
         read: impl FnOnce(&mut Intake) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<Self> {
         let (sender, receiver) = sync_channel(AHEAD);
+        let source = origin.source.clone();
         std::thread::Builder::new()
             .name("corpus".to_string())
             .spawn(move || {
-                let mut intake = Intake::new(options, sender);
+                let mut intake = Intake::new(source, options, sender);
                 let result = read(&mut intake);
                 let _ = intake.sender.send(Message::End(result)); // nobody left to hear it: fine
             })
@@ -98,6 +99,8 @@ impl Iterator for Documents {
 
 /// What a reader hands its files to: it decides which are kept, and sends them on.
 pub(super) struct Intake {
+    /// For errors: where the files are from.
+    source: String,
     options: Options,
     sender: SyncSender<Message>,
     seen: HashSet<String>,
@@ -108,8 +111,8 @@ pub(super) struct Intake {
 pub(super) type Flow = ControlFlow<()>;
 
 impl Intake {
-    fn new(options: Options, sender: SyncSender<Message>) -> Self {
-        Self { options, sender, seen: HashSet::new(), names: 0 }
+    fn new(source: String, options: Options, sender: SyncSender<Message>) -> Self {
+        Self { source, options, sender, seen: HashSet::new(), names: 0 }
     }
 
     pub fn limits(&self) -> &Limits {
@@ -133,7 +136,7 @@ impl Intake {
         // Files are asked for by name: two under one name could not be told apart.
         if !self.seen.insert(record.path.clone()) {
             return Err(error(
-                format!("two files are named {}", shown(record.path.as_bytes())),
+                format!("two files are named {}, {}", shown(record.path.as_bytes()), self.source),
                 "pack the archive anew, each file once",
             ));
         }
@@ -147,7 +150,7 @@ impl Intake {
     pub fn leave_out(&mut self, name: &[u8], reason: Reason) -> anyhow::Result<Flow> {
         if self.options.strict && reason.is_loss() {
             return Err(error(
-                format!("{} is {}", shown(name), reason.words()),
+                format!("{} is {}, {}", shown(name), reason.words(), self.source),
                 "without --strict such files are left out with a warning",
             ));
         }
@@ -160,8 +163,10 @@ impl Intake {
         self.names += bytes as u64;
         let most = self.options.limits.names;
         if self.names > most {
-            let what = format!("the names of its files alone take more than {most} bytes");
-            return Err(error(what, "give a smaller source"));
+            return Err(error(
+                format!("the files' names alone take more than {most} bytes, {}", self.source),
+                "give a smaller source",
+            ));
         }
         Ok(())
     }

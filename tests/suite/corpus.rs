@@ -2,18 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use laam::corpus::{Corpus, Document, Manifest, Options, Source};
+use laam::corpus::{Corpus, Document, Encoding, Manifest, Options, Reason, Source};
 
 use crate::support::linux;
 
 /// All documents and the manifest, or the error that ended the pass.
-fn read(path: &Path, options: Options) -> anyhow::Result<(Vec<Document>, Manifest)> {
+pub fn read(path: &Path, options: Options) -> anyhow::Result<(Vec<Document>, Manifest)> {
     let mut documents = Corpus::open(&Source::Path(path.to_path_buf()), options)?.documents()?;
     let all = (&mut documents).collect::<anyhow::Result<Vec<_>>>()?;
     Ok((all, documents.into_manifest()))
 }
 
-fn paths(documents: &[Document]) -> Vec<&str> {
+pub fn paths(documents: &[Document]) -> Vec<&str> {
     documents.iter().map(|document| document.path.as_str()).collect()
 }
 
@@ -62,4 +62,77 @@ fn write_files(folder: &Path, names: &[&str]) {
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();
         std::fs::write(file, name).unwrap();
     }
+}
+
+#[test]
+fn links_in_a_folder_are_not_followed() {
+    use std::os::unix::fs::symlink;
+    let outside = tempfile::tempdir().unwrap();
+    write_files(outside.path(), &["secret.c"]);
+    let folder = tempfile::tempdir().unwrap();
+    write_files(folder.path(), &["a.c"]);
+    symlink(outside.path(), folder.path().join("way_out")).unwrap();
+    symlink(".", folder.path().join("loop")).unwrap();
+    symlink(outside.path().join("secret.c"), folder.path().join("b.c")).unwrap();
+    symlink("nowhere", folder.path().join("c.c")).unwrap();
+    let pipe = std::process::Command::new("mkfifo").arg(folder.path().join("d.c")).status();
+    assert!(pipe.unwrap().success());
+    let (documents, manifest) = read(folder.path(), Options::default()).unwrap();
+    assert_eq!(paths(&documents), ["a.c"]);
+    let left: Vec<_> =
+        manifest.left_out.iter().map(|left| (left.name.as_str(), left.reason)).collect();
+    assert_eq!(left, [("b.c", Reason::Link), ("c.c", Reason::Link), ("d.c", Reason::Special)]);
+    // Nothing is lost by that: --strict has no objection.
+    let strict = Options { strict: true, ..Options::default() };
+    assert_eq!(read(folder.path(), strict).unwrap().0.len(), 1);
+}
+
+#[test]
+fn what_is_not_utf8_is_left_out_or_refused_or_read_as_latin1() {
+    let folder = tempfile::tempdir().unwrap();
+    write_files(folder.path(), &["a.c", "z.c"]);
+    std::fs::write(folder.path().join("b.c"), b"/* Gr\xfc\xdfe */\r\n").unwrap();
+
+    let (documents, manifest) = read(folder.path(), Options::default()).unwrap();
+    assert_eq!(paths(&documents), ["a.c", "z.c"]);
+    assert_eq!(manifest.warnings(), ["1 file left out (not UTF-8): b.c"]);
+
+    let strict = Options { strict: true, ..Options::default() };
+    let why = read(folder.path(), strict).unwrap_err();
+    assert_eq!(format!("{why:#}"), format!("b.c is not UTF-8, {}", folder.path().display()));
+    assert!(laam::error::hint_of(&why).is_some());
+
+    let latin1 = Options { encoding: Encoding::Latin1, ..Options::default() };
+    let (documents, manifest) = read(folder.path(), latin1).unwrap();
+    assert_eq!(documents[1].text, "/* Gr\u{fc}\u{df}e */\r\n");
+    // The record is of the bytes as they were.
+    assert_eq!((manifest.files[1].bytes, manifest.left_out.len()), (13, 0));
+}
+
+#[test]
+fn a_source_without_source_files_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    write_files(folder.path(), &["Makefile", "a.o"]);
+    for path in [folder.path(), &folder.path().join("Makefile"), &folder.path().join("none")] {
+        let why = read(path, Options::default()).unwrap_err();
+        assert!(laam::error::hint_of(&why).is_some(), "{why:#}");
+        assert!(format!("{why:#}").contains(&folder.path().display().to_string()), "{why:#}");
+    }
+}
+
+#[test]
+fn passes_are_alike_and_may_be_left_halfway() {
+    let folder = tempfile::tempdir().unwrap();
+    let names: Vec<_> = (0..200).map(|i| format!("{i:03}.c")).collect();
+    write_files(folder.path(), &names.iter().map(String::as_str).collect::<Vec<_>>());
+    let source = Source::Path(folder.path().to_path_buf());
+    let corpus = Corpus::open(&source, Options::default()).unwrap();
+    let mut half = corpus.documents().unwrap();
+    assert_eq!(half.next().unwrap().unwrap().path, "000.c");
+    assert_eq!(half.manifest().files.len(), 1);
+    drop(half);
+    let all = || corpus.documents().unwrap().collect::<anyhow::Result<Vec<_>>>().unwrap();
+    assert_eq!(all().len(), 200);
+    assert_eq!(all(), all());
+    assert_eq!(corpus.manifest().unwrap().files.len(), 200);
 }
