@@ -76,7 +76,7 @@ impl Reading {
             self.member = Some(shown(&name));
             count += 1;
             if count > limits.entries {
-                return Err(refuse(format!("more than {} members", limits.entries), path));
+                return Err(refuse(&format!("more than {} members", limits.entries), path));
             }
             // What the reader will have to skip, or we read, before the next member's headers.
             let behind = if entry.header().entry_type().is_gnu_sparse() {
@@ -86,7 +86,7 @@ impl Reading {
             };
             let end = self.unpacked.done.get().saturating_add(behind);
             if end > limits.total {
-                return Err(refuse(format!("unpacks to more than {} bytes", limits.total), path));
+                return Err(refuse(&format!("unpacks to more than {} bytes", limits.total), path));
             }
             self.unpacked.allowed.set(end + HEADERS);
             if take(entry, &name, path, intake)? == Flow::Break(()) {
@@ -94,7 +94,6 @@ impl Reading {
             }
         }
         self.member = None;
-        drop(entries);
         if self.unpacked.ended.get() {
             return Err(io::Error::other("no end-of-archive mark").into());
         }
@@ -139,7 +138,7 @@ fn take(
 ) -> Result<Flow, Stop> {
     let corpus_path = names::corpus_path(name);
     if corpus_path == Err(Fault::LeadsOut) {
-        return Err(refuse(format!("member {} leads out of it", shown(name)), path));
+        return Err(refuse(&format!("member {} leads out of it", shown(name)), path));
     }
     if !names::is_kept(name) {
         return Ok(Flow::Continue(()));
@@ -155,7 +154,7 @@ fn take(
     };
     let (size, most) = (entry.size(), intake.limits().file);
     if size > most {
-        return Err(refuse(format!("member {} has more than {most} bytes", shown(name)), path));
+        return Err(refuse(&format!("member {} has more than {most} bytes", shown(name)), path));
     }
     let mut bytes = Vec::new();
     entry.read_to_end(&mut bytes)?;
@@ -176,7 +175,7 @@ fn is_pax_sparse(entry: &mut Entry<'_, impl Read>) -> io::Result<bool> {
     Ok(false)
 }
 
-fn refuse(what: String, path: &Path) -> Stop {
+fn refuse(what: &str, path: &Path) -> Stop {
     error(format!("{what}, {}", path.display()), "if you trust it, unpack it and give the folder")
         .into()
 }

@@ -132,7 +132,7 @@ impl Download<'_> {
                         ));
                     }
                     tell(Event::Note(format!("{why}; trying again")));
-                    std::thread::sleep(self.timeout.min(Duration::from_millis(500)) * failures);
+                    std::thread::sleep(self.timeout / 60 * failures);
                     resumed = true;
                 }
             }

@@ -160,9 +160,7 @@ impl Corpus {
     pub fn documents(&self) -> anyhow::Result<Documents> {
         let options = self.options.clone();
         match self.place.clone() {
-            Place::Sample => {
-                Documents::start(self.origin.clone(), options, |intake| sample::read(intake))
-            }
+            Place::Sample => Documents::start(self.origin.clone(), options, sample::read),
             Place::Folder(folder) => {
                 Documents::start(self.origin.clone(), options, move |intake| {
                     folder::read(&folder, intake)
