@@ -135,8 +135,12 @@ fn archive() -> Vec<u8> {
 }
 
 fn sums(body: &[u8], name: &str) -> Vec<u8> {
-    let hash: String = Sha256::digest(body).iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("-----BEGIN PGP SIGNED MESSAGE-----\n\n{hash}  {name}\n").into_bytes()
+    let mut list = b"-----BEGIN PGP SIGNED MESSAGE-----\n\n".to_vec();
+    for byte in Sha256::digest(body) {
+        write!(list, "{byte:02x}").unwrap();
+    }
+    writeln!(list, "  {name}").unwrap();
+    list
 }
 
 fn all(stream: &mut TcpStream, body: &[u8]) {
@@ -349,7 +353,7 @@ fn a_wrong_checksum_is_refused_and_nothing_stays() {
     });
     let mut trial = Trial::new(&server.address);
     trial.fails("but the server lists");
-    assert_eq!(trial.cached(), [PathBuf::new(); 0]);
+    assert!(trial.cached().is_empty(), "{:?}", trial.cached());
 }
 
 #[test]
