@@ -250,11 +250,12 @@ fn bombs_are_refused_while_they_unpack() {
 #[test]
 fn headers_do_not_fill_the_memory() {
     let silly = vec![b'x'; 3 << 20];
-    refused(&gz(&Tar::default().long_name(&silly).file("a.c", b"").end()), "more headers");
-    refused(
-        &gz(&Tar::default().pax(&[("comment", &silly)]).file("a.c", b"").end()),
-        "more headers",
-    );
+    for first in [Tar::default, || Tar::default().file("0.c", b"0")] {
+        let named = first().long_name(&silly).file("a.c", b"").end();
+        refused(&gz(&named), "more headers");
+        let commented = first().pax(&[("comment", &silly)]).file("a.c", b"").end();
+        refused(&gz(&commented), "more headers");
+    }
     for kind in [b'L', b'K', b'x'] {
         refused(&Tar::default().raw(b"x", kind, 1 << 60, b"x").end(), "archive");
         refused(&Tar::default().raw(b"x", kind, u64::MAX >> 1, b"x").end(), "archive");
@@ -305,6 +306,10 @@ fn no_part_of_an_archive_passes_for_the_whole() {
             }
         }
     }
+    // Not even where we would have stopped with the file that is cut.
+    let first = Options { limit: Some(1), ..Options::default() };
+    assert!(outcome(&plain[..2000], first.clone()).is_err());
+    assert_eq!(outcome(&plain[..4000], first).unwrap().0, ["a.c"]);
     refused(&plain[..plain.len() - 1024], "no end-of-archive mark");
     refused(&[&plain[..], b"more"].concat(), "after the end");
 }
