@@ -23,6 +23,9 @@ fn linux_is_506_files_with_the_known_hash() {
     let (documents, manifest) = read(&archive, Options::default()).unwrap();
     assert_eq!((manifest.files.len(), manifest.bytes()), (506, 4_537_588));
     assert_eq!(manifest.hash(), "49083d3a3250618ea5ec287e87478e649bbaf3752246ac9d8aad3c40597804fc");
+    let mut reversed = manifest.clone();
+    reversed.files.reverse();
+    assert_eq!(reversed.hash(), manifest.hash());
     assert_eq!(manifest.left_out, []);
     // In the archive's own order, which is what `tar tf` prints first.
     let text_bytes: usize = documents.iter().map(|document| document.text.len()).sum();

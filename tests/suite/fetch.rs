@@ -340,7 +340,34 @@ fn a_file_that_changed_meanwhile_is_started_anew() {
             });
         let mut trial = Trial::new(&server.address);
         assert_eq!(fs::read(trial.fetch().unwrap().path).unwrap(), new, "{tag} {minds}");
+        let noticed = trial.notes.iter().any(|note| note.contains("changed on the server"));
+        assert_eq!(noticed, !tag.is_empty() && !minds, "{:?}", trial.notes);
     }
+}
+
+#[test]
+fn a_range_that_was_not_asked_for_is_not_taken() {
+    let body = archive();
+    let (served, count) = (body.clone(), Mutex::new(0));
+    let server = Server::start(move |request, stream| match request.path.as_str() {
+        SUMS => all(stream, &sums(&served, "linux-1.0.tar.xz")),
+        XZ => {
+            let mut count = count.lock().unwrap();
+            *count += 1;
+            match *count {
+                1 => respond(stream, "200 OK", "", &served, 100_000),
+                2 => {
+                    let range = format!("Content-Range: bytes 0-9/{}\r\n", served.len());
+                    respond(stream, "206 Partial Content", &range, &served[..10], 10);
+                }
+                _ => all(stream, &served),
+            }
+        }
+        _ => missing(stream),
+    });
+    let mut trial = Trial::new(&server.address);
+    assert_eq!(fs::read(trial.fetch().unwrap().path).unwrap(), body);
+    assert!(trial.notes.iter().any(|note| note.contains("changed on the server")));
 }
 
 #[test]
