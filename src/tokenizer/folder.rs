@@ -167,8 +167,18 @@ fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result
         eos: named("eos_token").or(markers.map(|markers| markers.end_file)),
         pad: named("pad_token").or(markers.map(|markers| markers.pad)),
     };
+    let style = markers.and_then(|_| style_of(&value));
+    if style.is_some()
+        && let Some(byte) = (0..=255).find(|&byte| {
+            let mut spelled = [0; 4];
+            !vocabulary.model.contains_key(&*byte_level::char_of(byte).encode_utf8(&mut spelled))
+        })
+    {
+        // Text with this byte would lose it without a word.
+        bail!("its vocab lacks the byte {byte:#04x}");
+    }
     Ok(Tokenizer {
-        style: markers.and_then(|_| style_of(&value)),
+        style,
         markers,
         special,
         sha256: Sha256::digest(&json).into(),

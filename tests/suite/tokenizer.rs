@@ -233,3 +233,195 @@ fn exact_gives_back_every_file_of_linux() {
     // Measured elsewhere with this pattern and vocabulary: 1.56 million.
     assert!((1_540_000..1_580_000).contains(&tokens), "{tokens} tokens");
 }
+
+/// Loads a tokenizer.json and, if it is accepted, uses it.
+fn load_and_use(json: &[u8], config: &[u8]) -> anyhow::Result<Tokenizer> {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
+    std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+    let tokenizer = Tokenizer::load(folder.path())?;
+    for document in small_corpus() {
+        let _ = tokenizer.encode_document(&document);
+        let _ = tokenizer.encode_prompt(&document.text);
+        if let Ok(ids) = tokenizer.encode_text(&document.text) {
+            let _ = tokenizer.decode_bytes(&ids);
+        }
+    }
+    let _ = tokenizer.decode_bytes(&[0, 1, 300, 319, u32::MAX]);
+    Ok(tokenizer)
+}
+
+fn saved(style: Style) -> (Vec<u8>, Vec<u8>) {
+    let folder = tempfile::tempdir().unwrap();
+    small(style).save(folder.path()).unwrap();
+    let read = |name| std::fs::read(folder.path().join(name)).unwrap();
+    (read("tokenizer.json"), read("tokenizer_config.json"))
+}
+
+/// Every value in a JSON document, by its path.
+fn places(value: &serde_json::Value, at: &str, found: &mut Vec<String>) {
+    found.push(at.to_string());
+    match value {
+        serde_json::Value::Array(list) => {
+            // Some of a long list stand for the rest.
+            for index in (0..list.len()).step_by(1 + list.len() / 5) {
+                places(&list[index], &format!("{at}/{index}"), found);
+            }
+        }
+        serde_json::Value::Object(map) => {
+            for key in map.keys().step_by(1 + map.len() / 9) {
+                let escaped = key.replace('~', "~0").replace('/', "~1");
+                places(&map[key], &format!("{at}/{escaped}"), found);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn any_json() -> impl Strategy<Value = serde_json::Value> {
+    use serde_json::json;
+    prop_oneof![
+        Just(json!(null)),
+        Just(json!(true)),
+        Just(json!("")),
+        Just(json!("a b")),
+        Just(json!("(((")),
+        Just(json!("Ġ")),
+        Just(json!(["a", "b"])),
+        Just(json!([])),
+        Just(json!({})),
+        Just(json!(-1)),
+        Just(json!(0.5)),
+        any::<u32>().prop_map(|n| json!(n)),
+        (0u32..400).prop_map(|n| json!(n)),
+        any::<u64>().prop_map(|n| json!(n)),
+        Just(json!({"type": "Sequence", "decoders": [], "pretokenizers": [], "normalizers": []})),
+        Just(json!({"type": "Replace", "pattern": {"String": "e"}, "content": "ee"})),
+        Just(json!({"type": "Replace", "pattern": {"Regex": "(a*)*b"}, "content": ""})),
+        Just(json!({"type": "Digits", "individual_digits": true})),
+        Just(json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"})),
+        Just(json!({"type": "Strip", "content": " ", "start": 9, "stop": 9})),
+        Just(json!({"type": "FixedLength", "length": 0})),
+        Just(
+            json!({"type": "Split", "pattern": {"Regex": ""}, "behavior": "Removed", "invert": true})
+        ),
+        Just(
+            json!({"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 9})
+        ),
+        Just(json!({"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}})),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    #[test]
+    fn a_broken_tokenizer_is_an_error_and_never_a_panic(
+        original: bool,
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4),
+        bytes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+    ) {
+        let (json, config) = saved(if original { Style::Original } else { Style::Exact });
+        let mut value: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        for (place, new) in changes {
+            let mut found = Vec::new();
+            places(&value, "", &mut found);
+            *value.pointer_mut(&found[place.index(found.len())]).unwrap() = new;
+        }
+        let _ = load_and_use(&serde_json::to_vec(&value).unwrap(), &config);
+        let mut json = json;
+        for (at, byte) in bytes {
+            let at = at.index(json.len());
+            json[at] = byte;
+        }
+        let _ = load_and_use(&json, &config);
+    }
+}
+
+#[test]
+fn what_a_tokenizer_lacks_is_said() {
+    let (json, config) = saved(Style::Exact);
+    let good: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let error = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut broken = good.clone();
+        change(&mut broken);
+        let json = serde_json::to_vec(&broken).unwrap();
+        let error = load_and_use(&json, &config).expect_err("it is broken");
+        assert!(laam::error::hint_of(&error).is_some());
+        format!("{error:#}")
+    };
+    let merge = good["model"]["merges"][0].as_str().unwrap().replace(' ', "");
+    let said = error(&|json| {
+        json["model"]["vocab"].as_object_mut().unwrap().remove(&merge);
+    });
+    assert!(said.contains("which the vocab lacks"), "{said}");
+    let said = error(&|json| {
+        json["model"]["vocab"].as_object_mut().unwrap().remove("@");
+    });
+    assert!(said.contains("lacks the byte 0x40"), "{said}");
+    let said = error(&|json| json["model"]["vocab"]["A"] = 5.into());
+    assert!(said.contains("two tokens have id 5"), "{said}");
+    let said = error(&|json| json["model"]["vocab"]["A"] = 4_000_000_000u32.into());
+    assert!(said.contains("ids up to 4000000000"), "{said}");
+    let said = error(&|json| json["added_tokens"][0]["id"] = 77.into());
+    assert!(said.contains("has id 77"), "{said}");
+    let said = error(&|json| json["model"]["type"] = "Unigram".into());
+    assert!(said.contains("not BPE"), "{said}");
+    let said = error(&|json| json["model"]["continuing_subword_prefix"] = "##".into());
+    assert!(said.contains("continuing_subword_prefix"), "{said}");
+    assert!(load_and_use(b"{", b"{}").is_err());
+    assert!(load_and_use(&json, b"[").is_err());
+    assert!(Tokenizer::load(std::path::Path::new("/nowhere")).is_err());
+}
+
+/// GPT-2's files and Llama 2's, in small: no markers, other decoders.
+#[test]
+fn other_peoples_tokenizers_serve_for_generation() {
+    let (json, _) = saved(Style::Exact);
+    let mut gpt2: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    gpt2["pre_tokenizer"] = serde_json::json!(
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}
+    );
+    for marker in 0..5 {
+        let name = format!("<{marker}>");
+        gpt2["added_tokens"][marker]["content"] = name.as_str().into();
+        let vocab = gpt2["model"]["vocab"].as_object_mut().unwrap();
+        vocab.remove(MARKERS[marker]);
+        vocab.insert(name, marker.into());
+    }
+    let config = br#"{"bos_token": {"content": "<0>"}, "eos_token": "<1>"}"#;
+    let tokenizer = load_and_use(&serde_json::to_vec(&gpt2).unwrap(), config).unwrap();
+    assert_eq!(tokenizer.style(), None);
+    assert_eq!((tokenizer.special().bos, tokenizer.special().eos), (Some(0), Some(1)));
+    assert_eq!(tokenizer.special().pad, None);
+    let text = "int main(void)\n{\r\n\tcafé\u{0} <0>";
+    let ids = tokenizer.encode_text(text).unwrap();
+    assert_eq!(ids.last(), Some(&0));
+    assert_eq!(tokenizer.decode_bytes(&ids).unwrap(), text.as_bytes());
+    let error = tokenizer.encode_document(&small_corpus()[0]).unwrap_err();
+    assert!(error.to_string().contains("no document markers"), "{error:#}");
+
+    let llama2 = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true}],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": null,
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "fuse_unk": true,
+            "byte_fallback": true, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+            "vocab": {"<s>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4, "<0xC3>": 5, "<0xA9>": 6},
+            "merges": ["▁ a"]}
+    });
+    let tokenizer = load_and_use(&serde_json::to_vec(&llama2).unwrap(), b"{}").unwrap();
+    assert_eq!(tokenizer.encode_prompt("a bé").unwrap(), [0, 4, 1, 3, 5, 6]);
+    assert_eq!(tokenizer.decode_bytes(&[4, 1, 3, 5, 6]).unwrap(), "a bé".as_bytes());
+}
