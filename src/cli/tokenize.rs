@@ -73,7 +73,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         "tokens": header.tokens,
         "documents": header.documents,
         "windows": windows.len(),
-        "sha256": hex(&file.sha256()),
+        "sha256": hex(&file.sha256()?),
         "window_kind": kind,
         "context": context,
         "bytes": manifest.bytes(),

@@ -27,10 +27,11 @@
 //! it is read, and ids where they are drawn; [`TokenFile::verify`] reads and checks everything.
 
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
@@ -275,9 +276,23 @@ impl TokenFile {
         }
     }
 
-    /// The sha256 of the whole file.
-    pub fn sha256(&self) -> [u8; 32] {
-        Sha256::digest(&self.map[..]).into()
+    /// The sha256 of the whole file. Reads it afresh: through the map, all of it would come to lie
+    /// in memory.
+    pub fn sha256(&self) -> anyhow::Result<[u8; 32]> {
+        let hash = || -> std::io::Result<[u8; 32]> {
+            let mut file = File::open(&self.path)?;
+            let mut hasher = Sha256::new();
+            let mut bytes = vec![0; 1 << 20];
+            loop {
+                match file.read(&mut bytes)? {
+                    0 => return Ok(hasher.finalize().into()),
+                    read => hasher.update(&bytes[..read]),
+                }
+            }
+        };
+        hash()
+            .with_context(|| format!("cannot read {}", self.path.display()))
+            .hint(|| "make it again with laam tokenize")
     }
 
     /// Reads and checks everything.
