@@ -154,6 +154,18 @@ fn a_small_corpus_says_what_it_gave_and_original_fills_the_rest() {
     assert_eq!(tokenizer.decode_bytes(&[4999]).unwrap(), b"<|extra_id_4999>");
 }
 
+#[test]
+fn endless_words_are_encoded_up_to_a_limit() {
+    let tokenizer = small(Style::Exact);
+    let long = "return".repeat(50_000);
+    let ids = tokenizer.encode_text(&long).unwrap();
+    assert_eq!(tokenizer.decode_bytes(&ids).unwrap(), long.as_bytes());
+    let text = "return".repeat(800_000);
+    let error = tokenizer.encode_document(&Document { path: "long.c".into(), text }).unwrap_err();
+    assert!(error.to_string().contains("4800000 bytes is too long"), "{error:#}");
+    assert!(laam::error::hint_of(&error).unwrap().contains("long.c"));
+}
+
 /// What the Python package made of the same corpus with the first LaaM's settings: see
 /// `tests/fixtures/original_tokenizer.py`.
 const ORIGINAL: &str = include_str!("../fixtures/original_tokenizer.json");

@@ -10,7 +10,8 @@ use laam::tokens::{Batch, Frame, IGNORE, Kind, TokenFile, TokenWriter, Windows};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::support::{documents, linux};
+use crate::cli::error_of;
+use crate::support::{documents, laam, linux};
 use crate::tokenizer::{small_corpus, train};
 
 fn tokenizer(style: Style) -> Arc<Tokenizer> {
@@ -335,4 +336,120 @@ fn original_windows_of_linux_are_the_first_laams() {
     let batch = windows.draw(&all).unwrap();
     // Every token but each window's first is predicted once.
     assert_eq!(batch.counted(), 2_123_476 - 4_408);
+}
+
+/// Runs the program and returns its stdout as JSON.
+fn json_of(arguments: &[&str]) -> serde_json::Value {
+    let output = laam().args(arguments).output().expect("the program starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    serde_json::from_slice(&output.stdout).expect("one JSON object on stdout")
+}
+
+#[test]
+fn the_commands_train_and_tokenize_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    for Document { path, text } in small_corpus() {
+        let file = folder.path().join("source").join(path);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(file, text).unwrap();
+    }
+    // Not UTF-8: style original reads it as latin-1, exact leaves it out.
+    std::fs::write(at("source/toy/latin.c"), b"/* caf\xe9 */\n").unwrap();
+    for (style, documents, pads) in [("exact", 4, false), ("original", 5, true)] {
+        let (tokenizer, tokens) = (at(style), at(&format!("{style}.tokens")));
+        let printed = json_of(&[
+            "train-tokenizer",
+            "--source",
+            &at("source"),
+            "--style",
+            style,
+            "--vocab_size",
+            "4000",
+            "--output_path",
+            &tokenizer,
+            "--quiet",
+            "--format",
+            "hf",
+        ]);
+        let keys: Vec<_> = printed.as_object().unwrap().keys().take(7).collect();
+        assert_eq!(
+            keys,
+            [
+                "num_tokens",
+                "num_special_tokens",
+                "num_pad_tokens",
+                "pre_vocab_size",
+                "vocab_size",
+                "output_path",
+                "output_format"
+            ]
+        );
+        assert_eq!(printed["vocab_size"], 4000);
+        assert_eq!(printed["num_tokens"] == 4000, pads);
+        assert_eq!(printed["num_pad_tokens"] != 0, pads);
+        assert_eq!(printed["output_format"], "hf");
+        for name in ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"] {
+            assert!(Path::new(&tokenizer).join(name).is_file(), "{name}");
+        }
+        let source = at("source");
+        let arguments = [
+            "tokenize",
+            "--source",
+            &source,
+            "--tokenizer_path",
+            &tokenizer,
+            "--output",
+            &tokens,
+            "--max_position_embeddings",
+            "64",
+            "--json",
+        ];
+        let printed = json_of(&arguments);
+        let file = TokenFile::open(Path::new(&tokens)).unwrap();
+        file.verify().unwrap();
+        assert_eq!(printed["documents"], documents);
+        assert_eq!(printed["tokens"], file.tokens());
+        let whole = std::fs::read(&tokens).unwrap();
+        let sha256: String =
+            Sha256::digest(whole).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(printed["sha256"], sha256);
+        assert_eq!(json_of(&arguments), printed, "a second run writes the same");
+    }
+}
+
+#[test]
+fn the_commands_refuse_with_a_hint_and_leave_what_was_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    tokenizer(Style::Exact).save(Path::new(&at("tokenizer"))).unwrap();
+    std::fs::write(at("kept"), "as it was").unwrap();
+    std::fs::write(at("broken.tar"), [1; 3000]).unwrap();
+    std::fs::create_dir(at("empty")).unwrap();
+    let tokenize = |source: &str, tokenizer: &str| {
+        error_of(&[
+            "tokenize",
+            "--source",
+            &at(source),
+            "--tokenizer_path",
+            &at(tokenizer),
+            "--output",
+            &at("kept"),
+        ])
+    };
+    tokenize("broken.tar", "tokenizer");
+    tokenize("empty", "tokenizer");
+    tokenize("nowhere", "tokenizer");
+    tokenize("empty", "nowhere");
+    tokenize("empty", "kept");
+    let said = error_of(&["train-tokenizer", "--vocab_size", "100", "--output_path", &at("new")]);
+    assert!(said.contains("--vocab_size 261"), "{said}");
+    error_of(&["train-tokenizer", "--style", "best"]);
+    error_of(&["train-tokenizer", "--source", &at("empty"), "--output_path", &at("new")]);
+    assert!(!Path::new(&at("new")).exists());
+    // A file stands where the folder should.
+    error_of(&["train-tokenizer", "--vocab_size", "300", "--output_path", &at("kept")]);
+    assert_eq!(std::fs::read_to_string(at("kept")).unwrap(), "as it was");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 4, "nothing temporary stays");
 }
