@@ -98,7 +98,7 @@ impl<'a> Trainer<'a> {
             tokens: 0,
             unlogged: (0.0, 0),
             settings: settings.clone(),
-            tokens_sha256: crate::corpus::hex(&windows.file().sha256()),
+            tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
         };
         match std::mem::replace(&mut job.start, Start::Fresh) {
             Start::Weights(weights) => engine.write(Arena::Parameters, &weights)?,
