@@ -5,7 +5,9 @@ mod backend;
 mod bench;
 mod doctor;
 mod fetch;
+mod plan;
 mod progress;
+mod shape;
 pub mod source;
 mod tokenize;
 mod train;
@@ -33,6 +35,7 @@ enum Command {
     Bench(bench::Arguments),
     Doctor(doctor::Arguments),
     Fetch(fetch::Arguments),
+    Plan(plan::Arguments),
     TrainTokenizer(train_tokenizer::Arguments),
     Tokenize(tokenize::Arguments),
     Train(Box<train::Arguments>),
@@ -84,6 +87,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Fetch(arguments) => fetch::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
         Command::Tokenize(arguments) => tokenize::run(&arguments),
         Command::Train(arguments) => train::run(&arguments),

@@ -7,6 +7,7 @@ mod card;
 mod checkpoint;
 mod config;
 mod config_json;
+mod flops;
 mod init;
 mod layout;
 mod provenance;

@@ -5,7 +5,7 @@ use laam::backend::reference::{Precision, Reference, Rounding};
 use laam::backend::{Arena, Backend, Feed, Loaded, Need, Session};
 use laam::llama::step::{self, BatchInputs};
 use laam::llama::{AdamW, Muon, Optimizer, Rates, update};
-use laam::model::{Config, Layout};
+use laam::model::{Config, Layout, RopeScaling};
 use laam::random::{Philox, Stream};
 use laam::tokens::{Batch, IGNORE};
 
@@ -22,6 +22,7 @@ pub fn config(heads: usize, kv_heads: usize, head_dim: usize, tied: bool) -> Con
         max_position_embeddings: 64,
         rms_norm_eps: 1e-6,
         rope_theta: 10000.0,
+        rope_scaling: RopeScaling::None,
         tie_word_embeddings: tied,
         initializer_range: 0.02,
         bos_token_id: None,

@@ -1,5 +1,6 @@
 //! Model folders: written whole, read from anyone, refused with a reason.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -7,12 +8,18 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use laam::error::hint_of;
+use laam::llama::step;
 use laam::model::{
-    self, Checkpoint, Config, Kind, Layout, Precision, Provenance, TrainingState, initialize,
+    self, Checkpoint, Config, Kind, Layout, Precision, Provenance, RopeScaling, Span,
+    TrainingState, initialize,
 };
+use laam::tokenizer::Tokenizer;
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
+use crate::cli::error_of;
+use crate::support::laam;
 use crate::trainer;
 
 /// A Llama of some thousand parameters.
@@ -157,14 +164,14 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
         ("cut short", |f| set_length(f, "model.safetensors", -1)),
         ("cut short", |f| set_length(f, "model.safetensors", 1)),
         ("cut short", |f| {
-            edit_header(f, |h| h["model.norm.weight"]["data_offsets"] = json!([0, 1 << 60]));
+            edit_header(f, |h| h["model.norm.weight"]["data_offsets"] = json!([0, 1_u64 << 60]));
         }),
         ("cut short", |f| {
             edit_header(f, |h| {
                 h["model.norm.weight"]["shape"] = json!([1_u64 << 62, 1_u64 << 62]);
             });
         }),
-        ("lacks model.norm.weight", |f| {
+        ("lack model.norm.weight", |f| {
             edit_header(f, |h| {
                 let tensor = h.as_object_mut().unwrap().remove("model.norm.weight").unwrap();
                 h["model.norms.weight"] = tensor;
@@ -172,7 +179,7 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
         }),
         ("stored as I32", |f| edit_header(f, |h| h["model.norm.weight"]["dtype"] = json!("I32"))),
         ("[6, 2]", |f| edit_header(f, |h| h["model.norm.weight"]["shape"] = json!([6, 2]))),
-        ("lacks model.layers.2", |f| edit_config(f, "num_hidden_layers", json!(3))),
+        ("lack model.layers.2", |f| edit_config(f, "num_hidden_layers", json!(3))),
         ("has the shape [41, 12]", |f| edit_config(f, "vocab_size", json!(2_000_000_000))),
         ("lm_head.weight differs", |f| edit_config(f, "tie_word_embeddings", json!(true))),
         ("../model-1.safetensors", |f| shard_as(f, "../model-1.safetensors")),
@@ -285,6 +292,98 @@ fn a_killed_save_leaves_one_whole_model() {
     assert!(seeds.iter().any(|&seed| seed > 2), "some saves got through: {seeds:?}");
 }
 
+/// Writes model folders for `tests/fixtures/check_transformers.py check`, with what it is to find in
+/// them, into the folder that LAAM_WRITE_FOLDER names. No test of its own.
+#[test]
+fn writes_folders_for_transformers_when_asked() {
+    let Some(folder) = std::env::var_os("LAAM_WRITE_FOLDER") else { return };
+    let folder = Path::new(&folder);
+    let llama3 = RopeScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 128,
+    };
+    let cases = [
+        ("exact_tied_bfloat16", "exact", Precision::Bfloat16, true, 12, 4, RopeScaling::None),
+        ("exact_untied_llama3_float32", "exact", Precision::Float32, false, 8, 2, llama3),
+        (
+            "original_head_dim_2_float16",
+            "original",
+            Precision::Float16,
+            false,
+            24,
+            8,
+            RopeScaling::None,
+        ),
+    ];
+    for (name, style, precision, tie_word_embeddings, heads, group, rope_scaling) in cases {
+        let place = folder.join(name);
+        let tokenizer_folder = folder.join(format!("tokenizer_{style}"));
+        let path = tokenizer_folder.to_str().unwrap();
+        let trained = laam()
+            .args(["train-tokenizer", "--source", concat!(env!("CARGO_MANIFEST_DIR"), "/src")])
+            .args(["--vocab_size=700", "--style", style, "--output_path", path])
+            .output()
+            .unwrap();
+        assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+        let tokenizer = Tokenizer::load(&tokenizer_folder).unwrap();
+        let special = tokenizer.special();
+        let config = Config {
+            vocab_size: tokenizer.vocab_size(),
+            hidden_size: 48,
+            intermediate_size: 77,
+            num_attention_heads: heads,
+            num_key_value_heads: heads / group,
+            head_dim: 48 / heads,
+            max_position_embeddings: 256,
+            rope_theta: 50_000.0,
+            rope_scaling,
+            tie_word_embeddings,
+            bos_token_id: special.bos,
+            eos_token_id: special.eos,
+            pad_token_id: special.pad,
+            ..tiny()
+        };
+        let layout = Layout::new(&config);
+        let weights = initialize(&config, &layout, 1);
+        let provenance = Provenance::default();
+        let checkpoint = Checkpoint {
+            config: &config,
+            layout: &layout,
+            weights: &weights,
+            precision,
+            tokenizer: Some(&tokenizer_folder),
+            provenance: &provenance,
+            training_state: None,
+        };
+        model::save(&place, &checkpoint).unwrap();
+
+        let hash = |span: Span| -> String {
+            let bytes =
+                weights[span.range()].iter().flat_map(|&x| precision.round(x).to_le_bytes());
+            let hash = Sha256::digest(bytes.collect::<Vec<_>>());
+            hash.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+        };
+        let tensors: BTreeMap<_, _> =
+            layout.parameters.iter().map(|p| (p.name.clone(), hash(p.span))).collect();
+        let texts = [
+            "int main(void)\n{\n\treturn 0;\n}\n",
+            "<|start_file|><|start_header|>linux/kernel/sched.c<|end_header|>/*\n *  a b  c   d\n */",
+            "  leading, trailing  \n\n\n\t\tx ",
+            "na\u{ef}ve \u{65e5}\u{672c} \u{1f427} e\u{301}",
+            "static const char *p = \"%d, %s\\n\"; do_it(&p->next[0x1F], don't);",
+        ];
+        let texts = texts.map(|text| {
+            let ids = tokenizer.encode_prompt(text).unwrap();
+            let decoded = tokenizer.decode_bytes(&ids).unwrap();
+            json!({"text": text, "ids": ids, "decoded": String::from_utf8(decoded).unwrap()})
+        });
+        let expected = json!({"tensors": tensors, "texts": texts});
+        fs::write(place.join("expected.json"), expected.to_string()).unwrap();
+    }
+}
+
 prop_compose! {
     fn any_shape()(
         vocab_size in 1_usize..200, hidden_size in 1_usize..40, intermediate_size in 1_usize..90,
@@ -371,4 +470,50 @@ proptest! {
         let state = model::load_training_state(folder.path(), &Layout::new(&tiny()));
         prop_assert_eq!(state.is_ok(), which != 2);
     }
+}
+
+#[test]
+fn the_count_of_flops_is_what_the_programs_operations_add_up_to() {
+    let config = Config { max_position_embeddings: 64, ..tiny() };
+    let (windows, context) = (3, 64);
+    let layout = Layout::new(&config);
+    let program = step::evaluation(&config, &layout, windows, context).program;
+    let counted: usize = program.costs(layout.len).map(|(_, cost)| cost.flops).sum();
+    // The operations count attention's diagonal in full, the formula half of it: half a token more.
+    let heads = config.num_attention_heads * config.head_dim;
+    let diagonal = 2 * heads * config.num_hidden_layers * windows * context;
+    let formula = config.forward_flops(context) * (windows * context) as u128;
+    assert_eq!(counted as u128, formula + diagonal as u128);
+}
+
+#[test]
+fn plan_counts_a_shape_and_a_folder_alike() {
+    let plan = |arguments: &[&str]| -> Value {
+        let output = laam().arg("plan").args(arguments).arg("--json").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    // The first LaaM's second stage: 4,662,336 parameters.
+    let original = plan(&[
+        "--hidden_size=64",
+        "--num_hidden_layers=8",
+        "--num_attention_heads=32",
+        "--max_position_embeddings=512",
+        "--vocab_size=32768",
+    ]);
+    assert_eq!(original["parameters"], 4_662_336);
+    // Two tables apart: 468,992 in the blocks and 2,097,152 in the head, 6 FLOPs each, and
+    // 6 x 512 x 64 x 8 of attention.
+    assert_eq!(original["flops_a_token_training"], 6 * (466_944 + 2_097_152 + 512 * 64 * 8));
+
+    let folder = saved();
+    let path = folder.path().to_str().unwrap();
+    let count = Layout::new(&tiny()).parameter_count();
+    assert_eq!(plan(&[path])["parameters"], count);
+    error_of(&["plan", path, "--hidden_size", "64"]);
+    error_of(&["plan", path, "--vocab_size", "64"]);
+    error_of(&["plan", "no/such/folder"]);
+    error_of(&["plan", "--hidden_size", "65", "--num_attention_heads", "4"]);
+    error_of(&["plan", "--num_attention_heads", "0"]);
+    error_of(&["plan", "--num_hidden_layers", "99999999999"]);
 }

@@ -7,7 +7,7 @@ use laam::backend::cpu::Cpu;
 use laam::backend::reference::{Precision, Reference, Rounding};
 use laam::backend::{Arena, Backend};
 use laam::llama::{AdamW, Optimizer, Rates};
-use laam::model::{Config, Layout};
+use laam::model::{Config, Layout, RopeScaling};
 use laam::tokens::{Batch, IGNORE};
 use laam::train::{Decline, Engine, Schedule};
 use serde_json::Value;
@@ -45,6 +45,7 @@ pub fn config(case: &Value) -> Config {
         max_position_embeddings: size(case, "context"),
         rms_norm_eps: number(case, "rms_norm_eps"),
         rope_theta: number(case, "rope_theta"),
+        rope_scaling: RopeScaling::None,
         tie_word_embeddings: case["tie_word_embeddings"] == true,
         initializer_range: number(case, "initializer_range"),
         bos_token_id: None,
