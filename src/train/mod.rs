@@ -7,6 +7,7 @@ mod checkpoints;
 mod engine;
 mod metrics;
 pub mod prepare;
+pub mod recipe;
 mod schedule;
 mod settings;
 mod tensorboard;

@@ -7,9 +7,9 @@
 mod backend;
 mod cli;
 mod corpus;
-mod model;
 mod fetch;
 mod hostile_archives;
+mod model;
 mod sample;
 mod support;
 mod tokenizer;

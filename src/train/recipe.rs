@@ -1,0 +1,164 @@
+//! Recipes: a whole run, from the corpus to the proof, as one TOML file.
+//!
+//! ```toml
+//! description = "what it is for"
+//! version = "v1.0/1.0"            # the corpus where none is named: a kernel (else the sample)
+//! rebuild = true                  # ends with every file regenerated from its name
+//!
+//! [tokenizer]
+//! style = "exact"
+//! vocab_size = 1024
+//!
+//! [[stage]]                       # one after another, each from the weights of the one before
+//! name = "train"
+//! batch_size = 8                  # the flags of laam train, with their defaults
+//! ```
+
+use std::path::Path;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+use super::Settings;
+use crate::error::{Hint, error};
+use crate::tokenizer::Style;
+
+/// The recipes that come with the program.
+pub const BUILT_IN: [(&str, &str); 2] = [
+    ("sample", include_str!("recipes/sample.toml")),
+    ("original", include_str!("recipes/original.toml")),
+];
+
+/// A whole run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    pub description: String,
+    /// The kernel that is the corpus where the command names none; without it, the built-in sample.
+    pub version: Option<String>,
+    /// Whether every file is regenerated from its name at the end, and compared.
+    #[serde(default)]
+    pub rebuild: bool,
+    pub tokenizer: TokenizerRecipe,
+    #[serde(rename = "stage")]
+    pub stages: Vec<Stage>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerRecipe {
+    #[serde(default)]
+    pub style: Style,
+    pub vocab_size: usize,
+}
+
+/// One training run of a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "toml::Table")]
+pub struct Stage {
+    /// Names its folder.
+    pub name: String,
+    #[serde(flatten)]
+    pub settings: Settings,
+}
+
+/// By hand, since serde's flattening would let misspelt keys pass.
+impl TryFrom<toml::Table> for Stage {
+    type Error = String;
+
+    fn try_from(mut keys: toml::Table) -> Result<Self, String> {
+        let Some(toml::Value::String(name)) = keys.remove("name") else {
+            return Err("a stage has no name".to_string());
+        };
+        let settings = keys.try_into().map_err(|why| format!("stage {name}: {why}"))?;
+        Ok(Self { name, settings })
+    }
+}
+
+impl Recipe {
+    /// A built-in recipe by its name, or one in a file by its path.
+    pub fn find(name: &str) -> anyhow::Result<Self> {
+        if let Some((_, text)) = BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
+            return Self::parse(text).with_context(|| format!("recipe {name}"));
+        }
+        let path = Path::new(name);
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            let names = BUILT_IN.map(|(name, _)| name).join(", ");
+            return Err(error(
+                format!("there is no recipe {name}"),
+                format!("use one of {names}, or the path of a .toml file"),
+            ));
+        }
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the recipe {name}"))
+            .hint(|| "give the path of a .toml file that can be read")?;
+        Self::parse(&text).with_context(|| format!("recipe {name}"))
+    }
+
+    /// Reads and checks a recipe.
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
+        let advice = || "see docs/recipes.md, and laam train --help for a stage's keys";
+        let recipe: Self = toml::from_str(text).hint(advice)?;
+        if recipe.stages.is_empty() {
+            return Err(error("it has no [[stage]]", advice()));
+        }
+        for (at, stage) in recipe.stages.iter().enumerate() {
+            let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+            if stage.name.is_empty() || !stage.name.chars().all(plain) {
+                return Err(error(
+                    format!("{:?} does not name a stage", stage.name),
+                    "use letters, digits, - and _: the name becomes a folder's",
+                ));
+            }
+            if recipe.stages[..at].iter().any(|other| other.name == stage.name) {
+                return Err(error(format!("two stages are called {}", stage.name), "rename one"));
+            }
+            stage.settings.validate().with_context(|| format!("stage {}", stage.name))?;
+        }
+        Ok(recipe)
+    }
+
+    /// The recipe with every key a stage has, as a TOML file.
+    pub fn resolved(&self) -> anyhow::Result<String> {
+        Ok(toml::to_string_pretty(self)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_recipes_are_whole_and_survive_being_written() {
+        for (name, _) in BUILT_IN {
+            let recipe = Recipe::find(name).unwrap();
+            assert_eq!(Recipe::parse(&recipe.resolved().unwrap()).unwrap(), recipe, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_original_is_flag_for_flag() {
+        let recipe = Recipe::find("original").unwrap();
+        let [first, second] = recipe.stages.as_slice() else { panic!("two stages") };
+        assert_eq!((first.settings.batch_size, first.settings.learning_rate), (64, 1e-3));
+        assert_eq!((second.settings.batch_size, second.settings.learning_rate), (1, 1e-4));
+        assert_eq!(first.settings.total_steps(4408), 6900);
+        assert_eq!(second.settings.total_steps(4408), 440_800);
+        assert_eq!(recipe.tokenizer.vocab_size, 32768);
+        let config = first.settings.config(32768, crate::tokenizer::Special::default()).unwrap();
+        assert_eq!(config.parameter_count(), 4_662_336);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let with = |text: &str| format!("{:#}", Recipe::parse(text).unwrap_err());
+        let head = "description = ''\n[tokenizer]\nvocab_size = 9\n";
+        assert!(with("").contains("description"));
+        assert!(with(head).contains("stage"));
+        let stage = |keys: &str| with(&format!("{head}[[stage]]\n{keys}"));
+        assert!(stage("name = 'a'\nbatchsize = 3").contains("batchsize"));
+        assert!(stage("name = 'a'\nbatch_size = 0").contains("batch-size"));
+        assert!(stage("name = '../a'").contains("../a"));
+        assert!(stage("name = 'a'\n[[stage]]\nname = 'a'").contains("two stages"));
+    }
+}
