@@ -9,8 +9,9 @@
 //! - [`model`][]: configuration, the layout of the parameters, initialisation, checkpoints
 //! - [`llama`][]: the training step, evaluation and decoding as programs (lists of typed operations)
 //! - [`backend`][]: what executes a program: the plain reference, or the CPU at speed
+//! - [`generate`][]: sampling with a key/value cache
+//! - [`memorization`][]: what the weights give back: files from their names, loss and bits a byte
 //! - [`train`][]: the loop, its schedule, metrics, checkpoints; recipes
-//! - [`generate`][]: sampling with a key/value cache, and files from their names
 //! - [`bench`][]: timings
 //!
 //! A room uses only the rooms named before it.
@@ -21,6 +22,7 @@ pub mod cli;
 pub mod corpus;
 pub mod error;
 pub mod files;
+pub mod generate;
 pub mod llama;
 pub mod memorization;
 pub mod model;

@@ -249,6 +249,11 @@ impl Tokenizer {
         Ok(ids.iter().filter_map(|&id| spelling.of(id)).flatten().copied().collect())
     }
 
+    /// Whether a text is its tokens' bytes in a row, so that tokens can be decoded one by one.
+    pub fn is_spelled(&self) -> bool {
+        self.spelling.is_some()
+    }
+
     /// ` of PLACE`, or nothing for one that was just trained.
     fn at(&self) -> String {
         let of = |place: &PathBuf| format!(" of {}", place.display());

@@ -7,6 +7,8 @@
 mod backend;
 mod cli;
 mod corpus;
+mod generate;
+mod model;
 mod fetch;
 mod hostile_archives;
 mod model;

@@ -71,7 +71,7 @@ pub fn weights(case: &Value, config: &Config, layout: &Layout) -> Vec<f32> {
 }
 
 /// The named windows: left-padded, as the first LaaM cut them.
-fn windows(case: &Value, which: &Value) -> Batch {
+pub fn windows(case: &Value, which: &Value) -> Batch {
     let context = size(case, "context");
     let mut batch = Batch { windows: 0, context, ..Batch::default() };
     for window in which.as_array().expect("windows").iter().map(|w| w.as_u64().expect("a number")) {

@@ -7,6 +7,7 @@
 
 mod attention;
 mod elementwise;
+mod few;
 mod head;
 mod lanes;
 mod norm;
@@ -113,7 +114,7 @@ fn one(
         Op::EmbedBackward(o) => elementwise::embed_backward(o, memory),
         Op::RmsNorm(o) => norm::forward(arch, o, memory),
         Op::RmsNormBackward(o) => norm::backward(arch, o, memory),
-        Op::Linear(o) => product::linear(o, memory),
+        Op::Linear(o) => product::linear(arch, o, memory),
         Op::LinearBackwardInput(o) => product::linear_backward_input(o, memory),
         Op::LinearBackwardWeight(o) => product::linear_backward_weight(o, memory),
         Op::Rope(o) => rope.forward(o, memory),

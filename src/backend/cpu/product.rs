@@ -1,8 +1,10 @@
 //! Matrix products, by the `gemm` crate.
 
 use gemm::Parallelism;
+use pulp::Arch;
 
 use super::super::memory::Memory;
+use super::few;
 use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
 
 /// A matrix in a slice, by strides, so that a transpose is a view.
@@ -76,8 +78,11 @@ pub(super) fn product(out: &mut [f32], accumulate: bool, a: View, b: View, threa
     }
 }
 
-pub(super) fn linear(o: &Linear, memory: &mut Memory<f32>) {
+pub(super) fn linear(arch: Arch, o: &Linear, memory: &mut Memory<f32>) {
     let [x, y] = memory.floats.get([o.x, o.y]);
+    if o.rows <= few::MOST {
+        return few::product(arch, y, x, &memory.parameters[o.w.range()], o.rows, o.w.cols);
+    }
     let w = View::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
     product(y, false, View::new(x, o.rows, o.w.cols), w.transposed(), Threads::All);
 }

@@ -1,0 +1,298 @@
+//! Continuous batching: requests take free slots, and each step brings every running sequence one
+//! token further, whatever the others are at.
+//!
+//! A sequence's tokens do not depend on the sequences beside it: on the `cpu` and `reference`
+//! backends its logits are the same bits alone and in any company, and a draw is named by seed,
+//! sequence and position.
+
+use super::Sampling;
+use crate::backend::{Arena, Backend, Feed, Loaded, Need, Session};
+use crate::error::error;
+use crate::llama::Buffer;
+use crate::llama::step::{self, Decoding};
+use crate::model::{Config, Layout};
+
+/// Rows of a step: what the `cpu` backend computes in the same bits for any number of them.
+const ROWS: usize = 64;
+/// A cache of more bytes is refused.
+const MOST_CACHE: usize = 16 << 30;
+
+/// What is asked of a model.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// What the sequence begins with: a token at least.
+    pub prompt: Vec<u32>,
+    /// The sequence ends after so many tokens of its own,
+    pub max_new_tokens: usize,
+    /// or with one of these, which is its last.
+    pub stop: Vec<u32>,
+    pub sampling: Sampling,
+    /// Sequences of one seed that have different numbers draw differently.
+    pub sequence: u32,
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// With a token it was to stop at.
+    Stop,
+    /// With as many tokens as were asked for.
+    Length,
+    /// The model reads no more tokens.
+    Context,
+}
+
+/// A new token of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// The sequence: what [`Generator::admit`] said.
+    pub ticket: u64,
+    pub id: u32,
+    /// Set with the last token.
+    pub finish: Option<Finish>,
+}
+
+/// The tokens of one request's own, and why there are no more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Continuation {
+    pub ids: Vec<u32>,
+    pub finish: Finish,
+}
+
+/// A model ready to generate.
+pub struct Generator {
+    session: Box<dyn Session>,
+    vocab_size: usize,
+    /// The most tokens of a sequence that the model reads. One more can follow them.
+    columns: usize,
+    slots: Vec<Option<Running>>,
+    one: Step,
+    /// Takes several tokens of each sequence: for prompts.
+    several: Option<Step>,
+    admitted: u64,
+}
+
+struct Running {
+    ticket: u64,
+    request: Request,
+    /// The prompt and what came after it.
+    tokens: Vec<u32>,
+    /// How many of them the cache holds.
+    cached: usize,
+}
+
+/// A program that takes `fresh` tokens of each slot.
+struct Step {
+    program: Loaded,
+    fresh: usize,
+    ids: Buffer,
+    start: Buffer,
+    column: Buffer,
+    logits: Buffer,
+}
+
+impl Generator {
+    /// A good number of slots where there is work for all of them.
+    pub const SLOTS: usize = 16;
+
+    /// Makes a model ready for sequences of at most `columns` tokens, `slots` at once. More columns
+    /// than the model's context are not made; `weights` is an arena of the model's layout.
+    pub fn new(
+        backend: &dyn Backend,
+        config: &Config,
+        weights: &[f32],
+        slots: usize,
+        columns: usize,
+    ) -> anyhow::Result<Self> {
+        config.validate()?;
+        let layout = Layout::new(config);
+        let slots = slots.clamp(1, ROWS);
+        let columns = columns.clamp(1, config.max_position_embeddings);
+        let fresh = (ROWS / slots).min(columns);
+        // A step writes all its columns, also those that only some sequences have tokens for.
+        let capacity = columns + fresh;
+        let a_column = 2 * config.num_hidden_layers as u128
+            * (config.num_key_value_heads * config.head_dim * slots * size_of::<f32>()) as u128;
+        let bytes = a_column * capacity as u128;
+        if bytes > MOST_CACHE as u128 {
+            return Err(error(
+                format!("the keys and values of {slots} x {columns} tokens would take {bytes} bytes"),
+                format!("ask for fewer tokens: {} fit", MOST_CACHE as u128 / a_column),
+            ));
+        }
+        let program = |fresh| step::decoding(config, &layout, slots, fresh, capacity);
+        let one = program(1);
+        let mut session = backend.open(&layout, Need { training: false, cache: one.cache })?;
+        session.write(Arena::Parameters, weights)?;
+        let one = Step::load(&mut *session, one, 1)?;
+        let several = match fresh {
+            0 | 1 => None,
+            fresh => Some(Step::load(&mut *session, program(fresh), fresh)?),
+        };
+        let mut empty = Vec::new();
+        empty.resize_with(slots, || None);
+        let vocab_size = config.vocab_size;
+        Ok(Self { session, vocab_size, columns, slots: empty, one, several, admitted: 0 })
+    }
+
+    /// How many requests can be taken in now.
+    pub fn free(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.is_none()).count()
+    }
+
+    /// Whether a sequence is running.
+    pub fn is_busy(&self) -> bool {
+        self.free() < self.slots.len()
+    }
+
+    /// The most tokens of a sequence that are read; one more can follow.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Takes a request in; its sequence is known by the number that is returned.
+    pub fn admit(&mut self, request: Request) -> anyhow::Result<u64> {
+        request.sampling.validate()?;
+        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= self.vocab_size) {
+            return Err(error(
+                format!("the prompt has token {id}, the model a vocabulary of {}", self.vocab_size),
+                "give the tokenizer that the model was trained with",
+            ));
+        }
+        let length = request.prompt.len();
+        if length == 0 || length > self.columns {
+            return Err(error(
+                format!("the prompt has {length} tokens, the model reads 1 to {}", self.columns),
+                "give a prompt of that length",
+            ));
+        }
+        if request.max_new_tokens == 0 {
+            return Err(error("0 tokens were asked for", "ask for 1 or more"));
+        }
+        let Some(slot) = self.slots.iter_mut().find(|slot| slot.is_none()) else {
+            return Err(error("no slot is free", "step until a sequence ends"));
+        };
+        let ticket = self.admitted;
+        self.admitted += 1;
+        let tokens = request.prompt.clone();
+        *slot = Some(Running { ticket, request, tokens, cached: 0 });
+        Ok(ticket)
+    }
+
+    /// Brings every sequence further: through its prompt, or by a token of its own, told as an
+    /// event. With an error all sequences end.
+    pub fn step(&mut self) -> anyhow::Result<Vec<Event>> {
+        let result = self.try_step();
+        if result.is_err() {
+            self.slots.fill_with(|| None);
+        }
+        result
+    }
+
+    fn try_step(&mut self) -> anyhow::Result<Vec<Event>> {
+        if !self.is_busy() {
+            return Ok(Vec::new());
+        }
+        let step = match &self.several {
+            // It costs as much as a few of the others: it has to take more tokens beyond the first
+            // of each sequence.
+            Some(several) if self.beyond_first(several.fresh) >= ROWS / 4 => several,
+            _ => &self.one,
+        };
+        let windows = self.slots.len();
+        // A slot without a sequence, and columns beyond a sequence's tokens, hold token 0: it is
+        // written where a later token will be, and nothing sees it before.
+        let mut ids = vec![0; windows * step.fresh];
+        let mut start = vec![0; windows];
+        let mut column = vec![0; windows];
+        for (slot, running) in self.slots.iter_mut().enumerate() {
+            let Some(running) = running else { continue };
+            let tokens = &running.tokens[running.cached..];
+            let taken = tokens.len().min(step.fresh);
+            ids[slot * step.fresh..][..taken].copy_from_slice(&tokens[..taken]);
+            start[slot] = running.cached as u32;
+            column[slot] = taken as u32 - 1;
+            running.cached += taken;
+        }
+        let indices = vec![
+            (step.ids, ids.as_slice()),
+            (step.start, start.as_slice()),
+            (step.column, column.as_slice()),
+        ];
+        self.session.run(step.program, &Feed { indices, ..Feed::default() })?;
+        let logits = self.session.floats(step.program, step.logits);
+
+        let mut events = Vec::with_capacity(windows);
+        for (slot, logits) in self.slots.iter_mut().zip(logits.chunks(self.vocab_size)) {
+            let Some(running) = slot else { continue };
+            if running.cached < running.tokens.len() {
+                continue;
+            }
+            let event = running.choose(logits, self.columns)?;
+            if event.finish.is_some() {
+                *slot = None;
+            }
+            events.push(event);
+        }
+        Ok(events)
+    }
+
+    /// How many tokens beyond the first of each sequence a step of so many columns would take.
+    fn beyond_first(&self, fresh: usize) -> usize {
+        let running = self.slots.iter().flatten();
+        running.map(|running| (running.tokens.len() - running.cached).min(fresh) - 1).sum()
+    }
+
+    /// Answers every request, in their order. They take the slots as these get free.
+    pub fn all(&mut self, requests: Vec<Request>) -> anyhow::Result<Vec<Continuation>> {
+        let first = self.admitted;
+        let mut answers = vec![Continuation { ids: Vec::new(), finish: Finish::Stop }; requests.len()];
+        let mut requests = requests.into_iter();
+        loop {
+            for _ in 0..self.free() {
+                let Some(request) = requests.next() else { break };
+                self.admit(request)?;
+            }
+            if !self.is_busy() {
+                return Ok(answers);
+            }
+            for event in self.step()? {
+                let answer = &mut answers[(event.ticket - first) as usize];
+                answer.ids.push(event.id);
+                if let Some(finish) = event.finish {
+                    answer.finish = finish;
+                }
+            }
+        }
+    }
+
+    /// Seconds spent in each kind of operation so far, where the backend counts them.
+    pub fn profile(&self) -> Vec<(&'static str, f64)> {
+        self.session.profile()
+    }
+}
+
+impl Running {
+    fn choose(&mut self, logits: &[f32], columns: usize) -> anyhow::Result<Event> {
+        let Self { ticket, request, tokens, .. } = self;
+        let id = request.sampling.choose(logits, request.sequence, tokens.len())?;
+        tokens.push(id);
+        let finish = if request.stop.contains(&id) {
+            Some(Finish::Stop)
+        } else if tokens.len() - request.prompt.len() == request.max_new_tokens {
+            Some(Finish::Length)
+        } else if tokens.len() > columns {
+            Some(Finish::Context)
+        } else {
+            None
+        };
+        Ok(Event { ticket: *ticket, id, finish })
+    }
+}
+
+impl Step {
+    fn load(session: &mut dyn Session, decoding: Decoding, fresh: usize) -> anyhow::Result<Self> {
+        let Decoding { program, ids, start, column, logits, .. } = decoding;
+        Ok(Self { program: session.load(program)?, fresh, ids, start, column, logits })
+    }
+}

@@ -1,0 +1,82 @@
+//! Tokens to text, as they come.
+
+use crate::tokenizer::Tokenizer;
+
+/// The text of one sequence of tokens, handed out in pieces that are whole UTF-8 characters.
+#[derive(Debug)]
+pub struct TextStream<'t> {
+    tokenizer: &'t Tokenizer,
+    /// The tokens so far, where a token's text depends on those before it.
+    ids: Vec<u32>,
+    /// Bytes of that text that were handed out.
+    given: usize,
+    /// Bytes that wait for the rest of a character.
+    waiting: Vec<u8>,
+}
+
+impl<'t> TextStream<'t> {
+    pub fn new(tokenizer: &'t Tokenizer) -> Self {
+        Self { tokenizer, ids: Vec::new(), given: 0, waiting: Vec::new() }
+    }
+
+    /// The text that one more token completes; it may be empty. Markers are spelled out.
+    pub fn push(&mut self, id: u32) -> anyhow::Result<Vec<u8>> {
+        if self.tokenizer.is_spelled() {
+            self.waiting.extend(self.tokenizer.decode_bytes(&[id])?);
+        } else {
+            self.ids.push(id);
+            let text = self.tokenizer.decode_bytes(&self.ids)?;
+            // Bytes that are no character yet decode to U+FFFD, and to something else later.
+            let whole = text.strip_suffix("\u{fffd}".as_bytes()).unwrap_or(&text);
+            self.waiting.extend(whole.get(self.given..).unwrap_or_default());
+            self.given = self.given.max(whole.len());
+        }
+        let whole = whole_characters(&self.waiting);
+        Ok(self.waiting.drain(..whole).collect())
+    }
+
+    /// What is left at the end: bytes that never became a character.
+    pub fn finish(self) -> anyhow::Result<Vec<u8>> {
+        let mut rest = self.waiting;
+        if !self.ids.is_empty() {
+            let text = self.tokenizer.decode_bytes(&self.ids)?;
+            rest.extend(text.get(self.given..).unwrap_or_default());
+        }
+        Ok(rest)
+    }
+}
+
+/// How many of these bytes stand before a character that has begun and may yet be completed. Bytes
+/// that can begin none are let through: they will not get better.
+fn whole_characters(bytes: &[u8]) -> usize {
+    let mut at = 0;
+    loop {
+        match std::str::from_utf8(&bytes[at..]) {
+            Ok(_) => return bytes.len(),
+            Err(fault) => match fault.error_len() {
+                None => return at + fault.valid_up_to(),
+                Some(bad) => at += fault.valid_up_to() + bad,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_character_that_may_yet_be_completed_waits() {
+        for (bytes, whole) in [
+            (&b"abc"[..], 3),
+            (b"ab\xc3", 2),
+            (b"ab\xc3\xa4", 4),
+            (b"\xe2\x82", 0),
+            (b"\xff\xc3", 1),
+            (b"\xc3\xc3\xa4\xf0\x9f", 3),
+            (b"", 0),
+        ] {
+            assert_eq!(whole_characters(bytes), whole, "{bytes:?}");
+        }
+    }
+}

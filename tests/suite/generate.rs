@@ -1,0 +1,175 @@
+//! Generation: against PyTorch, in any company, and back to the bytes that were learnt.
+
+use laam::backend::cpu::Cpu;
+use laam::backend::reference::Precision;
+use laam::backend::{Arena, Backend, Feed, Need};
+use laam::generate::{Finish, Generator, Request, Sampling};
+use laam::llama::step;
+use laam::model::{Config, Layout};
+use laam::random::{Philox, Stream};
+use serde_json::{Value, json};
+
+use crate::backend::{config, reference};
+use crate::trainer;
+
+fn fixture() -> Value {
+    let text = include_str!("../fixtures/greedy.json");
+    serde_json::from_str(text).expect("the fixture is JSON")
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let ids = value.as_array().expect("ids");
+    ids.iter().map(|id| id.as_u64().expect("a number") as u32).collect()
+}
+
+#[test]
+fn logits_equal_those_of_transformers() {
+    let case = fixture();
+    let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));
+    let batch = trainer::windows(&case, &json!([0, 1]));
+    for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu { threads: 2 }] {
+        for row in case["logits"].as_array().expect("rows") {
+            let number = |name: &str| row[name].as_u64().expect("a number") as usize;
+            let (window, column) = (number("window"), number("column"));
+            // Rotary embedding is relative: without its padding a window starts at position 0.
+            let pads = case["left_pads"][window].as_u64().expect("a number") as usize;
+            let ids = &batch.ids[window * batch.context..][pads..=column];
+            let decoding = step::decoding(&config, &layout, 1, ids.len(), ids.len());
+            let need = Need { training: false, cache: decoding.cache };
+            let mut session = backend.open(&layout, need).unwrap();
+            let weights = trainer::weights(&case, &config, &layout);
+            session.write(Arena::Parameters, &weights).unwrap();
+            let program = session.load(decoding.program).unwrap();
+            let last = [ids.len() as u32 - 1];
+            let indices = vec![
+                (decoding.ids, ids),
+                (decoding.start, [0].as_slice()),
+                (decoding.column, last.as_slice()),
+            ];
+            session.run(program, &Feed { indices, ..Feed::default() }).unwrap();
+            let ours = session.floats(program, decoding.logits);
+            let theirs = row["logits"].as_array().expect("logits");
+            assert_eq!(ours.len(), theirs.len());
+            for (id, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+                let off = (f64::from(*ours) - theirs.as_f64().expect("a logit")).abs();
+                assert!(off < 1e-4, "{}, window {window}, token {id}: {off}", backend.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn two_hundred_greedy_tokens_equal_those_of_transformers() {
+    let case = fixture();
+    let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));
+    let weights = trainer::weights(&case, &config, &layout);
+    for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu { threads: 2 }] {
+        let mut generator = Generator::new(backend, &config, &weights, 1, 256).unwrap();
+        let request = Request {
+            prompt: ids(&case["prompt_ids"]),
+            max_new_tokens: 200,
+            ..Request::default()
+        };
+        let answers = generator.all(vec![request]).unwrap();
+        assert_eq!(answers[0].ids, ids(&case["ids"]), "{}", backend.name());
+        assert_eq!(answers[0].finish, Finish::Length);
+    }
+}
+
+/// Weights with which what comes next depends on everything before it.
+fn lively(config: &Config) -> Vec<f32> {
+    let layout = Layout::new(config);
+    let mut arena = vec![0.0; layout.len];
+    for (sequence, parameter) in layout.parameters.iter().enumerate() {
+        let deviation = if parameter.span.rows == 1 { 1.0 } else { 0.5 };
+        let place = &mut arena[parameter.span.range()];
+        Philox::new(8, Stream::Test).fill_normal(sequence as u32, deviation, place);
+    }
+    arena
+}
+
+/// Prompts of 1 to 90 tokens; every other request draws, the others are greedy.
+fn requests(config: &Config, count: usize) -> Vec<Request> {
+    let random = Philox::new(2, Stream::Test);
+    let request = |at: usize| {
+        let draw = |counter: u64, n: usize| random.at(at as u32, counter)[0] as usize % n;
+        let length = if at % 3 == 0 { 1 + draw(1000, 90) } else { 1 + draw(1000, 9) };
+        Request {
+            prompt: (0..length).map(|c| draw(c as u64, config.vocab_size) as u32).collect(),
+            max_new_tokens: 20 + draw(1001, 60),
+            stop: (0..5).map(|c| draw(1002 + c, config.vocab_size) as u32).collect(),
+            sampling: Sampling { temperature: (at % 2) as f64, seed: 5, ..Sampling::default() },
+            sequence: at as u32,
+        }
+    };
+    (0..count).map(request).collect()
+}
+
+#[test]
+fn a_sequence_is_the_same_alone_and_in_any_company() {
+    let config = Config { max_position_embeddings: 128, ..config(18, 3, 2, false) };
+    let weights = lively(&config);
+    let mut requests = requests(&config, 24);
+    let run = |slots: usize, threads: usize, requests: &[Request]| {
+        let backend = Cpu { threads };
+        let mut generator = Generator::new(&backend, &config, &weights, slots, 128).unwrap();
+        generator.all(requests.to_vec()).unwrap()
+    };
+    let alone = run(1, 1, &requests);
+    let ended = |finish| alone.iter().filter(|answer| answer.finish == finish).count();
+    assert!(ended(Finish::Length) > 0 && ended(Finish::Context) > 0);
+    for slots in [2, 5, 16, 40, 64] {
+        assert!(run(slots, 2, &requests) == alone, "{slots} slots");
+    }
+    // In another order, beside other neighbours.
+    requests.reverse();
+    let mut backwards = run(7, 2, &requests);
+    backwards.reverse();
+    assert!(backwards == alone, "another order");
+}
+
+#[test]
+fn the_backends_generate_alike() {
+    let config = Config { max_position_embeddings: 128, ..config(6, 2, 6, true) };
+    let weights = lively(&config);
+    let requests = requests(&config, 3);
+    let run = |backend: &dyn Backend| {
+        Generator::new(backend, &config, &weights, 2, 128).unwrap().all(requests.clone()).unwrap()
+    };
+    assert_eq!(run(&Cpu { threads: 2 }), run(&reference(Precision::F64)));
+}
+
+#[test]
+fn what_a_model_cannot_read_is_refused() {
+    let config = config(6, 2, 6, true);
+    let weights = lively(&config);
+    let backend = Cpu { threads: 1 };
+    let mut generator = Generator::new(&backend, &config, &weights, 1, 16).unwrap();
+    let good = Request { prompt: vec![1; 16], max_new_tokens: 5, ..Request::default() };
+    for bad in [
+        Request { prompt: vec![], ..good.clone() },
+        Request { prompt: vec![1; 17], ..good.clone() },
+        Request { prompt: vec![config.vocab_size as u32], ..good.clone() },
+        Request { max_new_tokens: 0, ..good.clone() },
+        Request {
+            sampling: Sampling { temperature: f64::NAN, ..Sampling::default() },
+            ..good.clone()
+        },
+    ] {
+        let error = generator.admit(bad).unwrap_err();
+        assert!(laam::error::hint_of(&error).is_some(), "{error:#}");
+    }
+    assert!(!generator.is_busy());
+    // A full context leaves room for one token.
+    let answers = generator.all(vec![good.clone()]).unwrap();
+    assert_eq!((answers[0].ids.len(), answers[0].finish), (1, Finish::Context));
+    // Weights that are no numbers end in an error, and the generator lives on.
+    let mut broken = weights.clone();
+    broken[Layout::new(&config).final_norm.offset] = f32::NAN;
+    let mut generator = Generator::new(&backend, &config, &broken, 1, 16).unwrap();
+    assert!(generator.all(vec![good]).is_err());
+    assert!(!generator.is_busy());
+    // A cache beyond all memory.
+    let endless = Config { max_position_embeddings: 1 << 31, ..config };
+    assert!(Generator::new(&backend, &endless, &weights, 16, usize::MAX).is_err());
+}
