@@ -3,10 +3,16 @@
 
 mod backend;
 mod bench;
+mod cat;
 mod doctor;
+mod evaluate;
 mod fetch;
+mod generate;
+mod ls;
+mod model;
 mod plan;
 mod progress;
+mod rebuild;
 mod shape;
 pub mod source;
 mod tokenize;
@@ -33,9 +39,14 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     Bench(bench::Arguments),
+    Cat(cat::Arguments),
     Doctor(doctor::Arguments),
+    Evaluate(evaluate::Arguments),
     Fetch(fetch::Arguments),
+    Generate(generate::Arguments),
+    Ls(ls::Arguments),
     Plan(plan::Arguments),
+    Rebuild(rebuild::Arguments),
     TrainTokenizer(train_tokenizer::Arguments),
     Tokenize(tokenize::Arguments),
     Train(Box<train::Arguments>),
@@ -85,9 +96,14 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
     };
     match arguments.command {
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Cat(arguments) => cat::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Fetch(arguments) => fetch::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments),
+        Command::Ls(arguments) => ls::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
+        Command::Rebuild(arguments) => rebuild::run(&arguments),
         Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
         Command::Tokenize(arguments) => tokenize::run(&arguments),
         Command::Train(arguments) => train::run(&arguments),

@@ -42,7 +42,8 @@ impl Progress {
         (self.done, self.total) = (done, total);
         if let Some(bar) = &self.bar {
             if first {
-                bar.set_style(style(total.is_some()));
+                let known = total.is_some();
+                bar.set_style(style(if known { OF_KNOWN_LENGTH } else { OF_UNKNOWN_LENGTH }));
                 bar.set_position(done);
                 bar.reset_eta();
             }
@@ -102,10 +103,52 @@ const OF_KNOWN_LENGTH: &str =
     "{msg} [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
 const OF_UNKNOWN_LENGTH: &str = "{msg} {spinner} {bytes}, {bytes_per_sec}";
 
-fn style(known: bool) -> ProgressStyle {
-    ProgressStyle::with_template(if known { OF_KNOWN_LENGTH } else { OF_UNKNOWN_LENGTH })
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar()) // they are well formed: see the tests
         .progress_chars("=> ")
+}
+
+/// How far something counted in files has come.
+pub struct Files {
+    what: &'static str,
+    bar: Option<ProgressBar>,
+    of: usize,
+    said: Instant,
+}
+
+const OF_FILES: &str = "{prefix} [{bar:30}] {pos} of {len} files, {msg}, {elapsed}";
+
+impl Files {
+    /// `what` is the first word of each line.
+    pub fn new(what: &'static str, of: usize) -> Self {
+        let bar = is_interactive().then(|| {
+            let bar = ProgressBar::new(of as u64).with_prefix(what);
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+            bar.set_style(style(OF_FILES));
+            bar
+        });
+        Self { what, bar, of, said: Instant::now() }
+    }
+
+    /// So many files are there, and so many bytes of those and of others.
+    pub fn set(&mut self, done: usize, bytes: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(HumanBytes(bytes).to_string());
+            bar.set_position(done as u64);
+        } else if self.said.elapsed() >= INTERVAL {
+            self.said = Instant::now();
+            eprintln!("{}: {done} of {} files, {}", self.what, self.of, HumanBytes(bytes));
+        }
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
 }
 
 /// Shows what a fetch tells.
@@ -156,7 +199,7 @@ mod tests {
 
     #[test]
     fn the_templates_are_well_formed() {
-        for template in [OF_KNOWN_LENGTH, OF_UNKNOWN_LENGTH] {
+        for template in [OF_KNOWN_LENGTH, OF_UNKNOWN_LENGTH, OF_FILES] {
             assert!(ProgressStyle::with_template(template).is_ok());
         }
     }

@@ -27,6 +27,7 @@ pub use download::{Event, Tell};
 pub use kernel::{Fetched, Kernel, MIRROR, Version, cache_folder};
 pub use manifest::{FileRecord, LeftOut, Manifest, Reason};
 pub use names::SUFFIXES;
+pub(crate) use names::{corpus_path, shown};
 pub use pass::Documents;
 
 use crate::error::{Hint, error};

@@ -15,7 +15,7 @@ use crate::model::{Config, Layout};
 /// Rows of a step: what the `cpu` backend computes in the same bits for any number of them.
 const ROWS: usize = 64;
 /// A cache of more bytes is refused.
-const MOST_CACHE: usize = 16 << 30;
+const MOST_CACHE: usize = 8 << 30;
 
 /// What is asked of a model.
 #[derive(Clone, Debug, Default)]

@@ -1,0 +1,197 @@
+//! `laam generate`: text from a model.
+
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use serde_json::json;
+
+use super::model::Opened;
+use super::{Outcome, backend, model};
+use crate::error::{Hint, error};
+use crate::generate::{Continuation, Finish, Generator, Request, Sampling, TextStream};
+
+/// The most columns that are made ready where prompts are not known beforehand.
+const PLAYGROUND: usize = 1 << 13;
+/// The longest line that is read as a prompt.
+const LONGEST_LINE: u64 = 1 << 20;
+
+/// Let a model go on with a text.
+///
+/// The new text streams to stdout. It ends with the model's end-of-text token, which is not printed,
+/// with --max_new_tokens, or where the model's context is full. Without a prompt the model begins a
+/// text. Markers in the prompt, like <|start_file|>, are read as markers.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  laam generate model --prompt 'int main(void)'
+  laam generate model --temperature 0.8 --top_p 0.95 --seed 7
+  laam generate model -i")]
+pub struct Arguments {
+    /// The folder of the model
+    model: PathBuf,
+    /// The text to go on with
+    #[arg(long, value_name = "TEXT", conflicts_with = "interactive")]
+    prompt: Option<String>,
+    /// The most tokens to add
+    #[arg(long, value_name = "N", default_value_t = 256,
+        value_parser = clap::value_parser!(u32).range(1..))]
+    max_new_tokens: u32,
+    /// What logits are divided by before drawing: 0 takes the likeliest token, always
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f64,
+    /// Draw only among the K likeliest tokens: 0 is all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Draw only among the likeliest tokens that together have this probability [default: all]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f64>,
+    /// For the draws: the same seed draws the same text
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    seed: u64,
+    /// Read prompts from stdin, a line each
+    #[arg(long, short, conflicts_with = "json")]
+    interactive: bool,
+    #[command(flatten)]
+    backend: backend::Arguments,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let Arguments { temperature, top_k, top_p, seed, .. } = *arguments;
+    let sampling = Sampling { temperature, top_k, top_p, seed };
+    sampling.validate()?;
+    let backend = arguments.backend.open()?;
+    let opened = model::open(&arguments.model)?;
+    let first = match arguments.interactive {
+        true => None,
+        false => Some(prompt(&opened, arguments.prompt.as_deref().unwrap_or_default())?),
+    };
+    let columns = first.as_ref().map_or(PLAYGROUND, Vec::len) + arguments.max_new_tokens as usize;
+    let config = &opened.model.config;
+    let generator = Generator::new(&*backend, config, &opened.model.weights, 1, columns)?;
+    let mut play = Play { arguments, opened: &opened, sampling, generator, turns: 0 };
+    let Some(first) = first else { return play.interact() };
+
+    let began = Instant::now();
+    let text = io::stdout().lock();
+    let mut text = if arguments.json { None } else { Some(text) };
+    let (answer, bytes) = play.answer(first.clone(), |piece| {
+        let Some(out) = &mut text else { return Ok(()) };
+        out.write_all(piece)?;
+        out.flush()
+    })?;
+    if arguments.json {
+        let seconds = began.elapsed().as_secs_f64();
+        let printed = json!({
+            "prompt_ids": first,
+            "ids": answer.ids,
+            "text": String::from_utf8_lossy(&bytes),
+            "finish": format!("{:?}", answer.finish).to_lowercase(),
+            "seconds": seconds,
+            "tokens_a_second": answer.ids.len() as f64 / seconds,
+        });
+        writeln!(io::stdout().lock(), "{printed:#}")?;
+    } else if io::stdout().is_terminal() {
+        println!();
+    }
+    Ok(Outcome::Done)
+}
+
+/// The tokens of a prompt; of an empty one, what texts begin with.
+fn prompt(opened: &Opened, text: &str) -> anyhow::Result<Vec<u32>> {
+    let ids = opened.tokenizer.encode_prompt(text)?;
+    if !ids.is_empty() {
+        return Ok(ids);
+    }
+    let bos = opened.model.config.bos_token_id.or(opened.tokenizer.special().bos);
+    bos.map(|bos| vec![bos]).ok_or_else(|| {
+        error("the model names no token that begins a text", "give it something with --prompt")
+    })
+}
+
+/// A model, answering.
+struct Play<'a> {
+    arguments: &'a Arguments,
+    opened: &'a Opened,
+    sampling: Sampling,
+    generator: Generator,
+    /// Answers so far: each draws anew.
+    turns: u32,
+}
+
+impl Play<'_> {
+    /// Goes on with a prompt; `show` gets the text as it comes. Returns the tokens and the text.
+    fn answer(
+        &mut self,
+        prompt: Vec<u32>,
+        mut show: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> anyhow::Result<(Continuation, Vec<u8>)> {
+        self.generator.admit(Request {
+            prompt,
+            max_new_tokens: self.arguments.max_new_tokens as usize,
+            stop: self.opened.model.config.eos_token_id.into_iter().collect(),
+            sampling: self.sampling,
+            sequence: self.turns,
+        })?;
+        self.turns += 1;
+        let mut stream = TextStream::new(&self.opened.tokenizer);
+        let mut answer = Continuation { ids: Vec::new(), finish: Finish::Length };
+        let mut bytes = Vec::new();
+        while self.generator.is_busy() {
+            for event in self.generator.step()? {
+                answer.ids.push(event.id);
+                answer.finish = event.finish.unwrap_or(answer.finish);
+                if event.finish != Some(Finish::Stop) {
+                    let piece = stream.push(event.id)?;
+                    show(&piece)?;
+                    bytes.extend(piece);
+                }
+            }
+        }
+        let rest = stream.finish()?;
+        show(&rest)?;
+        bytes.extend(rest);
+        if answer.finish == Finish::Context {
+            let columns = self.generator.columns();
+            eprintln!("stopped: the model reads no more than {columns} tokens");
+        }
+        Ok((answer, bytes))
+    }
+
+    /// Answers line by line, until there are no more.
+    fn interact(&mut self) -> anyhow::Result<Outcome> {
+        let is_person = io::stdin().is_terminal();
+        let mut lines = io::stdin().lock();
+        loop {
+            if is_person {
+                eprint!("> ");
+            }
+            let mut line = Vec::new();
+            let read = io::Read::take(&mut lines, LONGEST_LINE).read_until(b'\n', &mut line)?;
+            if read == 0 {
+                return Ok(Outcome::Done);
+            }
+            let line = String::from_utf8(line)
+                .hint(|| "prompts are UTF-8 text, a line of at most 1 MiB each")?;
+            let line = line.trim_end_matches(['\r', '\n']);
+            let ids = prompt(self.opened, line)?;
+            let mut out = io::stdout().lock();
+            let answered = self.answer(ids, |piece| {
+                out.write_all(piece)?;
+                out.flush()
+            });
+            match answered {
+                Ok(_) => writeln!(out)?,
+                // A person tries again with another prompt; a pipe has gone wrong.
+                Err(error) if is_person && !super::is_broken_pipe(&error) => {
+                    eprintln!("{error:#}");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! The model that a command is about: its weights, tokenizer and provenance, from one folder.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use clap::ValueEnum;
+
+use crate::error::error;
+use crate::memorization::rebuild::check_paths;
+use crate::model::{Model, Provenance, load, load_provenance};
+use crate::tokenizer::Tokenizer;
+use crate::tokens::Kind;
+
+/// A model folder, opened.
+pub struct Opened {
+    pub model: Model,
+    pub tokenizer: Arc<Tokenizer>,
+    /// Where the folder says so.
+    pub provenance: Option<Provenance>,
+}
+
+/// Opens a model folder, and tells what a user should know about it.
+pub fn open(folder: &Path) -> anyhow::Result<Opened> {
+    let model = load(folder)?;
+    for warning in &model.warnings {
+        eprintln!("warning: {warning}");
+    }
+    let tokenizer = Arc::new(Tokenizer::load(folder)?);
+    let (ids, rows) = (tokenizer.vocab_size(), model.config.vocab_size);
+    if ids > rows {
+        return Err(error(
+            format!("the tokenizer has {ids} tokens, the model only {rows}, in {}", folder.display()),
+            "the two do not belong together: copy the tokenizer the model was trained with",
+        ));
+    }
+    Ok(Opened { model, tokenizer, provenance: load_provenance(folder)? })
+}
+
+/// The paths of the files that a model was trained on, all of them fit to be printed and written.
+pub fn paths(folder: &Path) -> anyhow::Result<Vec<String>> {
+    let paths = load_provenance(folder)?.unwrap_or_default().corpus.paths;
+    if paths.is_empty() {
+        return Err(error(
+            format!("{} does not say which files its model holds", folder.display()),
+            "a provenance.json with the paths is part of every model that laam trains",
+        ));
+    }
+    check_paths(&paths)?;
+    Ok(paths)
+}
+
+/// The kind of windows that a model was trained on, where its provenance says so.
+pub fn windows(provenance: Option<&Provenance>) -> Option<Kind> {
+    Kind::from_str(provenance?.recipe["windows"].as_str()?, false).ok()
+}

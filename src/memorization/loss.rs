@@ -1,0 +1,71 @@
+//! The loss of a model on a text: mean nats a token, bits a byte.
+
+use serde::Serialize;
+
+use crate::backend::{Arena, Backend, Feed, Loaded, Need};
+use crate::llama::step::{self, Evaluation};
+use crate::model::{Config, Layout};
+use crate::tokens::{IGNORE, Windows};
+
+/// What a model makes of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Measured {
+    /// Mean negative log-likelihood of a counted token, in nats.
+    pub loss: f64,
+    pub perplexity: f64,
+    /// Bits of all counted tokens, paths and markers included, for each byte of the files. What is
+    /// counted depends on the windows: `original` ones leave out the first token of each.
+    pub bits_a_byte: f64,
+    /// Tokens that were counted.
+    pub tokens: u64,
+}
+
+/// One pass over all windows, `batch` at a time. `bytes` is the size of the text they were cut from;
+/// `progress` is told the windows that are done.
+pub fn measure(
+    backend: &dyn Backend,
+    config: &Config,
+    weights: &[f32],
+    windows: &Windows,
+    bytes: u64,
+    batch: usize,
+    mut progress: impl FnMut(usize),
+) -> anyhow::Result<Measured> {
+    let layout = Layout::new(config);
+    let mut session = backend.open(&layout, Need::default())?;
+    session.write(Arena::Parameters, weights)?;
+    // One program for whole batches, one for the last.
+    let mut programs: Vec<(usize, Loaded, Evaluation)> = Vec::new();
+    let (mut nats, mut tokens) = (0.0, 0);
+    let all: Vec<usize> = (0..windows.len()).collect();
+    for some in all.chunks(batch.max(1)) {
+        let drawn = windows.draw(some)?;
+        let at = match programs.iter().position(|(count, ..)| *count == some.len()) {
+            Some(at) => at,
+            None => {
+                let made = step::evaluation(config, &layout, some.len(), windows.context());
+                let loaded = session.load(made.program.clone())?;
+                programs.push((some.len(), loaded, made));
+                programs.len() - 1
+            }
+        };
+        let (_, program, Evaluation { batch: inputs, losses, .. }) = &programs[at];
+        let indices = vec![
+            (inputs.ids, drawn.ids.as_slice()),
+            (inputs.targets, &drawn.targets),
+            (inputs.first_key, &drawn.first_key),
+        ];
+        session.run(*program, &Feed { indices, ..Feed::default() })?;
+        for (nll, &target) in session.floats(*program, losses.nll).iter().zip(&drawn.targets) {
+            if target != IGNORE {
+                nats += f64::from(*nll);
+                tokens += 1;
+            }
+        }
+        progress(some[0] + some.len());
+    }
+    // A text without a counted token has no loss to speak of.
+    let loss = nats / (tokens as f64).max(1.0);
+    let bits_a_byte = nats / std::f64::consts::LN_2 / (bytes as f64).max(1.0);
+    Ok(Measured { loss, perplexity: loss.exp(), bits_a_byte, tokens })
+}

@@ -1,0 +1,358 @@
+//! All files of a model, regenerated from their names into a folder, and held against the originals.
+//!
+//! The names come from the model's folder, which may be anybody's: a name that is no plain path
+//! within the folder is refused before anything is written, and no link is followed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::Serialize;
+
+use super::regenerate::{End, Regenerator, Sink};
+use crate::corpus::{Document, corpus_path, shown};
+use crate::error::{Hint, error};
+use crate::files::write_atomically;
+use crate::generate::Generator;
+
+/// A file that was regenerated and written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Rebuilt {
+    pub path: String,
+    pub bytes: u64,
+    pub tokens: usize,
+    pub end: End,
+}
+
+/// How far a rebuild has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Files written, of how many.
+    pub files: usize,
+    pub of: usize,
+    /// Bytes regenerated, those of unfinished files included.
+    pub bytes: u64,
+}
+
+/// A file beside its original.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Compared {
+    pub path: String,
+    /// Whether the two are the same bytes.
+    pub exact: bool,
+    /// Of the original; 0 where there is none.
+    pub bytes: u64,
+    /// Bytes before the first difference: all of an exact file. What follows a difference counts
+    /// for nothing, even where it is right.
+    pub bytes_exact: u64,
+    pub first_difference: Option<Difference>,
+}
+
+/// The first place where two files differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    /// From 0: the number of bytes before it.
+    pub byte: u64,
+    /// From 1, and the column in bytes, from 1.
+    pub line: u64,
+    pub column: u64,
+}
+
+/// All files beside their originals.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Comparison {
+    /// In the order of the rebuilt files.
+    pub files: Vec<Compared>,
+    /// Originals that were not rebuilt.
+    pub missing: Vec<String>,
+    /// Rebuilt files that have no original.
+    pub extra: Vec<String>,
+}
+
+impl Comparison {
+    pub fn files_exact(&self) -> usize {
+        self.files.iter().filter(|file| file.exact).count()
+    }
+
+    /// Of all originals that were rebuilt.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
+
+    /// See [`Compared::bytes_exact`].
+    pub fn bytes_exact(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes_exact).sum()
+    }
+
+    /// Whether the folder is the source: every file exact, none missing, none too many.
+    pub fn is_exact(&self) -> bool {
+        self.missing.is_empty() && self.files.iter().all(|file| file.exact)
+    }
+}
+
+/// Refuses names that no corpus can have: absolute ones, those with `..` or control characters, two
+/// alike, and a file where another needs a folder.
+pub fn check_paths(paths: &[String]) -> anyhow::Result<()> {
+    let refuse = |path: &str, why: &str| {
+        Err(error(
+            format!("the model's folder names a file {}, which {why}", shown(path.as_bytes())),
+            "its provenance.json was damaged or made to do harm: do not trust this folder",
+        ))
+    };
+    let mut sorted: Vec<&str> = paths.iter().map(String::as_str).collect();
+    for path in &sorted {
+        if corpus_path(path.as_bytes()).ok().as_deref() != Some(path) {
+            return refuse(path, "is no plain relative path");
+        }
+    }
+    // By parts, so that a folder stands right before what is in it.
+    sorted.sort_by(|a, b| a.split('/').cmp(b.split('/')));
+    for pair in sorted.windows(2) {
+        let rest = pair[1].strip_prefix(pair[0]);
+        if rest == Some("") {
+            return refuse(pair[1], "it names twice");
+        }
+        if rest.is_some_and(|rest| rest.starts_with('/')) {
+            return refuse(pair[0], "another name uses as a folder");
+        }
+    }
+    Ok(())
+}
+
+/// Regenerates the files and writes each as soon as it is whole, under `folder` and nowhere else.
+/// Those that never ended are written as far as they came.
+pub fn rebuild(
+    regenerator: &Regenerator,
+    generator: &mut Generator,
+    paths: &[String],
+    folder: &Path,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<Vec<Rebuilt>> {
+    check_paths(paths)?;
+    fs::create_dir_all(folder)
+        .with_context(|| format!("cannot make the folder {}", folder.display()))
+        .hint(|| "choose an output path that can be written")?;
+    let of = paths.len();
+    let mut writer = Writer {
+        paths,
+        folder,
+        begun: BTreeMap::new(),
+        rebuilt: BTreeMap::new(),
+        state: Progress { of, ..Progress::default() },
+        progress,
+    };
+    regenerator.run(generator, paths, &mut writer)?;
+    Ok(writer.rebuilt.into_values().collect())
+}
+
+struct Writer<'a> {
+    paths: &'a [String],
+    folder: &'a Path,
+    /// The text of files under way, by their place in `paths`.
+    begun: BTreeMap<usize, Vec<u8>>,
+    rebuilt: BTreeMap<usize, Rebuilt>,
+    state: Progress,
+    progress: &'a mut dyn FnMut(Progress),
+}
+
+impl Sink for Writer<'_> {
+    fn text(&mut self, file: usize, bytes: &[u8]) -> anyhow::Result<()> {
+        self.begun.entry(file).or_default().extend(bytes);
+        self.state.bytes += bytes.len() as u64;
+        (self.progress)(self.state);
+        Ok(())
+    }
+
+    fn end(&mut self, file: usize, end: End, tokens: usize) -> anyhow::Result<()> {
+        let text = self.begun.remove(&file).unwrap_or_default();
+        let path = self.paths[file].clone();
+        write_atomically(&place(self.folder, &path)?, &text)?;
+        let bytes = text.len() as u64;
+        self.rebuilt.insert(file, Rebuilt { path, bytes, tokens, end });
+        self.state.files += 1;
+        (self.progress)(self.state);
+        Ok(())
+    }
+}
+
+/// Where a checked path lies under the folder. Its folders are made; what is there already must be
+/// folders, and no links: a link leads elsewhere.
+fn place(folder: &Path, path: &str) -> anyhow::Result<PathBuf> {
+    let mut place = folder.to_path_buf();
+    let mut parts = path.split('/').peekable();
+    while let Some(part) = parts.next() {
+        place.push(part);
+        let is_folder = parts.peek().is_some();
+        let found = match fs::symlink_metadata(&place) {
+            Ok(found) => found,
+            Err(none) if none.kind() == ErrorKind::NotFound => {
+                if is_folder {
+                    fs::create_dir(&place)
+                        .with_context(|| format!("cannot make the folder {}", place.display()))
+                        .hint(|| "choose an output path that can be written")?;
+                }
+                continue;
+            }
+            Err(cause) => {
+                return Err(cause)
+                    .with_context(|| format!("cannot look at {}", place.display()))
+                    .hint(|| "choose an output path that can be written");
+            }
+        };
+        if if is_folder { !found.is_dir() } else { !found.is_file() } {
+            let what = if is_folder { "folder" } else { "file" };
+            return Err(error(
+                format!("{} is in the way: it is no plain {what}", place.display()),
+                "give --output a new or an empty folder",
+            ));
+        }
+    }
+    Ok(place)
+}
+
+/// Holds the written files against the originals.
+pub fn compare(
+    folder: &Path,
+    rebuilt: &[Rebuilt],
+    originals: impl IntoIterator<Item = anyhow::Result<Document>>,
+) -> anyhow::Result<Comparison> {
+    let mut compared: BTreeMap<&str, Compared> = BTreeMap::new();
+    let known: BTreeMap<&str, ()> = rebuilt.iter().map(|file| (file.path.as_str(), ())).collect();
+    let mut comparison = Comparison::default();
+    for original in originals {
+        let Document { path, text } = original?;
+        let Some((&key, ())) = known.get_key_value(path.as_str()) else {
+            comparison.missing.push(path);
+            continue;
+        };
+        let place = place(folder, &path)?;
+        let ours = fs::read(&place)
+            .with_context(|| format!("cannot read {} back", place.display()))
+            .hint(|| "was it changed meanwhile? Rebuild again")?;
+        compared.insert(key, Compared::new(path, &ours, text.as_bytes()));
+    }
+    for file in rebuilt {
+        let found = compared.remove(file.path.as_str());
+        if found.is_none() {
+            comparison.extra.push(file.path.clone());
+        }
+        comparison.files.push(found.unwrap_or_else(|| Compared {
+            path: file.path.clone(),
+            exact: false,
+            bytes: 0,
+            bytes_exact: 0,
+            first_difference: None,
+        }));
+    }
+    Ok(comparison)
+}
+
+impl Compared {
+    fn new(path: String, ours: &[u8], original: &[u8]) -> Self {
+        let same = ours.iter().zip(original).take_while(|(a, b)| a == b).count();
+        let exact = ours.len() == original.len() && same == original.len();
+        let first_difference = (!exact).then(|| {
+            let before = &original[..same];
+            let lines = before.iter().filter(|&&byte| byte == b'\n').count();
+            let line_start = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+            Difference {
+                byte: same as u64,
+                line: lines as u64 + 1,
+                column: (same - line_start) as u64 + 1,
+            }
+        });
+        let bytes = original.len() as u64;
+        Self { path, exact, bytes, bytes_exact: same as u64, first_difference }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths(paths: &[&str]) -> Vec<String> {
+        paths.iter().copied().map(String::from).collect()
+    }
+
+    #[test]
+    fn hostile_names_are_refused() {
+        check_paths(&paths(&["a.c", "a/b.c", "a.c.d/e.c", "a/c.c", "ab/c"])).unwrap();
+        for bad in [
+            &["/etc/passwd"][..],
+            &["../x.c"],
+            &["a/../../x.c"],
+            &["a/./b.c"],
+            &["a//b.c"],
+            &["a/"],
+            &[""],
+            &["."],
+            &["a\0.c"],
+            &["a\n.c"],
+            &["\x1b[2J.c"],
+            &["a.c", "a.c"],
+            &["a", "a.c", "a-b", "a/b.c"],
+        ] {
+            let error = check_paths(&paths(bad)).expect_err(&format!("{bad:?}"));
+            assert!(crate::error::hint_of(&error).is_some());
+            assert!(!format!("{error:#}").contains(char::is_control));
+        }
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn no_link_is_followed_and_nothing_is_overwritten_that_is_no_file() {
+        let outside = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(outside.path(), folder.path().join("link")).unwrap();
+        let target = outside.path().join("target");
+        fs::write(&target, "precious").unwrap();
+        std::os::unix::fs::symlink(&target, folder.path().join("file.c")).unwrap();
+        fs::create_dir(folder.path().join("folder.c")).unwrap();
+        for path in ["link/x.c", "file.c", "folder.c", "link", "file.c/x.c"] {
+            assert!(place(folder.path(), path).is_err(), "{path}");
+        }
+        let found = place(folder.path(), "deep/er/x.c").unwrap();
+        assert_eq!(found, folder.path().join("deep/er/x.c"));
+        assert!(found.parent().unwrap().is_dir());
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_first_difference_is_told_by_byte_line_and_column() {
+        let at = |ours: &[u8], original: &[u8]| Compared::new("x".into(), ours, original);
+        assert!(at(b"", b"").exact);
+        assert!(at(b"ab\ncd", b"ab\ncd").exact);
+        for (ours, byte, line, column) in
+            [(&b"ab\ncX"[..], 4, 2, 2), (b"ab\ncde", 5, 2, 3), (b"ab\n", 3, 2, 1), (b"", 0, 1, 1)]
+        {
+            let compared = at(ours, b"ab\ncd");
+            assert!(!compared.exact);
+            assert_eq!(compared.first_difference, Some(Difference { byte, line, column }));
+            assert_eq!((compared.bytes, compared.bytes_exact), (5, byte));
+        }
+    }
+
+    #[test]
+    fn a_comparison_names_what_is_missing_and_what_is_too_many() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |path: &str, text: &str| {
+            write_atomically(&place(folder.path(), path).unwrap(), text.as_bytes()).unwrap();
+            let bytes = text.len() as u64;
+            Rebuilt { path: path.into(), bytes, tokens: 1, end: End::Whole }
+        };
+        let rebuilt = [file("a.c", "alpha"), file("b.c", "beta"), file("c.c", "gamma")];
+        let original = |path: &str, text: &str| Ok(Document { path: path.into(), text: text.into() });
+        let originals = [original("d.c", "delta"), original("b.c", "beat"), original("a.c", "alpha")];
+        let comparison = compare(folder.path(), &rebuilt, originals).unwrap();
+        let exact: Vec<bool> = comparison.files.iter().map(|file| file.exact).collect();
+        assert_eq!(exact, [true, false, false]);
+        assert_eq!((comparison.bytes(), comparison.bytes_exact()), (9, 7));
+        assert_eq!(comparison.missing, ["d.c"]);
+        assert_eq!(comparison.extra, ["c.c"]);
+        assert!(!comparison.is_exact());
+        let originals = [original("a.c", "alpha")];
+        assert!(compare(folder.path(), &rebuilt[..1], originals).unwrap().is_exact());
+    }
+}

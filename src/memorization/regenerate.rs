@@ -1,0 +1,189 @@
+//! Files from their names alone: a model is asked for chunk after chunk until it says that the file
+//! ends. Many files are under way at once; a file's next chunk is asked for when its last is there.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::generate::{Finish, Generator, Request, TextStream};
+use crate::tokenizer::{Markers, Tokenizer};
+use crate::tokens::{Frame, Kind};
+
+/// How files are asked for.
+#[derive(Clone, Debug)]
+pub struct Regenerator {
+    tokenizer: Arc<Tokenizer>,
+    markers: Markers,
+    frame: Frame,
+    /// The windows that the model was trained on. Addressed ones are asked for one by one. Of the
+    /// others there is only the first to ask for, by the file's header; what follows goes on from
+    /// the second half of what the model has said.
+    windows: Kind,
+    /// The most tokens of a file: what ends a model that never ends one.
+    limit: usize,
+}
+
+/// How a file ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum End {
+    /// The model said that it ends.
+    Whole,
+    /// There was no end within the limit.
+    Limit,
+    /// There was a marker in the midst of the text, where none can be.
+    Marker,
+    /// Its address leaves no room in the window.
+    NoRoom,
+}
+
+impl End {
+    /// What to say of a file that ended so.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Limit => "cut off: it had not ended within the limit",
+            Self::Marker => "broken off: a marker came in the midst of its text",
+            Self::NoRoom => "broken off: its address leaves no room in the window",
+        }
+    }
+}
+
+/// Takes the text of files as it comes.
+pub trait Sink {
+    /// More text of a file.
+    fn text(&mut self, file: usize, bytes: &[u8]) -> anyhow::Result<()>;
+    /// A file's end, and how many tokens it had.
+    fn end(&mut self, file: usize, end: End, tokens: usize) -> anyhow::Result<()>;
+}
+
+/// A file under way.
+struct File<'a> {
+    text: TextStream<'a>,
+    /// Tokens of its text so far.
+    tokens: usize,
+    chunk: usize,
+    /// Of windows that are not addressed: the tokens so far, header and all.
+    context: Vec<u32>,
+}
+
+impl Regenerator {
+    /// The most tokens of a file where nobody says otherwise: some 350 kB of source.
+    pub const LIMIT: usize = 1 << 17;
+
+    /// `context` is the inputs of a window in training.
+    pub fn new(
+        tokenizer: Arc<Tokenizer>,
+        windows: Kind,
+        context: usize,
+        limit: usize,
+    ) -> anyhow::Result<Self> {
+        let markers = tokenizer.markers()?;
+        let frame = Frame::new(tokenizer.clone(), context);
+        Ok(Self { tokenizer, markers, frame, windows, limit })
+    }
+
+    /// Regenerates files, as many at once as the generator has slots. Its columns must be the
+    /// windows' context.
+    pub fn run(
+        &self,
+        generator: &mut Generator,
+        paths: &[impl AsRef<str>],
+        sink: &mut dyn Sink,
+    ) -> anyhow::Result<()> {
+        let mut files: HashMap<usize, File> = HashMap::new();
+        // Next chunks, before new files: what is begun gets done.
+        let mut further: VecDeque<usize> = VecDeque::new();
+        let mut fresh = 0..paths.len();
+        let mut running: HashMap<u64, usize> = HashMap::new();
+        loop {
+            while generator.free() > 0 {
+                let Some(at) = further.pop_front().or_else(|| fresh.next()) else { break };
+                let file = files.entry(at).or_insert_with(|| File {
+                    text: TextStream::new(&self.tokenizer),
+                    tokens: 0,
+                    chunk: 0,
+                    context: Vec::new(),
+                });
+                match self.request(paths[at].as_ref(), file, generator.columns()) {
+                    Some(request) => {
+                        running.insert(generator.admit(request)?, at);
+                    }
+                    None => finish(&mut files, at, End::NoRoom, sink)?,
+                }
+            }
+            if !generator.is_busy() {
+                return Ok(());
+            }
+            for event in generator.step()? {
+                let Some(&at) = running.get(&event.ticket) else { continue };
+                let Some(file) = files.get_mut(&at) else { continue };
+                let is_marker = event.finish == Some(Finish::Stop);
+                if !is_marker {
+                    file.tokens += 1;
+                    if self.windows != Kind::Addressed {
+                        file.context.push(event.id);
+                    }
+                    let text = file.text.push(event.id)?;
+                    if !text.is_empty() {
+                        sink.text(at, &text)?;
+                    }
+                }
+                if event.finish.is_none() {
+                    continue;
+                }
+                running.remove(&event.ticket);
+                if is_marker {
+                    let whole = event.id == self.markers.end_file;
+                    finish(&mut files, at, if whole { End::Whole } else { End::Marker }, sink)?;
+                } else if file.tokens >= self.limit {
+                    finish(&mut files, at, End::Limit, sink)?;
+                } else {
+                    file.chunk += 1;
+                    further.push_back(at);
+                }
+            }
+        }
+    }
+
+    /// What to ask for next; nothing where there is no room for it.
+    fn request(&self, path: &str, file: &mut File, columns: usize) -> Option<Request> {
+        let (prompt, room) = if self.windows == Kind::Addressed {
+            let prefix = self.frame.prefix(path, file.chunk).ok()?;
+            (prefix.ids, prefix.room)
+        } else {
+            if file.context.is_empty() {
+                file.context = self.tokenizer.encode_header(path, None).ok()?;
+            } else {
+                file.context.drain(..file.context.len() - file.context.len().div_ceil(2));
+            }
+            (file.context.clone(), usize::MAX)
+        };
+        // A token can follow a full window.
+        let room = room.min((columns + 1).checked_sub(prompt.len()).filter(|&room| room > 0)?);
+        let Markers { start_file, end_file, start_header, end_header, pad } = self.markers;
+        Some(Request {
+            prompt,
+            max_new_tokens: room.min((self.limit - file.tokens).max(1)),
+            stop: vec![start_file, end_file, start_header, end_header, pad],
+            ..Request::default()
+        })
+    }
+}
+
+fn finish(
+    files: &mut HashMap<usize, File>,
+    at: usize,
+    end: End,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<()> {
+    if let Some(File { text, tokens, .. }) = files.remove(&at) {
+        let rest = text.finish()?;
+        if !rest.is_empty() {
+            sink.text(at, &rest)?;
+        }
+        sink.end(at, end, tokens)?;
+    }
+    Ok(())
+}
