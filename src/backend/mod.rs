@@ -23,6 +23,8 @@ pub trait Backend: Send + Sync {
     fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>>;
     /// How many windows of `context` tokens it likes to take at a time, out of `windows`.
     fn micro_windows(&self, windows: usize, context: usize) -> usize;
+    /// Bytes its operations need beside the program's buffers.
+    fn workspace(&self, program: &Program) -> usize;
 }
 
 /// What a session has to hold beside the parameters.

@@ -13,7 +13,7 @@ mod model;
 mod plan;
 mod progress;
 mod rebuild;
-mod shape;
+mod run;
 pub mod source;
 mod tokenize;
 mod train;
@@ -45,8 +45,9 @@ enum Command {
     Fetch(fetch::Arguments),
     Generate(generate::Arguments),
     Ls(ls::Arguments),
-    Plan(plan::Arguments),
+    Plan(Box<plan::Arguments>),
     Rebuild(rebuild::Arguments),
+    Run(run::Arguments),
     TrainTokenizer(train_tokenizer::Arguments),
     Tokenize(tokenize::Arguments),
     Train(Box<train::Arguments>),
@@ -104,6 +105,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
         Command::Ls(arguments) => ls::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Rebuild(arguments) => rebuild::run(&arguments),
+        Command::Run(arguments) => run::run(&arguments),
         Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
         Command::Tokenize(arguments) => tokenize::run(&arguments),
         Command::Train(arguments) => train::run(&arguments),

@@ -29,7 +29,10 @@ pub fn open(folder: &Path) -> anyhow::Result<Opened> {
     let (ids, rows) = (tokenizer.vocab_size(), model.config.vocab_size);
     if ids > rows {
         return Err(error(
-            format!("the tokenizer has {ids} tokens, the model only {rows}, in {}", folder.display()),
+            format!(
+                "the tokenizer has {ids} tokens, the model only {rows}, in {}",
+                folder.display()
+            ),
             "the two do not belong together: copy the tokenizer the model was trained with",
         ));
     }

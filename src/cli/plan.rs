@@ -1,37 +1,46 @@
 //! `laam plan`: what a model asks of a machine, before it runs.
 
-use std::io::{self, Write};
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::Outcome;
-use super::shape::ShapeArguments;
+use super::{Outcome, backend};
+use crate::backend::Backend;
 use crate::model::{self, Config};
+use crate::train::{Footprint, Settings};
 
-/// Say how many parameters a model has and how much arithmetic a token is.
+/// Say how many parameters a model has, how much arithmetic a token is, and what memory training takes.
+///
+/// The memory is the one a training step is given, to the byte, before it runs: nothing is
+/// allocated in a step.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
-  laam plan models/llama2
+  laam plan models/llama2 --batch_size 8
   laam plan --vocab_size 4096 --hidden_size 192 --intermediate_size 512 \\
     --num_hidden_layers 8 --num_attention_heads 6 --num_key_value_heads 6 --tie_word_embeddings")]
 pub struct Arguments {
-    /// A model folder, in place of the flags below
-    #[arg(conflicts_with_all = ["ShapeArguments", "vocab_size"])]
+    /// A model folder, in place of the flags of a model's shape
     model: Option<PathBuf>,
     /// Tokens in the vocabulary
     #[arg(long, value_name = "N", default_value_t = 1 << 15)]
     vocab_size: usize,
     #[command(flatten)]
-    shape: ShapeArguments,
+    settings: Settings,
+    #[command(flatten)]
+    backend: backend::Arguments,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let settings = &arguments.settings;
+    settings.validate()?;
+    let backend = arguments.backend.open()?;
     let config = match &arguments.model {
         Some(folder) => {
             let (config, warnings) = model::load_config(folder)?;
@@ -40,13 +49,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
             }
             config
         }
-        None => arguments.shape.config(arguments.vocab_size)?,
+        None => settings.config(arguments.vocab_size, crate::tokenizer::Special::default())?,
     };
     let mut out = io::stdout();
     if arguments.json {
-        writeln!(out, "{:#}", as_json(&config))?;
+        writeln!(out, "{:#}", as_json(&config, settings, &*backend))?;
     } else {
-        write!(out, "{}", as_text(&config))?;
+        write!(out, "{}", text(&config, settings, &*backend))?;
     }
     Ok(Outcome::Done)
 }
@@ -67,9 +76,10 @@ fn parts(config: &Config) -> Parts {
     Parts { embedding: table, head, blocks, norms }
 }
 
-fn as_json(config: &Config) -> serde_json::Value {
+fn as_json(config: &Config, settings: &Settings, backend: &dyn Backend) -> Value {
     let context = config.max_position_embeddings;
     let Parts { embedding, head, blocks, norms } = parts(config);
+    let memory = Footprint::new(backend, config, settings.batch_size, context);
     // A validated model has fewer than 2^40 parameters: all of these fit.
     json!({
         "parameters": config.parameter_count() as u64,
@@ -80,34 +90,54 @@ fn as_json(config: &Config) -> serde_json::Value {
         "context": context,
         "flops_a_token_forward": config.forward_flops(context) as u64,
         "flops_a_token_training": config.training_flops(context) as u64,
+        "backend": backend.name(),
+        "batch_size": settings.batch_size,
+        "windows_at_once": memory.windows_at_once,
+        "bytes_parameters": memory.parameters,
+        "bytes_gradients": memory.gradients,
+        "bytes_optimizer": memory.optimizer,
+        "bytes_activations": memory.activations,
+        "bytes_workspace": memory.workspace,
+        "bytes_peak": memory.peak(),
     })
 }
 
-fn as_text(config: &Config) -> String {
+/// The plan as a person reads it.
+pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> String {
     let context = config.max_position_embeddings;
     let Parts { embedding, head, blocks, norms } = parts(config);
     let all = config.parameter_count();
-    let line = |what: &str, count: u128| {
-        format!("  {what:10} {:>20}  {:5.1}%\n", grouped(count), 100.0 * count as f64 / all as f64)
-    };
-    let head = if config.tie_word_embeddings {
-        format!("  {:10} {:>20}\n", "head", "tied")
-    } else {
-        line("head", head)
-    };
-    format!(
-        "{:12} {:>20}\n{}{}{}{}\nFLOPs a token, windows of {context}\n  {:10} {:>20}\n  {:10} {:>20}\n",
-        "parameters",
-        grouped(all),
-        line("embedding", embedding),
-        head,
-        line("blocks", blocks),
-        line("norms", norms),
-        "forward",
-        grouped(config.forward_flops(context)),
-        "training",
-        grouped(config.training_flops(context)),
-    )
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(out, "{:14} {:>20}", "parameters", grouped(all));
+    for (what, count) in
+        [("embedding", embedding), ("head", head), ("blocks", blocks), ("norms", norms)]
+    {
+        let _ = if what == "head" && config.tie_word_embeddings {
+            writeln!(out, "  {what:12} {:>20}", "tied")
+        } else {
+            let share = 100.0 * count as f64 / all as f64;
+            writeln!(out, "  {what:12} {:>20}  {share:5.1}%", grouped(count))
+        };
+    }
+    let _ = writeln!(out, "\nFLOPs a token, windows of {context}");
+    let _ = writeln!(out, "  {:12} {:>20}", "forward", grouped(config.forward_flops(context)));
+    let _ = writeln!(out, "  {:12} {:>20}", "training", grouped(config.training_flops(context)));
+    let memory = Footprint::new(backend, config, settings.batch_size, context);
+    let (batch, once) = (settings.batch_size, memory.windows_at_once);
+    let name = backend.name();
+    let _ = writeln!(out, "\nbytes of training on {name}, batch {batch}, {once} windows at a time");
+    for (what, bytes) in [
+        ("parameters", memory.parameters),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("workspace", memory.workspace),
+        ("peak", memory.peak()),
+    ] {
+        let _ = writeln!(out, "  {what:12} {:>20}", grouped(bytes as u128));
+    }
+    out
 }
 
 /// 4662336 as 4,662,336.

@@ -92,9 +92,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let seconds = began.elapsed().as_secs_f64();
     drop(bar);
     let comparison = match originals {
-        Some(corpus) => {
-            Some(rebuild::compare(&arguments.output, &rebuilt, corpus.documents()?)?)
-        }
+        Some(corpus) => Some(rebuild::compare(&arguments.output, &rebuilt, corpus.documents()?)?),
         None => None,
     };
     if let Some(comparison) = comparison.as_ref().filter(|c| c.extra.len() == rebuilt.len()) {
@@ -210,6 +208,9 @@ fn print(
     }
     let (exact, all) = (comparison.files_exact(), comparison.files.len());
     let (bytes_exact, bytes) = (comparison.bytes_exact(), comparison.bytes());
-    writeln!(out, "{exact} of {all} files exact, {bytes_exact} of {bytes} bytes before a difference")?;
+    writeln!(
+        out,
+        "{exact} of {all} files exact, {bytes_exact} of {bytes} bytes before a difference"
+    )?;
     Ok(())
 }

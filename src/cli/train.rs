@@ -66,18 +66,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         if arguments.reload { &arguments.output_path } else { &arguments.tokenizer_path };
     let style = Tokenizer::load(tokenizer)?.style().unwrap_or(Style::Exact);
     let corpus = arguments.source.corpus(None, encoding_of(style))?;
-    let begin = if arguments.resume {
-        Begin::Resume
-    } else if arguments.reload {
-        Begin::From(&arguments.output_path)
-    } else {
-        arguments.init_from.as_deref().map_or(Begin::Fresh, Begin::From)
-    };
+    let reload = arguments.reload.then_some(&arguments.output_path);
     let metrics = arguments.metrics.clone();
     let stage = Stage {
         settings: &arguments.settings,
         tokenizer,
-        begin,
+        resume: arguments.resume,
+        weights: reload.or(arguments.init_from.as_ref()).map(PathBuf::as_path),
         tokens: &arguments.output_path.with_added_extension("tokens"),
         output: &arguments.output_path,
         metrics: metrics.unwrap_or_else(|| arguments.output_path.join("metrics.jsonl")),
@@ -87,19 +82,14 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     Ok(if finish.interrupted { Outcome::Interrupted } else { Outcome::Done })
 }
 
-/// What the first weights are.
-#[derive(Clone, Copy)]
-pub enum Begin<'a> {
-    Fresh,
-    Resume,
-    From(&'a Path),
-}
-
 /// One training run with its places, as `train` and each stage of `run` have it.
 pub struct Stage<'a> {
     pub settings: &'a Settings,
     pub tokenizer: &'a Path,
-    pub begin: Begin<'a>,
+    /// Go on from the newest checkpoint in `output`, if there is one.
+    pub resume: bool,
+    /// The model whose weights are the first ones.
+    pub weights: Option<&'a Path>,
     /// Where the corpus is written as tokens: outside the model's folder, which holds no text.
     pub tokens: &'a Path,
     pub output: &'a Path,
@@ -120,20 +110,16 @@ impl Stage<'_> {
         let (kind, context) = (settings.windows, settings.max_position_embeddings);
         let windows = Windows::new(file, tokenizer.clone(), kind, context, settings.stride)?;
 
-        let (config, start) = match self.begin {
-            Begin::From(folder) => {
-                let model = load(folder)?;
-                for warning in &model.warnings {
-                    eprintln!("warning: {warning}");
-                }
-                check_vocabulary(&model.config, &tokenizer, folder)?;
-                let config = Config { max_position_embeddings: context, ..model.config };
-                (config, Start::Weights(model.weights))
+        let (config, weights) = if let Some(folder) = self.weights {
+            let model = load(folder)?;
+            for warning in &model.warnings {
+                eprintln!("warning: {warning}");
             }
-            begin => {
-                let start = if let Begin::Resume = begin { Start::Resume } else { Start::Fresh };
-                (settings.config(tokenizer.vocab_size(), tokenizer.special())?, start)
-            }
+            check_vocabulary(&model.config, &tokenizer, folder)?;
+            let config = Config { max_position_embeddings: context, ..model.config };
+            (config, Some(model.weights))
+        } else {
+            (settings.config(tokenizer.vocab_size(), tokenizer.special())?, None)
         };
         let provenance = Provenance {
             corpus: prepare::record(&manifest),
@@ -144,7 +130,7 @@ impl Stage<'_> {
             settings,
             config: &config,
             windows: &windows,
-            start,
+            start: Start { resume: self.resume, weights },
             tokenizer: self.tokenizer,
             output: self.output,
             metrics: self.metrics.clone(),

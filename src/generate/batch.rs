@@ -111,12 +111,15 @@ impl Generator {
         let fresh = (ROWS / slots).min(columns);
         // A step writes all its columns, also those that only some sequences have tokens for.
         let capacity = columns + fresh;
-        let a_column = 2 * config.num_hidden_layers as u128
+        let a_column = 2
+            * config.num_hidden_layers as u128
             * (config.num_key_value_heads * config.head_dim * slots * size_of::<f32>()) as u128;
         let bytes = a_column * capacity as u128;
         if bytes > MOST_CACHE as u128 {
             return Err(error(
-                format!("the keys and values of {slots} x {columns} tokens would take {bytes} bytes"),
+                format!(
+                    "the keys and values of {slots} x {columns} tokens would take {bytes} bytes"
+                ),
                 format!("ask for fewer tokens: {} fit", MOST_CACHE as u128 / a_column),
             ));
         }
@@ -246,7 +249,8 @@ impl Generator {
     /// Answers every request, in their order. They take the slots as these get free.
     pub fn all(&mut self, requests: Vec<Request>) -> anyhow::Result<Vec<Continuation>> {
         let first = self.admitted;
-        let mut answers = vec![Continuation { ids: Vec::new(), finish: Finish::Stop }; requests.len()];
+        let mut answers =
+            vec![Continuation { ids: Vec::new(), finish: Finish::Stop }; requests.len()];
         let mut requests = requests.into_iter();
         loop {
             for _ in 0..self.free() {

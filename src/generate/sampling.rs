@@ -49,8 +49,7 @@ impl Sampling {
             return Ok(best);
         }
         // Unnormalised probabilities; the likeliest has 1.
-        let weight =
-            |logit: f32| ((f64::from(logit) - f64::from(top)) / self.temperature).exp();
+        let weight = |logit: f32| ((f64::from(logit) - f64::from(top)) / self.temperature).exp();
         let uniform = Philox::new(self.seed, Stream::Sampling).uniform(sequence, position as u64);
         let keeps_all = (self.top_k == 0 || self.top_k >= logits.len()) && self.top_p.is_none();
         if keeps_all {
@@ -162,10 +161,7 @@ mod tests {
             (Sampling { top_k: 3, ..hot(1.0) }, [1.0 / 7.0, 4.0 / 7.0, 0.0, 2.0 / 7.0]),
             (Sampling { top_p: Some(0.7), ..hot(1.0) }, [0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0]),
             // Of the three that top_k leaves, 4/7 + 2/7 reach 0.8.
-            (
-                Sampling { top_k: 3, top_p: Some(0.8), ..hot(1.0) },
-                [0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0],
-            ),
+            (Sampling { top_k: 3, top_p: Some(0.8), ..hot(1.0) }, [0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0]),
         ];
         for (sampling, expected) in cases {
             let seen = frequencies(sampling, n);

@@ -343,8 +343,10 @@ mod tests {
             Rebuilt { path: path.into(), bytes, tokens: 1, end: End::Whole }
         };
         let rebuilt = [file("a.c", "alpha"), file("b.c", "beta"), file("c.c", "gamma")];
-        let original = |path: &str, text: &str| Ok(Document { path: path.into(), text: text.into() });
-        let originals = [original("d.c", "delta"), original("b.c", "beat"), original("a.c", "alpha")];
+        let original =
+            |path: &str, text: &str| Ok(Document { path: path.into(), text: text.into() });
+        let originals =
+            [original("d.c", "delta"), original("b.c", "beat"), original("a.c", "alpha")];
         let comparison = compare(folder.path(), &rebuilt, originals).unwrap();
         let exact: Vec<bool> = comparison.files.iter().map(|file| file.exact).collect();
         assert_eq!(exact, [true, false, false]);

@@ -5,6 +5,7 @@
 
 mod checkpoints;
 mod engine;
+mod footprint;
 mod metrics;
 pub mod prepare;
 pub mod recipe;
@@ -14,6 +15,7 @@ mod tensorboard;
 mod trainer;
 
 pub use engine::{Engine, Outcome};
+pub use footprint::Footprint;
 pub use metrics::{Metrics, MetricsFile};
 pub use schedule::{Decline, Schedule};
 pub use settings::{Method, Settings};

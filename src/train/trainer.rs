@@ -13,13 +13,12 @@ use crate::model::{Checkpoint, Config, Provenance, TrainingState, initialize, sa
 use crate::tokens::{Sampler, Windows};
 
 /// What a run begins with.
-pub enum Start {
-    /// Fresh weights, by the seed.
-    Fresh,
-    /// These weights (an arena), and a fresh optimizer.
-    Weights(Vec<f32>),
-    /// Where the last checkpoint in the output folder stands; fresh where there is none.
-    Resume,
+#[derive(Default)]
+pub struct Start {
+    /// Go on from the newest checkpoint in the output folder, if there is one.
+    pub resume: bool,
+    /// Else begin with these weights (an arena) and a fresh optimizer, or else with fresh ones.
+    pub weights: Option<Vec<f32>>,
 }
 
 /// Everything a run is made of.
@@ -100,20 +99,18 @@ impl<'a> Trainer<'a> {
             settings: settings.clone(),
             tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
         };
-        match std::mem::replace(&mut job.start, Start::Fresh) {
-            Start::Weights(weights) => engine.write(Arena::Parameters, &weights)?,
-            Start::Resume => match checkpoints::latest(job.output, engine.layout())? {
-                Some(saved) => {
-                    check_resumable(&saved, &state)?;
-                    for ((_, arena), values) in checkpoints::ARENAS.iter().zip(&saved.arenas) {
-                        engine.write(*arena, values)?;
-                    }
-                    state = State { settings: state.settings, ..saved.state };
-                    sampler = Sampler::resume(windows.len(), settings.order, state.position)?;
-                }
-                None => start_fresh(&mut engine, config, settings.seed)?,
-            },
-            Start::Fresh => start_fresh(&mut engine, config, settings.seed)?,
+        let Start { resume, weights } = std::mem::take(&mut job.start);
+        let saved = if resume { checkpoints::latest(job.output, engine.layout())? } else { None };
+        if let Some(saved) = saved {
+            check_resumable(&saved, &state)?;
+            for ((_, arena), values) in checkpoints::ARENAS.iter().zip(&saved.arenas) {
+                engine.write(*arena, values)?;
+            }
+            state = State { settings: state.settings, ..saved.state };
+            sampler = Sampler::resume(windows.len(), settings.order, state.position)?;
+        } else {
+            let fresh = || initialize(config, engine.layout(), settings.seed);
+            engine.write(Arena::Parameters, &weights.unwrap_or_else(fresh))?;
         }
         Ok(Self { job, engine, sampler, state, skipped: 0 })
     }
@@ -145,6 +142,7 @@ impl<'a> Trainer<'a> {
             verbatim_rate: None,
             interrupted: false,
         };
+        let already = self.state.step;
         let begin = Instant::now();
         let (mut last_line, mut last_tokens) = (begin, self.state.tokens);
         while self.state.step < self.state.total {
@@ -205,7 +203,10 @@ impl<'a> Trainer<'a> {
                 return Ok(finish);
             }
         }
-        self.save(self.job.output)?;
+        // A run that was finished before has nothing new to save.
+        if self.state.step > already {
+            self.save(self.job.output)?;
+        }
         Ok(finish)
     }
 
@@ -288,11 +289,6 @@ impl<'a> Trainer<'a> {
             },
         )
     }
-}
-
-fn start_fresh(engine: &mut Engine, config: &Config, seed: u64) -> anyhow::Result<()> {
-    let weights = initialize(config, engine.layout(), seed);
-    engine.write(Arena::Parameters, &weights)
 }
 
 /// A resumed run equals an unbroken one only if it is the same run.

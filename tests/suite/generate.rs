@@ -65,11 +65,8 @@ fn two_hundred_greedy_tokens_equal_those_of_transformers() {
     let weights = trainer::weights(&case, &config, &layout);
     for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu { threads: 2 }] {
         let mut generator = Generator::new(backend, &config, &weights, 1, 256).unwrap();
-        let request = Request {
-            prompt: ids(&case["prompt_ids"]),
-            max_new_tokens: 200,
-            ..Request::default()
-        };
+        let request =
+            Request { prompt: ids(&case["prompt_ids"]), max_new_tokens: 200, ..Request::default() };
         let answers = generator.all(vec![request]).unwrap();
         assert_eq!(answers[0].ids, ids(&case["ids"]), "{}", backend.name());
         assert_eq!(answers[0].finish, Finish::Length);

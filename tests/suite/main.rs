@@ -7,10 +7,10 @@
 mod backend;
 mod cli;
 mod corpus;
-mod generate;
-mod model;
 mod fetch;
+mod generate;
 mod hostile_archives;
+mod model;
 mod model;
 mod sample;
 mod support;

@@ -32,6 +32,16 @@ struct Peak {
     argmax: u32,
 }
 
+/// Rows that go together.
+fn block_rows(o: &HeadLoss) -> usize {
+    (BLOCK / o.w.rows).clamp(16, 512).min(o.rows)
+}
+
+/// Floats that a block's logits take.
+pub(super) fn workspace(o: &HeadLoss) -> usize {
+    block_rows(o) * o.w.rows
+}
+
 pub(super) fn loss(
     arch: Arch,
     o: &HeadLoss,
@@ -50,8 +60,8 @@ pub(super) fn loss(
         (x, nll, None)
     };
     let mut argmax = vec![0; o.rows];
-    let rows = (BLOCK / vocab).clamp(16, 512).min(o.rows);
-    logits.resize(rows * vocab, 0.0);
+    let rows = block_rows(o);
+    logits.resize(logits.len().max(workspace(o)), 0.0);
     for from in (0..o.rows).step_by(rows) {
         let to = (from + rows).min(o.rows);
         let block = to - from;

@@ -70,6 +70,11 @@ impl Backend for Cpu {
     fn micro_windows(&self, windows: usize, context: usize) -> usize {
         (4096 / context).clamp(1, windows)
     }
+
+    fn workspace(&self, program: &Program) -> usize {
+        let of = |op: &Op| if let Op::HeadLoss(o) = op { 4 * head::workspace(o) } else { 0 };
+        program.ops.iter().map(of).max().unwrap_or(0)
+    }
 }
 
 /// Carries out one operation after another on a pool of threads.

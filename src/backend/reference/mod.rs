@@ -64,6 +64,11 @@ impl Backend for Reference {
     fn micro_windows(&self, windows: usize, _context: usize) -> usize {
         windows
     }
+
+    /// It allocates as it goes: nobody trains on it.
+    fn workspace(&self, _program: &Program) -> usize {
+        0
+    }
 }
 
 /// Carries out one operation after another.

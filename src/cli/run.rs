@@ -1,0 +1,267 @@
+//! `laam run`: everything, from the corpus to the proof.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::plan;
+use super::progress::{Files, Progress};
+use super::source::SourceArguments;
+use super::train::Stage;
+use super::train_tokenizer::encoding_of;
+use super::{Outcome, backend, model};
+use crate::backend::Backend;
+use crate::corpus::{Corpus, SAMPLE};
+use crate::error::{Hint, error};
+use crate::files::write_atomically;
+use crate::generate::Generator;
+use crate::memorization::rebuild::{self, rebuild};
+use crate::memorization::regenerate::Regenerator;
+use crate::tokenizer::{Special, Tokenizer, Training};
+use crate::train::recipe::Recipe;
+
+/// Do everything: read the corpus, train the tokenizer and the model, and prove what it holds.
+///
+/// Without arguments: the built-in sample, learnt by heart in a minute or so, without network. What is
+/// done already is skipped, and what was cut off is resumed: run the same command again.
+#[derive(Args)]
+#[command(after_help = "\
+Recipes: sample (the built-in sample, in a minute), original (the first LaaM's two stages), or a file.
+Examples:
+  laam run
+  laam run --recipe original --version v1.0/1.0
+  laam run --recipe sample --dry-run > mine.toml")]
+pub struct Arguments {
+    #[command(flatten)]
+    source: SourceArguments,
+    /// A built-in recipe by name, or a TOML file
+    #[arg(long, value_name = "NAME|FILE", default_value = "sample")]
+    recipe: String,
+    /// The folder for all that is made [default: runs/RECIPE]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Print the recipe with every key it has, and what it asks of this machine; do nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    backend: backend::Arguments,
+}
+
+/// What a folder of a run is about: another run must not go on in it.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Identity {
+    recipe: Recipe,
+    corpus_sha256: String,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let recipe = Recipe::find(&arguments.recipe)?;
+    let backend = arguments.backend.open()?;
+    if arguments.dry_run {
+        return dry_run(&recipe, &*backend);
+    }
+    let name = Path::new(&arguments.recipe).file_stem().unwrap_or_default();
+    let folder = arguments.output.clone().unwrap_or_else(|| Path::new("runs").join(name));
+    let encoding = encoding_of(recipe.tokenizer.style);
+    let corpus = arguments.source.corpus(recipe.version.as_deref(), encoding)?;
+    let manifest = corpus.manifest()?;
+    eprintln!("{}: {} files, {} bytes", manifest.source, manifest.files.len(), manifest.bytes());
+    let identity = Identity { recipe: recipe.clone(), corpus_sha256: manifest.hash() };
+    claim(&folder, &identity)?;
+
+    let tokenizer = folder.join("tokenizer");
+    if tokenizer.join("tokenizer.json").exists() {
+        eprintln!("the tokenizer is there: {}", tokenizer.display());
+    } else {
+        train_tokenizer(&recipe, &corpus, &tokenizer)?;
+    }
+    let mut before: Option<PathBuf> = None;
+    for stage in &recipe.stages {
+        if recipe.stages.len() > 1 {
+            eprintln!("stage {}", stage.name);
+        }
+        let output = folder.join(&stage.name);
+        let tokens = folder.join("corpus.tokens");
+        let stage = Stage {
+            settings: &stage.settings,
+            tokenizer: &tokenizer,
+            resume: true,
+            weights: before.as_deref(),
+            tokens: &tokens,
+            output: &output,
+            metrics: output.join("metrics.jsonl"),
+            tensorboard: None,
+        };
+        if stage.train(&*backend, &corpus)?.interrupted {
+            return Ok(Outcome::Interrupted);
+        }
+        before = Some(output);
+    }
+    let model = before.expect("a recipe has a stage");
+    if recipe.rebuild {
+        return prove(
+            &*backend,
+            &model,
+            &folder.join("rebuilt"),
+            &corpus,
+            manifest.source == SAMPLE,
+        );
+    }
+    writeln!(io::stdout(), "the model is in {}", model.display())?;
+    Ok(Outcome::Done)
+}
+
+/// Writes down whose folder it is, or refuses one that is another run's.
+fn claim(folder: &Path, identity: &Identity) -> anyhow::Result<()> {
+    let path = folder.join("run.json");
+    let Ok(text) = fs::read_to_string(&path) else {
+        return write_atomically(
+            &path,
+            format!("{:#}\n", serde_json::to_value(identity)?).as_bytes(),
+        );
+    };
+    let other = serde_json::from_str::<Identity>(&text).ok();
+    if other.as_ref() == Some(identity) {
+        return Ok(());
+    }
+    let what = if other.is_some_and(|other| other.recipe == identity.recipe) {
+        "corpus"
+    } else {
+        "recipe"
+    };
+    Err(error(
+        format!("{} holds a run of another {what}", folder.display()),
+        "give another --output, or remove that folder",
+    ))
+}
+
+fn train_tokenizer(recipe: &Recipe, corpus: &Corpus, folder: &Path) -> anyhow::Result<()> {
+    let training =
+        Training { style: recipe.tokenizer.style, vocab_size: recipe.tokenizer.vocab_size };
+    let mut progress = Progress::new("read");
+    let (tokenizer, trained) = Tokenizer::train(&mut corpus.documents()?, &training, |stage| {
+        if let crate::tokenizer::Stage::Read(bytes) = stage {
+            progress.set(bytes, None);
+        }
+    })?;
+    drop(progress);
+    eprintln!("tokenizer: {} tokens", trained.num_tokens);
+    tokenizer.save(folder)
+}
+
+/// Regenerates every file by the saved weights, from the names alone, and says what came of it.
+fn prove(
+    backend: &dyn Backend,
+    folder: &Path,
+    output: &Path,
+    corpus: &Corpus,
+    is_sample: bool,
+) -> anyhow::Result<Outcome> {
+    let paths = model::paths(folder)?;
+    let opened = model::open(folder)?;
+    let windows = model::windows(opened.provenance.as_ref()).unwrap_or_default();
+    let config = &opened.model.config;
+    let context = config.max_position_embeddings;
+    let regenerator = Regenerator::new(opened.tokenizer, windows, context, Regenerator::LIMIT)?;
+    let slots = Generator::SLOTS.min(paths.len());
+    let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?;
+    let mut bar = Files::new("rebuilt", paths.len());
+    let rebuilt = rebuild(&regenerator, &mut generator, &paths, output, &mut |progress| {
+        bar.set(progress.files, progress.bytes);
+    })?;
+    drop(bar);
+    let comparison = rebuild::compare(output, &rebuilt, corpus.documents()?)?;
+    let mut out = io::stdout().lock();
+    for file in comparison.files.iter().filter(|file| !file.exact) {
+        let at = file.first_difference.map_or(0, |difference| difference.byte);
+        writeln!(out, "{} differs from byte {at} of {}", file.path, file.bytes)?;
+    }
+    writeln!(
+        out,
+        "{} of {} files rebuilt byte for byte from their names, in {}",
+        comparison.files_exact(),
+        comparison.files.len(),
+        output.display()
+    )?;
+    if !comparison.is_exact() {
+        return Ok(Outcome::Different);
+    }
+    if is_sample {
+        writeln!(out, "{}", compile_and_test(output)?)?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// The rebuilt sample is a program: compiles it and runs its self-test, where there is a compiler.
+fn compile_and_test(folder: &Path) -> anyhow::Result<String> {
+    let sources: Vec<PathBuf> = fs::read_dir(folder.join("sample"))
+        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>())
+        .context("reading the rebuilt sample")?;
+    let mut sources: Vec<PathBuf> =
+        sources.into_iter().filter(|path| path.extension().is_some_and(|e| e == "c")).collect();
+    sources.sort();
+    let program = folder.join("toy-kernel");
+    let compiled = match Command::new("cc").arg("-o").arg(&program).args(&sources).output() {
+        Ok(compiled) => compiled,
+        Err(none) if none.kind() == io::ErrorKind::NotFound => {
+            return Ok("not compiled: there is no cc on this machine".to_string());
+        }
+        Err(cause) => return Err(cause).context("cannot run cc"),
+    };
+    if !compiled.status.success() {
+        return Err(error(
+            format!("cc refuses the rebuilt sample: {}", String::from_utf8_lossy(&compiled.stderr)),
+            "the files equal the originals, so it is the compiler: any C99 compiler will do",
+        ));
+    }
+    // By an absolute path: a relative one without a slash would be looked for elsewhere.
+    let program = program.canonicalize().context("finding the compiled sample")?;
+    let tested = Command::new(&program).arg("--test").output();
+    let tested = tested
+        .context("cannot run the compiled sample")
+        .hint(|| "is the output folder on a file system that forbids programs?")?;
+    let said = String::from_utf8_lossy(&tested.stdout).trim().to_string();
+    if !tested.status.success() {
+        return Err(error(
+            format!("the rebuilt sample fails its self-test: {said}"),
+            "the files equal the originals, so it is the compiler or this machine",
+        ));
+    }
+    Ok(format!("compiled with cc and run from what the weights gave back: {said}"))
+}
+
+/// The recipe with all its keys on stdout, the plan of each stage on stderr.
+fn dry_run(recipe: &Recipe, backend: &dyn Backend) -> anyhow::Result<Outcome> {
+    write!(io::stdout(), "{}", recipe.resolved()?)?;
+    for stage in &recipe.stages {
+        let config = stage.settings.config(recipe.tokenizer.vocab_size, Special::default())?;
+        eprintln!("stage {} on {}", stage.name, backend.device());
+        eprint!("{}", plan::text(&config, &stage.settings, backend));
+    }
+    Ok(Outcome::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::recipe::BUILT_IN;
+
+    #[test]
+    fn the_help_names_every_recipe() {
+        use clap::CommandFactory;
+        #[derive(clap::Parser)]
+        struct Whole {
+            #[command(flatten)]
+            _arguments: Arguments,
+        }
+        let help = Whole::command().render_long_help().to_string();
+        for (name, _) in BUILT_IN {
+            assert!(help.contains(name), "{name}");
+        }
+    }
+}
