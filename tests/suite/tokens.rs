@@ -170,6 +170,8 @@ proptest! {
             let path = file.document(place.document).unwrap().path;
             let prefix = frame.prefix(path, place.chunk).unwrap();
             let address = prefix.ids.len();
+            // One token more than inputs: the last is a target alone.
+            prop_assert_eq!(address + prefix.room, context + 1);
             let counted: Vec<_> =
                 batch.targets.iter().copied().filter(|&target| target != IGNORE).collect();
             prop_assert_eq!(&batch.ids[..address], prefix.ids.as_slice());
