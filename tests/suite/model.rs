@@ -182,10 +182,10 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
         ("lack model.layers.2", |f| edit_config(f, "num_hidden_layers", json!(3))),
         ("has the shape [41, 12]", |f| edit_config(f, "vocab_size", json!(2_000_000_000))),
         ("lm_head.weight differs", |f| edit_config(f, "tie_word_embeddings", json!(true))),
-        ("../model-1.safetensors", |f| shard_as(f, "../model-1.safetensors")),
-        ("/model-1.safetensors", |f| shard_as(f, "/model-1.safetensors")),
-        ("..\\\\model-1.safetensors", |f| shard_as(f, "..\\model-1.safetensors")),
-        ("passwd", |f| shard_as(f, "passwd")),
+        ("names the file", |f| shard_as(f, "../model-1.safetensors")),
+        ("names the file", |f| shard_as(f, "/model-1.safetensors")),
+        ("names the file", |f| shard_as(f, "..\\model-1.safetensors")),
+        ("names the file", |f| shard_as(f, "passwd")),
         ("missing.safetensors", |f| shard_as(f, "missing.safetensors")),
         ("index.json does not read", |f| {
             shard_as(f, "model-1.safetensors");
