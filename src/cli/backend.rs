@@ -24,6 +24,8 @@ pub enum Kind {
 }
 
 #[derive(Args, Clone, Debug)]
+// Clap's groups are named for their structs, and the command's own is called Arguments too.
+#[group(id = "backend arguments")]
 pub struct Arguments {
     /// Where the model runs
     #[arg(long, value_enum, default_value_t)]

@@ -50,11 +50,7 @@ pub fn measure(
             }
         };
         let (_, program, Evaluation { batch: inputs, losses, .. }) = &programs[at];
-        let indices = vec![
-            (inputs.ids, drawn.ids.as_slice()),
-            (inputs.targets, &drawn.targets),
-            (inputs.first_key, &drawn.first_key),
-        ];
+        let indices = inputs.feed(&drawn);
         session.run(*program, &Feed { indices, ..Feed::default() })?;
         for (nll, &target) in session.floats(*program, losses.nll).iter().zip(&drawn.targets) {
             if target != IGNORE {

@@ -11,7 +11,7 @@ mod fetch;
 mod generate;
 mod hostile_archives;
 mod model;
-mod model;
+mod rebuild;
 mod sample;
 mod support;
 mod tokenizer;

@@ -1,0 +1,434 @@
+//! Files out of the weights: a model is trained here until it holds two small files, saved, and
+//! asked for them by the commands.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::sync::{Arc, OnceLock};
+
+use laam::backend::Arena;
+use laam::backend::cpu::Cpu;
+use laam::corpus::Document;
+use laam::generate::Generator;
+use laam::llama::{AdamW, Muon, Optimizer, Rates};
+use laam::memorization::rebuild::rebuild;
+use laam::memorization::regenerate::{End, Regenerator, Sink};
+use laam::model::{
+    Checkpoint, Config, CorpusRecord, Precision, Provenance, initialize, load, save,
+};
+use laam::tokenizer::{Style, Tokenizer, Training};
+use laam::tokens::{IGNORE, Kind, TokenFile, TokenWriter, Windows};
+use laam::train::Engine;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::cli::error_of;
+use crate::support::laam;
+
+const CONTEXT: usize = 40;
+
+fn documents() -> Vec<Document> {
+    let document = |path: &str, text: &str| Document { path: path.into(), text: text.into() };
+    vec![
+        document(
+            "tiny/kernel/sched.c",
+            "/* Größe: the scheduler, in a nutshell. */\n#include \"sched.h\"\n\nint next(int now)\n\
+             {\n\treturn (now + 1) % TASKS;\t\t/* round robin */\n}\n",
+        ),
+        document("tiny/sched.h", "#define TASKS 4\n"),
+        document("tiny/empty.h", ""),
+    ]
+}
+
+/// The folders of a model that holds the documents, and of the documents themselves.
+struct Trained {
+    folder: TempDir,
+    /// The mean loss of its windows, by the training's forward pass.
+    loss: f64,
+}
+
+impl Trained {
+    fn model(&self) -> PathBuf {
+        self.folder.path().join("model")
+    }
+
+    fn source(&self) -> PathBuf {
+        self.folder.path().join("source")
+    }
+}
+
+/// Trained once for all tests.
+fn trained() -> &'static Trained {
+    static TRAINED: OnceLock<Trained> = OnceLock::new();
+    TRAINED.get_or_init(train)
+}
+
+fn train() -> Trained {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for Document { path, text } in documents() {
+        let path = at("source").join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    let training = Training { style: Style::Exact, vocab_size: 300 };
+    let (tokenizer, _) =
+        Tokenizer::train(documents().into_iter().map(Ok), &training, |_| ()).unwrap();
+    tokenizer.save(&at("tokenizer")).unwrap();
+    let mut writer = TokenWriter::create(&at("tokens"), &tokenizer).unwrap();
+    writer.write(documents().into_iter().map(Ok), |_| ()).unwrap();
+    writer.finish([0; 32]).unwrap();
+    let file = Arc::new(TokenFile::open(&at("tokens")).unwrap());
+    let special = tokenizer.special();
+    let vocab_size = tokenizer.vocab_size();
+    let windows = Windows::new(file, Arc::new(tokenizer), Kind::Addressed, CONTEXT, None).unwrap();
+    let config = Config {
+        vocab_size,
+        hidden_size: 48,
+        intermediate_size: 96,
+        num_hidden_layers: 2,
+        num_attention_heads: 3,
+        num_key_value_heads: 3,
+        head_dim: 16,
+        max_position_embeddings: CONTEXT,
+        tie_word_embeddings: true,
+        bos_token_id: special.bos,
+        eos_token_id: special.eos,
+        pad_token_id: special.pad,
+        ..crate::backend::config(3, 3, 16, true)
+    };
+
+    let optimizer = Optimizer {
+        adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8 },
+        muon: Some(Muon { momentum: 0.95 }),
+        decay: 0.0,
+        max_grad_norm: 1.0,
+    };
+    let all: Vec<usize> = (0..windows.len()).collect();
+    let batch = windows.draw(&all).unwrap();
+    let mut engine =
+        Engine::new(&Cpu { threads: 2 }, &config, &optimizer, all.len(), CONTEXT).unwrap();
+    let fresh = initialize(&config, engine.layout(), 1);
+    engine.write(Arena::Parameters, &fresh).unwrap();
+    for step in 1..=400 {
+        let rise = (step as f64 / 10.0).min(1.0);
+        let rates = Rates { learning_rate: 1e-2 * rise, muon_learning_rate: 0.02 * rise, step };
+        let loss = engine.step(std::slice::from_ref(&batch), rates).unwrap().loss;
+        if step % 10 == 0 && loss < 0.1 {
+            let guesses = engine.guesses(&batch).unwrap();
+            let right = |(guess, target): (&u32, &u32)| guess == target || *target == IGNORE;
+            if guesses.iter().zip(&batch.targets).all(right) {
+                eprintln!("learnt in {step} steps, {} windows", all.len());
+                break;
+            }
+        }
+    }
+    // A step with rates of zero changes nothing and measures the loss.
+    let still = Rates { learning_rate: 0.0, muon_learning_rate: 0.0, step: 401 };
+    let loss = engine.step(&[batch], still).unwrap().loss;
+    let provenance = Provenance {
+        corpus: CorpusRecord {
+            paths: documents().into_iter().map(|document| document.path).collect(),
+            ..CorpusRecord::default()
+        },
+        recipe: json!({"windows": "addressed"}),
+        ..Provenance::default()
+    };
+    let checkpoint = Checkpoint {
+        config: &config,
+        layout: engine.layout(),
+        weights: &engine.read(Arena::Parameters),
+        precision: Precision::Float32,
+        tokenizer: Some(&at("tokenizer")),
+        provenance: &provenance,
+        training_state: None,
+    };
+    save(&at("model"), &checkpoint).unwrap();
+    Trained { folder, loss }
+}
+
+fn run(arguments: &[&str]) -> Output {
+    laam().args(arguments).output().expect("the program starts")
+}
+
+fn json_of(output: &Output) -> Value {
+    let (out, said) = (&output.stdout, String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(out).unwrap_or_else(|fault| panic!("{fault}: {said}"))
+}
+
+/// A copy of the model's folder whose provenance lists these paths.
+fn with_paths(paths: &[&str]) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(trained().model()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let place = copy.path().join("provenance.json");
+    let mut provenance: Value = serde_json::from_str(&fs::read_to_string(&place).unwrap()).unwrap();
+    provenance["corpus"]["paths"] = json!(paths);
+    fs::write(&place, provenance.to_string()).unwrap();
+    copy
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("temporary folders have plain names")
+}
+
+#[test]
+fn every_file_comes_back_byte_for_byte_from_its_name() {
+    let (model, source) = (trained().model(), trained().source());
+    let listed = run(&["ls", text(&model)]);
+    assert_eq!(listed.stdout, b"tiny/kernel/sched.c\ntiny/sched.h\ntiny/empty.h\n");
+    for Document { path, text: expected } in documents() {
+        let given = run(&["cat", text(&model), &path]);
+        assert_eq!(String::from_utf8_lossy(&given.stdout), expected, "{path}");
+        assert_eq!((given.status.code(), given.stderr.as_slice()), (Some(0), &b""[..]));
+    }
+    let rebuilt = tempfile::tempdir().unwrap();
+    let output = run(&[
+        "rebuild",
+        text(&model),
+        "--output",
+        text(rebuilt.path()),
+        "--compare",
+        text(&source),
+        "--json",
+    ]);
+    let report = json_of(&output);
+    assert_eq!(output.status.code(), Some(0), "{report:#}");
+    let bytes: usize = documents().iter().map(|document| document.text.len()).sum();
+    for (name, value) in [
+        ("files", 3),
+        ("files_exact", 3),
+        ("files_whole", 3),
+        ("bytes", bytes),
+        ("bytes_exact", bytes),
+    ] {
+        assert_eq!(report[name], value, "{name}");
+    }
+    for Document { path, text } in documents() {
+        assert_eq!(fs::read_to_string(rebuilt.path().join(path)).unwrap(), text);
+    }
+    // Nothing else was left there.
+    let names = |folder: &Path| fs::read_dir(folder).unwrap().count();
+    assert_eq!((names(rebuilt.path()), names(&rebuilt.path().join("tiny"))), (1, 3));
+}
+
+#[test]
+fn a_difference_is_found_named_and_exits_with_1() {
+    let model = trained().model();
+    let originals = tempfile::tempdir().unwrap();
+    fs::create_dir_all(originals.path().join("tiny")).unwrap();
+    fs::write(originals.path().join("tiny/sched.h"), "#define TASKS 5\n").unwrap();
+    fs::write(originals.path().join("tiny/other.h"), "new\n").unwrap();
+    let rebuilt = tempfile::tempdir().unwrap();
+    let arguments = [
+        "rebuild",
+        text(&model),
+        "--output",
+        text(rebuilt.path()),
+        "--compare",
+        text(originals.path()),
+    ];
+    let output = run(&[&arguments[..], &["--json"]].concat());
+    let report = json_of(&output);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!((&report["files_exact"], &report["bytes"]), (&json!(0), &json!(16)));
+    assert_eq!(report["bytes_exact"], 14);
+    assert_eq!(report["missing"], json!(["tiny/other.h"]));
+    assert_eq!(report["extra"], json!(["tiny/kernel/sched.c", "tiny/empty.h"]));
+    let differing = &report["per_file"][1];
+    assert_eq!(differing["first_difference"], json!({"byte": 14, "line": 1, "column": 15}));
+    let output = run(&arguments);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("tiny/sched.h: differs from byte 14 of 16, line 1, column 15"), "{said}");
+}
+
+#[test]
+fn hostile_folders_write_nothing() {
+    for bad in ["../escaped.c", "/tmp/escaped.c", "a/../../escaped.c", "\u{1b}[2J.c", "a\nb.c"] {
+        let model = with_paths(&["tiny/sched.h", bad]);
+        let rebuilt = tempfile::tempdir().unwrap();
+        let output = rebuilt.path().join("inside");
+        error_of(&["rebuild", text(model.path()), "--output", text(&output)]);
+        let said = error_of(&["ls", text(model.path())]);
+        assert!(!said.contains('\u{1b}'));
+        assert_eq!(fs::read_dir(rebuilt.path()).unwrap().count(), 0, "{bad:?}");
+    }
+    // A folder in the output that leads elsewhere.
+    let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    std::os::unix::fs::symlink(outside.path(), inside.path().join("tiny")).unwrap();
+    error_of(&["rebuild", text(&trained().model()), "--output", text(inside.path())]);
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    // A name the model does not know.
+    error_of(&["cat", text(&trained().model()), "tiny/other.h"]);
+}
+
+/// Counts what comes.
+#[derive(Default)]
+struct Count {
+    ends: Vec<(usize, End, usize)>,
+}
+
+impl Sink for Count {
+    fn text(&mut self, _: usize, _: &[u8]) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn end(&mut self, file: usize, end: End, tokens: usize) -> anyhow::Result<()> {
+        self.ends.push((file, end, tokens));
+        Ok(())
+    }
+}
+
+/// With the final norm at zero all logits are equal, and the lowest id wins: a marker, at once. With
+/// a text token's embedding ahead of all others it says that token for ever.
+#[test]
+fn a_model_that_never_ends_is_bounded() {
+    let mut model = load(&trained().model()).unwrap();
+    let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
+    let norm = model.layout.final_norm.range();
+    let ends = |weights: &[f32], windows: Kind| {
+        let backend = Cpu { threads: 1 };
+        let mut generator = Generator::new(&backend, &model.config, weights, 2, CONTEXT).unwrap();
+        let regenerator = Regenerator::new(tokenizer.clone(), windows, CONTEXT, 100).unwrap();
+        let mut count = Count::default();
+        let paths = ["a.c", "b.c", &"long/".repeat(50)];
+        regenerator.run(&mut generator, &paths, &mut count).unwrap();
+        count.ends.sort_by_key(|end| end.0);
+        count.ends
+    };
+    let mut weights = std::mem::take(&mut model.weights);
+    weights[norm.clone()].fill(0.0);
+    let marker = |file| (file, End::Marker, 0);
+    let no_room = (2, End::NoRoom, 0);
+    assert_eq!(ends(&weights, Kind::Addressed), [marker(0), marker(1), no_room]);
+
+    // One constant direction, which one token has.
+    let (hidden, said) = (model.config.hidden_size, 70);
+    weights[model.layout.embedding.range()].fill(0.0);
+    for block in &model.layout.blocks {
+        weights[block.o.range()].fill(0.0);
+        weights[block.down.range()].fill(0.0);
+    }
+    weights[norm].fill(1.0);
+    for row in weights[model.layout.embedding.range()].chunks_mut(hidden) {
+        row[0] = 1.0;
+    }
+    weights[model.layout.embedding.offset + said * hidden] = 2.0;
+    let limit = |file| (file, End::Limit, 100);
+    for windows in [Kind::Addressed, Kind::Stream, Kind::Original] {
+        assert_eq!(ends(&weights, windows), [limit(0), limit(1), no_room], "{windows:?}");
+    }
+}
+
+/// The library's rebuild tells how far it is, and slots do not matter.
+#[test]
+fn rebuild_is_the_same_with_any_number_of_slots() {
+    let model = load(&trained().model()).unwrap();
+    let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
+    let regenerator = Regenerator::new(tokenizer, Kind::Addressed, CONTEXT, 1000).unwrap();
+    let paths: Vec<String> = documents().into_iter().map(|document| document.path).collect();
+    let mut all = Vec::new();
+    for slots in [1, 2, 8] {
+        let folder = tempfile::tempdir().unwrap();
+        let backend = Cpu { threads: 2 };
+        let mut generator =
+            Generator::new(&backend, &model.config, &model.weights, slots, CONTEXT).unwrap();
+        let mut last = None;
+        all.push(
+            rebuild(&regenerator, &mut generator, &paths, folder.path(), &mut |progress| {
+                last = Some(progress);
+            })
+            .unwrap(),
+        );
+        let last = last.unwrap();
+        let bytes = documents().iter().map(|document| document.text.len() as u64).sum();
+        assert_eq!((last.files, last.of, last.bytes), (3, 3, bytes));
+    }
+    assert!(all[0].iter().all(|file| file.end == End::Whole));
+    assert!(all.iter().all(|rebuilt| *rebuilt == all[0]));
+}
+
+#[test]
+fn generate_goes_on_with_a_prompt_and_stops_where_the_file_ends() {
+    let model = trained().model();
+    // The address of a file's first chunk, markers and all.
+    let prompt = "<|start_file|><|start_header|>tiny/sched.h 0<|end_header|>";
+    let arguments = ["generate", text(&model), "--prompt", prompt];
+    let output = run(&arguments);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "#define TASKS 4\n");
+    assert_eq!(output.status.code(), Some(0));
+
+    let tokenizer = Tokenizer::load(&model).unwrap();
+    let markers = tokenizer.markers().unwrap();
+    let report = json_of(&run(&[&arguments[..], &["--json"]].concat()));
+    let ids = |name: &str| -> Vec<u32> {
+        serde_json::from_value(report[name].clone()).expect("a list of ids")
+    };
+    assert_eq!(ids("prompt_ids"), tokenizer.encode_header("tiny/sched.h", Some(0)).unwrap());
+    let mut expected = tokenizer.encode_text("#define TASKS 4\n").unwrap();
+    expected.push(markers.end_file);
+    assert_eq!(ids("ids"), expected);
+    assert_eq!((&report["text"], &report["finish"]), (&json!("#define TASKS 4\n"), &json!("stop")));
+    assert!(report["tokens_a_second"].as_f64().unwrap() > 0.0);
+
+    // Without a prompt it begins a text; drawn texts are the seed's.
+    let report = json_of(&run(&["generate", text(&model), "--json", "--max_new_tokens=3"]));
+    assert_eq!(report["prompt_ids"], json!([markers.start_file]));
+    assert_eq!(report["ids"].as_array().unwrap().len(), 3);
+    let drawn = |seed: &str| {
+        let flags = ["--temperature=3", "--top_k=50", "--top_p=0.99", "--seed", seed];
+        run(&[&["generate", text(&model)], &flags[..]].concat()).stdout
+    };
+    assert_eq!(drawn("1"), drawn("1"));
+    assert_ne!(drawn("1"), drawn("2"));
+    for bad in [["--temperature=-1"], ["--top_p=0"], ["--max_new_tokens=0"]] {
+        error_of(&["generate", text(&model), bad[0]]);
+    }
+    error_of(&["generate", text(&model), "--prompt", &"a b ".repeat(100)]);
+}
+
+#[test]
+fn interactive_answers_every_line() {
+    use std::io::Write;
+    let model = trained().model();
+    let mut child = laam()
+        .args(["generate", text(&model), "-i"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let address = |path: &str| format!("<|start_file|><|start_header|>{path} 0<|end_header|>\n");
+    let lines = address("tiny/sched.h") + &address("tiny/empty.h") + &address("tiny/sched.h");
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(said, "#define TASKS 4\n\n\n#define TASKS 4\n\n");
+}
+
+#[test]
+fn evaluate_tells_the_loss_the_training_had() {
+    let (model, source) = (trained().model(), trained().source());
+    let of = |flags: &[&str]| {
+        let arguments = ["evaluate", text(&model), "--source", text(&source), "--json"];
+        let output = run(&[&arguments[..], flags].concat());
+        assert_eq!(output.status.code(), Some(0));
+        json_of(&output)
+    };
+    let report = of(&[]);
+    let number = |report: &Value, name: &str| report[name].as_f64().expect("a number");
+    assert_eq!(report["window_kind"], "addressed");
+    let loss = number(&report, "loss");
+    assert!((loss / trained().loss - 1.0).abs() < 1e-5, "{loss} for {}", trained().loss);
+    assert!((number(&report, "perplexity") - loss.exp()).abs() < 1e-12);
+    let bits = loss * number(&report, "tokens") / 2.0f64.ln() / number(&report, "bytes");
+    assert!((number(&report, "bits_a_byte") - bits).abs() < 1e-12);
+    let small = of(&["--batch_size=1"]);
+    assert!((number(&small, "loss") / loss - 1.0).abs() < 1e-5);
+    assert_eq!(small["tokens"], report["tokens"]);
+    // It never saw the files without their addresses.
+    let stream = of(&["--windows=stream"]);
+    assert!(number(&stream, "loss") > 10.0 * loss, "{stream:#}");
+}
