@@ -1,1 +1,68 @@
 //! Runs the PTX that nvcc emits on a CPU, and finds its races.
+//!
+//! ```
+//! use ptxsim::{Arg, Config, Memory, Module, Options};
+//!
+//! let module = Module::from_ptx(
+//!     ".version 9.0
+//!     .target sm_80
+//!     .address_size 64
+//!     .entry fill(.param .u64 out, .param .u32 value) {
+//!         .reg .b32 %r<3>;
+//!         .reg .b64 %rd<3>;
+//!         ld.param.u64 %rd1, [out];
+//!         ld.param.u32 %r1, [value];
+//!         mov.u32 %r2, %tid.x;
+//!         mad.wide.u32 %rd2, %r2, 4, %rd1;
+//!         st.global.u32 [%rd2], %r1;
+//!         ret;
+//!     }",
+//! )?;
+//! let memory = Memory::new();
+//! let out = memory.alloc_uninit(4 * 32);
+//! let kernel = module.kernel("fill").expect("it is there");
+//! let args = [Arg::from(out), Arg::from(7u32)];
+//! kernel.launch(&memory, &Config::linear(1, 32), &args, &Options::default())?;
+//! assert_eq!(memory.read_vec(out, 4)?, 7u32.to_le_bytes());
+//!
+//! // One thread too many is a fault that names the thread and the line.
+//! let fault = kernel.launch(&memory, &Config::linear(1, 33), &args, &Options::default());
+//! assert_eq!(fault.unwrap_err().site.unwrap().thread, [32, 0, 0]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The way of a module: `parse` makes a syntax tree, `decode` (with `forms`, `int`, `float`,
+//! `convert`, `compare`, `cfg`) makes code for `warp`, which executes 32 lanes at a time with
+//! `access`, `cross`, `tensor` and `async_ops`; `sched` runs the warps of blocks, and `race`
+//! watches. `README.md` says what is modelled and what is not.
+#![warn(missing_docs)]
+
+mod access;
+mod async_ops;
+mod cfg;
+mod compare;
+mod convert;
+mod cross;
+mod decode;
+mod fault;
+mod float;
+mod forms;
+mod int;
+mod lanes;
+mod launch;
+mod math;
+mod mem;
+mod op;
+mod parse;
+mod race;
+mod round;
+mod sched;
+mod shared;
+mod tensor;
+mod warp;
+
+pub use decode::Param;
+pub use fault::{Fault, FaultKind, Site, SourceLine};
+pub use launch::{Arg, Check, Config, Kernel, Module, Options, Schedule, Stats};
+pub use mem::{Memory, MemoryError};
+pub use parse::ParseError;

@@ -1,0 +1,148 @@
+//! `cp.async`: copies that land as late as is legal.
+//!
+//! The destination is poisoned at issue and the bytes move when a wait asks for them (or the
+//! thread ends), so that a missing wait or commit is always seen. Hopper's bulk copies and
+//! mbarriers belong here too, once a kernel needs them.
+
+use std::collections::VecDeque;
+
+use crate::fault::{Exec, FaultKind, Place, Stop, stop};
+use crate::lanes::{WARP, lanes_of};
+use crate::mem::SHARED_WINDOW;
+use crate::op::{CopyAsync, NONE};
+use crate::race::{Kind, Range, Who};
+use crate::sched::Block;
+use crate::warp::Warp;
+
+#[derive(Clone, Copy)]
+struct Copy {
+    to: u64,
+    from: u64,
+    size: u8,
+    /// Bytes that come from memory; zeros follow.
+    taken: u8,
+    /// Number of the thread's group, once committed.
+    group: Option<u32>,
+    /// Where it was issued.
+    place: Place,
+}
+
+/// The copies of a warp that have not landed, by thread and in order.
+#[derive(Default)]
+pub(crate) struct Copies {
+    pending: Box<[VecDeque<Copy>; WARP]>,
+    committed: [u32; WARP],
+}
+
+impl Copies {
+    /// `cp.async.commit_group`: even an empty group counts.
+    pub fn commit(&mut self, mask: u32) {
+        for lane in lanes_of(mask) {
+            let group = self.committed[lane];
+            for copy in self.pending[lane].iter_mut().rev() {
+                if copy.group.is_some() {
+                    break;
+                }
+                copy.group = Some(group);
+            }
+            self.committed[lane] += 1;
+        }
+    }
+}
+
+impl Warp {
+    pub fn copy_async(&mut self, block: &mut Block, copy: &CopyAsync, mask: u32) -> Exec<()> {
+        let to = self.addresses(copy.to);
+        let from = self.addresses(copy.from);
+        let regs = self.regs();
+        let size = copy.size;
+        let mut taken = [u32::from(size); WARP];
+        if copy.source_size != NONE {
+            taken = regs.r32[copy.source_size as usize];
+        }
+        if copy.ignore != NONE {
+            let ignored = regs.pred[copy.ignore as usize];
+            for lane in lanes_of(ignored) {
+                taken[lane] = 0;
+            }
+        }
+        let place = self.place();
+        for lane in lanes_of(mask) {
+            let to = if to[lane] >= SHARED_WINDOW { to[lane] - SHARED_WINDOW } else { to[lane] };
+            let from = from[lane];
+            for at in [to, from] {
+                if at % u64::from(size) != 0 {
+                    let message = format!("{at:#x} is not a multiple of the copy's {size} bytes");
+                    return stop(FaultKind::Misaligned, lane, message);
+                }
+            }
+            if taken[lane] > u32::from(size) {
+                let message = format!("a copy of {size} bytes cannot take {}", taken[lane]);
+                return stop(FaultKind::InvalidOperand, lane, message);
+            }
+            if taken[lane] > 0 {
+                let bytes = u64::from(taken[lane]);
+                block.check_global(&mut self.hint, lane, from, bytes)?;
+                let range = Range { shared: false, at: from, size: bytes };
+                self.race_read(block, lane, range, false)?;
+            }
+            let range = Range { shared: true, at: to, size: size.into() };
+            if let Err(trouble) = block.shared.take_off(to, size.into()) {
+                return block.shared_trouble(lane, to, trouble);
+            }
+            self.race_write(block, lane, range, Kind::InFlight)?;
+            let taken = taken[lane] as u8;
+            let copy = Copy { to, from, size, taken, group: None, place };
+            self.copies.pending[lane].push_back(copy);
+        }
+        Ok(())
+    }
+
+    /// Lands what a wait asks for: all copies, or those of all but the latest groups.
+    pub fn wait_copies(&mut self, block: &mut Block, keep: Option<u32>, mask: u32) -> Exec<()> {
+        for lane in lanes_of(mask) {
+            let due = match keep {
+                None => None,
+                Some(keep) => Some(self.copies.committed[lane].saturating_sub(keep)),
+            };
+            while let Some(copy) = self.copies.pending[lane].front().copied() {
+                if due.is_some_and(|due| copy.group.is_none_or(|group| group >= due)) {
+                    break;
+                }
+                self.copies.pending[lane].pop_front();
+                self.land(block, lane, copy)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn land(&mut self, block: &mut Block, lane: usize, copy: Copy) -> Exec<()> {
+        let blame = |mut stop: Box<Stop>| {
+            stop.at = Some(copy.place);
+            stop
+        };
+        let mut bytes = [0; 16];
+        let mut at = 0;
+        let taken = usize::from(copy.taken);
+        while at < taken {
+            // Whole words where the source allows, which is aligned to the copy's size.
+            let step = if taken - at >= 8 { 8 } else { (taken - at).min(4) };
+            let step = if step == 3 { 2 } else { step };
+            let from = copy.from + at as u64;
+            let value =
+                block.load_global(&mut self.hint, lane, from, step as u64).map_err(blame)?;
+            bytes[at..at + step].copy_from_slice(&value.to_le_bytes()[..step]);
+            at += step;
+        }
+        if taken > 0 {
+            let range = Range { shared: false, at: copy.from, size: copy.taken.into() };
+            self.race_read(block, lane, range, false).map_err(blame)?;
+        }
+        block.shared.land(copy.to, &bytes[..usize::from(copy.size)]);
+        if let Some(race) = &mut block.race {
+            let who = Who { warp: self.index, lane, place: copy.place };
+            race.land(who, Range { shared: true, at: copy.to, size: copy.size.into() });
+        }
+        Ok(())
+    }
+}

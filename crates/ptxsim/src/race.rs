@@ -1,0 +1,443 @@
+//! Data races, by vector clocks.
+//!
+//! Every warp counts its synchronising operations; that count is the time of its accesses. What a
+//! warp knows of the others' times comes from barriers alone, and, between blocks, from atomics
+//! between fences. Inside a warp each lane knows the others' times from `bar.warp.sync` and
+//! barriers: shuffles and running in step order nothing. An access races with an earlier one by
+//! another thread whose time it does not know.
+//!
+//! Cells are of two bytes. Each remembers its last write and the reads since that no later read
+//! replaces. Writes of the same value by several lanes of one instruction are let pass.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::fault::{Access, Place};
+use crate::lanes::{WARP, lanes_of};
+
+/// Bytes of global memory whose cells are kept together.
+const PAGE: u64 = 512;
+
+/// The thread at work, by warp of its block and lane, and its instruction.
+#[derive(Clone, Copy)]
+pub(crate) struct Who {
+    pub warp: usize,
+    pub lane: usize,
+    pub place: Place,
+}
+
+/// Some of memory: an offset in shared memory or a global address.
+#[derive(Clone, Copy)]
+pub(crate) struct Range {
+    pub shared: bool,
+    pub at: u64,
+    pub size: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Plain,
+    /// Atomic, volatile or relaxed: does not race with its like.
+    Strong,
+    /// The destination of a copy in flight: nobody may touch it.
+    InFlight,
+}
+
+#[derive(Clone, Copy)]
+struct Write {
+    /// Warp of the whole grid.
+    warp: u32,
+    lane: u8,
+    bytes: u8,
+    kind: Kind,
+    time: u32,
+    place: Place,
+}
+
+#[derive(Clone, Copy)]
+struct Read {
+    warp: u32,
+    lanes: u32,
+    bytes: u8,
+    strong: bool,
+    time: u32,
+    place: Place,
+}
+
+#[derive(Clone, Default)]
+struct Cell {
+    write: Option<Write>,
+    reads: Vec<Read>,
+}
+
+/// Latest times known, by warp of the block and by warp of other blocks.
+#[derive(Clone, Default)]
+struct Known {
+    own: Vec<u32>,
+    others: BTreeMap<u32, u32>,
+}
+
+impl Known {
+    fn join(&mut self, other: &Known) {
+        for (mine, theirs) in self.own.iter_mut().zip(&other.own) {
+            *mine = (*mine).max(*theirs);
+        }
+        for (&warp, &time) in &other.others {
+            let mine = self.others.entry(warp).or_default();
+            *mine = time.max(*mine);
+        }
+    }
+}
+
+struct WarpClock {
+    time: u32,
+    known: Known,
+    /// What was known at the last fence: what an atomic hands on.
+    fenced: Option<Known>,
+    /// `lanes[i][j]`: the time of lane j that lane i knows.
+    lanes: Box<[[u32; WARP]; WARP]>,
+}
+
+/// The detector of one launch.
+pub(crate) struct Race {
+    warps_per_block: u32,
+    block: u32,
+    warps: Vec<WarpClock>,
+    shared: Vec<Cell>,
+    global: HashMap<u64, Vec<Cell>>,
+    /// What atomics left at each location.
+    handed_on: HashMap<(bool, u64), BTreeMap<u32, u32>>,
+}
+
+/// The earlier access of a race.
+pub(crate) struct Conflict {
+    pub earlier: Access,
+    pub was_write: bool,
+    pub in_flight: bool,
+}
+
+impl Race {
+    pub fn new(warps_per_block: usize) -> Race {
+        Race {
+            warps_per_block: warps_per_block as u32,
+            block: 0,
+            warps: Vec::new(),
+            shared: Vec::new(),
+            global: HashMap::new(),
+            handed_on: HashMap::new(),
+        }
+    }
+
+    /// A new block begins, knowing nothing of the others.
+    pub fn start_block(&mut self, block: u32, shared_bytes: usize) {
+        self.block = block;
+        let count = self.warps_per_block as usize;
+        self.warps = (0..count)
+            .map(|_| WarpClock {
+                time: 1,
+                known: Known { own: vec![0; count], others: BTreeMap::new() },
+                fenced: None,
+                lanes: Box::new([[0; WARP]; WARP]),
+            })
+            .collect();
+        self.shared.clear();
+        self.shared.resize(shared_bytes.div_ceil(2), Cell::default());
+    }
+
+    /// Whether `who` knows of what another warp's or lane's access at a time did.
+    fn ordered(&self, who: Who, warp: u32, lane: usize, time: u32) -> bool {
+        let clock = &self.warps[who.warp];
+        if warp / self.warps_per_block != self.block {
+            return clock.known.others.get(&warp).is_some_and(|&known| known >= time);
+        }
+        let warp = (warp % self.warps_per_block) as usize;
+        if warp == who.warp {
+            return lane == who.lane || clock.lanes[who.lane][lane] >= time;
+        }
+        clock.known.own[warp] >= time
+    }
+
+    fn cells(range: Range) -> impl Iterator<Item = (u64, u8)> {
+        let (first, end) = (range.at, range.at + range.size);
+        (first / 2..end.div_ceil(2)).map(move |cell| {
+            let low = u8::from(cell * 2 >= first);
+            let high = u8::from(cell * 2 + 1 < end) << 1;
+            (cell, low | high)
+        })
+    }
+
+    fn cell(&mut self, shared: bool, cell: u64) -> &mut Cell {
+        if shared {
+            return &mut self.shared[cell as usize];
+        }
+        let page = self
+            .global
+            .entry(cell * 2 / PAGE)
+            .or_insert_with(|| vec![Cell::default(); PAGE as usize / 2]);
+        &mut page[(cell % (PAGE / 2)) as usize]
+    }
+
+    fn access(&self, warp: u32, lane: usize, place: Place) -> Access {
+        let block = warp / self.warps_per_block;
+        let thread = warp % self.warps_per_block * WARP as u32 + lane as u32;
+        Access { place, block, thread }
+    }
+
+    fn conflict_with_write(&self, who: Who, write: &Write, strong: bool) -> Option<Conflict> {
+        let in_flight = write.kind == Kind::InFlight;
+        let quiet = write.kind == Kind::Strong && strong
+            || !in_flight && self.ordered(who, write.warp, write.lane.into(), write.time);
+        (!quiet).then(|| Conflict {
+            earlier: self.access(write.warp, write.lane.into(), write.place),
+            was_write: true,
+            in_flight,
+        })
+    }
+
+    fn grid_warp(&self, who: Who) -> u32 {
+        self.block * self.warps_per_block + who.warp as u32
+    }
+
+    /// A read; gives the write it races with.
+    pub fn read(&mut self, who: Who, range: Range, strong: bool) -> Result<(), Box<Conflict>> {
+        let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
+        for (index, bytes) in Self::cells(range) {
+            let mut cell = std::mem::take(self.cell(range.shared, index));
+            let conflict = cell
+                .write
+                .filter(|write| write.bytes & bytes != 0)
+                .and_then(|write| self.conflict_with_write(who, &write, strong));
+            let same = |read: &&mut Read| {
+                (read.warp, read.time, read.bytes, read.strong) == (warp, time, bytes, strong)
+            };
+            if let Some(read) = cell.reads.iter_mut().find(same) {
+                read.lanes |= 1 << who.lane;
+            } else {
+                // Who is ordered after this read is ordered after those it is ordered after.
+                cell.reads.retain(|read| {
+                    read.bytes & !bytes != 0
+                        || strong && !read.strong
+                        || !lanes_of(read.lanes)
+                            .all(|lane| self.ordered(who, read.warp, lane, read.time))
+                });
+                let lanes = 1 << who.lane;
+                cell.reads.push(Read { warp, lanes, bytes, strong, time, place: who.place });
+            }
+            *self.cell(range.shared, index) = cell;
+            if let Some(conflict) = conflict {
+                return Err(Box::new(conflict));
+            }
+        }
+        Ok(())
+    }
+
+    /// A write; gives the access it races with.
+    pub fn write(&mut self, who: Who, range: Range, kind: Kind) -> Result<(), Box<Conflict>> {
+        let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
+        let strong = kind == Kind::Strong;
+        for (index, bytes) in Self::cells(range) {
+            let cell = std::mem::take(self.cell(range.shared, index));
+            let overlapping = cell.write.filter(|write| write.bytes & bytes != 0);
+            let mut conflict =
+                overlapping.and_then(|write| self.conflict_with_write(who, &write, strong));
+            for read in &cell.reads {
+                if conflict.is_some() || read.bytes & bytes == 0 || read.strong && strong {
+                    continue;
+                }
+                let racing = lanes_of(read.lanes)
+                    .find(|&lane| !self.ordered(who, read.warp, lane, read.time));
+                conflict = racing.map(|lane| Conflict {
+                    earlier: self.access(read.warp, lane, read.place),
+                    was_write: false,
+                    in_flight: false,
+                });
+            }
+            if let Some(conflict) = conflict {
+                return Err(Box::new(conflict));
+            }
+            let lane = who.lane as u8;
+            let write = Some(Write { warp, lane, bytes, kind, time, place: who.place });
+            *self.cell(range.shared, index) = Cell { write, reads: Vec::new() };
+        }
+        Ok(())
+    }
+
+    /// An asynchronous copy has landed: from now on it is a plain write of the thread that waited.
+    pub fn land(&mut self, who: Who, range: Range) {
+        let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
+        for (index, bytes) in Self::cells(range) {
+            let lane = who.lane as u8;
+            let kind = Kind::Plain;
+            let write = Some(Write { warp, lane, bytes, kind, time, place: who.place });
+            *self.cell(range.shared, index) = Cell { write, reads: Vec::new() };
+        }
+    }
+
+    /// An atomic hands on what its warp's last fence covered and learns what others left there.
+    pub fn atomic(&mut self, who: Who, range: Range) -> Result<(), Box<Conflict>> {
+        self.write(who, range, Kind::Strong)?;
+        let (block, count) = (self.block, self.warps_per_block);
+        let location = self.handed_on.entry((range.shared, range.at)).or_default();
+        let clock = &mut self.warps[who.warp];
+        if let Some(fenced) = &clock.fenced {
+            let own = fenced.own.iter().enumerate();
+            let own = own.map(|(warp, &time)| (block * count + warp as u32, time));
+            for (warp, time) in own.chain(fenced.others.iter().map(|(&w, &t)| (w, t))) {
+                let known = location.entry(warp).or_default();
+                *known = time.max(*known);
+            }
+        }
+        for (&warp, &time) in &*location {
+            let known = if warp / count == block {
+                &mut clock.known.own[(warp % count) as usize]
+            } else {
+                clock.known.others.entry(warp).or_default()
+            };
+            *known = time.max(*known);
+        }
+        Ok(())
+    }
+
+    pub fn fence(&mut self, warp: usize) {
+        let clock = &mut self.warps[warp];
+        clock.known.own[warp] = clock.time;
+        clock.fenced = Some(clock.known.clone());
+        clock.time += 1;
+    }
+
+    /// `bar.warp.sync`: the lanes of the mask learn all that any of them knew.
+    pub fn sync_warp(&mut self, warp: usize, mask: u32) {
+        let clock = &mut self.warps[warp];
+        let mut joined = [0; WARP];
+        for lane in lanes_of(mask) {
+            for (known, theirs) in joined.iter_mut().zip(&clock.lanes[lane]) {
+                *known = (*known).max(*theirs);
+            }
+        }
+        for lane in lanes_of(mask) {
+            joined[lane] = clock.time;
+        }
+        for lane in lanes_of(mask) {
+            clock.lanes[lane] = joined;
+        }
+        clock.time += 1;
+    }
+
+    /// A barrier completes: `arrived` lists its warps, and whether each waited there.
+    pub fn barrier(&mut self, arrived: &[(usize, bool)]) {
+        let mut all = Known { own: vec![0; self.warps.len()], ..Known::default() };
+        let mut fenced: Option<Known> = None;
+        for &(warp, _) in arrived {
+            let clock = &mut self.warps[warp];
+            // The arrival itself was the end of a time, see `arrive`.
+            all.join(&clock.known);
+            if let Some(own) = &clock.fenced {
+                fenced.get_or_insert_with(|| all.clone_empty()).join(own);
+            }
+        }
+        for &(warp, waited) in arrived {
+            if waited {
+                let clock = &mut self.warps[warp];
+                clock.known.join(&all);
+                if let Some(fenced) = &fenced {
+                    clock.fenced.get_or_insert_with(|| all.clone_empty()).join(fenced);
+                }
+            }
+        }
+    }
+
+    /// A warp arrives at a barrier: its accesses so far are what the others will know.
+    pub fn arrive(&mut self, warp: usize) {
+        let clock = &mut self.warps[warp];
+        clock.known.own[warp] = clock.time;
+        clock.lanes.fill([clock.time; WARP]);
+        clock.time += 1;
+    }
+}
+
+impl Known {
+    fn clone_empty(&self) -> Known {
+        Known { own: vec![0; self.own.len()], others: BTreeMap::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLACE: Place = Place { function: 0, pc: 0 };
+
+    fn who(warp: usize, lane: usize) -> Who {
+        Who { warp, lane, place: PLACE }
+    }
+
+    fn shared(at: u64, size: u64) -> Range {
+        Range { shared: true, at, size }
+    }
+
+    fn race() -> Race {
+        let mut race = Race::new(2);
+        race.start_block(0, 64);
+        race
+    }
+
+    #[test]
+    fn a_barrier_orders_and_nothing_else_does() {
+        let mut race = race();
+        assert!(race.write(who(0, 0), shared(0, 4), Kind::Plain).is_ok());
+        assert!(race.read(who(1, 0), shared(0, 4), false).is_err());
+        for warp in [0, 1] {
+            race.arrive(warp);
+        }
+        race.barrier(&[(0, true), (1, true)]);
+        assert!(race.read(who(1, 0), shared(0, 4), false).is_ok());
+        // The read must be over before the next write.
+        assert!(race.write(who(0, 0), shared(0, 4), Kind::Plain).is_err());
+    }
+
+    #[test]
+    fn arriving_without_waiting_learns_nothing() {
+        let mut race = race();
+        assert!(race.write(who(0, 0), shared(0, 4), Kind::Plain).is_ok());
+        assert!(race.write(who(1, 0), shared(8, 4), Kind::Plain).is_ok());
+        race.arrive(0);
+        race.arrive(1);
+        race.barrier(&[(0, false), (1, true)]);
+        assert!(race.read(who(1, 0), shared(0, 4), false).is_ok());
+        assert!(race.read(who(0, 0), shared(8, 4), false).is_err());
+    }
+
+    #[test]
+    fn lanes_need_a_warp_sync_that_names_both() {
+        let mut race = race();
+        assert!(race.write(who(0, 3), shared(0, 4), Kind::Plain).is_ok());
+        race.sync_warp(0, 0b0011);
+        assert!(race.read(who(0, 0), shared(0, 4), false).is_err());
+        race.sync_warp(0, 0b1011);
+        assert!(race.read(who(0, 0), shared(0, 4), false).is_ok());
+        assert!(race.read(who(0, 4), shared(0, 4), false).is_err());
+    }
+
+    #[test]
+    fn neighbouring_bytes_do_not_race() {
+        let mut race = race();
+        assert!(race.write(who(0, 0), shared(0, 1), Kind::Plain).is_ok());
+        assert!(race.write(who(0, 1), shared(1, 1), Kind::Plain).is_ok());
+        assert!(race.write(who(0, 2), shared(1, 1), Kind::Plain).is_err());
+    }
+
+    #[test]
+    fn fences_and_atomics_order_blocks() {
+        let global = |at| Range { shared: false, at, size: 4 };
+        for fenced in [true, false] {
+            let mut race = race();
+            assert!(race.write(who(0, 0), global(64), Kind::Plain).is_ok());
+            if fenced {
+                race.fence(0);
+            }
+            assert!(race.atomic(who(0, 0), global(0)).is_ok());
+            race.start_block(1, 0);
+            assert!(race.atomic(who(1, 0), global(0)).is_ok());
+            assert_eq!(race.read(who(1, 0), global(64), false).is_ok(), fenced);
+        }
+    }
+}

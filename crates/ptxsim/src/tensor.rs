@@ -1,0 +1,195 @@
+//! Matrix instructions of a warp: `ldmatrix`, `movmatrix` and `mma.sync`.
+//!
+//! Products are exact; they are added to the accumulator one by one in order of k, each sum
+//! rounded to f32. A card adds several at once with its own rounding, which is not documented:
+//! results agree to f32 rounding, not to the bit. Hopper's `wgmma` belongs here too.
+
+use half::f16;
+
+use crate::fault::{Exec, FaultKind, stop};
+use crate::float::Small;
+use crate::lanes::{FULL, Lanes, Reg, WARP, halves, packed};
+use crate::mem::SHARED_WINDOW;
+use crate::op::{Address, Mma, MmaType};
+use crate::race::Range;
+use crate::round::bf16_to_f32;
+use crate::sched::Block;
+use crate::warp::Warp;
+
+const M: usize = 16;
+const N: usize = 8;
+const MAX_K: usize = 16;
+
+/// An 8 x 8 matrix of 16-bit elements, by row.
+type Matrix = [[u16; 8]; 8];
+
+/// The fragment of a matrix: lane l holds row l / 4, columns 2 (l % 4) and the next.
+fn fragment(matrix: &Matrix) -> Lanes<u32> {
+    std::array::from_fn(|lane| {
+        let (row, column) = (lane / 4, lane % 4 * 2);
+        packed([matrix[row][column], matrix[row][column + 1]])
+    })
+}
+
+fn transposed(matrix: &Matrix) -> Matrix {
+    std::array::from_fn(|row| std::array::from_fn(|column| matrix[column][row]))
+}
+
+impl Warp {
+    pub fn load_matrix(
+        &mut self,
+        block: &mut Block,
+        address: Address,
+        generic: bool,
+        transpose: bool,
+        count: u8,
+        d: &[u32; 4],
+        mask: u32,
+    ) -> Exec<()> {
+        self.require_converged(mask, FULL, "ldmatrix")?;
+        let at = self.addresses(address);
+        for matrix in 0..usize::from(count) {
+            let mut rows: Matrix = [[0; 8]; 8];
+            for (row, out) in rows.iter_mut().enumerate() {
+                let lane = matrix * 8 + row;
+                let at = if generic { at[lane].wrapping_sub(SHARED_WINDOW) } else { at[lane] };
+                if at % 16 != 0 {
+                    let message = format!("row address {at:#x} is not a multiple of 16 bytes");
+                    return stop(FaultKind::Misaligned, lane, message);
+                }
+                match block.shared.load::<16>(at) {
+                    Ok(bytes) => {
+                        for (value, pair) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                            *value = u16::from_le_bytes([pair[0], pair[1]]);
+                        }
+                    }
+                    Err(trouble) => return block.shared_trouble(lane, at, trouble),
+                }
+                self.race_read(block, lane, Range { shared: true, at, size: 16 }, false)?;
+            }
+            let values = fragment(&if transpose { transposed(&rows) } else { rows });
+            u32::put(self.regs_mut(), d[matrix], &values, FULL);
+        }
+        Ok(())
+    }
+
+    pub fn move_matrix(&mut self, d: u32, a: u32, mask: u32) -> Exec<()> {
+        self.require_converged(mask, FULL, "movmatrix")?;
+        let source = &self.regs().r32[a as usize];
+        let mut rows: Matrix = [[0; 8]; 8];
+        for (lane, &pair) in source.iter().enumerate() {
+            let (row, column) = (lane / 4, lane % 4 * 2);
+            [rows[row][column], rows[row][column + 1]] = halves(pair);
+        }
+        u32::put(self.regs_mut(), d, &fragment(&transposed(&rows)), FULL);
+        Ok(())
+    }
+
+    pub fn mma(&mut self, mma: &Mma, mask: u32) -> Exec<()> {
+        self.require_converged(mask, FULL, "mma")?;
+        let regs = self.regs();
+        let register = |slot: u32| &regs.r32[slot as usize];
+        let mut a = [[0f32; MAX_K]; M];
+        let mut b = [[0f32; N]; MAX_K];
+        // Register i of A holds rows 8 (i % 2) on and columns k/2 or 4-column blocks i / 2 on;
+        // register i of B holds rows of the same blocks.
+        match mma.ty {
+            MmaType::Tf32 => {
+                for (i, &slot) in mma.a[..mma.k / 2].iter().enumerate() {
+                    for (lane, &bits) in register(slot).iter().enumerate() {
+                        a[lane / 4 + 8 * (i % 2)][lane % 4 + 4 * (i / 2)] = tf32(bits);
+                    }
+                }
+                for (i, &slot) in mma.b[..mma.k / 4].iter().enumerate() {
+                    for (lane, &bits) in register(slot).iter().enumerate() {
+                        b[lane % 4 + 4 * i][lane / 4] = tf32(bits);
+                    }
+                }
+            }
+            ty => {
+                let widen = if ty == MmaType::Bf16 { bf16_to_f32 } else { f16_to_f32 };
+                for (i, &slot) in mma.a[..mma.k / 4].iter().enumerate() {
+                    for (lane, &bits) in register(slot).iter().enumerate() {
+                        let row = &mut a[lane / 4 + 8 * (i % 2)];
+                        let column = lane % 4 * 2 + 8 * (i / 2);
+                        [row[column], row[column + 1]] = halves(bits).map(widen);
+                    }
+                }
+                for (i, &slot) in mma.b[..mma.k / 8].iter().enumerate() {
+                    for (lane, &bits) in register(slot).iter().enumerate() {
+                        let k = lane % 4 * 2 + 8 * i;
+                        [b[k][lane / 4], b[k + 1][lane / 4]] = halves(bits).map(widen);
+                    }
+                }
+            }
+        }
+        let mut c = [[0f32; N]; M];
+        for i in 0..2 {
+            for lane in 0..WARP {
+                let row = &mut c[lane / 4 + 8 * i];
+                let column = lane % 4 * 2;
+                [row[column], row[column + 1]] = if mma.half_c {
+                    halves(register(mma.c[i])[lane]).map(f16_to_f32)
+                } else {
+                    [2 * i, 2 * i + 1].map(|j| f32::from_bits(register(mma.c[j])[lane]))
+                };
+            }
+        }
+        multiply(&a, &b, &mut c, mma.k);
+        for i in 0..2 {
+            let pair = |lane: usize| {
+                let (row, column) = (lane / 4 + 8 * i, lane % 4 * 2);
+                [c[row][column], c[row][column + 1]]
+            };
+            if mma.half_d {
+                let values = std::array::from_fn(|lane| {
+                    packed(pair(lane).map(|x| f16::narrow(x.into()).to_bits()))
+                });
+                u32::put(self.regs_mut(), mma.d[i], &values, FULL);
+            } else {
+                for j in 0..2 {
+                    let values: Lanes<f32> =
+                        std::array::from_fn(|lane| crate::math::canonical(pair(lane)[j]));
+                    f32::put(self.regs_mut(), mma.d[2 * i + j], &values, FULL);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn f16_to_f32(bits: u16) -> f32 {
+    f16::from_bits(bits).to_f32()
+}
+
+/// The tensor core reads the upper 19 bits of a tf32 operand.
+fn tf32(bits: u32) -> f32 {
+    f32::from_bits(bits & !0x1FFF)
+}
+
+#[inline(always)]
+fn multiply_rows(a: &[[f32; MAX_K]; M], b: &[[f32; N]; MAX_K], c: &mut [[f32; N]; M], k: usize) {
+    for (a, c) in a.iter().zip(c) {
+        for (&x, row) in a.iter().zip(b).take(k) {
+            for (sum, &y) in c.iter_mut().zip(row) {
+                // The product is exact in f32, so fusing the addition would change nothing.
+                *sum += x * y;
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn multiply_x86(a: &[[f32; MAX_K]; M], b: &[[f32; N]; MAX_K], c: &mut [[f32; N]; M], k: usize) {
+    multiply_rows(a, b, c, k);
+}
+
+fn multiply(a: &[[f32; MAX_K]; M], b: &[[f32; N]; MAX_K], c: &mut [[f32; N]; M], k: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has what the function is compiled for.
+        return unsafe { multiply_x86(a, b, c, k) };
+    }
+    multiply_rows(a, b, c, k);
+}
