@@ -1,9 +1,12 @@
 //! Warp instructions a second, on kernels compiled by nvcc: `cargo bench -p ptxsim`.
 
+// The benchmark needs only part of what the tests share.
+#[allow(dead_code, unused_imports)]
 #[path = "../tests/suite/kernels.rs"]
 mod kernels;
 #[path = "../tests/suite/nvcc.rs"]
 mod nvcc;
+#[allow(dead_code)]
 #[path = "../tests/suite/reference.rs"]
 mod reference;
 
@@ -15,7 +18,10 @@ use ptxsim::{Check, Options, Schedule};
 fn main() {
     let Some(module) = nvcc::module("flash.cu", &[]) else { return };
     let kernel = module.kernel("flash_forward").expect("the file has it");
-    println!("{:<44} {:>12} {:>9} {:>14}", "flash forward, head_dim 64", "warp instrs", "ms", "M/s a thread");
+    println!(
+        "{:<44} {:>12} {:>9} {:>14}",
+        "flash forward, head_dim 64", "warp instrs", "ms", "M/s a thread"
+    );
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cases = [
         (4, 256, 1, Check::Faults),

@@ -8,7 +8,7 @@ use half::f16;
 
 use crate::fault::{Exec, FaultKind, stop};
 use crate::float::Small;
-use crate::lanes::{FULL, Lanes, Reg, WARP, halves, packed};
+use crate::lanes::{FULL, Lanes, Reg, Regs, WARP, halves, packed};
 use crate::mem::SHARED_WINDOW;
 use crate::op::{Address, Mma, MmaType};
 use crate::race::Range;
@@ -89,53 +89,26 @@ impl Warp {
         self.require_converged(mask, FULL, "mma")?;
         let regs = self.regs();
         let register = |slot: u32| &regs.r32[slot as usize];
-        let mut a = [[0f32; MAX_K]; M];
-        let mut b = [[0f32; N]; MAX_K];
-        // Register i of A holds rows 8 (i % 2) on and columns k/2 or 4-column blocks i / 2 on;
-        // register i of B holds rows of the same blocks.
-        match mma.ty {
-            MmaType::Tf32 => {
-                for (i, &slot) in mma.a[..mma.k / 2].iter().enumerate() {
-                    for (lane, &bits) in register(slot).iter().enumerate() {
-                        a[lane / 4 + 8 * (i % 2)][lane % 4 + 4 * (i / 2)] = tf32(bits);
-                    }
-                }
-                for (i, &slot) in mma.b[..mma.k / 4].iter().enumerate() {
-                    for (lane, &bits) in register(slot).iter().enumerate() {
-                        b[lane % 4 + 4 * i][lane / 4] = tf32(bits);
-                    }
-                }
-            }
-            ty => {
-                let widen = if ty == MmaType::Bf16 { bf16_to_f32 } else { f16_to_f32 };
-                for (i, &slot) in mma.a[..mma.k / 4].iter().enumerate() {
-                    for (lane, &bits) in register(slot).iter().enumerate() {
-                        let row = &mut a[lane / 4 + 8 * (i % 2)];
-                        let column = lane % 4 * 2 + 8 * (i / 2);
-                        [row[column], row[column + 1]] = halves(bits).map(widen);
-                    }
-                }
-                for (i, &slot) in mma.b[..mma.k / 8].iter().enumerate() {
-                    for (lane, &bits) in register(slot).iter().enumerate() {
-                        let k = lane % 4 * 2 + 8 * i;
-                        [b[k][lane / 4], b[k + 1][lane / 4]] = halves(bits).map(widen);
-                    }
-                }
-            }
-        }
+        let factors = match mma.ty {
+            MmaType::Tf32 => tf32_factors(regs, mma),
+            MmaType::Bf16 => small_factors(regs, mma, bf16_to_f32),
+            MmaType::F16 => small_factors(regs, mma, f16_to_f32),
+        };
         let mut c = [[0f32; N]; M];
         for i in 0..2 {
             for lane in 0..WARP {
                 let row = &mut c[lane / 4 + 8 * i];
                 let column = lane % 4 * 2;
                 [row[column], row[column + 1]] = if mma.half_c {
-                    halves(register(mma.c[i])[lane]).map(f16_to_f32)
+                    let [low, high] = halves(register(mma.c[i])[lane]);
+                    [f16_to_f32(low), f16_to_f32(high)]
                 } else {
-                    [2 * i, 2 * i + 1].map(|j| f32::from_bits(register(mma.c[j])[lane]))
+                    let (low, high) = (register(mma.c[2 * i]), register(mma.c[2 * i + 1]));
+                    [f32::from_bits(low[lane]), f32::from_bits(high[lane])]
                 };
             }
         }
-        multiply(&a, &b, &mut c, mma.k);
+        multiply(&factors, &mut c, mma.k);
         for i in 0..2 {
             let pair = |lane: usize| {
                 let (row, column) = (lane / 4 + 8 * i, lane % 4 * 2);
@@ -158,6 +131,48 @@ impl Warp {
     }
 }
 
+/// The factors of an mma as matrices. Columns and rows beyond k stay zero.
+type Factors = ([[f32; MAX_K]; M], [[f32; N]; MAX_K]);
+
+/// Register i of A holds rows 8 (i % 2) on and columns 8 (i / 2) on, two to a lane; register i of
+/// B holds rows 8 i on.
+#[inline(always)]
+fn small_factors(regs: &Regs, mma: &Mma, widen: impl Fn(u16) -> f32) -> Factors {
+    let (mut a, mut b) = ([[0f32; MAX_K]; M], [[0f32; N]; MAX_K]);
+    for (i, &slot) in mma.a[..mma.k / 4].iter().enumerate() {
+        for (lane, &bits) in regs.r32[slot as usize].iter().enumerate() {
+            let row = &mut a[lane / 4 + 8 * (i % 2)];
+            let column = lane % 4 * 2 + 8 * (i / 2);
+            row[column] = widen(bits as u16);
+            row[column + 1] = widen((bits >> 16) as u16);
+        }
+    }
+    for (i, &slot) in mma.b[..mma.k / 8].iter().enumerate() {
+        for (lane, &bits) in regs.r32[slot as usize].iter().enumerate() {
+            let k = lane % 4 * 2 + 8 * i;
+            b[k][lane / 4] = widen(bits as u16);
+            b[k + 1][lane / 4] = widen((bits >> 16) as u16);
+        }
+    }
+    (a, b)
+}
+
+/// As for 16 bits, but with blocks of four columns, one to a lane.
+fn tf32_factors(regs: &Regs, mma: &Mma) -> Factors {
+    let (mut a, mut b) = ([[0f32; MAX_K]; M], [[0f32; N]; MAX_K]);
+    for (i, &slot) in mma.a[..mma.k / 2].iter().enumerate() {
+        for (lane, &bits) in regs.r32[slot as usize].iter().enumerate() {
+            a[lane / 4 + 8 * (i % 2)][lane % 4 + 4 * (i / 2)] = tf32(bits);
+        }
+    }
+    for (i, &slot) in mma.b[..mma.k / 4].iter().enumerate() {
+        for (lane, &bits) in regs.r32[slot as usize].iter().enumerate() {
+            b[lane % 4 + 4 * i][lane / 4] = tf32(bits);
+        }
+    }
+    (a, b)
+}
+
 fn f16_to_f32(bits: u16) -> f32 {
     f16::from_bits(bits).to_f32()
 }
@@ -168,28 +183,30 @@ fn tf32(bits: u32) -> f32 {
 }
 
 #[inline(always)]
-fn multiply_rows(a: &[[f32; MAX_K]; M], b: &[[f32; N]; MAX_K], c: &mut [[f32; N]; M], k: usize) {
+fn multiply_rows((a, b): &Factors, c: &mut [[f32; N]; M], k: usize) {
     for (a, c) in a.iter().zip(c) {
+        let mut sums = *c;
         for (&x, row) in a.iter().zip(b).take(k) {
-            for (sum, &y) in c.iter_mut().zip(row) {
-                // The product is exact in f32, so fusing the addition would change nothing.
+            for (sum, &y) in sums.iter_mut().zip(row) {
                 *sum += x * y;
             }
         }
+        *c = sums;
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn multiply_x86(a: &[[f32; MAX_K]; M], b: &[[f32; N]; MAX_K], c: &mut [[f32; N]; M], k: usize) {
-    multiply_rows(a, b, c, k);
+fn multiply_x86(factors: &Factors, c: &mut [[f32; N]; M], k: usize) {
+    multiply_rows(factors, c, k);
 }
 
-fn multiply(a: &[[f32; MAX_K]; M], b: &[[f32; N]; MAX_K], c: &mut [[f32; N]; M], k: usize) {
+/// c += a b, in order of k.
+fn multiply(factors: &Factors, c: &mut [[f32; N]; M], k: usize) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") {
         // SAFETY: the processor has what the function is compiled for.
-        return unsafe { multiply_x86(a, b, c, k) };
+        return unsafe { multiply_x86(factors, c, k) };
     }
-    multiply_rows(a, b, c, k);
+    multiply_rows(factors, c, k);
 }
