@@ -280,6 +280,7 @@ fn atomic<'a>(
     if floating && op != AtomicOp::Add || m.count != 1 {
         return unknown(d, name, mods);
     }
+    let floating_literal = matches!(ty, AtomicType::Scalar(Scalar::F32 | Scalar::F64));
     let (to, rest) = if returns {
         let Some((to, rest)) = operands.split_first() else {
             return d.fail("operands are missing");
@@ -302,8 +303,8 @@ fn atomic<'a>(
         ty,
         address: d.address(&rest[0])?,
         d: to,
-        b: d.source(&rest[1], file, floating)?,
-        c: if three { d.source(&rest[2], file, floating)? } else { NONE },
+        b: d.source(&rest[1], file, floating_literal)?,
+        c: if three { d.source(&rest[2], file, false)? } else { NONE },
         size,
         orders: m.orders,
     };

@@ -9,6 +9,7 @@ mod faults;
 mod forms;
 mod hostile;
 mod kernels;
+mod machine;
 mod nvcc;
 mod reference;
 mod tensor;

@@ -7,7 +7,7 @@ use crate::nvcc::load;
 
 /// Runs a body for one warp. It finds its lane in %lane, eight input words a lane in %in0..%in7,
 /// and leaves its results in %out0..%out3.
-fn warp(body: &str, input: &[[u32; 8]; 32]) -> Vec<[u32; 4]> {
+pub fn warp(body: &str, input: &[[u32; 8]; 32]) -> Vec<[u32; 4]> {
     let loads: String =
         (0..8).map(|i| format!("ld.global.b32 %in{i}, [%rd1+{}];\n", 4 * i)).collect();
     let stores: String =

@@ -1,0 +1,27 @@
+//! `ptxsim FILE.ptx [ENTRY]`: what is in a PTX file, and a run of one of its kernels.
+
+mod command;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    let mut out = String::new();
+    let result = command::run(&arguments, &mut out);
+    // A reader that stops reading is no error.
+    let _ = std::io::stdout().write_all(out.as_bytes());
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let _ = writeln!(std::io::stderr(), "ptxsim: {}", failure.what);
+            if let Some(hint) = failure.hint {
+                let _ = writeln!(std::io::stderr(), "hint: {hint}");
+            }
+            ExitCode::from(2)
+        }
+    }
+}
