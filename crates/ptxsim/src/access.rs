@@ -90,7 +90,7 @@ impl Block<'_, '_> {
         self.global(hint, lane, at, size).map(|_| ())
     }
 
-    pub fn shared_trouble<T>(&self, lane: usize, at: u64, trouble: Trouble) -> Exec<T> {
+    pub fn shared_trouble<T>(&self, lane: usize, at: u64, trouble: &Trouble) -> Exec<T> {
         let launch = self.launch;
         let place = shared::describe(launch.module, launch.layout, self.shared.len(), at);
         match trouble {
@@ -114,7 +114,7 @@ impl Block<'_, '_> {
         };
         match result {
             Ok(value) => Ok(value),
-            Err(trouble) => self.shared_trouble(lane, at, trouble),
+            Err(trouble) => self.shared_trouble(lane, at, &trouble),
         }
     }
 
@@ -127,7 +127,7 @@ impl Block<'_, '_> {
         };
         match result {
             Ok(()) => Ok(()),
-            Err(trouble) => self.shared_trouble(lane, at, trouble),
+            Err(trouble) => self.shared_trouble(lane, at, &trouble),
         }
     }
 }
@@ -139,6 +139,8 @@ fn check_alignment(lane: usize, at: u64, size: u64) -> Exec<()> {
     stop(FaultKind::Misaligned, lane, format!("{at:#x} is not a multiple of {size} bytes"))
 }
 
+// The result is always wanted as the error of an `Exec`, which is boxed.
+#[allow(clippy::unnecessary_box_returns)]
 pub(crate) fn race_stop(lane: usize, conflict: &Conflict, writes: bool) -> Box<Stop> {
     let message = match (writes, conflict.was_write, conflict.in_flight) {
         (_, _, true) => "touches the destination of an asynchronous copy still in flight",
@@ -226,7 +228,7 @@ impl Warp {
                 Space::Shared => self.load_shared(block, transfer, &at, mask, &mut out)?,
                 Space::Local => self.load_local(transfer, &at, mask, &mut out)?,
                 Space::KernelParam => {
-                    load_bytes(&block.launch.params, transfer, &at, mask, &mut out)?
+                    load_bytes(&block.launch.params, transfer, &at, mask, &mut out)?;
                 }
                 Space::FrameParam => self.load_params(transfer, &at, mask, &mut out)?,
             }

@@ -88,7 +88,7 @@ impl Warp {
             }
             let range = Range { shared: true, at: to, size: size.into() };
             if let Err(trouble) = block.shared.take_off(to, size.into()) {
-                return block.shared_trouble(lane, to, trouble);
+                return block.shared_trouble(lane, to, &trouble);
             }
             self.race_write(block, lane, range, Kind::InFlight)?;
             let taken = taken[lane] as u8;

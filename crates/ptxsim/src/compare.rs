@@ -1,7 +1,7 @@
 //! Comparisons: `setp` into predicates, packed `set` into registers.
 
 // "Not at least" is meant where NaN must compare true.
-#![allow(clippy::neg_cmp_op_on_partial_ord)]
+#![allow(clippy::neg_cmp_op_on_partial_ord, clippy::nonminimal_bool, clippy::double_comparisons)]
 
 use half::{bf16, f16};
 

@@ -56,6 +56,8 @@ impl Scalar {
 }
 
 /// A `cvt` between two scalar types.
+// Each is a modifier that an opcode has or lacks.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Convert {
     pub from: Scalar,

@@ -7,6 +7,8 @@ use crate::math::{self, canonical, flush, saturate};
 use crate::round::{NAN_F16, NAN_F32, Round, odd, to_bf16, to_f16, to_f32, two_sum};
 
 /// The modifiers of a floating-point opcode, sorted out.
+// Each is a modifier that an opcode has or lacks.
+#[allow(clippy::struct_excessive_bools)]
 struct Modifiers<'a> {
     ftz: bool,
     sat: bool,
@@ -224,9 +226,8 @@ fn fma_lanes(regs: &mut Regs, slots: &Slots, mask: u32) {
     let [a, b, c, _] = slots.s;
     let (a, b, c) = (f32::view(regs, a), f32::view(regs, b), f32::view(regs, c));
     let mut values: Lanes<f32> = [0.0; WARP];
-    for lane in 0..WARP {
-        let value = f32::get(a, lane).mul_add(f32::get(b, lane), f32::get(c, lane));
-        values[lane] = canonical(value);
+    for (lane, value) in values.iter_mut().enumerate() {
+        *value = canonical(f32::get(a, lane).mul_add(f32::get(b, lane), f32::get(c, lane)));
     }
     f32::put(regs, slots.d, &values, mask);
 }

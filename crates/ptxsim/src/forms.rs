@@ -38,9 +38,7 @@ pub(crate) fn decode<'a>(
         "exit" => none(d, operands, Op::Exit),
         "trap" | "brkpt" => none(d, operands, Op::Trap),
         "bar" | "barrier" => barrier(d, mods, operands),
-        "membar" | "fence" => {
-            none(d, operands, Op::Fence { block_only: mods.iter().any(|m| *m == "cta") })
-        }
+        "membar" | "fence" => none(d, operands, Op::Fence { block_only: mods.contains(&"cta") }),
         "shfl" => shuffle(d, mods, operands),
         "vote" => vote(d, mods, operands),
         "match" => matching(d, mods, operands),
@@ -293,9 +291,8 @@ fn atomic<'a>(
     if rest.len() != if three { 3 } else { 2 } {
         return d.fail("this atomic has the wrong number of operands");
     }
-    let space = match space(d, m.space) {
-        space @ (Space::Global | Space::Shared | Space::Generic) => space,
-        _ => return unknown(d, name, mods),
+    let space @ (Space::Global | Space::Shared | Space::Generic) = space(d, m.space) else {
+        return unknown(d, name, mods);
     };
     let atomic = Atomic {
         space,
@@ -767,9 +764,8 @@ fn copy_async<'a>(d: &mut Decoder<'a, '_>, mods: &[&str], operands: &[Operand<'a
         }
         _ => {}
     }
-    let known = |m: &&str| m.starts_with("L2::");
     let (["ca" | "cg", "shared" | "shared::cta", "global"], true) =
-        (mods.get(..3).unwrap_or_default(), mods.iter().skip(3).all(|m| known(&m)))
+        (mods.get(..3).unwrap_or_default(), mods.iter().skip(3).all(|m| m.starts_with("L2::")))
     else {
         return unknown(d, "cp.async", mods);
     };

@@ -36,6 +36,10 @@
 //! `access`, `cross`, `tensor` and `async_ops`; `sched` runs the warps of blocks, and `race`
 //! watches. `README.md` says what is modelled and what is not.
 #![warn(missing_docs)]
+// What a lane does must fold into the loop over the lanes to be vectorised with it.
+#![allow(clippy::inline_always)]
+// Bit fields read best in the ISA's own manner, shifts before masks.
+#![allow(clippy::precedence)]
 
 mod access;
 mod async_ops;

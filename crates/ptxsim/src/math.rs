@@ -18,8 +18,8 @@ pub(crate) fn exp2(x: f32) -> f32 {
     p = p * f + 1.540_353e-4;
     p = p * f + 1.333_355_8e-3;
     p = p * f + 9.618_129e-3;
-    p = p * f + 5.550_410_9e-2;
-    p = p * f + 2.402_265_1e-1;
+    p = p * f + 5.550_411e-2;
+    p = p * f + 2.402_265e-1;
     p = p * f + 6.931_472e-1;
     p = p * f + 1.0;
     // In two factors, so that neither overflows and denormal results round once.

@@ -359,7 +359,6 @@ impl<'a> Parser<'a> {
                         return error(line, "only 64-bit addresses are modelled");
                     }
                 }
-                Token::Word(".visible" | ".weak" | ".common") => self.advance()?,
                 Token::Word(".extern") => {
                     external = true;
                     self.advance()?;
@@ -387,7 +386,9 @@ impl<'a> Parser<'a> {
                         self.skip_inside("a pragma")?;
                     }
                 }
-                Token::Punct(b';') => self.advance()?,
+                Token::Word(".visible" | ".weak" | ".common") | Token::Punct(b';') => {
+                    self.advance()?;
+                }
                 _ => return self.unexpected("a directive, function or variable"),
             }
             external = false;

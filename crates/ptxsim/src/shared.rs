@@ -45,7 +45,7 @@ impl Shared {
         let Some(at) = self.range::<N>(at) else { return Err(Trouble::OutOfBounds) };
         let state: [u8; N] = std::array::from_fn(|i| self.state[at..at + N][i]);
         if state != [WRITTEN; N] {
-            return Err(self.trouble(&state));
+            return Err(trouble(&state));
         }
         Ok(std::array::from_fn(|i| self.data[at..at + N][i]))
     }
@@ -81,15 +81,16 @@ impl Shared {
         self.data[at..at + bytes.len()].copy_from_slice(bytes);
         self.state[at..at + bytes.len()].fill(WRITTEN);
     }
+}
 
-    fn trouble(&self, state: &[u8]) -> Trouble {
-        if state.iter().any(|&state| state & GAP != 0) {
-            Trouble::OutOfBounds
-        } else if state.contains(&IN_FLIGHT) {
-            Trouble::InFlight
-        } else {
-            Trouble::Uninitialized
-        }
+/// Why bytes in these states are not to be read.
+fn trouble(state: &[u8]) -> Trouble {
+    if state.iter().any(|&state| state & GAP != 0) {
+        Trouble::OutOfBounds
+    } else if state.contains(&IN_FLIGHT) {
+        Trouble::InFlight
+    } else {
+        Trouble::Uninitialized
     }
 }
 

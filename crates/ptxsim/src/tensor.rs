@@ -48,7 +48,7 @@ impl Warp {
     ) -> Exec<()> {
         self.require_converged(mask, FULL, "ldmatrix")?;
         let at = self.addresses(address);
-        for matrix in 0..usize::from(count) {
+        for (matrix, &register) in d[..usize::from(count)].iter().enumerate() {
             let mut rows: Matrix = [[0; 8]; 8];
             for (row, out) in rows.iter_mut().enumerate() {
                 let lane = matrix * 8 + row;
@@ -63,12 +63,12 @@ impl Warp {
                             *value = u16::from_le_bytes([pair[0], pair[1]]);
                         }
                     }
-                    Err(trouble) => return block.shared_trouble(lane, at, trouble),
+                    Err(trouble) => return block.shared_trouble(lane, at, &trouble),
                 }
                 self.race_read(block, lane, Range { shared: true, at, size: 16 }, false)?;
             }
             let values = fragment(&if transpose { transposed(&rows) } else { rows });
-            u32::put(self.regs_mut(), d[matrix], &values, FULL);
+            u32::put(self.regs_mut(), register, &values, FULL);
         }
         Ok(())
     }

@@ -3,6 +3,8 @@
 //! The lanes of a warp share a program counter until a branch parts them; each part then runs to
 //! the branch's immediate post-dominator, where the stack has the whole waiting.
 
+use std::fmt::Write;
+
 use crate::async_ops::Copies;
 use crate::cfg::END;
 use crate::decode::{Code, MaskOf, Source, Special};
@@ -575,7 +577,8 @@ impl Warp {
             self.index
         );
         if exited != 0 {
-            message += &format!(" (lanes {} have exited or never existed)", lane_list(exited));
+            let lanes = lane_list(exited);
+            let _ = write!(message, " (lanes {lanes} have exited or never existed)");
         }
         stop(FaultKind::MissingLanes, mask.trailing_zeros() as usize, message)
     }

@@ -3,6 +3,15 @@
 //! `op2("add.s32", |a: i32, b: i32| a.wrapping_add(b))` runs the instruction on edge values and
 //! random ones and compares every result.
 
+// Meanings are spelled out: a shorter form might be the very method under test.
+#![allow(
+    clippy::double_comparisons,
+    clippy::format_push_string,
+    clippy::manual_checked_ops,
+    clippy::manual_ilog2,
+    clippy::precedence
+)]
+
 use half::{bf16, f16};
 use ptxsim::{Arg, Config, Memory, Options};
 

@@ -1,5 +1,8 @@
 //! Layouts of the matrix instructions, by unique integers that are exact in bf16.
 
+// PTX is put together line by line, and its addresses bit by bit.
+#![allow(clippy::format_collect, clippy::precedence)]
+
 use half::{bf16, f16};
 use ptxsim::{Arg, Config, Memory, Options};
 
