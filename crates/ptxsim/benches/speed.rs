@@ -13,7 +13,7 @@ mod reference;
 use std::time::Instant;
 
 use kernels::{Case, Flash};
-use ptxsim::{Check, Options, Schedule};
+use ptxsim::{Arg, Check, Config, Memory, Options, Schedule};
 
 fn main() {
     let Some(module) = nvcc::module("flash.cu", &[]) else { return };
@@ -44,4 +44,22 @@ fn main() {
         let rate = count as f64 / best / 1e6 / threads as f64;
         println!("{name:<44} {count:>12} {:>9.2} {rate:>14.1}", best * 1e3);
     }
+    small_launches();
+}
+
+/// What a launch costs when its kernel does next to nothing.
+fn small_launches() {
+    let Some(module) = nvcc::module("rms_norm.cu", &[]) else { return };
+    let kernel = module.kernel("rms_norm").expect("the file has it");
+    let memory = Memory::new();
+    let (x, y) = (memory.alloc(&[0; 128]), memory.alloc_zeroed(128));
+    let mut args = [x, x, y].map(Arg::from).to_vec();
+    args.extend([Arg::from(1i32), Arg::from(64i32), Arg::from(1e-5f32)]);
+    let (count, start) = (1000, Instant::now());
+    for _ in 0..count {
+        let launched = kernel.launch(&memory, &Config::linear(1, 32), &args, &Options::default());
+        launched.unwrap_or_else(|fault| panic!("{fault}"));
+    }
+    let each = start.elapsed().as_secs_f64() / f64::from(count);
+    println!("one warp of RMSNorm: {:.1} us a launch", each * 1e6);
 }

@@ -187,7 +187,10 @@ fn launches_are_checked() {
 /// Of several faults the one of the first block is told, whatever the number of threads.
 #[test]
 fn the_first_block_to_fault_wins() {
-    let body = "mov.u32 %r3, %ctaid.x; setp.ge.u32 %p1, %r3, 7;\n@%p1 trap;";
+    // Block 7 takes its time, so that later blocks fault before it does.
+    let body = "mov.u32 %r3, %ctaid.x; setp.lt.u32 %p1, %r3, 7; @%p1 ret;
+        mov.u32 %r4, 0; setp.gt.u32 %p2, %r3, 7; @%p2 trap;
+        L: add.u32 %r4, %r4, 1; setp.lt.u32 %p2, %r4, 30000; @%p2 bra L; trap;";
     for threads in [1, 2, 5] {
         for _ in 0..20 {
             let options = Options { threads, ..Options::default() };
