@@ -8,6 +8,7 @@ use laam::llama::{AdamW, Muon, Optimizer, Rates, update};
 use laam::model::{Config, Layout, RopeScaling};
 use laam::random::{Philox, Stream};
 use laam::tokens::{Batch, IGNORE};
+use laam::train::{Engine, Footprint};
 
 /// An odd-sized model.
 pub fn config(heads: usize, kv_heads: usize, head_dim: usize, tied: bool) -> Config {
@@ -285,4 +286,21 @@ fn an_update_with_a_gradient_that_is_not_finite_changes_nothing() {
         assert_eq!(session.read(Arena::Parameters), weights(&layout), "{}", backend.name());
         assert!(session.read(Arena::FirstMoment).iter().all(|&m| m == 0.0));
     }
+}
+
+#[test]
+fn a_step_holds_the_memory_that_was_planned() {
+    let config = config(18, 3, 2, false);
+    let adamw = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+    let optimizer = Optimizer { adamw, muon: None, decay: 0.1, max_grad_norm: 1.0 };
+    // More windows than go through at once: the last ones are fewer.
+    let (windows, context) = (130, 64);
+    let backend = cpu(2);
+    let mut engine = Engine::new(&backend, &config, &optimizer, windows, context).unwrap();
+    engine.write(Arena::Parameters, &weights(engine.layout())).unwrap();
+    let rates = Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 };
+    engine.step(&[batch(windows, context, config.vocab_size)], rates).unwrap();
+    let planned = Footprint::new(&backend, &config, windows, context);
+    assert_eq!(planned.windows_at_once, 64);
+    assert_eq!(engine.bytes(), planned.peak() - planned.workspace);
 }

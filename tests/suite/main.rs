@@ -12,6 +12,7 @@ mod generate;
 mod hostile_archives;
 mod model;
 mod rebuild;
+mod run;
 mod sample;
 mod support;
 mod tokenizer;
