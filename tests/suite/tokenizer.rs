@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::support::{documents, linux};
 
-fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut hex, byte| {
         write!(hex, "{byte:02x}").expect("a string takes it");
         hex

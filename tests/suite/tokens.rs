@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::cli::error_of;
 use crate::support::{documents, laam, linux};
-use crate::tokenizer::{small_corpus, train};
+use crate::tokenizer::{hex, small_corpus, train};
 
 fn tokenizer(style: Style) -> Arc<Tokenizer> {
     static BOTH: OnceLock<[Arc<Tokenizer>; 2]> = OnceLock::new();
@@ -414,8 +414,7 @@ fn the_commands_train_and_tokenize_a_folder() {
         assert_eq!(printed["documents"], documents);
         assert_eq!(printed["tokens"], file.tokens());
         let whole = std::fs::read(&tokens).unwrap();
-        let sha256: String =
-            Sha256::digest(whole).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = hex(&Sha256::digest(whole));
         assert_eq!(printed["sha256"], sha256);
         assert_eq!(json_of(&arguments), printed, "a second run writes the same");
     }
