@@ -159,7 +159,7 @@ def main():
                 ours, theirs = medians["laam"], medians["pytorch"]
                 print(json.dumps(dict(
                     preset=args.preset, batch=batch, precision=dtype, rounds=args.rounds,
-                    tokens_a_second={name: median["tokens_a_second"] for name, median in medians.items()},
+                    tokens_a_second={name: round(median["tokens_a_second"], 1) for name, median in medians.items()},
                     times_as_fast=round(ours["tokens_a_second"] / theirs["tokens_a_second"], 3),
                     share_of_memory=round(ours["peak_bytes"] / theirs["peak_bytes"], 4))), flush=True)
     sys.exit(1 if failed else 0)

@@ -24,6 +24,11 @@ Examples:
     --num_hidden_layers 8 --num_attention_heads 6 --num_key_value_heads 6 --tie_word_embeddings")]
 pub struct Arguments {
     /// A model folder, in place of the flags of a model's shape
+    #[arg(conflicts_with_all = [
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+        "tie_word_embeddings", "rope_theta", "initializer_range",
+    ])]
     model: Option<PathBuf>,
     /// Tokens in the vocabulary
     #[arg(long, value_name = "N", default_value_t = 1 << 15)]

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use laam::error::hint_of;
 use laam::llama::step;
@@ -247,21 +247,21 @@ fn tensors_of_no_llama_are_passed_over_with_a_warning() {
     assert!(model.warnings[0].contains("model.extra"), "{:?}", model.warnings);
 }
 
-/// No test of its own: the child that `a_killed_save_leaves_one_whole_model` kills.
+/// No test of its own: the child that `a_killed_save_leaves_one_whole_model` kills. Saves the models
+/// of seeds 2, 3, ... and says when each is saved.
 #[test]
 fn saves_for_ever_when_asked() {
     let Some(folder) = std::env::var_os("LAAM_TEST_SAVE_FOR_EVER") else { return };
-    println!("saving");
     for seed in 2.. {
         let hidden_size = if seed % 2 == 0 { 48 } else { 60 };
         save(Path::new(&folder), &Config { hidden_size, ..tiny() }, seed).unwrap();
+        println!("saved {seed}");
     }
 }
 
 #[test]
 fn a_killed_save_leaves_one_whole_model() {
     let folder = saved();
-    let mut seeds = Vec::new();
     for round in 0..12 {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "model::saves_for_ever_when_asked", "--nocapture"])
@@ -269,27 +269,24 @@ fn a_killed_save_leaves_one_whole_model() {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        // Not before it has begun: then at a moment that differs from round to round.
-        let mut said = [0; 256];
-        let mut heard = String::new();
-        let begun = Instant::now();
-        while !heard.contains("saving") && begun.elapsed() < Duration::from_secs(20) {
-            let length = child.stdout.as_mut().unwrap().read(&mut said).unwrap();
-            heard.push_str(&String::from_utf8_lossy(&said[..length]));
-        }
-        std::thread::sleep(Duration::from_micros(15_000 + 1_700 * round));
+        let mut said = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        // The harness writes before the first line without ending its own.
+        let seed_of = |line: String| line.rsplit_once("saved ").and_then(|(_, n)| n.parse().ok());
+        let first: u64 = said.by_ref().find_map(seed_of).expect("the child saves");
+        // Then at a moment of the following saves that differs from round to round.
+        std::thread::sleep(Duration::from_micros(1_700 * round));
         child.kill().unwrap();
         child.wait().unwrap();
+        let last = said.filter_map(seed_of).last().unwrap_or(first);
 
         let model = model::load(folder.path()).unwrap();
         let seed = model::load_provenance(folder.path()).unwrap().unwrap().seed;
+        assert!(seed == last || seed == last + 1, "{seed}, but {last} was said to be saved");
         assert_eq!(model.weights, initialize(&model.config, &model.layout, seed));
         let state = model::load_training_state(folder.path(), &model.layout).unwrap().unwrap();
         assert_eq!(state.state, json!({"step": seed}));
         assert_eq!(state.arenas["master"], model.weights);
-        seeds.push(seed);
     }
-    assert!(seeds.iter().any(|&seed| seed > 2), "some saves got through: {seeds:?}");
 }
 
 /// Writes model folders for `tests/fixtures/check_transformers.py check`, with what it is to find in
