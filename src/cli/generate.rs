@@ -66,9 +66,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     sampling.validate()?;
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
-    let first = match arguments.interactive {
-        true => None,
-        false => Some(prompt(&opened, arguments.prompt.as_deref().unwrap_or_default())?),
+    let first = if arguments.interactive {
+        None
+    } else {
+        Some(prompt(&opened, arguments.prompt.as_deref().unwrap_or_default())?)
     };
     let columns = first.as_ref().map_or(PLAYGROUND, Vec::len) + arguments.max_new_tokens as usize;
     let config = &opened.model.config;

@@ -55,7 +55,8 @@ pub struct Arguments {
 /// What a folder of a run is about: another run must not go on in it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Identity {
-    recipe: Recipe,
+    /// With every key it has, as TOML.
+    recipe: String,
     corpus_sha256: String,
 }
 
@@ -71,7 +72,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let corpus = arguments.source.corpus(recipe.version.as_deref(), encoding)?;
     let manifest = corpus.manifest()?;
     eprintln!("{}: {} files, {} bytes", manifest.source, manifest.files.len(), manifest.bytes());
-    let identity = Identity { recipe: recipe.clone(), corpus_sha256: manifest.hash() };
+    let identity = Identity { recipe: recipe.resolved()?, corpus_sha256: manifest.hash() };
     claim(&folder, &identity)?;
 
     let tokenizer = folder.join("tokenizer");

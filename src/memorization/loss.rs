@@ -40,16 +40,12 @@ pub fn measure(
     let all: Vec<usize> = (0..windows.len()).collect();
     for some in all.chunks(batch.max(1)) {
         let drawn = windows.draw(some)?;
-        let at = match programs.iter().position(|(count, ..)| *count == some.len()) {
-            Some(at) => at,
-            None => {
-                let made = step::evaluation(config, &layout, some.len(), windows.context());
-                let loaded = session.load(made.program.clone())?;
-                programs.push((some.len(), loaded, made));
-                programs.len() - 1
-            }
-        };
-        let (_, program, Evaluation { batch: inputs, losses, .. }) = &programs[at];
+        if programs.last().is_none_or(|(count, ..)| *count != some.len()) {
+            let made = step::evaluation(config, &layout, some.len(), windows.context());
+            programs.push((some.len(), session.load(made.program.clone())?, made));
+        }
+        let (_, program, Evaluation { batch: inputs, losses, .. }) =
+            programs.last().expect("it was made above");
         let indices = inputs.feed(&drawn);
         session.run(*program, &Feed { indices, ..Feed::default() })?;
         for (nll, &target) in session.floats(*program, losses.nll).iter().zip(&drawn.targets) {

@@ -3,7 +3,7 @@
 //! The names come from the model's folder, which may be anybody's: a name that is no plain path
 //! within the folder is refused before anything is written, and no link is followed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -219,11 +219,11 @@ pub fn compare(
     originals: impl IntoIterator<Item = anyhow::Result<Document>>,
 ) -> anyhow::Result<Comparison> {
     let mut compared: BTreeMap<&str, Compared> = BTreeMap::new();
-    let known: BTreeMap<&str, ()> = rebuilt.iter().map(|file| (file.path.as_str(), ())).collect();
+    let known: BTreeSet<&str> = rebuilt.iter().map(|file| file.path.as_str()).collect();
     let mut comparison = Comparison::default();
     for original in originals {
         let Document { path, text } = original?;
-        let Some((&key, ())) = known.get_key_value(path.as_str()) else {
+        let Some(&key) = known.get(path.as_str()) else {
             comparison.missing.push(path);
             continue;
         };
@@ -255,7 +255,7 @@ impl Compared {
         let exact = ours.len() == original.len() && same == original.len();
         let first_difference = (!exact).then(|| {
             let before = &original[..same];
-            let lines = before.iter().filter(|&&byte| byte == b'\n').count();
+            let lines = before.split(|&byte| byte == b'\n').count() - 1;
             let line_start = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
             Difference {
                 byte: same as u64,

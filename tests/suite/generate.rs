@@ -90,7 +90,7 @@ fn requests(config: &Config, count: usize) -> Vec<Request> {
     let random = Philox::new(2, Stream::Test);
     let request = |at: usize| {
         let draw = |counter: u64, n: usize| random.at(at as u32, counter)[0] as usize % n;
-        let length = if at % 3 == 0 { 1 + draw(1000, 90) } else { 1 + draw(1000, 9) };
+        let length = if at.is_multiple_of(3) { 1 + draw(1000, 90) } else { 1 + draw(1000, 9) };
         Request {
             prompt: (0..length).map(|c| draw(c as u64, config.vocab_size) as u32).collect(),
             max_new_tokens: 20 + draw(1001, 60),

@@ -55,11 +55,11 @@ fn a_recipe_ends_with_its_files_given_back_and_is_skipped_the_second_time() {
     let weights = folder.path().join("run/second/model.safetensors");
     let before = (fs::read(&weights).unwrap(), weights.metadata().unwrap().modified().unwrap());
     let second = run(&arguments);
-    assert_eq!(second.status.code(), Some(0));
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert_eq!(second.status.code(), Some(0), "{said}");
     assert_eq!(String::from_utf8(second.stdout).unwrap(), proof);
     let after = (fs::read(&weights).unwrap(), weights.metadata().unwrap().modified().unwrap());
     assert!(before == after, "a finished stage is left alone");
-    let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert_eq!(said.matches("nothing to do").count(), 2, "{said}");
 
     // The same folder cannot become another run, and says so before it changes anything.
