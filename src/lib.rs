@@ -11,6 +11,7 @@
 //! - [`backend`][]: what executes a program: the plain reference, or the CPU at speed
 //! - [`generate`][]: sampling with a key/value cache
 //! - [`memorization`][]: what the weights give back: files from their names, loss and bits a byte
+//! - [`kernels`][]: the CUDA kernels this build holds
 //! - [`train`][]: the loop, its schedule, metrics, checkpoints; recipes
 //! - [`bench`][]: timings
 //!
@@ -23,6 +24,7 @@ pub mod corpus;
 pub mod error;
 pub mod files;
 pub mod generate;
+pub mod kernels;
 pub mod llama;
 pub mod memorization;
 pub mod model;

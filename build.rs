@@ -1,0 +1,275 @@
+//! Compiles `kernels/*.cu`: each to one fatbin for cards and to PTX for the simulator.
+//!
+//! Without nvcc the program is built all the same, for the CPU, and says so. Variables:
+//!
+//! - `LAAM_CUDA`: `auto` (the default: kernels if there is an nvcc), `require`, or `off`
+//! - `LAAM_CUDA_ARCHS`: what to make machine code for, `80,90a` by default; PTX for other cards is
+//!   always there
+//! - `NVCC`: the compiler, where it is not to be searched for
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs};
+
+/// CUDA 12.0 is the first to know sm_90a.
+const OLDEST: u32 = 12;
+const INSTALL: &str = "scripts/setup-cuda installs nvcc without root rights";
+
+/// What stops a build, in words for the person who started it.
+type Outcome<T> = Result<T, String>;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=kernels");
+    if let Err(why) = build() {
+        for line in why.lines() {
+            println!("cargo::error={line}");
+        }
+        std::process::exit(1);
+    }
+}
+
+fn build() -> Outcome<()> {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let archs = archs(&var("LAAM_CUDA_ARCHS").unwrap_or_else(|| "80,90a".into()))?;
+    let (nvcc, without) = match var("LAAM_CUDA").as_deref() {
+        Some("off") => (None, "LAAM_CUDA=off when it was built".to_string()),
+        None | Some("auto") => match find()? {
+            Ok(nvcc) => (Some(nvcc), String::new()),
+            Err(why) => {
+                println!("cargo::warning=no CUDA kernels: {why}; {INSTALL}");
+                (None, why)
+            }
+        },
+        Some("require") => {
+            let nvcc = find()?.map_err(|why| format!("LAAM_CUDA=require, but {why}; {INSTALL}"))?;
+            (Some(nvcc), String::new())
+        }
+        Some(other) => return Err(format!("LAAM_CUDA={other} is none of auto, require, off")),
+    };
+    let mut kernels = Vec::new();
+    if let Some(nvcc) = &nvcc {
+        kernels = sources()?;
+        compile(nvcc, &kernels, &archs, &out)?;
+    }
+    let text = generated(nvcc.as_ref(), &archs, &without, &kernels);
+    fs::write(out.join("kernels.rs"), text).map_err(|e| format!("writing kernels.rs: {e}"))
+}
+
+/// A variable that decides about the build: a change of it starts a new one.
+fn var(name: &str) -> Option<String> {
+    println!("cargo::rerun-if-env-changed={name}");
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// `80,90a` as its parts.
+fn archs(list: &str) -> Outcome<Vec<String>> {
+    let archs: Vec<String> = list.split([',', ' ', ';']).map(str::trim).map(String::from).collect();
+    let good = |arch: &String| {
+        let number = arch.strip_suffix(['a', 'f']).unwrap_or(arch);
+        (2..=3).contains(&number.len()) && number.bytes().all(|byte| byte.is_ascii_digit())
+    };
+    match archs.iter().find(|arch| !good(arch)) {
+        Some(bad) => Err(format!("LAAM_CUDA_ARCHS={list}: {bad:?} is no number like 80 or 90a")),
+        None => Ok(archs),
+    }
+}
+
+struct Nvcc {
+    path: PathBuf,
+    /// `13.0.88`
+    version: String,
+}
+
+/// The first nvcc that works, or why there is none. An `NVCC` that does not work is an error.
+fn find() -> Outcome<Result<Nvcc, String>> {
+    if let Some(given) = var("NVCC") {
+        let nvcc = ask(Path::new(&given));
+        return nvcc.map(Ok).map_err(|why| format!("NVCC={given}: {why}"));
+    }
+    let mut places = Vec::new();
+    for name in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"] {
+        places.extend(var(name).map(|home| Path::new(&home).join("bin/nvcc")));
+    }
+    let path = var("PATH").unwrap_or_default();
+    places.extend(env::split_paths(&path).map(|folder| folder.join("nvcc")));
+    let own = PathBuf::from(".venv");
+    for environment in var("VIRTUAL_ENV").map(PathBuf::from).into_iter().chain([own]) {
+        let lib = environment.join("lib").read_dir().into_iter().flatten().flatten();
+        let mut found: Vec<_> =
+            lib.map(|python| python.path().join("site-packages/nvidia/cu13/bin/nvcc")).collect();
+        found.sort();
+        places.extend(found);
+    }
+    places.extend(["/usr/local/cuda/bin/nvcc".into(), "/opt/cuda/bin/nvcc".into()]);
+
+    let mut refused = Vec::new();
+    for place in places.into_iter().filter(|place| place.is_file()) {
+        match ask(&place) {
+            Ok(nvcc) => return Ok(Ok(nvcc)),
+            Err(why) => refused.push(format!("{} {why}", place.display())),
+        }
+    }
+    let why = match refused.as_slice() {
+        [] => "there is no nvcc".to_string(),
+        some => format!("there is no nvcc that will do ({})", some.join("; ")),
+    };
+    Ok(Err(why))
+}
+
+/// Whether a compiler starts and is new enough.
+fn ask(path: &Path) -> Outcome<Nvcc> {
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    let output = Command::new(&path).arg("--version").output();
+    let output = output.map_err(|e| format!("does not start: {e}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    // Cuda compilation tools, release 13.0, V13.0.88
+    let version = text.split_once(", V").map_or("", |(_, rest)| rest);
+    let version = version.split_whitespace().next().unwrap_or_default().to_string();
+    let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
+    match major {
+        None => Err("does not say its version".into()),
+        Some(major) if major < OLDEST => Err(format!("is {version}, too old: {OLDEST}.0 or newer")),
+        Some(_) => {
+            println!("cargo::rerun-if-changed={}", path.display());
+            Ok(Nvcc { path, version })
+        }
+    }
+}
+
+/// The kernel files by name, sorted.
+fn sources() -> Outcome<Vec<String>> {
+    let folder = fs::read_dir("kernels").map_err(|e| format!("reading kernels/: {e}"))?;
+    let mut names = Vec::new();
+    for file in folder.flatten().map(|entry| entry.path()) {
+        if file.extension() == Some(OsStr::new("cu")) {
+            let name = file.file_stem().and_then(OsStr::to_str).unwrap_or_default();
+            names.push(name.to_string());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// One run of nvcc: `kernels/NAME.cu` to `NAME.KIND`.
+struct Job<'a> {
+    name: &'a str,
+    kind: &'static str,
+    arguments: Vec<String>,
+}
+
+fn compile(nvcc: &Nvcc, kernels: &[String], archs: &[String], out: &Path) -> Outcome<()> {
+    let mut fatbin = vec!["-fatbin".into(), "-gencode=arch=compute_80,code=compute_80".into()];
+    fatbin.extend(archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
+    let ptx = vec!["-ptx".to_string(), "-arch=compute_80".to_string()];
+    let jobs: Vec<Job> = kernels
+        .iter()
+        .flat_map(|name| [(name, "fatbin", &fatbin), (name, "ptx", &ptx)])
+        .map(|(name, kind, arguments)| Job { name, kind, arguments: arguments.clone() })
+        .collect();
+    let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
+    let (next, errors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..threads.clamp(1, jobs.len().max(1)) {
+            scope.spawn(|| {
+                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(why) = job.run(nvcc, out) {
+                        errors.lock().expect("no thread panicked").push(why);
+                    }
+                }
+            });
+        }
+    });
+    let mut errors = errors.into_inner().expect("no thread panicked");
+    errors.sort();
+    // Both kinds of one file say the same.
+    errors.dedup();
+    if errors.is_empty() { Ok(()) } else { Err(errors.join("\n")) }
+}
+
+impl Job<'_> {
+    /// Nothing where the output is newer than all it was made from.
+    fn run(&self, nvcc: &Nvcc, out: &Path) -> Outcome<()> {
+        let file = |suffix: &str| out.join(format!("{}.{}{suffix}", self.name, self.kind));
+        let source = format!("kernels/{}.cu", self.name);
+        let mut command = Command::new(&nvcc.path);
+        command.args(["-O3", "-std=c++17", "-lineinfo", "-MD", "-MF"]).arg(file(".d"));
+        command.args(&self.arguments).arg("-o").arg(file(".new")).arg(&source);
+        // Written before nvcc starts: a source that changes while it runs is newer than this.
+        let record = format!("{} {command:?}", nvcc.version);
+        if is_current(&file(""), &file(".record"), &record, &file(".d")) {
+            return Ok(());
+        }
+        let _ = fs::remove_file(file(""));
+        fs::write(file(".record"), record).map_err(|e| format!("writing a record: {e}"))?;
+        let output = command.output().map_err(|e| format!("{}: {e}", nvcc.path.display()))?;
+        let mut talk = String::from_utf8_lossy(&output.stdout).into_owned();
+        talk.push_str(&String::from_utf8_lossy(&output.stderr));
+        if !output.status.success() {
+            return Err(format!("nvcc refuses {source} ({}):\n{}", output.status, talk.trim()));
+        }
+        for line in talk.lines().filter(|line| !line.trim().is_empty()) {
+            println!("cargo::warning={line}");
+        }
+        fs::rename(file(".new"), file("")).map_err(|e| format!("{}: {e}", file("").display()))
+    }
+}
+
+/// Whether `output` came of this very command, and no file in `dependencies` changed since.
+fn is_current(output: &Path, record_file: &Path, record: &str, dependencies: &Path) -> bool {
+    let changed = |path: &Path| fs::metadata(path).and_then(|data| data.modified()).ok();
+    let (Some(begun), Ok(dependencies)) = (changed(record_file), fs::read_to_string(dependencies))
+    else {
+        return false;
+    };
+    // A make rule: `output : file file \`, spaces in a path written `\ `.
+    let files = dependencies.split_once(" : ").map_or("", |(_, files)| files);
+    let files = files.replace("\\\n", "\n").replace("\\ ", "\0");
+    let mut files = files.split_whitespace().map(|file| file.replace('\0', " "));
+    output.is_file()
+        && fs::read_to_string(record_file).is_ok_and(|written| written == record)
+        && files.all(|file| changed(Path::new(&file)).is_some_and(|at| at < begun))
+}
+
+/// The Rust text that `src/kernels.rs` includes.
+fn generated(nvcc: Option<&Nvcc>, archs: &[String], without: &str, kernels: &[String]) -> String {
+    let compiler = env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
+    let rustc = Command::new(compiler).arg("--version").output();
+    let rustc = rustc.map_or_else(|_| String::new(), |o| String::from_utf8_lossy(&o.stdout).into());
+    let given = |name: &str| env::var(name).unwrap_or_default();
+    let mut text = String::new();
+    let cuda = match nvcc {
+        Some(nvcc) => {
+            let path = nvcc.path.display().to_string();
+            format!("Ok(Nvcc {{ path: {path:?}, version: {:?}, archs: &{archs:?} }})", nvcc.version)
+        }
+        None => format!("Err({without:?})"),
+    };
+    writeln!(
+        text,
+        "/// How this program was built.\n\
+         pub const BUILD: Build = Build {{ target: {:?}, profile: {:?}, rustc: {:?}, cuda: {cuda} }};",
+        given("TARGET"),
+        given("PROFILE"),
+        rustc.trim()
+    )
+    .expect("a string takes all");
+    text.push_str("/// Every kernel file, by name; none where there was no nvcc.\n");
+    text.push_str("pub const KERNELS: &[Kernel] = &[\n");
+    for name in kernels {
+        let file = |kind| format!("concat!(env!(\"OUT_DIR\"), \"/{name}.{kind}\")");
+        writeln!(
+            text,
+            "    Kernel {{ name: {name:?}, fatbin: include_bytes!({}), ptx: include_str!({}) }},",
+            file("fatbin"),
+            file("ptx")
+        )
+        .expect("a string takes all");
+    }
+    text.push_str("];\n");
+    text
+}
