@@ -1,0 +1,102 @@
+// AdamW (Loshchilov & Hutter 2019) in PyTorch's arithmetic, on a range of the flat arenas:
+//
+//     g  = gradient * clip,   clip = min(1, max_grad_norm / (norm + 1e-6))
+//     m += (1 - beta1) (g - m)
+//     v  = beta2 v + (1 - beta2) g^2
+//     p  = (1 - lr decay) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+//
+// Where the norm is not finite nothing happens at all. What changes from step to step (learning
+// rate, t, norm) is read from device memory, so that a captured graph serves every step.
+//
+// gradient, p, m, v: [count] in f32; copy: [count], p in bf16 for the products. No overlaps.
+// Bytes: 28 a parameter, 30 with the copy. About 15 FLOPs: bound by memory.
+#include "lib/vector.cuh"
+
+// What one step needs to know, made once a step by `adamw_rates`.
+struct Rates {
+    double learning_rate;
+    float clip;
+    float step_size;   // lr / (1 - beta1^t)
+    float correction;  // sqrt(1 - beta2^t)
+    int go;            // 0: leave everything as it is
+};
+
+// x^n by squaring: as exact as a library's pow for the n of a training run, and short.
+__device__ double power(double x, unsigned long long n) {
+    double result = 1.0;
+    for (; n > 0; n >>= 1) {
+        if (n & 1) result *= x;
+        x *= x;
+    }
+    return result;
+}
+
+// Launch: one thread. `step` counts from 1.
+extern "C" __global__ void adamw_rates(const double *__restrict__ learning_rate,
+                                       const unsigned long long *__restrict__ step,
+                                       const float *__restrict__ norm, Rates *__restrict__ rates,
+                                       float max_grad_norm, double beta1, double beta2) {
+    rates->learning_rate = *learning_rate;
+    rates->clip = fminf(1.0f, max_grad_norm / (*norm + 1e-6f));
+    rates->step_size = static_cast<float>(*learning_rate / (1.0 - power(beta1, *step)));
+    rates->correction = static_cast<float>(sqrt(1.0 - power(beta2, *step)));
+    rates->go = isfinite(*norm);
+}
+
+template <int N, bool COPY>
+__device__ void update(const Rates &rates, const float *gradient, float *p, float *m, float *v,
+                       bf16 *copy, size_t from, size_t to, float shrink, float keep, float beta2,
+                       float fresh, float epsilon) {
+    const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x * N;
+    const size_t thread = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (size_t at = from + thread * N; at < to; at += step) {
+        float gs[N], ps[N], ms[N], vs[N];
+        load(gs, gradient + at);
+        load(ps, p + at);
+        load(ms, m + at);
+        load(vs, v + at);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float g = gs[i] * rates.clip;
+            ms[i] += (g - ms[i]) * keep;
+            vs[i] = vs[i] * beta2 + g * g * fresh;
+            ps[i] = ps[i] * shrink -
+                    rates.step_size * ms[i] / (sqrtf(vs[i]) / rates.correction + epsilon);
+        }
+        store(p + at, ps);
+        store(m + at, ms);
+        store(v + at, vs);
+        if (COPY) store(copy + at, ps);
+    }
+}
+
+template <bool COPY>
+__device__ void adamw(const float *gradient, float *p, float *m, float *v, bf16 *copy, size_t count,
+                      const Rates *from, double decay, double beta1, double beta2, double epsilon) {
+    const Rates rates = *from;
+    if (!rates.go) return;
+    // Rounded once from f64, like the constants of the other backends.
+    const float shrink = static_cast<float>(1.0 - rates.learning_rate * decay);
+    const float keep = static_cast<float>(1.0 - beta1), fresh = static_cast<float>(1.0 - beta2);
+    const float old = static_cast<float>(beta2), small = static_cast<float>(epsilon);
+    // A range of the arena begins anywhere: vectors for its middle part only where all begin alike.
+    const size_t whole = aligned(gradient, p, m, v) && (!COPY || aligned(copy)) ? count / 4 * 4 : 0;
+    update<4, COPY>(rates, gradient, p, m, v, copy, 0, whole, shrink, keep, old, fresh, small);
+    update<1, COPY>(rates, gradient, p, m, v, copy, whole, count, shrink, keep, old, fresh, small);
+}
+
+// Launch: blocks of 256 threads along x, any number of them.
+extern "C" __global__ void __launch_bounds__(256)
+adamw_f32(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,
+          float *__restrict__ v, unsigned long long count, const Rates *__restrict__ rates,
+          double decay, double beta1, double beta2, double epsilon) {
+    adamw<false>(gradient, p, m, v, nullptr, count, rates, decay, beta1, beta2, epsilon);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+adamw_bf16(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,
+           float *__restrict__ v, bf16 *__restrict__ copy, unsigned long long count,
+           const Rates *__restrict__ rates, double decay, double beta1, double beta2,
+           double epsilon) {
+    adamw<true>(gradient, p, m, v, copy, count, rates, decay, beta1, beta2, epsilon);
+}

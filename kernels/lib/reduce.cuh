@@ -1,0 +1,26 @@
+// Sums in a fixed order: the same inputs and the same launch give the same bits.
+#pragma once
+
+constexpr int WARP = 32;
+constexpr int MAX_WARPS = 32;
+
+// The sum of `value` over the blockDim.x threads of a row, given to each of them. A block holds
+// blockDim.y rows. blockDim.x is 1, 2, 4, 8, 16 or a multiple of 32, and the block is whole warps;
+// every thread of the block has to come here.
+__device__ inline float row_sum(float value) {
+    const int width = min(static_cast<int>(blockDim.x), WARP);
+    for (int offset = width / 2; offset > 0; offset /= 2) {
+        value += __shfl_xor_sync(0xffffffffu, value, offset);
+    }
+    const int warps = blockDim.x / WARP;
+    if (warps <= 1) return value;
+    __shared__ float parts[MAX_WARPS];
+    const int first = threadIdx.y * warps;
+    if (threadIdx.x % WARP == 0) parts[first + threadIdx.x / WARP] = value;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int warp = 0; warp < warps; warp++) sum += parts[first + warp];
+    // The next sum must not overwrite what a slower warp still reads.
+    __syncthreads();
+    return sum;
+}
