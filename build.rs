@@ -135,7 +135,10 @@ fn ask(path: &Path) -> Outcome<Nvcc> {
         None => Err("does not say its version".into()),
         Some(major) if major < OLDEST => Err(format!("is {version}, too old: {OLDEST}.0 or newer")),
         Some(_) => {
-            println!("cargo::rerun-if-changed={}", path.display());
+            // cargo takes a file that is not there for one that changes all the time.
+            if path.is_file() {
+                println!("cargo::rerun-if-changed={}", path.display());
+            }
             Ok(Nvcc { path, version })
         }
     }

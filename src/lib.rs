@@ -12,6 +12,7 @@
 //! - [`generate`][]: sampling with a key/value cache
 //! - [`memorization`][]: what the weights give back: files from their names, loss and bits a byte
 //! - [`kernels`][]: the CUDA kernels this build holds
+//! - [`device`][]: what runs the kernels
 //! - [`train`][]: the loop, its schedule, metrics, checkpoints; recipes
 //! - [`bench`][]: timings
 //!
@@ -21,6 +22,7 @@ pub mod backend;
 pub mod bench;
 pub mod cli;
 pub mod corpus;
+pub mod device;
 pub mod error;
 pub mod files;
 pub mod generate;

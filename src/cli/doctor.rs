@@ -1,15 +1,188 @@
 //! `laam doctor`: what this build can do on this machine.
 
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
 use clap::Args;
+use serde_json::{Value, json};
 
 use super::Outcome;
+use crate::corpus::cache_folder;
+use crate::device::driver::{Driver, oldest_driver};
+use crate::kernels::{BUILD, KERNELS};
 
 /// Say what was built, what this machine offers, and how to mend what is missing.
 #[derive(Args)]
-pub struct Arguments {}
+pub struct Arguments {
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
 
-pub fn run(_: &Arguments) -> anyhow::Result<Outcome> {
-    println!("laam {}", env!("CARGO_PKG_VERSION"));
-    println!("threads: {}", std::thread::available_parallelism().map_or(1, usize::from));
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let findings = Findings::gather();
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{:#}", findings.as_json())?;
+    } else {
+        findings.print(&mut out)?;
+    }
     Ok(Outcome::Done)
+}
+
+struct Findings {
+    threads: usize,
+    features: Vec<&'static str>,
+    driver: Driver,
+    cache: Option<PathBuf>,
+    advice: Vec<Advice>,
+}
+
+/// Something missing, and what to do about it.
+struct Advice {
+    missing: String,
+    hint: String,
+}
+
+impl Findings {
+    fn gather() -> Findings {
+        let mut findings = Findings {
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            features: cpu_features(),
+            driver: Driver::find(),
+            cache: cache_folder().ok(),
+            advice: Vec::new(),
+        };
+        findings.advise();
+        findings
+    }
+
+    fn advise(&mut self) {
+        let mut add = |missing: String, hint: &str| {
+            self.advice.push(Advice { missing, hint: hint.into() });
+        };
+        if let Err(why) = BUILD.cuda {
+            add(format!("no CUDA kernels: {why}"), "run scripts/setup-cuda, then build again");
+        }
+        if cfg!(debug_assertions) {
+            add("a debug build: several times slower".into(), "cargo build --release");
+        }
+        let driver = &self.driver;
+        let wanted = BUILD.cuda.map_or(0, |nvcc| oldest_driver(nvcc.major()));
+        match driver.major() {
+            None if driver.library.is_some() => {} // As under WSL: the driver is the host's.
+            None => add(
+                "no NVIDIA driver".into(),
+                "with an NVIDIA card, install its driver (580 or newer); without one, train on the CPU",
+            ),
+            Some(major) if major < wanted => add(
+                format!("driver {major} is too old for these kernels, which need {wanted}"),
+                "update the driver, or build with an older CUDA by setting NVCC",
+            ),
+            Some(_) if driver.library.is_none() => add(
+                "a driver, but no libcuda.so.1".into(),
+                "install the driver's libraries; in a container, start it with the GPU passed in",
+            ),
+            Some(_) if driver.cards == 0 => add(
+                "a driver, but no card under /dev".into(),
+                "in a container, start it with the GPU passed in",
+            ),
+            Some(_) => {}
+        }
+        let writable = self.cache.as_deref().is_some_and(is_writable);
+        if !writable {
+            add("no place to keep downloads".into(), "set LAAM_CACHE to a folder you may write to");
+        }
+    }
+
+    fn print(&self, out: &mut impl Write) -> io::Result<()> {
+        let or_none = |text: Option<String>| text.unwrap_or_else(|| "none".into());
+        writeln!(out, "laam {}", env!("CARGO_PKG_VERSION"))?;
+        writeln!(out, "  built   {} for {}, {}", BUILD.profile, BUILD.target, BUILD.rustc)?;
+        match BUILD.cuda {
+            Ok(nvcc) => {
+                let archs: Vec<_> = nvcc.archs.iter().map(|arch| format!("sm_{arch}")).collect();
+                let (version, archs) = (nvcc.version, archs.join(", "));
+                writeln!(out, "  kernels {}", names().join(", "))?;
+                writeln!(out, "          by nvcc {version} for {archs} and PTX for compute_80")?;
+                writeln!(out, "          {}", nvcc.path)?;
+            }
+            Err(why) => writeln!(out, "  kernels none: {why}")?,
+        }
+        writeln!(out, "  runs on cpu, reference (the kernels are not called yet)")?;
+        writeln!(out, "this machine")?;
+        writeln!(out, "  cpu     {} threads, {}", self.threads, self.features.join(", "))?;
+        writeln!(out, "  driver  {}", or_none(self.driver.version.clone()))?;
+        let library = self.driver.library.as_ref().map(|path| path.display().to_string());
+        writeln!(out, "  libcuda {}", or_none(library))?;
+        writeln!(out, "  cards   {}", self.driver.cards)?;
+        let cache = self.cache.as_ref().map(|path| path.display().to_string());
+        writeln!(out, "  cache   {}", or_none(cache))?;
+        for Advice { missing, hint } in &self.advice {
+            writeln!(out, "missing: {missing}")?;
+            writeln!(out, "   hint: {hint}")?;
+        }
+        Ok(())
+    }
+
+    fn as_json(&self) -> Value {
+        let nvcc = BUILD.cuda.ok();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "target": BUILD.target,
+            "profile": BUILD.profile,
+            "rustc": BUILD.rustc,
+            "backends": ["cpu", "reference"],
+            "kernels": names(),
+            "nvcc": nvcc.map(|nvcc| nvcc.path),
+            "nvcc_version": nvcc.map(|nvcc| nvcc.version),
+            "archs": nvcc.map(|nvcc| nvcc.archs),
+            "no_kernels_because": BUILD.cuda.err(),
+            "threads": self.threads,
+            "cpu_features": self.features,
+            "driver": self.driver.version,
+            "libcuda": self.driver.library,
+            "cards": self.driver.cards,
+            "cache": self.cache,
+            "missing": self.advice.iter()
+                .map(|advice| json!({ "what": advice.missing, "hint": advice.hint }))
+                .collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn names() -> Vec<&'static str> {
+    KERNELS.iter().map(|kernel| kernel.name).collect()
+}
+
+/// Whether the folder, or the nearest one above it that exists, may be written to.
+fn is_writable(folder: &Path) -> bool {
+    let there = folder.ancestors().find_map(|folder| fs::metadata(folder).ok());
+    there.is_some_and(|there| there.is_dir() && !there.permissions().readonly())
+}
+
+/// The instruction sets that matter to the products, as far as this processor has them.
+fn cpu_features() -> Vec<&'static str> {
+    let mut found = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        let has = [
+            ("AVX2", is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")),
+            ("AVX-512", is_x86_feature_detected!("avx512f")),
+            ("AVX-512 BF16", is_x86_feature_detected!("avx512bf16")),
+        ];
+        found.extend(has.into_iter().filter_map(|(name, has)| has.then_some(name)));
+        // The compiler has no stable way to ask for AMX; the system says it too.
+        let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        if flags.split_whitespace().any(|flag| flag == "amx_bf16") {
+            found.push("AMX BF16");
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    found.push("NEON");
+    if found.is_empty() {
+        found.push("no vector instructions known to this program");
+    }
+    found
 }

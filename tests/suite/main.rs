@@ -7,9 +7,11 @@
 mod backend;
 mod cli;
 mod corpus;
+mod doctor;
 mod fetch;
 mod generate;
 mod hostile_archives;
+mod kernels;
 mod model;
 mod rebuild;
 mod run;
