@@ -201,7 +201,18 @@ impl Convert {
         let head = value as f64;
         let tail = (value - head as i128) as f64;
         if self.to == Scalar::F64 {
-            return head.to_bits();
+            let other_side = match mode {
+                Round::Zero => tail != 0.0 && (tail < 0.0) == (head > 0.0),
+                Round::Down => tail < 0.0,
+                Round::Up => tail > 0.0,
+                _ => false,
+            };
+            return match (other_side, tail > 0.0) {
+                (false, _) => head,
+                (true, true) => head.next_up(),
+                (true, false) => head.next_down(),
+            }
+            .to_bits();
         }
         self.write_float(crate::round::odd((head, tail)), mode)
     }
@@ -223,7 +234,9 @@ impl Convert {
         // NaN becomes zero, or the integer indefinite of 64 bits; out of range clamps.
         if x.is_nan() {
             let wide = self.from == Scalar::F64 || self.to.bits() == 64;
-            return if wide { 1 << (self.to.bits() - 1) } else { 0 };
+            let top = 1i64 << (self.to.bits() - 1);
+            let indefinite = if low < 0 { top.wrapping_neg() } else { top };
+            return if wide { indefinite as u64 } else { 0 };
         }
         let whole = self.round.unwrap_or(Round::Zero).integral(x);
         (whole as i128).clamp(low, high) as u64

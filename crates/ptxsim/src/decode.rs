@@ -1,7 +1,9 @@
 //! The syntax tree to code: every name resolved, every constant in a register of its own.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
+use crate::catalogue;
 use crate::cfg::{self, Flow};
 use crate::convert::Scalar;
 use crate::forms;
@@ -676,7 +678,7 @@ impl<'a> Decoder<'a, '_> {
             }
             Symbol::Register(..) => self.fail("a register takes no offset here"),
             _ if file == File::Pred => self.fail(format!("`{name}` is not a predicate")),
-            Symbol::Local(at) => Ok(self.constant(file, Source::Local(at + offset))),
+            Symbol::Local(at) => Ok(self.constant(file, Source::Local(at.wrapping_add(offset)))),
             Symbol::Param(slot) => {
                 Ok(self.number(file, (i64::from(slot.offset).wrapping_add(offset)) as u64))
             }
@@ -826,7 +828,15 @@ impl<'a> Decoder<'a, '_> {
     fn instruction(&mut self, instruction: &parse::Instruction<'a>) -> Result<()> {
         self.origin.line = instruction.line;
         let known = self.module.opcodes.len() as u32;
-        self.origin.opcode = *self.module.opcodes.entry(instruction.opcode).or_insert(known);
+        self.origin.opcode = match self.module.opcodes.entry(instruction.opcode) {
+            Entry::Occupied(entry) => *entry.get(),
+            Entry::Vacant(entry) => {
+                if !catalogue::forms().contains(&catalogue::form_of(instruction.opcode)) {
+                    return self.fail(format!("`{}` is not modelled", instruction.opcode));
+                }
+                *entry.insert(known)
+            }
+        };
         self.guard = (0, false);
         if let Some((name, negated)) = instruction.guard {
             let slot = self.source(&Operand::Name(name, 0), File::Pred, false)?;

@@ -20,7 +20,7 @@ pub(crate) fn decode<'a>(
     operands: &[Operand<'a>],
 ) -> Result<()> {
     match name {
-        "ld" | "ldu" => load(d, mods, operands),
+        "ld" => load(d, mods, operands),
         "st" => store(d, mods, operands),
         "atom" | "red" => atomic(d, name == "atom", mods, operands),
         "mov" if matches!(operands, [_, Operand::Vector(_)] | [Operand::Vector(_), _]) => {
@@ -36,7 +36,7 @@ pub(crate) fn decode<'a>(
         "call" => call(d, operands),
         "ret" => none(d, operands, Op::Return),
         "exit" => none(d, operands, Op::Exit),
-        "trap" | "brkpt" => none(d, operands, Op::Trap),
+        "trap" => none(d, operands, Op::Trap),
         "bar" | "barrier" => barrier(d, mods, operands),
         "membar" | "fence" => none(d, operands, Op::Fence { block_only: mods.contains(&"cta") }),
         "shfl" => shuffle(d, mods, operands),
@@ -53,11 +53,8 @@ pub(crate) fn decode<'a>(
         "movmatrix" => move_matrix(d, mods, operands),
         "mma" => mma(d, mods, operands),
         "cp" if mods.first() == Some(&"async") => copy_async(d, &mods[1..], operands),
-        // Hints to a cache there is none of.
-        "prefetch" | "prefetchu" | "discard" | "applypriority" | "createpolicy" => {
-            none(d, &[], Op::Nop)
-        }
-        "nanosleep" | "pmevent" | "griddepcontrol" => none(d, &[], Op::Nop),
+        // A hint to a cache there is none of, and a pause where time is not modelled.
+        "prefetch" | "nanosleep" => none(d, &[], Op::Nop),
         _ => register_form(d, name, mods, operands),
     }
 }
@@ -476,7 +473,7 @@ fn cvta<'a>(d: &mut Decoder<'a, '_>, mods: &[&str], operands: &[Operand<'a>]) ->
 
 fn is_space<'a>(d: &mut Decoder<'a, '_>, mods: &[&str], operands: &[Operand<'a>]) -> Result<()> {
     let space = match mods {
-        ["global" | "const"] => Space::Global,
+        ["global"] => Space::Global,
         ["shared" | "shared::cta"] => Space::Shared,
         ["local"] => Space::Local,
         _ => return unknown(d, "isspacep", mods),

@@ -267,10 +267,10 @@ fn bits(name: &str, mods: &[&str]) -> Option<Form> {
             out
         }),
 
-        ("mov", ["b16" | "u16" | "s16" | "f16" | "bf16"]) => lanes!(|a: u16| -> u16 { a }),
+        ("mov", ["b16" | "u16" | "s16"]) => lanes!(|a: u16| -> u16 { a }),
         ("mov", ["b32" | "u32" | "s32" | "f32"]) => lanes!(|a: u32| -> u32 { a }),
         ("mov", ["b64" | "u64" | "s64" | "f64"]) => lanes!(|a: u64| -> u64 { a }),
-        ("selp", ["b16" | "u16" | "s16" | "f16" | "bf16"]) => {
+        ("selp", ["b16" | "u16" | "s16"]) => {
             lanes!(|a: u16, b: u16, p: bool| -> u16 { if p { a } else { b } })
         }
         ("selp", ["b32" | "u32" | "s32" | "f32"]) => {

@@ -31,7 +31,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! The way of a module: `parse` makes a syntax tree, `decode` (with `forms`, `int`, `float`,
+//! The way of a module: `parse` makes a syntax tree, `decode` (with `catalogue`, `forms`, `int`, `float`,
 //! `convert`, `compare`, `cfg`) makes code for `warp`, which executes 32 lanes at a time with
 //! `access`, `cross`, `tensor` and `async_ops`; `sched` runs the warps of blocks, and `race`
 //! watches. `README.md` says what is modelled and what is not.
@@ -43,6 +43,7 @@
 
 mod access;
 mod async_ops;
+mod catalogue;
 mod cfg;
 mod compare;
 mod convert;
@@ -65,6 +66,7 @@ mod shared;
 mod tensor;
 mod warp;
 
+pub use catalogue::{form_of, forms};
 pub use decode::Param;
 pub use fault::{Fault, FaultKind, Site, SourceLine};
 pub use launch::{Arg, Check, Config, Kernel, Module, Options, Schedule, Stats};

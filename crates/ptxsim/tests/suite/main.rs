@@ -5,6 +5,8 @@
 
 mod bugs;
 mod command;
+mod coverage;
+mod families;
 mod faults;
 mod forms;
 mod hostile;
