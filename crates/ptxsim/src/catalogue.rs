@@ -140,7 +140,9 @@ pub fn forms() -> &'static BTreeSet<String> {
     static FORMS: OnceLock<BTreeSet<String>> = OnceLock::new();
     FORMS.get_or_init(|| {
         let mut forms = BTreeSet::new();
-        PATTERNS.iter().for_each(|pattern| expand(pattern, &mut forms));
+        for pattern in PATTERNS {
+            expand(pattern, &mut forms);
+        }
         forms
     })
 }

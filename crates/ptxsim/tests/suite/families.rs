@@ -1,7 +1,7 @@
 //! Whole families of forms in loops: every comparison, conversion, load, store and atomic.
 
 // Meanings are spelled out: a shorter form might be the very method under test.
-#![allow(clippy::format_push_string, clippy::precedence)]
+#![allow(clippy::manual_abs_diff, clippy::precedence)]
 
 use std::cmp::Ordering;
 
