@@ -77,7 +77,8 @@ mod tests {
 
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {
-        let xs: Vec<f32> = (0..2_000_003).map(|i| -87.0 + 175.0 * i as f32 / 2e6).collect();
+        let xs: Vec<f32> =
+            (0..=2_000_000).map(|i| (-87.0 + 175.0 * i as f32 / 2e6).min(88.0)).collect();
         let mut ys = xs.clone();
         Arch::new().dispatch(Exp(&mut ys));
         for (x, y) in xs.iter().zip(&ys) {

@@ -11,7 +11,7 @@ use crate::tensor::warp;
 
 /// Input word i of a lane.
 fn input(lane: usize, i: usize) -> u32 {
-    (lane as u32 * 2654435761).rotate_left(i as u32 * 5) ^ i as u32
+    (lane as u32).wrapping_mul(2654435761).rotate_left(i as u32 * 5) ^ i as u32
 }
 
 fn inputs() -> [[u32; 8]; 32] {
