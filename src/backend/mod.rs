@@ -25,6 +25,18 @@ pub trait Backend: Send + Sync {
     fn micro_windows(&self, windows: usize, context: usize) -> usize;
     /// Bytes its operations need beside the program's buffers.
     fn workspace(&self, program: &Program) -> usize;
+    /// Bytes of memory there are in all, where that is known. By default, this machine's.
+    fn memory(&self) -> Option<u64> {
+        host_memory()
+    }
+}
+
+/// The main memory of this machine, where the system tells (Linux).
+fn host_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
 }
 
 /// What a session has to hold beside the parameters.

@@ -16,7 +16,7 @@ use crate::error::error;
 use crate::model::{Config, Precision, Provenance, load};
 use crate::tokenizer::{Style, Tokenizer};
 use crate::tokens::Windows;
-use crate::train::{Finish, Job, Settings, Start, Trainer, prepare};
+use crate::train::{Finish, Job, Settings, Start, Trainer, is_resumable, prepare};
 
 /// Train a model until its steps are done, and save it as a Hugging Face folder.
 ///
@@ -67,6 +67,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let style = Tokenizer::load(tokenizer)?.style().unwrap_or(Style::Exact);
     let corpus = arguments.source.corpus(None, encoding_of(style))?;
     let reload = arguments.reload.then_some(&arguments.output_path);
+    if arguments.resume && !is_resumable(&arguments.output_path) {
+        let output = arguments.output_path.display();
+        eprintln!("warning: no checkpoint to resume in {output}: from step 0, with fresh weights");
+    }
     let metrics = arguments.metrics.clone();
     let stage = Stage {
         settings: &arguments.settings,
@@ -140,7 +144,7 @@ impl Stage<'_> {
         let trainer = Trainer::new(backend, job)?;
         eprintln!(
             "training {} parameters on {} windows of {context} tokens, {}",
-            config.parameter_count(),
+            trainer.config().parameter_count(),
             windows.len(),
             backend.device(),
         );

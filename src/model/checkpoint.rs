@@ -184,13 +184,28 @@ pub fn load_provenance(folder: &Path) -> anyhow::Result<Option<Provenance>> {
         .map(Some)
 }
 
+/// Whether the folder says how its run goes on.
+pub fn has_training_state(folder: &Path) -> anyhow::Result<bool> {
+    settle(folder)?;
+    Ok(folder.join(STATE).exists())
+}
+
+/// Removes what a run needs to go on; the model stays.
+pub fn forget_training_state(folder: &Path) -> anyhow::Result<()> {
+    if !has_training_state(folder)? {
+        return Ok(());
+    }
+    fs::remove_file(folder.join(STATE))
+        .with_context(|| format!("cannot remove {STATE}, in {}", folder.display()))
+        .hint(|| "remove it by hand")
+}
+
 /// Reads what a run needs to go on; `None` where the folder is good for generation alone.
 pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Option<SavedState>> {
-    settle(folder)?;
-    let path = folder.join(STATE);
-    if !path.exists() {
+    if !has_training_state(folder)? {
         return Ok(None);
     }
+    let path = folder.join(STATE);
     let load = || {
         let mapped = Mapped::open(&[path])?;
         let state = mapped.metadata(STATE_KEY).unwrap_or_default();

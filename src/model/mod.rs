@@ -15,8 +15,8 @@ mod replace;
 mod weights;
 
 pub use checkpoint::{
-    Checkpoint, Model, SavedState, TrainingState, load, load_config, load_provenance,
-    load_training_state, save,
+    Checkpoint, Model, SavedState, TrainingState, forget_training_state, has_training_state, load,
+    load_config, load_provenance, load_training_state, save,
 };
 pub use config::{Config, RopeScaling};
 pub use init::initialize;

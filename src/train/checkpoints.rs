@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::Settings;
 use crate::backend::Arena;
 use crate::error::{Hint, error};
-use crate::model::{Layout, load_training_state};
+use crate::model::{
+    Config, Layout, forget_training_state, has_training_state, load_config, load_training_state,
+};
 use crate::tokens::Position;
 
 /// Where a run stood when it was saved: with the arenas, all that it needs to go on.
@@ -23,7 +25,7 @@ pub struct State {
     pub position: Position,
     /// Tokens trained on.
     pub tokens: u64,
-    /// Sum and number of the losses since the last line of metrics.
+    /// Sum and number of the finite losses since the last line of metrics.
     pub unlogged: (f64, u64),
     pub settings: Settings,
     /// Of the token file.
@@ -40,6 +42,7 @@ pub const ARENAS: [(&str, Arena); 3] = [
 /// A checkpoint read back.
 pub struct Saved {
     pub folder: PathBuf,
+    pub config: Config,
     pub state: State,
     /// By the order of [`ARENAS`].
     pub arenas: Vec<Vec<f32>>,
@@ -55,46 +58,89 @@ fn steps(output: &Path) -> Vec<u64> {
     let entries = fs::read_dir(output).into_iter().flatten().flatten();
     let mut steps: Vec<u64> = entries
         .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("checkpoint-")?.parse().ok())
+        // No other spelling of the number (+5, 05), and no file.
+        .filter(|&step| folder(output, step).is_dir())
         .collect();
     steps.sort_unstable();
+    steps.dedup();
     steps
 }
 
-/// Removes all but the newest `keep` checkpoints.
-pub fn prune(output: &Path, keep: usize) -> anyhow::Result<()> {
-    let steps = steps(output);
-    for &step in &steps[..steps.len().saturating_sub(keep)] {
-        let folder = folder(output, step);
-        fs::remove_dir_all(&folder)
-            .with_context(|| format!("cannot remove {}", folder.display()))
-            .hint(|| "remove it by hand, or raise --save-total-limit")?;
+/// Whether a run left anything in a folder to go on from.
+pub fn is_resumable(output: &Path) -> bool {
+    !steps(output).is_empty() || has_training_state(output).unwrap_or(true)
+}
+
+/// Leaves the newest `keep` checkpoints up to `step`, the one just saved. Those beyond it are none of
+/// this run: it could not be resumed from them, or it replaces the run they belong to.
+pub fn prune(output: &Path, step: u64, keep: usize) -> anyhow::Result<()> {
+    let (ours, beyond): (Vec<u64>, Vec<u64>) =
+        steps(output).into_iter().partition(|&other| other <= step);
+    let outdated = &ours[..ours.len().saturating_sub(keep)];
+    for &step in outdated.iter().chain(&beyond) {
+        remove(&folder(output, step))?;
     }
     Ok(())
 }
 
-/// The furthest state that lies in a folder: of a checkpoint, or of the finished model.
-pub fn latest(output: &Path, layout: &Layout) -> anyhow::Result<Option<Saved>> {
-    let newest = steps(output).pop().map(|step| folder(output, step));
-    let mut best: Option<Saved> = None;
-    for folder in newest.into_iter().chain([output.to_path_buf()]) {
-        if !folder.join("config.json").exists() {
-            continue;
-        }
-        let Some(saved) = load_training_state(&folder, layout)? else { continue };
-        let state: State = serde_json::from_value(saved.state)
-            .with_context(|| format!("the training state in {} is not laam's", folder.display()))
-            .hint(|| "train without --resume, or give its weights to --init-from")?;
-        let mut by_name = saved.arenas;
-        let arenas: Option<Vec<_>> = ARENAS.iter().map(|(name, _)| by_name.remove(*name)).collect();
-        let arenas = arenas.ok_or_else(|| {
-            error(
-                format!("the training state in {} lacks an arena", folder.display()),
-                "train without --resume, or give its weights to --init-from",
-            )
-        })?;
-        if best.as_ref().is_none_or(|best| best.state.step < state.step) {
-            best = Some(Saved { folder, state, arenas });
+/// Removes what a run that this one replaces left to be resumed from: once this one has saved
+/// `saved`, going on with the other would be a mistake. The model that lies in `output` stays.
+pub fn replace_other_run(output: &Path, saved: &Path) -> anyhow::Result<()> {
+    for other in steps(output).into_iter().map(|step| folder(output, step)) {
+        if other != saved {
+            remove(&other)?;
         }
     }
-    Ok(best)
+    if output == saved { Ok(()) } else { forget_training_state(output) }
+}
+
+fn remove(folder: &Path) -> anyhow::Result<()> {
+    fs::remove_dir_all(folder)
+        .with_context(|| format!("cannot remove {}", folder.display()))
+        .hint(|| "remove it by hand")
+}
+
+/// The furthest state that lies in a folder: of a checkpoint, or of the finished model. Checkpoints
+/// that are damaged, or were never finished, are passed over for older ones; `note` hears of it.
+pub fn latest(output: &Path, note: &mut dyn FnMut(String)) -> anyhow::Result<Option<Saved>> {
+    let mut first_error = None;
+    let mut try_to_read = |folder: &Path| {
+        read(folder).unwrap_or_else(|error| {
+            note(format!("warning: {} is passed over: {error:#}", folder.display()));
+            first_error.get_or_insert(error);
+            None
+        })
+    };
+    let finished = try_to_read(output);
+    let newest = steps(output).into_iter().rev().find_map(|step| {
+        let folder = folder(output, step);
+        try_to_read(&folder)
+    });
+    let furthest = match (finished, newest) {
+        (Some(finished), Some(newest)) if finished.state.step < newest.state.step => Some(newest),
+        (finished, newest) => finished.or(newest),
+    };
+    match (furthest, first_error) {
+        (None, Some(error)) => Err(error),
+        (furthest, _) => Ok(furthest),
+    }
+}
+
+/// The state in one folder; `None` where there is none: a save that was cut off leaves nothing else.
+fn read(folder: &Path) -> anyhow::Result<Option<Saved>> {
+    const ADVICE: &str = "remove the folder: --resume then goes on from an older one";
+    if !has_training_state(folder)? {
+        return Ok(None);
+    }
+    let (config, _) = load_config(folder)?;
+    let Some(saved) = load_training_state(folder, &Layout::new(&config))? else { return Ok(None) };
+    let state: State = serde_json::from_value(saved.state)
+        .with_context(|| format!("the training state in {} is not laam's", folder.display()))
+        .hint(|| ADVICE)?;
+    let mut by_name = saved.arenas;
+    let arenas: Option<Vec<_>> = ARENAS.iter().map(|(name, _)| by_name.remove(*name)).collect();
+    let arenas = arenas.ok_or_else(|| {
+        error(format!("the training state in {} lacks an arena", folder.display()), ADVICE)
+    })?;
+    Ok(Some(Saved { folder: folder.to_path_buf(), config, state, arenas }))
 }

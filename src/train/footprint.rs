@@ -1,6 +1,7 @@
 //! The memory of a training run, from its programs' plans, before anything is allocated.
 
 use crate::backend::Backend;
+use crate::error::error;
 use crate::llama::{Plan, Program, step};
 use crate::model::{Config, Layout};
 
@@ -41,4 +42,36 @@ impl Footprint {
     pub fn peak(&self) -> usize {
         self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
     }
+}
+
+/// Refuses what the machine has no memory for, before an allocation ends the program.
+pub fn check_memory(
+    backend: &dyn Backend,
+    config: &Config,
+    windows: usize,
+    context: usize,
+) -> anyhow::Result<()> {
+    let Some(there) = backend.memory().map(u128::from) else { return Ok(()) };
+    // Sizes may be anything: a bound from below that cannot overflow, then the sum itself.
+    let rows = backend.micro_windows(windows, context) as u128 * context as u128;
+    let heads = config.num_attention_heads as u128 * config.head_dim as u128;
+    let width = heads + config.hidden_size as u128 + 2 * config.intermediate_size as u128;
+    let least = 16 * config.parameter_count() + 4 * rows.saturating_mul(width);
+    let needed = if least > there {
+        least
+    } else {
+        Footprint::new(backend, config, windows, context).peak() as u128
+    };
+    if needed <= there {
+        return Ok(());
+    }
+    let giga = |bytes: u128| bytes as f64 / 1e9;
+    Err(error(
+        format!(
+            "training takes {:.1} GB of memory, this machine has {:.1}",
+            giga(needed),
+            giga(there)
+        ),
+        "a smaller model, or a smaller --max_position_embeddings; laam plan shows what takes it",
+    ))
 }

@@ -17,11 +17,13 @@ pub struct Metrics {
     pub step: u64,
     /// Times through all windows so far.
     pub epoch: f64,
-    /// Mean over the steps since the last line, in nats a token.
+    /// Mean over the steps since the last line, in nats a token; null where none was finite.
+    #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// The rate of this step.
     pub learning_rate: f64,
-    /// Of this step, before clipping.
+    /// Of this step, before clipping; null where it was not finite, and no update happened.
+    #[serde(deserialize_with = "number")]
     pub grad_norm: f64,
     /// Tokens trained on so far, padding included.
     pub tokens: u64,
@@ -32,6 +34,11 @@ pub struct Metrics {
     /// Part of the windows that come back verbatim, where it was measured at this step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verbatim_rate: Option<f64>,
+}
+
+/// JSON writes what is not finite as null.
+fn number<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
 /// `metrics.jsonl`, open for more lines.
@@ -98,7 +105,9 @@ mod tests {
             verbatim_rate: None,
         };
         let mut file = MetricsFile::open(&path, 0).unwrap();
-        for step in [10, 20, 30] {
+        // A step that diverged is a line like any other.
+        file.write(&Metrics { loss: f64::NAN, grad_norm: f64::INFINITY, ..at(10) }).unwrap();
+        for step in [20, 30] {
             file.write(&at(step)).unwrap();
         }
         file.file.write_all(b"{\"step\": 40, \"epo").unwrap();

@@ -14,6 +14,7 @@ mod settings;
 mod tensorboard;
 mod trainer;
 
+pub use checkpoints::is_resumable;
 pub use engine::{Engine, Outcome};
 pub use footprint::Footprint;
 pub use metrics::{Metrics, MetricsFile};

@@ -99,7 +99,7 @@ pub struct Settings {
     pub adam_beta2: f64,
     #[arg(long, value_name = "X", default_value_t = 1e-8, help_heading = "Optimizer")]
     pub adam_epsilon: f64,
-    /// Gradients are scaled down to this norm
+    /// Gradients are scaled down to this norm; 0: they are left as they are
     #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Optimizer")]
     pub max_grad_norm: f64,
     /// How the rates fall after the warm-up
@@ -153,6 +153,7 @@ impl Settings {
             ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
             ("logging_steps", self.logging_steps),
             ("save_steps", self.save_steps),
+            ("save_total_limit", self.save_total_limit as u64),
             ("max_steps", self.max_steps.unwrap_or(1)),
             ("eval_steps", self.eval_steps.unwrap_or(1)),
             ("stride", self.stride.unwrap_or(1) as u64),
@@ -180,6 +181,10 @@ impl Settings {
         if self.max_steps.is_none() && self.epochs == 0.0 {
             return refuse("epochs", &self.epochs, "more than 0");
         }
+        // A weight without a gradient would be 0 / 0.
+        if self.adam_epsilon == 0.0 {
+            return refuse("adam_epsilon", &self.adam_epsilon, "more than 0");
+        }
         for (name, value) in [
             ("wsd_decay", self.wsd_decay),
             ("stop_at_verbatim", self.stop_at_verbatim.unwrap_or(1.0)),
@@ -187,6 +192,18 @@ impl Settings {
             if !(0.0..=1.0).contains(&value) {
                 return refuse(name, &value, "a part from 0 to 1");
             }
+        }
+        if self.stop_at_verbatim.is_some() && self.eval_steps.is_none() {
+            return Err(error(
+                "the verbatim rate is never measured, for --stop-at-verbatim",
+                "say by --eval-steps how often to measure it",
+            ));
+        }
+        if self.stride.is_some() && self.windows != Kind::Stream {
+            return Err(error(
+                "only stream windows have a stride, in --stride",
+                "give --windows stream, or no --stride",
+            ));
         }
         Ok(())
     }
@@ -231,7 +248,12 @@ impl Settings {
             },
             muon: (self.optimizer == Method::Muon).then_some(Muon { momentum: self.muon_momentum }),
             decay: self.decay_rate,
-            max_grad_norm: self.max_grad_norm,
+            // As with the Trainer, 0 is no clipping.
+            max_grad_norm: if self.max_grad_norm == 0.0 {
+                f64::INFINITY
+            } else {
+                self.max_grad_norm
+            },
         }
     }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::checkpoints::{self, State};
+use super::footprint::check_memory;
 use super::{Engine, EventFile, Metrics, MetricsFile, Outcome, Settings};
 use crate::backend::{Arena, Backend};
 use crate::error::error;
@@ -15,7 +16,7 @@ use crate::tokens::{Sampler, Windows};
 /// What a run begins with.
 #[derive(Default)]
 pub struct Start {
-    /// Go on from the newest checkpoint in the output folder, if there is one.
+    /// Go on from the newest whole checkpoint in the output folder, with its shape, if there is one.
     pub resume: bool,
     /// Else begin with these weights (an arena) and a fresh optimizer, or else with fresh ones.
     pub weights: Option<Vec<f32>>,
@@ -65,25 +66,23 @@ const HOPELESS: u64 = 20;
 /// A run under way.
 pub struct Trainer<'a> {
     job: Job<'a>,
+    config: Config,
     engine: Engine,
     sampler: Sampler,
     state: State,
     /// Steps in a row whose gradients were not finite.
     skipped: u64,
+    /// Nothing of this run lies in the output folder yet.
+    unsaved: bool,
+    /// What a person should know before it begins.
+    notes: Vec<String>,
 }
 
 impl<'a> Trainer<'a> {
     /// Makes ready: memory, weights, or the state of the run that is resumed.
     pub fn new(backend: &dyn Backend, mut job: Job<'a>) -> anyhow::Result<Self> {
-        let Job { settings, config, windows, .. } = job;
+        let Job { settings, windows, .. } = job;
         settings.validate()?;
-        let mut engine = Engine::new(
-            backend,
-            config,
-            &settings.optimizer(),
-            settings.batch_size,
-            windows.context(),
-        )?;
         job.provenance.recipe = serde_json::to_value(settings)?;
         job.provenance.seed = settings.seed;
         job.provenance.program_version = env!("CARGO_PKG_VERSION").to_string();
@@ -99,20 +98,38 @@ impl<'a> Trainer<'a> {
             settings: settings.clone(),
             tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
         };
+        let mut notes = Vec::new();
         let Start { resume, weights } = std::mem::take(&mut job.start);
-        let saved = if resume { checkpoints::latest(job.output, engine.layout())? } else { None };
+        let saved = if resume {
+            checkpoints::latest(job.output, &mut |note| notes.push(note))?
+        } else {
+            None
+        };
+        if let Some(saved) = &saved {
+            check_resumable(saved, &state)?;
+        }
+        // A run that began with another model's weights has its shape, whatever the flags say.
+        let config = saved.as_ref().map_or(job.config, |saved| &saved.config).clone();
+        check_memory(backend, &config, settings.batch_size, windows.context())?;
+        let mut engine = Engine::new(
+            backend,
+            &config,
+            &settings.optimizer(),
+            settings.batch_size,
+            windows.context(),
+        )?;
+        let unsaved = saved.is_none();
         if let Some(saved) = saved {
-            check_resumable(&saved, &state)?;
             for ((_, arena), values) in checkpoints::ARENAS.iter().zip(&saved.arenas) {
                 engine.write(*arena, values)?;
             }
             state = State { settings: state.settings, ..saved.state };
             sampler = Sampler::resume(windows.len(), settings.order, state.position)?;
         } else {
-            let fresh = || initialize(config, engine.layout(), settings.seed);
+            let fresh = || initialize(&config, engine.layout(), settings.seed);
             engine.write(Arena::Parameters, &weights.unwrap_or_else(fresh))?;
         }
-        Ok(Self { job, engine, sampler, state, skipped: 0 })
+        Ok(Self { job, config, engine, sampler, state, skipped: 0, unsaved, notes })
     }
 
     /// Steps that were done before this run went on.
@@ -124,6 +141,11 @@ impl<'a> Trainer<'a> {
         self.state.total
     }
 
+    /// The shape of the model that is trained.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// Bytes of memory the model, its optimizer and its activations hold.
     pub fn bytes(&self) -> usize {
         self.engine.bytes()
@@ -131,6 +153,9 @@ impl<'a> Trainer<'a> {
 
     /// Trains to the end, and saves the model.
     pub fn run(mut self, observer: &mut dyn Observer) -> anyhow::Result<Finish> {
+        for note in &self.notes {
+            observer.note(note);
+        }
         let settings = self.job.settings;
         let mut metrics = MetricsFile::open(&self.job.metrics, self.state.step)?;
         let mut events = self.job.tensorboard.as_deref().map(EventFile::create).transpose()?;
@@ -197,7 +222,7 @@ impl<'a> Trainer<'a> {
             finish.interrupted = !last && observer.stop();
             if finish.interrupted || (!last && step.is_multiple_of(settings.save_steps)) {
                 self.save(&checkpoints::folder(self.job.output, step))?;
-                checkpoints::prune(self.job.output, settings.save_total_limit)?;
+                checkpoints::prune(self.job.output, step, settings.save_total_limit)?;
             }
             if finish.interrupted {
                 return Ok(finish);
@@ -205,7 +230,8 @@ impl<'a> Trainer<'a> {
         }
         // A run that was finished before has nothing new to save.
         if self.state.step > already {
-            self.save(self.job.output)?;
+            let output = self.job.output;
+            self.save(output)?;
         }
         Ok(finish)
     }
@@ -225,8 +251,11 @@ impl<'a> Trainer<'a> {
         state.step += 1;
         state.position = self.sampler.position();
         state.tokens += batches.iter().map(|batch| batch.ids.len() as u64).sum::<u64>();
-        state.unlogged.0 += outcome.loss;
-        state.unlogged.1 += 1;
+        // JSON has no word for what is not finite: such a loss is told of by the note below.
+        if outcome.loss.is_finite() {
+            state.unlogged.0 += outcome.loss;
+            state.unlogged.1 += 1;
+        }
         if outcome.updated() {
             self.skipped = 0;
         } else {
@@ -266,7 +295,7 @@ impl<'a> Trainer<'a> {
         Ok((all > 0).then(|| exact as f64 / all as f64))
     }
 
-    fn save(&self, folder: &Path) -> anyhow::Result<()> {
+    fn save(&mut self, folder: &Path) -> anyhow::Result<()> {
         let arenas: Vec<(&str, Vec<f32>)> = checkpoints::ARENAS
             .iter()
             .map(|&(name, arena)| (name, self.engine.read(arena)))
@@ -276,7 +305,7 @@ impl<'a> Trainer<'a> {
         save(
             folder,
             &Checkpoint {
-                config: self.job.config,
+                config: &self.config,
                 layout: self.engine.layout(),
                 weights: &arenas[0].1,
                 precision: self.job.settings.precision,
@@ -287,7 +316,11 @@ impl<'a> Trainer<'a> {
                     state: &serde_json::to_value(&self.state)?,
                 }),
             },
-        )
+        )?;
+        if std::mem::take(&mut self.unsaved) {
+            checkpoints::replace_other_run(self.job.output, folder)?;
+        }
+        Ok(())
     }
 }
 

@@ -242,10 +242,9 @@ fn updates_equal_the_references() {
             let (program, norm) = update(&layout, &optimizer);
             let program = session.load(program).unwrap();
             for step in 1..=3 {
-                let mut gradients = weights(&layout);
-                for g in &mut gradients {
-                    *g *= step as f32;
-                }
+                // Each in a direction of its own: what a momentum adds would not show otherwise.
+                let mut gradients = vec![0.0; layout.len];
+                Philox::new(8, Stream::Test).fill_normal(step as u32, 0.3, &mut gradients);
                 session.write(Arena::Gradients, &gradients).unwrap();
                 let rates = Rates { learning_rate: 1e-2, muon_learning_rate: 2e-2, step };
                 session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
@@ -303,4 +302,93 @@ fn a_step_holds_the_memory_that_was_planned() {
     let planned = Footprint::new(&backend, &config, windows, context);
     assert_eq!(planned.windows_at_once, 64);
     assert_eq!(engine.bytes(), planned.peak() - planned.workspace);
+}
+
+/// Measures come from the evaluation, losses from the training step: the same numbers, to the bit,
+/// also right after a step whose buffers lay in the same memory.
+#[test]
+fn evaluation_says_what_training_says() {
+    for (heads, kv_heads, head_dim, tied) in SHAPES {
+        for backend in [&reference(Precision::F64) as &dyn Backend, &cpu(2)] {
+            let config = config(heads, kv_heads, head_dim, tied);
+            let layout = Layout::new(&config);
+            let batch = batch(3, 37, config.vocab_size);
+            let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+            session.write(Arena::Parameters, &weights(&layout)).unwrap();
+            let training = step::training(&config, &layout, 3, 37);
+            let evaluation = step::evaluation(&config, &layout, 3, 37);
+            let train = session.load(training.program).unwrap();
+            let evaluate = session.load(evaluation.program).unwrap();
+            session.run(train, &feed(&training.batch, &batch)).unwrap();
+            let nll = session.floats(train, training.losses.nll);
+            let argmax = session.indices(train, training.losses.argmax);
+            let gradients = session.read(Arena::Gradients);
+            session.run(evaluate, &feed(&evaluation.batch, &batch)).unwrap();
+            let what = format!("{}, heads of {head_dim}", backend.name());
+            assert!(nll == session.floats(evaluate, evaluation.losses.nll), "{what}: nll");
+            assert_eq!(argmax, session.indices(evaluate, evaluation.losses.argmax), "{what}");
+            assert!(gradients == session.read(Arena::Gradients), "{what}: it trains nothing");
+            assert!(
+                nll.iter().zip(&batch.targets).all(|(&nll, &t)| (nll == 0.0) == (t == IGNORE)),
+                "{what}: a loss where one counts, and nowhere else"
+            );
+        }
+    }
+}
+
+/// As torch.argmax has it, also across the pieces in which a vocabulary is worked through.
+#[test]
+fn the_best_guess_is_the_first_of_equals() {
+    for backend in [&reference(Precision::F32) as &dyn Backend, &cpu(2)] {
+        let config = config(6, 2, 6, false);
+        let layout = Layout::new(&config);
+        let batch = batch(2, 9, config.vocab_size);
+        let mut arena = weights(&layout);
+        // Every word has two twins, within its piece and in the next.
+        let head = layout.head;
+        for word in 0..head.rows {
+            let twin = word % 300;
+            let from = head.offset + twin * head.cols;
+            arena.copy_within(from..from + head.cols, head.offset + word * head.cols);
+        }
+        let mut session = backend.open(&layout, Need::default()).unwrap();
+        session.write(Arena::Parameters, &arena).unwrap();
+        let evaluation = step::evaluation(&config, &layout, 2, 9);
+        let program = session.load(evaluation.program).unwrap();
+        session.run(program, &feed(&evaluation.batch, &batch)).unwrap();
+        let guesses = session.indices(program, evaluation.losses.argmax);
+        assert!(guesses.iter().all(|&guess| guess < 300), "{}: {guesses:?}", backend.name());
+    }
+}
+
+/// Micro-batches, and the windows of one that go through a few at a time, leave their sum.
+#[test]
+fn gradients_add_up() {
+    for backend in [&reference(Precision::F64) as &dyn Backend, &cpu(2)] {
+        let config = config(6, 2, 6, true);
+        let layout = Layout::new(&config);
+        let both = batch(4, 21, config.vocab_size);
+        let gradients = |parts: &[Batch]| {
+            let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+            session.write(Arena::Parameters, &weights(&layout)).unwrap();
+            for part in parts {
+                let micro = step::training(&config, &layout, part.windows, part.context);
+                let program = session.load(micro.program).unwrap();
+                let feed = Feed {
+                    indices: micro.batch.feed(part),
+                    loss_scale: 1.0 / both.counted() as f64,
+                    ..Feed::default()
+                };
+                session.run(program, &feed).unwrap();
+            }
+            session.read(Arena::Gradients)
+        };
+        let whole = gradients(std::slice::from_ref(&both));
+        let parts = gradients(&[both.slice(0, 1), both.slice(1, 3), both.slice(3, 4)]);
+        for parameter in &layout.parameters {
+            let place = parameter.span.range();
+            let off = error(&parts[place.clone()], &whole[place]);
+            assert!(off < 1e-5, "{}: d {} off by {off}", backend.name(), parameter.name);
+        }
+    }
 }

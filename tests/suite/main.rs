@@ -20,3 +20,4 @@ mod support;
 mod tokenizer;
 mod tokens;
 mod trainer;
+mod training;

@@ -1,0 +1,803 @@
+//! `laam train` as a person runs it: cut off and resumed, begun in every way, told wrong things; and
+//! what it writes while it runs.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use laam::backend::Arena;
+use laam::backend::cpu::Cpu;
+use laam::corpus::{Corpus, Options, Source};
+use laam::llama::Rates;
+use laam::model::{Layout, initialize, load, load_config};
+use laam::tokenizer::{Style, Tokenizer};
+use laam::tokens::{Kind, Order, Sampler, TokenFile, Windows};
+use laam::train::{Engine, Metrics, Settings};
+use tempfile::TempDir;
+
+use crate::support::laam;
+
+/// A tokenizer of the built-in sample.
+fn tokenizer() -> &'static Path {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let corpus = Corpus::open(&Source::Sample, Options::default()).unwrap();
+        let documents: Vec<_> = corpus.documents().unwrap().map(Result::unwrap).collect();
+        super::tokenizer::train(&documents, Style::Exact, 400).save(folder.path()).unwrap();
+        folder
+    });
+    folder.path()
+}
+
+/// `laam train` of a small model on two files of the sample, which are some 100 windows. A flag of
+/// these that is given takes its place.
+fn train(output: &Path, flags: &str) -> Command {
+    let tokenizer = tokenizer().to_str().expect("a plain path");
+    let small = [
+        ("--limit", "2"),
+        ("--tokenizer_path", tokenizer),
+        ("--max_position_embeddings", "48"),
+        ("--hidden_size", "16"),
+        ("--intermediate_size", "24"),
+        ("--num_hidden_layers", "2"),
+        ("--num_attention_heads", "4"),
+        ("--num_key_value_heads", "2"),
+        ("--warmup_steps", "5"),
+        ("--learning_rate", "1e-2"),
+    ];
+    let mut command = laam();
+    command.arg("train").arg("--output_path").arg(output).args(flags.split_whitespace());
+    for (flag, value) in small {
+        if !flags.split_whitespace().any(|given| given.split('=').next() == Some(flag)) {
+            command.args([flag, value]);
+        }
+    }
+    command
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).expect("talk is UTF-8")
+}
+
+/// Trains to the end; returns what was said.
+fn trained(output: &Path, flags: &str) -> String {
+    let done = train(output, flags).output().expect("the program starts");
+    assert!(done.status.success(), "{flags}: {}", said(&done));
+    assert!(done.stdout.is_empty(), "training has no data for stdout");
+    said(&done)
+}
+
+/// Fails as an error does; returns what was said.
+fn refused(output: &Path, flags: &str) -> String {
+    let failed = train(output, flags).output().expect("the program starts");
+    let said = said(&failed);
+    assert_eq!(failed.status.code(), Some(2), "{flags}: {said}");
+    let lines: Vec<_> = said.lines().filter(|line| !line.starts_with("warning: ")).collect();
+    let error = lines.iter().position(|line| line.starts_with("laam: ")).expect(&said);
+    assert_eq!(lines.len(), error + 2, "{flags}: {said}");
+    assert!(lines[error + 1].starts_with("hint: "), "{flags}: {said}");
+    said
+}
+
+fn metrics(output: &Path) -> Vec<Metrics> {
+    let text = fs::read_to_string(output.join("metrics.jsonl")).unwrap_or_default();
+    text.lines().map_while(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Starts a run and lets it go until so many lines of metrics are there.
+fn under_way(output: &Path, flags: &str, lines: usize) -> Child {
+    let mut child = train(output, flags).stderr(Stdio::piped()).spawn().expect("it starts");
+    let began = Instant::now();
+    while metrics(output).len() < lines && child.try_wait().unwrap().is_none() {
+        assert!(began.elapsed() < Duration::from_secs(60), "no {lines} lines in a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child
+}
+
+/// Kills a run, as a power cut would, once it has written some lines. On a machine so busy that the
+/// run was done before, it is done over, and killed sooner.
+fn killed(output: &Path, flags: &str, lines: usize) {
+    for lines in (1..=lines).rev().step_by(2) {
+        let mut child = under_way(output, flags, lines);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if !output.join("model.safetensors").exists() {
+            return;
+        }
+        fs::remove_dir_all(output).unwrap();
+    }
+    panic!("no run could be killed in time");
+}
+
+/// What has to be the same, however a run came to its end: weights, state, and all of the metrics
+/// but the clock's.
+fn result(output: &Path) -> (Vec<u8>, Vec<u8>, String) {
+    let read = |name: &str| fs::read(output.join(name)).unwrap();
+    let mut told = String::new();
+    for Metrics { step, epoch, loss, learning_rate, grad_norm, tokens, .. } in metrics(output) {
+        writeln!(told, "{step} {epoch} {loss} {learning_rate} {grad_norm} {tokens}").unwrap();
+    }
+    assert!(!told.is_empty());
+    (read("model.safetensors"), read("training_state.safetensors"), told)
+}
+
+/// Not `assert_eq`: megabytes of bytes are no message.
+fn assert_same(a: &Path, b: &Path, what: &str) {
+    let (a, b) = (result(a), result(b));
+    assert_eq!(a.2, b.2, "{what}: metrics");
+    assert!(a.0 == b.0, "{what}: weights");
+    assert!(a.1 == b.1, "{what}: training state");
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// The numbers of the checkpoints in a folder.
+fn checkpoints(output: &Path) -> Vec<u64> {
+    let names = fs::read_dir(output).unwrap().map(|entry| entry.unwrap().file_name());
+    let number =
+        |name: std::ffi::OsString| name.to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok();
+    let mut steps: Vec<u64> = names.filter_map(number).collect();
+    steps.sort_unstable();
+    steps
+}
+
+/// Epoch borders inside, lines of metrics that span a checkpoint; and everything else that a run
+/// has to remember.
+const KINDS: [&str; 3] = [
+    "--batch_size 7 --max_steps 60 --save_steps 10 --logging_steps 3",
+    "--batch_size 5 --gradient_accumulation_steps 3 --max_steps 50 --save_steps 7 \
+     --logging_steps 2 --optimizer muon --windows addressed --max_position_embeddings 64 \
+     --tie_word_embeddings --lr_scheduler_type wsd --precision bfloat16",
+    "--batch_size 9 --epochs 3.5 --save_steps 8 --logging_steps 3 --windows stream --stride 20 \
+     --eval_steps 11 --order sequential",
+];
+
+#[test]
+fn a_killed_run_resumes_to_the_bytes_of_an_unbroken_one_at_any_number_of_threads() {
+    for flags in KINDS {
+        let folder = tempfile::tempdir().unwrap();
+        let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
+        trained(&unbroken, &format!("{flags} --threads 1"));
+        let last = metrics(&unbroken).pop().unwrap();
+        assert!(last.epoch > 1.5, "{flags}: an epoch's border is part of the test, {last:?}");
+
+        killed(&broken, &format!("{flags} --threads 2"), 8);
+        // And once more: what was resumed can be killed.
+        let mut child = under_way(&broken, &format!("{flags} --threads 2 --resume"), 11);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let said = trained(&broken, &format!("{flags} --threads 2 --resume"));
+        assert!(said.contains("resuming after step "), "{flags}: {said}");
+        assert_same(&broken, &unbroken, flags);
+        // A finished run stays as it is.
+        let said = trained(&broken, &format!("{flags} --resume"));
+        assert!(said.contains("nothing to do"), "{said}");
+        assert_same(&broken, &unbroken, flags);
+    }
+}
+
+#[test]
+fn ctrl_c_finishes_the_step_saves_and_exits_with_130() {
+    let flags = "--batch_size 3 --gradient_accumulation_steps 2 --max_steps 90 --save_steps 1000 \
+                 --logging_steps 2 --save_total_limit 1 --optimizer muon";
+    let folder = tempfile::tempdir().unwrap();
+    let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
+    trained(&unbroken, flags);
+    for lines in [9, 5, 2] {
+        let child = under_way(&broken, flags, lines);
+        let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        let ended = child.wait_with_output().unwrap();
+        if ended.status.success() || !sent.success() {
+            // Done before the signal came: once more, sooner.
+            fs::remove_dir_all(&broken).unwrap();
+            continue;
+        }
+        let said = said(&ended);
+        assert_eq!(ended.status.code(), Some(130), "{said}");
+        assert!(said.contains("--resume goes on"), "{said}");
+        let [step] = checkpoints(&broken)[..] else { panic!("one checkpoint: {said}") };
+        assert!(step >= 2 * lines as u64 && said.contains(&format!("after step {step} of 90")));
+        assert!(!broken.join("model.safetensors").exists(), "an unfinished model is no result");
+        let checkpoint = load(&broken.join(format!("checkpoint-{step}"))).unwrap();
+        assert!(checkpoint.warnings.is_empty());
+        trained(&broken, &format!("{flags} --resume"));
+        assert_same(&broken, &unbroken, "after Ctrl-C");
+        return;
+    }
+    panic!("no run could be interrupted in time");
+}
+
+#[test]
+fn a_run_that_diverges_for_a_while_is_resumed_too() {
+    // Float32 overflows within a few steps at this rate; JSON has no infinity to say so.
+    let flags = "--max_steps 12 --batch_size 2 --learning_rate 1e38 --warmup_steps 6 \
+                 --save_steps 1 --save_total_limit 50 --logging_steps 1 --decay_rate 0";
+    let folder = tempfile::tempdir().unwrap();
+    let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
+    let said = trained(&unbroken, flags);
+    assert!(said.contains("gradients not finite, no update"), "{said}");
+    assert!(metrics(&unbroken).last().unwrap().grad_norm.is_nan());
+    copy_folder(&unbroken, &broken);
+    for name in ["model.safetensors", "training_state.safetensors"] {
+        fs::remove_file(broken.join(name)).unwrap();
+    }
+    let said = trained(&broken, &format!("{flags} --resume"));
+    assert!(said.contains("resuming after step 11 of 12"), "{said}");
+    assert_same(&broken, &unbroken, "after a divergence");
+}
+
+#[test]
+fn the_newest_checkpoints_stay_and_are_whole_models() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags = "--max_steps 11 --save_steps 2 --save_total_limit 2 --batch_size 2";
+    trained(folder.path(), flags);
+    assert_eq!(checkpoints(folder.path()), [8, 10]);
+    for step in [8, 10] {
+        let folder = folder.path().join(format!("checkpoint-{step}"));
+        assert!(load(&folder).unwrap().warnings.is_empty());
+        Tokenizer::load(&folder).unwrap();
+    }
+}
+
+/// A run of 20 steps as a crash after step 15 leaves it, with checkpoints at 5, 10 and 15.
+fn crashed() -> &'static (TempDir, PathBuf, PathBuf) {
+    static RUNS: OnceLock<(TempDir, PathBuf, PathBuf)> = OnceLock::new();
+    RUNS.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let (unbroken, crashed) = (folder.path().join("unbroken"), folder.path().join("crashed"));
+        trained(&unbroken, CRASHED);
+        copy_folder(&unbroken, &crashed);
+        for entry in fs::read_dir(&crashed).unwrap().map(Result::unwrap) {
+            if entry.file_type().unwrap().is_file() && entry.file_name() != "metrics.jsonl" {
+                fs::remove_file(entry.path()).unwrap();
+            }
+        }
+        (folder, unbroken, crashed)
+    })
+}
+
+const CRASHED: &str = "--max_steps 20 --save_steps 5 --save_total_limit 9 --batch_size 3 \
+                       --logging_steps 1";
+
+fn truncate(file: &Path) {
+    let bytes = fs::read(file).unwrap();
+    fs::write(file, &bytes[..bytes.len() / 2]).unwrap();
+}
+
+/// What a crash can do to the newest checkpoint, the step the run then goes on from, and whether
+/// that is worth a warning.
+#[test]
+fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
+    type Damage = fn(&Path);
+    let cases: [(&str, u64, bool, Damage); 8] = [
+        ("nothing", 15, false, |_| ()),
+        ("a cut state", 10, true, |newest| truncate(&newest.join("training_state.safetensors"))),
+        ("an empty state", 10, true, |newest| {
+            fs::write(newest.join("training_state.safetensors"), "").unwrap();
+        }),
+        ("no config", 10, true, |newest| fs::remove_file(newest.join("config.json")).unwrap()),
+        // Weights are the state's, at full precision: the model's own are not read.
+        ("a cut model", 15, false, |newest| truncate(&newest.join("model.safetensors"))),
+        // A save that was cut off before it counted.
+        ("a save under way", 10, false, |newest| {
+            let staged = newest.join(".laam-staged");
+            fs::create_dir(&staged).unwrap();
+            for entry in fs::read_dir(newest).unwrap().map(Result::unwrap) {
+                if entry.file_type().unwrap().is_file() {
+                    fs::rename(entry.path(), staged.join(entry.file_name())).unwrap();
+                }
+            }
+            truncate(&staged.join("training_state.safetensors"));
+        }),
+        // And one cut off after it counted, before its files had their places.
+        ("a save to be completed", 15, false, |newest| {
+            let commit = newest.join(".laam-commit");
+            fs::create_dir(&commit).unwrap();
+            for entry in fs::read_dir(newest).unwrap().map(Result::unwrap) {
+                if entry.file_type().unwrap().is_file() {
+                    fs::rename(entry.path(), commit.join(entry.file_name())).unwrap();
+                }
+            }
+        }),
+        ("a file of that name", 10, false, |newest| {
+            fs::remove_dir_all(newest).unwrap();
+            fs::write(newest, "").unwrap();
+        }),
+    ];
+    let (_, unbroken, crashed) = crashed();
+    for (what, step, warned, damage) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        copy_folder(crashed, folder.path());
+        damage(&folder.path().join("checkpoint-15"));
+        let resumed = train(folder.path(), &format!("{CRASHED} --resume")).output().unwrap();
+        let said = said(&resumed);
+        if what == "a file of that name" {
+            // It stands in the way of the save: an error that names it.
+            assert_eq!(resumed.status.code(), Some(2), "{what}: {said}");
+            assert!(said.contains("checkpoint-15"), "{what}: {said}");
+            continue;
+        }
+        assert!(resumed.status.success(), "{what}: {said}");
+        assert!(said.contains(&format!("resuming after step {step} of 20")), "{what}: {said}");
+        assert_eq!(said.contains("checkpoint-15 is passed over"), warned, "{what}: {said}");
+        assert_same(folder.path(), unbroken, what);
+    }
+}
+
+#[test]
+fn where_every_checkpoint_is_damaged_the_run_says_so_and_touches_nothing() {
+    let (_, _, crashed) = crashed();
+    let folder = tempfile::tempdir().unwrap();
+    copy_folder(crashed, folder.path());
+    for step in [5, 10, 15] {
+        let checkpoint = folder.path().join(format!("checkpoint-{step}"));
+        truncate(&checkpoint.join("training_state.safetensors"));
+    }
+    let before = metrics(folder.path()).len();
+    let said = refused(folder.path(), &format!("{CRASHED} --resume"));
+    assert!(said.contains("checkpoint-15"), "{said}");
+    assert_eq!(metrics(folder.path()).len(), before);
+    assert_eq!(checkpoints(folder.path()), [5, 10, 15]);
+}
+
+/// A checkpoint that could not be resumed from must not push out those that can.
+#[test]
+fn a_damaged_checkpoint_takes_no_good_ones_place() {
+    let (_, _, crashed) = crashed();
+    let folder = tempfile::tempdir().unwrap();
+    copy_folder(crashed, folder.path());
+    truncate(&folder.path().join("checkpoint-15/training_state.safetensors"));
+    // Resumed after 10, saved at 11, and no room for two.
+    let flags = CRASHED.replace("--save_steps 5", "--save_steps 11").replace("limit 9", "limit 1");
+    trained(folder.path(), &format!("{flags} --resume"));
+    assert_eq!(checkpoints(folder.path()), [11]);
+    load(&folder.path().join("checkpoint-11")).unwrap();
+}
+
+/// `--reload` into a folder with a finished run: once it has saved, it is what `--resume` goes on
+/// with, and the finished run's state is not.
+#[test]
+fn a_run_that_replaces_another_is_resumed_instead_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let [first, unbroken, broken] = ["first", "unbroken", "broken"].map(|n| folder.path().join(n));
+    trained(&first, "--max_steps 9 --save_steps 4 --batch_size 2");
+    let flags = "--max_steps 40 --save_steps 5 --logging_steps 1 --batch_size 3 --seed 7";
+    copy_folder(&first, &unbroken);
+    trained(&unbroken, &format!("{flags} --reload"));
+    assert_eq!(checkpoints(&unbroken), [25, 30, 35], "the first run's are gone");
+
+    copy_folder(&first, &broken);
+    let mut child = under_way(&broken, &format!("{flags} --reload"), 13);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let said = trained(&broken, &format!("{flags} --resume"));
+    assert!(!said.contains("no checkpoint"), "{said}");
+    assert_same(&broken, &unbroken, "--reload, killed, resumed");
+}
+
+/// A run from another model's weights has that model's shape, also when it is resumed.
+#[test]
+fn init_from_takes_weights_and_shape_and_is_resumed_with_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let [first, unbroken, broken] = ["first", "unbroken", "broken"].map(|n| folder.path().join(n));
+    trained(&first, "--max_steps 3 --batch_size 2 --num_hidden_layers 1 --intermediate_size 40");
+    let flags = "--max_steps 40 --save_steps 5 --logging_steps 1 --batch_size 3";
+    let from = format!("{flags} --init_from {}", first.display());
+    trained(&unbroken, &from);
+    let config = load_config(&unbroken).unwrap().0;
+    assert_eq!((config.num_hidden_layers, config.intermediate_size), (1, 40));
+    // Weights only: the optimizer begins anew, at the first update's rate of 0.
+    assert_eq!(metrics(&unbroken)[0].learning_rate, 0.0);
+    killed(&broken, &from, 13);
+    trained(&broken, &format!("{flags} --resume"));
+    assert_same(&broken, &unbroken, "--init_from, killed, resumed");
+}
+
+#[test]
+fn what_cannot_be_resumed_is_named() {
+    let (_, _, crashed) = crashed();
+    let folder = tempfile::tempdir().unwrap();
+    copy_folder(crashed, folder.path());
+    for (changed, named) in [
+        ("--learning_rate 2e-2", "--learning-rate was 0.01, not 0.02"),
+        ("--hidden_size 24", "--hidden-size was 16, not 24"),
+        ("--num_hidden_layers 3", "--num-hidden-layers was 2, not 3"),
+        ("--seed 1", "--seed was 42, not 1"),
+        ("--optimizer muon", "--optimizer was \"adamw\", not \"muon\""),
+        ("--windows stream", "--windows was \"original\", not \"stream\""),
+        ("--tie_word_embeddings", "--tie-word-embeddings was false, not true"),
+        ("--max_steps 21", "--max-steps was 20, not 21"),
+        ("--limit 3", "its corpus or tokenizer was another"),
+    ] {
+        let flags = if changed.starts_with("--max_steps") {
+            CRASHED.replace("--max_steps 20", changed)
+        } else {
+            format!("{CRASHED} {changed}")
+        };
+        let said = refused(folder.path(), &format!("{flags} --resume"));
+        assert!(said.contains(named), "{changed}: {said}");
+        assert_eq!(checkpoints(folder.path()), [5, 10, 15]);
+        assert_eq!(metrics(folder.path()).len(), 20, "{changed}: the metrics are untouched");
+    }
+}
+
+#[test]
+fn beginning_with_the_wrong_things_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, nowhere) = (folder.path().join("out"), folder.path().join("nowhere"));
+    let (nowhere_text, model) = (nowhere.display(), folder.path().join("model"));
+    for flags in [
+        "--reload --resume".to_string(),
+        format!("--reload --init_from {nowhere_text}"),
+        format!("--resume --init_from {nowhere_text}"),
+        "--reload".to_string(),
+        format!("--init_from {nowhere_text}"),
+        format!("--tokenizer_path {nowhere_text}"),
+        format!("--source {nowhere_text}"),
+        "--backend cuda".to_string(),
+        "--stop_at_verbatim 0.5".to_string(),
+        "--stride 3".to_string(),
+        "--windows stream --stride 49".to_string(),
+    ] {
+        let said = refused(&out, &flags);
+        assert!(!said.contains("panicked"), "{said}");
+        assert!(!out.exists(), "{flags}: nothing was begun");
+    }
+    // A model of another vocabulary.
+    trained(&model, "--max_steps 1");
+    let other = folder.path().join("other");
+    let corpus = Corpus::open(&Source::Sample, Options::default()).unwrap();
+    let documents: Vec<_> = corpus.documents().unwrap().map(Result::unwrap).collect();
+    super::tokenizer::train(&documents, Style::Exact, 333).save(&other).unwrap();
+    let flags = format!("--init_from {} --tokenizer_path {}", model.display(), other.display());
+    let said = refused(&out, &flags);
+    assert!(said.contains("the tokenizer has 333 tokens") && said.contains("400"), "{said}");
+    // A model folder whose weights are cut.
+    truncate(&model.join("model.safetensors"));
+    let before = fs::read(model.join("model.safetensors")).unwrap();
+    refused(&out, &format!("--init_from {}", model.display()));
+    refused(&model, "--reload");
+    assert_eq!(fs::read(model.join("model.safetensors")).unwrap(), before);
+}
+
+#[test]
+fn resume_without_a_checkpoint_begins_and_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let (fresh, resumed) = (folder.path().join("fresh"), folder.path().join("resumed"));
+    trained(&fresh, "--max_steps 4");
+    let said = trained(&resumed, "--max_steps 4 --resume");
+    assert!(said.contains("warning: no checkpoint to resume in"), "{said}");
+    assert_same(&fresh, &resumed, "--resume at the beginning");
+}
+
+#[test]
+fn numbers_that_no_run_can_have_are_refused_by_their_flag() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let counts = [
+        "batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "max_steps",
+        "eval_steps",
+        "threads",
+        "limit",
+    ];
+    let above_zero = ["epochs", "adam_epsilon"];
+    let from_zero =
+        ["muon_learning_rate", "decay_rate", "max_grad_norm", "adam_beta1", "muon_momentum"];
+    let mut cases: Vec<(String, String)> = Vec::new();
+    let mut case = |name: &str, value: &str| {
+        cases.push((name.to_string(), format!("--{name}={value}")));
+    };
+    for name in counts {
+        for value in ["0", "-1", "1.5", "x", ""] {
+            case(name, value);
+        }
+    }
+    for name in above_zero {
+        case(name, "0");
+    }
+    for name in from_zero.into_iter().chain(above_zero) {
+        for value in ["-0.5", "nan", "inf", "x"] {
+            case(name, value);
+        }
+    }
+    for (name, value) in [
+        ("adam_beta2", "1"),
+        ("adam_beta1", "1"),
+        ("muon_momentum", "1"),
+        ("wsd_decay", "1.5"),
+        ("initializer_range", "-0.1"),
+        ("rope_theta", "0"),
+        ("head_dim", "3"),
+        ("head_dim", "0"),
+        ("precision", "float8"),
+        ("windows", "tiny"),
+        ("lr_scheduler_type", "exp"),
+        ("optimizer", "sgd"),
+        ("seed", "-1"),
+    ] {
+        case(name, value);
+    }
+    for (name, flags) in cases {
+        let said = refused(&out, &flags);
+        let words = [name.replace('_', "-"), name];
+        assert!(words.iter().any(|word| said.contains(word.as_str())), "{flags}: {said}");
+        assert!(!out.exists(), "{flags}: nothing was begun");
+    }
+}
+
+#[test]
+fn odd_amounts_train() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, flags: &str| {
+        let output = folder.path().join(name);
+        trained(&output, flags);
+        metrics(&output)
+    };
+    let whole = run("whole", "--epochs 1 --batch_size 4 --logging_steps 1000");
+    let [line] = whole.as_slice() else { panic!("one line, at the end") };
+    assert_eq!(line.epoch, 1.0);
+    let half = run("half", "--epochs 0.5 --batch_size 4").pop().unwrap();
+    assert_eq!(half.step, line.step.div_ceil(2));
+    let one = run("one", "--max_steps 1");
+    assert_eq!((one.len(), one[0].step, one[0].learning_rate), (1, 1, 0.0));
+    // One step is an epoch: all windows, and no more.
+    let all = run("all", "--epochs 2 --batch_size 100000 --gradient_accumulation_steps 5");
+    let (tokens, last) = (line.tokens, all.last().unwrap());
+    assert_eq!((last.step, last.epoch, last.tokens), (2, 2.0, 2 * tokens));
+    // Warm-up longer than the run, no clipping, no decay.
+    run("short", "--max_steps 3 --max_grad_norm 0 --decay_rate 0 --logging_steps 1");
+}
+
+#[test]
+fn what_no_machine_has_memory_for_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for flags in [
+        "--max_position_embeddings 2000000000",
+        "--intermediate_size 2000000000 --num_hidden_layers 1",
+        "--num_attention_heads 200000000 --head_dim 2 --num_key_value_heads 200000000",
+    ] {
+        let said = refused(&folder.path().join("out"), flags);
+        assert!(said.contains("GB of memory, this machine has"), "{flags}: {said}");
+        assert!(!folder.path().join("out").exists());
+    }
+}
+
+/// A window longer than any document is one padded window a document, or the whole stream.
+#[test]
+fn a_context_longer_than_the_text_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    for kind in ["original", "stream", "addressed"] {
+        let output = folder.path().join(kind);
+        let flags = format!("--windows {kind} --max_position_embeddings 5000 --epochs 2");
+        trained(&output, &format!("{flags} --logging_steps 1"));
+        let lines = metrics(&output);
+        let windows = if kind == "stream" { 1 } else { 2 };
+        assert_eq!(lines.len(), 2 * windows, "{kind}");
+        assert!(lines.iter().all(|line| line.loss.is_finite() && line.loss > 1.0), "{kind}");
+        assert_eq!(lines[0].tokens, 5000, "{kind}");
+    }
+}
+
+/// Every line of metrics says what the engine did, step by step.
+#[test]
+fn metrics_tell_what_the_engine_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("model");
+    let flags = "--batch_size 4 --gradient_accumulation_steps 2 --epochs 1.5 --logging_steps 3 \
+                 --lr_scheduler_type cosine --threads 1 --seed 9";
+    trained(&output, flags);
+    let lines = metrics(&output);
+
+    let tokenizer = Arc::new(Tokenizer::load(tokenizer()).unwrap());
+    let file = Arc::new(TokenFile::open(&folder.path().join("model.tokens")).unwrap());
+    let windows = Windows::new(file, tokenizer, Kind::Original, 48, None).unwrap();
+    let config = load_config(&output).unwrap().0;
+    let settings = Settings {
+        learning_rate: 1e-2,
+        warmup_steps: 5,
+        lr_scheduler_type: laam::train::Decline::Cosine,
+        ..Settings::default()
+    };
+    let an_epoch = windows.len().div_ceil(4).div_ceil(2) as u64;
+    let total = (1.5 * an_epoch as f64).ceil() as u64;
+    let schedule = settings.schedule(total);
+    let backend = Cpu { threads: 1 };
+    let mut engine = Engine::new(&backend, &config, &settings.optimizer(), 4, 48).unwrap();
+    let layout = Layout::new(&config);
+    engine.write(Arena::Parameters, &initialize(&config, &layout, 9)).unwrap();
+    let mut sampler = Sampler::new(windows.len(), Order::Shuffled, 9).unwrap();
+    let (mut expected, mut losses, mut tokens) = (Vec::new(), Vec::new(), 0);
+    for step in 1..=total {
+        let learning_rate = 1e-2 * schedule.factor(step - 1);
+        let epoch = sampler.position().epoch;
+        let mut batches = vec![windows.draw(&sampler.next(4)).unwrap()];
+        if sampler.position().epoch == epoch {
+            batches.push(windows.draw(&sampler.next(4)).unwrap());
+        }
+        tokens += batches.iter().map(|batch| 48 * batch.windows as u64).sum::<u64>();
+        let rates = Rates { learning_rate, muon_learning_rate: 0.0, step };
+        let outcome = engine.step(&batches, rates).unwrap();
+        losses.push(outcome.loss);
+        if step % 3 == 0 || step == total {
+            let loss = losses.iter().sum::<f64>() / losses.len() as f64;
+            losses.clear();
+            let epochs = (step / an_epoch) as f64;
+            let within = sampler.position().cursor as f64 / windows.len() as f64;
+            expected.push((step, epochs + within, loss, learning_rate, outcome.grad_norm, tokens));
+        }
+    }
+    let told: Vec<_> = lines
+        .iter()
+        .map(|m| (m.step, m.epoch, m.loss, m.learning_rate, m.grad_norm, m.tokens))
+        .collect();
+    assert_eq!(told, expected);
+    assert!(engine.read(Arena::Parameters) == load(&output).unwrap().weights);
+    for pair in lines.windows(2) {
+        assert!(pair[0].seconds <= pair[1].seconds && pair[1].tokens_a_second > 0.0);
+    }
+    // The fields by the names that others read them by.
+    let text = fs::read_to_string(output.join("metrics.jsonl")).unwrap();
+    let line: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    let names: Vec<_> = line.as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(
+        names,
+        [
+            "step",
+            "epoch",
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "tokens",
+            "tokens_a_second",
+            "seconds"
+        ]
+    );
+}
+
+/// CRC-32C bit by bit, as RFC 3720 defines it: the code under test takes it from a crate.
+fn crc32c(data: &[u8]) -> u32 {
+    !data.iter().fold(!0u32, |crc, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ (0x82F6_3B78 * (crc & 1)))
+    })
+}
+
+/// Takes `N` bytes off the front.
+fn take<const N: usize>(data: &mut &[u8]) -> [u8; N] {
+    let (front, rest) = data.split_first_chunk().expect("no record is cut short");
+    *data = rest;
+    *front
+}
+
+fn varint(data: &mut &[u8]) -> u64 {
+    let (mut value, mut shift) = (0, 0);
+    loop {
+        let [byte] = take(data);
+        value |= u64::from(byte & 0x7f) << shift;
+        shift += 7;
+        if byte < 0x80 {
+            return value;
+        }
+    }
+}
+
+/// The fields of a protocol buffer's message: numbers as their bits.
+enum Field<'a> {
+    Number(u64),
+    Bytes(&'a [u8]),
+}
+
+fn fields(mut message: &[u8]) -> Vec<(u64, Field<'_>)> {
+    let mut fields = Vec::new();
+    while !message.is_empty() {
+        let key = varint(&mut message);
+        let field = match key & 7 {
+            0 => Field::Number(varint(&mut message)),
+            1 => Field::Number(u64::from_le_bytes(take(&mut message))),
+            5 => Field::Number(u64::from(u32::from_le_bytes(take(&mut message)))),
+            2 => {
+                let length = varint(&mut message) as usize;
+                let (bytes, rest) = message.split_at(length);
+                message = rest;
+                Field::Bytes(bytes)
+            }
+            wire => panic!("no wire type {wire}"),
+        };
+        fields.push((key >> 3, field));
+    }
+    fields
+}
+
+/// The scalars of an event file, (step, tag, value) in order, its checksums checked.
+fn scalars(mut data: &[u8]) -> Vec<(u64, String, f32)> {
+    let mask = |crc: u32| crc.rotate_right(15).wrapping_add(0xa282_ead8);
+    let mut scalars = Vec::new();
+    let mut first = true;
+    while !data.is_empty() {
+        let length: [u8; 8] = take(&mut data);
+        assert_eq!(u32::from_le_bytes(take(&mut data)), mask(crc32c(&length)));
+        let (event, rest) = data.split_at(u64::from_le_bytes(length) as usize);
+        data = rest;
+        assert_eq!(u32::from_le_bytes(take(&mut data)), mask(crc32c(event)));
+        let mut step = 0;
+        for (number, field) in fields(event) {
+            match (number, field) {
+                (1, Field::Number(time)) => assert!(f64::from_bits(time) > 1.7e9, "a wall time"),
+                (2, Field::Number(number)) => step = number,
+                (3, Field::Bytes(version)) => {
+                    assert!(first && version == b"brain.Event:2");
+                    first = false;
+                }
+                (5, Field::Bytes(summary)) => {
+                    for (_, value) in fields(summary) {
+                        let Field::Bytes(value) = value else { panic!("a value is a message") };
+                        let (mut tag, mut number) = (String::new(), f32::NAN);
+                        for (at, field) in fields(value) {
+                            match (at, field) {
+                                (1, Field::Bytes(text)) => {
+                                    tag = String::from_utf8(text.to_vec()).unwrap();
+                                }
+                                (2, Field::Number(bits)) => number = f32::from_bits(bits as u32),
+                                _ => panic!("no field {at} in a value"),
+                            }
+                        }
+                        scalars.push((step, tag, number));
+                    }
+                }
+                (number, _) => panic!("no field {number} in an event"),
+            }
+        }
+    }
+    assert!(!first, "a file begins with its version");
+    scalars
+}
+
+#[test]
+fn tensorboard_gets_the_same_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let (output, board) = (folder.path().join("model"), folder.path().join("board"));
+    let flags = "--max_steps 300 --batch_size 2 --logging_steps 100 --eval_steps 150 \
+                 --windows addressed";
+    trained(&output, &format!("{flags} --tensorboard {}", board.display()));
+    let files: Vec<_> = fs::read_dir(&board).unwrap().map(|file| file.unwrap().path()).collect();
+    let [file] = files.as_slice() else { panic!("one file") };
+    assert!(file.file_name().unwrap().to_str().unwrap().starts_with("events.out.tfevents."));
+    let mut expected = Vec::new();
+    for line in metrics(&output) {
+        for (tag, value) in [
+            ("train/loss", line.loss),
+            ("train/learning_rate", line.learning_rate),
+            ("train/grad_norm", line.grad_norm),
+            ("train/epoch", line.epoch),
+            ("train/tokens_a_second", line.tokens_a_second),
+        ] {
+            expected.push((line.step, tag.to_string(), value as f32));
+        }
+        if let Some(rate) = line.verbatim_rate {
+            expected.push((line.step, "eval/verbatim_rate".to_string(), rate as f32));
+        }
+    }
+    // Steps of one and of two bytes, and one with a verbatim rate.
+    let count = |wanted: &str| expected.iter().filter(|(_, tag, _)| tag == wanted).count();
+    assert_eq!((count("train/loss"), count("eval/verbatim_rate")), (4, 2));
+    assert_eq!(scalars(&fs::read(file).unwrap()), expected);
+}
