@@ -38,8 +38,15 @@ pub(super) fn product(arch: Arch, y: &mut [f32], x: &[f32], w: &[f32], rows: usi
     // Waking another thread costs microseconds: some 2^16 multiplications of whole vectors.
     let tasks_at_least = (1 << 16) / (TASK * k * stride / width) + 1;
     tasks.into_par_iter().zip(w.par_chunks(TASK * k)).with_min_len(tasks_at_least).for_each(
-        |(mut out, w)| {
-            arch.dispatch(Task { x: &sideways, stride, w, k, out: &mut out });
+        |(out, w)| {
+            // Results meet in a tile first: the rows of y may lie a power of two apart, where
+            // writing to all of them in turn would throw one another out of the cache.
+            let pitch = TASK + width;
+            let mut tile = vec![0.0; rows * pitch];
+            arch.dispatch(Task { x: &sideways, stride, w, k, tile: &mut tile, pitch });
+            for (out, row) in out.into_iter().zip(tile.chunks(pitch)) {
+                out.copy_from_slice(&row[..out.len()]);
+            }
         },
     );
 }
@@ -55,37 +62,38 @@ impl WithSimd for Lanes {
     }
 }
 
-struct Task<'a, 'y> {
+struct Task<'a> {
     /// `[k, stride]`: a row of x in each lane.
     x: &'a [f32],
     stride: usize,
     /// `[outputs, k]`
     w: &'a [f32],
     k: usize,
-    /// `[rows][outputs]`
-    out: &'a mut [&'y mut [f32]],
+    /// `[rows, pitch]`, of which the first columns are the outputs.
+    tile: &'a mut [f32],
+    pitch: usize,
 }
 
-impl WithSimd for Task<'_, '_> {
+impl WithSimd for Task<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let Self { x, stride, w, k, out } = self;
+        let Self { x, stride, w, k, tile, pitch } = self;
         let (x, _) = S::as_simd_f32s(x);
         let vectors = stride / S::F32_LANES;
         let mut v = 0;
         while v < vectors {
-            let rows = &mut out[v * S::F32_LANES..];
+            let tile = &mut tile[v * S::F32_LANES * pitch..];
             // As many sums at once as the registers hold.
             if v + 4 <= vectors {
-                outputs::<S, 4, 4>(s, &x[v..], vectors, w, k, rows);
+                outputs::<S, 4, 4>(s, &x[v..], vectors, w, k, tile, pitch);
                 v += 4;
             } else if v + 2 <= vectors {
-                outputs::<S, 2, 8>(s, &x[v..], vectors, w, k, rows);
+                outputs::<S, 2, 8>(s, &x[v..], vectors, w, k, tile, pitch);
                 v += 2;
             } else {
-                outputs::<S, 1, 8>(s, &x[v..], vectors, w, k, rows);
+                outputs::<S, 1, 8>(s, &x[v..], vectors, w, k, tile, pitch);
                 v += 1;
             }
         }
@@ -100,18 +108,19 @@ fn outputs<S: Simd, const V: usize, const W: usize>(
     vectors: usize,
     w: &[f32],
     k: usize,
-    rows: &mut [&mut [f32]],
+    tile: &mut [f32],
+    pitch: usize,
 ) {
     let whole = w.len() / (W * k) * W;
     for (group, w) in w.chunks_exact(W * k).enumerate() {
-        sums::<S, V, W>(s, x, vectors, w, k, rows, group * W);
+        sums::<S, V, W>(s, x, vectors, w, k, &mut tile[group * W..], pitch);
     }
     for (rest, w) in w[whole * k..].chunks_exact(k).enumerate() {
-        sums::<S, V, 1>(s, x, vectors, w, k, rows, whole + rest);
+        sums::<S, V, 1>(s, x, vectors, w, k, &mut tile[whole + rest..], pitch);
     }
 }
 
-/// `W` outputs, from `first` on, of the rows in `V` vectors.
+/// `W` outputs of the rows in `V` vectors, into the first columns of the tile.
 #[inline(always)]
 fn sums<S: Simd, const V: usize, const W: usize>(
     s: S,
@@ -119,8 +128,8 @@ fn sums<S: Simd, const V: usize, const W: usize>(
     vectors: usize,
     w: &[f32],
     k: usize,
-    rows: &mut [&mut [f32]],
-    first: usize,
+    tile: &mut [f32],
+    pitch: usize,
 ) {
     let w: [&[f32]; W] = std::array::from_fn(|o| &w[o * k..][..k]);
     let mut sums = [[s.splat_f32s(0.0); V]; W];
@@ -133,8 +142,8 @@ fn sums<S: Simd, const V: usize, const W: usize>(
     }
     for (o, sums) in sums.iter().enumerate() {
         let lanes: &[f32] = bytemuck::cast_slice(sums);
-        for (row, &sum) in rows.iter_mut().zip(lanes) {
-            row[first + o] = sum;
+        for (row, &sum) in tile.chunks_mut(pitch).zip(lanes) {
+            row[o] = sum;
         }
     }
 }
