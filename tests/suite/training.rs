@@ -93,7 +93,7 @@ fn under_way(output: &Path, flags: &str, lines: usize) -> Child {
     let mut child = train(output, flags).stderr(Stdio::piped()).spawn().expect("it starts");
     let began = Instant::now();
     while metrics(output).len() < lines && child.try_wait().unwrap().is_none() {
-        assert!(began.elapsed() < Duration::from_secs(60), "no {lines} lines in a minute");
+        assert!(began.elapsed() < Duration::from_mins(1), "no {lines} lines in a minute");
         std::thread::sleep(Duration::from_millis(2));
     }
     child
@@ -226,7 +226,7 @@ fn ctrl_c_finishes_the_step_saves_and_exits_with_130() {
 fn a_run_that_diverges_for_a_while_is_resumed_too() {
     // Float32 overflows within a few steps at this rate; JSON has no infinity to say so.
     let flags = "--max_steps 12 --batch_size 2 --learning_rate 1e38 --warmup_steps 6 \
-                 --save_steps 1 --save_total_limit 50 --logging_steps 1 --decay_rate 0";
+                 --save_steps 1 --save_total_limit 50 --logging_steps 5 --decay_rate 0";
     let folder = tempfile::tempdir().unwrap();
     let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
     let said = trained(&unbroken, flags);
@@ -375,7 +375,8 @@ fn a_damaged_checkpoint_takes_no_good_ones_place() {
 fn a_run_that_replaces_another_is_resumed_instead_of_it() {
     let folder = tempfile::tempdir().unwrap();
     let [first, unbroken, broken] = ["first", "unbroken", "broken"].map(|n| folder.path().join(n));
-    trained(&first, "--max_steps 9 --save_steps 4 --batch_size 2");
+    // It went further than the other will.
+    trained(&first, "--max_steps 60 --save_steps 25 --batch_size 2");
     let flags = "--max_steps 40 --save_steps 5 --logging_steps 1 --batch_size 3 --seed 7";
     copy_folder(&first, &unbroken);
     trained(&unbroken, &format!("{flags} --reload"));
