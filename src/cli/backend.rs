@@ -49,7 +49,7 @@ impl Arguments {
             Kind::Cuda | Kind::Sim => Err(error(
                 format!("this build has no {:?} backend, in --backend", self.backend)
                     .to_lowercase(),
-                "use --backend cpu; GPU kernels are not there yet",
+                "use --backend cpu; training on a GPU is not there yet",
             )),
         }
     }
