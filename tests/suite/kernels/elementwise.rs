@@ -1,0 +1,68 @@
+//! SwiGLU, fills and casts.
+
+use super::*;
+
+/// Forward, dgate_up.
+fn swiglu<R: Float>(gate_up: &[f64], dout: &[f64], inter: usize) -> (Vec<R>, Vec<R>) {
+    let (gate_up, dout) = (real::<R>(gate_up), real::<R>(dout));
+    let (mut out, mut back) = (Vec::new(), vec![R::zero(); gate_up.len()]);
+    for (i, &d) in dout.iter().enumerate() {
+        let at = i / inter * 2 * inter + i % inter;
+        let (gate, up) = (gate_up[at], gate_up[at + inter]);
+        let s = R::one() / (R::one() + (-gate).exp());
+        out.push(gate * s * up);
+        back[at] = d * up * s * (R::one() + gate * (R::one() - s));
+        back[at + inter] = d * gate * s;
+    }
+    (out, back)
+}
+
+#[test]
+fn swiglu_is_right_there_and_back() {
+    let Some(module) = module("swiglu") else { return };
+    for ty in TYPES {
+        for (rows, inter) in [(1, 1), (3, 17), (5, 24), (7, 72)] {
+            let gate_up = ty.random(1, rows * 2 * inter, 6.0);
+            let dout = ty.random(2, rows * inter, 1.0);
+            let (exact, exact_back) = swiglu::<f64>(&gate_up, &dout, inter);
+            let (plain, plain_back) = swiglu::<f32>(&gate_up, &dout, inter);
+            let columns = inter / ty.full(inter);
+            let grid = [columns.div_ceil(8) as u32, 2, 1];
+            let config = Config { grid, block: [8, 4, 1], shared: 0 };
+            let shape = || [value(rows as i32), value(inter as i32)];
+            let (gate_up, dout) = (ty.bytes(&gate_up), ty.bytes(&dout));
+
+            let mut pieces = vec![Piece::In(gate_up.clone()), Piece::Out(dout.len())];
+            pieces.extend(shape());
+            let got = run(&module, &format!("swiglu_{}", ty.suffix()), config, &pieces);
+            check("swiglu", ty, &got[0], &exact, &plain);
+
+            let len = gate_up.len();
+            let mut pieces = vec![Piece::In(gate_up), Piece::In(dout), Piece::Out(len)];
+            pieces.extend(shape());
+            let got = run(&module, &format!("swiglu_backward_{}", ty.suffix()), config, &pieces);
+            check("swiglu backward", ty, &got[0], &exact_back, &plain_back);
+        }
+    }
+}
+
+#[test]
+fn fills_and_casts_are_exact() {
+    let Some(module) = module("fill_cast") else { return };
+    let config = Config::linear(2, 256);
+    for count in [1, 7, 64, 5003] {
+        for ty in TYPES {
+            let pieces = [Piece::Out(count * ty.size()), value(1.5f32), value(count as u64)];
+            let got = run(&module, &format!("fill_{}", ty.suffix()), config, &pieces);
+            assert_eq!(got[0], ty.bytes(&vec![1.5; count]));
+        }
+        let mut x = Type::F32.random(1, count, 1e3);
+        x[0] = f64::INFINITY;
+        let (wide, narrow) = (Type::F32.bytes(&x), Type::Bf16.bytes(&x));
+        let pieces = [Piece::In(wide), Piece::Out(2 * count), value(count as u64)];
+        assert!(run(&module, "cast_f32_bf16", config, &pieces)[0] == narrow, "{count} to bf16");
+        let exact = Type::F32.bytes(&Type::Bf16.values(&narrow));
+        let pieces = [Piece::In(narrow), Piece::Out(4 * count), value(count as u64)];
+        assert!(run(&module, "cast_bf16_f32", config, &pieces)[0] == exact, "{count} to f32");
+    }
+}

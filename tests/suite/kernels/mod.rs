@@ -1,0 +1,149 @@
+//! Every kernel, as nvcc compiled it, in the simulator: against f64, on shapes that leave lanes,
+//! rows and the tails of vectors over, under several orders of warps and blocks, races watched.
+//!
+//! The bound is a rule: at most twice the error of the same formula in plain f32, plus what one
+//! rounding of the output costs and the few units an approximate function may be off.
+
+mod elementwise;
+mod norm;
+mod optimizer;
+
+pub use half::bf16;
+pub use num_traits::Float;
+pub use ptxsim::Config;
+use ptxsim::{Arg, Check, Memory, Module, Options, Schedule};
+
+/// The PTX of a kernel file, ready to launch, or `None` after a loud line.
+pub fn module(name: &str) -> Option<Module> {
+    if let Err(why) = laam::kernels::BUILD.cuda {
+        eprintln!("SKIPPED: the kernels in the simulator, because {why}");
+        return None;
+    }
+    let kernel = laam::kernels::kernel(name).unwrap_or_else(|| panic!("no kernel file {name}"));
+    Some(Module::from_ptx(kernel.ptx).unwrap_or_else(|error| panic!("{name}: {error}")))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Type {
+    F32,
+    Bf16,
+}
+
+impl Type {
+    pub fn suffix(self) -> &'static str {
+        if self == Type::F32 { "f32" } else { "bf16" }
+    }
+    pub fn size(self) -> usize {
+        if self == Type::F32 { 4 } else { 2 }
+    }
+    /// How many values a vector access moves.
+    pub fn full(self, width: usize) -> usize {
+        let full = 16 / self.size();
+        if width.is_multiple_of(full) { full } else { 1 }
+    }
+    pub fn round(self, x: f64) -> f64 {
+        if self == Type::F32 { f64::from(x as f32) } else { narrow(x).to_f64() }
+    }
+    pub fn bytes(self, values: &[f64]) -> Vec<u8> {
+        let bytes = |x: &f64| match self {
+            Type::F32 => (*x as f32).to_le_bytes().to_vec(),
+            Type::Bf16 => narrow(*x).to_le_bytes().to_vec(),
+        };
+        values.iter().flat_map(bytes).collect()
+    }
+    pub fn values(self, bytes: &[u8]) -> Vec<f64> {
+        let value = |b: &[u8]| match self {
+            Type::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            Type::Bf16 => bf16::from_le_bytes([b[0], b[1]]).to_f64(),
+        };
+        bytes.chunks_exact(self.size()).map(value).collect()
+    }
+    /// Uniform in [-scale, scale), as this type holds it.
+    pub fn random(self, seed: u64, count: usize, scale: f64) -> Vec<f64> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let mut x = state;
+            x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            x = (x ^ x >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+            (x ^ x >> 31) >> 11
+        };
+        (0..count).map(|_| self.round((next() as f64 / 2f64.powi(52) - 1.0) * scale)).collect()
+    }
+}
+
+/// By way of f32: `bf16::from_f64` drops the low half of the number before it rounds.
+pub fn narrow(x: f64) -> bf16 {
+    bf16::from_f32(x as f32)
+}
+
+pub const TYPES: [Type; 2] = [Type::F32, Type::Bf16];
+
+/// An argument of a launch: memory to read, memory to write (poisoned), both, or a plain value.
+pub enum Piece {
+    In(Vec<u8>),
+    Out(usize),
+    Both(Vec<u8>),
+    Value(Arg),
+}
+
+pub fn value(value: impl Into<Arg>) -> Piece {
+    Piece::Value(value.into())
+}
+
+/// Launches under every setting, demands the same bits of each, and returns what was written, in
+/// the order of the arguments.
+pub fn run(module: &Module, entry: &str, config: Config, pieces: &[Piece]) -> Vec<Vec<u8>> {
+    let kernel = module.kernel(entry).unwrap_or_else(|| panic!("no entry {entry}"));
+    let mut before: Option<Vec<Vec<u8>>> = None;
+    for (schedule, check) in [
+        (Schedule::Greedy, Check::Races),
+        (Schedule::Reverse, Check::Races),
+        (Schedule::Priorities(1), Check::Faults),
+        (Schedule::Priorities(2), Check::Faults),
+    ] {
+        let memory = Memory::new();
+        let mut written = Vec::new();
+        let mut arguments = Vec::new();
+        for piece in pieces {
+            arguments.push(match piece {
+                Piece::In(bytes) => Arg::from(memory.alloc(bytes)),
+                Piece::Both(bytes) => {
+                    written.push((memory.alloc(bytes), bytes.len()));
+                    Arg::from(written[written.len() - 1].0)
+                }
+                Piece::Out(len) => {
+                    written.push((memory.alloc_uninit(*len), *len));
+                    Arg::from(written[written.len() - 1].0)
+                }
+                Piece::Value(value) => value.clone(),
+            });
+        }
+        let options = Options { schedule, check, ..Options::default() };
+        let launched = kernel.launch(&memory, &config, &arguments, &options);
+        launched.unwrap_or_else(|fault| panic!("{entry} under {options:?}: {fault}"));
+        let read = |&(at, len): &(u64, usize)| memory.read_vec(at, len).expect("all is written");
+        let after: Vec<_> = written.iter().map(read).collect();
+        assert!(before.is_none_or(|before| before == after), "{entry}: {options:?} changes bits");
+        before = Some(after);
+    }
+    before.expect("there are settings")
+}
+
+pub fn check(what: &str, ty: Type, got: &[u8], exact: &[f64], plain: &[f32]) {
+    let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let error = |got: &[f64]| {
+        let apart: Vec<f64> = got.iter().zip(exact).map(|(g, e)| g - e).collect();
+        norm(&apart) / norm(exact)
+    };
+    let got = ty.values(got);
+    assert_eq!(got.len(), exact.len(), "{what}");
+    let plain: Vec<f64> = plain.iter().map(|&x| ty.round(f64::from(x))).collect();
+    let rounding = if ty == Type::F32 { 8.0 / 2f64.powi(24) } else { 1.0 / 2f64.powi(8) };
+    let (error, bound) = (error(&got), 2.0 * error(&plain) + rounding);
+    assert!(error <= bound, "{what} in {ty:?}: error {error:.3e}, allowed {bound:.3e}");
+}
+
+pub fn real<R: Float>(values: &[f64]) -> Vec<R> {
+    values.iter().map(|&x| R::from(x).expect("a float")).collect()
+}

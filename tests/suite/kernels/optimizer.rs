@@ -1,0 +1,78 @@
+//! AdamW.
+
+use super::*;
+
+const BETAS: (f64, f64) = (0.9, 0.999);
+const EPSILON: f64 = 1e-8;
+const DECAY: f64 = 0.1;
+const LEARNING_RATE: f64 = 3e-3;
+
+/// p, m, v after the step `t`.
+fn adamw<R: Float>([g, p, m, v]: [&[f64]; 4], t: i32, clip: f64) -> [Vec<R>; 3] {
+    let of = |x: f64| real::<R>(&[x])[0];
+    let step_size = of(LEARNING_RATE / (1.0 - BETAS.0.powi(t)));
+    let correction = of((1.0 - BETAS.1.powi(t)).sqrt());
+    let mut after = [const { Vec::new() }; 3];
+    for (((g, p), m), v) in g.iter().zip(p).zip(m).zip(v) {
+        let g = of(*g) * of(clip);
+        let m = of(*m) + (g - of(*m)) * of(1.0 - BETAS.0);
+        let v = of(*v) * of(BETAS.1) + g * g * of(1.0 - BETAS.1);
+        let p = of(*p) * of(1.0 - LEARNING_RATE * DECAY)
+            - step_size * m / (v.sqrt() / correction + of(EPSILON));
+        for (list, value) in after.iter_mut().zip([p, m, v]) {
+            list.push(value);
+        }
+    }
+    after
+}
+
+#[test]
+fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
+    let Some(module) = module("adamw") else { return };
+    for (ty, count, t) in
+        [(Type::F32, 1, 1), (Type::Bf16, 7, 2), (Type::F32, 1030, 1000), (Type::Bf16, 1031, 77)]
+    {
+        for norm in [0.5f32, 4.0, f32::INFINITY, f32::NAN] {
+            let pieces = [
+                Piece::In(LEARNING_RATE.to_le_bytes().to_vec()),
+                Piece::In((t as u64).to_le_bytes().to_vec()),
+                Piece::In(norm.to_le_bytes().to_vec()),
+                Piece::Out(24),
+                value(1.0f32),
+                value(BETAS.0),
+                value(BETAS.1),
+            ];
+            let rates = run(&module, "adamw_rates", Config::linear(1, 1), &pieces).remove(0);
+
+            let [g, p, m] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
+            let v: Vec<f64> = Type::F32.random(4, count, 1.0).iter().map(|v| v.abs()).collect();
+            let [gb, pb, mb, vb] = [&g, &p, &m, &v].map(|values| Type::F32.bytes(values));
+            let mut pieces = vec![
+                Piece::In(gb),
+                Piece::Both(pb.clone()),
+                Piece::Both(mb.clone()),
+                Piece::Both(vb.clone()),
+            ];
+            if ty == Type::Bf16 {
+                pieces.push(Piece::Both(vec![0; 2 * count]));
+            }
+            pieces.extend([value(count as u64), Piece::In(rates)]);
+            pieces.extend([DECAY, BETAS.0, BETAS.1, EPSILON].map(value));
+            let entry = format!("adamw_{}", ty.suffix());
+            let got = run(&module, &entry, Config::linear(2, 256), &pieces);
+            if !norm.is_finite() {
+                assert_eq!(got[..3], [pb, mb, vb], "norm {norm}");
+                continue;
+            }
+            let clip = f64::from((1.0 / (norm + 1e-6)).min(1.0));
+            let exact = adamw::<f64>([&g, &p, &m, &v], t, clip);
+            let plain = adamw::<f32>([&g, &p, &m, &v], t, clip);
+            for (i, what) in ["p", "m", "v"].into_iter().enumerate() {
+                check(what, Type::F32, &got[i], &exact[i], &plain[i]);
+            }
+            if ty == Type::Bf16 {
+                assert_eq!(got[3], Type::Bf16.bytes(&Type::F32.values(&got[0])), "the copy");
+            }
+        }
+    }
+}
