@@ -1,5 +1,8 @@
 //! The kernels of `kernels/`, as `build.rs` compiled them, and the record of that build.
 
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
 /// One file of kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernel {
@@ -19,6 +22,51 @@ impl Kernel {
             Some(rest.split('(').next().unwrap_or(rest).trim())
         })
     }
+}
+
+/// A function that can be launched.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The file it stands in.
+    pub kernel: &'static Kernel,
+    /// Bytes of each parameter, in order.
+    pub parameters: Vec<usize>,
+}
+
+impl Entry {
+    /// Bytes of each parameter of the entry `name`, read from its declaration in PTX:
+    /// `.param .u64 .ptr .align 1 name_param_0,`
+    fn parameters(ptx: &str, name: &str) -> Vec<usize> {
+        let declaration = ptx.split_once(&format!(".entry {name}(")).map_or("", |(_, rest)| rest);
+        let declaration = declaration.split_once(')').map_or("", |(list, _)| list);
+        let size = |line: &str| {
+            let mut words = line.trim().split_whitespace().skip(1);
+            let bits = |word: &str| word.trim_start_matches(|c: char| !c.is_ascii_digit()).parse();
+            let bytes: usize = words.find_map(|word| match word {
+                ".align" => None,
+                word if word.starts_with('.') => bits(word).ok(),
+                _ => None,
+            })?;
+            // A struct is so many bytes: `.param .align 8 .b8 name_param_0[24]`.
+            let count = line.split_once('[').and_then(|(_, n)| n.split(']').next()?.parse().ok());
+            Some(bytes / 8 * count.unwrap_or(1usize))
+        };
+        declaration.split(',').filter_map(size).collect()
+    }
+}
+
+/// The entry of a name, in whichever file it stands.
+pub fn entry(name: &str) -> Option<&'static Entry> {
+    static ENTRIES: OnceLock<HashMap<&'static str, Entry>> = OnceLock::new();
+    let all = ENTRIES.get_or_init(|| {
+        let entries = KERNELS.iter().flat_map(|kernel| {
+            kernel.entries().map(move |name| {
+                (name, Entry { kernel, parameters: Entry::parameters(kernel.ptx, name) })
+            })
+        });
+        entries.collect()
+    });
+    all.get(name)
 }
 
 /// What the program was built from, and for what.
@@ -85,6 +133,26 @@ mod tests {
             .collect();
         assert_eq!(names.len(), starts, "an entry this test cannot read");
         names
+    }
+
+    #[test]
+    fn parameters_are_read_as_the_simulator_reads_them() {
+        for kernel in KERNELS {
+            let module = ptxsim::Module::from_ptx(kernel.ptx).unwrap();
+            for simulated in module.kernels() {
+                let sizes: Vec<usize> =
+                    simulated.params().iter().map(|parameter| parameter.size).collect();
+                assert_eq!(
+                    entry(simulated.name()).unwrap().parameters,
+                    sizes,
+                    "{}",
+                    simulated.name()
+                );
+            }
+        }
+        let ptx =
+            ".visible .entry k(\n\t.param .align 8 .b8 k_param_0[24],\n\t.param .f32 k_param_1\n)";
+        assert_eq!(Entry::parameters(ptx, "k"), [24, 4]);
     }
 
     #[test]

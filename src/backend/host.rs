@@ -88,18 +88,24 @@ impl<R: Real, E: Execute<R>> Session for Host<R, E> {
         Ok(())
     }
 
-    fn floats(&self, program: Loaded, buffer: Buffer) -> Vec<f32> {
+    fn floats(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<f32>> {
         self.assert_arranged(program);
-        self.memory.floats.one(buffer).iter().map(|value| value.to_f32()).collect()
+        Ok(self.memory.floats.one(buffer).iter().map(|value| value.to_f32()).collect())
     }
 
-    fn indices(&self, program: Loaded, buffer: Buffer) -> Vec<u32> {
+    fn indices(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
         self.assert_arranged(program);
-        self.memory.indices.one(buffer).to_vec()
+        Ok(self.memory.indices.one(buffer).to_vec())
     }
 
-    fn read(&self, arena: Arena) -> Vec<f32> {
-        self.memory.arena(arena).iter().map(|value| value.to_f32()).collect()
+    fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {
+        Ok(self.memory.arena(arena).iter().map(|value| value.to_f32()).collect())
+    }
+
+    fn poison(&mut self) -> anyhow::Result<()> {
+        self.memory.floats.fill(R::from_f32(f32::NAN));
+        self.memory.indices.fill(u32::MAX);
+        Ok(())
     }
 
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
@@ -130,7 +136,7 @@ impl<R: Real, E: Execute<R>> Session for Host<R, E> {
 }
 
 /// Every input is given once, at its full length: what is missing would be read as garbage.
-fn check_feed(program: &Program, feed: &Feed) -> anyhow::Result<()> {
+pub(super) fn check_feed(program: &Program, feed: &Feed) -> anyhow::Result<()> {
     let indices = feed.indices.iter().map(|(buffer, values)| (*buffer, values.len()));
     let floats = feed.floats.iter().map(|(buffer, values)| (*buffer, values.len()));
     let mut missing: Vec<usize> = program

@@ -25,6 +25,10 @@ impl<T: Copy + Default> Block<T> {
         self.data.get_disjoint_mut(ranges).expect("a plan keeps an operation's buffers apart")
     }
 
+    pub fn fill(&mut self, value: T) {
+        self.data.fill(value);
+    }
+
     pub fn one(&self, Buffer(buffer): Buffer) -> &[T] {
         &self.data[self.ranges[buffer].clone()]
     }

@@ -2,14 +2,17 @@
 //!
 //! - [`reference`]: plain loops in f64 or f32, obviously right, never tuned
 //! - [`cpu`]: f32 at the speed of this machine's vector units
+//! - [`gpu`]: the kernels, on a card or in the simulator
 
 pub mod cpu;
+pub mod gpu;
 mod host;
 mod memory;
 pub mod reference;
 
 use std::borrow::Cow;
 
+use crate::device::{Type, host_memory};
 use crate::llama::{Buffer, Program, Rates};
 use crate::model::Layout;
 
@@ -21,22 +24,27 @@ pub trait Backend: Send + Sync {
     fn device(&self) -> String;
     /// Memory for a model: parameters all zero, and what `need` says.
     fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>>;
+    /// The type of its activations, and of weights as its products read them.
+    fn numbers(&self) -> Type {
+        Type::F32
+    }
     /// How many windows of `context` tokens it likes to take at a time, out of `windows`.
     fn micro_windows(&self, windows: usize, context: usize) -> usize;
+    /// Bytes of the block that a program's buffers share. By default in f32.
+    fn block(&self, program: &Program) -> usize {
+        let plan = program.plan();
+        4 * (plan.floats + plan.indices)
+    }
+    /// Bytes of what is kept beside the f32 parameters: a copy in another type, say.
+    fn copies(&self, _layout: &Layout) -> usize {
+        0
+    }
     /// Bytes its operations need beside the program's buffers.
     fn workspace(&self, program: &Program) -> usize;
     /// Bytes of memory there are in all, where that is known. By default, this machine's.
     fn memory(&self) -> Option<u64> {
         host_memory()
     }
-}
-
-/// The main memory of this machine, where the system tells (Linux).
-fn host_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib * 1024)
 }
 
 /// What a session has to hold beside the parameters.
@@ -84,11 +92,14 @@ pub trait Session: Send {
     /// Executes a program.
     fn run(&mut self, program: Loaded, feed: &Feed) -> anyhow::Result<()>;
     /// A floating-point buffer as the last run of `program` left it.
-    fn floats(&self, program: Loaded, buffer: Buffer) -> Vec<f32>;
+    fn floats(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<f32>>;
     /// An index buffer as the last run of `program` left it.
-    fn indices(&self, program: Loaded, buffer: Buffer) -> Vec<u32>;
+    fn indices(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<u32>>;
     /// A copy of an arena.
-    fn read(&self, arena: Arena) -> Vec<f32>;
+    fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>>;
+    /// Fills every buffer with NaN (every index with the largest), so that what a program does not
+    /// write is seen.
+    fn poison(&mut self) -> anyhow::Result<()>;
     /// Replaces an arena, whose length `values` must have.
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()>;
     /// Seconds spent in each kind of operation since the session began, where the backend counts.

@@ -1,3 +1,4 @@
-//! Timings, on the device at hand.
+//! Timings and checks, on the device at hand.
 
+pub mod check;
 pub mod step;

@@ -1,11 +1,19 @@
 //! Which backend executes: the arguments every command that runs a model shares.
 
+use std::sync::Arc;
+
 use clap::{Args, ValueEnum};
 
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
-use crate::backend::reference::{Precision, Reference, Rounding};
+use crate::backend::gpu::{Gpu, Open, Options};
+use crate::backend::reference::{self, Reference, Rounding};
+use crate::device::Type;
+use crate::device::cuda::{self, Cuda};
+use crate::device::sim::Sim;
 use crate::error::error;
+use crate::kernels::BUILD;
+use crate::model::Precision;
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -36,21 +44,49 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// The backend that was asked for.
+    /// The backend that was asked for, in f32.
     pub fn open(&self) -> anyhow::Result<Box<dyn Backend>> {
+        self.open_in(Precision::Float32)
+    }
+
+    /// The backend that was asked for, in a precision where it offers several.
+    pub fn open_in(&self, precision: Precision) -> anyhow::Result<Box<dyn Backend>> {
         if self.threads == Some(0) {
             return Err(error("0 threads cannot work, in --threads", "give 1 or more"));
         }
-        match self.backend {
-            Kind::Auto | Kind::Cpu => Ok(Box::new(Cpu::new(self.threads))),
+        let numbers = match precision {
+            Precision::Float32 => Type::F32,
+            Precision::Bfloat16 => Type::Bf16,
+            Precision::Float16 => Type::F16,
+        };
+        let kind = match self.backend {
+            Kind::Auto if BUILD.cuda.is_ok() && cuda::count() > 0 => Kind::Cuda,
+            Kind::Auto => Kind::Cpu,
+            kind => kind,
+        };
+        Ok(match kind {
             Kind::Reference => {
-                Ok(Box::new(Reference { precision: Precision::F32, rounding: Rounding::None }))
+                let precision = reference::Precision::F32;
+                Box::new(Reference { precision, rounding: Rounding::None })
             }
-            Kind::Cuda | Kind::Sim => Err(error(
-                format!("this build has no {:?} backend, in --backend", self.backend)
-                    .to_lowercase(),
-                "use --backend cpu; training on a GPU is not there yet",
-            )),
-        }
+            Kind::Cuda => Box::new(gpu(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), numbers)?),
+            Kind::Sim => {
+                let all = || std::thread::available_parallelism().map_or(1, usize::from);
+                let threads = self.threads.unwrap_or_else(all);
+                let options = ptxsim::Options { threads, ..ptxsim::Options::default() };
+                Box::new(gpu(Arc::new(move || Ok(Box::new(Sim::new(options)?))), numbers)?)
+            }
+            Kind::Auto | Kind::Cpu => Box::new(Cpu::new(self.threads)),
+        })
     }
+}
+
+fn gpu(open: Open, numbers: Type) -> anyhow::Result<Gpu> {
+    if numbers == Type::F16 {
+        return Err(error(
+            "float16 has no loss scaling on a GPU yet, in --precision",
+            "use --precision bfloat16, which needs none, or float32",
+        ));
+    }
+    Gpu::new(open, Options { numbers, graphs: true, profile: false })
 }

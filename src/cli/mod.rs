@@ -4,6 +4,7 @@
 mod backend;
 mod bench;
 mod cat;
+mod check;
 mod doctor;
 mod evaluate;
 mod fetch;
@@ -40,6 +41,7 @@ struct Arguments {
 enum Command {
     Bench(bench::Arguments),
     Cat(cat::Arguments),
+    Check(check::Arguments),
     Doctor(doctor::Arguments),
     Evaluate(evaluate::Arguments),
     Fetch(fetch::Arguments),
@@ -98,6 +100,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
     match arguments.command {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Cat(arguments) => cat::run(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Fetch(arguments) => fetch::run(&arguments),

@@ -1,3 +1,151 @@
-//! Devices that run the kernels. So far: whether this machine has an NVIDIA card and its driver.
+//! Devices: memory, kernels launched by name with checked arguments, matrix products, graphs, time.
+//!
+//! - [`cuda`]: a card, by its driver and cuBLASLt
+//! - [`sim`]: the kernels in the simulator, the products on the host
+//!
+//! Everything a device is asked to do happens in the order it was asked for. Calls may return before
+//! the work is done; [`Device::download`] and [`Device::synchronize`] wait.
 
+pub mod cuda;
 pub mod driver;
+mod launch;
+mod product;
+pub mod sim;
+
+pub use launch::{Arg, Launch};
+pub use product::{Matrix, Product};
+
+/// A place in a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address(pub u64);
+
+impl Address {
+    /// What a kernel takes for "not there".
+    pub const NULL: Address = Address(0);
+
+    /// So many bytes further on.
+    #[must_use]
+    pub fn plus(self, bytes: usize) -> Address {
+        Address(self.0 + bytes as u64)
+    }
+}
+
+/// Floating-point numbers in a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Type {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Type {
+    /// Bytes a number.
+    pub fn size(self) -> usize {
+        match self {
+            Type::F32 => 4,
+            Type::F16 | Type::Bf16 => 2,
+        }
+    }
+
+    /// How kernels for it end: `rms_norm_bf16`.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Type::F32 => "f32",
+            Type::F16 => "f16",
+            Type::Bf16 => "bf16",
+        }
+    }
+
+    /// Rounds to nearest, ties to even.
+    pub fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Type::F32 => bytemuck::cast_slice(values).to_vec(),
+            Type::F16 => {
+                values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()
+            }
+            Type::Bf16 => {
+                values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect()
+            }
+        }
+    }
+
+    /// The numbers in `bytes`, a whole number of them.
+    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        match self {
+            Type::F32 => bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
+            Type::F16 => bytes
+                .chunks_exact(2)
+                .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
+                .collect(),
+            Type::Bf16 => bytes
+                .chunks_exact(2)
+                .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
+                .collect(),
+        }
+    }
+}
+
+/// A recorded sequence of launches, products, fills and copies of one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Graph(usize);
+
+/// A moment in the order of a device's work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark(usize);
+
+/// Something that runs kernels. An error in the middle of its work leaves memory undefined.
+pub trait Device: Send {
+    /// `cuda` or `sim`.
+    fn name(&self) -> &'static str;
+    /// For a person and for the provenance: the card, its memory, the driver.
+    fn describe(&self) -> String;
+    /// Bytes of memory that are free, and that there are in all.
+    fn memory(&self) -> anyhow::Result<(u64, u64)>;
+
+    /// `bytes` of memory at a multiple of 256, with anything in it, until it is freed or the device
+    /// goes away. Not while recording.
+    fn alloc(&mut self, bytes: usize) -> anyhow::Result<Address>;
+    /// Gives back what `alloc` gave.
+    fn free(&mut self, address: Address) -> anyhow::Result<()>;
+    /// Copies from the host. Not while recording.
+    fn upload(&mut self, to: Address, bytes: &[u8]) -> anyhow::Result<()>;
+    /// Copies to the host, when all work asked for so far is done. Not while recording.
+    fn download(&self, from: Address, into: &mut [u8]) -> anyhow::Result<()>;
+
+    /// Sets every byte.
+    fn fill(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()>;
+    /// Copies from memory to memory; the two do not overlap.
+    fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()>;
+    /// Starts a kernel. Its arguments are checked in number and size against its parameters.
+    fn launch(&mut self, launch: &Launch) -> anyhow::Result<()>;
+    /// A matrix product, summed in f32.
+    fn product(&mut self, product: &Product) -> anyhow::Result<()>;
+
+    /// From here to [`Device::finish`], work is not done but recorded.
+    fn record(&mut self) -> anyhow::Result<()>;
+    /// Ends the recording.
+    fn finish(&mut self) -> anyhow::Result<Graph>;
+    /// Does what was recorded.
+    fn replay(&mut self, graph: Graph) -> anyhow::Result<()>;
+
+    /// Notes when the work asked for so far is done.
+    fn mark(&mut self) -> anyhow::Result<Mark>;
+    /// Seconds from one mark to another; waits for the later. Every mark is gone afterwards with
+    /// [`Device::forget_marks`].
+    fn seconds(&mut self, from: Mark, to: Mark) -> anyhow::Result<f64>;
+    /// Lets go of all marks.
+    fn forget_marks(&mut self);
+    /// Waits for all work, and tells of an error in it.
+    fn synchronize(&mut self) -> anyhow::Result<()>;
+}
+
+/// The main memory of this machine, where the system tells (Linux).
+pub fn host_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}

@@ -223,7 +223,7 @@ impl Generator {
             (step.column, column.as_slice()),
         ];
         self.session.run(step.program, &Feed { indices, ..Feed::default() })?;
-        let logits = self.session.floats(step.program, step.logits);
+        let logits = self.session.floats(step.program, step.logits)?;
 
         let mut events = Vec::with_capacity(windows);
         for (slot, logits) in self.slots.iter_mut().zip(logits.chunks(self.vocab_size)) {

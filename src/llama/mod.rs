@@ -13,7 +13,7 @@ pub mod step;
 mod update;
 
 pub use ops::Op;
-pub use plan::Plan;
+pub use plan::{BytePlan, Plan};
 pub use program::{Buffer, BufferInfo, Element, Program, Use};
 pub use step::{Decoding, Evaluation, Micro};
 pub use update::{AdamW, Muon, Optimizer, Rates, update};

@@ -1,7 +1,7 @@
 //! Where each buffer of a program lies in one block of memory, so that buffers whose lives do not
 //! overlap share it.
 
-use super::program::{Buffer, Element, Program, Use};
+use super::program::{Buffer, BufferInfo, Element, Program, Use};
 
 /// The offsets of a program's buffers and the memory they need in all.
 ///
@@ -20,40 +20,74 @@ pub struct Plan {
 /// Buffers start at multiples of this many elements.
 const ALIGN: usize = 64;
 
+/// The same in bytes, in one block: what a card's memory holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BytePlan {
+    /// The offset of each buffer, by its place in the program.
+    pub offsets: Vec<usize>,
+    /// The length of the block.
+    pub bytes: usize,
+}
+
+/// Buffers start at multiples of this many bytes, as a card's allocations do.
+const ALIGN_BYTES: usize = 256;
+
 impl Program {
-    /// Lays out the buffers: the longest first, each at the lowest offset that is free during its
-    /// life (greedy by size; Pisarchyk & Lee 2020).
+    /// Lays out the buffers in elements.
     pub fn plan(&self) -> Plan {
+        let block = |info: &BufferInfo| usize::from(info.element == Element::Index);
+        let len = |info: &BufferInfo| info.len.next_multiple_of(ALIGN);
+        let (offsets, [floats, indices]) = self.arrange(block, len);
+        Plan { offsets, floats, indices }
+    }
+
+    /// Lays out the buffers in bytes, for activations of `activation` bytes.
+    pub fn byte_plan(&self, activation: usize) -> BytePlan {
+        let len = |info: &BufferInfo| {
+            (info.len * info.element.size(activation)).next_multiple_of(ALIGN_BYTES)
+        };
+        let (offsets, [bytes]) = self.arrange(|_| 0, len);
+        BytePlan { offsets, bytes }
+    }
+
+    /// The longest first, each at the lowest offset of its block that is free during its life
+    /// (greedy by size; Pisarchyk & Lee 2020). Returns the offsets and the lengths of the blocks.
+    fn arrange<const BLOCKS: usize>(
+        &self,
+        block: impl Fn(&BufferInfo) -> usize,
+        len: impl Fn(&BufferInfo) -> usize,
+    ) -> (Vec<usize>, [usize; BLOCKS]) {
         let lives = self.lives();
+        let blocks: Vec<usize> = self.buffers.iter().map(block).collect();
+        let lens: Vec<usize> = self.buffers.iter().map(len).collect();
         let mut order: Vec<usize> = (0..self.buffers.len()).collect();
         // The sort is stable: equal lengths keep the order of the program.
-        order.sort_by_key(|&buffer| std::cmp::Reverse(self.buffers[buffer].len));
+        order.sort_by_key(|&buffer| std::cmp::Reverse(lens[buffer]));
 
         let mut offsets = vec![usize::MAX; self.buffers.len()];
-        let mut totals = [0, 0];
-        let block = |buffer: usize| usize::from(self.buffers[buffer].element == Element::Index);
+        let mut totals = [0; BLOCKS];
         for (placed, &buffer) in order.iter().enumerate() {
-            let len = self.buffers[buffer].len.next_multiple_of(ALIGN);
             let mut taken: Vec<(usize, usize)> = order[..placed]
                 .iter()
-                .filter(|&&other| block(other) == block(buffer))
+                .filter(|&&other| blocks[other] == blocks[buffer])
                 .filter(|&&other| {
                     lives[other].0 <= lives[buffer].1 && lives[buffer].0 <= lives[other].1
                 })
-                .map(|&other| (offsets[other], self.buffers[other].len.next_multiple_of(ALIGN)))
+                .map(|&other| (offsets[other], lens[other]))
                 .collect();
             taken.sort_unstable();
             let mut offset = 0;
             for (start, length) in taken {
-                if offset + len <= start {
+                if offset + lens[buffer] <= start {
                     break;
                 }
                 offset = offset.max(start + length);
             }
             offsets[buffer] = offset;
-            totals[block(buffer)] = totals[block(buffer)].max(offset + len);
+            let total = &mut totals[blocks[buffer]];
+            *total = (*total).max(offset + lens[buffer]);
         }
-        Plan { offsets, floats: totals[0], indices: totals[1] }
+        (offsets, totals)
     }
 
     /// The first and last operation during which each buffer's content matters. An input matters

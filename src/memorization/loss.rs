@@ -48,7 +48,7 @@ pub fn measure(
             programs.last().expect("it was made above");
         let indices = inputs.feed(&drawn);
         session.run(*program, &Feed { indices, ..Feed::default() })?;
-        for (nll, &target) in session.floats(*program, losses.nll).iter().zip(&drawn.targets) {
+        for (nll, &target) in session.floats(*program, losses.nll)?.iter().zip(&drawn.targets) {
             if target != IGNORE {
                 nats += f64::from(*nll);
                 tokens += 1;

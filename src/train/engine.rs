@@ -93,7 +93,7 @@ impl Engine {
             }
         }
         self.session.run(self.update, &Feed { rates, ..Feed::default() })?;
-        let grad_norm = f64::from(self.session.floats(self.update, self.norm)[0]);
+        let grad_norm = f64::from(self.session.floats(self.update, self.norm)?[0]);
         Ok(Outcome { loss: sum * loss_scale, grad_norm, counted })
     }
 
@@ -109,7 +109,7 @@ impl Engine {
         let micro = micro.expect("it was made above");
         let indices = micro.batch.feed(batch);
         self.session.run(micro.program, &Feed { indices, loss_scale, ..Feed::default() })?;
-        let nll = self.session.floats(micro.program, micro.losses.nll);
+        let nll = self.session.floats(micro.program, micro.losses.nll)?;
         let counted = nll.iter().zip(&batch.targets).filter(|&(_, &target)| target != IGNORE);
         Ok(counted.map(|(&nll, _)| f64::from(nll)).sum())
     }
@@ -129,13 +129,13 @@ impl Engine {
             let eval = eval.expect("it was made above");
             let indices = eval.batch.feed(&part);
             self.session.run(eval.program, &Feed { indices, ..Feed::default() })?;
-            guesses.extend(self.session.indices(eval.program, eval.losses.argmax));
+            guesses.extend(self.session.indices(eval.program, eval.losses.argmax)?);
         }
         Ok(guesses)
     }
 
     /// A copy of an arena.
-    pub fn read(&self, arena: Arena) -> Vec<f32> {
+    pub fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {
         self.session.read(arena)
     }
 

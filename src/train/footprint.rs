@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::error::error;
-use crate::llama::{Plan, Program, step};
+use crate::llama::{Program, step};
 use crate::model::{Config, Layout};
 
 /// Bytes that a run holds from its first step to its last.
@@ -26,14 +26,13 @@ impl Footprint {
         let layout = Layout::new(config);
         let windows_at_once = backend.micro_windows(windows, context);
         let program: Program = step::training(config, &layout, windows_at_once, context).program;
-        let Plan { floats, indices, .. } = program.plan();
         let arena = 4 * layout.len;
         Self {
             windows_at_once,
-            parameters: arena,
+            parameters: arena + backend.copies(&layout),
             gradients: arena,
             optimizer: 2 * arena,
-            activations: 4 * (floats + indices),
+            activations: backend.block(&program),
             workspace: backend.workspace(&program),
         }
     }

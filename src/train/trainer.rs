@@ -298,8 +298,8 @@ impl<'a> Trainer<'a> {
     fn save(&mut self, folder: &Path) -> anyhow::Result<()> {
         let arenas: Vec<(&str, Vec<f32>)> = checkpoints::ARENAS
             .iter()
-            .map(|&(name, arena)| (name, self.engine.read(arena)))
-            .collect();
+            .map(|&(name, arena)| Ok((name, self.engine.read(arena)?)))
+            .collect::<anyhow::Result<_>>()?;
         let named: Vec<(&str, &[f32])> =
             arenas.iter().map(|(name, values)| (*name, values.as_slice())).collect();
         save(

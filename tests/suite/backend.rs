@@ -116,9 +116,9 @@ fn train_once(backend: &dyn Backend, config: &Config, batch: &Batch) -> Outcome 
         session.run(program, &feed(&micro.batch, batch)).unwrap();
     }
     Outcome {
-        nll: session.floats(program, micro.losses.nll),
-        argmax: session.indices(program, micro.losses.argmax),
-        gradients: session.read(Arena::Gradients),
+        nll: session.floats(program, micro.losses.nll).unwrap(),
+        argmax: session.indices(program, micro.losses.argmax).unwrap(),
+        gradients: session.read(Arena::Gradients).unwrap(),
     }
 }
 
@@ -187,7 +187,7 @@ fn logits(
 ) -> Vec<f32> {
     let indices = vec![(decoding.ids, ids), (decoding.start, start), (decoding.column, column)];
     session.run(program, &Feed { indices, ..Feed::default() }).unwrap();
-    session.floats(program, decoding.logits)
+    session.floats(program, decoding.logits).unwrap()
 }
 
 /// A prompt at once and then token by token gives the logits of the whole text at once, also where
@@ -248,10 +248,14 @@ fn updates_equal_the_references() {
                 session.write(Arena::Gradients, &gradients).unwrap();
                 let rates = Rates { learning_rate: 1e-2, muon_learning_rate: 2e-2, step };
                 session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
-                assert!(session.floats(program, norm)[0] > 1.0, "clipping is part of the test");
+                assert!(
+                    session.floats(program, norm).unwrap()[0] > 1.0,
+                    "clipping is part of the test"
+                );
             }
-            assert!(session.read(Arena::Gradients).iter().all(|&g| g == 0.0));
-            [Arena::Parameters, Arena::FirstMoment, Arena::SecondMoment].map(|a| session.read(a))
+            assert!(session.read(Arena::Gradients).unwrap().iter().all(|&g| g == 0.0));
+            [Arena::Parameters, Arena::FirstMoment, Arena::SecondMoment]
+                .map(|a| session.read(a).unwrap())
         };
         let exact = after(&reference(Precision::F64));
         let plain = after(&reference(Precision::F32));
@@ -281,9 +285,14 @@ fn an_update_with_a_gradient_that_is_not_finite_changes_nothing() {
         let program = session.load(program).unwrap();
         let rates = Rates { learning_rate: 1e-2, muon_learning_rate: 2e-2, step: 1 };
         session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
-        assert!(session.floats(program, norm)[0].is_nan());
-        assert_eq!(session.read(Arena::Parameters), weights(&layout), "{}", backend.name());
-        assert!(session.read(Arena::FirstMoment).iter().all(|&m| m == 0.0));
+        assert!(session.floats(program, norm).unwrap()[0].is_nan());
+        assert_eq!(
+            session.read(Arena::Parameters).unwrap(),
+            weights(&layout),
+            "{}",
+            backend.name()
+        );
+        assert!(session.read(Arena::FirstMoment).unwrap().iter().all(|&m| m == 0.0));
     }
 }
 
@@ -320,14 +329,21 @@ fn evaluation_says_what_training_says() {
             let train = session.load(training.program).unwrap();
             let evaluate = session.load(evaluation.program).unwrap();
             session.run(train, &feed(&training.batch, &batch)).unwrap();
-            let nll = session.floats(train, training.losses.nll);
-            let argmax = session.indices(train, training.losses.argmax);
-            let gradients = session.read(Arena::Gradients);
+            let nll = session.floats(train, training.losses.nll).unwrap();
+            let argmax = session.indices(train, training.losses.argmax).unwrap();
+            let gradients = session.read(Arena::Gradients).unwrap();
             session.run(evaluate, &feed(&evaluation.batch, &batch)).unwrap();
             let what = format!("{}, heads of {head_dim}", backend.name());
-            assert!(nll == session.floats(evaluate, evaluation.losses.nll), "{what}: nll");
-            assert_eq!(argmax, session.indices(evaluate, evaluation.losses.argmax), "{what}");
-            assert!(gradients == session.read(Arena::Gradients), "{what}: it trains nothing");
+            assert!(nll == session.floats(evaluate, evaluation.losses.nll).unwrap(), "{what}: nll");
+            assert_eq!(
+                argmax,
+                session.indices(evaluate, evaluation.losses.argmax).unwrap(),
+                "{what}"
+            );
+            assert!(
+                gradients == session.read(Arena::Gradients).unwrap(),
+                "{what}: it trains nothing"
+            );
             assert!(
                 nll.iter().zip(&batch.targets).all(|(&nll, &t)| (nll == 0.0) == (t == IGNORE)),
                 "{what}: a loss where one counts, and nowhere else"
@@ -356,7 +372,7 @@ fn the_best_guess_is_the_first_of_equals() {
         let evaluation = step::evaluation(&config, &layout, 2, 9);
         let program = session.load(evaluation.program).unwrap();
         session.run(program, &feed(&evaluation.batch, &batch)).unwrap();
-        let guesses = session.indices(program, evaluation.losses.argmax);
+        let guesses = session.indices(program, evaluation.losses.argmax).unwrap();
         assert!(guesses.iter().all(|&guess| guess < 300), "{}: {guesses:?}", backend.name());
     }
 }
@@ -381,7 +397,7 @@ fn gradients_add_up() {
                 };
                 session.run(program, &feed).unwrap();
             }
-            session.read(Arena::Gradients)
+            session.read(Arena::Gradients).unwrap()
         };
         let whole = gradients(std::slice::from_ref(&both));
         let parts = gradients(&[both.slice(0, 1), both.slice(1, 3), both.slice(3, 4)]);

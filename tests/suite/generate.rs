@@ -47,7 +47,7 @@ fn logits_equal_those_of_transformers() {
                 (decoding.column, last.as_slice()),
             ];
             session.run(program, &Feed { indices, ..Feed::default() }).unwrap();
-            let ours = session.floats(program, decoding.logits);
+            let ours = session.floats(program, decoding.logits).unwrap();
             let theirs = row["logits"].as_array().expect("logits");
             assert_eq!(ours.len(), theirs.len());
             for (id, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {

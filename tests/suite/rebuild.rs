@@ -137,7 +137,7 @@ fn train() -> Trained {
     let checkpoint = Checkpoint {
         config: &config,
         layout: engine.layout(),
-        weights: &engine.read(Arena::Parameters),
+        weights: &engine.read(Arena::Parameters).unwrap(),
         precision: Precision::Float32,
         tokenizer: Some(&at("tokenizer")),
         provenance: &provenance,

@@ -652,7 +652,7 @@ fn metrics_tell_what_the_engine_did() {
         .map(|m| (m.step, m.epoch, m.loss, m.learning_rate, m.grad_norm, m.tokens))
         .collect();
     assert_eq!(told, expected);
-    assert!(engine.read(Arena::Parameters) == load(&output).unwrap().weights);
+    assert!(engine.read(Arena::Parameters).unwrap() == load(&output).unwrap().weights);
     for pair in lines.windows(2) {
         assert!(pair[0].seconds <= pair[1].seconds && pair[1].tokens_a_second > 0.0);
     }

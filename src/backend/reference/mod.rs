@@ -28,6 +28,8 @@ pub enum Rounding {
     None,
     /// To bfloat16, at the points of mixed precision.
     Bf16,
+    /// To IEEE half precision, at the same points.
+    F16,
 }
 
 /// The precision the loops run in.
@@ -84,6 +86,7 @@ impl Plain {
                 // Through f32: twice rounded, as a card does from its f32 accumulators.
                 R::from_f32(half::bf16::from_f32(value.to_f32()).to_f32())
             }
+            Rounding::F16 => R::from_f32(half::f16::from_f32(value.to_f32()).to_f32()),
         }
     }
 

@@ -1,0 +1,96 @@
+//! The kernels, launched with typed arguments over any [`Device`]. Names no vendor.
+//!
+//! Activations and the weights that products read are kept in one type: f32, or bf16 under f32
+//! masters. Rounding points with bf16 are those of `reference` with `Rounding::Bf16`: weights as they
+//! are read, activations as they are written, what enters a second product inside attention and the
+//! head. Gradients of parameters, statistics, moments and masters are f32.
+//!
+//! [`session`] holds memory and programs; [`launcher`] is what every operation launches with; each
+//! other file is one family of operations: shapes of launches, scratch, order of kernels.
+
+mod launcher;
+mod norm;
+mod products;
+mod session;
+mod swiglu;
+
+use std::sync::Arc;
+
+use super::{Backend, Need, Session};
+use crate::device::{Device, Type};
+use crate::llama::Program;
+use crate::model::Layout;
+
+/// Opens a device.
+pub type Open = Arc<dyn Fn() -> anyhow::Result<Box<dyn Device>> + Send + Sync>;
+
+/// How programs are carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Of activations and of the weights that products read.
+    pub numbers: Type,
+    /// Record each program as a graph and replay it, rather than launch its kernels one by one.
+    pub graphs: bool,
+    /// Time every operation. Slower, and without graphs.
+    pub profile: bool,
+}
+
+/// The kernels on a device.
+pub struct Gpu {
+    open: Open,
+    options: Options,
+    name: &'static str,
+    device: String,
+    memory: u64,
+}
+
+impl Gpu {
+    /// Opens a device once, to know what it is.
+    pub fn new(open: Open, options: Options) -> anyhow::Result<Gpu> {
+        let device = open()?;
+        let (_, memory) = device.memory()?;
+        let name = device.name();
+        let precision = options.numbers.suffix();
+        let device = format!("{}, {precision}", device.describe());
+        Ok(Gpu { open, options, name, device, memory })
+    }
+}
+
+impl Backend for Gpu {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn device(&self) -> String {
+        self.device.clone()
+    }
+
+    fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
+        Ok(Box::new(session::Model::new((self.open)()?, self.options, layout, need)?))
+    }
+
+    /// As many as fit beside everything else, in halves of what is asked for.
+    fn micro_windows(&self, windows: usize, _context: usize) -> usize {
+        windows
+    }
+
+    fn numbers(&self) -> Type {
+        self.options.numbers
+    }
+
+    fn block(&self, program: &Program) -> usize {
+        program.byte_plan(self.options.numbers.size()).bytes
+    }
+
+    fn workspace(&self, program: &Program) -> usize {
+        session::workspace(program, self.options.numbers)
+    }
+
+    fn copies(&self, layout: &Layout) -> usize {
+        if self.options.numbers == Type::F32 { 0 } else { layout.len * self.options.numbers.size() }
+    }
+
+    fn memory(&self) -> Option<u64> {
+        Some(self.memory)
+    }
+}

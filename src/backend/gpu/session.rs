@@ -1,0 +1,330 @@
+//! A model in a device's memory: arenas, one block for the buffers of programs, scratch, and the
+//! programs themselves, each recorded as a graph once it has run.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::super::host::check_feed;
+use super::super::{Arena, Feed, Loaded, Need, Session};
+use super::launcher::{Arenas, Control, Launcher};
+use super::{Options, norm, products, swiglu};
+use crate::device::{Address, Device, Graph, Type};
+use crate::error::error;
+use crate::llama::{Buffer, BytePlan, Op, Program};
+use crate::model::Layout;
+
+pub(super) struct Model {
+    device: Box<dyn Device>,
+    options: Options,
+    arenas: Arenas,
+    cache: usize,
+    control: Control,
+    block: Region,
+    scratch: Region,
+    programs: Vec<Ready>,
+    /// The program whose buffers lie in the block.
+    arranged: Option<usize>,
+    seconds: BTreeMap<&'static str, f64>,
+}
+
+/// A piece of the device's memory that may have to grow.
+#[derive(Clone, Copy)]
+struct Region {
+    at: Address,
+    bytes: usize,
+}
+
+/// A program that can run.
+struct Ready {
+    program: Program,
+    plan: BytePlan,
+    /// What operations look up, by their place in the program.
+    tables: HashMap<usize, Address>,
+    /// Whether it ran since the last change of addresses: kernels are loaded and products planned
+    /// then, so that it can be recorded.
+    ran: bool,
+    graph: Option<Graph>,
+}
+
+/// Bytes of scratch that the hungriest operation of a program takes.
+pub(super) fn workspace(program: &Program, numbers: Type) -> usize {
+    program.ops.iter().map(|op| scratch(op, program, numbers)).max().unwrap_or(0)
+}
+
+fn scratch(op: &Op, program: &Program, numbers: Type) -> usize {
+    match op {
+        Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, numbers),
+        _ => 0,
+    }
+}
+
+/// Asks for the kernels of one operation.
+fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
+    match op {
+        Op::RmsNorm(o) => norm::forward(l, o),
+        Op::RmsNormBackward(o) => norm::backward(l, o),
+        Op::Linear(o) => products::linear(l, o),
+        Op::LinearBackwardInput(o) => products::backward_input(l, o),
+        Op::LinearBackwardWeight(o) => products::backward_weight(l, o),
+        Op::SwiGlu(o) => swiglu::forward(l, o),
+        Op::SwiGluBackward(o) => swiglu::backward(l, o),
+        _ => Err(error(
+            format!("the kernels of {} are not there yet", op.name()),
+            "use --backend cpu",
+        )),
+    }
+}
+
+impl Model {
+    pub fn new(
+        mut device: Box<dyn Device>,
+        options: Options,
+        layout: &Layout,
+        need: Need,
+    ) -> anyhow::Result<Self> {
+        let numbers = options.numbers;
+        let mut zeros = |elements: usize, size: usize| -> anyhow::Result<Address> {
+            if elements == 0 {
+                return Ok(Address::NULL);
+            }
+            let at = device.alloc(elements * size)?;
+            device.fill(at, 0, elements * size)?;
+            Ok(at)
+        };
+        let len = layout.len;
+        let trained = if need.training { len } else { 0 };
+        let parameters = zeros(len, 4)?;
+        let weights = if numbers == Type::F32 { parameters } else { zeros(len, numbers.size())? };
+        let arenas = Arenas {
+            len,
+            parameters,
+            weights,
+            gradients: zeros(trained, 4)?,
+            first_moment: zeros(trained, 4)?,
+            second_moment: zeros(trained, 4)?,
+            cache: zeros(need.cache, numbers.size())?,
+        };
+        let control = Control::new(zeros(Control::BYTES, 1)?);
+        let nothing = Region { at: Address::NULL, bytes: 0 };
+        Ok(Self {
+            device,
+            options,
+            arenas,
+            cache: need.cache,
+            control,
+            block: nothing,
+            scratch: nothing,
+            programs: Vec::new(),
+            arranged: None,
+            seconds: BTreeMap::new(),
+        })
+    }
+
+    /// Makes a region long enough. What was recorded with its old place is forgotten.
+    fn grow(&mut self, which: fn(&mut Self) -> &mut Region, bytes: usize) -> anyhow::Result<()> {
+        let region = *which(self);
+        if region.bytes >= bytes {
+            return Ok(());
+        }
+        if region.bytes > 0 {
+            self.device.free(region.at)?;
+        }
+        *which(self) = Region { at: Address::NULL, bytes: 0 };
+        let at = self.device.alloc(bytes)?;
+        *which(self) = Region { at, bytes };
+        for ready in &mut self.programs {
+            (ready.ran, ready.graph) = (false, None);
+        }
+        self.arranged = None;
+        Ok(())
+    }
+
+    fn place(&self, Loaded(program): Loaded, buffer: Buffer) -> Address {
+        assert_eq!(self.arranged, Some(program), "outputs are those of the program that ran last");
+        self.block.at.plus(self.programs[program].plan.offsets[buffer.0])
+    }
+
+    fn type_of(&self, Loaded(program): Loaded, buffer: Buffer) -> Type {
+        let element = self.programs[program].program.info(buffer).element;
+        if element.size(2) == 2 { self.options.numbers } else { Type::F32 }
+    }
+
+    fn download(&self, from: Address, bytes: usize) -> anyhow::Result<Vec<u8>> {
+        let mut into = vec![0; bytes];
+        self.device.download(from, &mut into)?;
+        Ok(into)
+    }
+
+    /// Asks for every kernel of a program, timing each operation if `timed`.
+    fn enqueue(&mut self, program: usize, timed: bool) -> anyhow::Result<()> {
+        let ready = &self.programs[program];
+        let mut marks = Vec::new();
+        for (at, op) in ready.program.ops.iter().enumerate() {
+            if timed {
+                marks.push(self.device.mark()?);
+            }
+            let mut launcher = Launcher {
+                device: &mut *self.device,
+                numbers: self.options.numbers,
+                arenas: self.arenas,
+                control: self.control,
+                program: &ready.program,
+                plan: &ready.plan,
+                block: self.block.at,
+                tables: &ready.tables,
+                op: at,
+                scratch: self.scratch.at,
+                scratch_bytes: self.scratch.bytes,
+                scratch_used: 0,
+            };
+            enqueue(&mut launcher, op)?;
+        }
+        if timed {
+            marks.push(self.device.mark()?);
+            for (op, pair) in ready.program.ops.iter().zip(marks.windows(2)) {
+                let seconds = self.device.seconds(pair[0], pair[1])?;
+                *self.seconds.entry(op.name()).or_default() += seconds;
+            }
+            self.device.forget_marks();
+        }
+        Ok(())
+    }
+
+    fn arena(&self, arena: Arena) -> (Address, usize, Type) {
+        let Arenas { len, parameters, gradients, first_moment, second_moment, cache, .. } =
+            self.arenas;
+        let trained = if gradients == Address::NULL { 0 } else { len };
+        match arena {
+            Arena::Parameters => (parameters, len, Type::F32),
+            Arena::Gradients => (gradients, trained, Type::F32),
+            Arena::FirstMoment => (first_moment, trained, Type::F32),
+            Arena::SecondMoment => (second_moment, trained, Type::F32),
+            Arena::Cache => (cache, self.cache, self.options.numbers),
+        }
+    }
+}
+
+/// The kernels count rows and columns in 32 bits, with a sign.
+fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
+    let most = i32::MAX as usize;
+    let rows = program.buffers.iter().filter(|info| info.element.size(2) == 4);
+    let rows = rows.map(|info| info.len).max().unwrap_or(0);
+    if rows > most || arenas.len / Layout::ALIGN > most {
+        return Err(error(
+            format!("{rows} rows at once are more than the kernels count"),
+            "a smaller --batch_size, or more --gradient_accumulation_steps",
+        ));
+    }
+    Ok(())
+}
+
+impl Session for Model {
+    fn load(&mut self, program: Program) -> anyhow::Result<Loaded> {
+        check_sizes(&program, self.arenas)?;
+        let plan = program.byte_plan(self.options.numbers.size());
+        self.grow(|model| &mut model.block, plan.bytes)?;
+        self.grow(|model| &mut model.scratch, workspace(&program, self.options.numbers))?;
+        let mut tables = HashMap::new();
+        for (at, op) in program.ops.iter().enumerate() {
+            let _ = (at, op, &mut tables);
+        }
+        self.programs.push(Ready { program, plan, tables, ran: false, graph: None });
+        Ok(Loaded(self.programs.len() - 1))
+    }
+
+    fn run(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<()> {
+        let Loaded(program) = loaded;
+        check_feed(&self.programs[program].program, feed)?;
+        self.arranged = Some(program);
+        for (buffer, values) in &feed.indices {
+            self.device.upload(self.place(loaded, *buffer), bytemuck::cast_slice(values))?;
+        }
+        for (buffer, values) in &feed.floats {
+            let bytes = self.type_of(loaded, *buffer).encode(values);
+            self.device.upload(self.place(loaded, *buffer), &bytes)?;
+        }
+        let control = Control::bytes(&feed.rates, feed.loss_scale);
+        self.device.upload(self.control.address(), &control)?;
+
+        let Ready { graph, ran, .. } = self.programs[program];
+        if self.options.profile {
+            return self.enqueue(program, true);
+        }
+        if let Some(graph) = graph {
+            return self.device.replay(graph);
+        }
+        // The first time one by one: loading a kernel or planning a product cannot be recorded.
+        if !(self.options.graphs && ran) {
+            self.enqueue(program, false)?;
+            self.programs[program].ran = true;
+            return Ok(());
+        }
+        self.device.record()?;
+        let asked = self.enqueue(program, false);
+        // Also after an error: the stream must not be left recording.
+        let graph = self.device.finish();
+        asked?;
+        let graph = graph?;
+        self.programs[program].graph = Some(graph);
+        self.device.replay(graph)
+    }
+
+    fn floats(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<f32>> {
+        let ty = self.type_of(program, buffer);
+        let len = self.programs[program.0].program.info(buffer).len;
+        Ok(ty.decode(&self.download(self.place(program, buffer), len * ty.size())?))
+    }
+
+    fn indices(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
+        let len = self.programs[program.0].program.info(buffer).len;
+        let bytes = self.download(self.place(program, buffer), 4 * len)?;
+        Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {
+        let (at, len, ty) = self.arena(arena);
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        Ok(ty.decode(&self.download(at, len * ty.size())?))
+    }
+
+    fn poison(&mut self) -> anyhow::Result<()> {
+        for Region { at, bytes } in [self.block, self.scratch] {
+            if bytes > 0 {
+                self.device.fill(at, 0xFF, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
+        let (at, len, ty) = self.arena(arena);
+        if values.len() != len {
+            return Err(error(
+                format!("{} values do not fill the {arena:?} arena of {len}", values.len()),
+                "give the weights or the training state of a model of this very shape",
+            ));
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        self.device.upload(at, &ty.encode(values))?;
+        if arena == Arena::Parameters && self.arenas.weights != self.arenas.parameters {
+            let bytes = self.options.numbers.encode(values);
+            self.device.upload(self.arenas.weights, &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn profile(&self) -> Vec<(&'static str, f64)> {
+        self.seconds.iter().map(|(&name, &seconds)| (name, seconds)).collect()
+    }
+
+    fn bytes(&self) -> usize {
+        let Arenas { len, weights, parameters, gradients, .. } = self.arenas;
+        let numbers = self.options.numbers.size();
+        let copies = if weights == parameters { 0 } else { numbers * len };
+        let trained = if gradients == Address::NULL { 0 } else { 3 * 4 * len };
+        4 * len + copies + trained + self.cache * numbers + self.block.bytes + self.scratch.bytes
+    }
+}

@@ -1,0 +1,673 @@
+//! The grid: each kind of operation at odd, small and usual shapes, with what it reads.
+
+use std::ops::Range;
+
+use super::draw::Draw;
+use crate::backend::reference::{Precision, Reference, Rounding};
+use crate::backend::{Arena, Backend, Feed, Need};
+use crate::device::Type;
+use crate::llama::ops::{
+    AdamWStep, Add, Attention, AttentionBackward, CachedAttention, Embed, EmbedBackward, GradNorm,
+    HeadLoss, Heads, Linear, LinearBackwardInput, LinearBackwardWeight, MuonStep, PickRows,
+    RmsNorm, RmsNormBackward, Rope, RopeBackward, SwiGlu, SwiGluBackward, ZeroGradients,
+};
+use crate::llama::{Buffer, Element, Op, Program, Rates, Use};
+use crate::model::{Layout, Span};
+use crate::tokens::IGNORE;
+
+/// How large shapes become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// Minutes in the simulator: enough for every tail and every branch.
+    Small,
+    /// What models use: seconds on a card, minutes for the reference in f64.
+    Full,
+}
+
+/// One operation, what it reads, and what it leaves.
+pub(super) struct Case {
+    pub operation: &'static str,
+    pub shape: String,
+    pub layout: Layout,
+    pub need: Need,
+    pub program: Program,
+    pub floats: Vec<(Buffer, Vec<f32>)>,
+    pub indices: Vec<(Buffer, Vec<u32>)>,
+    pub arenas: Vec<(Arena, Vec<f32>)>,
+    pub outputs: Vec<Output>,
+    pub rates: Rates,
+}
+
+pub(super) enum Output {
+    Floats(Buffer),
+    Indices(Buffer),
+    Arena(Arena, Range<usize>),
+}
+
+type Make = fn(&mut Vec<Case>, &mut Draw, Size, Type);
+
+const MAKERS: [(&str, Make); 20] = [
+    ("embed", embed),
+    ("embed_backward", embed_backward),
+    ("rms_norm", rms_norm),
+    ("rms_norm_backward", rms_norm_backward),
+    ("linear", linear),
+    ("linear_backward_input", linear_backward_input),
+    ("linear_backward_weight", linear_backward_weight),
+    ("rope", rope),
+    ("rope_backward", rope_backward),
+    ("attention", attention),
+    ("attention_backward", attention_backward),
+    ("cached_attention", cached_attention),
+    ("swiglu", swiglu),
+    ("swiglu_backward", swiglu_backward),
+    ("head_loss", head_loss),
+    ("pick_rows", pick_rows),
+    ("zero_gradients", zero_gradients),
+    ("grad_norm", grad_norm),
+    ("adamw", adamw),
+    ("muon", muon),
+];
+
+/// The names of all kinds of operations.
+pub fn operations() -> impl Iterator<Item = &'static str> {
+    MAKERS.iter().map(|(name, _)| *name)
+}
+
+/// The cases of the operations that are chosen, for a backend of these numbers.
+pub(super) fn grid(
+    size: Size,
+    numbers: Type,
+    seed: u64,
+    chosen: impl Fn(&str) -> bool,
+) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (kind, (name, make)) in MAKERS.into_iter().enumerate() {
+        if chosen(name) {
+            // The same inputs whichever operations are chosen beside it.
+            let mut draw = Draw::new(seed.wrapping_add(kind as u64), numbers);
+            make(&mut cases, &mut draw, size, numbers);
+        }
+    }
+    cases
+}
+
+/// A parameter that is all of an arena.
+fn alone(rows: usize, cols: usize) -> (Layout, Span) {
+    let span = Span { offset: 0, rows, cols };
+    let len = span.len().next_multiple_of(Layout::ALIGN);
+    let none = Span { offset: 0, rows: 0, cols: 0 };
+    let layout = Layout {
+        parameters: Vec::new(),
+        embedding: span,
+        blocks: Vec::new(),
+        final_norm: none,
+        head: span,
+        len,
+    };
+    (layout, span)
+}
+
+/// A case under construction.
+struct Build {
+    case: Case,
+}
+
+impl Build {
+    fn new(shape: String, (layout, _): (Layout, Span), training: bool) -> Build {
+        let case = Case {
+            operation: "",
+            shape,
+            layout,
+            need: Need { training, cache: 0 },
+            program: Program::default(),
+            floats: Vec::new(),
+            indices: Vec::new(),
+            arenas: Vec::new(),
+            outputs: Vec::new(),
+            rates: Rates::default(),
+        };
+        Build { case }
+    }
+
+    /// An input of activations of size one.
+    fn input(&mut self, draw: &mut Draw, name: &str, len: usize) -> Buffer {
+        let values = draw.activations(len, 1.0);
+        self.given(name, Element::Activation, values)
+    }
+
+    fn given(&mut self, name: &str, element: Element, values: Vec<f32>) -> Buffer {
+        let buffer = self.case.program.buffer(name, element, values.len(), Use::Input);
+        self.case.floats.push((buffer, values));
+        buffer
+    }
+
+    fn index(&mut self, name: &str, values: Vec<u32>) -> Buffer {
+        let buffer = self.case.program.buffer(name, Element::Index, values.len(), Use::Input);
+        self.case.indices.push((buffer, values));
+        buffer
+    }
+
+    fn output(&mut self, name: &str, element: Element, len: usize) -> Buffer {
+        let buffer = self.case.program.buffer(name, element, len, Use::Output);
+        self.case.outputs.push(match element {
+            Element::Index => Output::Indices(buffer),
+            _ => Output::Floats(buffer),
+        });
+        buffer
+    }
+
+    /// The parameter, drawn; padding stays zero.
+    fn weights(&mut self, draw: &mut Draw, span: Span, deviation: f64) {
+        let mut values = draw.activations(span.len(), deviation);
+        values.resize(self.case.layout.len, 0.0);
+        self.case.arenas.push((Arena::Parameters, values));
+    }
+
+    /// A gradient that is there already: what is added must not replace it.
+    fn accumulates(&mut self, draw: &mut Draw, span: Span) {
+        let values = draw.floats(self.case.layout.len, 1.0);
+        self.case.arenas.push((Arena::Gradients, values));
+        // Beyond the parameter too: nothing may be written there.
+        let all = 0..self.case.layout.len;
+        debug_assert!(span.len() <= all.end);
+        self.case.outputs.push(Output::Arena(Arena::Gradients, all));
+    }
+
+    fn finish(mut self, op: Op, cases: &mut Vec<Case>) {
+        self.case.operation = op.name();
+        self.case.program.ops.push(op);
+        cases.push(self.case);
+    }
+}
+
+fn embed(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    let mut shapes = vec![(1, 1, 1), (7, 13, 5), (37, 100, 64), (65, 300, 36)];
+    if size == Size::Full {
+        shapes.push((4096, 32768, 64));
+    }
+    for (rows, vocab, hidden) in shapes {
+        let (layout, table) = alone(vocab, hidden);
+        let mut b = Build::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), false);
+        b.weights(draw, table, 1.0);
+        let ids = b.index("ids", draw.indices(rows, vocab));
+        let out = b.output("out", Element::Activation, rows * hidden);
+        b.finish(Op::Embed(Embed { ids, table, out }), cases);
+    }
+}
+
+fn embed_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    let mut shapes = vec![(1, 1, 1), (7, 3, 5), (200, 40, 64), (65, 300, 36), (515, 2, 8)];
+    if size == Size::Full {
+        shapes.push((32768, 32768, 64));
+    }
+    for (rows, vocab, hidden) in shapes {
+        let (layout, table) = alone(vocab, hidden);
+        let mut b = Build::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), true);
+        b.accumulates(draw, table);
+        let ids = b.index("ids", draw.indices(rows, vocab));
+        let dout = b.input(draw, "dout", rows * hidden);
+        b.finish(Op::EmbedBackward(EmbedBackward { ids, dout, table }), cases);
+    }
+}
+
+fn norms(size: Size) -> Vec<(usize, usize)> {
+    let mut shapes = vec![(1, 1), (3, 17), (5, 64), (33, 100), (9, 768), (2, 4096)];
+    if size == Size::Full {
+        shapes.push((32768, 64));
+        shapes.push((4096, 2048));
+    }
+    shapes
+}
+
+fn rms_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for (rows, hidden) in norms(size) {
+        for adds in [false, true] {
+            let with = if adds { " and residual" } else { "" };
+            let (layout, weight) = alone(1, hidden);
+            let mut b = Build::new(format!("{rows} x {hidden}{with}"), (layout, weight), false);
+            b.weights(draw, weight, 1.0);
+            let x = b.input(draw, "x", rows * hidden);
+            let add = adds.then(|| Add {
+                residual: b.input(draw, "residual", rows * hidden),
+                sum: b.output("sum", Element::Activation, rows * hidden),
+            });
+            let y = b.output("y", Element::Activation, rows * hidden);
+            let rstd = b.output("rstd", Element::Float, rows);
+            b.finish(Op::RmsNorm(RmsNorm { x, add, weight, eps: 1e-5, y, rstd }), cases);
+        }
+    }
+}
+
+fn rms_norm_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for (rows, hidden) in norms(size) {
+        for past in [false, true] {
+            let with = if past { " and residual" } else { "" };
+            let (layout, weight) = alone(1, hidden);
+            let mut b = Build::new(format!("{rows} x {hidden}{with}"), (layout, weight), true);
+            b.weights(draw, weight, 1.0);
+            let values = draw.activations(rows * hidden, 1.0);
+            let rstd = |row: &[f32]| {
+                let squares: f32 = row.iter().map(|x| x * x).sum();
+                1.0 / (squares / hidden as f32 + 1e-5).sqrt()
+            };
+            let rstd = values.chunks(hidden).map(rstd).collect();
+            let rstd = b.given("rstd", Element::Float, rstd);
+            let x = b.given("x", Element::Activation, values);
+            let dy = b.input(draw, "dy", rows * hidden);
+            let dsum = past.then(|| b.input(draw, "dsum", rows * hidden));
+            let dx = b.output("dx", Element::Activation, rows * hidden);
+            b.accumulates(draw, weight);
+            let op = RmsNormBackward { x, rstd, weight, dy, dsum, dx };
+            b.finish(Op::RmsNormBackward(op), cases);
+        }
+    }
+}
+
+/// Rows, width of the output, width of the input.
+fn products(size: Size) -> Vec<(usize, usize, usize)> {
+    let mut shapes = vec![(1, 1, 1), (1, 33, 64), (7, 64, 33), (37, 48, 100), (70, 256, 64)];
+    if size == Size::Full {
+        shapes.push((2048, 512, 64));
+        shapes.push((512, 2048, 768));
+    }
+    shapes
+}
+
+fn linear(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for (rows, out, inner) in products(size) {
+        let (layout, w) = alone(out, inner);
+        let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
+        b.weights(draw, w, 1.0);
+        let x = b.input(draw, "x", rows * inner);
+        let y = b.output("y", Element::Activation, rows * out);
+        b.finish(Op::Linear(Linear { x, w, y, rows }), cases);
+    }
+}
+
+fn linear_backward_input(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for (rows, out, inner) in products(size) {
+        let (layout, w) = alone(out, inner);
+        let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
+        b.weights(draw, w, 1.0);
+        let dy = b.input(draw, "dy", rows * out);
+        let dx = b.output("dx", Element::Activation, rows * inner);
+        b.finish(Op::LinearBackwardInput(LinearBackwardInput { dy, w, dx, rows }), cases);
+    }
+}
+
+fn linear_backward_weight(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for (rows, out, inner) in products(size) {
+        let (layout, w) = alone(out, inner);
+        let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), true);
+        b.accumulates(draw, w);
+        let dy = b.input(draw, "dy", rows * out);
+        let x = b.input(draw, "x", rows * inner);
+        b.finish(Op::LinearBackwardWeight(LinearBackwardWeight { dy, x, w, rows }), cases);
+    }
+}
+
+fn heads(windows: usize, context: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
+    Heads { windows, context, heads, kv_heads, head_dim }
+}
+
+fn describe(shape: &Heads) -> String {
+    let Heads { windows, context, heads, kv_heads, head_dim } = shape;
+    format!("{windows} x {context}, {heads}/{kv_heads} heads of {head_dim}")
+}
+
+/// `theta^(-2i/d)`, as models have it.
+fn frequencies(head_dim: usize) -> Vec<f64> {
+    (0..head_dim / 2).map(|i| 1e4f64.powf(-2.0 * i as f64 / head_dim as f64)).collect()
+}
+
+fn ropes(size: Size) -> Vec<Heads> {
+    let mut shapes = vec![
+        heads(1, 1, 1, 1, 2),
+        heads(2, 37, 18, 3, 2),
+        heads(3, 5, 6, 2, 6),
+        heads(2, 33, 8, 2, 8),
+        heads(1, 70, 4, 4, 64),
+        heads(2, 9, 3, 1, 128),
+    ];
+    if size == Size::Full {
+        shapes.push(heads(8, 512, 32, 4, 2));
+        shapes.push(heads(2, 1024, 12, 4, 64));
+    }
+    shapes
+}
+
+fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for shape in ropes(size) {
+        for starts in [false, true] {
+            let with = if starts { ", from anywhere" } else { "" };
+            let none = alone(1, 1);
+            let mut b = Build::new(format!("{}{with}", describe(&shape)), none, false);
+            let qkv = b.input(draw, "qkv", shape.rows() * shape.qkv_width());
+            let start =
+                starts.then(|| b.index("start", draw.indices(shape.windows, 8192 - shape.context)));
+            let q = b.output("q", Element::Activation, shape.rows() * shape.q_width());
+            let k = b.output("k", Element::Activation, shape.rows() * shape.kv_width());
+            let v = b.output("v", Element::Activation, shape.rows() * shape.kv_width());
+            let frequencies = frequencies(shape.head_dim);
+            b.finish(Op::Rope(Rope { qkv, start, frequencies, shape, q, k, v }), cases);
+        }
+    }
+}
+
+fn rope_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for shape in ropes(size) {
+        let mut b = Build::new(describe(&shape), alone(1, 1), false);
+        let dq = b.input(draw, "dq", shape.rows() * shape.q_width());
+        let dk = b.input(draw, "dk", shape.rows() * shape.kv_width());
+        let dv = b.input(draw, "dv", shape.rows() * shape.kv_width());
+        let dqkv = b.output("dqkv", Element::Activation, shape.rows() * shape.qkv_width());
+        let frequencies = frequencies(shape.head_dim);
+        let op = RopeBackward { dq, dk, dv, frequencies, shape, dqkv };
+        b.finish(Op::RopeBackward(op), cases);
+    }
+}
+
+fn attentions(size: Size) -> Vec<Heads> {
+    let mut shapes = vec![
+        heads(1, 1, 1, 1, 2),
+        heads(3, 37, 8, 1, 2),
+        heads(1, 130, 4, 1, 4),
+        heads(2, 65, 8, 2, 8),
+        heads(3, 19, 2, 1, 6),
+        heads(3, 70, 4, 1, 16),
+        heads(2, 33, 4, 4, 32),
+        heads(3, 67, 2, 1, 64),
+        heads(1, 40, 3, 3, 96),
+        heads(2, 65, 2, 1, 128),
+        heads(1, 20, 2, 1, 34),
+        heads(4, 1, 2, 2, 64),
+    ];
+    if size == Size::Full {
+        shapes.push(heads(2, 512, 32, 4, 2));
+        shapes.push(heads(1, 512, 8, 2, 8));
+        shapes.push(heads(1, 1024, 4, 2, 64));
+        shapes.push(heads(1, 1000, 2, 1, 128));
+    }
+    shapes
+}
+
+/// The first visible column of each row: causal, left-padded, or a second document.
+fn masks(draw: &mut Draw, shape: &Heads) -> Vec<u32> {
+    let edges = draw.indices(shape.windows, shape.context);
+    let of = |at: usize| {
+        let (window, column) = (at / shape.context, (at % shape.context) as u32);
+        let edge = edges[window];
+        match window % 3 {
+            1 if column < edge => shape.context as u32,
+            1 => edge,
+            2 if column >= edge => edge,
+            _ => 0,
+        }
+    };
+    (0..shape.rows()).map(of).collect()
+}
+
+/// Attention's inputs and the mask.
+fn attends(b: &mut Build, draw: &mut Draw, shape: &Heads) -> [Buffer; 4] {
+    let q = b.input(draw, "q", shape.rows() * shape.q_width());
+    let k = b.input(draw, "k", shape.rows() * shape.kv_width());
+    let v = b.input(draw, "v", shape.rows() * shape.kv_width());
+    let first_key = b.index("first key", masks(draw, shape));
+    [q, k, v, first_key]
+}
+
+fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for shape in attentions(size) {
+        let mut b = Build::new(describe(&shape), alone(1, 1), false);
+        let [q, k, v, first_key] = attends(&mut b, draw, &shape);
+        let out = b.output("out", Element::Activation, shape.rows() * shape.q_width());
+        let lse = b.output("lse", Element::Float, shape.rows() * shape.heads);
+        b.finish(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }), cases);
+    }
+}
+
+fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, numbers: Type) {
+    for shape in attentions(size) {
+        let mut b = Build::new(describe(&shape), alone(1, 1), false);
+        let [q, k, v, first_key] = attends(&mut b, draw, &shape);
+        let (out, lse) = forward(&b.case, [q, k, v, first_key], &shape);
+        let out = numbers.decode(&numbers.encode(&out));
+        let out = b.given("out", Element::Activation, out);
+        let lse = b.given("lse", Element::Float, lse);
+        let dout = b.input(draw, "dout", shape.rows() * shape.q_width());
+        let dq = b.output("dq", Element::Activation, shape.rows() * shape.q_width());
+        let dk = b.output("dk", Element::Activation, shape.rows() * shape.kv_width());
+        let dv = b.output("dv", Element::Activation, shape.rows() * shape.kv_width());
+        let op = AttentionBackward { q, k, v, first_key, out, lse, dout, shape, dq, dk, dv };
+        b.finish(Op::AttentionBackward(op), cases);
+    }
+}
+
+/// What the forward leaves for the backward, in f64.
+fn forward(case: &Case, [q, k, v, first_key]: [Buffer; 4], shape: &Heads) -> (Vec<f32>, Vec<f32>) {
+    let mut program = case.program.clone();
+    let rows = shape.rows();
+    let out = program.buffer("out", Element::Activation, rows * shape.q_width(), Use::Output);
+    let lse = program.buffer("lse", Element::Float, rows * shape.heads, Use::Output);
+    program.ops.push(Op::Attention(Attention { q, k, v, first_key, shape: *shape, out, lse }));
+    let reference = Reference { precision: Precision::F64, rounding: Rounding::None };
+    let feed = Feed {
+        indices: case.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
+        floats: case.floats.iter().map(|(b, values)| (*b, values.as_slice().into())).collect(),
+        ..Feed::default()
+    };
+    let forward = || -> anyhow::Result<_> {
+        let mut session = reference.open(&case.layout, Need::default())?;
+        let program = session.load(program)?;
+        session.run(program, &feed)?;
+        Ok((session.floats(program, out)?, session.floats(program, lse)?))
+    };
+    forward().expect("the reference takes every case")
+}
+
+/// Two operations: one that fills the cache, whose layout is the backend's own affair, and one that
+/// goes on from there, each window from another column.
+fn cached_attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    let mut shapes = vec![
+        (heads(1, 1, 1, 1, 2), 1, 64),
+        (heads(3, 1, 8, 1, 2), 40, 64),
+        (heads(2, 5, 8, 2, 8), 59, 64),
+        (heads(2, 3, 2, 1, 6), 70, 128),
+        (heads(4, 1, 4, 2, 64), 127, 128),
+        (heads(2, 2, 3, 1, 128), 9, 64),
+    ];
+    if size == Size::Full {
+        shapes.push((heads(64, 1, 32, 4, 2), 511, 512));
+        shapes.push((heads(16, 4, 12, 4, 64), 1020, 1024));
+    }
+    for (shape, before, capacity) in shapes {
+        let plane = shape.windows * shape.kv_width() * capacity;
+        let what = format!("{} after {before} of {capacity}", describe(&shape));
+        let mut b = Build::new(what, alone(1, 1), false);
+        // The second of two layers.
+        b.case.need.cache = 4 * plane;
+        let (keys, values) = (2 * plane, 3 * plane);
+        let first = Heads { context: before, ..shape };
+        let zeros = vec![0; shape.windows];
+        let starts = draw.indices(shape.windows, before + 1);
+        let [filled, attended] =
+            [("before", first, zeros), ("", shape, starts)].map(|(name, shape, starts)| {
+                let name = |what: &str| format!("{what} {name}").trim_end().to_string();
+                let q = b.input(draw, &name("q"), shape.rows() * shape.q_width());
+                let k = b.input(draw, &name("k"), shape.rows() * shape.kv_width());
+                let v = b.input(draw, &name("v"), shape.rows() * shape.kv_width());
+                let start = b.index(&name("start"), starts);
+                let len = shape.rows() * shape.q_width();
+                let out = b.output(&name("out"), Element::Activation, len);
+                CachedAttention { q, k, v, start, shape, keys, values, capacity, out }
+            });
+        b.case.program.ops.push(Op::CachedAttention(filled));
+        b.finish(Op::CachedAttention(attended), cases);
+    }
+}
+
+/// Rows and width.
+fn gates(size: Size) -> Vec<(usize, usize)> {
+    let mut shapes = vec![(1, 1), (3, 17), (5, 24), (37, 256), (2, 3000)];
+    if size == Size::Full {
+        shapes.push((32768, 256));
+        shapes.push((2048, 5504));
+    }
+    shapes
+}
+
+fn swiglu(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for (rows, inter) in gates(size) {
+        let mut b = Build::new(format!("{rows} x {inter}"), alone(1, 1), false);
+        let gate_up = draw.activations(2 * rows * inter, 3.0);
+        let gate_up = b.given("gate_up", Element::Activation, gate_up);
+        let out = b.output("out", Element::Activation, rows * inter);
+        b.finish(Op::SwiGlu(SwiGlu { gate_up, inter, out }), cases);
+    }
+}
+
+fn swiglu_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for (rows, inter) in gates(size) {
+        let mut b = Build::new(format!("{rows} x {inter}"), alone(1, 1), false);
+        let gate_up = draw.activations(2 * rows * inter, 3.0);
+        let gate_up = b.given("gate_up", Element::Activation, gate_up);
+        let dout = b.input(draw, "dout", rows * inter);
+        let dgate_up = b.output("dgate_up", Element::Activation, 2 * rows * inter);
+        b.finish(Op::SwiGluBackward(SwiGluBackward { gate_up, dout, inter, dgate_up }), cases);
+    }
+}
+
+fn head_loss(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    let mut shapes = vec![
+        (1, 1, 1),
+        (1, 300, 64),
+        (7, 13, 5),
+        (37, 130, 16),
+        (65, 257, 64),
+        (130, 515, 36),
+        (33, 200, 128),
+        (9, 100, 250),
+        (5, 70, 300),
+    ];
+    if size == Size::Full {
+        shapes.push((512, 32768, 64));
+        shapes.push((1000, 5003, 128));
+        shapes.push((300, 5000, 768));
+    }
+    for (rows, vocab, hidden) in shapes {
+        for gradient in [false, true] {
+            let with = if gradient { " and gradient" } else { "" };
+            let (layout, w) = alone(vocab, hidden);
+            let shape = format!("{rows} x {hidden} to {vocab}{with}");
+            let mut b = Build::new(shape, (layout, w), gradient);
+            // Logits of size two: some words are likely, none is certain.
+            b.weights(draw, w, 2.0 / (hidden as f64).sqrt());
+            let x = b.input(draw, "x", rows * hidden);
+            let ignored = draw.indices(rows, 5);
+            let targets = draw.indices(rows, vocab).into_iter().zip(ignored);
+            let targets =
+                targets.map(|(target, ignored)| if ignored == 0 { IGNORE } else { target });
+            let targets = b.index("targets", targets.collect());
+            let nll = b.output("nll", Element::Float, rows);
+            let argmax = b.output("argmax", Element::Index, rows);
+            let dx = gradient.then(|| b.output("dx", Element::Activation, rows * hidden));
+            if gradient {
+                b.accumulates(draw, w);
+            }
+            let op = HeadLoss { x, w, targets, rows, nll, argmax, dx };
+            b.finish(Op::HeadLoss(op), cases);
+        }
+    }
+}
+
+fn pick_rows(cases: &mut Vec<Case>, draw: &mut Draw, _: Size, _: Type) {
+    for (windows, context, hidden) in [(1, 1, 1), (3, 7, 5), (9, 4, 64)] {
+        let shape = format!("{windows} x {context} x {hidden}");
+        let mut b = Build::new(shape, alone(1, 1), false);
+        let x = b.input(draw, "x", windows * context * hidden);
+        let column = b.index("column", draw.indices(windows, context));
+        let out = b.output("out", Element::Activation, windows * hidden);
+        b.finish(Op::PickRows(PickRows { x, column, windows, context, out }), cases);
+    }
+}
+
+/// Lengths of arenas.
+fn lengths(size: Size) -> Vec<usize> {
+    let mut lengths = vec![1, 63, 1000, 20_011];
+    if size == Size::Full {
+        lengths.push(4_662_336);
+    }
+    lengths
+}
+
+fn zero_gradients(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for len in lengths(size) {
+        let (layout, span) = alone(1, len);
+        let mut b = Build::new(format!("{len}"), (layout, span), true);
+        b.accumulates(draw, span);
+        b.finish(Op::ZeroGradients(ZeroGradients), cases);
+    }
+}
+
+fn grad_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for len in lengths(size) {
+        let (layout, span) = alone(1, len);
+        let mut b = Build::new(format!("{len}"), (layout, span), true);
+        b.accumulates(draw, span);
+        let norm = b.output("norm", Element::Float, 1);
+        b.finish(Op::GradNorm(GradNorm { norm }), cases);
+    }
+}
+
+/// A gradient, moments and parameters in the middle of a training run.
+fn update(b: &mut Build, draw: &mut Draw, second: bool) -> Buffer {
+    let len = b.case.layout.len;
+    let whole = 0..len;
+    for (arena, values) in [
+        (Arena::Parameters, draw.floats(len, 1.0)),
+        (Arena::Gradients, draw.floats(len, 1.0)),
+        (Arena::FirstMoment, draw.floats(len, 0.5)),
+    ] {
+        b.case.arenas.push((arena, values));
+    }
+    let squares: Vec<f32> = draw.floats(len, 0.5).iter().map(|x| x * x).collect();
+    b.case.arenas.push((Arena::SecondMoment, squares));
+    b.case.outputs.push(Output::Arena(Arena::Parameters, whole.clone()));
+    b.case.outputs.push(Output::Arena(Arena::FirstMoment, whole.clone()));
+    if second {
+        b.case.outputs.push(Output::Arena(Arena::SecondMoment, whole));
+    }
+    b.case.rates = Rates { learning_rate: 0.03, muon_learning_rate: 0.2, step: 7 };
+    // Above the clip's bound of 1.
+    b.given("norm", Element::Float, vec![1.7])
+}
+
+fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for len in lengths(size) {
+        let mut b = Build::new(format!("{len}"), alone(1, len), true);
+        let norm = update(&mut b, draw, true);
+        // Three ranges that begin anywhere, a hole between the first two, two decays.
+        let (a, z) = (len / 3, 2 * len / 3);
+        let ranges = [(0..a, 0.1), (a + usize::from(len > 9)..z, 0.0), (z..len, 0.1)];
+        let ranges = ranges.into_iter().filter(|(range, _)| !range.is_empty()).collect();
+        let (beta1, beta2, epsilon, max_grad_norm) = (0.9, 0.99, 1e-8, 1.0);
+        let op = AdamWStep { norm, max_grad_norm, beta1, beta2, epsilon, ranges };
+        b.finish(Op::AdamWStep(op), cases);
+    }
+}
+
+fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    let mut shapes = vec![(5, 5), (17, 40), (64, 16), (33, 130)];
+    if size == Size::Full {
+        shapes.push((512, 64));
+        shapes.push((768, 2048));
+    }
+    for (rows, cols) in shapes {
+        let (layout, w) = alone(rows, cols);
+        let mut b = Build::new(format!("{rows} x {cols}"), (layout, w), true);
+        let norm = update(&mut b, draw, false);
+        let op = MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, decay: 0.1, w };
+        b.finish(Op::MuonStep(op), cases);
+    }
+}

@@ -1,0 +1,42 @@
+//! Random inputs, each draw from a sequence of its own.
+
+use crate::device::Type;
+use crate::random::{Philox, Stream};
+
+/// Draws, one after another.
+pub(super) struct Draw {
+    random: Philox,
+    numbers: Type,
+    next: u32,
+}
+
+impl Draw {
+    pub fn new(seed: u64, numbers: Type) -> Self {
+        Self { random: Philox::new(seed, Stream::Test), numbers, next: 0 }
+    }
+
+    fn sequence(&mut self) -> u32 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Normal, in f32.
+    pub fn floats(&mut self, len: usize, deviation: f64) -> Vec<f32> {
+        let mut values = vec![0.0; len];
+        let sequence = self.sequence();
+        self.random.fill_normal(sequence, deviation, &mut values);
+        values
+    }
+
+    /// Normal, as the type of activations holds it: every backend is given the same numbers.
+    pub fn activations(&mut self, len: usize, deviation: f64) -> Vec<f32> {
+        let values = self.floats(len, deviation);
+        self.numbers.decode(&self.numbers.encode(&values))
+    }
+
+    /// Uniform in `0..n`.
+    pub fn indices(&mut self, len: usize, n: usize) -> Vec<u32> {
+        let sequence = self.sequence();
+        (0..len).map(|at| (self.random.at(sequence, at as u64)[0] as usize % n) as u32).collect()
+    }
+}

@@ -1,0 +1,100 @@
+//! `laam check`: every operation of a backend against f64.
+
+use std::io::{self, Write};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::{Outcome, backend};
+use crate::bench::check::{Row, Selection, Size, check};
+use crate::model::Precision;
+
+/// Hold every operation of a backend against f64, on fresh random inputs.
+#[derive(Args)]
+pub struct Arguments {
+    /// Only operations whose names contain this
+    #[arg(long)]
+    only: Option<String>,
+    /// The precisions to check [default: float32, and bfloat16 where the backend has kernels for it]
+    #[arg(long, value_enum)]
+    precision: Vec<Kind>,
+    /// Large shapes too: seconds on a card, minutes for the f64 reference
+    #[arg(long)]
+    full: bool,
+    /// The seed of the inputs [default: the time]
+    #[arg(long)]
+    seed: Option<u64>,
+    #[command(flatten)]
+    backend: backend::Arguments,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Float32,
+    Bfloat16,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH);
+    let seed = arguments.seed.unwrap_or_else(|| clock.map_or(0, |time| time.as_secs()));
+    let size = if arguments.full { Size::Full } else { Size::Small };
+    let selection = Selection { only: arguments.only.as_deref(), size, seed };
+    let precisions = match arguments.precision.as_slice() {
+        [] => &[Kind::Float32, Kind::Bfloat16],
+        some => some,
+    };
+    let mut out = io::stdout().lock();
+    let mut runs: Vec<(&str, String, Vec<Row>)> = Vec::new();
+    let mut failed = 0;
+    for &precision in precisions {
+        let backend = arguments.backend.open_in(match precision {
+            Kind::Float32 => Precision::Float32,
+            Kind::Bfloat16 => Precision::Bfloat16,
+        })?;
+        let name = backend.numbers().suffix();
+        if runs.iter().any(|(numbers, ..)| *numbers == name) {
+            continue;
+        }
+        eprintln!("{}, seed {seed}", backend.device());
+        let mut written = Ok(());
+        let rows = check(&*backend, &selection, |row| {
+            if !arguments.json && written.is_ok() {
+                written = print(&mut out, name, row);
+            }
+        })?;
+        written?;
+        failed += rows.iter().filter(|row| !row.passed).count();
+        runs.push((name, backend.device(), rows));
+    }
+    let checked: usize = runs.iter().map(|(_, _, rows)| rows.len()).sum();
+    if arguments.json {
+        let runs: Vec<_> = runs
+            .iter()
+            .map(|(numbers, device, rows)| {
+                json!({ "numbers": numbers, "device": device, "rows": rows })
+            })
+            .collect();
+        let all = json!({ "seed": seed, "checked": checked, "failed": failed, "runs": runs });
+        writeln!(out, "{all}")?;
+    } else {
+        writeln!(out, "{checked} outputs checked, {failed} failed")?;
+    }
+    Ok(if failed == 0 { Outcome::Done } else { Outcome::Different })
+}
+
+fn print(out: &mut impl Write, numbers: &str, row: &Row) -> io::Result<()> {
+    let verdict = match row {
+        Row { passed: true, .. } => "ok",
+        Row { repeats: false, .. } => "FAILED: a second run gave other bits",
+        _ => "FAILED",
+    };
+    writeln!(
+        out,
+        "{:22} {numbers:4} {:36} {:14} {:9.2e} of {:9.2e} {verdict}",
+        row.operation, row.shape, row.output, row.error, row.bound
+    )
+}

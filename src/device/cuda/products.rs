@@ -1,0 +1,208 @@
+//! Matrix products by cuBLASLt: a plan for each shape, made once and kept.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+use cudarc::driver::sys::CUstream;
+
+use super::super::{Address, Matrix, Product, Type};
+use super::libraries;
+use crate::error::error;
+
+/// cuBLASLt, its workspace, and the plans made so far.
+pub(super) struct Products {
+    handle: sys::cublasLtHandle_t,
+    workspace: Address,
+    plans: HashMap<Key, Plan>,
+}
+
+/// What a plan depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    a: Side,
+    b: Side,
+    c: Side,
+    add: bool,
+}
+
+/// A matrix without its place; what it is aligned to instead.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Side {
+    ty: Type,
+    rows: usize,
+    cols: usize,
+    transposed: bool,
+    alignment: u32,
+}
+
+impl From<Matrix> for Side {
+    fn from(matrix: Matrix) -> Side {
+        let Matrix { at, ty, rows, cols, transposed } = matrix;
+        let alignment = 1 << at.0.trailing_zeros().min(8);
+        Side { ty, rows, cols, transposed, alignment }
+    }
+}
+
+/// cuBLASLt's descriptors and the algorithm it chose. They are few and live as long as the process.
+struct Plan {
+    description: sys::cublasLtMatmulDesc_t,
+    first: sys::cublasLtMatrixLayout_t,
+    second: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Products {
+    /// What cuBLASLt may use beside the matrices: 32 MiB, as it is advised for Hopper. It is always
+    /// the same, since the choice of an algorithm depends on it.
+    pub const WORKSPACE: usize = 32 << 20;
+
+    pub fn new(workspace: Address) -> anyhow::Result<Products> {
+        if libraries::cublaslt().is_none() {
+            return Err(error(
+                "cuBLASLt was not found: libcublasLt.so.13 or .12",
+                "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
+            ));
+        }
+        let handle = result::create_handle().map_err(|e| failed("starting cuBLASLt", e))?;
+        Ok(Products { handle, workspace, plans: HashMap::new() })
+    }
+
+    /// A row-major product is the column-major product of the turned matrices in turned order:
+    /// what is `[rows, cols]` by rows is `[cols, rows]` by columns, so `cT = bT aT` needs no copies.
+    pub fn run(&mut self, product: &Product, stream: CUstream) -> anyhow::Result<()> {
+        let (m, n, k) = product.check()?;
+        let Product { a, b, c, add } = *product;
+        let key = Key { a: a.into(), b: b.into(), c: c.into(), add };
+        if !self.plans.contains_key(&key) {
+            let plan = plan(self.handle, &key)
+                .map_err(|e| failed(&format!("planning a product of {m} x {k} by {k} x {n}"), e))?;
+            self.plans.insert(key, plan);
+        }
+        let plan = &self.plans[&key];
+        let (alpha, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
+        let pointer = |address: Address| address.0 as *mut c_void;
+        // SAFETY: the descriptors were made for exactly these shapes and live as long as the plan;
+        // the matrices' memory is the caller's, as for a kernel's arguments.
+        unsafe {
+            result::matmul(
+                self.handle,
+                plan.description,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                pointer(b.at),
+                plan.first,
+                pointer(a.at),
+                plan.second,
+                pointer(c.at),
+                plan.out,
+                pointer(c.at),
+                plan.out,
+                &raw const plan.algorithm,
+                pointer(self.workspace),
+                Self::WORKSPACE,
+                stream.cast(),
+            )
+        }
+        .map_err(|e| failed(&format!("a product of {m} x {k} by {k} x {n}"), e))
+    }
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, destroyed once.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+fn plan(handle: sys::cublasLtHandle_t, key: &Key) -> Result<Plan, CublasError> {
+    use sys::cublasLtMatmulDescAttributes_t as Describe;
+    use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
+
+    let description = result::create_matmul_desc(
+        sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        sys::cudaDataType_t::CUDA_R_32F,
+    )?;
+    for (attribute, side) in [
+        (Describe::CUBLASLT_MATMUL_DESC_TRANSA, key.b),
+        (Describe::CUBLASLT_MATMUL_DESC_TRANSB, key.a),
+    ] {
+        // cublasOperation_t: N is 0, T is 1.
+        let operation = i32::from(side.transposed);
+        // SAFETY: the attribute is an i32, which is read before the call returns.
+        unsafe {
+            result::set_matmul_desc_attribute(
+                description,
+                attribute,
+                (&raw const operation).cast(),
+                size_of::<i32>(),
+            )?;
+        }
+    }
+    let layout = |side: Side| {
+        result::create_matrix_layout(
+            data_type(side.ty),
+            side.cols as u64,
+            side.rows as u64,
+            side.cols as i64,
+        )
+    };
+    let (first, second, out) = (layout(key.b)?, layout(key.a)?, layout(key.c)?);
+
+    let preference = result::create_matmul_pref()?;
+    let workspace = Products::WORKSPACE;
+    // SAFETY: the attribute is a usize, which is read before the call returns.
+    unsafe {
+        result::set_matmul_pref_attribute(
+            preference,
+            Prefer::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            (&raw const workspace).cast(),
+            size_of::<usize>(),
+        )?;
+    }
+    for (attribute, side) in [
+        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.b),
+        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.a),
+        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.c),
+        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.c),
+    ] {
+        // SAFETY: the attribute is a u32, which is read before the call returns.
+        unsafe {
+            result::set_matmul_pref_attribute(
+                preference,
+                attribute,
+                (&raw const side.alignment).cast(),
+                size_of::<u32>(),
+            )?;
+        }
+    }
+    // SAFETY: all descriptors were made above and are whole.
+    let chosen = unsafe {
+        let chosen = result::get_matmul_algo_heuristic(
+            handle,
+            description,
+            first,
+            second,
+            out,
+            out,
+            preference,
+        );
+        result::destroy_matmul_pref(preference)?;
+        chosen?
+    };
+    Ok(Plan { description, first, second, out, algorithm: chosen.algo })
+}
+
+fn data_type(ty: Type) -> sys::cudaDataType_t {
+    match ty {
+        Type::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        Type::F16 => sys::cudaDataType_t::CUDA_R_16F,
+        Type::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+    }
+}
+
+fn failed(what: &str, why: CublasError) -> anyhow::Error {
+    error(format!("{what}: cuBLASLt says {why}"), "laam doctor tells which libraries were found")
+}

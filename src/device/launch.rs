@@ -1,0 +1,96 @@
+//! A launch, and the check of its arguments that every device makes.
+
+use super::Address;
+use crate::error::error;
+use crate::kernels;
+
+/// The start of a kernel.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// The kernel's name: `rms_norm_bf16`.
+    pub entry: String,
+    /// Blocks along x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block along x, y and z.
+    pub block: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+    pub args: Vec<Arg>,
+}
+
+/// An argument of a kernel, by value.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Arg {
+    Address(Address),
+    I32(i32),
+    U32(u32),
+    U64(u64),
+    F32(f32),
+    F64(f64),
+}
+
+impl Arg {
+    /// Its size, which is also how it is aligned.
+    pub fn size(&self) -> usize {
+        match self {
+            Arg::I32(_) | Arg::U32(_) | Arg::F32(_) => 4,
+            Arg::Address(_) | Arg::U64(_) | Arg::F64(_) => 8,
+        }
+    }
+
+    /// Its bytes, in front of zeros.
+    pub fn bits(&self) -> u64 {
+        match *self {
+            Arg::Address(Address(x)) | Arg::U64(x) => x,
+            Arg::I32(x) => u64::from(x as u32),
+            Arg::U32(x) => u64::from(x),
+            Arg::F32(x) => u64::from(x.to_bits()),
+            Arg::F64(x) => x.to_bits(),
+        }
+    }
+}
+
+macro_rules! arg_from {
+    ($($type:ty => $variant:ident),*) => {$(
+        impl From<$type> for Arg {
+            fn from(value: $type) -> Arg {
+                Arg::$variant(value)
+            }
+        }
+    )*};
+}
+arg_from!(Address => Address, i32 => I32, u32 => U32, u64 => U64, f32 => F32, f64 => F64);
+
+/// No card has a grid longer than this along y or z.
+const MOST_YZ: u32 = 65_535;
+
+impl Launch {
+    /// The kernel file that has this entry, once number and sizes of the arguments are those of the
+    /// kernel's parameters and the shape is one that every card can launch.
+    pub(super) fn check(&self) -> anyhow::Result<&'static kernels::Kernel> {
+        let Some(entry) = kernels::entry(&self.entry) else {
+            let hint = match kernels::BUILD.cuda {
+                Ok(_) => "this is a fault of laam: report it".to_string(),
+                Err(why) => format!("this build has no kernels ({why}): scripts/setup-cuda"),
+            };
+            return Err(error(format!("there is no kernel {}", self.entry), hint));
+        };
+        let fault = |what: String| error(what, "this is a fault of laam: report it");
+        let sizes: Vec<usize> = self.args.iter().map(Arg::size).collect();
+        if sizes != entry.parameters {
+            return Err(fault(format!(
+                "kernel {} has parameters of {:?} bytes, {sizes:?} were given",
+                self.entry, entry.parameters
+            )));
+        }
+        let threads: u64 = self.block.iter().map(|&n| u64::from(n)).product();
+        let [x, y, z] = self.grid;
+        if x == 0 || !(1..=MOST_YZ).contains(&y) || !(1..=MOST_YZ).contains(&z) {
+            return Err(fault(format!("kernel {} with a grid of {x} x {y} x {z}", self.entry)));
+        }
+        if !(1..=1024).contains(&threads) || self.block[2] > 64 {
+            return Err(fault(format!("kernel {} with a block of {:?}", self.entry, self.block)));
+        }
+        Ok(entry.kernel)
+    }
+}

@@ -1,0 +1,338 @@
+//! The kernels in the simulator, one instruction at a time; products on the host.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use gemm::Parallelism;
+use ptxsim::{Config, Memory, Module, Options};
+
+use super::{Address, Device, Graph, Launch, Mark, Matrix, Product};
+use crate::error::error;
+use crate::kernels::{BUILD, Kernel};
+
+/// How many warp instructions a block may execute: minutes, so that a hang ends.
+const BUDGET: u64 = 1 << 32;
+
+/// A device in this machine's memory.
+pub struct Sim {
+    memory: Memory,
+    /// Bytes of each allocation.
+    sizes: HashMap<Address, usize>,
+    options: Options,
+    recording: Option<Vec<Work>>,
+    graphs: Vec<Vec<Work>>,
+    marks: Vec<Instant>,
+}
+
+/// What can be recorded.
+#[derive(Clone)]
+enum Work {
+    Fill(Address, u8, usize),
+    Copy(Address, Address, usize),
+    Launch(&'static Kernel, Launch),
+    Product(Product),
+}
+
+impl Sim {
+    /// A device whose kernels run as `options` say; its budget is the device's own.
+    pub fn new(options: Options) -> anyhow::Result<Sim> {
+        if let Err(why) = BUILD.cuda {
+            return Err(error(
+                format!("this build has no kernels to simulate: {why}"),
+                "run scripts/setup-cuda, then build again",
+            ));
+        }
+        Ok(Sim {
+            memory: Memory::new(),
+            sizes: HashMap::new(),
+            options: Options { budget: BUDGET, ..options },
+            recording: None,
+            graphs: Vec::new(),
+            marks: Vec::new(),
+        })
+    }
+
+    fn ask(&mut self, work: Work) -> anyhow::Result<()> {
+        if let Some(recording) = &mut self.recording {
+            recording.push(work);
+            return Ok(());
+        }
+        self.perform(&work)
+    }
+
+    fn perform(&self, work: &Work) -> anyhow::Result<()> {
+        match work {
+            Work::Fill(at, byte, bytes) => {
+                self.memory.write(at.0, &vec![*byte; *bytes])?;
+            }
+            Work::Copy(from, to, bytes) => {
+                self.memory.write(to.0, &self.memory.read_vec(from.0, *bytes)?)?;
+            }
+            Work::Launch(kernel, launch) => self.start(kernel, launch)?,
+            Work::Product(product) => self.multiply(product)?,
+        }
+        Ok(())
+    }
+
+    fn start(&self, kernel: &'static Kernel, launch: &Launch) -> anyhow::Result<()> {
+        let entry = module(kernel)?.kernel(&launch.entry);
+        let entry = entry.expect("the entry was found in this very file");
+        let args: Vec<_> = launch
+            .args
+            .iter()
+            .map(|arg| ptxsim::Arg::bytes(&arg.bits().to_le_bytes()[..arg.size()]))
+            .collect();
+        let config = Config { grid: launch.grid, block: launch.block, shared: launch.shared };
+        entry.launch(&self.memory, &config, &args, &self.options).map_err(|fault| {
+            error(
+                format!("in the simulator: {fault}"),
+                "a kernel or its launch is wrong: report it",
+            )
+        })?;
+        Ok(())
+    }
+
+    fn read(&self, matrix: &Matrix) -> anyhow::Result<Vec<f32>> {
+        let bytes = matrix.rows * matrix.cols * matrix.ty.size();
+        Ok(matrix.ty.decode(&self.memory.read_vec(matrix.at.0, bytes)?))
+    }
+
+    fn multiply(&self, product: &Product) -> anyhow::Result<()> {
+        let (m, n, k) = product.check()?;
+        let (a, b) = (self.read(&product.a)?, self.read(&product.b)?);
+        let mut c = if product.add { self.read(&product.c)? } else { vec![0.0; m * n] };
+        // (column stride, row stride)
+        let strides = |matrix: &Matrix| {
+            let cols = matrix.cols as isize;
+            if matrix.transposed { (cols, 1) } else { (1, cols) }
+        };
+        let ((a_col, a_row), (b_col, b_row)) = (strides(&product.a), strides(&product.b));
+        // SAFETY: a, b and c are vectors of rows * cols elements, which strides of (1, cols) or
+        // (cols, 1) stay inside of for the shapes that `check` held against each other.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                c.as_mut_ptr(),
+                1,
+                n as isize,
+                product.add,
+                a.as_ptr(),
+                a_col,
+                a_row,
+                b.as_ptr(),
+                b_col,
+                b_row,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                Parallelism::None,
+            );
+        }
+        self.memory.write(product.c.at.0, &product.c.ty.encode(&c))?;
+        Ok(())
+    }
+}
+
+/// The decoded PTX of a kernel file, shared by all simulated devices.
+fn module(kernel: &'static Kernel) -> anyhow::Result<Module> {
+    static MODULES: Mutex<Option<HashMap<&'static str, Module>>> = Mutex::new(None);
+    let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
+    let modules = modules.get_or_insert_with(HashMap::new);
+    if let Some(module) = modules.get(kernel.name) {
+        return Ok(module.clone());
+    }
+    let module = Module::from_ptx(kernel.ptx).map_err(|e| {
+        error(
+            format!("the simulator cannot read kernels/{}.cu: {e}", kernel.name),
+            "keep to what crates/ptxsim/README.md lists, or teach it the instruction",
+        )
+    })?;
+    modules.insert(kernel.name, module.clone());
+    Ok(module)
+}
+
+impl Device for Sim {
+    fn name(&self) -> &'static str {
+        "sim"
+    }
+
+    fn describe(&self) -> String {
+        let Options { schedule, check, .. } = self.options;
+        format!("sim, kernels in the simulator ({schedule:?}, {check:?})")
+    }
+
+    fn memory(&self) -> anyhow::Result<(u64, u64)> {
+        let total = super::host_memory().unwrap_or(u64::MAX);
+        let taken: usize = self.sizes.values().sum();
+        Ok((total.saturating_sub(taken as u64), total))
+    }
+
+    fn alloc(&mut self, bytes: usize) -> anyhow::Result<Address> {
+        let address = Address(self.memory.alloc_uninit(bytes.max(1)));
+        self.sizes.insert(address, bytes);
+        Ok(address)
+    }
+
+    fn free(&mut self, address: Address) -> anyhow::Result<()> {
+        self.sizes.remove(&address);
+        Ok(self.memory.free(address.0)?)
+    }
+
+    fn upload(&mut self, to: Address, bytes: &[u8]) -> anyhow::Result<()> {
+        Ok(self.memory.write(to.0, bytes)?)
+    }
+
+    fn download(&self, from: Address, into: &mut [u8]) -> anyhow::Result<()> {
+        Ok(self.memory.read(from.0, into)?)
+    }
+
+    fn fill(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
+        self.ask(Work::Fill(at, byte, bytes))
+    }
+
+    fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()> {
+        self.ask(Work::Copy(from, to, bytes))
+    }
+
+    fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
+        let kernel = launch.check()?;
+        self.ask(Work::Launch(kernel, launch.clone()))
+    }
+
+    fn product(&mut self, product: &Product) -> anyhow::Result<()> {
+        product.check()?;
+        self.ask(Work::Product(*product))
+    }
+
+    fn record(&mut self) -> anyhow::Result<()> {
+        self.recording = Some(Vec::new());
+        Ok(())
+    }
+
+    fn finish(&mut self) -> anyhow::Result<Graph> {
+        self.graphs.push(self.recording.take().unwrap_or_default());
+        Ok(Graph(self.graphs.len() - 1))
+    }
+
+    fn replay(&mut self, Graph(graph): Graph) -> anyhow::Result<()> {
+        self.graphs[graph].iter().try_for_each(|work| self.perform(work))
+    }
+
+    fn mark(&mut self) -> anyhow::Result<Mark> {
+        self.marks.push(Instant::now());
+        Ok(Mark(self.marks.len() - 1))
+    }
+
+    fn seconds(&mut self, Mark(from): Mark, Mark(to): Mark) -> anyhow::Result<f64> {
+        Ok(self.marks[to].saturating_duration_since(self.marks[from]).as_secs_f64())
+    }
+
+    fn forget_marks(&mut self) {
+        self.marks.clear();
+    }
+
+    fn synchronize(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Type;
+    use super::*;
+
+    fn sim() -> Option<Sim> {
+        Sim::new(Options::default()).map_err(|why| eprintln!("SKIPPED: {why}")).ok()
+    }
+
+    fn put(sim: &mut Sim, ty: Type, values: &[f32]) -> Address {
+        let bytes = ty.encode(values);
+        let at = sim.alloc(bytes.len()).unwrap();
+        sim.upload(at, &bytes).unwrap();
+        at
+    }
+
+    fn get(sim: &Sim, ty: Type, at: Address, len: usize) -> Vec<f32> {
+        let mut bytes = vec![0; len * ty.size()];
+        sim.download(at, &mut bytes).unwrap();
+        ty.decode(&bytes)
+    }
+
+    #[test]
+    fn products_read_either_side_turned_and_add_in_f32() {
+        let Some(mut sim) = sim() else { return };
+        // a = [[1, 2, 3], [4, 5, 6]], b = [[1, 0], [0, 1], [1, 1]]; a b = [[4, 5], [10, 11]]
+        let a = put(&mut sim, Type::Bf16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let a_turned = put(&mut sim, Type::Bf16, &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        let b = put(&mut sim, Type::Bf16, &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+        let b_turned = put(&mut sim, Type::Bf16, &[1.0, 0.0, 1.0, 0.0, 1.0, 1.0]);
+        let matrix = |at, rows, cols| Matrix::new(at, Type::Bf16, rows, cols);
+        for a in [matrix(a, 2, 3), matrix(a_turned, 3, 2).t()] {
+            for b in [matrix(b, 3, 2), matrix(b_turned, 2, 3).t()] {
+                let c = put(&mut sim, Type::F32, &[0.5, 0.0, 0.0, 1000.0]);
+                let c = Matrix::new(c, Type::F32, 2, 2);
+                sim.product(&Product { a, b, c, add: true }).unwrap();
+                assert_eq!(get(&sim, Type::F32, c.at, 4), [4.5, 5.0, 10.0, 1011.0]);
+                sim.product(&Product { a, b, c, add: false }).unwrap();
+                assert_eq!(get(&sim, Type::F32, c.at, 4), [4.0, 5.0, 10.0, 11.0]);
+            }
+        }
+        let c = Matrix::new(a, Type::F32, 2, 2);
+        let wrong = Product { a: matrix(a, 2, 3), b: matrix(b, 2, 3), c, add: false };
+        assert!(sim.product(&wrong).is_err());
+    }
+
+    #[test]
+    fn arguments_are_held_against_the_kernels_parameters() {
+        let Some(mut sim) = sim() else { return };
+        let out = sim.alloc(40).unwrap();
+        let mut fill = Launch {
+            entry: "fill_f32".into(),
+            grid: [1, 1, 1],
+            block: [256, 1, 1],
+            shared: 0,
+            args: vec![out.into(), 3.0f32.into(), 10u64.into()],
+        };
+        sim.launch(&fill).unwrap();
+        assert_eq!(get(&sim, Type::F32, out, 10), [3.0; 10]);
+        let good = fill.clone();
+        fill.args[2] = 10u32.into();
+        let message = sim.launch(&fill).unwrap_err().to_string();
+        assert!(message.contains("[8, 4, 8]") && message.contains("[8, 4, 4]"), "{message}");
+        fill.args.pop();
+        assert!(sim.launch(&fill).is_err());
+        let mut fill = good.clone();
+        fill.entry = "fill_f33".into();
+        assert!(sim.launch(&fill).is_err());
+        let mut fill = good;
+        fill.grid[0] = 0;
+        assert!(sim.launch(&fill).is_err());
+    }
+
+    #[test]
+    fn what_is_recorded_happens_when_it_is_replayed() {
+        let Some(mut sim) = sim() else { return };
+        let (a, b) = (sim.alloc(8).unwrap(), sim.alloc(8).unwrap());
+        sim.upload(a, &[1; 8]).unwrap();
+        sim.upload(b, &[2; 8]).unwrap();
+        sim.record().unwrap();
+        sim.copy(a, b, 8).unwrap();
+        sim.fill(a, 3, 4).unwrap();
+        let graph = sim.finish().unwrap();
+        let read = |sim: &Sim, at| {
+            let mut bytes = [0; 8];
+            sim.download(at, &mut bytes).unwrap();
+            bytes
+        };
+        assert_eq!(read(&sim, b), [2; 8]);
+        sim.replay(graph).unwrap();
+        assert_eq!((read(&sim, a), read(&sim, b)), ([3, 3, 3, 3, 1, 1, 1, 1], [1; 8]));
+        sim.replay(graph).unwrap();
+        assert_eq!(read(&sim, b), [3, 3, 3, 3, 1, 1, 1, 1]);
+    }
+}
