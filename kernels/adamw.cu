@@ -8,7 +8,8 @@
 // Where the norm is not finite nothing happens at all. What changes from step to step (learning
 // rate, t, norm) is read from device memory, so that a captured graph serves every step.
 //
-// gradient, p, m, v: [count] in f32; copy: [count], p in bf16 for the products. No overlaps.
+// gradient, p, m, v: [count] in f32; copy: [count], p in bf16 or f16 for the products. No
+// overlaps.
 // Bytes: 28 a parameter, 30 with the copy. About 15 FLOPs: bound by memory.
 #include "lib/vector.cuh"
 
@@ -43,9 +44,9 @@ extern "C" __global__ void adamw_rates(const double *__restrict__ learning_rate,
     rates->go = isfinite(*norm);
 }
 
-template <int N, bool COPY>
+template <int N, typename T>
 __device__ void update(const Rates &rates, const float *gradient, float *p, float *m, float *v,
-                       bf16 *copy, size_t from, size_t to, float shrink, float keep, float beta2,
+                       T *copy, size_t from, size_t to, float shrink, float keep, float beta2,
                        float fresh, float epsilon) {
     const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x * N;
     const size_t thread = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -66,12 +67,12 @@ __device__ void update(const Rates &rates, const float *gradient, float *p, floa
         store(p + at, ps);
         store(m + at, ms);
         store(v + at, vs);
-        if (COPY) store(copy + at, ps);
+        if (copy != nullptr) store(copy + at, ps);
     }
 }
 
-template <bool COPY>
-__device__ void adamw(const float *gradient, float *p, float *m, float *v, bf16 *copy, size_t count,
+template <typename T>
+__device__ void adamw(const float *gradient, float *p, float *m, float *v, T *copy, size_t count,
                       const Rates *from, double decay, double beta1, double beta2, double epsilon) {
     const Rates rates = *from;
     if (!rates.go) return;
@@ -80,9 +81,9 @@ __device__ void adamw(const float *gradient, float *p, float *m, float *v, bf16 
     const float keep = static_cast<float>(1.0 - beta1), fresh = static_cast<float>(1.0 - beta2);
     const float old = static_cast<float>(beta2), small = static_cast<float>(epsilon);
     // A range of the arena begins anywhere: vectors for its middle part only where all begin alike.
-    const size_t whole = aligned(gradient, p, m, v) && (!COPY || aligned(copy)) ? count / 4 * 4 : 0;
-    update<4, COPY>(rates, gradient, p, m, v, copy, 0, whole, shrink, keep, old, fresh, small);
-    update<1, COPY>(rates, gradient, p, m, v, copy, whole, count, shrink, keep, old, fresh, small);
+    const size_t whole = aligned(gradient, p, m, v, copy) ? count / 4 * 4 : 0;
+    update<4>(rates, gradient, p, m, v, copy, 0, whole, shrink, keep, old, fresh, small);
+    update<1>(rates, gradient, p, m, v, copy, whole, count, shrink, keep, old, fresh, small);
 }
 
 // Launch: blocks of 256 threads along x, any number of them.
@@ -90,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(256)
 adamw_f32(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,
           float *__restrict__ v, unsigned long long count, const Rates *__restrict__ rates,
           double decay, double beta1, double beta2, double epsilon) {
-    adamw<false>(gradient, p, m, v, nullptr, count, rates, decay, beta1, beta2, epsilon);
+    adamw<float>(gradient, p, m, v, nullptr, count, rates, decay, beta1, beta2, epsilon);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -98,5 +99,13 @@ adamw_bf16(const float *__restrict__ gradient, float *__restrict__ p, float *__r
            float *__restrict__ v, bf16 *__restrict__ copy, unsigned long long count,
            const Rates *__restrict__ rates, double decay, double beta1, double beta2,
            double epsilon) {
-    adamw<true>(gradient, p, m, v, copy, count, rates, decay, beta1, beta2, epsilon);
+    adamw(gradient, p, m, v, copy, count, rates, decay, beta1, beta2, epsilon);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+adamw_f16(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,
+          float *__restrict__ v, half *__restrict__ copy, unsigned long long count,
+          const Rates *__restrict__ rates, double decay, double beta1, double beta2,
+          double epsilon) {
+    adamw(gradient, p, m, v, copy, count, rates, decay, beta1, beta2, epsilon);
 }

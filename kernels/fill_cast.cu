@@ -56,11 +56,26 @@ fill_bf16(bf16 *__restrict__ out, float value, unsigned long long count) {
 }
 
 extern "C" __global__ void __launch_bounds__(256)
+fill_f16(half *__restrict__ out, float value, unsigned long long count) {
+    fill(out, value, count);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
 cast_f32_bf16(const float *__restrict__ x, bf16 *__restrict__ out, unsigned long long count) {
     cast(x, out, count);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
+cast_f32_f16(const float *__restrict__ x, half *__restrict__ out, unsigned long long count) {
+    cast(x, out, count);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
 cast_bf16_f32(const bf16 *__restrict__ x, float *__restrict__ out, unsigned long long count) {
+    cast(x, out, count);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+cast_f16_f32(const half *__restrict__ x, float *__restrict__ out, unsigned long long count) {
     cast(x, out, count);
 }

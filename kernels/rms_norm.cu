@@ -147,6 +147,13 @@ rms_norm_bf16(const bf16 *__restrict__ x, const bf16 *__restrict__ residual,
     forward_any(x, residual, weight, sum, y, rstd, rows, hidden, eps);
 }
 
+extern "C" __global__ void __launch_bounds__(256)
+rms_norm_f16(const half *__restrict__ x, const half *__restrict__ residual,
+             const half *__restrict__ weight, half *sum, half *__restrict__ y,
+             float *__restrict__ rstd, int rows, int hidden, float eps) {
+    forward_any(x, residual, weight, sum, y, rstd, rows, hidden, eps);
+}
+
 // The first stage: dx, and each block's share of dweight. `x` is the sum that was normalised;
 // `dsum` is null where nothing goes past the norm.
 extern "C" __global__ void __launch_bounds__(256)
@@ -162,6 +169,14 @@ rms_norm_backward_bf16(const bf16 *__restrict__ x, const float *__restrict__ rst
                        const bf16 *__restrict__ weight, const bf16 *__restrict__ dy,
                        const bf16 *__restrict__ dsum, bf16 *__restrict__ dx,
                        float *__restrict__ partials, int rows, int hidden) {
+    backward_any(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+rms_norm_backward_f16(const half *__restrict__ x, const float *__restrict__ rstd,
+                      const half *__restrict__ weight, const half *__restrict__ dy,
+                      const half *__restrict__ dsum, half *__restrict__ dx,
+                      float *__restrict__ partials, int rows, int hidden) {
     backward_any(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
 }
 

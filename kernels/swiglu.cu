@@ -82,6 +82,11 @@ swiglu_bf16(const bf16 *__restrict__ gate_up, bf16 *__restrict__ out, int rows, 
 }
 
 extern "C" __global__ void __launch_bounds__(256)
+swiglu_f16(const half *__restrict__ gate_up, half *__restrict__ out, int rows, int inter) {
+    forward(gate_up, out, rows, inter);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
 swiglu_backward_f32(const float *__restrict__ gate_up, const float *__restrict__ dout,
                     float *__restrict__ dgate_up, int rows, int inter) {
     backward(gate_up, dout, dgate_up, rows, inter);
@@ -90,5 +95,11 @@ swiglu_backward_f32(const float *__restrict__ gate_up, const float *__restrict__
 extern "C" __global__ void __launch_bounds__(256)
 swiglu_backward_bf16(const bf16 *__restrict__ gate_up, const bf16 *__restrict__ dout,
                      bf16 *__restrict__ dgate_up, int rows, int inter) {
+    backward(gate_up, dout, dgate_up, rows, inter);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+swiglu_backward_f16(const half *__restrict__ gate_up, const half *__restrict__ dout,
+                    half *__restrict__ dgate_up, int rows, int inter) {
     backward(gate_up, dout, dgate_up, rows, inter);
 }

@@ -2,6 +2,7 @@
 // and rounded to nearest, ties to even, when they are stored.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cstdint>
 
 using bf16 = __nv_bfloat16;
@@ -12,6 +13,7 @@ constexpr int FULL = 16 / sizeof(T);
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return __bfloat162float(x); }
+__device__ inline float widen(half x) { return __half2float(x); }
 
 template <typename T>
 __device__ T narrow(float x);
@@ -19,6 +21,9 @@ template <>
 __device__ inline float narrow<float>(float x) { return x; }
 template <>
 __device__ inline bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
+// Beyond 65,504 there is only infinity: what scales a loss looks for it.
+template <>
+__device__ inline half narrow<half>(float x) { return __float2half_rn(x); }
 
 // N neighbouring values: one access of N * sizeof(T) bytes.
 template <typename T, int N>

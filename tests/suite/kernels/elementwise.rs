@@ -58,11 +58,16 @@ fn fills_and_casts_are_exact() {
         }
         let mut x = Type::F32.random(1, count, 1e3);
         x[0] = f64::INFINITY;
-        let (wide, narrow) = (Type::F32.bytes(&x), Type::Bf16.bytes(&x));
-        let pieces = [Piece::In(wide), Piece::Out(2 * count), value(count as u64)];
-        assert!(run(&module, "cast_f32_bf16", config, &pieces)[0] == narrow, "{count} to bf16");
-        let exact = Type::F32.bytes(&Type::Bf16.values(&narrow));
-        let pieces = [Piece::In(narrow), Piece::Out(4 * count), value(count as u64)];
-        assert!(run(&module, "cast_bf16_f32", config, &pieces)[0] == exact, "{count} to f32");
+        let wide = Type::F32.bytes(&x);
+        for ty in [Type::Bf16, Type::F16] {
+            let (name, narrow) = (ty.suffix(), ty.bytes(&x));
+            let pieces = [Piece::In(wide.clone()), Piece::Out(2 * count), value(count as u64)];
+            let got = run(&module, &format!("cast_f32_{name}"), config, &pieces);
+            assert!(got[0] == narrow, "{count} to {name}");
+            let exact = Type::F32.bytes(&ty.values(&narrow));
+            let pieces = [Piece::In(narrow), Piece::Out(4 * count), value(count as u64)];
+            let got = run(&module, &format!("cast_{name}_f32"), config, &pieces);
+            assert!(got[0] == exact, "{count} from {name}");
+        }
     }
 }

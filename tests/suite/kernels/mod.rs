@@ -8,7 +8,7 @@ mod elementwise;
 mod norm;
 mod optimizer;
 
-pub use half::bf16;
+use half::{bf16, f16};
 pub use num_traits::Float;
 pub use ptxsim::Config;
 use ptxsim::{Arg, Check, Memory, Module, Options, Schedule};
@@ -27,11 +27,16 @@ pub fn module(name: &str) -> Option<Module> {
 pub enum Type {
     F32,
     Bf16,
+    F16,
 }
 
 impl Type {
     pub fn suffix(self) -> &'static str {
-        if self == Type::F32 { "f32" } else { "bf16" }
+        match self {
+            Type::F32 => "f32",
+            Type::Bf16 => "bf16",
+            Type::F16 => "f16",
+        }
     }
     pub fn size(self) -> usize {
         if self == Type::F32 { 4 } else { 2 }
@@ -41,13 +46,20 @@ impl Type {
         let full = 16 / self.size();
         if width.is_multiple_of(full) { full } else { 1 }
     }
+    /// By way of f32: `from_f64` drops the low half of the number before it rounds.
     pub fn round(self, x: f64) -> f64 {
-        if self == Type::F32 { f64::from(x as f32) } else { narrow(x).to_f64() }
+        let x = x as f32;
+        match self {
+            Type::F32 => x.into(),
+            Type::Bf16 => bf16::from_f32(x).to_f64(),
+            Type::F16 => f16::from_f32(x).to_f64(),
+        }
     }
     pub fn bytes(self, values: &[f64]) -> Vec<u8> {
         let bytes = |x: &f64| match self {
             Type::F32 => (*x as f32).to_le_bytes().to_vec(),
-            Type::Bf16 => narrow(*x).to_le_bytes().to_vec(),
+            Type::Bf16 => bf16::from_f32(*x as f32).to_le_bytes().to_vec(),
+            Type::F16 => f16::from_f32(*x as f32).to_le_bytes().to_vec(),
         };
         values.iter().flat_map(bytes).collect()
     }
@@ -55,8 +67,18 @@ impl Type {
         let value = |b: &[u8]| match self {
             Type::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
             Type::Bf16 => bf16::from_le_bytes([b[0], b[1]]).to_f64(),
+            Type::F16 => f16::from_le_bytes([b[0], b[1]]).to_f64(),
         };
         bytes.chunks_exact(self.size()).map(value).collect()
+    }
+    /// What one rounding to this type may be off, relative; of f32, several and what the
+    /// approximate functions add.
+    pub fn rounding(self) -> f64 {
+        match self {
+            Type::F32 => 2f64.powi(-21),
+            Type::Bf16 => 2f64.powi(-8),
+            Type::F16 => 2f64.powi(-11),
+        }
     }
     /// Uniform in [-scale, scale), as this type holds it.
     pub fn random(self, seed: u64, count: usize, scale: f64) -> Vec<f64> {
@@ -72,12 +94,7 @@ impl Type {
     }
 }
 
-/// By way of f32: `bf16::from_f64` drops the low half of the number before it rounds.
-pub fn narrow(x: f64) -> bf16 {
-    bf16::from_f32(x as f32)
-}
-
-pub const TYPES: [Type; 2] = [Type::F32, Type::Bf16];
+pub const TYPES: [Type; 3] = [Type::F32, Type::Bf16, Type::F16];
 
 /// An argument of a launch: memory to read, memory to write (poisoned), both, or a plain value.
 pub enum Piece {
@@ -139,8 +156,7 @@ pub fn check(what: &str, ty: Type, got: &[u8], exact: &[f64], plain: &[f32]) {
     let got = ty.values(got);
     assert_eq!(got.len(), exact.len(), "{what}");
     let plain: Vec<f64> = plain.iter().map(|&x| ty.round(f64::from(x))).collect();
-    let rounding = if ty == Type::F32 { 8.0 / 2f64.powi(24) } else { 1.0 / 2f64.powi(8) };
-    let (error, bound) = (error(&got), 2.0 * error(&plain) + rounding);
+    let (error, bound) = (error(&got), 2.0 * error(&plain) + ty.rounding());
     assert!(error <= bound, "{what} in {ty:?}: error {error:.3e}, allowed {bound:.3e}");
 }
 
