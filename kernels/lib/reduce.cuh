@@ -4,6 +4,21 @@
 constexpr int WARP = 32;
 constexpr int MAX_WARPS = 32;
 
+// Over the 32 lanes of a warp, given to each of them.
+__device__ inline float warp_sum(float value) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) {
+        value += __shfl_xor_sync(0xffffffffu, value, offset);
+    }
+    return value;
+}
+
+__device__ inline float warp_max(float value) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) {
+        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    }
+    return value;
+}
+
 // The sum of `value` over the blockDim.x threads of a row, given to each of them. A block holds
 // blockDim.y rows. blockDim.x is 1, 2, 4, 8, 16 or a multiple of 32, and the block is whole warps;
 // every thread of the block has to come here.

@@ -4,6 +4,7 @@
 //! The bound is a rule: at most twice the error of the same formula in plain f32, plus what one
 //! rounding of the output costs and the few units an approximate function may be off.
 
+mod attention;
 mod elementwise;
 mod head;
 mod norm;

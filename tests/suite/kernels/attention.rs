@@ -1,0 +1,316 @@
+//! Attention, its way back, and attention over a cache.
+
+use std::ops::Range;
+
+use super::*;
+
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    windows: usize,
+    context: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+fn shape([windows, context, heads, kv_heads, head_dim]: [usize; 5]) -> Shape {
+    Shape { windows, context, heads, kv_heads, head_dim }
+}
+
+impl Shape {
+    fn queries(&self) -> usize {
+        self.windows * self.heads * self.context
+    }
+    fn keys(&self) -> usize {
+        self.windows * self.kv_heads * self.context
+    }
+    /// The arguments that end every launch.
+    fn values(&self) -> Vec<Piece> {
+        [self.windows, self.context, self.heads, self.kv_heads, self.head_dim]
+            .map(|x| value(x as i32))
+            .into()
+    }
+    /// Of each row of q: its key/value head, its row in `out`, the columns it sees.
+    fn rows(&self, first_key: &[u32]) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
+        let Shape { context, heads, kv_heads, .. } = *self;
+        (0..self.queries()).map(move |row| {
+            let (head, column) = (row / context, row % context);
+            let token = head / heads * context + column;
+            let first = (first_key[token] as usize).min(column + 1);
+            (head / (heads / kv_heads), token * heads + head % heads, first..column + 1)
+        })
+    }
+    /// Of each window in turn: no mask but the causal one; two documents; padding on the left, whose
+    /// rows see nothing, and one such row in the middle.
+    fn first_key(&self) -> Vec<u32> {
+        let context = self.context as u32;
+        let first = |window: usize, column: u32| match window % 3 {
+            0 => 0,
+            1 => [0, context / 3][usize::from(column >= context / 3)],
+            _ if column == context / 2 => u32::MAX,
+            _ => context / 4 + 1,
+        };
+        (0..self.windows).flat_map(|w| (0..context).map(move |c| first(w, c))).collect()
+    }
+}
+
+fn dot<R: Float>(a: &[R], b: &[R]) -> R {
+    a.iter().zip(b).fold(R::zero(), |sum, (&a, &b)| sum + a * b)
+}
+
+fn add_scaled<R: Float>(y: &mut [R], scale: R, x: &[R]) {
+    y.iter_mut().zip(x).for_each(|(y, &x)| *y = *y + scale * x);
+}
+
+/// What enters a second product is rounded to `ty`, as mixed precision does: softmax's p and ds.
+fn rounded<R: Float>(ty: Option<Type>, x: R) -> R {
+    ty.map_or(x, |ty| real::<R>(&[ty.round(x.to_f64().expect("a float"))])[0])
+}
+
+/// `out` of one row from its scores; returns their log-sum-exp.
+fn softmax<'a, R: Float + 'a>(
+    scores: &[R],
+    values: impl Iterator<Item = &'a [R]>,
+    out: &mut [R],
+    ty: Option<Type>,
+) -> R {
+    if scores.is_empty() {
+        return R::zero();
+    }
+    let top = scores.iter().fold(R::neg_infinity(), |top, &s| top.max(s));
+    let sum = scores.iter().fold(R::zero(), |sum, &s| sum + (s - top).exp());
+    for (&score, value) in scores.iter().zip(values) {
+        add_scaled(out, rounded(ty, (score - top).exp()), value);
+    }
+    out.iter_mut().for_each(|out| *out = *out / sum);
+    top + sum.ln()
+}
+
+/// out, lse.
+fn attention<R: Float>(
+    shape: &Shape,
+    [q, k, v]: [&[f64]; 3],
+    first_key: &[u32],
+    ty: Option<Type>,
+) -> (Vec<R>, Vec<R>) {
+    let [q, k, v] = [q, k, v].map(real::<R>);
+    let d = shape.head_dim;
+    let scale = real::<R>(&[(d as f64).sqrt().recip()])[0];
+    let (mut out, mut lse) = (vec![R::zero(); q.len()], Vec::new());
+    for (q, (kv_head, to, seen)) in q.chunks(d).zip(shape.rows(first_key)) {
+        let at = |column: usize| (kv_head * shape.context + column) * d;
+        let scores: Vec<R> = seen.clone().map(|j| dot(q, &k[at(j)..][..d]) * scale).collect();
+        let values = seen.map(|j| &v[at(j)..][..d]);
+        lse.push(softmax(&scores, values, &mut out[to * d..][..d], ty));
+    }
+    (out, lse)
+}
+
+/// delta, dq, dk, dv.
+fn attention_backward<R: Float>(
+    shape: &Shape,
+    [q, k, v, out, lse, dout]: [&[f64]; 6],
+    first_key: &[u32],
+    ty: Option<Type>,
+) -> [Vec<R>; 4] {
+    let [q, k, v, out, lse, dout] = [q, k, v, out, lse, dout].map(real::<R>);
+    let d = shape.head_dim;
+    let scale = real::<R>(&[(d as f64).sqrt().recip()])[0];
+    let mut deltas = Vec::new();
+    let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|x| vec![R::zero(); x.len()]);
+    for (row, (kv_head, to, seen)) in shape.rows(first_key).enumerate() {
+        let (q, dout) = (&q[row * d..][..d], &dout[to * d..][..d]);
+        let delta = dot(dout, &out[to * d..][..d]);
+        deltas.push(delta);
+        for j in seen {
+            let key = (kv_head * shape.context + j) * d;
+            let key = key..key + d;
+            let p = (dot(q, &k[key.clone()]) * scale - lse[row]).exp();
+            let ds = rounded(ty, p * (dot(dout, &v[key.clone()]) - delta)) * scale;
+            add_scaled(&mut dv[key.clone()], rounded(ty, p), dout);
+            add_scaled(&mut dk[key.clone()], ds, q);
+            add_scaled(&mut dq[row * d..][..d], ds, &k[key]);
+        }
+    }
+    [deltas, dq, dk, dv]
+}
+
+fn indices(values: &[u32]) -> Piece {
+    Piece::In(values.iter().flat_map(|x| x.to_le_bytes()).collect())
+}
+
+/// Odd widths, every width of a fast path, more than a warp's lanes; contexts of 1, just below, at
+/// and past a tile; groups of 1, 2, 4 and 8.
+const SHAPES: [[usize; 5]; 12] = [
+    [2, 1, 2, 1, 4],
+    [3, 5, 2, 2, 1],
+    [3, 37, 8, 1, 2],
+    [1, 32, 3, 3, 3],
+    [3, 33, 4, 1, 8],
+    [1, 67, 1, 1, 17],
+    [1, 48, 2, 1, 16],
+    [3, 40, 2, 2, 32],
+    [1, 70, 2, 1, 64],
+    [1, 18, 1, 1, 96],
+    [1, 65, 1, 1, 128],
+    [1, 35, 1, 1, 256],
+];
+
+/// The launch of the plain path.
+fn plain(shape: &Shape) -> Config {
+    let d = shape.head_dim as u32;
+    // Fewer blocks than tasks: a block has to go on to its next.
+    Config { grid: [2, 1, 1], block: [128, 1, 1], shared: 4 * (2 * 16 * d + 2 * 32 * (d | 1)) }
+}
+
+#[test]
+fn attention_is_right_on_its_plain_path() {
+    let Some(module) = module("attention") else { return };
+    for ty in TYPES {
+        for shape in SHAPES.map(shape) {
+            let d = shape.head_dim;
+            let q = ty.random(1, shape.queries() * d, 3.0);
+            let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
+            let first_key = shape.first_key();
+            let (exact, exact_lse) = attention::<f64>(&shape, [&q, &k, &v], &first_key, None);
+            let (low, low_lse) = attention::<f32>(&shape, [&q, &k, &v], &first_key, Some(ty));
+            let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
+            pieces.push(indices(&first_key));
+            pieces.extend([Piece::Out(q.len() * ty.size()), Piece::Out(4 * shape.queries())]);
+            pieces.extend(shape.values());
+            let got = run(&module, &format!("attention_{}", ty.suffix()), plain(&shape), &pieces);
+            check(&format!("out of {shape:?}"), ty, &got[0], &exact, &low);
+            check(&format!("lse of {shape:?}"), Type::F32, &got[1], &exact_lse, &low_lse);
+        }
+    }
+}
+
+#[test]
+fn attention_goes_back_on_its_plain_path() {
+    let Some(module) = module("attention") else { return };
+    for ty in TYPES {
+        for shape in SHAPES.map(shape) {
+            let d = shape.head_dim;
+            let q = ty.random(1, shape.queries() * d, 3.0);
+            let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
+            let dout = ty.random(4, q.len(), 1.0);
+            let first_key = shape.first_key();
+            let lse = attention::<f64>(&shape, [&q, &k, &v], &first_key, None).1;
+            let lse = Type::F32.values(&Type::F32.bytes(&lse));
+            // The formula takes any: with the true one a row of one column would only cancel.
+            let out = ty.random(5, q.len(), 1.0);
+            let all = [&q, &k, &v, &out, &lse, &dout].map(Vec::as_slice);
+            let exact = attention_backward::<f64>(&shape, all, &first_key, None);
+            let low = attention_backward::<f32>(&shape, all, &first_key, Some(ty));
+            let suffix = ty.suffix();
+
+            let pieces = vec![
+                Piece::In(ty.bytes(&out)),
+                Piece::In(ty.bytes(&dout)),
+                Piece::Out(4 * shape.queries()),
+                value(shape.windows as i32),
+                value(shape.context as i32),
+                value(shape.heads as i32),
+                value(d as i32),
+            ];
+            let config = Config { grid: [3, 1, 1], block: [8, 8, 1], shared: 0 };
+            let delta =
+                run(&module, &format!("attention_delta_{suffix}"), config, &pieces).remove(0);
+            check(&format!("delta of {shape:?}"), Type::F32, &delta, &exact[0], &low[0]);
+
+            for (pass, outputs) in [("q", 1..2), ("kv", 2..4)] {
+                let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
+                pieces.push(indices(&first_key));
+                pieces.push(Piece::In(Type::F32.bytes(&lse)));
+                pieces.push(Piece::In(delta.clone()));
+                pieces.push(Piece::In(ty.bytes(&dout)));
+                pieces.extend(outputs.clone().map(|i| Piece::Out(exact[i].len() * ty.size())));
+                pieces.extend(shape.values());
+                let entry = format!("attention_backward_{pass}_{suffix}");
+                let got = run(&module, &entry, plain(&shape), &pieces);
+                for (i, got) in outputs.zip(&got) {
+                    let what = format!("{} of {shape:?}", ["delta", "dq", "dk", "dv"][i]);
+                    check(&what, ty, got, &exact[i], &low[i]);
+                }
+            }
+        }
+    }
+}
+
+/// out; keys and values become what they are after it.
+fn cached<R: Float>(
+    shape: &Shape,
+    [q, k, v]: [&[f64]; 3],
+    start: &[u32],
+    capacity: usize,
+    [keys, values]: [&mut [f64]; 2],
+    ty: Option<Type>,
+) -> Vec<R> {
+    let Shape { context, heads, kv_heads, head_dim: d, .. } = *shape;
+    for (fresh, kept) in [(k, &mut *keys), (v, &mut *values)] {
+        for (row, fresh) in fresh.chunks(d).enumerate() {
+            let (kv_head, column) = (row / context, row % context);
+            let at = kv_head * capacity + start[kv_head / kv_heads] as usize + column;
+            kept[at * d..][..d].copy_from_slice(fresh);
+        }
+    }
+    let [q, keys, values] = [q, keys, values].map(|x| real::<R>(x));
+    let scale = real::<R>(&[(d as f64).sqrt().recip()])[0];
+    let mut out = vec![R::zero(); q.len()];
+    for (row, q) in q.chunks(d).enumerate() {
+        let (head, column) = (row / context, row % context);
+        let (window, kv_head) = (head / heads, head / (heads / kv_heads));
+        let seen = 0..start[window] as usize + column + 1;
+        let at = |j: usize| (kv_head * capacity + j) * d;
+        let scores: Vec<R> = seen.clone().map(|j| dot(q, &keys[at(j)..][..d]) * scale).collect();
+        let to = (window * context + column) * heads + head % heads;
+        softmax(&scores, seen.map(|j| &values[at(j)..][..d]), &mut out[to * d..][..d], ty);
+    }
+    out
+}
+
+#[test]
+fn attention_over_a_cache_appends_and_sees_what_came_before() {
+    let Some(module) = module("attention_cached") else { return };
+    for ty in TYPES {
+        for (dims, start, capacity) in [
+            ([2, 1, 4, 1, 2], [0, 300], 301),
+            ([2, 5, 2, 2, 1], [3, 0], 9),
+            ([2, 1, 8, 1, 8], [70, 5], 128),
+            ([1, 3, 2, 1, 17], [40, 0], 43),
+            ([2, 1, 4, 2, 64], [33, 15], 40),
+            ([1, 1, 1, 1, 96], [20, 0], 21),
+            ([1, 2, 1, 1, 128], [9, 0], 16),
+            ([1, 1, 2, 1, 256], [12, 0], 14),
+        ] {
+            let shape = shape(dims);
+            let (d, start) = (shape.head_dim, &start[..shape.windows]);
+            let q = ty.random(1, shape.queries() * d, 3.0);
+            let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
+            let plane = shape.windows * shape.kv_heads * capacity * d;
+            let before = [4, 5].map(|seed| ty.random(seed, plane, 2.0));
+            let fill = |planes: &mut [Vec<f64>; 2]| {
+                let [keys, values] = planes;
+                let planes = [&mut keys[..], &mut values[..]];
+                let low = cached::<f32>(&shape, [&q, &k, &v], start, capacity, planes, Some(ty));
+                let planes = [&mut keys[..], &mut values[..]];
+                (cached::<f64>(&shape, [&q, &k, &v], start, capacity, planes, None), low)
+            };
+            let mut after = before.clone();
+            let (exact, low) = fill(&mut after);
+            let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
+            pieces.push(indices(start));
+            pieces.extend(before.iter().map(|x| Piece::Both(ty.bytes(x))));
+            pieces.push(Piece::Out(q.len() * ty.size()));
+            pieces.extend(shape.values());
+            pieces.push(value(capacity as i32));
+            let config = Config::linear(3, 128);
+            let entry = format!("attention_cached_{}", ty.suffix());
+            let got = run(&module, &entry, config, &pieces);
+            for (got, after) in got.iter().zip(&after) {
+                assert!(*got == ty.bytes(after), "the cache of {shape:?} in {ty:?}");
+            }
+            check(&format!("out of {shape:?}"), ty, &got[2], &exact, &low);
+        }
+    }
+}
