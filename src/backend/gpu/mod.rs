@@ -8,6 +8,8 @@
 //! [`session`] holds memory and programs; [`launcher`] is what every operation launches with; each
 //! other file is one family of operations: shapes of launches, scratch, order of kernels.
 
+mod attention;
+mod head;
 mod launcher;
 mod norm;
 mod products;

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::super::host::check_feed;
 use super::super::{Arena, Feed, Loaded, Need, Session};
 use super::launcher::{Arenas, Control, Launcher};
-use super::{Options, norm, products, swiglu};
+use super::{Options, attention, head, norm, products, swiglu};
 use crate::device::{Address, Device, Graph, Type};
 use crate::error::error;
 use crate::llama::{Buffer, BytePlan, Op, Program};
@@ -53,6 +53,8 @@ pub(super) fn workspace(program: &Program, numbers: Type) -> usize {
 fn scratch(op: &Op, program: &Program, numbers: Type) -> usize {
     match op {
         Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, numbers),
+        Op::AttentionBackward(o) => attention::workspace(o),
+        Op::HeadLoss(o) => head::workspace(o, numbers),
         _ => 0,
     }
 }
@@ -65,8 +67,12 @@ fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
         Op::Linear(o) => products::linear(l, o),
         Op::LinearBackwardInput(o) => products::backward_input(l, o),
         Op::LinearBackwardWeight(o) => products::backward_weight(l, o),
+        Op::Attention(o) => attention::forward(l, o),
+        Op::AttentionBackward(o) => attention::backward(l, o),
+        Op::CachedAttention(o) => attention::cached(l, o),
         Op::SwiGlu(o) => swiglu::forward(l, o),
         Op::SwiGluBackward(o) => swiglu::backward(l, o),
+        Op::HeadLoss(o) => head::loss(l, o),
         _ => Err(error(
             format!("the kernels of {} are not there yet", op.name()),
             "use --backend cpu",
