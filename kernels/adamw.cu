@@ -1,4 +1,4 @@
-// AdamW (Loshchilov & Hutter 2019) in PyTorch's arithmetic, on a range of the flat arenas:
+// AdamW (Loshchilov & Hutter 2019) in PyTorch's arithmetic, on pieces of the flat arenas:
 //
 //     g  = gradient * clip,   clip = min(1, max_grad_norm / (norm + 1e-6))
 //     m += (1 - beta1) (g - m)
@@ -8,8 +8,7 @@
 // Where the norm is not finite nothing happens at all. What changes from step to step (learning
 // rate, t, norm) is read from device memory, so that a captured graph serves every step.
 //
-// gradient, p, m, v: [count] in f32; copy: [count], p in bf16 or f16 for the products. No
-// overlaps.
+// gradient, p, m, v: arenas in f32; copy: one in T, p for the products. No overlaps.
 // Bytes: 28 a parameter, 30 with the copy. About 15 FLOPs: bound by memory.
 #include "lib/vector.cuh"
 
@@ -44,13 +43,17 @@ extern "C" __global__ void adamw_rates(const double *__restrict__ learning_rate,
     rates->go = isfinite(*norm);
 }
 
+// A piece of the arenas: ranges of different decay are cut into such, so that one launch does all.
+struct Chunk {
+    unsigned long long start, count;
+    double decay;
+};
+
 template <int N, typename T>
 __device__ void update(const Rates &rates, const float *gradient, float *p, float *m, float *v,
                        T *copy, size_t from, size_t to, float shrink, float keep, float beta2,
                        float fresh, float epsilon) {
-    const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x * N;
-    const size_t thread = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    for (size_t at = from + thread * N; at < to; at += step) {
+    for (size_t at = from + threadIdx.x * N; at < to; at += blockDim.x * N) {
         float gs[N], ps[N], ms[N], vs[N];
         load(gs, gradient + at);
         load(ps, p + at);
@@ -72,40 +75,42 @@ __device__ void update(const Rates &rates, const float *gradient, float *p, floa
 }
 
 template <typename T>
-__device__ void adamw(const float *gradient, float *p, float *m, float *v, T *copy, size_t count,
-                      const Rates *from, double decay, double beta1, double beta2, double epsilon) {
+__device__ void adamw(const float *gradient, float *p, float *m, float *v, T *copy,
+                      const Chunk *chunks, const Rates *from, double beta1, double beta2,
+                      double epsilon) {
     const Rates rates = *from;
     if (!rates.go) return;
+    const Chunk chunk = chunks[blockIdx.x];
+    gradient += chunk.start, p += chunk.start, m += chunk.start, v += chunk.start;
+    if (copy != nullptr) copy += chunk.start;
     // Rounded once from f64, like the constants of the other backends.
-    const float shrink = static_cast<float>(1.0 - rates.learning_rate * decay);
+    const float shrink = static_cast<float>(1.0 - rates.learning_rate * chunk.decay);
     const float keep = static_cast<float>(1.0 - beta1), fresh = static_cast<float>(1.0 - beta2);
     const float old = static_cast<float>(beta2), small = static_cast<float>(epsilon);
-    // A range of the arena begins anywhere: vectors for its middle part only where all begin alike.
-    const size_t whole = aligned(gradient, p, m, v, copy) ? count / 4 * 4 : 0;
+    // A chunk begins anywhere: vectors for its middle part only where all begin alike.
+    const size_t whole = aligned(gradient, p, m, v, copy) ? chunk.count / 4 * 4 : 0;
     update<4>(rates, gradient, p, m, v, copy, 0, whole, shrink, keep, old, fresh, small);
-    update<1>(rates, gradient, p, m, v, copy, whole, count, shrink, keep, old, fresh, small);
+    update<1>(rates, gradient, p, m, v, copy, whole, chunk.count, shrink, keep, old, fresh, small);
 }
 
-// Launch: blocks of 256 threads along x, any number of them.
+// Launch: a block of 256 threads for each chunk. Some 4,096 elements a chunk keep a card busy.
 extern "C" __global__ void __launch_bounds__(256)
 adamw_f32(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,
-          float *__restrict__ v, unsigned long long count, const Rates *__restrict__ rates,
-          double decay, double beta1, double beta2, double epsilon) {
-    adamw<float>(gradient, p, m, v, nullptr, count, rates, decay, beta1, beta2, epsilon);
+          float *__restrict__ v, const Chunk *__restrict__ chunks, const Rates *__restrict__ rates,
+          double beta1, double beta2, double epsilon) {
+    adamw<float>(gradient, p, m, v, nullptr, chunks, rates, beta1, beta2, epsilon);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 adamw_bf16(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,
-           float *__restrict__ v, bf16 *__restrict__ copy, unsigned long long count,
-           const Rates *__restrict__ rates, double decay, double beta1, double beta2,
-           double epsilon) {
-    adamw(gradient, p, m, v, copy, count, rates, decay, beta1, beta2, epsilon);
+           float *__restrict__ v, bf16 *__restrict__ copy, const Chunk *__restrict__ chunks,
+           const Rates *__restrict__ rates, double beta1, double beta2, double epsilon) {
+    adamw(gradient, p, m, v, copy, chunks, rates, beta1, beta2, epsilon);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 adamw_f16(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,
-          float *__restrict__ v, half *__restrict__ copy, unsigned long long count,
-          const Rates *__restrict__ rates, double decay, double beta1, double beta2,
-          double epsilon) {
-    adamw(gradient, p, m, v, copy, count, rates, decay, beta1, beta2, epsilon);
+          float *__restrict__ v, half *__restrict__ copy, const Chunk *__restrict__ chunks,
+          const Rates *__restrict__ rates, double beta1, double beta2, double epsilon) {
+    adamw(gradient, p, m, v, copy, chunks, rates, beta1, beta2, epsilon);
 }

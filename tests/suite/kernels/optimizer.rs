@@ -60,8 +60,15 @@ fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
             if ty != Type::F32 {
                 pieces.push(Piece::Both(vec![0; 2 * count]));
             }
-            pieces.extend([value(count as u64), Piece::In(rates)]);
-            pieces.extend([DECAY, BETAS.0, BETAS.1, EPSILON].map(value));
+            // Two chunks, the second of which begins anywhere.
+            let first = count / 3;
+            let chunk = |start: usize, count: usize| {
+                [(start as u64).to_le_bytes(), (count as u64).to_le_bytes(), DECAY.to_le_bytes()]
+                    .concat()
+            };
+            let chunks = [chunk(0, first), chunk(first, count - first)].concat();
+            pieces.extend([Piece::In(chunks), Piece::In(rates)]);
+            pieces.extend([BETAS.0, BETAS.1, EPSILON].map(value));
             let entry = format!("adamw_{}", ty.suffix());
             let got = run(&module, &entry, Config::linear(2, 256), &pieces);
             if !norm.is_finite() {
