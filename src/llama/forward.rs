@@ -107,13 +107,13 @@ impl<'a> Builder<'a> {
         y
     }
 
-    fn rope(&mut self, qkv: Buffer, start: Option<Buffer>) -> [Buffer; 3] {
+    fn rope(&mut self, qkv: Buffer, start: Option<Buffer>, positions: usize) -> [Buffer; 3] {
         let shape = self.shape;
         let q = self.activation("q", shape.q_width());
         let k = self.activation("k", shape.kv_width());
         let v = self.activation("v", shape.kv_width());
         let frequencies = self.config.rope_frequencies();
-        self.p.ops.push(Op::Rope(Rope { qkv, start, frequencies, shape, q, k, v }));
+        self.p.ops.push(Op::Rope(Rope { qkv, start, positions, frequencies, shape, q, k, v }));
         [q, k, v]
     }
 
@@ -168,14 +168,14 @@ impl<'a> Builder<'a> {
         let shape = self.shape;
         match keys {
             Keys::Window { first_key } => {
-                let [q, k, v] = self.rope(qkv, None);
+                let [q, k, v] = self.rope(qkv, None, shape.context);
                 let out = self.activation("attended", shape.q_width());
                 let lse = self.statistic("log-sum-exp", shape.rows() * shape.heads);
                 self.p.ops.push(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }));
                 (q, k, v, out, Some(lse))
             }
             Keys::Cache { start, capacity } => {
-                let [q, k, v] = self.rope(qkv, Some(start));
+                let [q, k, v] = self.rope(qkv, Some(start), capacity);
                 let out = self.activation("attended", shape.q_width());
                 let plane = shape.windows * shape.kv_width() * capacity;
                 self.p.ops.push(Op::CachedAttention(CachedAttention {

@@ -131,6 +131,8 @@ pub struct Rope {
     pub qkv: Buffer,
     /// Where each window's first column stands; `None`: at 0.
     pub start: Option<Buffer>,
+    /// One past the last position that can come up.
+    pub positions: usize,
     /// Radians a position, `[head_dim / 2]`.
     pub frequencies: Vec<f64>,
     pub shape: Heads,

@@ -9,12 +9,15 @@
 //! other file is one family of operations: shapes of launches, scratch, order of kernels.
 
 mod attention;
+mod embed;
 mod head;
 mod launcher;
 mod norm;
 mod products;
+mod rope;
 mod session;
 mod swiglu;
+mod update;
 
 use std::sync::Arc;
 
@@ -85,7 +88,8 @@ impl Backend for Gpu {
     }
 
     fn workspace(&self, program: &Program) -> usize {
-        session::workspace(program, self.options.numbers)
+        // A training program has no update in it, which alone depends on the length of the arena.
+        session::workspace(program, 0, self.options.numbers)
     }
 
     fn copies(&self, layout: &Layout) -> usize {

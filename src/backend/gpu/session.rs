@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::super::host::check_feed;
 use super::super::{Arena, Feed, Loaded, Need, Session};
 use super::launcher::{Arenas, Control, Launcher};
-use super::{Options, attention, head, norm, products, swiglu};
+use super::{Options, attention, embed, head, norm, products, rope, swiglu, update};
 use crate::device::{Address, Device, Graph, Type};
 use crate::error::error;
 use crate::llama::{Buffer, BytePlan, Op, Program};
@@ -21,6 +21,7 @@ pub(super) struct Model {
     block: Region,
     scratch: Region,
     programs: Vec<Ready>,
+    tables: HashMap<Table, Address>,
     /// The program whose buffers lie in the block.
     arranged: Option<usize>,
     seconds: BTreeMap<&'static str, f64>,
@@ -46,15 +47,18 @@ struct Ready {
 }
 
 /// Bytes of scratch that the hungriest operation of a program takes.
-pub(super) fn workspace(program: &Program, numbers: Type) -> usize {
-    program.ops.iter().map(|op| scratch(op, program, numbers)).max().unwrap_or(0)
+pub(super) fn workspace(program: &Program, arena: usize, numbers: Type) -> usize {
+    program.ops.iter().map(|op| scratch(op, program, arena, numbers)).max().unwrap_or(0)
 }
 
-fn scratch(op: &Op, program: &Program, numbers: Type) -> usize {
+fn scratch(op: &Op, program: &Program, arena: usize, numbers: Type) -> usize {
     match op {
+        Op::EmbedBackward(o) => embed::workspace(o, program.info(o.ids).len),
         Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, numbers),
         Op::AttentionBackward(o) => attention::workspace(o),
         Op::HeadLoss(o) => head::workspace(o, numbers),
+        Op::GradNorm(_) => update::norm_workspace(arena),
+        Op::AdamWStep(_) => update::adamw_workspace(),
         _ => 0,
     }
 }
@@ -62,17 +66,25 @@ fn scratch(op: &Op, program: &Program, numbers: Type) -> usize {
 /// Asks for the kernels of one operation.
 fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
     match op {
+        Op::Embed(o) => embed::forward(l, o),
+        Op::EmbedBackward(o) => embed::backward(l, o),
         Op::RmsNorm(o) => norm::forward(l, o),
         Op::RmsNormBackward(o) => norm::backward(l, o),
         Op::Linear(o) => products::linear(l, o),
         Op::LinearBackwardInput(o) => products::backward_input(l, o),
         Op::LinearBackwardWeight(o) => products::backward_weight(l, o),
+        Op::Rope(o) => rope::forward(l, o),
+        Op::RopeBackward(o) => rope::backward(l, o),
         Op::Attention(o) => attention::forward(l, o),
         Op::AttentionBackward(o) => attention::backward(l, o),
         Op::CachedAttention(o) => attention::cached(l, o),
         Op::SwiGlu(o) => swiglu::forward(l, o),
         Op::SwiGluBackward(o) => swiglu::backward(l, o),
         Op::HeadLoss(o) => head::loss(l, o),
+        Op::PickRows(o) => embed::pick_rows(l, o),
+        Op::ZeroGradients(_) => update::zero_gradients(l),
+        Op::GradNorm(o) => update::grad_norm(l, o),
+        Op::AdamWStep(o) => update::adamw(l, o),
         _ => Err(error(
             format!("the kernels of {} are not there yet", op.name()),
             "use --backend cpu",
@@ -120,6 +132,7 @@ impl Model {
             block: nothing,
             scratch: nothing,
             programs: Vec::new(),
+            tables: HashMap::new(),
             arranged: None,
             seconds: BTreeMap::new(),
         })
@@ -209,6 +222,44 @@ impl Model {
     }
 }
 
+/// What an operation looks up: told apart by what it depends on, made once for all that share it.
+#[derive(PartialEq, Eq, Hash)]
+enum Table {
+    /// Positions, and the bits of each frequency.
+    Rope(usize, Vec<u64>),
+    /// The chunks of a step of AdamW, as the kernel reads them.
+    Chunks(Vec<u8>),
+}
+
+impl Model {
+    /// The table of an operation that has one, in the device's memory.
+    fn table(&mut self, op: &Op) -> anyhow::Result<Option<Address>> {
+        let bits = |frequencies: &[f64]| frequencies.iter().map(|f| f.to_bits()).collect();
+        let key = match op {
+            Op::Rope(o) => Table::Rope(o.positions, bits(&o.frequencies)),
+            Op::RopeBackward(o) => Table::Rope(o.shape.context, bits(&o.frequencies)),
+            Op::AdamWStep(o) => Table::Chunks(update::table(o)),
+            _ => return Ok(None),
+        };
+        if let Some(address) = self.tables.get(&key) {
+            return Ok(Some(*address));
+        }
+        let made;
+        let bytes = match &key {
+            Table::Rope(positions, bits) => {
+                let frequencies: Vec<f64> = bits.iter().map(|&bits| f64::from_bits(bits)).collect();
+                made = rope::table(*positions, &frequencies);
+                &made
+            }
+            Table::Chunks(bytes) => bytes,
+        };
+        let address = self.device.alloc(bytes.len())?;
+        self.device.upload(address, bytes)?;
+        self.tables.insert(key, address);
+        Ok(Some(address))
+    }
+}
+
 /// The kernels count rows and columns in 32 bits, with a sign.
 fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
     let most = i32::MAX as usize;
@@ -228,10 +279,13 @@ impl Session for Model {
         check_sizes(&program, self.arenas)?;
         let plan = program.byte_plan(self.options.numbers.size());
         self.grow(|model| &mut model.block, plan.bytes)?;
-        self.grow(|model| &mut model.scratch, workspace(&program, self.options.numbers))?;
+        let bytes = workspace(&program, self.arenas.len, self.options.numbers);
+        self.grow(|model| &mut model.scratch, bytes)?;
         let mut tables = HashMap::new();
         for (at, op) in program.ops.iter().enumerate() {
-            let _ = (at, op, &mut tables);
+            if let Some(table) = self.table(op)? {
+                tables.insert(at, table);
+            }
         }
         self.programs.push(Ready { program, plan, tables, ran: false, graph: None });
         Ok(Loaded(self.programs.len() - 1))

@@ -350,7 +350,9 @@ fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
             let k = b.output("k", Element::Activation, shape.rows() * shape.kv_width());
             let v = b.output("v", Element::Activation, shape.rows() * shape.kv_width());
             let frequencies = frequencies(shape.head_dim);
-            b.finish(Op::Rope(Rope { qkv, start, frequencies, shape, q, k, v }), cases);
+            let positions = if starts { 8192 } else { shape.context };
+            let op = Rope { qkv, start, positions, frequencies, shape, q, k, v };
+            b.finish(Op::Rope(op), cases);
         }
     }
 }

@@ -1,0 +1,100 @@
+//! The embedding, its gradient, and rows picked out: `kernels/embed.cu`, `kernels/pick_rows.cu`.
+
+use super::launcher::{Launcher, Shape, int, scratch};
+use crate::device::{Address, Type};
+use crate::llama::ops::{Embed, EmbedBackward, PickRows};
+
+/// Ids are sorted by two digits of nine bits.
+pub(super) const MOST_VOCAB: usize = 1 << 18;
+const DIGITS: usize = 512;
+/// Rows that a block sorts.
+const TILE: usize = 1024;
+/// Sorted rows that are added up together.
+const CHUNK: usize = 64;
+/// Blocks at most: enough to fill any card.
+const BLOCKS: usize = 4096;
+
+/// Blocks of (columns, rows at once) threads, for `rows` rows of `hidden` columns taken `full` at a
+/// time where they can be.
+fn shape(rows: usize, hidden: usize, full: usize) -> Shape {
+    let pieces = if hidden.is_multiple_of(full) { hidden / full } else { hidden };
+    let width = pieces.next_power_of_two().min(256);
+    let at_once = 256 / width;
+    Shape { grid: [rows.div_ceil(at_once).min(BLOCKS), 1, 1], block: [width, at_once, 1], shared: 0 }
+}
+
+fn full(numbers: Type) -> usize {
+    16 / numbers.size()
+}
+
+pub(super) fn forward(l: &mut Launcher, o: &Embed) -> anyhow::Result<()> {
+    let (rows, hidden) = (l.len(o.ids), o.table.cols);
+    let args = [
+        l.at(o.ids).into(),
+        l.weight(o.table).into(),
+        l.at(o.out).into(),
+        int(rows),
+        int(hidden),
+    ];
+    l.typed("embed", shape(rows, hidden, full(l.numbers)), &args)
+}
+
+/// Two orders, the counts of each tile's digits, two partial sums a chunk.
+fn pieces(rows: usize, hidden: usize) -> [usize; 4] {
+    let counts = 4 * DIGITS * rows.div_ceil(TILE);
+    [4 * rows, 4 * rows, counts, 4 * 2 * hidden * rows.div_ceil(CHUNK)]
+}
+
+pub(super) fn workspace(o: &EmbedBackward, rows: usize) -> usize {
+    scratch(pieces(rows, o.table.cols))
+}
+
+pub(super) fn backward(l: &mut Launcher, o: &EmbedBackward) -> anyhow::Result<()> {
+    let (rows, hidden) = (l.len(o.ids), o.table.cols);
+    let [one, other, counts, partials] = pieces(rows, hidden).map(|bytes| l.take(bytes));
+    let ids = l.at(o.ids);
+    let tiles = rows.div_ceil(TILE);
+    let counts = if tiles > 1 { counts } else { Address::NULL };
+    let passes: &[usize] = if o.table.rows <= DIGITS { &[0] } else { &[0, 9] };
+    let mut order = Address::NULL;
+    for &shift in passes {
+        let tiled = Shape::linear(tiles, DIGITS);
+        if tiles > 1 {
+            let args = [ids.into(), order.into(), counts.into(), int(rows), int(shift)];
+            l.launch("embed_count", tiled, &args)?;
+        }
+        let sorted = if order == one { other } else { one };
+        let args =
+            [ids.into(), order.into(), counts.into(), sorted.into(), int(rows), int(shift)];
+        l.launch("embed_sort", tiled, &args)?;
+        order = sorted;
+    }
+    let shape = shape(rows.div_ceil(CHUNK), hidden, 4);
+    let gradient = l.gradient(o.table);
+    let args = [
+        ids.into(),
+        order.into(),
+        l.at(o.dout).into(),
+        gradient.into(),
+        partials.into(),
+        int(rows),
+        int(hidden),
+    ];
+    l.typed("embed_backward", shape, &args)?;
+    let args =
+        [ids.into(), order.into(), partials.into(), gradient.into(), int(rows), int(hidden)];
+    l.launch("embed_backward_join", shape, &args)
+}
+
+pub(super) fn pick_rows(l: &mut Launcher, o: &PickRows) -> anyhow::Result<()> {
+    let hidden = l.len(o.out) / o.windows;
+    let args = [
+        l.at(o.x).into(),
+        l.at(o.column).into(),
+        l.at(o.out).into(),
+        int(o.windows),
+        int(o.context),
+        int(hidden),
+    ];
+    l.typed("pick_rows", Shape::linear(o.windows.min(BLOCKS), 256), &args)
+}

@@ -1,0 +1,86 @@
+//! Norm of the gradients, AdamW, Muon: `kernels/grad_norm.cu`, `adamw.cu`, `muon.cu`.
+
+use super::launcher::{Launcher, Shape, int, scratch};
+use crate::device::{Address, Arg, Type};
+use crate::llama::ops::{AdamWStep, GradNorm};
+
+/// Blocks of the first stage of the norm. The order of the sum is that of the launch, and must not
+/// depend on the card.
+const BLOCKS: usize = 1024;
+/// Elements of a chunk of AdamW.
+const CHUNK: usize = 4096;
+/// Bytes of `Rates` in `kernels/adamw.cu`.
+const RATES: usize = 24;
+
+pub(super) fn zero_gradients(l: &mut Launcher) -> anyhow::Result<()> {
+    l.device.fill(l.arenas.gradients, 0, 4 * l.arenas.len)
+}
+
+fn blocks(len: usize) -> usize {
+    len.div_ceil(4 * 256).min(BLOCKS)
+}
+
+pub(super) fn norm_workspace(len: usize) -> usize {
+    scratch([8 * blocks(len)])
+}
+
+pub(super) fn grad_norm(l: &mut Launcher, o: &GradNorm) -> anyhow::Result<()> {
+    let len = l.arenas.len;
+    let blocks = blocks(len);
+    let partials = l.take(8 * blocks);
+    let args = [l.arenas.gradients.into(), partials.into(), (len as u64).into()];
+    l.launch("grad_norm_partials", Shape::linear(blocks, 256), &args)?;
+    let args = [partials.into(), Address::NULL.into(), l.at(o.norm).into(), int(blocks)];
+    l.launch("grad_norm", Shape::linear(1, 256), &args)
+}
+
+/// The ranges cut into chunks: start, count, decay.
+fn chunks(o: &AdamWStep) -> impl Iterator<Item = (usize, usize, f64)> {
+    o.ranges.iter().flat_map(|(range, decay)| {
+        let end = range.end;
+        range.clone().step_by(CHUNK).map(move |start| (start, CHUNK.min(end - start), *decay))
+    })
+}
+
+/// `Chunk`s as `kernels/adamw.cu` has them.
+pub(super) fn table(o: &AdamWStep) -> Vec<u8> {
+    let bytes = |(start, count, decay): (usize, usize, f64)| {
+        [(start as u64).to_le_bytes(), (count as u64).to_le_bytes(), decay.to_le_bytes()].concat()
+    };
+    chunks(o).flat_map(bytes).collect()
+}
+
+pub(super) fn adamw_workspace() -> usize {
+    scratch([RATES])
+}
+
+pub(super) fn adamw(l: &mut Launcher, o: &AdamWStep) -> anyhow::Result<()> {
+    let rates = l.take(RATES);
+    let args = [
+        l.control.learning_rate().into(),
+        l.control.step().into(),
+        l.at(o.norm).into(),
+        rates.into(),
+        (o.max_grad_norm as f32).into(),
+        o.beta1.into(),
+        o.beta2.into(),
+    ];
+    l.launch("adamw_rates", Shape::linear(1, 1), &args)?;
+    let count = chunks(o).count();
+    if count == 0 {
+        return Ok(());
+    }
+    let arenas = l.arenas;
+    let mut args: Vec<Arg> = vec![
+        arenas.gradients.into(),
+        arenas.parameters.into(),
+        arenas.first_moment.into(),
+        arenas.second_moment.into(),
+    ];
+    if l.numbers != Type::F32 {
+        args.push(arenas.weights.into());
+    }
+    args.extend([Arg::from(l.table()), rates.into()]);
+    args.extend([o.beta1, o.beta2, o.epsilon].map(Arg::from));
+    l.typed("adamw", Shape::linear(count, 256), &args)
+}
