@@ -19,21 +19,22 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// The sum of `value` over the blockDim.x threads of a row, given to each of them. A block holds
-// blockDim.y rows. blockDim.x is 1, 2, 4, 8, 16 or a multiple of 32, and the block is whole warps;
-// every thread of the block has to come here.
-__device__ inline float row_sum(float value) {
+// The sum of `value`, of any arithmetic type, over the blockDim.x threads of a row, given to each of
+// them. A block holds blockDim.y rows. blockDim.x is 1, 2, 4, 8, 16 or a multiple of 32, and the
+// block is whole warps; every thread of the block has to come here.
+template <typename T>
+__device__ T row_sum(T value) {
     const int width = min(static_cast<int>(blockDim.x), WARP);
     for (int offset = width / 2; offset > 0; offset /= 2) {
         value += __shfl_xor_sync(0xffffffffu, value, offset);
     }
     const int warps = blockDim.x / WARP;
     if (warps <= 1) return value;
-    __shared__ float parts[MAX_WARPS];
+    __shared__ T parts[MAX_WARPS];
     const int first = threadIdx.y * warps;
     if (threadIdx.x % WARP == 0) parts[first + threadIdx.x / WARP] = value;
     __syncthreads();
-    float sum = 0.0f;
+    T sum = 0;
     for (int warp = 0; warp < warps; warp++) sum += parts[first + warp];
     // The next sum must not overwrite what a slower warp still reads.
     __syncthreads();

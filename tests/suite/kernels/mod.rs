@@ -10,6 +10,8 @@ mod head;
 mod norm;
 mod optimizer;
 mod planted;
+mod rope;
+mod rows;
 
 use half::{bf16, f16};
 pub use num_traits::Float;
@@ -25,6 +27,13 @@ pub fn module(name: &str) -> Option<Module> {
     }
     let kernel = laam::kernels::kernel(name).unwrap_or_else(|| panic!("no kernel file {name}"));
     Some(Module::from_ptx(kernel.ptx).unwrap_or_else(|error| panic!("{name}: {error}")))
+}
+
+/// Does `check` with the kernels of a file, where there are any.
+pub fn holds(name: &str, check: fn(&Module)) {
+    if let Some(module) = module(name) {
+        check(&module);
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]

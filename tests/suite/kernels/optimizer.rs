@@ -1,4 +1,4 @@
-//! AdamW.
+//! The norm of the gradients, and AdamW.
 
 use super::*;
 
@@ -86,4 +86,33 @@ fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
             }
         }
     }
+}
+
+pub fn grad_norm_is_right(module: &Module) {
+    for (count, scale) in [(1, None), (7, Some(1024f32)), (4099, None), (5000, Some(0.5))] {
+        // Squares from 1e-40 to 1e8: what f32 would lose.
+        let mut gradients = Type::F32.random(count as u64, count, 1e-20);
+        gradients[count / 2] = 1e4;
+        gradients[count - 1] = -3.0;
+        let pieces =
+            [Piece::In(Type::F32.bytes(&gradients)), Piece::Out(3 * 8), value(count as u64)];
+        let partials = run(module, "grad_norm_partials", Config::linear(3, 256), &pieces);
+        let pieces = [
+            Piece::In(partials[0].clone()),
+            scale.map_or(value(0u64), |scale| Piece::In(scale.to_le_bytes().to_vec())),
+            Piece::Out(4),
+            value(3),
+        ];
+        let got = run(module, "grad_norm", Config::linear(1, 256), &pieces);
+        let exact = gradients.iter().map(|g| g * g).sum::<f64>().sqrt();
+        let exact = (exact / f64::from(scale.unwrap_or(1.0))) as f32;
+        let got = f32::from_le_bytes(got[0][..].try_into().unwrap());
+        // Rounded once, from a sum in f64: the last bit may differ.
+        assert!((got - exact).abs() <= exact * f32::EPSILON, "norm of {count}: {got}, not {exact}");
+    }
+}
+
+#[test]
+fn grad_norm_sums_in_f64() {
+    holds("grad_norm", grad_norm_is_right);
 }
