@@ -3,6 +3,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// As entries are named.
+using f32 = float;
+
 // `src/llama/ops.rs` names it alike. `head` counts the query heads of all windows.
 struct Heads {
     int windows, context, heads, kv_heads, head_dim;

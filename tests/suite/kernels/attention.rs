@@ -59,7 +59,9 @@ fn dot<R: Float>(a: &[R], b: &[R]) -> R {
 }
 
 fn add_scaled<R: Float>(y: &mut [R], scale: R, x: &[R]) {
-    y.iter_mut().zip(x).for_each(|(y, &x)| *y = *y + scale * x);
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = *y + scale * x;
+    }
 }
 
 /// What enters a second product is rounded to `ty`, as mixed precision does: softmax's p and ds.
@@ -82,7 +84,9 @@ fn softmax<'a, R: Float + 'a>(
     for (&score, value) in scores.iter().zip(values) {
         add_scaled(out, rounded(ty, (score - top).exp()), value);
     }
-    out.iter_mut().for_each(|out| *out = *out / sum);
+    for out in out {
+        *out = *out / sum;
+    }
     top + sum.ln()
 }
 
@@ -156,83 +160,174 @@ const SHAPES: [[usize; 5]; 12] = [
     [1, 35, 1, 1, 256],
 ];
 
-/// The launch of the plain path.
-fn plain(shape: &Shape) -> Config {
-    let d = shape.head_dim as u32;
-    // Fewer blocks than tasks: a block has to go on to its next.
-    Config { grid: [2, 1, 1], block: [128, 1, 1], shared: 4 * (2 * 16 * d + 2 * 32 * (d | 1)) }
+/// One of the ways to compute an attention.
+struct Path {
+    module: Module,
+    /// What its entries are called, less the type: forward, back to q, back to k and v.
+    entries: [String; 3],
+    launch: [Config; 3],
+    /// Whether its entries take head_dim, or have it in their name.
+    takes_head_dim: bool,
+}
+
+impl Path {
+    /// Two blocks, fewer than there are tasks: a block has to go on to its next.
+    fn plain(shape: &Shape) -> Option<Path> {
+        let d = shape.head_dim as u32;
+        let shared = 4 * (2 * 16 * d + 2 * 32 * (d | 1));
+        Some(Path {
+            module: module("attention")?,
+            entries: ["", "_backward_q", "_backward_kv"].map(|pass| format!("attention{pass}")),
+            launch: [Config { grid: [2, 1, 1], block: [128, 1, 1], shared }; 3],
+            takes_head_dim: true,
+        })
+    }
+    /// head_dim 2, 4 and 8.
+    fn narrow(shape: &Shape) -> Option<Path> {
+        let entry = |pass| format!("attention_narrow{pass}_{}", shape.head_dim);
+        let warps = (shape.heads / shape.kv_heads).min(4) as u32;
+        Some(Path {
+            module: module("attention_narrow")?,
+            entries: ["", "_backward_q", "_backward_kv"].map(entry),
+            launch: [Config::linear(1, 128), Config::linear(1, 128), Config::linear(2, 32 * warps)],
+            takes_head_dim: false,
+        })
+    }
+
+    fn run(&self, pass: usize, ty: Type, shape: &Shape, mut pieces: Vec<Piece>) -> Vec<Vec<u8>> {
+        pieces.extend([shape.windows, shape.context].map(|x| value(x as i32)));
+        pieces.extend([shape.heads, shape.kv_heads].map(|x| value(x as i32)));
+        if self.takes_head_dim {
+            pieces.push(value(shape.head_dim as i32));
+        }
+        let entry = format!("{}_{}", self.entries[pass], ty.suffix());
+        run(&self.module, &entry, self.launch[pass], &pieces)
+    }
+
+    /// Holds the forward pass against f64; q is uniform below `sharpness`.
+    fn is_right(&self, ty: Type, shape: &Shape, sharpness: f64) {
+        let d = shape.head_dim;
+        let q = ty.random(1, shape.queries() * d, sharpness);
+        let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
+        let first_key = shape.first_key();
+        let (exact, exact_lse) = attention::<f64>(shape, [&q, &k, &v], &first_key, None);
+        let (low, low_lse) = attention::<f32>(shape, [&q, &k, &v], &first_key, Some(ty));
+        let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
+        pieces.push(indices(&first_key));
+        pieces.extend([Piece::Out(q.len() * ty.size()), Piece::Out(4 * shape.queries())]);
+        let got = self.run(0, ty, shape, pieces);
+        check(&format!("out of {shape:?}"), ty, &got[0], &exact, &low);
+        check(&format!("lse of {shape:?}"), Type::F32, &got[1], &exact_lse, &low_lse);
+    }
+
+    /// Holds the two passes back against f64.
+    fn goes_back(&self, ty: Type, shape: &Shape) {
+        let d = shape.head_dim;
+        let q = ty.random(1, shape.queries() * d, 3.0);
+        let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
+        let dout = ty.random(4, q.len(), 1.0);
+        let first_key = shape.first_key();
+        let lse = attention::<f64>(shape, [&q, &k, &v], &first_key, None).1;
+        let lse = Type::F32.values(&Type::F32.bytes(&lse));
+        // The formula takes any: with the true one a row of one column would only cancel.
+        let out = ty.random(5, q.len(), 1.0);
+        let all = [&q, &k, &v, &out, &lse, &dout].map(Vec::as_slice);
+        let exact = attention_backward::<f64>(shape, all, &first_key, None);
+        let low = attention_backward::<f32>(shape, all, &first_key, Some(ty));
+        for (pass, outputs) in [(1, 1..2), (2, 2..4)] {
+            let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
+            pieces.push(indices(&first_key));
+            pieces.push(Piece::In(Type::F32.bytes(&lse)));
+            // As the pass of delta leaves it.
+            let delta: Vec<f64> = low[0].iter().map(|&x| f64::from(x)).collect();
+            pieces.push(Piece::In(Type::F32.bytes(&delta)));
+            pieces.push(Piece::In(ty.bytes(&dout)));
+            pieces.extend(outputs.clone().map(|i| Piece::Out(exact[i].len() * ty.size())));
+            let got = self.run(pass, ty, shape, pieces);
+            for (i, got) in outputs.zip(&got) {
+                let what = format!("{} of {shape:?}", ["delta", "dq", "dk", "dv"][i]);
+                check(&what, ty, got, &exact[i], &low[i]);
+            }
+        }
+    }
 }
 
 #[test]
 fn attention_is_right_on_its_plain_path() {
-    let Some(module) = module("attention") else { return };
-    for ty in TYPES {
-        for shape in SHAPES.map(shape) {
-            let d = shape.head_dim;
-            let q = ty.random(1, shape.queries() * d, 3.0);
-            let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
-            let first_key = shape.first_key();
-            let (exact, exact_lse) = attention::<f64>(&shape, [&q, &k, &v], &first_key, None);
-            let (low, low_lse) = attention::<f32>(&shape, [&q, &k, &v], &first_key, Some(ty));
-            let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
-            pieces.push(indices(&first_key));
-            pieces.extend([Piece::Out(q.len() * ty.size()), Piece::Out(4 * shape.queries())]);
-            pieces.extend(shape.values());
-            let got = run(&module, &format!("attention_{}", ty.suffix()), plain(&shape), &pieces);
-            check(&format!("out of {shape:?}"), ty, &got[0], &exact, &low);
-            check(&format!("lse of {shape:?}"), Type::F32, &got[1], &exact_lse, &low_lse);
+    for shape in SHAPES.map(shape) {
+        let Some(path) = Path::plain(&shape) else { return };
+        for ty in TYPES {
+            path.is_right(ty, &shape, 3.0);
         }
     }
 }
 
 #[test]
 fn attention_goes_back_on_its_plain_path() {
+    for shape in SHAPES.map(shape) {
+        let Some(path) = Path::plain(&shape) else { return };
+        for ty in TYPES {
+            path.goes_back(ty, &shape);
+        }
+    }
+}
+
+/// More than one chunk of rows, tiles before, on and behind the diagonal, a tail; the groups.
+const NARROW: [[usize; 5]; 7] = [
+    [3, 1, 2, 1, 2],
+    [3, 37, 8, 1, 4],
+    [3, 170, 2, 2, 2],
+    [1, 200, 5, 1, 2],
+    [3, 100, 4, 1, 4],
+    [1, 150, 1, 1, 8],
+    [3, 70, 4, 2, 8],
+];
+
+#[test]
+fn attention_of_narrow_heads_is_right() {
+    for shape in NARROW.map(shape) {
+        let Some(path) = Path::narrow(&shape) else { return };
+        // At 3 tiles are added at once, at 300 nearly all need care.
+        for sharpness in [3.0, 300.0] {
+            for ty in TYPES {
+                path.is_right(ty, &shape, sharpness);
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_of_narrow_heads_goes_back() {
+    for shape in NARROW.map(shape) {
+        let Some(path) = Path::narrow(&shape) else { return };
+        for ty in TYPES {
+            path.goes_back(ty, &shape);
+        }
+    }
+}
+
+#[test]
+fn the_product_of_out_and_its_gradient_is_right() {
     let Some(module) = module("attention") else { return };
     for ty in TYPES {
-        for shape in SHAPES.map(shape) {
+        for (dims, width) in [([2, 3, 4, 1, 2], 1), ([1, 5, 3, 1, 17], 8), ([2, 2, 1, 1, 128], 16)]
+        {
+            let shape = shape(dims);
             let d = shape.head_dim;
-            let q = ty.random(1, shape.queries() * d, 3.0);
-            let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
-            let dout = ty.random(4, q.len(), 1.0);
+            let [out, dout] = [1, 2].map(|seed| ty.random(seed, shape.queries() * d, 1.0));
+            let none = vec![0.0; shape.keys() * d];
+            let (q, lse) = (vec![0.0; out.len()], vec![0.0; shape.queries()]);
+            let all = [&q, &none, &none, &out, &lse, &dout].map(Vec::as_slice);
             let first_key = shape.first_key();
-            let lse = attention::<f64>(&shape, [&q, &k, &v], &first_key, None).1;
-            let lse = Type::F32.values(&Type::F32.bytes(&lse));
-            // The formula takes any: with the true one a row of one column would only cancel.
-            let out = ty.random(5, q.len(), 1.0);
-            let all = [&q, &k, &v, &out, &lse, &dout].map(Vec::as_slice);
-            let exact = attention_backward::<f64>(&shape, all, &first_key, None);
-            let low = attention_backward::<f32>(&shape, all, &first_key, Some(ty));
-            let suffix = ty.suffix();
-
-            let pieces = vec![
-                Piece::In(ty.bytes(&out)),
-                Piece::In(ty.bytes(&dout)),
-                Piece::Out(4 * shape.queries()),
-                value(shape.windows as i32),
-                value(shape.context as i32),
-                value(shape.heads as i32),
-                value(d as i32),
-            ];
-            let config = Config { grid: [3, 1, 1], block: [8, 8, 1], shared: 0 };
-            let delta =
-                run(&module, &format!("attention_delta_{suffix}"), config, &pieces).remove(0);
-            check(&format!("delta of {shape:?}"), Type::F32, &delta, &exact[0], &low[0]);
-
-            for (pass, outputs) in [("q", 1..2), ("kv", 2..4)] {
-                let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
-                pieces.push(indices(&first_key));
-                pieces.push(Piece::In(Type::F32.bytes(&lse)));
-                pieces.push(Piece::In(delta.clone()));
-                pieces.push(Piece::In(ty.bytes(&dout)));
-                pieces.extend(outputs.clone().map(|i| Piece::Out(exact[i].len() * ty.size())));
-                pieces.extend(shape.values());
-                let entry = format!("attention_backward_{pass}_{suffix}");
-                let got = run(&module, &entry, plain(&shape), &pieces);
-                for (i, got) in outputs.zip(&got) {
-                    let what = format!("{} of {shape:?}", ["delta", "dq", "dk", "dv"][i]);
-                    check(&what, ty, got, &exact[i], &low[i]);
-                }
-            }
+            let [exact, ..] = attention_backward::<f64>(&shape, all, &first_key, None);
+            let [low, ..] = attention_backward::<f32>(&shape, all, &first_key, None);
+            let mut pieces: Vec<_> = [&out, &dout].map(|x| Piece::In(ty.bytes(x))).into();
+            pieces.push(Piece::Out(4 * shape.queries()));
+            pieces.extend([shape.windows, shape.context, shape.heads, d].map(|x| value(x as i32)));
+            let config = Config { grid: [3, 1, 1], block: [width, 8, 1], shared: 0 };
+            let entry = format!("attention_delta_{}", ty.suffix());
+            let got = run(&module, &entry, config, &pieces);
+            check(&format!("delta of {shape:?}"), Type::F32, &got[0], &exact, &low);
         }
     }
 }
