@@ -19,9 +19,9 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// The sum of `value`, of any arithmetic type, over the blockDim.x threads of a row, given to each of
-// them. A block holds blockDim.y rows. blockDim.x is 1, 2, 4, 8, 16 or a multiple of 32, and the
-// block is whole warps; every thread of the block has to come here.
+// The sum of `value`, in f32 or f64, over the blockDim.x threads of a row, given to each of them. A
+// block holds blockDim.y rows. blockDim.x is 1, 2, 4, 8, 16 or a multiple of 32, and the block is
+// whole warps; every thread of the block has to come here.
 template <typename T>
 __device__ T row_sum(T value) {
     const int width = min(static_cast<int>(blockDim.x), WARP);

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstdint>
+#include <type_traits>
 
 using bf16 = __nv_bfloat16;
 
@@ -50,4 +51,20 @@ __device__ inline void store(T *to, const float (&values)[N]) {
 template <typename... P>
 __device__ inline bool aligned(const P *...pointers) {
     return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// Calls `run(at, width)` until all of [0, count) is done, `decltype(width)::value` values from `at`
+// on a call: N of them as far as that goes, if `vectors`, then one by one. Blocks along x share the
+// work, any number of them.
+template <int N, typename Run>
+__device__ void each(size_t count, bool vectors, Run run) {
+    const size_t threads = static_cast<size_t>(gridDim.x) * blockDim.x;
+    const size_t thread = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const size_t whole = vectors ? count / N * N : 0;
+    for (size_t at = N * thread; at < whole; at += N * threads) {
+        run(at, std::integral_constant<int, N>());
+    }
+    for (size_t at = whole + thread; at < count; at += threads) {
+        run(at, std::integral_constant<int, 1>());
+    }
 }

@@ -14,7 +14,7 @@ use crate::cli::error_of;
 use crate::support::{documents, laam, linux};
 use crate::tokenizer::{hex, small_corpus, train};
 
-fn tokenizer(style: Style) -> Arc<Tokenizer> {
+pub fn tokenizer(style: Style) -> Arc<Tokenizer> {
     static BOTH: OnceLock<[Arc<Tokenizer>; 2]> = OnceLock::new();
     let both = BOTH.get_or_init(|| {
         [Style::Exact, Style::Original].map(|style| Arc::new(train(&small_corpus(), style, 320)))
@@ -22,7 +22,7 @@ fn tokenizer(style: Style) -> Arc<Tokenizer> {
     Arc::clone(&both[usize::from(style == Style::Original)])
 }
 
-fn write(path: &Path, tokenizer: &Tokenizer, documents: &[Document]) -> Arc<TokenFile> {
+pub fn write(path: &Path, tokenizer: &Tokenizer, documents: &[Document]) -> Arc<TokenFile> {
     let mut writer = TokenWriter::create(path, tokenizer).unwrap();
     writer.write(documents.iter().cloned().map(Ok), |_| ()).unwrap();
     writer.finish([7; 32]).unwrap();

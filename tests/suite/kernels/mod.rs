@@ -6,7 +6,9 @@
 
 mod attention;
 mod elementwise;
+mod gather;
 mod head;
+mod muon;
 mod norm;
 mod optimizer;
 mod planted;
@@ -105,6 +107,11 @@ impl Type {
         };
         (0..count).map(|_| self.round((next() as f64 / 2f64.powi(52) - 1.0) * scale)).collect()
     }
+}
+
+/// Numbers as the device holds them.
+pub fn words(numbers: &[u32]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
 pub const TYPES: [Type; 3] = [Type::F32, Type::Bf16, Type::F16];

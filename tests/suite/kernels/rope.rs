@@ -104,9 +104,7 @@ pub fn rope_is_right(module: &Module) {
                     })
                     .collect();
                 let turns = Type::F32.bytes(&turns);
-                let given = start.map_or(value(0u64), |start| {
-                    Piece::In(start.iter().flat_map(|s| s.to_le_bytes()).collect())
-                });
+                let given = start.map_or(value(0u64), |start| Piece::In(words(start)));
                 let start = start.unwrap_or(&zeros);
                 let mut pieces = vec![Piece::In(ty.bytes(&x)), given, Piece::In(turns.clone())];
                 pieces.extend(shape.parts().map(|len| Piece::Out(len * ty.size())));

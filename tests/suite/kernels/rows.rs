@@ -2,10 +2,6 @@
 
 use super::*;
 
-pub fn words(numbers: &[u32]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
-}
-
 /// Ids as text has them: a few that come all the time, many that come once.
 fn ids(seed: u64, rows: usize, vocab: u32) -> Vec<u32> {
     let skewed = |x: f64| (x.abs().powi(8) * f64::from(vocab)) as u32;

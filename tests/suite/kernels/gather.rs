@@ -1,0 +1,101 @@
+//! Windows drawn on the device, against those that the library draws.
+
+use std::sync::Arc;
+
+use laam::corpus::Document;
+use laam::tokenizer::Style;
+use laam::tokens::{Frame, Kind, TokenFile, Windows};
+
+use super::*;
+
+const NO_WINDOW: u32 = u32::MAX;
+
+fn file() -> (Arc<TokenFile>, Arc<laam::tokenizer::Tokenizer>) {
+    let tokenizer = crate::tokens::tokenizer(Style::Exact);
+    let folder = tempfile::tempdir().unwrap();
+    let texts = ["int main(void)\n{\n\treturn 0;\n}\n".repeat(5), String::new(), "x".into()];
+    let documents: Vec<_> = texts
+        .into_iter()
+        .enumerate()
+        .map(|(i, text)| Document { path: format!("d/{i}.c"), text })
+        .collect();
+    (crate::tokens::write(&folder.path().join("tokens"), &tokenizer, &documents), tokenizer)
+}
+
+pub fn gather_is_right(module: &Module) {
+    let (file, tokenizer) = file();
+    let pad = tokenizer.markers().unwrap().pad;
+    let mut tokens = vec![0; file.tokens()];
+    file.read(0, &mut tokens).unwrap();
+    let longs = |numbers: &[usize]| -> Vec<u8> {
+        numbers.iter().flat_map(|&number| (number as u64).to_le_bytes()).collect()
+    };
+    let shapes = [(Kind::Original, 7), (Kind::Original, 30), (Kind::Stream, 9), (Kind::Stream, 31)];
+    let shapes = shapes.into_iter().chain([(Kind::Addressed, 13), (Kind::Addressed, 40)]);
+    for (kind, context) in shapes {
+        let stride = 5;
+        let windows =
+            Windows::new(file.clone(), tokenizer.clone(), kind, context, Some(stride)).unwrap();
+        let frame = Frame::new(tokenizer.clone(), context);
+        let places: Vec<_> =
+            (0..windows.len()).map(|window| windows.place(window).unwrap()).collect();
+        let starts: Vec<_> = places.iter().map(|place| place.tokens.start).collect();
+        let lengths: Vec<_> = places.iter().map(|place| place.tokens.len() as u32).collect();
+        let (mut addresses, mut address_starts) = (Vec::new(), vec![0]);
+        if kind == Kind::Addressed {
+            for place in &places {
+                let path = file.document(place.document).unwrap().path;
+                addresses.extend(frame.prefix(path, place.chunk).unwrap().ids);
+                address_starts.push(addresses.len() as u32);
+            }
+        }
+        let documents: Vec<_> =
+            (0..file.documents()).map(|d| file.document(d).unwrap().tokens.start).collect();
+
+        // All windows, backwards, behind two that the cursor passes over; and two that are none.
+        let asked: Vec<_> = (0..windows.len()).rev().collect();
+        let batch = windows.draw(&asked).unwrap();
+        let order: Vec<u32> = [1, 0]
+            .into_iter()
+            .chain(asked.iter().map(|&window| window as u32))
+            .chain([NO_WINDOW; 2])
+            .collect();
+        let rows = asked.len() + 2;
+        let mut exact = [batch.ids, batch.targets, batch.first_key];
+        for (numbers, fill) in exact.iter_mut().zip([pad, u32::MAX, context as u32]) {
+            numbers.resize(rows * context, fill);
+        }
+        for (ty, ids) in [
+            ("u16", tokens.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect()),
+            ("u32", words(&tokens)),
+        ] {
+            let mut pieces = vec![Piece::In(ids)];
+            pieces.extend(match kind {
+                Kind::Stream => vec![
+                    value(tokens.len() as u64),
+                    Piece::In(longs(&documents)),
+                    value(documents.len() as i32),
+                    value(stride as i32),
+                ],
+                _ => vec![Piece::In(longs(&starts)), Piece::In(words(&lengths))],
+            });
+            if kind == Kind::Addressed {
+                pieces.extend([&addresses, &address_starts].map(|list| Piece::In(words(list))));
+            }
+            pieces.extend([Piece::In(words(&order)), Piece::In(words(&[2]))]);
+            pieces.extend([(); 3].map(|()| Piece::Out(4 * rows * context)));
+            pieces.extend([value(rows as i32), value(context as i32), value(pad)]);
+            let config = Config { grid: [2, 3, 1], block: [32, 1, 1], shared: 0 };
+            let name = format!("{kind:?}").to_lowercase();
+            let got = run(module, &format!("gather_{name}_{ty}"), config, &pieces);
+            for (i, what) in ["ids", "targets", "first keys"].into_iter().enumerate() {
+                assert!(got[i] == words(&exact[i]), "{what} of {name} windows of {context}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gather_draws_the_windows_that_the_library_draws() {
+    holds("gather", gather_is_right);
+}

@@ -1,0 +1,236 @@
+//! Muon: its elementwise parts, and a whole step with the products between them.
+
+use super::*;
+
+const LEARNING_RATE: f64 = 0.02;
+const MOMENTUM: f64 = 0.95;
+const DECAY: f64 = 0.1;
+const A: f64 = 3.4445;
+const B: f64 = -4.775;
+const C: f64 = 2.0315;
+
+fn rates(module: &Module, norm: f32) -> Vec<u8> {
+    let pieces = [
+        Piece::In(LEARNING_RATE.to_le_bytes().to_vec()),
+        Piece::In(norm.to_le_bytes().to_vec()),
+        Piece::Out(16),
+        value(1.0f32),
+    ];
+    run(module, "muon_rates", Config::linear(1, 1), &pieces).remove(0)
+}
+
+/// m, u and the shares of |u|^2.
+fn momentum(module: &Module, g: &[f64], m: &[f64], rates: &[u8]) -> Vec<Vec<u8>> {
+    let [gb, mb] = [g, m].map(|values| Type::F32.bytes(values));
+    let pieces = [
+        Piece::In(gb.clone()),
+        Piece::Both(mb),
+        Piece::Out(gb.len()),
+        Piece::Out(2 * 8),
+        value(g.len() as u64),
+        Piece::In(rates.to_vec()),
+        value(MOMENTUM),
+    ];
+    run(module, "muon_momentum", Config::linear(2, 256), &pieces)
+}
+
+fn scale(module: &Module, ty: Type, u: &[u8], shares: &[u8]) -> Vec<u8> {
+    let pieces = [
+        Piece::In(u.to_vec()),
+        Piece::In(shares.to_vec()),
+        Piece::Out(u.len() / 4 * ty.size()),
+        value(u.len() as u64 / 4),
+        value(2),
+    ];
+    let entry = format!("muon_scale_{}", ty.suffix());
+    run(module, &entry, Config::linear(3, 256), &pieces).remove(0)
+}
+
+fn combine(module: &Module, ty: Type, x: &[u8], y: &[f64], of: [f64; 2]) -> Vec<u8> {
+    let pieces = [
+        Piece::In(x.to_vec()),
+        Piece::In(Type::F32.bytes(y)),
+        Piece::Out(x.len()),
+        value(of[0] as f32),
+        value(of[1] as f32),
+        value(y.len() as u64),
+    ];
+    let entry = format!("muon_combine_{}", ty.suffix());
+    run(module, &entry, Config::linear(2, 256), &pieces).remove(0)
+}
+
+/// p and its copy.
+fn update(module: &Module, ty: Type, x: &[u8], p: &[f64], rates: &[u8], f: f64) -> Vec<Vec<u8>> {
+    let copy = match ty {
+        Type::F32 => value(0u64),
+        _ => Piece::Both(vec![0; x.len()]),
+    };
+    let pieces = [
+        Piece::In(x.to_vec()),
+        Piece::Both(Type::F32.bytes(p)),
+        copy,
+        value(p.len() as u64),
+        Piece::In(rates.to_vec()),
+        value(DECAY),
+        value(f),
+    ];
+    run(module, &format!("muon_update_{}", ty.suffix()), Config::linear(2, 256), &pieces)
+}
+
+fn clip(norm: f32) -> f64 {
+    (1.0 / (norm + 1e-6)).min(1.0).into()
+}
+
+/// m, u.
+fn moments<R: Float>(g: &[f64], m: &[f64], norm: f32) -> [Vec<R>; 2] {
+    let [clip, keep] = [clip(norm), MOMENTUM].map(|x| R::from(x).unwrap());
+    let g: Vec<R> = real::<R>(g).into_iter().map(|g| g * clip).collect();
+    let m: Vec<R> = real::<R>(m).into_iter().zip(&g).map(|(m, &g)| keep * m + g).collect();
+    let u = g.iter().zip(&m).map(|(&g, &m)| g + keep * m).collect();
+    [m, u]
+}
+
+fn normed<R: Float>(u: &[f64]) -> Vec<R> {
+    let u = real::<R>(u);
+    let norm = u.iter().fold(R::zero(), |sum, &u| sum + u * u).sqrt() + R::from(1e-7).unwrap();
+    u.into_iter().map(|u| u / norm).collect()
+}
+
+fn stepped<R: Float>(x: &[f64], p: &[f64], factor: f64) -> Vec<R> {
+    let [shrink, step] =
+        [1.0 - LEARNING_RATE * DECAY, LEARNING_RATE * factor].map(|x| R::from(x).unwrap());
+    real::<R>(p).into_iter().zip(real::<R>(x)).map(|(p, x)| p * shrink - step * x).collect()
+}
+
+pub fn muon_parts_are_right(module: &Module) {
+    for count in [1, 63, 1032] {
+        for norm in [0.5f32, 4.0, f32::NAN, f32::INFINITY] {
+            let rates = rates(module, norm);
+            let [g, m, p] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
+            let got = momentum(module, &g, &m, &rates);
+            let go = norm.is_finite();
+            if go {
+                let exact = moments::<f64>(&g, &m, norm);
+                let plain = moments::<f32>(&g, &m, norm);
+                check("m", Type::F32, &got[0], &exact[0], &plain[0]);
+                check("u", Type::F32, &got[1], &exact[1], &plain[1]);
+            } else {
+                assert!(got[0] == Type::F32.bytes(&m), "m, norm {norm}");
+                assert!(got[1] == vec![0; 4 * count], "u, norm {norm}");
+            }
+            for ty in TYPES {
+                let x = scale(module, ty, &got[1], &got[2]);
+                if go {
+                    let u = Type::F32.values(&got[1]);
+                    check("X", ty, &x, &normed::<f64>(&u), &normed::<f32>(&u));
+                }
+                let factor = 1.5;
+                let got = update(module, ty, &x, &p, &rates, factor);
+                let x = ty.values(&x);
+                if go {
+                    let exact = stepped::<f64>(&x, &p, factor);
+                    check("p", Type::F32, &got[0], &exact, &stepped::<f32>(&x, &p, factor));
+                } else {
+                    assert!(got[0] == Type::F32.bytes(&p), "p, norm {norm}");
+                }
+                if go && ty != Type::F32 {
+                    assert!(got[1] == ty.bytes(&Type::F32.values(&got[0])), "the copy");
+                }
+            }
+        }
+        for ty in TYPES {
+            let (x, y) = (ty.random(4, count, 1.0), Type::F32.random(5, count, 1.0));
+            let got = combine(module, ty, &ty.bytes(&x), &y, [B, C]);
+            let [b, c] = [B as f32, C as f32];
+            let exact: Vec<f64> =
+                x.iter().zip(&y).map(|(x, y)| f64::from(b) * x + f64::from(c) * y).collect();
+            let plain: Vec<f32> =
+                x.iter().zip(&y).map(|(&x, &y)| b * x as f32 + c * y as f32).collect();
+            check("combined", ty, &got, &exact, &plain);
+        }
+    }
+}
+
+/// `[rows, inner]` by `[inner, cols]`, each given by its entries.
+fn product<R: Float>(
+    [rows, inner, cols]: [usize; 3],
+    a: impl Fn(usize, usize) -> R,
+    b: impl Fn(usize, usize) -> R,
+) -> Vec<R> {
+    let entry = |i: usize, j: usize| (0..inner).fold(R::zero(), |sum, k| sum + a(i, k) * b(k, j));
+    (0..rows * cols).map(|at| entry(at / cols, at % cols)).collect()
+}
+
+/// Five iterations on X, `[rows, cols]`, with the products as the head of the kernel file says.
+fn iterations(
+    [rows, cols]: [usize; 2],
+    mut x: Vec<f64>,
+    combine: impl Fn(&[f64], &[f64], [f64; 2]) -> Vec<f64>,
+) -> Vec<f64> {
+    let n = rows.min(cols);
+    for _ in 0..5 {
+        let at = |i: usize, j: usize| x[i * cols + j];
+        let a = match rows > cols {
+            true => product([n, rows, n], |i, k| at(k, i), at),
+            false => product([n, cols, n], at, |k, j| at(j, k)),
+        };
+        let square = product([n, n, n], |i, k| a[i * n + k], |k, j| a[k * n + j]);
+        let b = combine(&a, &square, [B, C]);
+        let b = |i: usize, j: usize| b[i * n + j];
+        let bx = match rows > cols {
+            true => product([rows, n, cols], at, b),
+            false => product([rows, n, cols], b, at),
+        };
+        x = combine(&x, &bx, [A, 1.0]);
+    }
+    x
+}
+
+pub fn muon_step_is_right(module: &Module) {
+    for [rows, cols] in [[3, 5], [8, 2], [6, 6]] {
+        let (count, norm) = (rows * cols, 4.0);
+        let [g, m, p] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
+        let rates = rates(module, norm);
+        let got = momentum(module, &g, &m, &rates);
+        let x = scale(module, Type::F32, &got[1], &got[2]);
+        let x = iterations([rows, cols], Type::F32.values(&x), |x, y, of| {
+            let combined = combine(module, Type::F32, &Type::F32.bytes(x), y, of);
+            Type::F32.values(&combined)
+        });
+        let factor = (rows as f64 / cols as f64).max(1.0).sqrt();
+        let x = Type::F32.bytes(&x);
+        let got = update(module, Type::F32, &x, &p, &rates, factor);
+
+        // The definition: on its side where tall, X = a X + (b A + c A A) X.
+        let [_, u] = moments::<f64>(&g, &m, norm);
+        let (n, wide) = (rows.min(cols), rows.max(cols));
+        let side = |i: usize, j: usize| if rows > cols { j * cols + i } else { i * cols + j };
+        let u = normed::<f64>(&u);
+        let mut exact: Vec<f64> = (0..count).map(|at| u[side(at / wide, at % wide)]).collect();
+        for _ in 0..5 {
+            let x = |i: usize, j: usize| exact[i * wide + j];
+            let a = product([n, wide, n], x, |k, j| x(j, k));
+            let aa = product([n, n, n], |i, k| a[i * n + k], |k, j| a[k * n + j]);
+            let b = |i: usize, k: usize| B * a[i * n + k] + C * aa[i * n + k];
+            let bx = product([n, n, wide], b, x);
+            exact = exact.iter().zip(bx).map(|(x, bx)| A * x + bx).collect();
+        }
+        let mut x = vec![0.0; count];
+        for at in 0..count {
+            x[side(at / wide, at % wide)] = exact[at];
+        }
+        let exact = stepped::<f64>(&x, &p, factor);
+        // The iterations amplify the roundings of f32 some; what they move is small beside p.
+        check("p after a step", Type::F32, &got[0], &exact, &stepped::<f32>(&x, &p, factor));
+    }
+}
+
+#[test]
+fn muon_is_right_part_by_part() {
+    holds("muon", muon_parts_are_right);
+}
+
+#[test]
+fn muon_is_right_with_the_products_between() {
+    holds("muon", muon_step_is_right);
+}
