@@ -1,0 +1,568 @@
+// The head and its cross-entropy without logits in memory, for a hidden size of at most 256: both
+// gradients are attention, softmax(x wT) w and its transpose, less the rows of the targets.
+//
+//     z = x wT                   S = sum of exp(z)
+//     nll    = log(S) - z[target]            0 where the target is ignored
+//     argmax = the first of equal largest z
+//     dx     = loss_scale * (exp(z) / S - onehot(target)) w
+//     dw    += loss_scale * (exp(z) / S - onehot(target))T x
+//
+// Pass 1, `head_rows`: a block owns 128 rows of x and streams w; it keeps each row's largest logit,
+// sum of exponentials and sum of exp(z - max) w. The vocabulary may be split among blocks:
+// `head_join` adds the parts up in their order and yields nll, argmax and dx.
+// Pass 2, `head_words`: a block owns 128 rows of w and streams x; with S known, a gradient is one
+// exponential. The rows may be split among blocks: `head_words_join` adds the parts up.
+//
+// What enters a second product is rounded to bf16: exp(z - max), without the target's, in pass 1 and
+// exp(z) / S - onehot in pass 2. The target's share of dx, (exp(z[target]) / S - 1) w[target], is added in f32 by
+// `head_join`: for a token that is known almost surely it is the difference of two near numbers.
+//
+// x, dx: [rows, hidden], w: [vocab, hidden] in bf16; dw: [vocab, hidden] in f32; targets, argmax:
+// [rows] u32; nll: [rows] f32. A target beyond the vocabulary is ignored. No overlaps.
+// Either pass: 4 rows vocab hidden FLOPs (6 of the 8 useful), rows vocab exponentials; 4 rows hidden
+// + 2 vocab hidden + 16 rows bytes and 2 rows hidden + 10 vocab hidden.
+#include "lib/ptx.cuh"
+#include "lib/reduce.cuh"
+#include "lib/vector.cuh"
+
+#include <climits>
+
+constexpr float LOG2_E = 1.4426950408889634f;
+// Below every logit, and no infinity: a difference to it is a number.
+constexpr float LOWEST = -1e30f;
+constexpr unsigned ALL = 0xffffffffu;
+
+constexpr uint32_t IGNORE = 0xffffffffu;
+
+constexpr int OWNED = 128;  // rows a block owns
+constexpr int TILE = 64;    // rows it streams at a time, one tile while the next one comes in
+constexpr int STAGES = 2;
+static_assert(STAGES * TILE == OWNED, "the owned rows come in through the stages");
+
+// How a block is cut, by the width to which hidden is padded: a warp owns STRIPS strips of 16 rows
+// and looks at GROUP streamed rows at a time. Two strips halve the traffic of shared memory; what
+// bounds both is a thread's 255 registers, of which STRIPS * (3/4 WIDTH + 3/4 GROUP) hold matrices.
+template <int WIDTH>
+struct Cut {
+    static constexpr int STRIPS = 2, GROUP = 32;
+};
+template <>
+struct Cut<128> {
+    static constexpr int STRIPS = 2, GROUP = 16;
+};
+template <>
+struct Cut<256> {
+    static constexpr int STRIPS = 1, GROUP = 16;
+};
+template <int WIDTH>
+constexpr int THREADS = OWNED / (16 * Cut<WIDTH>::STRIPS) * WARP;
+
+// Rows of a tile are an odd number of 16-byte chunks apart, so that eight of them lie in eight
+// different banks of that size.
+template <int WIDTH>
+constexpr int PITCH = 2 * WIDTH + 16;
+template <int WIDTH>
+constexpr int TILE_BYTES = TILE * PITCH<WIDTH>;
+
+// What the kernels hand each other: 4 padded + splits * padded * (3 + width) words, the last term
+// without its width for the loss alone. `padded` is rows up to a multiple of OWNED.
+struct Scratch {
+    size_t padded;
+    float *hit;        // [padded]: the target's logit
+    float *lse;        // [padded]: in base 2; infinite where nothing counts
+    uint32_t *label;   // [padded]: the target, IGNORE where nothing counts
+    float *miss;       // [padded]: 1 - exp(z[target]) / S
+    float *max, *sum;  // [splits, padded]: the sum without the target's share
+    int *best;         // [splits, padded]
+    float *dx;         // [splits, padded, width]: sum of exp(z - max) w without the target's share
+
+    __device__ Scratch(float *at, int rows, int splits)
+        : padded(static_cast<size_t>(rows + OWNED - 1) / OWNED * OWNED) {
+        hit = at;
+        lse = hit + padded;
+        label = reinterpret_cast<uint32_t *>(lse + padded);
+        miss = lse + 2 * padded;
+        max = miss + padded;
+        sum = max + splits * padded;
+        best = reinterpret_cast<int *>(sum + splits * padded);
+        dx = sum + 2 * splits * padded;
+    }
+};
+
+// The block starts to copy COUNT rows of a matrix, from row `first`, into a tile; rows from `limit`
+// and columns from `hidden` on are zero. Without `vectors` it copies by plain loads.
+template <int WIDTH, int COUNT>
+__device__ void copy_rows(unsigned char *tile, const bf16 *matrix, int first, int limit, int hidden,
+                          bool vectors) {
+    constexpr int N = FULL<bf16>, CHUNKS = WIDTH / N;
+#pragma unroll
+    for (int i = threadIdx.x; i < COUNT * CHUNKS; i += THREADS<WIDTH>) {
+        const int row = i / CHUNKS, column = i % CHUNKS * N;
+        const bool there = first + row < limit;
+        const bf16 *from = matrix + (there ? static_cast<size_t>(first + row) * hidden : 0);
+        unsigned char *to = tile + row * PITCH<WIDTH> + column * sizeof(bf16);
+        if (vectors) {
+            const bool any = there && column < hidden;
+            copy_async(shared_address(to), any ? from + column : matrix, any ? 16 : 0);
+        } else {
+            float values[N];
+            for (int k = 0; k < N; k++) {
+                values[k] = there && column + k < hidden ? widen(from[column + k]) : 0.0f;
+            }
+            store(reinterpret_cast<bf16 *>(to), values);
+        }
+    }
+}
+
+// The rows a warp owns, and their products with the rows that are streamed past.
+template <int WIDTH>
+struct Owned {
+    static constexpr int STRIPS = Cut<WIDTH>::STRIPS, GROUP = Cut<WIDTH>::GROUP;
+    // A product of strips by N columns: thread t of a warp holds, of strip s and eight columns j, the
+    // values of row t / 4 + 8 (e / 2) and column 2 (t % 4) + e % 2 at [s][j][e].
+    template <int N>
+    using Product = float[STRIPS][N / 8][4];
+
+    uint32_t rows[STRIPS][WIDTH / 16][4];
+    int lane;
+
+    // Takes the warp's rows out of OWNED rows in shared memory.
+    __device__ explicit Owned(const unsigned char *tile) : lane(threadIdx.x % WARP) {
+        const int row = threadIdx.x / WARP * 16 * STRIPS + lane % 16;
+        const uint32_t at = shared_address(tile) + row * PITCH<WIDTH> + lane / 16 * 16;
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+            for (int k = 0; k < WIDTH / 16; k++) {
+                load_matrices(rows[s][k], at + s * 16 * PITCH<WIDTH> + k * 32);
+            }
+        }
+    }
+
+    // Where a value of a product lies: the row within the block, the column within the group.
+    __device__ int row(int s, int e) const {
+        return (threadIdx.x / WARP * STRIPS + s) * 16 + e / 2 * 8 + lane / 4;
+    }
+    __device__ int column(int j, int e) const { return j * 8 + lane % 4 * 2 + e % 2; }
+
+    // z = owned rows by GROUP streamed rows.
+    __device__ void scores(Product<GROUP> &z, const unsigned char *streamed) const {
+        const int row = lane / 16 * 8 + lane % 8;
+        const uint32_t at = shared_address(streamed) + row * PITCH<WIDTH> + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+            for (int j = 0; j < GROUP / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) z[s][j][e] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < WIDTH / 16; k++) {
+#pragma unroll
+            for (int j = 0; j < GROUP / 8; j += 2) {
+                uint32_t b[4];
+                load_matrices(b, at + j * 8 * PITCH<WIDTH> + k * 32);
+#pragma unroll
+                for (int s = 0; s < STRIPS; s++) {
+                    multiply_add_bf16(z[s][j], rows[s][k], b[0], b[1]);
+                    multiply_add_bf16(z[s][j + 1], rows[s][k], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    // sums += p, rounded to bf16, by GROUP streamed rows.
+    __device__ void add(Product<WIDTH> &sums, const Product<GROUP> &p,
+                        const unsigned char *streamed) const {
+        const uint32_t at = shared_address(streamed) + lane % 16 * PITCH<WIDTH> + lane / 16 * 16;
+#pragma unroll
+        for (int k = 0; k < GROUP / 16; k++) {
+            uint32_t a[STRIPS][4];
+#pragma unroll
+            for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    a[s][i] = pack_bf16(p[s][2 * k + i / 2][i % 2 * 2], p[s][2 * k + i / 2][i % 2 * 2 + 1]);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < WIDTH / 8; j += 2) {
+                uint32_t b[4];
+                load_matrices_transposed(b, at + k * 16 * PITCH<WIDTH> + j * 16);
+#pragma unroll
+                for (int s = 0; s < STRIPS; s++) {
+                    multiply_add_bf16(sums[s][j], a[s], b[0], b[1]);
+                    multiply_add_bf16(sums[s][j + 1], a[s], b[2], b[3]);
+                }
+            }
+        }
+    }
+};
+
+// Over the four threads that share a row.
+__device__ inline float max_of_row(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+}
+__device__ inline float sum_of_row(float x) {
+    x += __shfl_xor_sync(ALL, x, 1);
+    return x + __shfl_xor_sync(ALL, x, 2);
+}
+
+template <int WIDTH>
+__device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets, float *scratch_at,
+                          int rows, int vocab, int hidden, int split_words, bool gradient) {
+    constexpr int STRIPS = Cut<WIDTH>::STRIPS, GROUP = Cut<WIDTH>::GROUP;
+    extern __shared__ __align__(16) unsigned char memory[];
+    const Scratch scratch(scratch_at, rows, gridDim.y);
+    const int first = blockIdx.x * OWNED;
+    const int begin = blockIdx.y * split_words, end = min(vocab, begin + split_words);
+    const bool vectors = hidden % FULL<bf16> == 0 && aligned(x, w);
+
+    copy_rows<WIDTH, OWNED>(memory, x, first, rows, hidden, vectors);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    const Owned<WIDTH> own(memory);
+    __syncthreads();
+    copy_rows<WIDTH, TILE>(memory, w, begin, end, hidden, vectors);
+    commit_copies();
+
+    // The two rows of each strip that this thread has a share of.
+    float max[STRIPS][2], sum[STRIPS][2];
+    uint32_t target[STRIPS][2];
+    int best[STRIPS][2];
+#pragma unroll
+    for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = first + own.row(s, 2 * h);
+            max[s][h] = LOWEST;
+            sum[s][h] = 0.0f;
+            best[s][h] = begin;
+            target[s][h] = row < rows ? targets[row] : IGNORE;
+            if (target[s][h] >= vocab) target[s][h] = IGNORE;
+        }
+    }
+    typename Owned<WIDTH>::template Product<WIDTH> dx = {};
+
+    int stage = 0;
+    for (int tile = begin; tile < end; tile += TILE) {
+        // This tile has come, and everybody is done with the one before it.
+        wait_for_copies<0>();
+        __syncthreads();
+        const unsigned char *streamed = memory + stage * TILE_BYTES<WIDTH>;
+        stage ^= 1;
+        if (tile + TILE < end) {
+            copy_rows<WIDTH, TILE>(memory + stage * TILE_BYTES<WIDTH>, w, tile + TILE, end, hidden,
+                                   vectors);
+            commit_copies();
+        }
+#pragma unroll 1
+        for (int word = tile; word < min(end, tile + TILE); word += GROUP) {
+            typename Owned<WIDTH>::template Product<GROUP> z;
+            own.scores(z, streamed);
+            if (word + GROUP > end) {
+#pragma unroll
+                for (int j = 0; j < GROUP / 8; j++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+#pragma unroll
+                        for (int s = 0; s < STRIPS; s++) {
+                            if (word + own.column(j, e) >= end) z[s][j][e] = -INFINITY;
+                        }
+                    }
+                }
+            }
+
+            float top[STRIPS][2];
+            bool news = false;
+#pragma unroll
+            for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    top[s][h] = -INFINITY;
+#pragma unroll
+                    for (int j = 0; j < GROUP / 8; j++) {
+                        top[s][h] = fmaxf(top[s][h], fmaxf(z[s][j][2 * h], z[s][j][2 * h + 1]));
+                    }
+                    news |= top[s][h] > max[s][h] || target[s][h] - word < GROUP;
+                }
+            }
+            // Seldom, after the first words: some row of the warp has a new maximum or its target.
+            if (__any_sync(ALL, news)) {
+#pragma unroll
+                for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const float higher = max_of_row(top[s][h]);
+                        int at = INT_MAX;
+#pragma unroll
+                        for (int j = GROUP / 8 - 1; j >= 0; j--) {
+#pragma unroll
+                            for (int e = 2 * h + 1; e >= 2 * h; e--) {
+                                const int column = word + own.column(j, e);
+                                if (z[s][j][e] == higher) at = column;
+                                if (column == target[s][h]) {
+                                    scratch.hit[first + own.row(s, e)] = z[s][j][e];
+                                    // Its share is added by `head_join`.
+                                    z[s][j][e] = -INFINITY;
+                                }
+                            }
+                        }
+                        at = min(at, __shfl_xor_sync(ALL, at, 1));
+                        at = min(at, __shfl_xor_sync(ALL, at, 2));
+                        if (higher > max[s][h]) {
+                            const float shrink = exp2_approx((max[s][h] - higher) * LOG2_E);
+                            max[s][h] = higher;
+                            best[s][h] = at;
+                            sum[s][h] *= shrink;
+#pragma unroll
+                            for (int j = 0; j < WIDTH / 8; j++) {
+                                dx[s][j][2 * h] *= shrink;
+                                dx[s][j][2 * h + 1] *= shrink;
+                            }
+                        }
+                    }
+                }
+            }
+
+#pragma unroll
+            for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const float shift = max[s][h] * LOG2_E;
+#pragma unroll
+                    for (int j = 0; j < GROUP / 8; j++) {
+#pragma unroll
+                        for (int e = 2 * h; e < 2 * h + 2; e++) {
+                            z[s][j][e] = exp2_approx(fmaf(z[s][j][e], LOG2_E, -shift));
+                            sum[s][h] += z[s][j][e];
+                        }
+                    }
+                }
+            }
+            if (gradient) own.add(dx, z, streamed);
+            streamed += GROUP * PITCH<WIDTH>;
+        }
+    }
+
+    const size_t part = blockIdx.y * scratch.padded + first;
+#pragma unroll
+    for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const size_t at = part + own.row(s, 2 * h);
+            const float all = sum_of_row(sum[s][h]);
+            if (own.lane % 4 == 0) {
+                scratch.max[at] = max[s][h];
+                scratch.sum[at] = all;
+                scratch.best[at] = best[s][h];
+            }
+            if (!gradient) continue;
+#pragma unroll
+            for (int j = 0; j < WIDTH / 8; j++) {
+                const float pair[2] = {dx[s][j][2 * h], dx[s][j][2 * h + 1]};
+                store(scratch.dx + at * WIDTH + own.column(j, 0), pair);
+            }
+        }
+    }
+}
+
+template <int WIDTH>
+__device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale, float *scratch_at,
+                           float *dw, float *partials, int rows, int vocab, int hidden,
+                           int split_rows) {
+    constexpr int STRIPS = Cut<WIDTH>::STRIPS, GROUP = Cut<WIDTH>::GROUP;
+    extern __shared__ __align__(16) unsigned char memory[];
+    // [STAGES, TILE] each, behind the tiles.
+    float *const lses = reinterpret_cast<float *>(memory + STAGES * TILE_BYTES<WIDTH>);
+    uint32_t *const labels = reinterpret_cast<uint32_t *>(lses + STAGES * TILE);
+    const Scratch scratch(scratch_at, rows, 0);
+    const int first = blockIdx.x * OWNED;
+    const int begin = blockIdx.y * split_rows, end = min(rows, begin + split_rows);
+    const bool vectors = hidden % FULL<bf16> == 0 && aligned(x, w);
+
+    copy_rows<WIDTH, OWNED>(memory, w, first, vocab, hidden, vectors);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    const Owned<WIDTH> own(memory);
+    __syncthreads();
+    const auto copy = [&](int stage, int tile) {
+        copy_rows<WIDTH, TILE>(memory + stage * TILE_BYTES<WIDTH>, x, tile, end, hidden, vectors);
+        const int at = threadIdx.x % 16 * 4;
+        if (threadIdx.x < 16) {
+            copy_async(shared_address(lses + stage * TILE + at), scratch.lse + tile + at, 16);
+        } else if (threadIdx.x < 32) {
+            copy_async(shared_address(labels + stage * TILE + at), scratch.label + tile + at, 16);
+        }
+        commit_copies();
+    };
+    if (begin < end) copy(0, begin);
+
+    typename Owned<WIDTH>::template Product<WIDTH> sums = {};
+    int stage = 0;
+    for (int tile = begin; tile < end; tile += TILE) {
+        // This tile has come, and everybody is done with the one before it.
+        wait_for_copies<0>();
+        __syncthreads();
+        const unsigned char *streamed = memory + stage * TILE_BYTES<WIDTH>;
+        const float *lse = lses + stage * TILE;
+        const uint32_t *label = labels + stage * TILE;
+        stage ^= 1;
+        if (tile + TILE < end) copy(stage, tile + TILE);
+        for (int group = 0; group < TILE; group += GROUP) {
+            typename Owned<WIDTH>::template Product<GROUP> p;
+            own.scores(p, streamed + group * PITCH<WIDTH>);
+#pragma unroll
+            for (int j = 0; j < GROUP / 8; j++) {
+                float shift[2];
+                load(shift, lse + group + own.column(j, 0));
+#pragma unroll
+                for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        p[s][j][e] = exp2_approx(fmaf(p[s][j][e], LOG2_E, -shift[e % 2]));
+                    }
+                }
+            }
+            // Seldom: a token's target is among the block's words.
+            const uint32_t one = label[group + own.lane % GROUP];
+            if (__any_sync(ALL, one - first < OWNED)) {
+#pragma unroll
+                for (int j = 0; j < GROUP / 8; j++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int token = group + own.column(j, e);
+                        const uint32_t row = label[token] - first;
+#pragma unroll
+                        for (int s = 0; s < STRIPS; s++) {
+                            if (row == own.row(s, e)) p[s][j][e] = -scratch.miss[tile + token];
+                        }
+                    }
+                }
+            }
+            own.add(sums, p, streamed + group * PITCH<WIDTH>);
+        }
+    }
+
+    const float scale = *loss_scale;
+#pragma unroll
+    for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+        for (int j = 0; j < WIDTH / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int word = first + own.row(s, e), column = own.column(j, e);
+                if (word >= vocab || column >= hidden) continue;
+                const size_t at = static_cast<size_t>(word) * hidden + column;
+                if (partials != nullptr) {
+                    partials[static_cast<size_t>(blockIdx.y) * vocab * hidden + at] = sums[s][j][e];
+                } else {
+                    dw[at] += scale * sums[s][j][e];
+                }
+            }
+        }
+    }
+}
+
+// Pass 1. Launch: blocks of THREADS threads; a grid of (rows / OWNED, splits), both rounded up, with
+// `split_words`, a multiple of TILE, words a split; STAGES * TILE_BYTES bytes of dynamic shared memory.
+#define ROWS_PARAMETERS                                                                          \
+    const bf16 *__restrict__ x, const bf16 *__restrict__ w, const uint32_t *__restrict__ targets, \
+        float *__restrict__ scratch, int rows, int vocab, int hidden, int split_words, int gradient
+#define ROWS_ARGUMENTS x, w, targets, scratch, rows, vocab, hidden, split_words, gradient != 0
+
+extern "C" __global__ void __launch_bounds__(THREADS<32>)
+head_rows_32_bf16(ROWS_PARAMETERS) { pass_rows<32>(ROWS_ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(THREADS<64>)
+head_rows_64_bf16(ROWS_PARAMETERS) { pass_rows<64>(ROWS_ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(THREADS<128>)
+head_rows_128_bf16(ROWS_PARAMETERS) { pass_rows<128>(ROWS_ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(THREADS<256>)
+head_rows_256_bf16(ROWS_PARAMETERS) { pass_rows<256>(ROWS_ARGUMENTS); }
+
+// Pass 2. Launch: as pass 1, with a grid of (vocab / OWNED, splits of the rows) and 8 STAGES * TILE
+// bytes of shared memory more. `partials`: [splits, vocab, hidden], or null where there is one split.
+#define WORDS_PARAMETERS                                                                            \
+    const bf16 *__restrict__ x, const bf16 *__restrict__ w, const float *__restrict__ loss_scale, \
+        float *__restrict__ scratch, float *__restrict__ dw, float *__restrict__ partials, int rows, \
+        int vocab, int hidden, int split_rows
+#define WORDS_ARGUMENTS x, w, loss_scale, scratch, dw, partials, rows, vocab, hidden, split_rows
+
+extern "C" __global__ void __launch_bounds__(THREADS<32>)
+head_words_32_bf16(WORDS_PARAMETERS) { pass_words<32>(WORDS_ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(THREADS<64>)
+head_words_64_bf16(WORDS_PARAMETERS) { pass_words<64>(WORDS_ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(THREADS<128>)
+head_words_128_bf16(WORDS_PARAMETERS) { pass_words<128>(WORDS_ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(THREADS<256>)
+head_words_256_bf16(WORDS_PARAMETERS) { pass_words<256>(WORDS_ARGUMENTS); }
+
+// Adds up the parts of pass 1: nll, argmax, dx (null for the loss alone), and what pass 2 asks for.
+// Launch: blocks of (32, 8) threads, `padded` / 8 of them; `width` and `splits` are pass 1's.
+extern "C" __global__ void __launch_bounds__(256)
+head_join_bf16(const bf16 *__restrict__ w, const uint32_t *__restrict__ targets,
+               const float *__restrict__ loss_scale, float *scratch_at, float *__restrict__ nll,
+               uint32_t *__restrict__ argmax, bf16 *__restrict__ dx, int rows, int vocab, int hidden,
+               int width, int splits) {
+    const Scratch scratch(scratch_at, rows, splits);
+    const size_t row = blockIdx.x * blockDim.y + threadIdx.y;
+    const uint32_t target = row < rows ? targets[row] : IGNORE;
+    const bool counts = target < vocab;
+
+    float max = scratch.max[row];
+    int best = scratch.best[row];
+    for (int split = 1; split < splits; split++) {
+        const size_t at = split * scratch.padded + row;
+        if (scratch.max[at] > max) {
+            max = scratch.max[at];
+            best = scratch.best[at];
+        }
+    }
+    const auto share = [&](size_t at) { return exp2_approx((scratch.max[at] - max) * LOG2_E); };
+    float others = 0.0f;
+    for (int split = 0; split < splits; split++) {
+        const size_t at = split * scratch.padded + row;
+        others += share(at) * scratch.sum[at];
+    }
+    const float hit = counts ? scratch.hit[row] : LOWEST;
+    const float all = others + exp2_approx((hit - max) * LOG2_E);
+    const float miss = others / all;
+    if (threadIdx.x == 0) {
+        scratch.lse[row] = counts ? max * LOG2_E + log2f(all) : INFINITY;
+        scratch.label[row] = counts ? target : IGNORE;
+        scratch.miss[row] = miss;
+        if (row < rows) {
+            nll[row] = counts ? logf(all) + (max - hit) : 0.0f;
+            argmax[row] = best;
+        }
+    }
+    if (dx == nullptr || row >= rows) return;
+    const float scale = counts ? *loss_scale : 0.0f;
+    for (int column = threadIdx.x; column < hidden; column += WARP) {
+        float sum = 0.0f;
+        for (int split = 0; split < splits; split++) {
+            const size_t at = split * scratch.padded + row;
+            sum += share(at) * scratch.dx[at * width + column];
+        }
+        sum /= all;
+        if (counts) sum -= miss * widen(w[static_cast<size_t>(target) * hidden + column]);
+        dx[row * hidden + column] = narrow<bf16>(scale * sum);
+    }
+}
+
+// Adds up the parts of pass 2: dw += loss_scale * their sum; `count` is vocab * hidden. Launch: blocks
+// of 256 threads along x, any number of them.
+extern "C" __global__ void __launch_bounds__(256)
+head_words_join(const float *__restrict__ partials, const float *__restrict__ loss_scale,
+                float *__restrict__ dw, unsigned long long count, int splits) {
+    const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;
+    for (size_t at = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += step) {
+        float sum = 0.0f;
+        for (int split = 0; split < splits; split++) sum += partials[split * count + at];
+        dw[at] += *loss_scale * sum;
+    }
+}
