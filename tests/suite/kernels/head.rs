@@ -83,7 +83,7 @@ fn logits_are_right(module: &Module) {
             for gradients in [Gradients::InPlace, Gradients::Apart, Gradients::None] {
                 let memory = Type::F32.bytes(&padded);
                 let (logits, dlogits, dlogits_stride) = match gradients {
-                    Gradients::InPlace => (Piece::Both(memory), Piece::Same(0), stride * 4 / size),
+                    Gradients::InPlace => (Piece::Both(memory), Piece::At(0, 0), stride * 4 / size),
                     Gradients::Apart => {
                         (Piece::In(memory), Piece::Both(vec![0; rows * stride * size]), stride)
                     }
@@ -146,4 +146,196 @@ enum Gradients {
     InPlace,
     Apart,
     None,
+}
+
+/// What the two passes are told; the loss alone without `dw`.
+struct Head {
+    rows: usize,
+    vocab: usize,
+    hidden: usize,
+    /// Words a split in pass 1, rows a split in pass 2.
+    splits: (usize, usize),
+    /// Whether x and w begin where a vector may.
+    aligned: bool,
+}
+
+/// nll, argmax, dx, dw.
+type Outcome<R> = (Vec<R>, Vec<u32>, Vec<R>, Vec<R>);
+
+impl Head {
+    fn exact<R: Float>(
+        &self,
+        [x, w, dw]: [&[f64]; 3],
+        targets: &[u32],
+        round: impl Fn(R) -> R,
+    ) -> Outcome<R> {
+        let hidden = self.hidden;
+        let (x, w, mut dw) = (real::<R>(x), real::<R>(w), real::<R>(dw));
+        let scale = real::<R>(&[LOSS_SCALE.into()])[0];
+        let (mut nll, mut argmax, mut dx) = (Vec::new(), Vec::new(), vec![R::zero(); x.len()]);
+        for (row, &target) in targets.iter().enumerate() {
+            let x = &x[row * hidden..][..hidden];
+            let dot = |w: &[R]| x.iter().zip(w).fold(R::zero(), |sum, (&a, &b)| sum + a * b);
+            let z: Vec<R> = w.chunks(hidden).map(dot).collect();
+            let best = (0..z.len()).fold(0, |best, id| if z[id] > z[best] { id } else { best });
+            argmax.push(best as u32);
+            if target == IGNORE {
+                nll.push(R::zero());
+                continue;
+            }
+            let sum = z.iter().fold(R::zero(), |sum, &z_id| sum + (z_id - z[best]).exp());
+            let lse = z[best] + sum.ln();
+            nll.push(lse - z[target as usize]);
+            for (id, &z) in z.iter().enumerate() {
+                let hit = if id == target as usize { R::one() } else { R::zero() };
+                let d = round(((z - lse).exp() - hit) * scale);
+                for i in 0..hidden {
+                    dx[row * hidden + i] = dx[row * hidden + i] + d * w[id * hidden + i];
+                    dw[id * hidden + i] = dw[id * hidden + i] + d * x[i];
+                }
+            }
+        }
+        (nll, argmax, dx, dw)
+    }
+
+    /// The launches, as src/backend/gpu/head.rs makes them; nll, argmax, dx, dw as bytes, the last two
+    /// with `training`.
+    fn run(
+        &self,
+        module: &Module,
+        [x, w, dw]: [&[f64]; 3],
+        targets: &[u32],
+        training: bool,
+    ) -> Vec<Vec<u8>> {
+        let Head { rows, vocab, hidden, splits: (split_words, split_rows), aligned } = *self;
+        let width = hidden.next_power_of_two().max(32);
+        let threads = if width == 256 { 256 } else { 128 };
+        let splits = (vocab.div_ceil(split_words), rows.div_ceil(split_rows));
+        let padded = rows.next_multiple_of(128);
+        let words = 4 * padded + splits.0 * padded * if training { 3 + width } else { 3 };
+        let offset = if aligned { 0 } else { 2 };
+        let operand =
+            |values: &[f64]| Piece::In([vec![0; offset], Type::Bf16.bytes(values)].concat());
+        let memory = [
+            operand(x),
+            operand(w),
+            Piece::In(index_bytes(targets)),
+            Piece::In(LOSS_SCALE.to_le_bytes().to_vec()),
+            Piece::Scratch(4 * words),
+            Piece::Out(4 * rows),
+            Piece::Out(4 * rows),
+            if training { Piece::Out(2 * rows * hidden) } else { Piece::Null },
+            if training { Piece::Both(Type::F32.bytes(dw)) } else { Piece::Null },
+            if splits.1 > 1 { Piece::Scratch(4 * splits.1 * vocab * hidden) } else { Piece::Null },
+        ];
+        let at = |at| Piece::At(at, if at < 2 { offset as u64 } else { 0 });
+        let number = |number: usize| value(number as i32);
+        let [x, w, targets, scale, scratch, nll, argmax, dx, dw, partials] =
+            [0, 1, 2, 3, 4, 5, 6, 7, 8, 9];
+        let shape = || [rows, vocab, hidden].map(number);
+        let launch = |entry: &str, grid: [usize; 2], block: [u32; 3], shared, arguments| Launch {
+            entry: entry.to_string(),
+            config: Config { grid: [grid[0] as u32, grid[1] as u32, 1], block, shared },
+            arguments,
+        };
+
+        let shared = 128 * (2 * width as u32 + 16);
+        let mut launches = Vec::new();
+        let mut arguments: Vec<Piece> = [x, w, targets, scratch].map(at).into();
+        arguments.extend(shape());
+        arguments.extend([number(split_words), number(usize::from(training))]);
+        let entry = format!("head_rows_{width}_bf16");
+        let grid = [padded / 128, splits.0];
+        launches.push(launch(&entry, grid, [threads, 1, 1], shared, arguments));
+
+        let mut arguments: Vec<Piece> =
+            [w, targets, scale, scratch, nll, argmax, dx].map(at).into();
+        arguments.extend(shape());
+        arguments.extend([number(width), number(splits.0)]);
+        launches.push(launch("head_join_bf16", [padded / 8, 1], [32, 8, 1], 0, arguments));
+
+        if training {
+            let mut arguments: Vec<Piece> = [x, w, scale, scratch, dw, partials].map(at).into();
+            arguments.extend(shape());
+            arguments.push(number(split_rows));
+            let entry = format!("head_words_{width}_bf16");
+            let grid = [vocab.div_ceil(128), splits.1];
+            launches.push(launch(&entry, grid, [threads, 1, 1], shared + 1024, arguments));
+        }
+        if training && splits.1 > 1 {
+            let mut arguments: Vec<Piece> = [partials, scale, dw].map(at).into();
+            arguments.extend([value((vocab * hidden) as u64), number(splits.1)]);
+            launches.push(launch("head_words_join", [3, 1], [256, 1, 1], 0, arguments));
+        }
+        run_all(module, &memory, &launches)
+    }
+}
+
+/// Each width, by vectors and by single values; one row, one word; hidden sizes, rows and words that
+/// fill no tile; one split and several, the last of them short.
+#[rustfmt::skip]
+const HEADS: [Head; 11] = [
+    Head { rows: 1, vocab: 1, hidden: 1, splits: (64, 64), aligned: true },
+    Head { rows: 3, vocab: 7, hidden: 3, splits: (64, 64), aligned: true },
+    Head { rows: 130, vocab: 200, hidden: 16, splits: (64, 64), aligned: true },
+    Head { rows: 140, vocab: 333, hidden: 64, splits: (128, 64), aligned: true },
+    Head { rows: 70, vocab: 300, hidden: 64, splits: (512, 128), aligned: true },
+    Head { rows: 65, vocab: 129, hidden: 40, splits: (64, 128), aligned: false },
+    Head { rows: 70, vocab: 100, hidden: 33, splits: (128, 64), aligned: true },
+    Head { rows: 64, vocab: 192, hidden: 128, splits: (128, 64), aligned: true },
+    Head { rows: 90, vocab: 100, hidden: 67, splits: (64, 64), aligned: true },
+    Head { rows: 70, vocab: 150, hidden: 256, splits: (128, 128), aligned: true },
+    Head { rows: 33, vocab: 90, hidden: 250, splits: (128, 64), aligned: false },
+];
+
+#[test]
+fn two_passes_give_losses_and_gradients() {
+    let Some(module) = module("head_two_pass") else { return };
+    two_passes_are_right(&module);
+}
+
+fn two_passes_are_right(module: &Module) {
+    for (seed, head) in HEADS.iter().enumerate() {
+        let Head { rows, vocab, hidden, .. } = *head;
+        let seed = 10 * seed as u64;
+        let scale = 6.0 / (hidden as f64).sqrt();
+        let mut x = Type::Bf16.random(seed, rows * hidden, 1.0);
+        let mut w = Type::Bf16.random(seed + 1, vocab * hidden, scale);
+        let dw = Type::F32.random(seed + 2, vocab * hidden, 0.1);
+        let mut targets = some_targets(rows, vocab);
+        // Some words are there twice: the first of equals is the answer.
+        for id in (0..vocab / 2).step_by(3) {
+            let twice = (id + vocab / 2) * hidden;
+            w.copy_within(id * hidden..(id + 1) * hidden, twice);
+        }
+        // Some rows all but know a word, every other time their target.
+        let sure: Vec<usize> = (0..rows).filter(|row| row % 5 == 4).collect();
+        for &row in &sure {
+            let id = row * 31 % (vocab / 2).max(1) / 3 * 3 + row % 2;
+            for i in 0..hidden {
+                x[row * hidden + i] = 2.0 * w[id * hidden + i];
+            }
+            targets[row] = if row % 2 == 1 { id } else { (id + 1) % vocab } as u32;
+        }
+
+        let exact = head.exact::<f64>([&x, &w, &dw], &targets, |d| d);
+        let round = |d: f32| bf16::from_f32(d).to_f32();
+        let plain = head.exact::<f32>([&x, &w, &dw], &targets, round);
+        for training in [true, false] {
+            let got = head.run(module, [&x, &w, &dw], &targets, training);
+            check("nll", Type::F32, &got[0], &exact.0, &plain.0);
+            assert_eq!(got[1], index_bytes(&exact.1), "argmax");
+            if !training {
+                continue;
+            }
+            check("dx", Type::Bf16, &got[2], &exact.2, &plain.2);
+            check("dw", Type::F32, &got[3], &exact.3, &plain.3);
+            // Their gradients are small beside the others, and must be right all the same.
+            for &row in sure.iter().filter(|row| *row % 2 == 1) {
+                let at = row * hidden..(row + 1) * hidden;
+                let bytes = &got[2][2 * at.start..2 * at.end];
+                check("dx of a known row", Type::Bf16, bytes, &exact.2[at.clone()], &plain.2[at]);
+            }
+        }
+    }
 }

@@ -116,13 +116,16 @@ pub fn words(numbers: &[u32]) -> Vec<u8> {
 
 pub const TYPES: [Type; 3] = [Type::F32, Type::Bf16, Type::F16];
 
-/// An argument of a launch: memory to read, memory to write (poisoned), both, the memory of an
-/// earlier argument once more, or a plain value.
+/// An argument of a launch: memory to read, memory to write (poisoned), both, poisoned memory that
+/// nobody looks at afterwards, no memory (a null pointer), the memory of an earlier argument from some
+/// byte on, or a plain value.
 pub enum Piece {
     In(Vec<u8>),
     Out(usize),
     Both(Vec<u8>),
-    Same(usize),
+    Scratch(usize),
+    Null,
+    At(usize, u64),
     Value(Arg),
 }
 
@@ -130,10 +133,27 @@ pub fn value(value: impl Into<Arg>) -> Piece {
     Piece::Value(value.into())
 }
 
+/// One of several launches; `At` names the memory they share.
+pub struct Launch {
+    pub entry: String,
+    pub config: Config,
+    pub arguments: Vec<Piece>,
+}
+
 /// Launches under every setting, demands the same bits of each, and returns what was written, in
 /// the order of the arguments.
 pub fn run(module: &Module, entry: &str, config: Config, pieces: &[Piece]) -> Vec<Vec<u8>> {
-    let kernel = module.kernel(entry).unwrap_or_else(|| panic!("no entry {entry}"));
+    let argument = |(at, piece): (usize, &Piece)| match piece {
+        Piece::Value(value) => Piece::Value(value.clone()),
+        Piece::At(at, offset) => Piece::At(*at, *offset),
+        _ => Piece::At(at, 0),
+    };
+    let arguments = pieces.iter().enumerate().map(argument).collect();
+    run_all(module, pieces, &[Launch { entry: entry.to_string(), config, arguments }])
+}
+
+/// The same for launches that follow each other on the same memory.
+pub fn run_all(module: &Module, memory: &[Piece], launches: &[Launch]) -> Vec<Vec<u8>> {
     let mut before: Option<Vec<Vec<u8>>> = None;
     for (schedule, check) in [
         (Schedule::Greedy, Check::Races),
@@ -141,30 +161,36 @@ pub fn run(module: &Module, entry: &str, config: Config, pieces: &[Piece]) -> Ve
         (Schedule::Priorities(1), Check::Faults),
         (Schedule::Priorities(2), Check::Faults),
     ] {
-        let memory = Memory::new();
+        let device = Memory::new();
         let mut written = Vec::new();
-        let mut arguments: Vec<Arg> = Vec::new();
-        for piece in pieces {
-            arguments.push(match piece {
-                Piece::In(bytes) => Arg::from(memory.alloc(bytes)),
-                Piece::Both(bytes) => {
-                    written.push((memory.alloc(bytes), bytes.len()));
-                    Arg::from(written[written.len() - 1].0)
-                }
-                Piece::Out(len) => {
-                    written.push((memory.alloc_uninit(*len), *len));
-                    Arg::from(written[written.len() - 1].0)
-                }
-                Piece::Same(argument) => arguments[*argument].clone(),
-                Piece::Value(value) => value.clone(),
-            });
+        let mut places = Vec::new();
+        for piece in memory {
+            let (at, len) = match piece {
+                Piece::In(bytes) => (device.alloc(bytes), None),
+                Piece::Both(bytes) => (device.alloc(bytes), Some(bytes.len())),
+                Piece::Out(len) => (device.alloc_uninit(*len), Some(*len)),
+                Piece::Scratch(len) => (device.alloc_uninit(*len), None),
+                Piece::Null | Piece::At(..) | Piece::Value(_) => (0, None),
+            };
+            places.push(at);
+            written.extend(len.map(|len| (at, len)));
         }
         let options = Options { schedule, check, ..Options::default() };
-        let launched = kernel.launch(&memory, &config, &arguments, &options);
-        launched.unwrap_or_else(|fault| panic!("{entry} under {options:?}: {fault}"));
-        let read = |&(at, len): &(u64, usize)| memory.read_vec(at, len).expect("all is written");
+        for Launch { entry, config, arguments } in launches {
+            let kernel = module.kernel(entry).unwrap_or_else(|| panic!("no entry {entry}"));
+            let argument = |piece: &Piece| match piece {
+                Piece::Value(value) => value.clone(),
+                Piece::At(at, offset) => Arg::from(places[*at] + offset),
+                _ => panic!("{entry}: memory lies outside the launches"),
+            };
+            let arguments: Vec<Arg> = arguments.iter().map(argument).collect();
+            let launched = kernel.launch(&device, config, &arguments, &options);
+            launched.unwrap_or_else(|fault| panic!("{entry} under {options:?}: {fault}"));
+        }
+        let read = |&(at, len): &(u64, usize)| device.read_vec(at, len).expect("all is written");
         let after: Vec<_> = written.iter().map(read).collect();
-        assert!(before.is_none_or(|before| before == after), "{entry}: {options:?} changes bits");
+        let same = before.is_none_or(|before| before == after);
+        assert!(same, "{}: {options:?} changes bits", launches[0].entry);
         before = Some(after);
     }
     before.expect("there are settings")
