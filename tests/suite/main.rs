@@ -10,6 +10,7 @@ mod corpus;
 mod doctor;
 mod fetch;
 mod generate;
+mod gpu;
 mod hostile_archives;
 mod kernels;
 mod model;

@@ -20,7 +20,11 @@ fn shape(rows: usize, hidden: usize, full: usize) -> Shape {
     let pieces = if hidden.is_multiple_of(full) { hidden / full } else { hidden };
     let width = pieces.next_power_of_two().min(256);
     let at_once = 256 / width;
-    Shape { grid: [rows.div_ceil(at_once).min(BLOCKS), 1, 1], block: [width, at_once, 1], shared: 0 }
+    Shape {
+        grid: [rows.div_ceil(at_once).min(BLOCKS), 1, 1],
+        block: [width, at_once, 1],
+        shared: 0,
+    }
 }
 
 fn full(numbers: Type) -> usize {
@@ -29,13 +33,8 @@ fn full(numbers: Type) -> usize {
 
 pub(super) fn forward(l: &mut Launcher, o: &Embed) -> anyhow::Result<()> {
     let (rows, hidden) = (l.len(o.ids), o.table.cols);
-    let args = [
-        l.at(o.ids).into(),
-        l.weight(o.table).into(),
-        l.at(o.out).into(),
-        int(rows),
-        int(hidden),
-    ];
+    let args =
+        [l.at(o.ids).into(), l.weight(o.table).into(), l.at(o.out).into(), int(rows), int(hidden)];
     l.typed("embed", shape(rows, hidden, full(l.numbers)), &args)
 }
 
@@ -64,8 +63,7 @@ pub(super) fn backward(l: &mut Launcher, o: &EmbedBackward) -> anyhow::Result<()
             l.launch("embed_count", tiled, &args)?;
         }
         let sorted = if order == one { other } else { one };
-        let args =
-            [ids.into(), order.into(), counts.into(), sorted.into(), int(rows), int(shift)];
+        let args = [ids.into(), order.into(), counts.into(), sorted.into(), int(rows), int(shift)];
         l.launch("embed_sort", tiled, &args)?;
         order = sorted;
     }
@@ -81,8 +79,7 @@ pub(super) fn backward(l: &mut Launcher, o: &EmbedBackward) -> anyhow::Result<()
         int(hidden),
     ];
     l.typed("embed_backward", shape, &args)?;
-    let args =
-        [ids.into(), order.into(), partials.into(), gradient.into(), int(rows), int(hidden)];
+    let args = [ids.into(), order.into(), partials.into(), gradient.into(), int(rows), int(hidden)];
     l.launch("embed_backward_join", shape, &args)
 }
 

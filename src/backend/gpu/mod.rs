@@ -12,6 +12,7 @@ mod attention;
 mod embed;
 mod head;
 mod launcher;
+mod muon;
 mod norm;
 mod products;
 mod rope;

@@ -9,7 +9,8 @@ const BLOCKS: usize = 4096;
 
 /// `[positions, head_dim / 2, 2]` in f32: cosine and sine of `position * frequency`, from f64.
 pub(super) fn table(positions: usize, frequencies: &[f64]) -> Vec<u8> {
-    let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
+    let angles =
+        (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
     let turns = angles.flat_map(|angle| [angle.cos() as f32, angle.sin() as f32]);
     turns.flat_map(f32::to_le_bytes).collect()
 }

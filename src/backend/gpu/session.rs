@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::super::host::check_feed;
 use super::super::{Arena, Feed, Loaded, Need, Session};
 use super::launcher::{Arenas, Control, Launcher};
-use super::{Options, attention, embed, head, norm, products, rope, swiglu, update};
+use super::{Options, attention, embed, head, muon, norm, products, rope, swiglu, update};
 use crate::device::{Address, Device, Graph, Type};
 use crate::error::error;
 use crate::llama::{Buffer, BytePlan, Op, Program};
@@ -59,6 +59,7 @@ fn scratch(op: &Op, program: &Program, arena: usize, numbers: Type) -> usize {
         Op::HeadLoss(o) => head::workspace(o, numbers),
         Op::GradNorm(_) => update::norm_workspace(arena),
         Op::AdamWStep(_) => update::adamw_workspace(),
+        Op::MuonStep(o) => muon::workspace(o),
         _ => 0,
     }
 }
@@ -85,10 +86,7 @@ fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
         Op::ZeroGradients(_) => update::zero_gradients(l),
         Op::GradNorm(o) => update::grad_norm(l, o),
         Op::AdamWStep(o) => update::adamw(l, o),
-        _ => Err(error(
-            format!("the kernels of {} are not there yet", op.name()),
-            "use --backend cpu",
-        )),
+        Op::MuonStep(o) => muon::step(l, o),
     }
 }
 
@@ -270,6 +268,20 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
             format!("{rows} rows at once are more than the kernels count"),
             "a smaller --batch_size, or more --gradient_accumulation_steps",
         ));
+    }
+    for op in &program.ops {
+        let (what, size, most) = match op {
+            Op::Attention(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
+            Op::CachedAttention(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
+            Op::EmbedBackward(o) => ("a vocabulary", o.table.rows, embed::MOST_VOCAB),
+            _ => continue,
+        };
+        if size > most {
+            return Err(error(
+                format!("{what} of {size} is more than the kernels take, {most}"),
+                "use --backend cpu for this model",
+            ));
+        }
     }
     Ok(())
 }

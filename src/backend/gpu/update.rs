@@ -1,4 +1,4 @@
-//! Norm of the gradients, AdamW, Muon: `kernels/grad_norm.cu`, `adamw.cu`, `muon.cu`.
+//! Norm of the gradients and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
 use super::launcher::{Launcher, Shape, int, scratch};
 use crate::device::{Address, Arg, Type};

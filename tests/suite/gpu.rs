@@ -1,0 +1,167 @@
+//! The GPU backend over the simulator: every operation with its launch code, and whole training
+//! steps, against the reference.
+
+use std::sync::Arc;
+
+use laam::backend::gpu::{Gpu, Options};
+use laam::backend::reference::{Precision, Reference, Rounding};
+use laam::backend::{Arena, Backend};
+use laam::bench::check::{Selection, Size, check};
+use laam::device::Type;
+use laam::device::sim::Sim;
+use laam::kernels::BUILD;
+use laam::llama::{AdamW, Muon, Optimizer, Rates};
+use laam::model::{Config, RopeScaling, initialize};
+use laam::random::{Philox, Stream};
+use laam::tokens::{Batch, IGNORE};
+use laam::train::Engine;
+
+/// The backend in the simulator, or `None` after a loud line.
+fn sim(numbers: Type, graphs: bool, threads: usize) -> Option<Gpu> {
+    if let Err(why) = BUILD.cuda {
+        eprintln!("SKIPPED: the GPU backend in the simulator, because {why}");
+        return None;
+    }
+    let options = ptxsim::Options { threads, ..ptxsim::Options::default() };
+    let open = Arc::new(move || Ok(Box::new(Sim::new(options)?) as _));
+    Some(Gpu::new(open, Options { numbers, graphs, profile: false }).unwrap())
+}
+
+#[test]
+fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
+    for numbers in [Type::F32, Type::Bf16] {
+        let Some(backend) = sim(numbers, false, 2) else { return };
+        let selection = Selection { only: None, size: Size::Small, seed: 1 };
+        let rows = check(&backend, &selection, |_| {}).unwrap();
+        let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
+        assert!(failed.is_empty(), "{failed:#?}");
+    }
+}
+
+/// Issue-sized: hidden 64, two layers, 8 heads on 2 key/value heads, a vocabulary of 512.
+fn config(head_dim: usize) -> Config {
+    Config {
+        vocab_size: 512,
+        hidden_size: 64,
+        intermediate_size: 96,
+        num_hidden_layers: 2,
+        num_attention_heads: 8,
+        num_key_value_heads: 2,
+        head_dim,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-6,
+        rope_theta: 10000.0,
+        rope_scaling: RopeScaling::None,
+        tie_word_embeddings: false,
+        initializer_range: 0.02,
+        bos_token_id: None,
+        eos_token_id: None,
+        pad_token_id: None,
+    }
+}
+
+fn batch(step: u64, config: &Config) -> Batch {
+    let (windows, context) = (2, config.max_position_embeddings);
+    let random = Philox::new(11, Stream::Test);
+    let draw = |at: usize, n: usize| (random.at(step as u32, at as u64)[0] as usize % n) as u32;
+    let mut batch = Batch { windows, context, ..Batch::default() };
+    for at in 0..windows * context {
+        // Few words, most often the next one after: something to learn.
+        let id = draw(at, 40) * 7 % 500;
+        batch.ids.push(id);
+        batch.targets.push(if draw(9_000 + at, 9) == 0 { IGNORE } else { (id + 3) % 512 });
+        batch.first_key.push(if at >= context {
+            draw(77, context / 2).min((at - context) as u32)
+        } else {
+            0
+        });
+    }
+    batch
+}
+
+/// The losses and norms of some steps, and the weights after them.
+fn train(
+    backend: &dyn Backend,
+    config: &Config,
+    muon: bool,
+    steps: u64,
+) -> (Vec<f64>, Vec<f64>, Vec<f32>) {
+    let optimizer = Optimizer {
+        adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
+        muon: muon.then_some(Muon { momentum: 0.95 }),
+        decay: 0.1,
+        max_grad_norm: 1.0,
+    };
+    let mut engine =
+        Engine::new(backend, config, &optimizer, 2, config.max_position_embeddings).unwrap();
+    let weights = initialize(config, engine.layout(), 3);
+    engine.write(Arena::Parameters, &weights).unwrap();
+    let (mut losses, mut norms) = (Vec::new(), Vec::new());
+    for step in 1..=steps {
+        let rates = Rates { learning_rate: 1e-3, muon_learning_rate: 2e-2, step };
+        let outcome = engine.step(&[batch(step, config)], rates).unwrap();
+        losses.push(outcome.loss);
+        norms.push(outcome.grad_norm);
+    }
+    (losses, norms, engine.read(Arena::Parameters).unwrap())
+}
+
+fn reference(precision: Precision, rounding: Rounding) -> Reference {
+    Reference { precision, rounding }
+}
+
+/// The largest difference of two series, relative to the second.
+fn apart(a: &[f64], b: &[f64]) -> f64 {
+    assert!(a.iter().chain(b).all(|x| x.is_finite()), "{a:?} beside {b:?}");
+    a.iter().zip(b).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max)
+}
+
+const STEPS: u64 = 20;
+
+#[test]
+fn twenty_steps_in_f32_follow_the_reference() {
+    for (head_dim, muon) in [(8, false), (2, false), (64, true)] {
+        let config = config(head_dim);
+        let exact = train(&reference(Precision::F64, Rounding::None), &config, muon, STEPS);
+        let Some(backend) = sim(Type::F32, true, 2) else { return };
+        let got = train(&backend, &config, muon, STEPS);
+        let (loss, norm) = (apart(&got.0, &exact.0), apart(&got.1, &exact.1));
+        eprintln!("f32 heads of {head_dim}: loss {loss:.2e}, norm {norm:.2e}");
+        assert!(loss <= 1e-5 && norm <= 1e-4, "heads of {head_dim}: loss {loss}, norm {norm}");
+        assert!(exact.0[19] < exact.0[0], "it learns: {:?}", exact.0);
+    }
+}
+
+/// Mixed precision moves the losses; the kernels may move them at most twice as far as plain loops
+/// that round at the same points.
+#[test]
+fn twenty_steps_in_bf16_follow_the_reference_that_rounds() {
+    for head_dim in [8, 2, 64] {
+        let config = config(head_dim);
+        let exact = train(&reference(Precision::F64, Rounding::None), &config, false, STEPS);
+        let plain = train(&reference(Precision::F32, Rounding::Bf16), &config, false, STEPS);
+        let Some(backend) = sim(Type::Bf16, true, 2) else { return };
+        let got = train(&backend, &config, false, STEPS);
+        for (what, got, plain, exact) in
+            [("loss", &got.0, &plain.0, &exact.0), ("norm", &got.1, &plain.1, &exact.1)]
+        {
+            let (error, bound) = (apart(got, exact), 2.0 * apart(plain, exact) + 1e-5);
+            eprintln!(
+                "bf16 heads of {head_dim}, {what}: {error:.2e} of {bound:.2e}, {:.2e} from plain",
+                apart(got, plain)
+            );
+            assert!(error <= bound, "heads of {head_dim}, {what}: {error} > {bound}");
+        }
+    }
+}
+
+#[test]
+fn graphs_and_threads_change_no_bit_and_a_run_cut_in_two_none_either() {
+    let config = config(8);
+    let Some(eager) = sim(Type::Bf16, false, 1) else { return };
+    let whole = train(&eager, &config, true, 6);
+    for (graphs, threads) in [(true, 1), (false, 2), (true, 3)] {
+        let other = sim(Type::Bf16, graphs, threads).unwrap();
+        assert!(train(&other, &config, true, 6) == whole, "graphs {graphs}, {threads} threads");
+    }
+}
