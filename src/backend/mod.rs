@@ -11,6 +11,7 @@ mod memory;
 pub mod reference;
 
 use std::borrow::Cow;
+use std::time::Instant;
 
 use crate::device::{Type, host_memory};
 use crate::llama::{Buffer, Program, Rates};
@@ -91,6 +92,13 @@ pub trait Session: Send {
     fn load(&mut self, program: Program) -> anyhow::Result<Loaded>;
     /// Executes a program.
     fn run(&mut self, program: Loaded, feed: &Feed) -> anyhow::Result<()>;
+    /// Runs a program as [`Session::run`] does, waits for its end, and tells the seconds that it took by
+    /// the device's clock, inputs not counted.
+    fn time(&mut self, program: Loaded, feed: &Feed) -> anyhow::Result<f64> {
+        let start = Instant::now();
+        self.run(program, feed)?;
+        Ok(start.elapsed().as_secs_f64())
+    }
     /// A floating-point buffer as the last run of `program` left it.
     fn floats(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<f32>>;
     /// An index buffer as the last run of `program` left it.

@@ -59,6 +59,8 @@ pub struct Timing {
     /// The median of the timed steps.
     pub seconds_a_step: f64,
     pub tokens_a_second: f64,
+    /// Of the products a step needs at least, recomputed ones not counted, in units of 1e12.
+    pub teraflops: f64,
     pub fastest: f64,
     pub slowest: f64,
     /// The most memory the process has held.
@@ -121,12 +123,13 @@ pub fn time(
         backend: backend.name().to_string(),
         device: backend.device(),
         preset: name.to_string(),
-        precision: "float32".to_string(),
+        precision: backend.numbers().name().to_string(),
         batch,
         context,
         parameters: layout.parameter_count(),
         seconds_a_step: median,
         tokens_a_second: (batch * context) as f64 / median,
+        teraflops: config.training_flops(context) as f64 * (batch * context) as f64 / median / 1e12,
         fastest: seconds[0],
         slowest: seconds[seconds.len() - 1],
         peak_bytes: peak_bytes(),

@@ -8,9 +8,9 @@ use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::gpu::{Gpu, Open, Options};
 use crate::backend::reference::{self, Reference, Rounding};
-use crate::device::Type;
 use crate::device::cuda::{self, Cuda};
 use crate::device::sim::Sim;
+use crate::device::{Device, Type};
 use crate::error::error;
 use crate::kernels::BUILD;
 use crate::model::Precision;
@@ -51,6 +51,15 @@ impl Arguments {
 
     /// The backend that was asked for, in a precision where it offers several.
     pub fn open_in(&self, precision: Precision) -> anyhow::Result<Box<dyn Backend>> {
+        self.open_for(precision, false)
+    }
+
+    /// As [`Arguments::open_in`]; with `profile`, a device times every operation.
+    pub fn open_for(
+        &self,
+        precision: Precision,
+        profile: bool,
+    ) -> anyhow::Result<Box<dyn Backend>> {
         if self.threads == Some(0) {
             return Err(error("0 threads cannot work, in --threads", "give 1 or more"));
         }
@@ -69,24 +78,40 @@ impl Arguments {
                 let precision = reference::Precision::F32;
                 Box::new(Reference { precision, rounding: Rounding::None })
             }
-            Kind::Cuda => Box::new(gpu(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), numbers)?),
+            Kind::Cuda => {
+                Box::new(gpu(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), numbers, profile)?)
+            }
             Kind::Sim => {
                 let all = || std::thread::available_parallelism().map_or(1, usize::from);
                 let threads = self.threads.unwrap_or_else(all);
                 let options = ptxsim::Options { threads, ..ptxsim::Options::default() };
-                Box::new(gpu(Arc::new(move || Ok(Box::new(Sim::new(options)?))), numbers)?)
+                Box::new(gpu(Arc::new(move || Ok(Box::new(Sim::new(options)?))), numbers, profile)?)
             }
             Kind::Auto | Kind::Cpu => Box::new(Cpu::new(self.threads)),
         })
     }
 }
 
-fn gpu(open: Open, numbers: Type) -> anyhow::Result<Gpu> {
+impl Arguments {
+    /// The device that was asked for, by itself.
+    pub fn device(&self) -> anyhow::Result<Box<dyn Device>> {
+        match self.backend {
+            Kind::Auto | Kind::Cuda => Ok(Box::new(Cuda::new(0)?)),
+            Kind::Sim => Ok(Box::new(Sim::new(ptxsim::Options::default())?)),
+            Kind::Cpu | Kind::Reference => Err(error(
+                "the cpu and reference backends have no device, in --backend",
+                "use --backend cuda or sim",
+            )),
+        }
+    }
+}
+
+fn gpu(open: Open, numbers: Type, profile: bool) -> anyhow::Result<Gpu> {
     if numbers == Type::F16 {
         return Err(error(
             "float16 has no loss scaling on a GPU yet, in --precision",
             "use --precision bfloat16, which needs none, or float32",
         ));
     }
-    Gpu::new(open, Options { numbers, graphs: true, profile: false })
+    Gpu::new(open, Options { numbers, graphs: true, profile })
 }

@@ -1,10 +1,15 @@
 //! `laam bench`: timings on this machine.
 
 use clap::{Args, Subcommand};
+use serde_json::json;
 
 use super::{Outcome, backend};
-use crate::bench::step;
+use crate::bench::ceilings::{self, Effort};
+use crate::bench::check::Size;
+use crate::bench::{kernels, smoke, step};
+use crate::device::Device;
 use crate::error::error;
+use crate::model::Precision;
 
 /// Time what the program does, on this machine.
 #[derive(Args)]
@@ -15,7 +20,39 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
+    Ceilings(OnDevice),
+    Kernels(Kernels),
+    Smoke(OnDevice),
     Step(Step),
+}
+
+/// What a device can do at most (ceilings), or whether it does what is needed (smoke).
+#[derive(Args)]
+struct OnDevice {
+    #[command(flatten)]
+    backend: backend::Arguments,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Every operation by itself, at the shapes of recipes and of larger models.
+#[derive(Args)]
+struct Kernels {
+    /// Only operations whose names contain this
+    #[arg(long)]
+    only: Option<String>,
+    /// The precision of activations
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
+    /// Small shapes: to see that it runs
+    #[arg(long)]
+    small: bool,
+    #[command(flatten)]
+    backend: backend::Arguments,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 /// Whole training steps: forward, backward, clip, AdamW, on random tokens.
@@ -36,6 +73,12 @@ struct Step {
     /// Untimed steps before them
     #[arg(long, default_value_t = 1)]
     warmup: u32,
+    /// The precision of activations, where the backend offers several
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
+    /// Time every operation on a GPU, which takes the step apart: slower as a whole
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     backend: backend::Arguments,
     /// Print one JSON object
@@ -45,8 +88,76 @@ struct Step {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     match &arguments.what {
+        What::Ceilings(arguments) => ceilings(arguments),
+        What::Kernels(arguments) => time_kernels(arguments),
+        What::Smoke(arguments) => run_smoke(arguments),
         What::Step(arguments) => time_step(arguments),
     }
+}
+
+fn ceilings(arguments: &OnDevice) -> anyhow::Result<Outcome> {
+    let mut device = arguments.backend.device()?;
+    let effort = if device.name() == "sim" { Effort::Small } else { Effort::Full };
+    eprintln!("{}", device.describe());
+    let found = ceilings::measure(&mut *device, effort, |ceiling| {
+        if !arguments.json {
+            println!("{:24} {:10.2} {}", ceiling.name, ceiling.value, ceiling.unit);
+        }
+    })?;
+    if arguments.json {
+        println!("{}", json!({ "device": device.describe(), "ceilings": found }));
+    }
+    Ok(Outcome::Done)
+}
+
+fn run_smoke(arguments: &OnDevice) -> anyhow::Result<Outcome> {
+    let mut device: Box<dyn Device> = arguments.backend.device()?;
+    eprintln!("{}", device.describe());
+    let steps = smoke::smoke(&mut *device, |step| {
+        if !arguments.json {
+            let verdict = if step.passed { "ok" } else { "FAILED" };
+            println!("{:28} {verdict:6} {}", step.name, step.told);
+        }
+    });
+    if arguments.json {
+        println!("{}", json!({ "device": device.describe(), "steps": steps }));
+    }
+    let passed = steps.iter().all(|step| step.passed);
+    Ok(if passed { Outcome::Done } else { Outcome::Different })
+}
+
+fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
+    let backend = arguments.backend.open_in(arguments.precision)?;
+    let size = if arguments.small { Size::Small } else { Size::Timed };
+    eprintln!("{}", backend.device());
+    if !arguments.json {
+        println!(
+            "{:22} {:4} {:36} {:>10} {:>19} {:>8} {:>8} {:>9}",
+            "operation", "type", "shape", "us", "p10 to p90", "GB/s", "TFLOP/s", "Gpairs/s"
+        );
+    }
+    let rows = kernels::time(&*backend, arguments.only.as_deref(), size, |row| {
+        if arguments.json {
+            return;
+        }
+        let pairs = row.pairs_a_second.map_or(String::new(), |pairs| format!("{:.1}", pairs / 1e9));
+        println!(
+            "{:22} {:4} {:36} {:10.2} {:9.2} {:9.2} {:8.1} {:8.2} {pairs:>9}{}",
+            row.operation,
+            row.numbers,
+            row.shape,
+            1e6 * row.seconds,
+            1e6 * row.p10,
+            1e6 * row.p90,
+            row.gigabytes_a_second,
+            row.teraflops,
+            if row.warm { "  warm" } else { "" },
+        );
+    })?;
+    if arguments.json {
+        println!("{}", json!({ "device": backend.device(), "rows": rows }));
+    }
+    Ok(Outcome::Done)
 }
 
 fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
@@ -60,7 +171,7 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
         config.max_position_embeddings = context;
     }
     config.validate()?;
-    let backend = arguments.backend.open()?;
+    let backend = arguments.backend.open_for(arguments.precision, arguments.profile)?;
     let timing = step::time(
         &*backend,
         &arguments.preset,
@@ -74,13 +185,15 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
     } else {
         println!("{}: {} parameters, {}", timing.preset, timing.parameters, timing.device);
         println!(
-            "batch {} x {}: {:.1} ms a step ({:.1} to {:.1}), {:.0} tokens/s, {} MB at most",
+            "batch {} x {}: {:.2} ms a step ({:.2} to {:.2}), {:.0} tokens/s, {:.2} TFLOP/s, {} MB of \
+             main memory at most",
             timing.batch,
             timing.context,
             1e3 * timing.seconds_a_step,
             1e3 * timing.fastest,
             1e3 * timing.slowest,
             timing.tokens_a_second,
+            timing.teraflops,
             timing.peak_bytes / 1_000_000,
         );
         for (name, seconds) in &timing.operations {

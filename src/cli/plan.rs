@@ -45,7 +45,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let settings = &arguments.settings;
     settings.validate()?;
-    let backend = arguments.backend.open()?;
+    let backend = arguments.backend.open_in(settings.precision)?;
     let config = match &arguments.model {
         Some(folder) => {
             let (config, warnings) = model::load_config(folder)?;

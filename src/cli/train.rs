@@ -12,6 +12,7 @@ use super::training::Watcher;
 use super::{Outcome, backend};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, hex};
+use crate::device::Type;
 use crate::error::error;
 use crate::model::{Config, Precision, Provenance, load};
 use crate::tokenizer::{Style, Tokenizer};
@@ -61,7 +62,7 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     arguments.settings.validate()?;
-    let backend = arguments.backend.open()?;
+    let backend = arguments.backend.open_in(arguments.settings.precision)?;
     let tokenizer =
         if arguments.reload { &arguments.output_path } else { &arguments.tokenizer_path };
     let style = Tokenizer::load(tokenizer)?.style().unwrap_or(Style::Exact);
@@ -148,7 +149,7 @@ impl Stage<'_> {
             windows.len(),
             backend.device(),
         );
-        if settings.precision != Precision::Float32 {
+        if settings.precision != Precision::Float32 && backend.numbers() == Type::F32 {
             eprintln!(
                 "warning: this backend computes in float32; only the saved weights are {}",
                 settings.precision.name()

@@ -61,6 +61,17 @@ macro_rules! arg_from {
 }
 arg_from!(Address => Address, i32 => I32, u32 => U32, u64 => U64, f32 => F32, f64 => F64);
 
+/// The entry of a name, or why there is none.
+pub(super) fn find(name: &str) -> anyhow::Result<&'static kernels::Entry> {
+    kernels::entry(name).ok_or_else(|| {
+        let hint = match kernels::BUILD.cuda {
+            Ok(_) => "this is a fault of laam: report it".to_string(),
+            Err(why) => format!("this build has no kernels ({why}): scripts/setup-cuda"),
+        };
+        error(format!("there is no kernel {name}"), hint)
+    })
+}
+
 /// No card has a grid longer than this along y or z.
 const MOST_YZ: u32 = 65_535;
 
@@ -68,13 +79,7 @@ impl Launch {
     /// The kernel file that has this entry, once number and sizes of the arguments are those of the
     /// kernel's parameters and the shape is one that every card can launch.
     pub(super) fn check(&self) -> anyhow::Result<&'static kernels::Kernel> {
-        let Some(entry) = kernels::entry(&self.entry) else {
-            let hint = match kernels::BUILD.cuda {
-                Ok(_) => "this is a fault of laam: report it".to_string(),
-                Err(why) => format!("this build has no kernels ({why}): scripts/setup-cuda"),
-            };
-            return Err(error(format!("there is no kernel {}", self.entry), hint));
-        };
+        let entry = find(&self.entry)?;
         let fault = |what: String| error(what, "this is a fault of laam: report it");
         let sizes: Vec<usize> = self.args.iter().map(Arg::size).collect();
         if sizes != entry.parameters {

@@ -47,6 +47,15 @@ impl Type {
         }
     }
 
+    /// As transformers and PyTorch spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Type::F32 => "float32",
+            Type::F16 => "float16",
+            Type::Bf16 => "bfloat16",
+        }
+    }
+
     /// How kernels for it end: `rms_norm_bf16`.
     pub fn suffix(self) -> &'static str {
         match self {
@@ -119,6 +128,8 @@ pub trait Device: Send {
     fn fill(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()>;
     /// Copies from memory to memory; the two do not overlap.
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()>;
+    /// Makes a kernel ready to start, as its first launch would.
+    fn load(&mut self, entry: &str) -> anyhow::Result<()>;
     /// Starts a kernel. Its arguments are checked in number and size against its parameters.
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()>;
     /// A matrix product, summed in f32.

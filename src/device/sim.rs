@@ -7,7 +7,7 @@ use std::time::Instant;
 use gemm::Parallelism;
 use ptxsim::{Config, Memory, Module, Options};
 
-use super::{Address, Device, Graph, Launch, Mark, Matrix, Product};
+use super::{Address, Device, Graph, Launch, Mark, Matrix, Product, launch};
 use crate::error::error;
 use crate::kernels::{BUILD, Kernel};
 
@@ -197,6 +197,11 @@ impl Device for Sim {
 
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()> {
         self.ask(Work::Copy(from, to, bytes))
+    }
+
+    fn load(&mut self, entry: &str) -> anyhow::Result<()> {
+        module(launch::find(entry)?.kernel)?;
+        Ok(())
     }
 
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {

@@ -12,7 +12,7 @@ mod program;
 pub mod step;
 mod update;
 
-pub use ops::Op;
+pub use ops::{Cost, Op};
 pub use plan::{BytePlan, Plan};
 pub use program::{Buffer, BufferInfo, Element, Program, Use};
 pub use step::{Decoding, Evaluation, Micro};

@@ -206,6 +206,47 @@ impl Model {
         Ok(())
     }
 
+    /// Brings the inputs of a run to the device.
+    fn feed(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<()> {
+        let Loaded(program) = loaded;
+        check_feed(&self.programs[program].program, feed)?;
+        self.arranged = Some(program);
+        for (buffer, values) in &feed.indices {
+            self.device.upload(self.place(loaded, *buffer), bytemuck::cast_slice(values))?;
+        }
+        for (buffer, values) in &feed.floats {
+            let bytes = self.type_of(loaded, *buffer).encode(values);
+            self.device.upload(self.place(loaded, *buffer), &bytes)?;
+        }
+        let control = Control::bytes(&feed.rates, feed.loss_scale);
+        self.device.upload(self.control.address(), &control)
+    }
+
+    /// Carries a program out on the inputs that are there.
+    fn execute(&mut self, Loaded(program): Loaded) -> anyhow::Result<()> {
+        let Ready { graph, ran, .. } = self.programs[program];
+        if self.options.profile {
+            return self.enqueue(program, true);
+        }
+        if let Some(graph) = graph {
+            return self.device.replay(graph);
+        }
+        // The first time one by one: loading a kernel or planning a product cannot be recorded.
+        if !(self.options.graphs && ran) {
+            self.enqueue(program, false)?;
+            self.programs[program].ran = true;
+            return Ok(());
+        }
+        self.device.record()?;
+        let asked = self.enqueue(program, false);
+        // Also after an error: the stream must not be left recording.
+        let graph = self.device.finish();
+        asked?;
+        let graph = graph?;
+        self.programs[program].graph = Some(graph);
+        self.device.replay(graph)
+    }
+
     fn arena(&self, arena: Arena) -> (Address, usize, Type) {
         let Arenas { len, parameters, gradients, first_moment, second_moment, cache, .. } =
             self.arenas;
@@ -304,40 +345,18 @@ impl Session for Model {
     }
 
     fn run(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<()> {
-        let Loaded(program) = loaded;
-        check_feed(&self.programs[program].program, feed)?;
-        self.arranged = Some(program);
-        for (buffer, values) in &feed.indices {
-            self.device.upload(self.place(loaded, *buffer), bytemuck::cast_slice(values))?;
-        }
-        for (buffer, values) in &feed.floats {
-            let bytes = self.type_of(loaded, *buffer).encode(values);
-            self.device.upload(self.place(loaded, *buffer), &bytes)?;
-        }
-        let control = Control::bytes(&feed.rates, feed.loss_scale);
-        self.device.upload(self.control.address(), &control)?;
+        self.feed(loaded, feed)?;
+        self.execute(loaded)
+    }
 
-        let Ready { graph, ran, .. } = self.programs[program];
-        if self.options.profile {
-            return self.enqueue(program, true);
-        }
-        if let Some(graph) = graph {
-            return self.device.replay(graph);
-        }
-        // The first time one by one: loading a kernel or planning a product cannot be recorded.
-        if !(self.options.graphs && ran) {
-            self.enqueue(program, false)?;
-            self.programs[program].ran = true;
-            return Ok(());
-        }
-        self.device.record()?;
-        let asked = self.enqueue(program, false);
-        // Also after an error: the stream must not be left recording.
-        let graph = self.device.finish();
-        asked?;
-        let graph = graph?;
-        self.programs[program].graph = Some(graph);
-        self.device.replay(graph)
+    fn time(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<f64> {
+        self.feed(loaded, feed)?;
+        let start = self.device.mark()?;
+        self.execute(loaded)?;
+        let end = self.device.mark()?;
+        let seconds = self.device.seconds(start, end)?;
+        self.device.forget_marks();
+        Ok(seconds)
     }
 
     fn floats(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<f32>> {

@@ -20,12 +20,31 @@ use crate::tokens::IGNORE;
 pub enum Size {
     /// Minutes in the simulator: enough for every tail and every branch.
     Small,
-    /// What models use: seconds on a card, minutes for the reference in f64.
+    /// And what models use: seconds on a card, minutes for the reference in f64.
     Full,
+    /// What is timed: the original's stages (32,768 and 512 tokens, hidden 64), then models of
+    /// 124M and 1.5B parameters.
+    Timed,
+}
+
+impl Size {
+    /// The shapes of a size: the small ones, these and the full ones, or those to time.
+    fn shapes<T, const A: usize, const B: usize, const C: usize>(
+        self,
+        small: [T; A],
+        full: [T; B],
+        timed: [T; C],
+    ) -> Vec<T> {
+        match self {
+            Size::Small => small.into(),
+            Size::Full => small.into_iter().chain(full).collect(),
+            Size::Timed => timed.into(),
+        }
+    }
 }
 
 /// One operation, what it reads, and what it leaves.
-pub(super) struct Case {
+pub(in crate::bench) struct Case {
     pub operation: &'static str,
     pub shape: String,
     pub layout: Layout,
@@ -38,7 +57,7 @@ pub(super) struct Case {
     pub rates: Rates,
 }
 
-pub(super) enum Output {
+pub(in crate::bench) enum Output {
     Floats(Buffer),
     Indices(Buffer),
     Arena(Arena, Range<usize>),
@@ -75,7 +94,7 @@ pub fn operations() -> impl Iterator<Item = &'static str> {
 }
 
 /// The cases of the operations that are chosen, for a backend of these numbers.
-pub(super) fn grid(
+pub(in crate::bench) fn grid(
     size: Size,
     numbers: Type,
     seed: u64,
@@ -182,10 +201,11 @@ impl Build {
 }
 
 fn embed(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
-    let mut shapes = vec![(1, 1, 1), (7, 13, 5), (37, 100, 64), (65, 300, 36)];
-    if size == Size::Full {
-        shapes.push((4096, 32768, 64));
-    }
+    let shapes = size.shapes(
+        [(1, 1, 1), (7, 13, 5), (37, 100, 64), (65, 300, 36)],
+        [(4096, 32768, 64)],
+        [(32768, 32768, 64), (512, 32768, 64), (16384, 50304, 768)],
+    );
     for (rows, vocab, hidden) in shapes {
         let (layout, table) = alone(vocab, hidden);
         let mut b = Build::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), false);
@@ -197,10 +217,11 @@ fn embed(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
 }
 
 fn embed_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
-    let mut shapes = vec![(1, 1, 1), (7, 3, 5), (200, 40, 64), (65, 300, 36), (515, 2, 8)];
-    if size == Size::Full {
-        shapes.push((32768, 32768, 64));
-    }
+    let shapes = size.shapes(
+        [(1, 1, 1), (7, 3, 5), (200, 40, 64), (65, 300, 36), (515, 2, 8), (1500, 700, 4)],
+        [(32768, 32768, 64)],
+        [(32768, 32768, 64), (512, 32768, 64), (16384, 50304, 768)],
+    );
     for (rows, vocab, hidden) in shapes {
         let (layout, table) = alone(vocab, hidden);
         let mut b = Build::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), true);
@@ -212,12 +233,11 @@ fn embed_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
 }
 
 fn norms(size: Size) -> Vec<(usize, usize)> {
-    let mut shapes = vec![(1, 1), (3, 17), (5, 64), (33, 100), (9, 768), (2, 4096)];
-    if size == Size::Full {
-        shapes.push((32768, 64));
-        shapes.push((4096, 2048));
-    }
-    shapes
+    size.shapes(
+        [(1, 1), (3, 17), (5, 64), (33, 100), (9, 768), (2, 4096)],
+        [(32768, 64), (4096, 2048)],
+        [(32768, 64), (512, 64), (16384, 768), (32768, 2048)],
+    )
 }
 
 fn rms_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
@@ -266,12 +286,11 @@ fn rms_norm_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type
 
 /// Rows, width of the output, width of the input.
 fn products(size: Size) -> Vec<(usize, usize, usize)> {
-    let mut shapes = vec![(1, 1, 1), (1, 33, 64), (7, 64, 33), (37, 48, 100), (70, 256, 64)];
-    if size == Size::Full {
-        shapes.push((2048, 512, 64));
-        shapes.push((512, 2048, 768));
-    }
-    shapes
+    size.shapes(
+        [(1, 1, 1), (1, 33, 64), (7, 64, 33), (37, 48, 100), (70, 256, 64)],
+        [(2048, 512, 64), (512, 2048, 768)],
+        [(32768, 512, 64), (512, 512, 64), (16384, 3072, 768), (8192, 11008, 2048)],
+    )
 }
 
 fn linear(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
@@ -322,19 +341,23 @@ fn frequencies(head_dim: usize) -> Vec<f64> {
 }
 
 fn ropes(size: Size) -> Vec<Heads> {
-    let mut shapes = vec![
-        heads(1, 1, 1, 1, 2),
-        heads(2, 37, 18, 3, 2),
-        heads(3, 5, 6, 2, 6),
-        heads(2, 33, 8, 2, 8),
-        heads(1, 70, 4, 4, 64),
-        heads(2, 9, 3, 1, 128),
-    ];
-    if size == Size::Full {
-        shapes.push(heads(8, 512, 32, 4, 2));
-        shapes.push(heads(2, 1024, 12, 4, 64));
-    }
-    shapes
+    size.shapes(
+        [
+            heads(1, 1, 1, 1, 2),
+            heads(2, 37, 18, 3, 2),
+            heads(3, 5, 6, 2, 6),
+            heads(2, 33, 8, 2, 8),
+            heads(1, 70, 4, 4, 64),
+            heads(2, 9, 3, 1, 128),
+        ],
+        [heads(8, 512, 32, 4, 2), heads(2, 1024, 12, 4, 64)],
+        [
+            heads(64, 512, 32, 4, 2),
+            heads(1, 512, 32, 4, 2),
+            heads(16, 1024, 12, 12, 64),
+            heads(4, 2048, 16, 16, 128),
+        ],
+    )
 }
 
 fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
@@ -371,31 +394,47 @@ fn rope_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
 }
 
 fn attentions(size: Size) -> Vec<Heads> {
-    let mut shapes = vec![
-        heads(1, 1, 1, 1, 2),
-        heads(3, 37, 8, 1, 2),
-        heads(1, 130, 4, 1, 4),
-        heads(2, 65, 8, 2, 8),
-        heads(3, 19, 2, 1, 6),
-        heads(3, 70, 4, 1, 16),
-        heads(2, 33, 4, 4, 32),
-        heads(3, 67, 2, 1, 64),
-        heads(1, 40, 3, 3, 96),
-        heads(2, 65, 2, 1, 128),
-        heads(1, 20, 2, 1, 34),
-        heads(4, 1, 2, 2, 64),
-    ];
-    if size == Size::Full {
-        shapes.push(heads(2, 512, 32, 4, 2));
-        shapes.push(heads(1, 512, 8, 2, 8));
-        shapes.push(heads(1, 1024, 4, 2, 64));
-        shapes.push(heads(1, 1000, 2, 1, 128));
-    }
-    shapes
+    size.shapes(
+        [
+            heads(1, 1, 1, 1, 2),
+            heads(3, 37, 8, 1, 2),
+            heads(1, 130, 4, 1, 4),
+            heads(2, 65, 8, 2, 8),
+            heads(3, 19, 2, 1, 6),
+            heads(3, 70, 4, 1, 16),
+            heads(2, 33, 4, 4, 32),
+            heads(3, 67, 2, 1, 64),
+            heads(1, 40, 3, 3, 96),
+            heads(2, 65, 2, 1, 128),
+            heads(1, 20, 2, 1, 34),
+            heads(4, 1, 2, 2, 64),
+        ],
+        [
+            heads(2, 512, 32, 4, 2),
+            heads(1, 512, 8, 2, 8),
+            heads(1, 1024, 4, 2, 64),
+            heads(1, 1000, 2, 1, 128),
+        ],
+        [
+            heads(64, 512, 32, 4, 2),
+            heads(1, 512, 32, 4, 2),
+            heads(64, 512, 8, 2, 8),
+            heads(16, 512, 12, 4, 32),
+            heads(16, 1024, 12, 12, 64),
+            heads(8, 2048, 16, 16, 64),
+            heads(4, 4096, 16, 16, 64),
+            heads(8, 2048, 16, 16, 128),
+            heads(4, 4096, 16, 4, 128),
+        ],
+    )
 }
 
-/// The first visible column of each row: causal, left-padded, or a second document.
-fn masks(draw: &mut Draw, shape: &Heads) -> Vec<u32> {
+/// The first visible column of each row: causal, left-padded, or a second document; plainly causal
+/// where it is timed.
+fn masks(draw: &mut Draw, shape: &Heads, size: Size) -> Vec<u32> {
+    if size == Size::Timed {
+        return vec![0; shape.rows()];
+    }
     let edges = draw.indices(shape.windows, shape.context);
     let of = |at: usize| {
         let (window, column) = (at / shape.context, (at % shape.context) as u32);
@@ -411,18 +450,18 @@ fn masks(draw: &mut Draw, shape: &Heads) -> Vec<u32> {
 }
 
 /// Attention's inputs and the mask.
-fn attends(b: &mut Build, draw: &mut Draw, shape: &Heads) -> [Buffer; 4] {
+fn attends(b: &mut Build, draw: &mut Draw, shape: &Heads, size: Size) -> [Buffer; 4] {
     let q = b.input(draw, "q", shape.rows() * shape.q_width());
     let k = b.input(draw, "k", shape.rows() * shape.kv_width());
     let v = b.input(draw, "v", shape.rows() * shape.kv_width());
-    let first_key = b.index("first key", masks(draw, shape));
+    let first_key = b.index("first key", masks(draw, shape, size));
     [q, k, v, first_key]
 }
 
 fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     for shape in attentions(size) {
         let mut b = Build::new(describe(&shape), alone(1, 1), false);
-        let [q, k, v, first_key] = attends(&mut b, draw, &shape);
+        let [q, k, v, first_key] = attends(&mut b, draw, &shape, size);
         let out = b.output("out", Element::Activation, shape.rows() * shape.q_width());
         let lse = b.output("lse", Element::Float, shape.rows() * shape.heads);
         b.finish(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }), cases);
@@ -432,8 +471,14 @@ fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
 fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, numbers: Type) {
     for shape in attentions(size) {
         let mut b = Build::new(describe(&shape), alone(1, 1), false);
-        let [q, k, v, first_key] = attends(&mut b, draw, &shape);
-        let (out, lse) = forward(&b.case, [q, k, v, first_key], &shape);
+        let [q, k, v, first_key] = attends(&mut b, draw, &shape, size);
+        let (out, lse) = if size == Size::Timed {
+            // Any numbers take as long; those of f64 would take hours.
+            let rows = shape.rows();
+            (draw.activations(rows * shape.q_width(), 1.0), vec![4.0; rows * shape.heads])
+        } else {
+            forward(&b.case, [q, k, v, first_key], &shape)
+        };
         let out = numbers.decode(&numbers.encode(&out));
         let out = b.given("out", Element::Activation, out);
         let lse = b.given("lse", Element::Float, lse);
@@ -471,18 +516,18 @@ fn forward(case: &Case, [q, k, v, first_key]: [Buffer; 4], shape: &Heads) -> (Ve
 /// Two operations: one that fills the cache, whose layout is the backend's own affair, and one that
 /// goes on from there, each window from another column.
 fn cached_attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
-    let mut shapes = vec![
-        (heads(1, 1, 1, 1, 2), 1, 64),
-        (heads(3, 1, 8, 1, 2), 40, 64),
-        (heads(2, 5, 8, 2, 8), 59, 64),
-        (heads(2, 3, 2, 1, 6), 70, 128),
-        (heads(4, 1, 4, 2, 64), 127, 128),
-        (heads(2, 2, 3, 1, 128), 9, 64),
-    ];
-    if size == Size::Full {
-        shapes.push((heads(64, 1, 32, 4, 2), 511, 512));
-        shapes.push((heads(16, 4, 12, 4, 64), 1020, 1024));
-    }
+    let shapes = size.shapes(
+        [
+            (heads(1, 1, 1, 1, 2), 1, 64),
+            (heads(3, 1, 8, 1, 2), 40, 64),
+            (heads(2, 5, 8, 2, 8), 59, 64),
+            (heads(2, 3, 2, 1, 6), 70, 128),
+            (heads(4, 1, 4, 2, 64), 127, 128),
+            (heads(2, 2, 3, 1, 128), 9, 64),
+        ],
+        [(heads(64, 1, 32, 4, 2), 511, 512), (heads(16, 4, 12, 4, 64), 1020, 1024)],
+        [(heads(64, 1, 32, 4, 2), 511, 512), (heads(16, 1, 12, 4, 64), 1023, 1024)],
+    );
     for (shape, before, capacity) in shapes {
         let plane = shape.windows * shape.kv_width() * capacity;
         let what = format!("{} after {before} of {capacity}", describe(&shape));
@@ -511,12 +556,11 @@ fn cached_attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type)
 
 /// Rows and width.
 fn gates(size: Size) -> Vec<(usize, usize)> {
-    let mut shapes = vec![(1, 1), (3, 17), (5, 24), (37, 256), (2, 3000)];
-    if size == Size::Full {
-        shapes.push((32768, 256));
-        shapes.push((2048, 5504));
-    }
-    shapes
+    size.shapes(
+        [(1, 1), (3, 17), (5, 24), (37, 256), (2, 3000)],
+        [(32768, 256), (2048, 5504)],
+        [(32768, 256), (512, 256), (16384, 3072), (8192, 5504)],
+    )
 }
 
 fn swiglu(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
@@ -541,22 +585,21 @@ fn swiglu_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) 
 }
 
 fn head_loss(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
-    let mut shapes = vec![
-        (1, 1, 1),
-        (1, 300, 64),
-        (7, 13, 5),
-        (37, 130, 16),
-        (65, 257, 64),
-        (130, 515, 36),
-        (33, 200, 128),
-        (9, 100, 250),
-        (5, 70, 300),
-    ];
-    if size == Size::Full {
-        shapes.push((512, 32768, 64));
-        shapes.push((1000, 5003, 128));
-        shapes.push((300, 5000, 768));
-    }
+    let shapes = size.shapes(
+        [
+            (1, 1, 1),
+            (1, 300, 64),
+            (7, 13, 5),
+            (37, 130, 16),
+            (65, 257, 64),
+            (130, 515, 36),
+            (33, 200, 128),
+            (9, 100, 250),
+            (5, 70, 300),
+        ],
+        [(512, 32768, 64), (1000, 5003, 128), (300, 5000, 768)],
+        [(32768, 32768, 64), (512, 32768, 64), (16384, 50304, 768)],
+    );
     for (rows, vocab, hidden) in shapes {
         for gradient in [false, true] {
             let with = if gradient { " and gradient" } else { "" };
@@ -583,8 +626,10 @@ fn head_loss(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn pick_rows(cases: &mut Vec<Case>, draw: &mut Draw, _: Size, _: Type) {
-    for (windows, context, hidden) in [(1, 1, 1), (3, 7, 5), (9, 4, 64)] {
+fn pick_rows(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+    for (windows, context, hidden) in
+        size.shapes([(1, 1, 1), (3, 7, 5), (9, 4, 64)], [], [(64, 4, 64)])
+    {
         let shape = format!("{windows} x {context} x {hidden}");
         let mut b = Build::new(shape, alone(1, 1), false);
         let x = b.input(draw, "x", windows * context * hidden);
@@ -596,11 +641,7 @@ fn pick_rows(cases: &mut Vec<Case>, draw: &mut Draw, _: Size, _: Type) {
 
 /// Lengths of arenas.
 fn lengths(size: Size) -> Vec<usize> {
-    let mut lengths = vec![1, 63, 1000, 20_011];
-    if size == Size::Full {
-        lengths.push(4_662_336);
-    }
-    lengths
+    size.shapes([1, 63, 1000, 20_011], [4_662_336], [4_662_336, 124_000_000])
 }
 
 fn zero_gradients(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
@@ -660,11 +701,11 @@ fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
 }
 
 fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
-    let mut shapes = vec![(5, 5), (17, 40), (64, 16), (33, 130)];
-    if size == Size::Full {
-        shapes.push((512, 64));
-        shapes.push((768, 2048));
-    }
+    let shapes = size.shapes(
+        [(5, 5), (17, 40), (64, 16), (33, 130)],
+        [(512, 64), (768, 2048)],
+        [(512, 64), (768, 3072)],
+    );
     for (rows, cols) in shapes {
         let (layout, w) = alone(rows, cols);
         let mut b = Build::new(format!("{rows} x {cols}"), (layout, w), true);

@@ -5,17 +5,18 @@
 //! backend's own precision (f32, rounding to bf16 or f16 where mixed precision does), and the
 //! rounding of the output.
 
-mod cases;
+pub(super) mod cases;
 mod draw;
 
 use serde::Serialize;
 
-use self::cases::{Case, Output};
+use self::cases::Output;
 use crate::backend::reference::{Precision, Reference, Rounding};
 use crate::backend::{Arena, Backend, Feed};
 use crate::device::Type;
 use crate::error::error;
 
+pub(super) use cases::Case;
 pub use cases::{Size, operations};
 
 /// One output of one operation at one shape.
@@ -146,13 +147,7 @@ impl Case {
                 session.write(*arena, values)?;
             }
             session.poison()?;
-            let feed = Feed {
-                indices: self.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
-                floats: self.floats.iter().map(|(b, v)| (*b, v.as_slice().into())).collect(),
-                loss_scale: 1.0,
-                rates: self.rates,
-            };
-            session.run(program, &feed)?;
+            session.run(program, &self.feed())?;
             let mut outputs = Vec::new();
             for output in &self.outputs {
                 outputs.push(match output {
@@ -166,6 +161,37 @@ impl Case {
             left.push(outputs);
         }
         Ok(left)
+    }
+
+    /// Seconds of each of `runs` runs after `warmup` ones.
+    pub(in crate::bench) fn seconds(
+        &self,
+        backend: &dyn Backend,
+        warmup: usize,
+        runs: usize,
+    ) -> anyhow::Result<Vec<f64>> {
+        let mut session = backend.open(&self.layout, self.need)?;
+        let program = session.load(self.program.clone())?;
+        for (arena, values) in &self.arenas {
+            session.write(*arena, values)?;
+        }
+        let mut seconds = Vec::new();
+        for run in 0..warmup + runs {
+            let took = session.time(program, &self.feed())?;
+            if run >= warmup {
+                seconds.push(took);
+            }
+        }
+        Ok(seconds)
+    }
+
+    fn feed(&self) -> Feed<'_> {
+        Feed {
+            indices: self.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
+            floats: self.floats.iter().map(|(b, v)| (*b, v.as_slice().into())).collect(),
+            loss_scale: 1.0,
+            rates: self.rates,
+        }
     }
 
     fn name(&self, output: &Output) -> String {

@@ -16,7 +16,7 @@ use sys::CUdevice_attribute as Attribute;
 
 use self::products::Products;
 use super::driver::oldest_driver;
-use super::{Address, Arg, Device, Graph, Launch, Mark, Product};
+use super::{Address, Arg, Device, Graph, Launch, Mark, Product, launch};
 use crate::error::error;
 use crate::kernels::{BUILD, Kernel};
 
@@ -140,8 +140,12 @@ impl Cuda {
     }
 
     /// Loads a kernel when it is first asked for, and sees that it may have its shared memory.
-    fn function(&mut self, kernel: &Kernel, launch: &Launch) -> anyhow::Result<sys::CUfunction> {
-        let entry = &launch.entry;
+    fn function(
+        &mut self,
+        kernel: &Kernel,
+        entry: &str,
+        shared: u32,
+    ) -> anyhow::Result<sys::CUfunction> {
         if !self.functions.contains_key(entry) {
             if !self.modules.contains_key(kernel.name) {
                 let module = self.context.load_module(Ptx::from_binary(kernel.fatbin.to_vec()));
@@ -152,15 +156,15 @@ impl Cuda {
             let function = self.modules[kernel.name]
                 .load_function(entry)
                 .map_err(|e| failed(&format!("finding kernel {entry}"), e))?;
-            self.functions.insert(entry.clone(), Function { function, shared: SHARED_UNASKED });
+            self.functions.insert(entry.to_string(), Function { function, shared: SHARED_UNASKED });
         }
         let function = self.functions.get_mut(entry).expect("it was put there");
-        if launch.shared > function.shared {
-            if launch.shared > self.most_shared {
+        if shared > function.shared {
+            if shared > self.most_shared {
                 return Err(error(
                     format!(
-                        "kernel {entry} wants {} bytes of shared memory, the card has {}",
-                        launch.shared, self.most_shared
+                        "kernel {entry} wants {shared} bytes of shared memory, the card has {}",
+                        self.most_shared
                     ),
                     "this shape is too large for this card: report it",
                 ));
@@ -169,9 +173,9 @@ impl Cuda {
                 sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function
                 .function
-                .set_attribute(attribute, launch.shared as i32)
+                .set_attribute(attribute, shared as i32)
                 .map_err(|e| failed(&format!("giving shared memory to {entry}"), e))?;
-            function.shared = launch.shared;
+            function.shared = shared;
         }
         Ok(function.function.cu_function())
     }
@@ -277,10 +281,17 @@ impl Device for Cuda {
             .map_err(|e| failed("copying on the card", e))
     }
 
+    fn load(&mut self, entry: &str) -> anyhow::Result<()> {
+        let kernel = launch::find(entry)?.kernel;
+        self.bind()?;
+        self.function(kernel, entry, 0)?;
+        Ok(())
+    }
+
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         let kernel = launch.check()?;
         self.bind()?;
-        let function = self.function(kernel, launch)?;
+        let function = self.function(kernel, &launch.entry, launch.shared)?;
         let bits: Vec<u64> = launch.args.iter().map(Arg::bits).collect();
         let mut pointers: Vec<*mut c_void> =
             bits.iter().map(|bits| std::ptr::from_ref(bits).cast_mut().cast()).collect();

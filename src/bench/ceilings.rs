@@ -1,0 +1,145 @@
+//! What a device can do at most: copying, products, exponentials, matrix instructions, launches.
+//! Other timings are told as shares of these, measured on the same card in the same run.
+
+use serde::Serialize;
+
+use crate::device::{Arg, Device, Launch, Matrix, Product, Type};
+
+/// One ceiling.
+#[derive(Clone, Debug, Serialize)]
+pub struct Ceiling {
+    pub name: &'static str,
+    pub value: f64,
+    pub unit: &'static str,
+    /// Of one repetition: the fastest, the median, the slowest.
+    pub seconds: [f64; 3],
+}
+
+/// How much work: a card's, or the simulator's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// Enough to fill any card for milliseconds.
+    Full,
+    /// Enough to see that it runs.
+    Small,
+}
+
+const REPETITIONS: usize = 15;
+
+/// Measures each, telling it as it is known.
+pub fn measure(
+    device: &mut dyn Device,
+    effort: Effort,
+    mut tell: impl FnMut(&Ceiling),
+) -> anyhow::Result<Vec<Ceiling>> {
+    let full = effort == Effort::Full;
+    let mut found = Vec::new();
+    let mut add = |ceiling: Ceiling| {
+        tell(&ceiling);
+        found.push(ceiling);
+    };
+
+    let bytes = if full { 1 << 30 } else { 1 << 16 };
+    let (from, to) = (device.alloc(bytes)?, device.alloc(bytes)?);
+    device.fill(from, 1, bytes)?;
+    device.fill(to, 2, bytes)?;
+    let seconds = repeat(device, |device| device.copy(from, to, bytes))?;
+    add(rate("copy", 2.0 * bytes as f64 / 1e9, "GB/s", seconds));
+    let seconds = repeat(device, |device| device.fill(to, 0, bytes))?;
+    add(rate("fill", bytes as f64 / 1e9, "GB/s", seconds));
+
+    // Random data: a card runs faster on constant data.
+    let side = if full { 8192 } else { 64 };
+    let noise: Vec<u8> = noise(2 * side * side);
+    device.upload(from, &noise)?;
+    device.upload(to, &noise)?;
+    let out = device.alloc(4 * side * side)?;
+    let matrix = |at, ty| Matrix::new(at, ty, side, side);
+    let flops = 2.0 * (side as f64).powi(3);
+    for (name, c) in [("product, bf16", Type::Bf16), ("product, bf16 to f32", Type::F32)] {
+        let (a, b) = (matrix(from, Type::Bf16), matrix(to, Type::Bf16).t());
+        let product = Product { a, b, c: matrix(out, c), add: false };
+        let seconds = repeat(device, |device| device.product(&product))?;
+        add(rate(name, flops / 1e12, "TFLOP/s", seconds));
+    }
+
+    let (blocks, rounds) = if full { (132 * 8, 4096) } else { (2, 4) };
+    let threads = 256;
+    let launch = |entry: &str, rounds: i32| Launch {
+        entry: entry.to_string(),
+        grid: [blocks, 1, 1],
+        block: [threads, 1, 1],
+        shared: 0,
+        args: vec![out.into(), Arg::I32(rounds)],
+    };
+    let links = 8.0 * f64::from(rounds) * f64::from(blocks) * f64::from(threads);
+    for (name, entry, work, unit) in [
+        ("ex2.approx", "ceiling_ex2", links / 1e12, "T/s"),
+        ("fma, f32", "ceiling_fma", 2.0 * links / 1e12, "TFLOP/s"),
+        ("mma.sync m16n8k16 bf16", "ceiling_mma", links / 32.0 * 4096.0 / 1e12, "TFLOP/s"),
+    ] {
+        let launch = launch(entry, rounds);
+        let seconds = repeat(device, |device| device.launch(&launch))?;
+        add(rate(name, work, unit, seconds));
+    }
+
+    let barriers = launch("ceiling_barrier", rounds);
+    let seconds = repeat(device, |device| device.launch(&barriers))?;
+    add(time("barrier of 256 threads", seconds, f64::from(rounds) / 1e9, "ns"));
+    let empty = Launch { args: vec![], ..launch("ceiling_empty", 0) };
+    let one = Launch { grid: [1, 1, 1], ..empty };
+    let launches = if full { 1000 } else { 3 };
+    let many = |device: &mut dyn Device| (0..launches).try_for_each(|_| device.launch(&one));
+    let seconds = repeat(device, many)?;
+    add(time("launch", seconds, f64::from(launches) / 1e6, "us"));
+    device.record()?;
+    let asked = many(device);
+    let graph = device.finish()?;
+    asked?;
+    let seconds = repeat(device, |device| device.replay(graph))?;
+    add(time("launch in a graph", seconds, f64::from(launches) / 1e6, "us"));
+    for at in [from, to, out] {
+        device.free(at)?;
+    }
+    Ok(found)
+}
+
+/// Bytes that are small bf16 numbers of either sign.
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as u16
+    };
+    (0..len / 2).flat_map(|_| (0x3C00 | next() & 0x83FF).to_le_bytes()).collect()
+}
+
+/// Fastest, median and slowest, after two untimed.
+fn repeat(
+    device: &mut dyn Device,
+    mut work: impl FnMut(&mut dyn Device) -> anyhow::Result<()>,
+) -> anyhow::Result<[f64; 3]> {
+    for _ in 0..2 {
+        work(device)?;
+    }
+    let mut marks = vec![device.mark()?];
+    for _ in 0..REPETITIONS {
+        work(device)?;
+        marks.push(device.mark()?);
+    }
+    let mut seconds = Vec::new();
+    for pair in marks.windows(2) {
+        seconds.push(device.seconds(pair[0], pair[1])?);
+    }
+    device.forget_marks();
+    seconds.sort_by(f64::total_cmp);
+    Ok([seconds[0], seconds[REPETITIONS / 2], seconds[REPETITIONS - 1]])
+}
+
+fn rate(name: &'static str, work: f64, unit: &'static str, seconds: [f64; 3]) -> Ceiling {
+    Ceiling { name, value: work / seconds[1], unit, seconds }
+}
+
+fn time(name: &'static str, seconds: [f64; 3], count: f64, unit: &'static str) -> Ceiling {
+    Ceiling { name, value: seconds[1] / count, unit, seconds }
+}

@@ -1,0 +1,215 @@
+//! Whether a device does what the rest relies on, one thing after another, each told as it is
+//! known: what nobody has seen on a new card is seen here first.
+
+use serde::Serialize;
+
+use crate::device::{Address, Device, Launch, Matrix, Product, Type};
+use crate::kernels::KERNELS;
+
+/// One thing and how it went.
+#[derive(Clone, Debug, Serialize)]
+pub struct Step {
+    pub name: &'static str,
+    pub passed: bool,
+    /// What was seen, or the error.
+    pub told: String,
+}
+
+type Try = fn(&mut dyn Device) -> anyhow::Result<String>;
+
+const STEPS: [(&str, Try); 8] = [
+    ("memory", memory),
+    ("copies", copies),
+    ("kernels load", kernels),
+    ("a launch", launch),
+    ("wrong arguments are refused", refusal),
+    ("products", products),
+    ("a graph", graph),
+    ("time", time),
+];
+
+/// Goes through all of it, whatever fails.
+pub fn smoke(device: &mut dyn Device, mut tell: impl FnMut(&Step)) -> Vec<Step> {
+    let mut steps = Vec::new();
+    for (name, attempt) in STEPS {
+        let step = match attempt(device) {
+            Ok(told) => Step { name, passed: true, told },
+            Err(error) => Step { name, passed: false, told: format!("{error:#}") },
+        };
+        tell(&step);
+        steps.push(step);
+    }
+    steps
+}
+
+fn memory(device: &mut dyn Device) -> anyhow::Result<String> {
+    let (free, total) = device.memory()?;
+    let at = device.alloc(64 << 20)?;
+    device.free(at)?;
+    Ok(format!("{:.1} of {:.1} GB free", free as f64 / 1e9, total as f64 / 1e9))
+}
+
+fn read(device: &dyn Device, at: Address, len: usize) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    device.download(at, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn copies(device: &mut dyn Device) -> anyhow::Result<String> {
+    let bytes: Vec<u8> = (0..1_000_003u32).map(|i| (i * 31 >> 3) as u8).collect();
+    let (a, b) = (device.alloc(bytes.len())?, device.alloc(bytes.len())?);
+    device.upload(a, &bytes)?;
+    device.fill(b, 7, bytes.len())?;
+    device.copy(a, b, bytes.len())?;
+    anyhow::ensure!(read(device, b, bytes.len())? == bytes, "other bytes came back");
+    device.fill(b, 0xFF, 100)?;
+    anyhow::ensure!(read(device, b, 101)?[99..] == [0xFF, bytes[100]], "a fill went wrong");
+    device.free(a)?;
+    device.free(b)?;
+    Ok(format!("{} bytes there and back", bytes.len()))
+}
+
+fn kernels(device: &mut dyn Device) -> anyhow::Result<String> {
+    let mut count = 0;
+    for kernel in KERNELS {
+        for entry in kernel.entries() {
+            device.load(entry)?;
+            count += 1;
+        }
+    }
+    Ok(format!("{count} kernels of {} files", KERNELS.len()))
+}
+
+fn fill(at: Address, count: u64, value: f32) -> Launch {
+    Launch {
+        entry: "fill_f32".into(),
+        grid: [4, 1, 1],
+        block: [256, 1, 1],
+        shared: 0,
+        args: vec![at.into(), value.into(), count.into()],
+    }
+}
+
+fn launch(device: &mut dyn Device) -> anyhow::Result<String> {
+    let len = 10_007;
+    let at = device.alloc(4 * len)?;
+    device.fill(at, 0, 4 * len)?;
+    device.launch(&fill(at, len as u64 - 1, 2.5))?;
+    let values = Type::F32.decode(&read(device, at, 4 * len)?);
+    device.free(at)?;
+    let right = values[..len - 1].iter().all(|&x| x == 2.5) && values[len - 1] == 0.0;
+    anyhow::ensure!(right, "fill_f32 wrote other values, or too far");
+    Ok(format!("fill_f32 of {len} values"))
+}
+
+fn refusal(device: &mut dyn Device) -> anyhow::Result<String> {
+    let at = device.alloc(4096)?;
+    let mut wrong = fill(at, 1024, 1.0);
+    wrong.args.pop();
+    let refused = device.launch(&wrong);
+    device.free(at)?;
+    match refused {
+        Ok(()) => anyhow::bail!("a kernel was started with an argument missing"),
+        Err(error) => Ok(format!("{error:#}")),
+    }
+}
+
+/// Odd shapes, either side turned, added in f32.
+fn products(device: &mut dyn Device) -> anyhow::Result<String> {
+    let mut worst = 0.0f64;
+    for (m, n, k) in [(64, 64, 64), (33, 17, 65), (1, 512, 64), (512, 64, 512), (300, 2, 7)] {
+        for (ty, add) in [(Type::F32, false), (Type::Bf16, true)] {
+            for turned in [false, true] {
+                worst = worst.max(product(device, (m, n, k), ty, add, turned)?);
+            }
+        }
+    }
+    anyhow::ensure!(worst < 1e-5, "products are off by {worst:.1e}");
+    Ok(format!("off by {worst:.1e} at most"))
+}
+
+fn product(
+    device: &mut dyn Device,
+    (m, n, k): (usize, usize, usize),
+    ty: Type,
+    add: bool,
+    turned: bool,
+) -> anyhow::Result<f64> {
+    let value = |i: usize, salt: usize| ((i * 37 + salt) % 23) as f32 / 8.0 - 1.25;
+    let a: Vec<f32> = (0..m * k).map(|i| value(i, 1)).collect();
+    let b: Vec<f32> = (0..k * n).map(|i| value(i, 5)).collect();
+    let c: Vec<f32> = (0..m * n).map(|i| value(i, 9)).collect();
+    let mut put = |ty: Type, values: &[f32]| {
+        let bytes = ty.encode(values);
+        let at = device.alloc(bytes.len())?;
+        device.upload(at, &bytes).map(|()| at)
+    };
+    // Turned: a and b lie in memory as their transposes.
+    let transpose = |values: &[f32], rows: usize, cols: usize| -> Vec<f32> {
+        (0..rows * cols).map(|i| values[i % rows * cols + i / rows]).collect()
+    };
+    let (left, right) =
+        if turned { (transpose(&a, m, k), transpose(&b, k, n)) } else { (a.clone(), b.clone()) };
+    let (a_at, b_at, c_at) = (put(ty, &left)?, put(ty, &right)?, put(Type::F32, &c)?);
+    let (left, right) = if turned {
+        (Matrix::new(a_at, ty, k, m).t(), Matrix::new(b_at, ty, n, k).t())
+    } else {
+        (Matrix::new(a_at, ty, m, k), Matrix::new(b_at, ty, k, n))
+    };
+    device.product(&Product { a: left, b: right, c: Matrix::new(c_at, Type::F32, m, n), add })?;
+    let got = Type::F32.decode(&read(device, c_at, 4 * m * n)?);
+    for at in [a_at, b_at, c_at] {
+        device.free(at)?;
+    }
+    let (mut apart, mut norm) = (0.0, 0.0);
+    for (i, &got) in got.iter().enumerate() {
+        let (row, column) = (i / n, i % n);
+        let dot: f64 =
+            (0..k).map(|j| f64::from(a[row * k + j]) * f64::from(b[j * n + column])).sum();
+        let exact = dot + if add { f64::from(c[i]) } else { 0.0 };
+        apart += (f64::from(got) - exact).powi(2);
+        norm += exact.powi(2);
+    }
+    Ok((apart / norm).sqrt())
+}
+
+fn graph(device: &mut dyn Device) -> anyhow::Result<String> {
+    let (a, b) = (device.alloc(4096)?, device.alloc(4096)?);
+    device.fill(a, 0, 4096)?;
+    device.fill(b, 0, 4096)?;
+    // Once outside: a kernel cannot be loaded while it is recorded.
+    device.launch(&fill(a, 10, 1.0))?;
+    device.record()?;
+    let asked = (|| {
+        device.copy(a, b, 4096)?;
+        device.launch(&fill(a, 1024, 3.0))
+    })();
+    let graph = device.finish();
+    asked?;
+    let graph = graph?;
+    let first = |device: &dyn Device, at| anyhow::Ok(Type::F32.decode(&read(device, at, 80)?));
+    let before = first(device, b)?[0];
+    device.replay(graph)?;
+    let once = (first(device, a)?[15], first(device, b)?[0], first(device, b)?[15]);
+    device.replay(graph)?;
+    let twice = first(device, b)?[15];
+    device.free(a)?;
+    device.free(b)?;
+    let right = before == 0.0 && once == (3.0, 1.0, 0.0) && twice == 3.0;
+    anyhow::ensure!(right, "replays left {before}, {once:?}, {twice}");
+    Ok("recorded, replayed twice".into())
+}
+
+fn time(device: &mut dyn Device) -> anyhow::Result<String> {
+    let bytes = 16 << 20;
+    let at = device.alloc(bytes)?;
+    let start = device.mark()?;
+    device.fill(at, 1, bytes)?;
+    let end = device.mark()?;
+    let seconds = device.seconds(start, end)?;
+    device.forget_marks();
+    device.synchronize()?;
+    device.free(at)?;
+    anyhow::ensure!(seconds > 0.0 && seconds < 10.0, "a fill of 16 MiB took {seconds} s");
+    Ok(format!("16 MiB filled in {:.1} us", 1e6 * seconds))
+}
