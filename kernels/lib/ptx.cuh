@@ -1,6 +1,7 @@
 // Every PTX instruction that C++ has no word for, each behind one named function.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cstdint>
 
 // 2^x in one instruction: 2 ulp off at most, 0 for a result below 2^-126.
@@ -59,5 +60,19 @@ __device__ inline void multiply_add_bf16(float (&d)[4], const uint32_t (&a)[4], 
 // Two values rounded to bf16, `low` in the low half.
 __device__ inline uint32_t pack_bf16(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+// The same two in f16.
+__device__ inline void multiply_add_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                        uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline uint32_t pack_f16(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t *>(&pair);
 }

@@ -193,6 +193,30 @@ impl Path {
             takes_head_dim: false,
         })
     }
+    /// head_dim 16, 32, 64, 96 and 128, in types of two bytes.
+    fn mma(shape: &Shape) -> Option<Path> {
+        let d = shape.head_dim;
+        let entry = |pass| format!("attention_mma{pass}_{d}");
+        // As the table in the source has it: own rows in sixteens a warp, rows of a tile.
+        let tilings = [
+            (2, if d == 64 { 64 } else { 32 }),
+            (if d <= 64 { 2 } else { 1 }, 32),
+            (if d <= 32 { 2 } else { 1 }, 32),
+        ];
+        let bytes = |rows: usize| (rows * (2 * d + 16)) as u32;
+        let [(own, tile), (own_q, tile_q), (own_kv, tile_kv)] = tilings;
+        let shared = [
+            bytes(64 * own + 4 * tile),
+            bytes(2 * 64 * own_q + 4 * tile_q),
+            bytes(2 * 64 * own_kv + 4 * tile_kv) + 2 * 12 * tile_kv as u32,
+        ];
+        Some(Path {
+            module: module("attention_mma")?,
+            entries: ["", "_backward_q", "_backward_kv"].map(entry),
+            launch: shared.map(|shared| Config { grid: [2, 1, 1], block: [128, 1, 1], shared }),
+            takes_head_dim: false,
+        })
+    }
 
     fn run(&self, pass: usize, ty: Type, shape: &Shape, mut pieces: Vec<Piece>) -> Vec<Vec<u8>> {
         pieces.extend([shape.windows, shape.context].map(|x| value(x as i32)));
@@ -303,6 +327,33 @@ fn attention_of_narrow_heads_goes_back() {
         for ty in TYPES {
             path.goes_back(ty, &shape);
         }
+    }
+}
+
+/// More tiles than stages, more than a block of rows, tails of both; the groups.
+const MMA: [[usize; 5]; 7] = [
+    [3, 1, 2, 1, 16],
+    [3, 37, 8, 1, 16],
+    [1, 170, 4, 1, 32],
+    [3, 70, 2, 2, 64],
+    [1, 200, 1, 1, 64],
+    [3, 135, 1, 1, 96],
+    [1, 150, 2, 1, 128],
+];
+
+#[test]
+fn attention_on_tensor_cores_is_right() {
+    for shape in MMA.map(shape) {
+        let Some(path) = Path::mma(&shape) else { return };
+        path.is_right(Type::Bf16, &shape, 3.0);
+    }
+}
+
+#[test]
+fn attention_on_tensor_cores_goes_back() {
+    for shape in MMA.map(shape) {
+        let Some(path) = Path::mma(&shape) else { return };
+        path.goes_back(Type::Bf16, &shape);
     }
 }
 
