@@ -322,74 +322,37 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
-attention_f32(const float *__restrict__ q, const float *__restrict__ k, const float *__restrict__ v,
-              const uint32_t *__restrict__ first_key, float *__restrict__ out,
-              float *__restrict__ lse, int windows, int context, int heads, int kv_heads,
-              int head_dim) {
-    forward(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, head_dim});
-}
+// The launch of delta, which every path's way back takes: blocks of (threads a row, rows at once),
+// shaped as `row_sum` asks, at most 256 threads; a grid along x of any size.
+#define ENTRIES(T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(128) attention_##T(                               \
+        const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
+        const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
+        int windows, int context, int heads, int kv_heads, int head_dim) {                         \
+        forward(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, head_dim});      \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256) attention_delta_##T(                         \
+        const T *__restrict__ out, const T *__restrict__ dout, float *__restrict__ to,             \
+        int windows, int context, int heads, int head_dim) {                                       \
+        delta(out, dout, to, {windows, context, heads, heads, head_dim});                          \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128) attention_backward_q_##T(                    \
+        const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
+        const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
+        const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
+        int windows, int context, int heads, int kv_heads, int head_dim) {                         \
+        backward_q(q, k, v, first_key, lse, delta, dout, dq,                                       \
+                   {windows, context, heads, kv_heads, head_dim});                                 \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128) attention_backward_kv_##T(                   \
+        const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
+        const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
+        const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \
+        T *__restrict__ dv, int windows, int context, int heads, int kv_heads, int head_dim) {     \
+        backward_kv(q, k, v, first_key, lse, delta, dout, dk, dv,                                  \
+                    {windows, context, heads, kv_heads, head_dim});                                \
+    }
 
-extern "C" __global__ void __launch_bounds__(128)
-attention_bf16(const bf16 *__restrict__ q, const bf16 *__restrict__ k, const bf16 *__restrict__ v,
-               const uint32_t *__restrict__ first_key, bf16 *__restrict__ out,
-               float *__restrict__ lse, int windows, int context, int heads, int kv_heads,
-               int head_dim) {
-    forward(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, head_dim});
-}
-
-// delta, which every path's way back takes. Launch: blocks of (threads a row, rows at once), shaped
-// as `row_sum` asks, at most 256 threads; a grid along x of any size.
-extern "C" __global__ void __launch_bounds__(256)
-attention_delta_f32(const float *__restrict__ out, const float *__restrict__ dout,
-                    float *__restrict__ to, int windows, int context, int heads, int head_dim) {
-    delta(out, dout, to, {windows, context, heads, heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-attention_delta_bf16(const bf16 *__restrict__ out, const bf16 *__restrict__ dout,
-                     float *__restrict__ to, int windows, int context, int heads, int head_dim) {
-    delta(out, dout, to, {windows, context, heads, heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(128)
-attention_backward_q_f32(const float *__restrict__ q, const float *__restrict__ k,
-                         const float *__restrict__ v, const uint32_t *__restrict__ first_key,
-                         const float *__restrict__ lse, const float *__restrict__ delta,
-                         const float *__restrict__ dout, float *__restrict__ dq, int windows,
-                         int context, int heads, int kv_heads, int head_dim) {
-    backward_q(q, k, v, first_key, lse, delta, dout, dq,
-               {windows, context, heads, kv_heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(128)
-attention_backward_q_bf16(const bf16 *__restrict__ q, const bf16 *__restrict__ k,
-                          const bf16 *__restrict__ v, const uint32_t *__restrict__ first_key,
-                          const float *__restrict__ lse, const float *__restrict__ delta,
-                          const bf16 *__restrict__ dout, bf16 *__restrict__ dq, int windows,
-                          int context, int heads, int kv_heads, int head_dim) {
-    backward_q(q, k, v, first_key, lse, delta, dout, dq,
-               {windows, context, heads, kv_heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(128)
-attention_backward_kv_f32(const float *__restrict__ q, const float *__restrict__ k,
-                          const float *__restrict__ v, const uint32_t *__restrict__ first_key,
-                          const float *__restrict__ lse, const float *__restrict__ delta,
-                          const float *__restrict__ dout, float *__restrict__ dk,
-                          float *__restrict__ dv, int windows, int context, int heads, int kv_heads,
-                          int head_dim) {
-    backward_kv(q, k, v, first_key, lse, delta, dout, dk, dv,
-                {windows, context, heads, kv_heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(128)
-attention_backward_kv_bf16(const bf16 *__restrict__ q, const bf16 *__restrict__ k,
-                           const bf16 *__restrict__ v, const uint32_t *__restrict__ first_key,
-                           const float *__restrict__ lse, const float *__restrict__ delta,
-                           const bf16 *__restrict__ dout, bf16 *__restrict__ dk,
-                           bf16 *__restrict__ dv, int windows, int context, int heads, int kv_heads,
-                           int head_dim) {
-    backward_kv(q, k, v, first_key, lse, delta, dout, dk, dv,
-                {windows, context, heads, kv_heads, head_dim});
-}
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)

@@ -139,20 +139,15 @@ __device__ void cached(const T *q, const T *k, const T *v, const uint32_t *start
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
-attention_cached_f32(const float *__restrict__ q, const float *__restrict__ k,
-                     const float *__restrict__ v, const uint32_t *__restrict__ start, float *keys,
-                     float *values, float *__restrict__ out, int windows, int context, int heads,
-                     int kv_heads, int head_dim, int capacity) {
-    cached(q, k, v, start, keys, values, out, {windows, context, heads, kv_heads, head_dim},
-           capacity);
-}
+#define ENTRIES(T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(128) attention_cached_##T(                        \
+        const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
+        const uint32_t *__restrict__ start, T *keys, T *values, T *__restrict__ out, int windows,  \
+        int context, int heads, int kv_heads, int head_dim, int capacity) {                        \
+        cached(q, k, v, start, keys, values, out, {windows, context, heads, kv_heads, head_dim},   \
+               capacity);                                                                          \
+    }
 
-extern "C" __global__ void __launch_bounds__(128)
-attention_cached_bf16(const bf16 *__restrict__ q, const bf16 *__restrict__ k,
-                      const bf16 *__restrict__ v, const uint32_t *__restrict__ start, bf16 *keys,
-                      bf16 *values, bf16 *__restrict__ out, int windows, int context, int heads,
-                      int kv_heads, int head_dim, int capacity) {
-    cached(q, k, v, start, keys, values, out, {windows, context, heads, kv_heads, head_dim},
-           capacity);
-}
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)

@@ -345,7 +345,9 @@ const MMA: [[usize; 5]; 7] = [
 fn attention_on_tensor_cores_is_right() {
     for shape in MMA.map(shape) {
         let Some(path) = Path::mma(&shape) else { return };
-        path.is_right(Type::Bf16, &shape, 3.0);
+        for ty in [Type::Bf16, Type::F16] {
+            path.is_right(ty, &shape, 3.0);
+        }
     }
 }
 
@@ -353,7 +355,9 @@ fn attention_on_tensor_cores_is_right() {
 fn attention_on_tensor_cores_goes_back() {
     for shape in MMA.map(shape) {
         let Some(path) = Path::mma(&shape) else { return };
-        path.goes_back(Type::Bf16, &shape);
+        for ty in [Type::Bf16, Type::F16] {
+            path.goes_back(ty, &shape);
+        }
     }
 }
 
