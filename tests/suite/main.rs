@@ -17,6 +17,7 @@ mod model;
 mod rebuild;
 mod run;
 mod sample;
+mod sass;
 mod support;
 mod tokenizer;
 mod tokens;

@@ -1,0 +1,274 @@
+//! What ptxas made of the kernels, entry by entry, against the table in `docs/sass.tsv`: a card is
+//! not needed to see a spill, a lost vector access or a longer loop.
+//!
+//! `scripts/sass --write` writes the table anew. It holds for one version of nvcc; with another the
+//! comparison is skipped.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use laam::kernels::{BUILD, KERNELS, Nvcc};
+
+/// What is counted, and whether more of it is worse, less of it, or any at all.
+const COLUMNS: [(&str, Worse); 7] = [
+    ("registers", Worse::More),
+    ("stack", Worse::Any),   // bytes a thread
+    ("local", Worse::Any),   // instructions on local memory: spills and arrays
+    ("shared", Worse::More), // static bytes a block
+    ("wide", Worse::Less),   // 128-bit accesses to global memory
+    ("mma", Worse::Less),    // matrix instructions
+    ("loop", Worse::More),   // instructions of the longest innermost loop
+];
+type Row = [u64; COLUMNS.len()];
+/// By entry and architecture.
+type Table = BTreeMap<(String, String), Row>;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Worse {
+    More,
+    Less,
+    Any,
+}
+
+const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/sass.tsv");
+const REWRITE: &str = "scripts/sass --write";
+
+/// cuobjdump beside the compiler, or `None` after a loud line.
+fn disassembler() -> Option<(PathBuf, Nvcc)> {
+    let skip = |why: &str| eprintln!("SKIPPED: the machine code of the kernels, because {why}");
+    let nvcc = match BUILD.cuda {
+        Ok(nvcc) => nvcc,
+        Err(why) => {
+            skip(why);
+            return None;
+        }
+    };
+    let tool = Path::new(nvcc.path).with_file_name("cuobjdump");
+    if !tool.is_file() || !tool.with_file_name("nvdisasm").is_file() {
+        skip("cuobjdump and nvdisasm are not beside nvcc: scripts/setup-cuda installs them");
+        return None;
+    }
+    Some((tool, nvcc))
+}
+
+/// The rows of a fatbin.
+fn rows(tool: &Path, file: &Path) -> Table {
+    let folder = tool.parent().unwrap();
+    let mut command = Command::new(tool);
+    command.env("PATH", folder).args(["-sass", "-res-usage"]).arg(file);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "cuobjdump: {output:?}");
+    parse(&String::from_utf8(output.stdout).unwrap())
+}
+
+fn parse(text: &str) -> Table {
+    let mut table = Table::new();
+    let mut codes: BTreeMap<(String, String), Vec<&str>> = BTreeMap::new();
+    let (mut arch, mut entry) = (String::new(), String::new());
+    for line in text.lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix("arch = ") {
+            arch = name.to_string();
+        } else if let Some(name) = line.strip_prefix("code for ") {
+            arch = name.to_string();
+        } else if let Some(name) = line.strip_prefix("Function : ") {
+            entry = name.to_string();
+        } else if let Some(name) = line.strip_prefix("Function ") {
+            entry = name.trim_end_matches(':').to_string();
+        } else if line.starts_with("REG:") {
+            let field = |name: &str| {
+                let found = line.split_whitespace().find_map(|field| field.strip_prefix(name));
+                found.unwrap_or_else(|| panic!("no {name} in {line}")).parse::<u64>().unwrap()
+            };
+            let row = [field("REG:"), field("STACK:"), 0, field("SHARED:"), 0, 0, 0];
+            table.insert((entry.clone(), arch.clone()), row);
+        } else if line.starts_with("/*") && line.contains(';') {
+            codes.entry((entry.clone(), arch.clone())).or_default().push(line);
+        }
+    }
+    assert_eq!(
+        table.len(),
+        codes.len(),
+        "entries with code, and those with their use of registers"
+    );
+    for (key, code) in codes {
+        let row = table.get_mut(&key).unwrap_or_else(|| panic!("no use of registers of {key:?}"));
+        count(&code, row);
+    }
+    table
+}
+
+/// Counts the instructions of an entry, lines like `/*00d0*/ @P0 BRA 0x1df0 ; /* ... */`.
+fn count(code: &[&str], row: &mut Row) {
+    let mut places = Vec::new();
+    let mut backward = Vec::new();
+    for line in code {
+        let (place, rest) = line[2..].split_once("*/").unwrap();
+        let place = u64::from_str_radix(place, 16).unwrap();
+        places.push(place);
+        let text = rest.split(';').next().unwrap();
+        let mut words = text.split_whitespace().filter(|word| !word.starts_with(['@', '{']));
+        let opcode = words.next().unwrap_or_default();
+        let parts: Vec<_> = opcode.split('.').collect();
+        row[2] += u64::from(["LDL", "STL"].contains(&parts[0]));
+        let global = ["LDG", "STG", "LDGSTS", "LD", "ST"].contains(&parts[0]);
+        row[4] += u64::from(global && parts.contains(&"128"));
+        row[5] += u64::from(["HMMA", "HGMMA", "IMMA", "DMMA"].contains(&parts[0]));
+        if parts[0] == "BRA" {
+            let target = words.filter_map(|word| {
+                let digits = word.trim_start_matches("`(").strip_prefix("0x")?;
+                u64::from_str_radix(digits.trim_end_matches([')', ',']), 16).ok()
+            });
+            // Behind the end of the code stands a branch to itself.
+            backward.extend(target.filter(|&target| target < place).map(|target| (target, place)));
+        }
+    }
+    let inside = |a: (u64, u64), b: (u64, u64)| a != b && b.0 <= a.0 && a.1 <= b.1;
+    row[6] = backward
+        .iter()
+        .filter(|&&outer| !backward.iter().any(|&inner| inside(inner, outer)))
+        .map(|&(from, to)| places.iter().filter(|&&place| from <= place && place <= to).count())
+        .max()
+        .unwrap_or(0) as u64;
+}
+
+/// All kernels of this build.
+fn built(tool: &Path) -> Table {
+    let folder = tempfile::tempdir().unwrap();
+    let mut table = Table::new();
+    for kernel in KERNELS {
+        let file = folder.path().join(kernel.name);
+        fs::write(&file, kernel.fatbin).unwrap();
+        table.extend(rows(tool, &file));
+    }
+    table
+}
+
+fn head(nvcc: &Nvcc) -> String {
+    let names: Vec<_> = COLUMNS.iter().map(|(name, _)| *name).collect();
+    format!("# nvcc {}; written by {REWRITE}\nentry\tarch\t{}\n", nvcc.version, names.join("\t"))
+}
+
+fn write(table: &Table, nvcc: &Nvcc) -> String {
+    let mut text = head(nvcc);
+    for ((entry, arch), row) in table {
+        let numbers = row.map(|number| number.to_string()).join("\t");
+        writeln!(text, "{entry}\t{arch}\t{numbers}").unwrap();
+    }
+    text
+}
+
+fn read(text: &str) -> Table {
+    let row = |line: &str| {
+        let fields: Vec<_> = line.split('\t').collect();
+        let numbers: Vec<u64> = fields[2..].iter().map(|field| field.parse().unwrap()).collect();
+        ((fields[0].to_string(), fields[1].to_string()), numbers.try_into().unwrap())
+    };
+    text.lines().skip(2).map(row).collect()
+}
+
+/// What is worse than it was, a sentence each.
+fn worse(old: &Table, new: &Table) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for ((entry, arch), row) in new {
+        let known = old.get(&(entry.clone(), arch.clone()));
+        if known.is_none() {
+            sentences.push(format!("{entry} on {arch} is not in the table: {REWRITE} adds it"));
+        }
+        for (column, (name, rule)) in COLUMNS.into_iter().enumerate() {
+            let now = row[column];
+            if rule == Worse::Any {
+                if now != 0 {
+                    sentences.push(format!("{entry} on {arch}: {name} is {now}, and has to be 0"));
+                }
+                continue;
+            }
+            let Some(was) = known.map(|row| row[column]) else { continue };
+            if (rule == Worse::More && now > was) || (rule == Worse::Less && now < was) {
+                sentences.push(format!(
+                    "{entry} on {arch}: {name} was {was} and is {now}, which is worse; if it has to \
+                     be so, {REWRITE} takes it into the table"
+                ));
+            }
+        }
+    }
+    sentences
+}
+
+#[test]
+fn machine_code_is_no_worse_than_the_table_says() {
+    let Some((tool, nvcc)) = disassembler() else { return };
+    let new = built(&tool);
+    assert!(!new.is_empty());
+    if std::env::var_os("LAAM_SASS").is_some_and(|wish| wish == "write") {
+        assert_eq!(nvcc.archs, ["80", "90a"], "the table is for these two: unset LAAM_CUDA_ARCHS");
+        fs::write(TABLE, write(&new, &nvcc)).unwrap();
+    }
+    let text = fs::read_to_string(TABLE).unwrap();
+    if !text.starts_with(&head(&nvcc)) {
+        let line = text.lines().next().unwrap_or_default();
+        eprintln!("SKIPPED: docs/sass.tsv is of another compiler ({line}) than {}", nvcc.version);
+        return;
+    }
+    let old = read(&text);
+    let mut sentences = worse(&old, &new);
+    let built = |arch: &str| nvcc.archs.iter().any(|built| arch == format!("sm_{built}"));
+    for (entry, arch) in old.keys().filter(|key| built(&key.1) && !new.contains_key(key)) {
+        sentences.push(format!("{entry} on {arch} is in the table alone: {REWRITE} drops it"));
+    }
+    assert!(sentences.is_empty(), "\n{}\n", sentences.join("\n"));
+    let better = new.iter().filter(|(key, row)| old[*key] != **row).count();
+    if better > 0 {
+        eprintln!("{better} entries are better than docs/sass.tsv says: {REWRITE} keeps it so");
+    }
+}
+
+/// Compiles a kernel file for sm_90a from a patched source.
+fn patched(nvcc: &Nvcc, name: &str, patch: impl Fn(String) -> String, flags: &[&str]) -> PathBuf {
+    let folder = tempfile::tempdir().unwrap().keep();
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let source = folder.join(format!("{name}.cu"));
+    let text = fs::read_to_string(kernels.join(format!("{name}.cu"))).unwrap();
+    fs::write(&source, patch(text)).unwrap();
+    let fatbin = folder.join("fatbin");
+    let mut command = Command::new(nvcc.path);
+    command
+        .args(["-fatbin", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-std=c++17"])
+        .args(flags);
+    command.arg("-I").arg(&kernels).arg("-o").arg(&fatbin).arg(&source);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    fatbin
+}
+
+#[test]
+fn a_spill_and_a_lost_vector_access_are_worse() {
+    let Some((tool, nvcc)) = disassembler() else { return };
+    let judged = |patch: &dyn Fn(String) -> String, flags: &[&str]| {
+        let fatbin = patched(&nvcc, "swiglu", patch, flags);
+        let table = rows(&tool, &fatbin);
+        fs::remove_dir_all(fatbin.parent().unwrap()).unwrap();
+        table
+    };
+    let good = judged(&|text| text, &[]);
+    assert!(worse(&good, &good).is_empty(), "{:?}", worse(&good, &good));
+    assert!(good.values().all(|row| row[4] > 0 && row[6] > 0), "{good:?}");
+
+    let spilling =
+        judged(&|text| text.replace("__launch_bounds__(256)", ""), &["-maxrregcount=16"]);
+    let sentences = worse(&good, &spilling).join("\n");
+    let key = ("swiglu_backward_bf16".to_string(), "sm_90a".to_string());
+    let local = spilling[&key][2];
+    assert!(local > 0 && spilling[&key][1] > 0, "no spill was planted: {spilling:?}");
+    let sentence = format!("swiglu_backward_bf16 on sm_90a: local is {local}, and has to be 0");
+    assert!(sentences.contains(&sentence), "{sentences}");
+
+    let scalar = judged(&|text| text.replace("inter % FULL<T> == 0", "false"), &[]);
+    let sentences = worse(&good, &scalar).join("\n");
+    let was = good[&key][4];
+    let sentence =
+        format!("swiglu_backward_bf16 on sm_90a: wide was {was} and is 0, which is worse");
+    assert!(sentences.contains(&sentence) && sentences.contains(REWRITE), "{sentences}");
+}
