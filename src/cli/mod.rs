@@ -10,6 +10,7 @@ mod evaluate;
 mod fetch;
 mod generate;
 mod ls;
+mod memorization;
 mod model;
 mod plan;
 mod progress;
@@ -20,6 +21,7 @@ mod tokenize;
 mod train;
 mod train_tokenizer;
 mod training;
+mod windows;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
@@ -47,6 +49,7 @@ enum Command {
     Fetch(fetch::Arguments),
     Generate(generate::Arguments),
     Ls(ls::Arguments),
+    Memorization(memorization::Arguments),
     Plan(Box<plan::Arguments>),
     Rebuild(rebuild::Arguments),
     Run(run::Arguments),
@@ -106,6 +109,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
         Command::Fetch(arguments) => fetch::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Ls(arguments) => ls::run(&arguments),
+        Command::Memorization(arguments) => memorization::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Rebuild(arguments) => rebuild::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),

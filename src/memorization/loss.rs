@@ -2,10 +2,10 @@
 
 use serde::Serialize;
 
-use crate::backend::{Arena, Backend, Feed, Loaded, Need};
-use crate::llama::step::{self, Evaluation};
-use crate::model::{Config, Layout};
-use crate::tokens::{IGNORE, Windows};
+use super::pass::pass;
+use crate::backend::Backend;
+use crate::model::Config;
+use crate::tokens::Windows;
 
 /// What a model makes of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -31,31 +31,16 @@ pub fn measure(
     batch: usize,
     mut progress: impl FnMut(usize),
 ) -> anyhow::Result<Measured> {
-    let layout = Layout::new(config);
-    let mut session = backend.open(&layout, Need::default())?;
-    session.write(Arena::Parameters, weights)?;
-    // One program for whole batches, one for the last.
-    let mut programs: Vec<(usize, Loaded, Evaluation)> = Vec::new();
     let (mut nats, mut tokens) = (0.0, 0);
     let all: Vec<usize> = (0..windows.len()).collect();
-    for some in all.chunks(batch.max(1)) {
-        let drawn = windows.draw(some)?;
-        if programs.last().is_none_or(|(count, ..)| *count != some.len()) {
-            let made = step::evaluation(config, &layout, some.len(), windows.context());
-            programs.push((some.len(), session.load(made.program.clone())?, made));
+    pass(backend, config, weights, windows, &all, batch, |seen| {
+        for (nll, _) in seen.counted() {
+            nats += f64::from(nll);
+            tokens += 1;
         }
-        let (_, program, Evaluation { batch: inputs, losses, .. }) =
-            programs.last().expect("it was made above");
-        let indices = inputs.feed(&drawn);
-        session.run(*program, &Feed { indices, ..Feed::default() })?;
-        for (nll, &target) in session.floats(*program, losses.nll)?.iter().zip(&drawn.targets) {
-            if target != IGNORE {
-                nats += f64::from(*nll);
-                tokens += 1;
-            }
-        }
-        progress(some[0] + some.len());
-    }
+        progress(seen.window + 1);
+        Ok(())
+    })?;
     // A text without a counted token has no loss to speak of.
     let loss = nats / (tokens as f64).max(1.0);
     let bits_a_byte = nats / std::f64::consts::LN_2 / (bytes as f64).max(1.0);

@@ -13,6 +13,7 @@ mod generate;
 mod gpu;
 mod hostile_archives;
 mod kernels;
+mod memorization;
 mod model;
 mod rebuild;
 mod run;

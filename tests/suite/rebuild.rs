@@ -25,9 +25,9 @@ use tempfile::TempDir;
 use crate::cli::error_of;
 use crate::support::laam;
 
-const CONTEXT: usize = 40;
+pub const CONTEXT: usize = 40;
 
-fn documents() -> Vec<Document> {
+pub fn documents() -> Vec<Document> {
     let document = |path: &str, text: &str| Document { path: path.into(), text: text.into() };
     vec![
         document(
@@ -41,24 +41,24 @@ fn documents() -> Vec<Document> {
 }
 
 /// The folders of a model that holds the documents, and of the documents themselves.
-struct Trained {
+pub struct Trained {
     folder: TempDir,
     /// The mean loss of its windows, by the training's forward pass.
     loss: f64,
 }
 
 impl Trained {
-    fn model(&self) -> PathBuf {
+    pub fn model(&self) -> PathBuf {
         self.folder.path().join("model")
     }
 
-    fn source(&self) -> PathBuf {
+    pub fn source(&self) -> PathBuf {
         self.folder.path().join("source")
     }
 }
 
 /// Trained once for all tests.
-fn trained() -> &'static Trained {
+pub fn trained() -> &'static Trained {
     static TRAINED: OnceLock<Trained> = OnceLock::new();
     TRAINED.get_or_init(train)
 }
@@ -147,11 +147,11 @@ fn train() -> Trained {
     Trained { folder, loss }
 }
 
-fn run(arguments: &[&str]) -> Output {
+pub fn run(arguments: &[&str]) -> Output {
     laam().args(arguments).output().expect("the program starts")
 }
 
-fn json_of(output: &Output) -> Value {
+pub fn json_of(output: &Output) -> Value {
     let (out, said) = (&output.stdout, String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(out).unwrap_or_else(|fault| panic!("{fault}: {said}"))
 }
@@ -170,7 +170,7 @@ fn with_paths(paths: &[&str]) -> TempDir {
     copy
 }
 
-fn text(path: &Path) -> &str {
+pub fn text(path: &Path) -> &str {
     path.to_str().expect("temporary folders have plain names")
 }
 

@@ -1,0 +1,305 @@
+//! `laam memorization`: what the weights hold of a text, and what they would hold by chance.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::progress::Progress;
+use super::source::SourceArguments;
+use super::windows::{self, Cut};
+use super::{Outcome, backend, model};
+use crate::backend::Backend;
+use crate::corpus::{Corpus, Document};
+use crate::error::Hint;
+use crate::files::write_atomically;
+use crate::memorization::measure::{Memorized, Question, measure, spread};
+use crate::memorization::size;
+use crate::memorization::verbatim::{PREFIX, SUFFIX};
+use crate::model::{Layout, initialize};
+use crate::tokens::{Kind, Windows};
+
+/// Measure what a model holds of a text, by one forward pass.
+///
+/// verbatim_rate is the part of the windows whose next --suffix tokens greedy decoding gives back, given
+/// their first --prefix ones (of addressed windows, given the address and so much of the stretch).
+/// control says the same of an untrained model, and of the files with their lines in reverse order,
+/// which no model was trained on.
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  laam memorization model --source linux/kernel --report measures")]
+pub struct Arguments {
+    /// The folder of the model
+    model: PathBuf,
+    #[command(flatten)]
+    source: SourceArguments,
+    /// True tokens the model is given of a window
+    #[arg(long, value_name = "N", default_value_t = PREFIX,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
+    prefix: usize,
+    /// Tokens it has to go on with
+    #[arg(long, value_name = "N", default_value_t = SUFFIX,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
+    suffix: usize,
+    /// How the text is cut into windows [default: as in training, else stream]
+    #[arg(long, value_enum)]
+    windows: Option<Kind>,
+    /// Also write memorization.json, files.csv, windows.csv and heat.json into this folder
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    #[command(flatten)]
+    backend: backend::Arguments,
+    /// No progress
+    #[arg(long)]
+    quiet: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let backend = arguments.backend.open()?;
+    let opened = model::open(&arguments.model)?;
+    let corpus = windows::corpus(&arguments.source, &opened)?;
+    let kind = windows::kind(arguments.windows, &opened);
+    let question = Question { prefix: arguments.prefix, suffix: arguments.suffix };
+    let measures = Measures::take(
+        &*backend,
+        &arguments.model,
+        &opened,
+        &corpus,
+        kind,
+        question,
+        arguments.quiet,
+    )?;
+    if let Some(folder) = &arguments.report {
+        measures.write(folder)?;
+    }
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{:#}", measures.json)?;
+    } else {
+        write!(out, "{}", measures.text())?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// Everything that is measured of a model and its text.
+pub struct Measures {
+    memorized: Memorized,
+    cut: Cut,
+    /// All of it but the pictures.
+    pub json: Value,
+}
+
+/// Windows of a control: enough to tell nothing from something.
+const CONTROLS: usize = 512;
+
+impl Measures {
+    /// `folder` is the model's.
+    pub fn take(
+        backend: &dyn Backend,
+        folder: &Path,
+        opened: &model::Opened,
+        corpus: &Corpus,
+        kind: Kind,
+        question: Question,
+        quiet: bool,
+    ) -> anyhow::Result<Self> {
+        let (cut, manifest) = windows::cut(corpus, opened, kind)?;
+        let windows = &cut.windows;
+        let config = &opened.model.config;
+        let of = |weights: &[f32], windows: &Windows, numbers: &[usize], what: &str| {
+            let batch = backend.micro_windows(numbers.len(), windows.context());
+            let mut progress = (!quiet).then(|| Progress::new(what));
+            let (bytes, all) = (manifest.bytes(), windows.len());
+            let told = |done: usize| {
+                if let Some(progress) = &mut progress {
+                    // As much of the text as of the windows.
+                    progress.set((bytes as f64 * done as f64 / all as f64) as u64, Some(bytes));
+                }
+            };
+            let tokenizer = &opened.tokenizer;
+            measure(backend, config, weights, windows, tokenizer, numbers, question, batch, told)
+        };
+        let all: Vec<usize> = (0..windows.len()).collect();
+        let memorized = of(&opened.model.weights, windows, &all, "measured")?;
+
+        let seed = opened.provenance.as_ref().map_or(0, |provenance| provenance.seed);
+        let fresh = initialize(config, &Layout::new(config), seed);
+        let untrained = of(&fresh, windows, &spread(windows.len(), CONTROLS), "control")?;
+        let reversed = corpus.documents()?.filter_map(|document| reverse(document).transpose());
+        let mut reversed = reversed.peekable();
+        let unseen = if reversed.peek().is_some() {
+            let reversed = windows::cut_documents(reversed, opened, kind)?;
+            let numbers = spread(reversed.windows.len(), CONTROLS);
+            Some(of(&opened.model.weights, &reversed.windows, &numbers, "control")?)
+        } else {
+            None
+        };
+
+        let xz = size::xz(corpus.documents()?)?;
+        let weights = folder.join("model.safetensors");
+        let weights_bytes = fs::metadata(&weights)
+            .with_context(|| format!("cannot look at {}", weights.display()))
+            .hint(|| "was the model changed meanwhile?")?
+            .len();
+        let parameters = config.parameter_count() as f64;
+        let bits_a_parameter =
+            xz.map(|xz| (8.0 * xz as f64 - memorized.residual_bits) / parameters);
+        let mut json = serde_json::to_value(&memorized)?;
+        let rates =
+            [untrained.verbatim_rate, unseen.as_ref().and_then(|unseen| unseen.verbatim_rate)];
+        for (name, value) in [
+            ("question", json!(question)),
+            ("window_kind", json!(kind)),
+            ("windows", json!(windows.len())),
+            ("source", json!(manifest.source)),
+            ("parameters", json!(config.parameter_count() as u64)),
+            ("bits_a_parameter", json!(bits_a_parameter)),
+            ("weights_bytes", json!(weights_bytes)),
+            ("residual_bytes", json!((memorized.residual_bits / 8.0).ceil())),
+            ("xz_bytes", json!(xz)),
+            (
+                "control",
+                json!({
+                    // What a claim has to exceed.
+                    "verbatim_rate": rates.into_iter().flatten().reduce(f64::max),
+                    "untrained": summary(&untrained, "the model with fresh weights"),
+                    "unseen": unseen.as_ref().map(|unseen| {
+                        summary(unseen, "the files with their lines in reverse order")
+                    }),
+                }),
+            ),
+        ] {
+            json[name] = value;
+        }
+        Ok(Self { memorized, cut, json })
+    }
+
+    /// Writes all of it: JSON, tables, and what a picture of the files takes.
+    pub fn write(&self, folder: &Path) -> anyhow::Result<()> {
+        let json = format!("{:#}\n", self.json);
+        write_atomically(&folder.join("memorization.json"), json.as_bytes())?;
+        let heat = serde_json::to_string(&self.memorized.heat)?;
+        write_atomically(&folder.join("heat.json"), heat.as_bytes())?;
+        let mut files = String::from(
+            "path,bytes,tokens,tokens_right,bits,longest_run_bytes,windows,verbatim\n",
+        );
+        for file in &self.memorized.files {
+            let _ = writeln!(
+                files,
+                "{},{},{},{},{},{},{},{}",
+                cell(&file.path),
+                file.bytes,
+                file.tokens,
+                file.tokens_right,
+                file.bits,
+                file.longest_run_bytes,
+                file.windows,
+                file.verbatim
+            );
+        }
+        write_atomically(&folder.join("files.csv"), files.as_bytes())?;
+        let mut windows = String::from("path,chunk,verbatim,log10_p_z\n");
+        for answer in &self.memorized.answers {
+            let _ = writeln!(
+                windows,
+                "{},{},{},{}",
+                cell(&self.memorized.files[answer.file].path),
+                self.cut.windows.place(answer.window)?.chunk,
+                u8::from(answer.exact),
+                answer.log_p / std::f64::consts::LN_10
+            );
+        }
+        write_atomically(&folder.join("windows.csv"), windows.as_bytes())
+    }
+
+    /// For a person.
+    pub fn text(&self) -> String {
+        let Memorized { prefixes, pythia, from_address, .. } = &self.memorized;
+        let mut text = String::new();
+        let percent = |rate: Option<f64>| {
+            rate.map_or_else(|| "no window".to_string(), |rate| format!("{:.1}%", 100.0 * rate))
+        };
+        let json = &self.json;
+        let question = &json["question"];
+        let _ = writeln!(
+            text,
+            "verbatim {}/{} tokens: {} (untrained {}, lines reversed {})",
+            question["prefix"],
+            question["suffix"],
+            percent(self.memorized.verbatim_rate),
+            percent(json["control"]["untrained"]["verbatim_rate"].as_f64()),
+            percent(json["control"]["unseen"]["verbatim_rate"].as_f64()),
+        );
+        if let Some(share) = from_address {
+            let (exact, all) = (share.exact, share.windows);
+            let _ = writeln!(text, "whole windows from their address: {exact} of {all}");
+        }
+        for tally in prefixes.iter().chain([pythia]) {
+            let (question, share) = (tally.question, tally.share);
+            let _ = writeln!(
+                text,
+                "  prefix {}, suffix {}: {} ({} of {} windows)",
+                question.prefix,
+                question.suffix,
+                percent(share.rate),
+                share.exact,
+                share.windows
+            );
+        }
+        let run = &self.memorized.longest_run;
+        let _ = writeln!(
+            text,
+            "longest verbatim run: {} bytes, from byte {} of {}",
+            run.bytes, run.byte, run.path
+        );
+        let _ = writeln!(text, "bits a byte: {:.6}", self.memorized.bits_a_byte);
+        if let Some(bits) = json["bits_a_parameter"].as_f64() {
+            let _ = writeln!(text, "bits a parameter: {bits:.3} (by what xz makes of the text)");
+        }
+        let _ = writeln!(
+            text,
+            "size: {} bytes of weights and {} of corrections; xz -9: {} bytes",
+            json["weights_bytes"], json["residual_bytes"], json["xz_bytes"]
+        );
+        text
+    }
+}
+
+/// The part of a control's measures that is compared.
+fn summary(control: &Memorized, what: &str) -> Value {
+    json!({
+        "what": what,
+        "windows": control.answers.len(),
+        "verbatim_rate": control.verbatim_rate,
+        "by_prefix": control.by_prefix,
+        "from_address": control.from_address,
+        "bits_a_byte": control.bits_a_byte,
+        "longest_run_bytes": control.longest_run_bytes,
+    })
+}
+
+/// The lines in reverse order: the same words under the same name, in a row nobody was trained on.
+/// None where that is the file itself.
+fn reverse(document: anyhow::Result<Document>) -> anyhow::Result<Option<Document>> {
+    let Document { path, text } = document?;
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    let reversed: String = lines.into_iter().rev().collect();
+    Ok((reversed != text).then_some(Document { path, text: reversed }))
+}
+
+/// A cell of a CSV file, quoted where it has to be.
+fn cell(text: &str) -> String {
+    if text.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", text.replace('"', "\"\""))
+    } else {
+        text.to_string()
+    }
+}

@@ -1,0 +1,108 @@
+//! A text cut into a model's windows, for the commands that measure a model on it.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+
+use super::model::{self, Opened};
+use super::source::{self, SourceArguments};
+use super::train_tokenizer::encoding_of;
+use crate::corpus::{Corpus, Document, Manifest};
+use crate::error::{Hint, error};
+use crate::tokenizer::Style;
+use crate::tokens::{Kind, TokenFile, TokenWriter, Windows};
+use crate::train::prepare;
+
+/// The most tokens of a window: activations of all of them are in memory at once.
+const LONGEST: usize = 1 << 20;
+
+/// A text, cut. Its tokens lie in a folder that goes with it.
+pub struct Cut {
+    pub windows: Windows,
+    _scratch: Scratch,
+}
+
+/// How a model's windows are cut: as it was asked for, else as in training, else as a stream.
+pub fn kind(asked: Option<Kind>, opened: &Opened) -> Kind {
+    asked.or(model::windows(opened.provenance.as_ref())).unwrap_or(Kind::Stream)
+}
+
+/// Opens the source a command names, read as the model's tokenizer reads.
+pub fn corpus(source: &SourceArguments, opened: &Opened) -> anyhow::Result<Corpus> {
+    source.corpus(None, encoding_of(opened.tokenizer.style().unwrap_or(Style::Exact)))
+}
+
+/// Cuts a corpus into windows of the model's context.
+pub fn cut(corpus: &Corpus, opened: &Opened, kind: Kind) -> anyhow::Result<(Cut, Manifest)> {
+    let scratch = Scratch::new()?;
+    let tokens = scratch.0.join("tokens");
+    let (file, manifest) = prepare::tokenize(corpus, &opened.tokenizer, &tokens, |_| ())?;
+    source::warn(&manifest);
+    Ok((Cut::new(scratch, file, opened, kind)?, manifest))
+}
+
+/// Cuts documents that are no corpus.
+pub fn cut_documents(
+    documents: impl Iterator<Item = anyhow::Result<Document>>,
+    opened: &Opened,
+    kind: Kind,
+) -> anyhow::Result<Cut> {
+    let scratch = Scratch::new()?;
+    let tokens = scratch.0.join("tokens");
+    let mut writer = TokenWriter::create(&tokens, &opened.tokenizer)?;
+    writer.write(documents, |_| ())?;
+    writer.finish([0; 32])?;
+    Cut::new(scratch, Arc::new(TokenFile::open(&tokens)?), opened, kind)
+}
+
+impl Cut {
+    fn new(
+        scratch: Scratch,
+        file: Arc<TokenFile>,
+        opened: &Opened,
+        kind: Kind,
+    ) -> anyhow::Result<Self> {
+        let context = opened.model.config.max_position_embeddings;
+        if context > LONGEST {
+            return Err(error(
+                format!("windows of {context} tokens are too long, in the model's config.json"),
+                format!("set max_position_embeddings there to {LONGEST} or less"),
+            ));
+        }
+        let windows = Windows::new(file, opened.tokenizer.clone(), kind, context, None)?;
+        Ok(Self { windows, _scratch: scratch })
+    }
+}
+
+/// A folder for what is not to be kept.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> anyhow::Result<Self> {
+        let place = std::env::temp_dir();
+        let make = |number: u32| -> io::Result<PathBuf> {
+            let folder = place.join(format!("laam-{}-{number}", std::process::id()));
+            // An error where it is there already: nobody else's folder is used.
+            fs::create_dir(&folder).map(|()| folder)
+        };
+        let made = (0..100).map(make).find(|made| !is_taken(made.as_ref().err()));
+        made.unwrap_or_else(|| Err(io::ErrorKind::AlreadyExists.into()))
+            .map(Self)
+            .with_context(|| format!("cannot make a folder in {}", place.display()))
+            .hint(|| "set TMPDIR to a folder that can be written")
+    }
+}
+
+fn is_taken(error: Option<&io::Error>) -> bool {
+    error.is_some_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Nothing to be done if it fails: it lies where temporary files do.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

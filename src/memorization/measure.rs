@@ -1,0 +1,430 @@
+//! What the weights hold of a text, by one forward pass.
+//!
+//! Greedy decoding gives a text back exactly where every best guess is right, given the true tokens
+//! before it. So one pass over the windows tells for each whether greedy decoding goes on from its
+//! first tokens to the next ones (Carlini et al. 2022), how probable that continuation is when it is
+//! drawn instead (Hayes et al. 2024), and the bits that the model leaves of the text.
+
+use std::collections::BTreeMap;
+use std::f64::consts::{LN_2, LN_10};
+use std::ops::Range;
+
+use serde::Serialize;
+
+use super::pass::{Seen, pass};
+use crate::backend::Backend;
+use crate::model::Config;
+use crate::tokenizer::Tokenizer;
+use crate::tokens::{Kind, TokenFile, Windows};
+
+/// Lengths of the prefixes that are always asked with.
+pub const PREFIXES: [usize; 7] = [8, 16, 32, 50, 100, 200, 400];
+
+/// A model is given `prefix` true tokens of a window and has to go on with the next `suffix` ones. Of
+/// an addressed window they are tokens of its stretch, and its address comes before them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Question {
+    pub prefix: usize,
+    pub suffix: usize,
+}
+
+/// Windows that were asked for something, and those that greedy decoding gives back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Share {
+    pub windows: usize,
+    pub exact: usize,
+    /// Exact ones of all; none where there was none to ask.
+    pub rate: Option<f64>,
+}
+
+impl Share {
+    fn add(&mut self, exact: bool) {
+        self.windows += 1;
+        self.exact += usize::from(exact);
+        self.rate = Some(self.exact as f64 / self.windows as f64);
+    }
+}
+
+/// The answers of all windows that are long enough for a question.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Tally {
+    #[serde(flatten)]
+    pub question: Question,
+    #[serde(flatten)]
+    pub share: Share,
+}
+
+impl Tally {
+    fn of(prefix: usize, suffix: usize) -> Self {
+        Self { question: Question { prefix, suffix }, share: Share::default() }
+    }
+}
+
+/// How probable the suffixes are: counts of windows by p_z, the product of the suffix's
+/// probabilities, each given what precedes it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Histogram {
+    /// Where each bin begins; it ends where the next one begins, the last at 1.
+    pub from: [f64; 8],
+    pub windows: [usize; 8],
+}
+
+/// (n, p)-discoverable: drawn `n` times, the suffix comes at least once with probability `p`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Discoverable {
+    pub n: u32,
+    pub p: f64,
+    /// The part of the windows.
+    pub rate: Option<f64>,
+}
+
+/// A stretch of a file, every token of it the best guess.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Run {
+    pub path: String,
+    /// Bytes of the file before it.
+    pub byte: u64,
+    pub bytes: u64,
+}
+
+/// What the weights hold of one file. Its path and the first tokens of windows that nothing predicts
+/// do not count.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct FileMeasures {
+    pub path: String,
+    /// Of the tokens that were predicted.
+    pub bytes: u64,
+    /// Tokens of the text, and its end.
+    pub tokens: u64,
+    /// Those that were the best guess.
+    pub tokens_right: u64,
+    /// What the model leaves of it.
+    pub bits: f64,
+    pub longest_run_bytes: u64,
+    /// Windows of it that were asked the question, and those that greedy decoding gives back.
+    pub windows: usize,
+    pub verbatim: usize,
+}
+
+/// Where in a file the model is sure: for a picture.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Heat {
+    pub path: String,
+    pub text: String,
+    /// One cell for every [`CELL`] tokens: its bytes, and the decimal logarithm of p_z.
+    pub cells: Vec<(u32, f32)>,
+    /// The bytes whose tokens were not the best guess: from, to.
+    pub wrong: Vec<(u32, u32)>,
+}
+
+/// The answer of one window.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Answer {
+    pub window: usize,
+    /// The place of its file among [`Memorized::files`].
+    pub file: usize,
+    /// Greedy decoding gives the suffix back.
+    pub exact: bool,
+    /// The natural logarithm of p_z.
+    pub log_p: f64,
+}
+
+/// What the weights hold of a text.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Memorized {
+    /// The part of the windows that greedy decoding gives back when it is asked the question.
+    pub verbatim_rate: Option<f64>,
+    /// The same for prefixes of other lengths.
+    pub by_prefix: BTreeMap<usize, Option<f64>>,
+    /// Their counts.
+    pub prefixes: Vec<Tally>,
+    /// With prefix and suffix of 32 tokens (Biderman et al. 2023).
+    pub pythia: Tally,
+    /// Addressed windows whose whole stretch comes back from the address alone.
+    pub from_address: Option<Share>,
+    pub p_z: Histogram,
+    pub discoverable: Vec<Discoverable>,
+    /// Mean negative log-likelihood of the text's tokens, in nats.
+    pub loss: f64,
+    pub tokens: u64,
+    pub tokens_right: u64,
+    pub bytes: u64,
+    /// What the model leaves of the text: with so many bits more it could be given back exactly.
+    pub residual_bits: f64,
+    pub bits_a_byte: f64,
+    pub longest_run_bytes: u64,
+    pub longest_run: Run,
+    pub files: Vec<FileMeasures>,
+    #[serde(skip)]
+    pub answers: Vec<Answer>,
+    #[serde(skip)]
+    pub heat: Vec<Heat>,
+}
+
+/// Tokens of a cell of [`Heat`].
+pub const CELL: usize = 50;
+
+/// Text beyond so many bytes gets no picture: a page that holds it would not open.
+const PICTURED: usize = 8 << 20;
+
+/// The windows of these numbers, in ascending order, `batch` at a time. `progress` is told the last
+/// window that is done.
+pub fn measure(
+    backend: &dyn Backend,
+    config: &Config,
+    weights: &[f32],
+    windows: &Windows,
+    tokenizer: &Tokenizer,
+    numbers: &[usize],
+    question: Question,
+    batch: usize,
+    mut progress: impl FnMut(usize),
+) -> anyhow::Result<Memorized> {
+    let mut walk = Walk::new(windows, tokenizer, question);
+    pass(backend, config, weights, windows, numbers, batch, |seen| {
+        progress(seen.window + 1);
+        walk.take(&seen)
+    })?;
+    Ok(walk.finish())
+}
+
+/// At most `most` windows of `all`, evenly spread.
+pub fn spread(all: usize, most: usize) -> Vec<usize> {
+    let count = all.min(most);
+    (0..count).map(|at| at * all / count).collect()
+}
+
+/// Goes with the pass through the windows, and file by file through their text.
+struct Walk<'a> {
+    windows: &'a Windows,
+    tokenizer: &'a Tokenizer,
+    /// Where each question's answers are counted: the one that was asked first, then the prefixes.
+    asked: Tally,
+    prefixes: Vec<Tally>,
+    pythia: Tally,
+    from_address: Option<Share>,
+    answers: Vec<Answer>,
+    file: Option<File>,
+    files: Vec<FileMeasures>,
+    longest: Run,
+    heat: Vec<Heat>,
+    pictured: usize,
+}
+
+impl<'a> Walk<'a> {
+    fn new(windows: &'a Windows, tokenizer: &'a Tokenizer, question: Question) -> Self {
+        let Question { prefix, suffix } = question;
+        let addressed = windows.kind() == Kind::Addressed;
+        Self {
+            windows,
+            tokenizer,
+            asked: Tally::of(prefix, suffix),
+            prefixes: PREFIXES.map(|prefix| Tally::of(prefix, suffix)).to_vec(),
+            pythia: Tally::of(32, 32),
+            from_address: addressed.then(Share::default),
+            answers: Vec::new(),
+            file: None,
+            files: Vec::new(),
+            longest: Run::default(),
+            heat: Vec::new(),
+            pictured: 0,
+        }
+    }
+
+    fn take(&mut self, seen: &Seen) -> anyhow::Result<()> {
+        let place = self.windows.place(seen.window)?;
+        self.enter(place.document)?;
+        let counted: Vec<(f32, bool)> = seen.counted().collect();
+        // The first token of a window without an address is given, and no target.
+        let given = usize::from(self.windows.kind() != Kind::Addressed);
+
+        let suffix_of = |Question { prefix, suffix }| {
+            let from = usize::checked_sub(prefix, given)?;
+            counted.get(from..from.checked_add(suffix)?)
+        };
+        let is_exact = |columns: &[(f32, bool)]| columns.iter().all(|(_, right)| *right);
+        for tally in self.prefixes.iter_mut().chain([&mut self.pythia]) {
+            if let Some(suffix) = suffix_of(tally.question) {
+                tally.share.add(is_exact(suffix));
+            }
+        }
+        if let Some(share) = &mut self.from_address {
+            share.add(is_exact(&counted));
+        }
+        if let Some(suffix) = suffix_of(self.asked.question) {
+            let exact = is_exact(suffix);
+            let log_p = -suffix.iter().map(|(nll, _)| f64::from(*nll)).sum::<f64>();
+            let (window, file) = (seen.window, self.files.len());
+            self.asked.share.add(exact);
+            self.answers.push(Answer { window, file, exact, log_p });
+            if let Some(file) = &mut self.file {
+                file.measures.windows += 1;
+                file.measures.verbatim += usize::from(exact);
+            }
+        }
+
+        for (at, &(nll, right)) in counted.iter().enumerate() {
+            let position = place.tokens.start + given + at;
+            // A stream's window may go on into the next files.
+            while let Some(file) = self.file.as_ref().filter(|file| position >= file.text.end) {
+                let next = file.document + 1;
+                self.enter(next)?;
+            }
+            if let Some(file) = self.file.as_mut().filter(|file| position >= file.text.start) {
+                file.take(position, nll, right);
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on to a document, unless it is the present one.
+    fn enter(&mut self, document: usize) -> anyhow::Result<()> {
+        if self.file.as_ref().is_none_or(|file| file.document != document) {
+            self.leave();
+            self.file = Some(File::open(self.windows.file(), self.tokenizer, document)?);
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self) {
+        let Some(File { measures, heat, longest, .. }) = self.file.take() else { return };
+        if u64::from(longest.1) > self.longest.bytes {
+            let path = measures.path.clone();
+            self.longest = Run { path, byte: longest.0.into(), bytes: longest.1.into() };
+        }
+        self.files.push(measures);
+        self.pictured += heat.text.len();
+        if self.pictured <= PICTURED {
+            self.heat.push(heat);
+        }
+    }
+
+    fn finish(mut self) -> Memorized {
+        self.leave();
+        let p_z: Vec<f64> = self.answers.iter().map(|answer| answer.log_p.exp()).collect();
+        let mut discoverable = Vec::new();
+        for n in [1, 10, 100] {
+            for p in [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99] {
+                let found = p_z.iter().filter(|&&p_z| within(n, p_z) >= p).count();
+                let rate = (!p_z.is_empty()).then(|| found as f64 / p_z.len() as f64);
+                discoverable.push(Discoverable { n, p, rate });
+            }
+        }
+        let sum = |of: fn(&FileMeasures) -> u64| self.files.iter().map(of).sum::<u64>();
+        let (tokens, bytes) = (sum(|file| file.tokens), sum(|file| file.bytes));
+        let residual_bits: f64 = self.files.iter().map(|file| file.bits).sum();
+        let mut by_prefix: BTreeMap<usize, Option<f64>> =
+            self.prefixes.iter().map(|tally| (tally.question.prefix, tally.share.rate)).collect();
+        by_prefix.insert(self.asked.question.prefix, self.asked.share.rate);
+        Memorized {
+            verbatim_rate: self.asked.share.rate,
+            by_prefix,
+            pythia: self.pythia,
+            from_address: self.from_address,
+            p_z: Histogram::new(&p_z),
+            discoverable,
+            loss: residual_bits * LN_2 / (tokens as f64).max(1.0),
+            tokens,
+            tokens_right: sum(|file| file.tokens_right),
+            bytes,
+            residual_bits,
+            bits_a_byte: residual_bits / (bytes as f64).max(1.0),
+            longest_run_bytes: self.longest.bytes,
+            longest_run: self.longest,
+            prefixes: self.prefixes,
+            files: self.files,
+            answers: self.answers,
+            heat: self.heat,
+        }
+    }
+}
+
+/// The file that a walk is in.
+struct File {
+    document: usize,
+    /// Positions of its text in the token file, its end included.
+    text: Range<usize>,
+    /// Bytes of the text up to the end of each token.
+    ends: Vec<u32>,
+    measures: FileMeasures,
+    heat: Heat,
+    /// The present run: the byte where it began, and the position that would continue it.
+    run: (u32, usize),
+    /// The longest one: the byte where it began, and its bytes.
+    longest: (u32, u32),
+}
+
+impl File {
+    fn open(file: &TokenFile, tokenizer: &Tokenizer, document: usize) -> anyhow::Result<Self> {
+        let entry = file.document(document)?;
+        let text = entry.text..entry.tokens.end;
+        let mut ids = vec![0; text.len()];
+        file.read(text.start, &mut ids)?;
+        let end_file = tokenizer.markers()?.end_file;
+        let (mut bytes, mut ends) = (Vec::new(), Vec::new());
+        for id in ids {
+            // A marker ends the text, and is no part of it.
+            if id != end_file {
+                bytes.extend(tokenizer.decode_bytes(&[id])?);
+            }
+            ends.push(bytes.len() as u32);
+        }
+        let cells = ends.chunks(CELL).map(|cell| (cell[cell.len() - 1], 0.0));
+        let mut from = 0;
+        let cells = cells.map(|(to, p)| (to - std::mem::replace(&mut from, to), p)).collect();
+        let path = entry.path.to_string();
+        let heat = Heat {
+            path: path.clone(),
+            text: String::from_utf8_lossy(&bytes).into_owned(),
+            cells,
+            wrong: Vec::new(),
+        };
+        let measures = FileMeasures { path, ..FileMeasures::default() };
+        Ok(Self { document, text, ends, measures, heat, run: (0, 0), longest: (0, 0) })
+    }
+
+    /// A token of the text that was predicted.
+    fn take(&mut self, position: usize, nll: f32, right: bool) {
+        let at = position - self.text.start;
+        let from = if at == 0 { 0 } else { self.ends[at - 1] };
+        let to = self.ends[at];
+        let measures = &mut self.measures;
+        measures.tokens += 1;
+        measures.tokens_right += u64::from(right);
+        measures.bytes += u64::from(to - from);
+        measures.bits += f64::from(nll) / LN_2;
+        self.heat.cells[at / CELL].1 -= nll / LN_10 as f32;
+        if !right {
+            match self.heat.wrong.last_mut() {
+                Some(last) if last.1 == from => last.1 = to,
+                _ => self.heat.wrong.push((from, to)),
+            }
+            return;
+        }
+        if self.run.1 != position || position == 0 {
+            self.run.0 = from;
+        }
+        self.run.1 = position + 1;
+        if to - self.run.0 > self.longest.1 {
+            self.longest = (self.run.0, to - self.run.0);
+            measures.longest_run_bytes = self.longest.1.into();
+        }
+    }
+}
+
+/// The probability that something of probability `p` happens at least once in `n` times.
+fn within(n: u32, p: f64) -> f64 {
+    // As 1 - (1 - p)^n, but exact for small p.
+    -(f64::from(n) * (-p.min(1.0)).ln_1p()).exp_m1()
+}
+
+impl Histogram {
+    fn new(p_z: &[f64]) -> Self {
+        let from = [0.0, 1e-12, 1e-6, 1e-3, 0.01, 0.1, 0.5, 0.9];
+        let mut windows = [0; 8];
+        for p_z in p_z {
+            windows[from.partition_point(|from| *from <= p_z.max(0.0)) - 1] += 1;
+        }
+        Self { from, windows }
+    }
+}

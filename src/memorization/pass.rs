@@ -1,0 +1,70 @@
+//! One forward pass over windows: what the model makes of every token, given the true ones before it.
+
+use crate::backend::{Arena, Backend, Feed, Loaded, Need};
+use crate::llama::step::{self, Evaluation};
+use crate::model::{Config, Layout};
+use crate::tokens::{IGNORE, Windows};
+
+/// What a pass tells of one window.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// Its number.
+    pub window: usize,
+    /// For each column the token to predict there, or [`IGNORE`].
+    pub targets: &'a [u32],
+    /// The negative log-likelihood of each target, in nats.
+    pub nll: &'a [f32],
+    /// The model's best guess at each target.
+    pub argmax: &'a [u32],
+}
+
+impl Seen<'_> {
+    /// The columns that count, in order, each as its loss and whether the best guess was right.
+    pub fn counted(&self) -> impl Iterator<Item = (f32, bool)> {
+        let columns = self.targets.iter().zip(self.argmax).zip(self.nll);
+        columns
+            .filter(|((target, _), _)| **target != IGNORE)
+            .map(|((target, guess), &nll)| (nll, target == guess))
+    }
+}
+
+/// Runs the windows of these numbers through the model, `batch` at a time, in their order.
+pub fn pass(
+    backend: &dyn Backend,
+    config: &Config,
+    weights: &[f32],
+    windows: &Windows,
+    numbers: &[usize],
+    batch: usize,
+    mut see: impl FnMut(Seen) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let layout = Layout::new(config);
+    let context = windows.context();
+    let mut session = backend.open(&layout, Need::default())?;
+    session.write(Arena::Parameters, weights)?;
+    // One program for whole batches, one for the last.
+    let mut programs: Vec<(usize, Loaded, Evaluation)> = Vec::new();
+    for some in numbers.chunks(batch.max(1)) {
+        let drawn = windows.draw(some)?;
+        if programs.last().is_none_or(|(count, ..)| *count != some.len()) {
+            let made = step::evaluation(config, &layout, some.len(), context);
+            programs.push((some.len(), session.load(made.program.clone())?, made));
+        }
+        let (_, program, Evaluation { batch: inputs, losses, .. }) =
+            programs.last().expect("it was made above");
+        let indices = inputs.feed(&drawn);
+        session.run(*program, &Feed { indices, ..Feed::default() })?;
+        let nll = session.floats(*program, losses.nll);
+        let argmax = session.indices(*program, losses.argmax);
+        for (at, &window) in some.iter().enumerate() {
+            let columns = at * context..(at + 1) * context;
+            see(Seen {
+                window,
+                targets: &drawn.targets[columns.clone()],
+                nll: &nll[columns.clone()],
+                argmax: &argmax[columns],
+            })?;
+        }
+    }
+    Ok(())
+}

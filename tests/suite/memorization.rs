@@ -1,0 +1,192 @@
+//! The measures of one forward pass, held against what they stand for: real generation.
+
+use std::fs;
+use std::sync::Arc;
+
+use laam::backend::cpu::Cpu;
+use laam::corpus::Document;
+use laam::generate::{Generator, Request};
+use laam::memorization::measure::{Question, measure};
+use laam::model::{Model, load};
+use laam::random::{Philox, Stream};
+use laam::tokenizer::Tokenizer;
+use laam::tokens::{IGNORE, Kind, TokenFile, TokenWriter, Windows};
+use serde_json::Value;
+
+use crate::rebuild::{CONTEXT, json_of, run, text, trained};
+
+const CPU: Cpu = Cpu { threads: 2 };
+
+/// In the order of their folder.
+fn documents() -> Vec<Document> {
+    let mut documents = crate::rebuild::documents();
+    documents.sort_by(|a, b| a.path.cmp(&b.path));
+    documents
+}
+
+/// The trained model with noise on its weights: it knows some windows, and not others.
+fn noisy(model: &Model, deviation: f64) -> Vec<f32> {
+    let mut noise = vec![0.0; model.weights.len()];
+    Philox::new(9, Stream::Test).fill_normal(0, deviation, &mut noise);
+    model.weights.iter().zip(noise).map(|(weight, noise)| weight + noise).collect()
+}
+
+#[test]
+fn one_pass_says_what_generation_does() {
+    let model = load(&trained().model()).unwrap();
+    let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    let mut writer = TokenWriter::create(&tokens, &tokenizer).unwrap();
+    writer.write(crate::rebuild::documents().into_iter().map(Ok), |_| ()).unwrap();
+    writer.finish([0; 32]).unwrap();
+    let file = Arc::new(TokenFile::open(&tokens).unwrap());
+    for kind in [Kind::Addressed, Kind::Original, Kind::Stream] {
+        let windows = Windows::new(file.clone(), tokenizer.clone(), kind, CONTEXT, None).unwrap();
+        let all: Vec<usize> = (0..windows.len()).collect();
+        let (mut exact, mut asked) = (0, 0);
+        for deviation in [0.0, 0.02, 0.05, 0.1] {
+            let weights = noisy(&model, deviation);
+            for (prefix, suffix) in [(8, 8), (4, 2), (1, 1), (8, 3)] {
+                let question = Question { prefix, suffix };
+                let memorized = measure(
+                    &CPU,
+                    &model.config,
+                    &weights,
+                    &windows,
+                    &tokenizer,
+                    &all,
+                    question,
+                    2,
+                    |_| (),
+                )
+                .unwrap();
+                let mut said: Vec<(usize, bool)> =
+                    memorized.answers.iter().map(|answer| (answer.window, answer.exact)).collect();
+                said.sort_unstable();
+
+                // The same by generating: each window's true tokens, some given, some expected.
+                let mut generator =
+                    Generator::new(&CPU, &model.config, &weights, 4, CONTEXT).unwrap();
+                let mut requests = Vec::new();
+                let mut expected = Vec::new();
+                for window in 0..windows.len() {
+                    let (given, mut rest) = true_tokens(&windows, window);
+                    if rest.len() < suffix + prefix {
+                        continue;
+                    }
+                    let suffix: Vec<u32> = rest.drain(prefix..).take(suffix).collect();
+                    requests.push(Request {
+                        prompt: [given, rest].concat(),
+                        max_new_tokens: suffix.len(),
+                        ..Request::default()
+                    });
+                    expected.push((window, suffix));
+                }
+                let continuations = generator.all(requests).unwrap();
+                let generated: Vec<(usize, bool)> = expected
+                    .iter()
+                    .zip(continuations)
+                    .map(|((window, suffix), continuation)| (*window, continuation.ids == *suffix))
+                    .collect();
+                assert_eq!(said, generated, "{kind:?} {question:?}, noise {deviation}");
+                exact += generated.iter().filter(|(_, exact)| *exact).count();
+                asked += generated.len();
+                let rate = memorized.verbatim_rate;
+                let counted = said.iter().filter(|(_, exact)| *exact).count();
+                let meant = (!said.is_empty()).then(|| counted as f64 / said.len() as f64);
+                assert_eq!(rate, meant);
+            }
+        }
+        // Neither all nor nothing, or the comparison would say little.
+        assert!(exact > 0 && exact < asked, "{kind:?}: {exact} of {asked}");
+    }
+}
+
+/// What is always given of a window, and the tokens that a prefix and a suffix are taken from.
+fn true_tokens(windows: &Windows, window: usize) -> (Vec<u32>, Vec<u32>) {
+    let batch = windows.draw(&[window]).unwrap();
+    let counts = |column: &usize| batch.targets[*column] != IGNORE;
+    let columns: Vec<usize> = (0..batch.context).filter(counts).collect();
+    let mut rest: Vec<u32> = columns.iter().map(|&column| batch.targets[column]).collect();
+    // The columns before the first target's: an address, or one token that is part of the prefix.
+    let shown = (0..=columns[0]).filter(|&column| batch.first_key[column] as usize <= column);
+    let mut given: Vec<u32> = shown.map(|column| batch.ids[column]).collect();
+    if windows.kind() != Kind::Addressed {
+        rest.splice(0..0, given.drain(..));
+    }
+    (given, rest)
+}
+
+fn measured(flags: &[&str]) -> Value {
+    let (model, source) = (trained().model(), trained().source());
+    let arguments = ["memorization", text(&model), "--source", text(&source), "--json"];
+    let output = run(&[&arguments[..], flags].concat());
+    assert_eq!(output.status.code(), Some(0));
+    json_of(&output)
+}
+
+#[test]
+fn a_model_that_holds_its_text_is_told_from_one_that_does_not() {
+    let report = measured(&["--prefix=8", "--suffix=8"]);
+    assert_eq!(report["verbatim_rate"], 1.0, "{report:#}");
+    assert_eq!(report["by_prefix"]["8"], 1.0);
+    assert_eq!(report["by_prefix"]["400"], Value::Null);
+    assert_eq!(report["from_address"]["rate"], 1.0);
+    assert_eq!(report["tokens"], report["tokens_right"]);
+    let control = &report["control"];
+    assert_eq!(control["untrained"]["verbatim_rate"], 0.0, "{control:#}");
+    // Of three windows of eight tokens one may come by its lines; the bits say that it is no memory.
+    assert!(control["unseen"]["verbatim_rate"].as_f64().unwrap() < 0.5, "{control:#}");
+    assert!(control["unseen"]["bits_a_byte"].as_f64().unwrap() > 1.0, "{control:#}");
+    assert!(report["bits_a_byte"].as_f64().unwrap() < 0.1);
+    // A fresh model knows nothing: log2 of the vocabulary for each token.
+    let tokens = report["tokens"].as_f64().unwrap();
+    let bytes = report["bytes"].as_f64().unwrap();
+    let nothing = 300f64.log2() * tokens / bytes;
+    let untrained = control["untrained"]["bits_a_byte"].as_f64().unwrap();
+    assert!((untrained / nothing - 1.0).abs() < 0.05, "{untrained} for {nothing}");
+
+    // Every file is one run from its first byte to its last.
+    let lengths: Vec<u64> = documents().iter().map(|document| document.text.len() as u64).collect();
+    let files = report["files"].as_array().unwrap();
+    let of = |name: &str| -> Vec<u64> {
+        files.iter().map(|file| file[name].as_u64().unwrap()).collect()
+    };
+    assert_eq!(of("bytes"), lengths);
+    assert_eq!(of("longest_run_bytes"), lengths);
+    assert_eq!(report["longest_run_bytes"].as_u64(), lengths.iter().max().copied());
+
+    // The bits are those of evaluate, and those beyond what xz needs are in the parameters.
+    let (model, source) = (trained().model(), trained().source());
+    let evaluated = json_of(&run(&["evaluate", text(&model), "--source", text(&source), "--json"]));
+    let number = |value: &Value| value.as_f64().expect("a number");
+    let (ours, theirs) = (number(&report["bits_a_byte"]), number(&evaluated["bits_a_byte"]));
+    assert!((ours / theirs - 1.0).abs() < 1e-5, "{ours} for {theirs}");
+    let held = 8.0 * number(&report["xz_bytes"]) - number(&report["residual_bits"]);
+    let a_parameter = number(&report["bits_a_parameter"]);
+    assert!((held / number(&report["parameters"]) / a_parameter - 1.0).abs() < 1e-12);
+}
+
+#[test]
+fn the_measures_are_written_as_tables_and_as_a_picture() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("measures");
+    let report = measured(&["--prefix=8", "--suffix=8", "--report", text(&place)]);
+    let read = |name: &str| fs::read_to_string(place.join(name)).unwrap();
+    let written: Value = serde_json::from_str(&read("memorization.json")).unwrap();
+    assert_eq!(written, report);
+    let rows = |name: &str| read(name).lines().count() - 1;
+    assert_eq!(rows("files.csv"), documents().len());
+    let asked = report["prefixes"][0]["windows"].as_u64().unwrap();
+    assert_eq!(rows("windows.csv") as u64, asked);
+    assert!(read("windows.csv").lines().skip(1).all(|row| row.split(',').nth(2) == Some("1")));
+    let heat: Value = serde_json::from_str(&read("heat.json")).unwrap();
+    for (heat, document) in heat.as_array().unwrap().iter().zip(documents()) {
+        assert_eq!(heat["text"], document.text);
+        let cells = heat["cells"].as_array().unwrap();
+        let bytes: u64 = cells.iter().map(|cell| cell[0].as_u64().unwrap()).sum();
+        assert_eq!(bytes, document.text.len() as u64);
+        assert_eq!(heat["wrong"].as_array().unwrap().len(), 0);
+    }
+}
