@@ -14,6 +14,7 @@
 //! - [`kernels`][]: the CUDA kernels this build holds
 //! - [`device`][]: what runs the kernels
 //! - [`train`][]: the loop, its schedule, metrics, checkpoints; recipes
+//! - [`report`][]: a run as one page
 //! - [`bench`][]: timings
 //!
 //! A room uses only the rooms named before it.
@@ -31,6 +32,7 @@ pub mod llama;
 pub mod memorization;
 pub mod model;
 pub mod random;
+pub mod report;
 pub mod tokenizer;
 pub mod tokens;
 pub mod train;

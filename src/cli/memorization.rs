@@ -163,7 +163,7 @@ impl Measures {
             ("parameters", json!(config.parameter_count() as u64)),
             ("bits_a_parameter", json!(bits_a_parameter)),
             ("weights_bytes", json!(weights_bytes)),
-            ("residual_bytes", json!((memorized.residual_bits / 8.0).ceil())),
+            ("residual_bytes", json!((memorized.residual_bits / 8.0).ceil() as u64)),
             ("xz_bytes", json!(xz)),
             (
                 "control",

@@ -15,6 +15,7 @@ mod model;
 mod plan;
 mod progress;
 mod rebuild;
+mod report;
 mod run;
 pub mod source;
 mod tokenize;
@@ -52,6 +53,7 @@ enum Command {
     Memorization(memorization::Arguments),
     Plan(Box<plan::Arguments>),
     Rebuild(rebuild::Arguments),
+    Report(report::Arguments),
     Run(run::Arguments),
     TrainTokenizer(train_tokenizer::Arguments),
     Tokenize(tokenize::Arguments),
@@ -112,6 +114,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
         Command::Memorization(arguments) => memorization::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Rebuild(arguments) => rebuild::run(&arguments),
+        Command::Report(arguments) => report::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
         Command::Tokenize(arguments) => tokenize::run(&arguments),

@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use super::progress::Files;
 use super::source::SourceArguments;
 use super::train_tokenizer::encoding_of;
-use super::{Outcome, backend, model};
+use super::{Outcome, backend, model, windows};
+use crate::backend::Backend;
 use crate::corpus::{Corpus, Encoding, MIRROR, Version};
 use crate::error::error;
 use crate::generate::Generator;
@@ -70,27 +71,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let originals = arguments.compare.as_deref();
     let originals = originals.map(|source| arguments.originals(source, encoding)).transpose()?;
 
-    let config = &opened.model.config;
-    let context = config.max_position_embeddings;
-    let windows = arguments.windows.or(model::windows(opened.provenance.as_ref()));
-    let regenerator = Regenerator::new(
-        opened.tokenizer,
-        windows.unwrap_or(Kind::Stream),
-        context,
-        arguments.max_tokens_a_file,
-    )?;
-    let slots = Generator::SLOTS.min(paths.len());
-    let mut generator = Generator::new(&*backend, config, &opened.model.weights, slots, context)?;
-    let began = Instant::now();
-    let mut bar = (!arguments.quiet).then(|| Files::new("rebuilt", paths.len()));
-    let rebuilt =
-        rebuild(&regenerator, &mut generator, &paths, &arguments.output, &mut |progress| {
-            if let Some(bar) = &mut bar {
-                bar.set(progress.files, progress.bytes);
-            }
-        })?;
-    let seconds = began.elapsed().as_secs_f64();
-    drop(bar);
+    let windows = windows::kind(arguments.windows, &opened);
+    let (limit, output) = (arguments.max_tokens_a_file, &arguments.output);
+    let quiet = arguments.quiet;
+    let (rebuilt, seconds) =
+        rebuild_all(&*backend, &opened, &paths, windows, limit, output, quiet)?;
     let comparison = match originals {
         Some(corpus) => Some(rebuild::compare(&arguments.output, &rebuilt, corpus.documents()?)?),
         None => None,
@@ -103,7 +88,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         ));
     }
     if arguments.json {
-        let printed = as_json(arguments, &rebuilt, comparison.as_ref(), seconds);
+        let printed = as_json(&arguments.output, &rebuilt, comparison.as_ref(), seconds);
         writeln!(io::stdout().lock(), "{printed:#}")?;
     } else {
         print(arguments, &rebuilt, comparison.as_ref(), seconds)?;
@@ -134,8 +119,34 @@ impl Arguments {
     }
 }
 
-fn as_json(
-    arguments: &Arguments,
+/// Regenerates all files under `output`, with a bar; returns also the seconds it took.
+pub fn rebuild_all(
+    backend: &dyn Backend,
+    opened: &model::Opened,
+    paths: &[String],
+    windows: Kind,
+    limit: usize,
+    output: &Path,
+    quiet: bool,
+) -> anyhow::Result<(Vec<Rebuilt>, f64)> {
+    let config = &opened.model.config;
+    let context = config.max_position_embeddings;
+    let regenerator = Regenerator::new(opened.tokenizer.clone(), windows, context, limit)?;
+    let slots = Generator::SLOTS.min(paths.len());
+    let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?;
+    let began = Instant::now();
+    let mut bar = (!quiet).then(|| Files::new("rebuilt", paths.len()));
+    let rebuilt = rebuild(&regenerator, &mut generator, paths, output, &mut |progress| {
+        if let Some(bar) = &mut bar {
+            bar.set(progress.files, progress.bytes);
+        }
+    })?;
+    Ok((rebuilt, began.elapsed().as_secs_f64()))
+}
+
+/// The rebuild as `--json` prints it.
+pub fn as_json(
+    output: &Path,
     rebuilt: &[Rebuilt],
     comparison: Option<&Comparison>,
     seconds: f64,
@@ -155,7 +166,7 @@ fn as_json(
                 "exact": compared.map(|compared| compared.exact),
                 "original_bytes": compared.map(|compared| compared.bytes),
                 "bytes_exact": compared.map(|compared| compared.bytes_exact),
-                "first_difference": compared.and_then(|compared| compared.first_difference),
+                "first_difference": compared.and_then(|compared| compared.first_difference.as_ref()),
             })
         })
         .collect();
@@ -170,7 +181,7 @@ fn as_json(
         "tokens": tokens,
         "seconds": seconds,
         "tokens_a_second": tokens as f64 / seconds,
-        "output": arguments.output.to_string_lossy(),
+        "output": output.to_string_lossy(),
         "per_file": per_file,
     })
 }
@@ -194,8 +205,8 @@ fn print(
     for file in comparison.files.iter().filter(|file| !file.exact) {
         let end = ends.get(file.path.as_str()).filter(|&&end| end != End::Whole);
         let end = end.map_or_else(String::new, |end| format!(" ({})", end.words()));
-        match file.first_difference {
-            Some(Difference { byte, line, column }) => writeln!(
+        match &file.first_difference {
+            Some(Difference { byte, line, column, .. }) => writeln!(
                 out,
                 "{}: differs from byte {byte} of {}, line {line}, column {column}{end}",
                 file.path, file.bytes

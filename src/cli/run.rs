@@ -9,19 +9,22 @@ use anyhow::Context;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::plan;
-use super::progress::{Files, Progress};
+use super::memorization::Measures;
+use super::progress::Progress;
+use super::rebuild::{self, rebuild_all};
 use super::source::SourceArguments;
 use super::train::Stage;
 use super::train_tokenizer::encoding_of;
-use super::{Outcome, backend, model};
+use super::{Outcome, backend, model, plan, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, SAMPLE};
 use crate::error::{Hint, error};
 use crate::files::write_atomically;
-use crate::generate::Generator;
-use crate::memorization::rebuild::{self, rebuild};
+use crate::memorization::measure::Question;
+use crate::memorization::rebuild::compare;
 use crate::memorization::regenerate::Regenerator;
+use crate::memorization::verbatim::{PREFIX, SUFFIX};
+use crate::report;
 use crate::tokenizer::{Special, Tokenizer, Training};
 use crate::train::recipe::Recipe;
 
@@ -104,17 +107,18 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         before = Some(output);
     }
     let model = before.expect("a recipe has a stage");
-    if recipe.rebuild {
-        return prove(
-            &*backend,
-            &model,
-            &folder.join("rebuilt"),
-            &corpus,
-            manifest.source == SAMPLE,
-        );
+    let outcome = prove(&*backend, &folder, &model, &corpus, recipe.rebuild)?;
+    let page = report::write(&folder)?;
+    writeln!(
+        io::stdout(),
+        "the model is in {}, the report in {}",
+        model.display(),
+        page.display()
+    )?;
+    if recipe.rebuild && outcome == Outcome::Done && manifest.source == SAMPLE {
+        writeln!(io::stdout(), "{}", compile_and_test(&folder.join("rebuilt"))?)?;
     }
-    writeln!(io::stdout(), "the model is in {}", model.display())?;
-    Ok(Outcome::Done)
+    Ok(outcome)
 }
 
 /// Writes down whose folder it is, or refuses one that is another run's.
@@ -155,47 +159,47 @@ fn train_tokenizer(recipe: &Recipe, corpus: &Corpus, folder: &Path) -> anyhow::R
     tokenizer.save(folder)
 }
 
-/// Regenerates every file by the saved weights, from the names alone, and says what came of it.
+/// Asks the saved weights for what they hold: every file from its name alone, if the recipe says so,
+/// and the measures of one pass.
 fn prove(
     backend: &dyn Backend,
     folder: &Path,
-    output: &Path,
+    model: &Path,
     corpus: &Corpus,
-    is_sample: bool,
+    rebuild: bool,
 ) -> anyhow::Result<Outcome> {
-    let paths = model::paths(folder)?;
-    let opened = model::open(folder)?;
-    let windows = model::windows(opened.provenance.as_ref()).unwrap_or_default();
-    let config = &opened.model.config;
-    let context = config.max_position_embeddings;
-    let regenerator = Regenerator::new(opened.tokenizer, windows, context, Regenerator::LIMIT)?;
-    let slots = Generator::SLOTS.min(paths.len());
-    let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?;
-    let mut bar = Files::new("rebuilt", paths.len());
-    let rebuilt = rebuild(&regenerator, &mut generator, &paths, output, &mut |progress| {
-        bar.set(progress.files, progress.bytes);
-    })?;
-    drop(bar);
-    let comparison = rebuild::compare(output, &rebuilt, corpus.documents()?)?;
-    let mut out = io::stdout().lock();
-    for file in comparison.files.iter().filter(|file| !file.exact) {
-        let at = file.first_difference.map_or(0, |difference| difference.byte);
-        writeln!(out, "{} differs from byte {at} of {}", file.path, file.bytes)?;
+    let opened = model::open(model)?;
+    let kind = windows::kind(None, &opened);
+    let mut outcome = Outcome::Done;
+    if rebuild {
+        let paths = model::paths(model)?;
+        let output = folder.join("rebuilt");
+        let (rebuilt, seconds) =
+            rebuild_all(backend, &opened, &paths, kind, Regenerator::LIMIT, &output, false)?;
+        let comparison = compare(&output, &rebuilt, corpus.documents()?)?;
+        let json = rebuild::as_json(&output, &rebuilt, Some(&comparison), seconds);
+        write_atomically(&folder.join("rebuild.json"), format!("{json:#}\n").as_bytes())?;
+        let mut out = io::stdout().lock();
+        for file in comparison.files.iter().filter(|file| !file.exact) {
+            let at = file.first_difference.as_ref().map_or(0, |difference| difference.byte);
+            writeln!(out, "{} differs from byte {at} of {}", file.path, file.bytes)?;
+        }
+        writeln!(
+            out,
+            "{} of {} files rebuilt byte for byte from their names, in {}",
+            comparison.files_exact(),
+            comparison.files.len(),
+            output.display()
+        )?;
+        if !comparison.is_exact() {
+            outcome = Outcome::Different;
+        }
     }
-    writeln!(
-        out,
-        "{} of {} files rebuilt byte for byte from their names, in {}",
-        comparison.files_exact(),
-        comparison.files.len(),
-        output.display()
-    )?;
-    if !comparison.is_exact() {
-        return Ok(Outcome::Different);
-    }
-    if is_sample {
-        writeln!(out, "{}", compile_and_test(output)?)?;
-    }
-    Ok(Outcome::Done)
+    let question = Question { prefix: PREFIX, suffix: SUFFIX };
+    let measures = Measures::take(backend, model, &opened, corpus, kind, question, false)?;
+    measures.write(&folder.join("memorization"))?;
+    write!(io::stdout(), "{}", measures.text())?;
+    Ok(outcome)
 }
 
 /// The rebuilt sample is a program: compiles it and runs its self-test, where there is a compiler.

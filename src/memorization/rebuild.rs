@@ -51,13 +51,18 @@ pub struct Compared {
 }
 
 /// The first place where two files differ.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Difference {
     /// From 0: the number of bytes before it.
     pub byte: u64,
     /// From 1, and the column in bytes, from 1.
     pub line: u64,
     pub column: u64,
+    /// The line up to there, the same in both, and what follows it in either, for a person: a few
+    /// lines, and what is no UTF-8 replaced.
+    pub before: String,
+    pub original: String,
+    pub rebuilt: String,
 }
 
 /// All files beside their originals.
@@ -261,11 +266,25 @@ impl Compared {
                 byte: same as u64,
                 line: lines as u64 + 1,
                 column: (same - line_start) as u64 + 1,
+                before: excerpt(&before[line_start.max(same.saturating_sub(EXCERPT.1))..]),
+                original: excerpt(&original[same..]),
+                rebuilt: excerpt(&ours[same..]),
             }
         });
         let bytes = original.len() as u64;
         Self { path, exact, bytes, bytes_exact: same as u64, first_difference }
     }
+}
+
+/// Lines and bytes of an excerpt.
+const EXCERPT: (usize, usize) = (4, 400);
+
+/// The beginning of a text, shortened to a few lines.
+fn excerpt(text: &[u8]) -> String {
+    let (lines, bytes) = EXCERPT;
+    let text = &text[..text.len().min(bytes)];
+    let lines = text.split_inclusive(|&byte| byte == b'\n').take(lines);
+    String::from_utf8_lossy(&lines.flatten().copied().collect::<Vec<u8>>()).into_owned()
 }
 
 #[cfg(test)]
@@ -329,7 +348,13 @@ mod tests {
         {
             let compared = at(ours, b"ab\ncd");
             assert!(!compared.exact);
-            assert_eq!(compared.first_difference, Some(Difference { byte, line, column }));
+            let found = compared.first_difference.expect("they differ");
+            assert_eq!((found.byte, found.line, found.column), (byte, line, column));
+            let line_start = byte as usize + 1 - column as usize;
+            let original = &b"ab\ncd"[byte as usize..];
+            assert_eq!(found.before.as_bytes(), &b"ab\ncd"[line_start..byte as usize]);
+            assert_eq!(found.original.as_bytes(), original);
+            assert_eq!(found.rebuilt.as_bytes(), &ours[byte as usize..]);
             assert_eq!((compared.bytes, compared.bytes_exact), (5, byte));
         }
     }

@@ -16,6 +16,7 @@ mod kernels;
 mod memorization;
 mod model;
 mod rebuild;
+mod report;
 mod run;
 mod sample;
 mod sass;

@@ -238,7 +238,11 @@ fn a_difference_is_found_named_and_exits_with_1() {
     assert_eq!(report["missing"], json!(["tiny/other.h"]));
     assert_eq!(report["extra"], json!(["tiny/kernel/sched.c", "tiny/empty.h"]));
     let differing = &report["per_file"][1];
-    assert_eq!(differing["first_difference"], json!({"byte": 14, "line": 1, "column": 15}));
+    let difference = json!({
+        "byte": 14, "line": 1, "column": 15,
+        "before": "#define TASKS ", "original": "5\n", "rebuilt": "4\n",
+    });
+    assert_eq!(differing["first_difference"], difference);
     let output = run(&arguments);
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stdout).unwrap();

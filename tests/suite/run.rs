@@ -13,18 +13,20 @@ fn prepare(folder: &Path) -> (String, String) {
     fs::create_dir_all(source.join("lib")).unwrap();
     let main = "#include \"lib/add.h\"\n\nint main(void)\n{\n\treturn add(1, 2) - 3;\n}\n";
     fs::write(source.join("main.c"), main).unwrap();
-    let header = "static int add(int a, int b)\n{\n\t/* no overflow: both are small */\n\treturn a + b;\n}\n";
+    let header = "static int add(int a, int b)\n{\n\t/* no overflow: both are small */\n\treturn a + b;\n}\n\n\
+        /* The same, for those who would rather see them taken away one by one. */\n\
+        static int subtract(int a, int b)\n{\n\twhile (b-- > 0)\n\t\ta--;\n\treturn a;\n}\n";
     fs::write(source.join("lib/add.h"), header).unwrap();
     let recipe = folder.join("tiny.toml");
     let text = "description = 'two files'\nrebuild = true\n\
         [tokenizer]\nvocab_size = 280\n\
-        [[stage]]\nname = 'first'\nwindows = 'addressed'\nmax_position_embeddings = 96\n\
+        [[stage]]\nname = 'first'\nwindows = 'addressed'\nmax_position_embeddings = 160\n\
         hidden_size = 32\nintermediate_size = 64\nnum_hidden_layers = 2\nnum_attention_heads = 2\n\
         num_key_value_heads = 2\ntie_word_embeddings = true\nbatch_size = 4\nepochs = 60\n\
         optimizer = 'muon'\nlearning_rate = 1e-2\ndecay_rate = 0.0\nadam_beta2 = 0.95\n\
         warmup_steps = 5\nlr_scheduler_type = 'constant'\n\
-        [[stage]]\nname = 'second'\nwindows = 'addressed'\nmax_position_embeddings = 96\n\
-        hidden_size = 32\nintermediate_size = 64\nnum_hidden_layers = 2\nnum_attention_heads = 2\n\
+        [[stage]]\nname = 'second'\nwindows = 'addressed'\nmax_position_embeddings = 160\n\
+        eval_steps = 20\nhidden_size = 32\nintermediate_size = 64\nnum_hidden_layers = 2\nnum_attention_heads = 2\n\
         num_key_value_heads = 2\ntie_word_embeddings = true\nbatch_size = 4\nepochs = 40\n\
         optimizer = 'muon'\nlearning_rate = 1e-2\ndecay_rate = 0.0\nadam_beta2 = 0.95\n\
         warmup_steps = 0\n";
@@ -51,6 +53,7 @@ fn a_recipe_ends_with_its_files_given_back_and_is_skipped_the_second_time() {
         let rebuilt = fs::read(folder.path().join("run/rebuilt").join(path)).unwrap();
         assert_eq!(rebuilt, fs::read(Path::new(&source).join(path)).unwrap());
     }
+    crate::report::check(&folder.path().join("run/report.html"), 2);
 
     let weights = folder.path().join("run/second/model.safetensors");
     let before = (fs::read(&weights).unwrap(), weights.metadata().unwrap().modified().unwrap());

@@ -1,0 +1,30 @@
+//! `laam report`: a run as one page.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Outcome;
+use crate::report;
+
+/// Make one self-contained HTML page of a run: its training, what its weights give back, and where it
+/// came from.
+///
+/// The page is written as report.html into the folder, and its path printed. It asks for no other
+/// file, and opens from a disk.
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  laam report runs/sample")]
+pub struct Arguments {
+    /// The output folder of laam run, or of laam train
+    #[arg(value_name = "RUN_DIR")]
+    folder: PathBuf,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let page = report::write(&arguments.folder)?;
+    writeln!(io::stdout(), "{}", page.display())?;
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,95 @@
+//! Text and numbers as a page has them.
+
+use serde::Serialize;
+
+/// Text from outside, for between tags and within quotes.
+pub fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&quot;"),
+            '\'' => escaped.push_str("&#39;"),
+            _ => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+/// Data for the page's script: JSON in which nothing can end the element that holds it.
+pub fn data(value: &impl Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default().replace('<', "\\u003c")
+}
+
+/// 1234567 as 1,234,567.
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A number in three digits or so: 0.00123, 1.23e-7, 33,500.
+pub fn short(number: f64) -> String {
+    let size = number.abs();
+    if number == 0.0 {
+        "0".to_string()
+    } else if size >= 1000.0 {
+        let sign = if number < 0.0 { "-" } else { "" };
+        format!("{sign}{}", grouped(size.round() as u64))
+    } else if size >= 1e-3 {
+        let digits = (2 - size.log10().floor() as i32).clamp(0, 5) as usize;
+        let text = format!("{number:.digits$}");
+        if text.contains('.') {
+            text.trim_end_matches('0').trim_end_matches('.').to_string()
+        } else {
+            text
+        }
+    } else {
+        let text = format!("{number:.2e}");
+        text.replace(".00e", "e")
+    }
+}
+
+/// A part of 1: 98.4%. All is 100% and none is 0% only when they are.
+pub fn percent(part: f64) -> String {
+    if part == 0.0 || part == 1.0 {
+        return format!("{:.0}%", 100.0 * part);
+    }
+    let text = format!("{:.1}", (100.0 * part).clamp(0.1, 99.9));
+    format!("{}%", text.trim_end_matches(".0"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short_and_text_is_harmless() {
+        for (number, text) in [
+            (0.0, "0"),
+            (0.001234, "0.00123"),
+            (0.5, "0.5"),
+            (12.0, "12"),
+            (100.0, "100"),
+            (1.234e-7, "1.23e-7"),
+            (1e-5, "1e-5"),
+            (33_500.4, "33,500"),
+            (-1234.0, "-1,234"),
+        ] {
+            assert_eq!(short(number), text);
+        }
+        assert_eq!(grouped(4_662_336), "4,662,336");
+        let parts = [1.0, 0.99999, 0.2, 0.0].map(percent);
+        assert_eq!(parts, ["100%", "99.9%", "20%", "0%"]);
+        assert_eq!(escape("<a href='x'>&\""), "&lt;a href=&#39;x&#39;&gt;&amp;&quot;");
+        assert_eq!(data(&"</script>"), "\"\\u003c/script>\"");
+    }
+}

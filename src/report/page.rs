@@ -1,0 +1,451 @@
+//! The page itself.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use super::chart::{Bars, Lines, Series};
+use super::html::{data, escape, grouped, percent, short};
+use super::run::{Heat, Line, Run};
+
+const STYLE: &str = include_str!("report.css");
+const SCRIPT: &str = include_str!("report.js");
+
+/// Nothing is fetched from anywhere: the browser is told so.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+     img-src data:";
+
+/// The whole page.
+pub fn page(run: &Run) -> String {
+    let title = format!("laam: {}", run.name);
+    let mut body = String::new();
+    head(run, &mut body);
+    training(run, &mut body);
+    memorization(run, &mut body);
+    heat(run, &mut body);
+    rebuild(run, &mut body);
+    sizes(run, &mut body);
+    provenance(run, &mut body);
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta name=\"color-scheme\" content=\"light dark\">\n<link rel=\"icon\" href=\"data:,\">\n\
+         <title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{body}\
+         <div id=\"tip\" role=\"status\" hidden></div>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n",
+        escape(&title)
+    )
+}
+
+fn section(id: &str, title: &str, body: &str, out: &mut String) {
+    if !body.is_empty() {
+        let _ = write!(out, "<section id=\"{id}\">\n<h2>{title}</h2>\n{body}</section>\n");
+    }
+}
+
+/// The name, and the few numbers that matter.
+fn head(run: &Run, out: &mut String) {
+    let corpus = run.provenance["corpus"]["name"].as_str().unwrap_or("a text");
+    let measures = &run.memorization;
+    let mut tiles = Vec::new();
+    let mut tile = |value: Option<String>, what: &str| {
+        tiles.extend(value.map(|value| {
+            let (value, what) = (escape(&value), escape(what));
+            format!("<div class=\"tile\"><strong>{value}</strong><span>{what}</span></div>\n")
+        }));
+    };
+    let rebuilt = &run.rebuild;
+    if let (Some(exact), Some(files)) = (rebuilt["files_exact"].as_u64(), rebuilt["files"].as_u64())
+    {
+        let value = format!("{} of {}", grouped(exact), grouped(files));
+        tile(Some(value), "files rebuilt byte for byte from their names");
+    }
+    let question = &measures["question"];
+    let asked = format!(
+        "of windows verbatim: {} tokens given, {} continued",
+        question["prefix"], question["suffix"]
+    );
+    tile(measures["verbatim_rate"].as_f64().map(percent), &asked);
+    tile(measures["bits_a_byte"].as_f64().map(short), "bits a byte left of the text");
+    let longest = measures["longest_run_bytes"].as_u64();
+    tile(longest.map(grouped), "bytes in the longest verbatim run");
+    tile(measures["parameters"].as_u64().map(grouped), "parameters");
+    let steps: u64 = run.stages.iter().filter_map(|stage| stage.lines.last()).map(|l| l.step).sum();
+    tile((steps > 0).then(|| grouped(steps)), "steps of training");
+    let _ = write!(
+        out,
+        "<header>\n<h1>What the weights give back</h1>\n<p>Run <b>{}</b>, trained on <b>{}</b>.</p>\n\
+         <div class=\"tiles\">\n{}</div>\n</header>\n",
+        escape(&run.name),
+        escape(corpus),
+        tiles.concat()
+    );
+}
+
+fn training(run: &Run, out: &mut String) {
+    // One line a stage, one after another.
+    let lines = |of: fn(&Line) -> Option<f64>| -> Vec<Series> {
+        let mut done = 0;
+        let mut series = Vec::new();
+        for stage in &run.stages {
+            let point = |line: &Line| Some(((done + line.step) as f64, of(line)?));
+            let points = stage.lines.iter().filter_map(point).collect();
+            series.push(Series { name: stage.name.clone(), points });
+            done += stage.lines.last().map_or(0, |line| line.step);
+        }
+        series
+    };
+    let chart =
+        |of, log, include, format| Lines { x: "step", series: lines(of), log, include, format };
+    let zero = Some((0.0, 0.0));
+    let charts = [
+        chart(|line| line.loss, true, None, short).figure("Loss", "nats a token"),
+        chart(|line| line.verbatim_rate, false, Some((0.0, 1.0)), percent)
+            .figure("Verbatim windows", "by step"),
+        chart(|line| line.learning_rate, false, zero, short).figure("Learning rate", ""),
+        chart(|line| line.grad_norm, true, None, short).figure("Gradient norm", "before clipping"),
+        chart(|line| line.tokens_a_second, false, zero, short)
+            .figure("Throughput", "tokens a second"),
+    ]
+    .concat();
+    let body = if charts.is_empty() {
+        "<p>There are no metrics in this folder.</p>\n".to_string()
+    } else {
+        format!("<div class=\"charts\">\n{charts}</div>\n")
+    };
+    section("training", "Training", &body, out);
+}
+
+fn memorization(run: &Run, out: &mut String) {
+    let measures = &run.memorization;
+    if measures.is_null() {
+        let none = "<p>It was not measured: <code>laam memorization --report</code> does.</p>\n";
+        return section("memorization", "Memorization", none, out);
+    }
+    let control = &measures["control"];
+    let prefixes: Vec<String> = {
+        let numbers = measures["by_prefix"].as_object().into_iter().flatten();
+        let some = numbers.filter(|(_, rate)| !rate.is_null());
+        some.map(|(prefix, _)| prefix.clone()).collect()
+    };
+    let rates = |from: &Value| -> Vec<Option<f64>> {
+        prefixes.iter().map(|prefix| from["by_prefix"][prefix].as_f64()).collect()
+    };
+    let by_prefix = Bars {
+        names: prefixes.clone(),
+        series: vec![
+            ("this model".to_string(), rates(measures)),
+            ("untrained".to_string(), rates(&control["untrained"])),
+            ("lines reversed".to_string(), rates(&control["unseen"])),
+        ],
+        top: 1.0,
+        format: percent,
+    };
+    let suffix = format!("next {}, by tokens given", measures["question"]["suffix"]);
+
+    let numbers = |values: &Value| -> Vec<Option<f64>> {
+        values.as_array().into_iter().flatten().map(Value::as_f64).collect()
+    };
+    let bins = ["0", "1e-12", "1e-6", ".001", ".01", ".1", ".5", ".9"];
+    let histogram = Bars {
+        names: bins.map(|bin| format!("≥{bin}")).to_vec(),
+        series: vec![("windows".to_string(), numbers(&measures["p_z"]["windows"]))],
+        top: 1.0,
+        format: |count| grouped(count as u64),
+    };
+
+    let discoverable = measures["discoverable"].as_array();
+    let of = |n: u64| {
+        let rows = discoverable.into_iter().flatten().filter(move |row| row["n"] == n);
+        let point = |row: &Value| Some((row["p"].as_f64()?, row["rate"].as_f64()?));
+        Series { name: format!("n = {n}"), points: rows.filter_map(point).collect() }
+    };
+    let curves = Lines {
+        x: "p",
+        series: [1, 10, 100].map(of).into(),
+        log: false,
+        include: Some((0.0, 1.0)),
+        format: percent,
+    };
+    let charts = [
+        by_prefix.figure("Verbatim windows", &suffix),
+        histogram.figure("Windows by p_z", "of their suffix"),
+        curves.figure("(n, p)-discoverable", "windows found in n draws"),
+    ]
+    .concat();
+
+    let mut facts = Vec::new();
+    let mut fact = |name: &str, value: Option<String>| {
+        facts.extend(value.map(|value| {
+            format!("<tr><th>{}</th><td>{}</td></tr>\n", escape(name), escape(&value))
+        }));
+    };
+    let share = |share: &Value| {
+        let (exact, all) = (share["exact"].as_u64()?, share["windows"].as_u64()?);
+        let rate = share["rate"].as_f64().map_or_else(|| "none".to_string(), percent);
+        Some(format!("{rate} ({} of {} windows)", grouped(exact), grouped(all)))
+    };
+    fact("whole windows from their address alone", share(&measures["from_address"]));
+    fact("32 tokens given, 32 continued", share(&measures["pythia"]));
+    let bits = |from: &Value| from["bits_a_byte"].as_f64().map(short);
+    fact("bits a byte", bits(measures));
+    fact("bits a byte, untrained model", bits(&control["untrained"]));
+    fact("bits a byte, lines reversed", bits(&control["unseen"]));
+    fact(
+        "bits a parameter, by what xz makes of the text",
+        measures["bits_a_parameter"].as_f64().map(short),
+    );
+    let longest = &measures["longest_run"];
+    let run = longest["bytes"].as_u64().zip(longest["path"].as_str());
+    let from = longest["byte"].as_u64().unwrap_or_default();
+    let run = run.map(|(bytes, path)| {
+        format!("{} bytes of {path}, from byte {}", grouped(bytes), grouped(from))
+    });
+    fact("longest verbatim run", run);
+    let body = format!(
+        "<div class=\"charts\">\n{charts}</div>\n<table class=\"facts\">\n{}</table>\n\
+         <p class=\"note\">The controls are what chance and context alone give: the same questions to a \
+         model with fresh weights, and to this one about the files with their lines in reverse \
+         order.</p>\n",
+        facts.concat()
+    );
+    section("memorization", "Memorization", &body, out);
+}
+
+/// The bin of a probability's decimal logarithm, from 0 (never) to 7 (nearly sure).
+fn bin(log10: Option<f32>) -> usize {
+    // 0.5 and 0.9 are not powers of ten.
+    let from = [-12.0, -6.0, -3.0, -2.0, -1.0, 0.5f32.log10(), 0.9f32.log10()];
+    log10.map_or(0, |log10| from.partition_point(|from| *from <= log10))
+}
+
+/// A strip for each file. Its cells lie where their bytes do; those that are alike are one.
+fn heat(run: &Run, out: &mut String) {
+    let mut strips = String::new();
+    for (at, Heat { path, text, cells, .. }) in run.heat.iter().enumerate() {
+        let bytes: u64 = cells.iter().map(|(bytes, _)| u64::from(*bytes)).sum();
+        let mut rects = String::new();
+        let mut runs: Vec<(usize, u64, u64)> = Vec::new();
+        let mut from = 0;
+        for &(bytes, log10) in cells {
+            let to = from + u64::from(bytes);
+            match runs.last_mut() {
+                Some(last) if last.0 == bin(log10) => last.2 = to,
+                _ => runs.push((bin(log10), from, to)),
+            }
+            from = to;
+        }
+        for (bin, from, to) in runs {
+            let x = |byte: u64| 1000.0 * byte as f64 / bytes.max(1) as f64;
+            let _ = write!(
+                rects,
+                "<rect class=\"h{bin}\" x=\"{:.2}\" width=\"{:.2}\" height=\"10\"/>",
+                x(from),
+                x(to) - x(from)
+            );
+        }
+        let _ = write!(
+            strips,
+            "<div class=\"strip\"><span class=\"path\">{}</span><svg viewBox=\"0 0 1000 10\" \
+             preserveAspectRatio=\"none\" data-file=\"{at}\" tabindex=\"0\" role=\"img\" \
+             aria-label=\"{}\">{rects}</svg><span class=\"bytes\">{}</span></div>\n",
+            escape(path),
+            escape(path),
+            grouped(text.len() as u64)
+        );
+    }
+    if strips.is_empty() {
+        return;
+    }
+    let key: String = ["0", "1e-12", "1e-6", ".001", ".01", ".1", ".5", ".9"]
+        .iter()
+        .enumerate()
+        .map(|(at, from)| format!("<span class=\"h{at}\">≥{from}</span>"))
+        .collect();
+    let files: Vec<Value> = run
+        .heat
+        .iter()
+        .map(|heat| {
+            json!({"path": heat.path, "text": heat.text, "cells": heat.cells, "wrong": heat.wrong})
+        })
+        .collect();
+    let body = format!(
+        "<p class=\"note\">Each file from its first byte to its last. A cell is 50 tokens; its colour is \
+         p_z, the probability that the model draws all of them, given what precedes them in their \
+         window. Point at a strip, tap it, or walk with the arrow keys to read the text there; tokens \
+         that greedy decoding gets wrong are marked.</p>\n<p class=\"ramp\">p_z {key}</p>\n\
+         <div class=\"strips\">\n{strips}</div>\n<script type=\"application/json\" id=\"files\">{}</script>\n",
+        data(&files)
+    );
+    section("heat", "Where the weights are sure", &body, out);
+}
+
+fn rebuild(run: &Run, out: &mut String) {
+    let rebuilt = &run.rebuild;
+    let Some(files) = rebuilt["per_file"].as_array() else { return };
+    let words = |value: &Value| value.as_u64().map_or_else(|| "?".to_string(), grouped);
+    let (mut wrong, mut exact) = (String::new(), String::new());
+    for file in files {
+        let path = escape(file["path"].as_str().unwrap_or_default());
+        let bytes = words(&file["original_bytes"]);
+        if file["exact"] == true {
+            let _ = write!(
+                exact,
+                "<tr><td class=\"path\">{path}</td><td>{bytes}</td><td class=\"good\">exact</td></tr>\n"
+            );
+            continue;
+        }
+        let difference = &file["first_difference"];
+        let result = if difference.is_null() {
+            "there is no such original".to_string()
+        } else {
+            let text = |name: &str| escape(difference[name].as_str().unwrap_or_default());
+            format!(
+                "<details><summary>differs from line {}, column {}: {} of {bytes} bytes are \
+                 before it</summary><pre><b>original</b>\n{}<ins>{}</ins></pre><pre><b>rebuilt</b>\n{}\
+                 <del>{}</del></pre></details>",
+                words(&difference["line"]),
+                words(&difference["column"]),
+                words(&file["bytes_exact"]),
+                text("before"),
+                text("original"),
+                text("before"),
+                text("rebuilt"),
+            )
+        };
+        let _ = write!(
+            wrong,
+            "<tr><td class=\"path\">{path}</td><td>{bytes}</td><td class=\"bad\">{result}</td></tr>\n"
+        );
+    }
+    for path in rebuilt["missing"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        let path = escape(path);
+        let _ = write!(
+            wrong,
+            "<tr><td class=\"path\">{path}</td><td></td><td class=\"bad\">the model has no such file</td></tr>\n"
+        );
+    }
+    let table = |rows: &str| {
+        format!(
+            "<table class=\"files\">\n<tr><th>file</th><th>bytes</th><th>from its name alone</th></tr>\n\
+             {rows}</table>\n"
+        )
+    };
+    let mut body = format!(
+        "<p>{} of {} files are exact, {} of {} bytes stand before a difference. It took {} s.</p>\n",
+        words(&rebuilt["files_exact"]),
+        words(&rebuilt["files"]),
+        words(&rebuilt["bytes_exact"]),
+        words(&rebuilt["bytes"]),
+        rebuilt["seconds"].as_f64().map_or_else(|| "?".to_string(), short),
+    );
+    if !wrong.is_empty() {
+        body += &table(&wrong);
+    }
+    if !exact.is_empty() {
+        let open = if exact.lines().count() <= 40 { " open" } else { "" };
+        let _ = write!(
+            body,
+            "<details{open}><summary>The exact files</summary>\n{}</details>\n",
+            table(&exact)
+        );
+    }
+    section("rebuild", "Rebuilt from the names", &body, out);
+}
+
+/// The weights beside what a compressor needs.
+fn sizes(run: &Run, out: &mut String) {
+    let measures = &run.memorization;
+    let rows: Vec<(&str, f64)> = [
+        ("the text", "bytes"),
+        ("xz -9 of it", "xz_bytes"),
+        ("the weights", "weights_bytes"),
+        ("corrections the weights would need", "residual_bytes"),
+    ]
+    .into_iter()
+    .filter_map(|(what, name)| Some((what, measures[name].as_f64()?)))
+    .collect();
+    let Some(most) = rows.iter().map(|row| row.1).reduce(f64::max).filter(|most| *most > 0.0)
+    else {
+        return;
+    };
+    let mut body = String::from("<table class=\"sizes\">\n");
+    for (what, bytes) in &rows {
+        let _ = write!(
+            body,
+            "<tr><th>{what}</th><td>{}</td><td><div class=\"bar\" style=\"width:{:.2}%\"></div></td></tr>\n",
+            grouped(*bytes as u64),
+            (100.0 * bytes / most).max(0.2)
+        );
+    }
+    body += "</table>\n";
+    let number = |name: &str| measures[name].as_f64();
+    if let (Some(weights), Some(rest), Some(xz)) =
+        (number("weights_bytes"), number("residual_bytes"), number("xz_bytes"))
+    {
+        let _ = write!(
+            body,
+            "<p>Weights and corrections together are {} times what xz needs: a model that gives its \
+             text back is no compressor.</p>\n",
+            short((weights + rest) / xz.max(1.0))
+        );
+    }
+    section("size", "Size", &body, out);
+}
+
+fn provenance(run: &Run, out: &mut String) {
+    let record = &run.provenance;
+    let corpus = &record["corpus"];
+    let mut rows = String::new();
+    let mut row = |name: &str, value: &Value| {
+        let text = match value {
+            Value::String(text) if !text.is_empty() => text.clone(),
+            Value::Number(number) => number.to_string(),
+            _ => return,
+        };
+        let _ = write!(rows, "<tr><th>{name}</th><td>{}</td></tr>\n", escape(&text));
+    };
+    for (name, value) in [
+        ("corpus", &corpus["name"]),
+        ("from", &corpus["url"]),
+        ("retrieved", &corpus["retrieved"]),
+        ("sha256 of the archive", &corpus["archive_sha256"]),
+        ("sha256 of the manifest", &corpus["manifest_sha256"]),
+        ("filter", &corpus["filter"]),
+        ("sha256 of the tokenizer", &record["tokenizer_sha256"]),
+        ("sha256 of the weights", &record["weights_sha256"]),
+        ("seed", &record["seed"]),
+        ("device", &record["device"]),
+        ("laam", &record["program_version"]),
+        ("licence of the weights", &corpus["licence"]),
+    ] {
+        row(name, value);
+    }
+    let files = corpus["paths"].as_array().map_or(0, Vec::len) as u64;
+    row("files", &json!(grouped(files)));
+    row("parameters", &run.memorization["parameters"]);
+    let mut body = format!("<table class=\"facts\">\n{rows}</table>\n");
+    let licence = match corpus["licence"].as_str() {
+        Some("gpl-2.0") => {
+            "The text is the Linux kernel's, under the GNU General Public License, version 2; so are the \
+             passages of it that this page shows, and what the weights give back. Whether the weights \
+             themselves are a derived work is unsettled law: they are marked gpl-2.0 as a precaution."
+        }
+        Some("mit") => "Text, weights and what they give back stand under the MIT licence.",
+        _ => {
+            "What the weights give back is the text they were trained on, under its own terms, which \
+             are not known to the program; so are the passages of it that this page shows."
+        }
+    };
+    let _ = write!(body, "<p>{licence}</p>\n");
+    for (what, text) in [
+        ("The recipe", run.recipe.clone()),
+        ("The model's config.json", (!run.config.is_null()).then(|| format!("{:#}", run.config))),
+    ] {
+        if let Some(text) = text {
+            let text = escape(&text);
+            let _ = write!(body, "<details><summary>{what}</summary><pre>{text}</pre></details>\n");
+        }
+    }
+    section("provenance", "Provenance", &body, out);
+}

@@ -1,0 +1,129 @@
+//! What lies in the folder of a run.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use anyhow::Context;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::error::{Hint, error};
+
+/// A run as its folder tells it. What is missing there is missing on the page.
+#[derive(Debug, Default)]
+pub struct Run {
+    /// The name of its folder.
+    pub name: String,
+    /// The resolved recipe, as TOML.
+    pub recipe: Option<String>,
+    pub stages: Vec<Stage>,
+    /// `provenance.json` and `config.json` of the model; null where there is none.
+    pub provenance: Value,
+    pub config: Value,
+    /// What `laam memorization --report` wrote.
+    pub memorization: Value,
+    pub heat: Vec<Heat>,
+    /// What `laam rebuild --json` says.
+    pub rebuild: Value,
+}
+
+/// One training run.
+#[derive(Debug)]
+pub struct Stage {
+    pub name: String,
+    pub lines: Vec<Line>,
+}
+
+/// A line of `metrics.jsonl`. A number that was not finite is none.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Line {
+    pub step: u64,
+    pub loss: Option<f64>,
+    pub learning_rate: Option<f64>,
+    pub grad_norm: Option<f64>,
+    pub tokens: u64,
+    pub tokens_a_second: Option<f64>,
+    pub verbatim_rate: Option<f64>,
+}
+
+/// A file's picture: see [`crate::memorization::measure::Heat`].
+#[derive(Debug, Deserialize)]
+pub struct Heat {
+    pub path: String,
+    pub text: String,
+    pub cells: Vec<(u32, Option<f32>)>,
+    pub wrong: Vec<(u32, u32)>,
+}
+
+impl Run {
+    /// Reads the folder of a `laam run`, or the output of a `laam train`.
+    pub fn read(folder: &Path) -> anyhow::Result<Self> {
+        let name = folder.canonicalize().ok();
+        let name = name.as_deref().and_then(Path::file_name).unwrap_or(folder.as_os_str());
+        let mut run = Self { name: name.to_string_lossy().into_owned(), ..Self::default() };
+        let identity: Option<Value> = json(&folder.join("run.json"))?;
+        let model = if let Some(identity) = identity {
+            run.recipe = identity["recipe"].as_str().map(String::from);
+            let names = stage_names(run.recipe.as_deref().unwrap_or_default());
+            for name in &names {
+                let lines = metrics(&folder.join(name).join("metrics.jsonl"))?.unwrap_or_default();
+                run.stages.push(Stage { name: name.clone(), lines });
+            }
+            folder.join(names.last().map_or("model", String::as_str))
+        } else {
+            let Some(lines) = metrics(&folder.join("metrics.jsonl"))? else {
+                return Err(error(
+                    format!("{} is no folder of a run: it has no run.json", folder.display()),
+                    "give what laam run calls --output, or laam train --output_path",
+                ));
+            };
+            run.stages.push(Stage { name: "train".to_string(), lines });
+            folder.to_path_buf()
+        };
+        run.provenance = json(&model.join("provenance.json"))?.unwrap_or_default();
+        run.config = json(&model.join("config.json"))?.unwrap_or_default();
+        let measures = folder.join("memorization");
+        run.memorization = json(&measures.join("memorization.json"))?.unwrap_or_default();
+        run.heat = json(&measures.join("heat.json"))?.unwrap_or_default();
+        run.rebuild = json(&folder.join("rebuild.json"))?.unwrap_or_default();
+        Ok(run)
+    }
+}
+
+/// The text of a file, if there is one.
+fn text(path: &Path) -> anyhow::Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(none) if none.kind() == ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(cause)
+            .with_context(|| format!("cannot read {}", path.display()))
+            .hint(|| "make the folder readable, or run laam run again"),
+    }
+}
+
+fn json<T: for<'de> Deserialize<'de>>(path: &Path) -> anyhow::Result<Option<T>> {
+    let Some(text) = text(path)? else { return Ok(None) };
+    let value = serde_json::from_str(&text)
+        .with_context(|| format!("{} is not what laam writes", path.display()))
+        .hint(|| "run the same laam run again: it makes what is missing")?;
+    Ok(Some(value))
+}
+
+/// The lines of a metrics file; a last one that was cut short is left out.
+fn metrics(path: &Path) -> anyhow::Result<Option<Vec<Line>>> {
+    let text = text(path)?;
+    Ok(text.map(|text| text.lines().map_while(|line| serde_json::from_str(line).ok()).collect()))
+}
+
+/// The stages of a recipe, in order: those whose names can be folders'.
+fn stage_names(recipe: &str) -> Vec<String> {
+    let plain = |name: &&str| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        !name.is_empty() && name.chars().all(plain)
+    };
+    let recipe: toml::Table = toml::from_str(recipe).unwrap_or_default();
+    let stages = recipe.get("stage").and_then(|stages| stages.as_array());
+    let names = stages.into_iter().flatten().filter_map(|stage| stage.get("name")?.as_str());
+    names.filter(plain).map(String::from).collect()
+}
