@@ -18,6 +18,7 @@ mod rebuild;
 mod report;
 mod run;
 pub mod source;
+mod sweep;
 mod tokenize;
 mod train;
 mod train_tokenizer;
@@ -55,6 +56,7 @@ enum Command {
     Rebuild(rebuild::Arguments),
     Report(report::Arguments),
     Run(run::Arguments),
+    Sweep(sweep::Arguments),
     TrainTokenizer(train_tokenizer::Arguments),
     Tokenize(tokenize::Arguments),
     Train(Box<train::Arguments>),
@@ -116,6 +118,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
         Command::Rebuild(arguments) => rebuild::run(&arguments),
         Command::Report(arguments) => report::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
+        Command::Sweep(arguments) => sweep::run(&arguments),
         Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
         Command::Tokenize(arguments) => tokenize::run(&arguments),
         Command::Train(arguments) => train::run(&arguments),

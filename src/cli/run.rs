@@ -26,6 +26,7 @@ use crate::memorization::regenerate::Regenerator;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report;
 use crate::tokenizer::{Special, Tokenizer, Training};
+use crate::train::Finish;
 use crate::train::recipe::Recipe;
 
 /// Do everything: read the corpus, train the tokenizer and the model, and prove what it holds.
@@ -34,9 +35,11 @@ use crate::train::recipe::Recipe;
 /// done already is skipped, and what was cut off is resumed: run the same command again.
 #[derive(Args)]
 #[command(after_help = "\
-Recipes: sample (the built-in sample, in a minute), original (the first LaaM's two stages), or a file.
+Recipes: sample (the built-in sample, in a minute), linux-kernel-dir (a folder of some 150 kB, in a few
+minutes), original (the first LaaM's two stages), or a file.
 Examples:
   laam run
+  laam run --recipe linux-kernel-dir --source linux/kernel
   laam run --recipe original --version v1.0/1.0
   laam run --recipe sample --dry-run > mine.toml")]
 pub struct Arguments {
@@ -57,10 +60,10 @@ pub struct Arguments {
 
 /// What a folder of a run is about: another run must not go on in it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Identity {
+pub struct Identity {
     /// With every key it has, as TOML.
-    recipe: String,
-    corpus_sha256: String,
+    pub recipe: String,
+    pub corpus_sha256: String,
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
@@ -78,13 +81,38 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let identity = Identity { recipe: recipe.resolved()?, corpus_sha256: manifest.hash() };
     claim(&folder, &identity)?;
 
+    let Some((model, _)) = train(&*backend, &recipe, &corpus, &folder)? else {
+        return Ok(Outcome::Interrupted);
+    };
+    let outcome = prove(&*backend, &folder, &model, &corpus, recipe.rebuild)?;
+    let page = report::write(&folder)?;
+    writeln!(
+        io::stdout(),
+        "the model is in {}, the report in {}",
+        model.display(),
+        page.display()
+    )?;
+    if recipe.rebuild && outcome == Outcome::Done && manifest.source == SAMPLE {
+        writeln!(io::stdout(), "{}", compile_and_test(&folder.join("rebuilt"))?)?;
+    }
+    Ok(outcome)
+}
+
+/// Trains the tokenizer and every stage, or finds them done. Returns the folder of the model and how
+/// each stage ended; none where a person interrupted it.
+pub fn train(
+    backend: &dyn Backend,
+    recipe: &Recipe,
+    corpus: &Corpus,
+    folder: &Path,
+) -> anyhow::Result<Option<(PathBuf, Vec<Finish>)>> {
     let tokenizer = folder.join("tokenizer");
     if tokenizer.join("tokenizer.json").exists() {
         eprintln!("the tokenizer is there: {}", tokenizer.display());
     } else {
-        train_tokenizer(&recipe, &corpus, &tokenizer)?;
+        train_tokenizer(recipe, corpus, &tokenizer)?;
     }
-    let mut before: Option<PathBuf> = None;
+    let (mut before, mut finishes) = (None::<PathBuf>, Vec::new());
     for stage in &recipe.stages {
         if recipe.stages.len() > 1 {
             eprintln!("stage {}", stage.name);
@@ -101,28 +129,18 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
             metrics: output.join("metrics.jsonl"),
             tensorboard: None,
         };
-        if stage.train(&*backend, &corpus)?.interrupted {
-            return Ok(Outcome::Interrupted);
+        let finish = stage.train(backend, corpus)?;
+        if finish.interrupted {
+            return Ok(None);
         }
+        finishes.push(finish);
         before = Some(output);
     }
-    let model = before.expect("a recipe has a stage");
-    let outcome = prove(&*backend, &folder, &model, &corpus, recipe.rebuild)?;
-    let page = report::write(&folder)?;
-    writeln!(
-        io::stdout(),
-        "the model is in {}, the report in {}",
-        model.display(),
-        page.display()
-    )?;
-    if recipe.rebuild && outcome == Outcome::Done && manifest.source == SAMPLE {
-        writeln!(io::stdout(), "{}", compile_and_test(&folder.join("rebuilt"))?)?;
-    }
-    Ok(outcome)
+    Ok(before.map(|model| (model, finishes)))
 }
 
 /// Writes down whose folder it is, or refuses one that is another run's.
-fn claim(folder: &Path, identity: &Identity) -> anyhow::Result<()> {
+pub fn claim(folder: &Path, identity: &Identity) -> anyhow::Result<()> {
     let path = folder.join("run.json");
     let Ok(text) = fs::read_to_string(&path) else {
         return write_atomically(

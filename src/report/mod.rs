@@ -8,6 +8,7 @@ mod chart;
 mod html;
 mod page;
 mod run;
+pub mod sweep;
 
 use std::path::{Path, PathBuf};
 

@@ -11,6 +11,7 @@ pub mod prepare;
 pub mod recipe;
 mod schedule;
 mod settings;
+pub mod sweep;
 mod tensorboard;
 mod trainer;
 

@@ -24,9 +24,10 @@ use crate::error::{Hint, error};
 use crate::tokenizer::Style;
 
 /// The recipes that come with the program.
-pub const BUILT_IN: [(&str, &str); 2] = [
+pub const BUILT_IN: [(&str, &str); 3] = [
     ("sample", include_str!("recipes/sample.toml")),
     ("original", include_str!("recipes/original.toml")),
+    ("linux-kernel-dir", include_str!("recipes/linux-kernel-dir.toml")),
 ];
 
 /// A whole run.

@@ -21,6 +21,7 @@ mod run;
 mod sample;
 mod sass;
 mod support;
+mod sweep;
 mod tokenizer;
 mod tokens;
 mod trainer;

@@ -1,0 +1,196 @@
+//! `laam sweep`: one recipe again and again, with a few keys changed.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::{Map, Value, json};
+
+use super::run::{Identity, claim, train};
+use super::source::SourceArguments;
+use super::train_tokenizer::encoding_of;
+use super::{Outcome, backend, model, windows};
+use crate::backend::Backend;
+use crate::corpus::Corpus;
+use crate::error::Hint;
+use crate::files::write_atomically;
+use crate::memorization::measure::{Question, measure};
+use crate::memorization::verbatim::{PREFIX, SUFFIX};
+use crate::report::sweep::{Dot, plot};
+use crate::train::sweep::{Run, Sweep};
+
+/// Run a recipe with a grid or a list of changes, and tell what came of each.
+///
+/// Every run has a folder of its own. Runs that are done are skipped and one that was cut off is
+/// resumed: run the same command again. table.tsv, table.json and plot.svg are written after each
+/// run. files_exact counts the files all of whose tokens are the best guess: with addressed windows,
+/// those that a rebuild would give back.
+#[derive(Args)]
+#[command(after_help = "\
+A sweep is a TOML file:
+  recipe = \"linux-kernel-dir\"          a recipe, or a file beside this one
+  [set]                                of every run
+  epochs = 40
+  [grid]                               every combination
+  muon_learning_rate = [0.01, 0.02]
+  [[run]]                              and, or instead: these, one by one
+  batch_size = 4
+Example:
+  laam sweep rates.toml --source linux/kernel --limit 7")]
+pub struct Arguments {
+    /// The sweep
+    #[arg(value_name = "FILE.toml")]
+    sweep: PathBuf,
+    #[command(flatten)]
+    source: SourceArguments,
+    /// The folder for all runs [default: sweeps/NAME]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    backend: backend::Arguments,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+    let sweep = Sweep::read(&arguments.sweep)?;
+    let backend = arguments.backend.open()?;
+    let name = arguments.sweep.file_stem().unwrap_or_default();
+    let folder = arguments.output.clone().unwrap_or_else(|| Path::new("sweeps").join(name));
+    let mut rows = Vec::new();
+    for (at, run) in sweep.runs.iter().enumerate() {
+        eprintln!("run {} of {}: {}", at + 1, sweep.runs.len(), run.name);
+        let encoding = encoding_of(run.recipe.tokenizer.style);
+        let corpus = arguments.source.corpus(run.recipe.version.as_deref(), encoding)?;
+        match result(&*backend, run, &corpus, &folder.join(&run.name))? {
+            Some(row) => rows.push((run, row)),
+            None => return Ok(Outcome::Interrupted),
+        }
+        write(&folder, &sweep, &rows)?;
+    }
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{:#}", as_json(&sweep, &rows))?;
+    } else {
+        write!(out, "{}", table(&rows))?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// What came of a run, which is done first if it was not yet; none where it was interrupted.
+fn result(
+    backend: &dyn Backend,
+    run: &Run,
+    corpus: &Corpus,
+    folder: &Path,
+) -> anyhow::Result<Option<Value>> {
+    let manifest = corpus.manifest()?;
+    claim(folder, &Identity { recipe: run.recipe.resolved()?, corpus_sha256: manifest.hash() })?;
+    let path = folder.join("result.json");
+    match fs::read_to_string(&path) {
+        Ok(text) => {
+            let row = serde_json::from_str(&text)
+                .with_context(|| format!("{} is not what laam writes", path.display()))
+                .hint(|| "remove it: the run is measured again")?;
+            return Ok(Some(row));
+        }
+        Err(none) if none.kind() == io::ErrorKind::NotFound => {}
+        Err(cause) => {
+            return Err(cause)
+                .with_context(|| format!("cannot read {}", path.display()))
+                .hint(|| "make it readable, or remove it");
+        }
+    }
+    let Some((model, finishes)) = train(backend, &run.recipe, corpus, folder)? else {
+        return Ok(None);
+    };
+    let opened = model::open(&model)?;
+    let (cut, manifest) = windows::cut(corpus, &opened, windows::kind(None, &opened))?;
+    let windows = &cut.windows;
+    let config = &opened.model.config;
+    let all: Vec<usize> = (0..windows.len()).collect();
+    let question = Question { prefix: PREFIX, suffix: SUFFIX };
+    let batch = backend.micro_windows(windows.len(), windows.context());
+    let (weights, tokenizer) = (&opened.model.weights, &opened.tokenizer);
+    let measured =
+        measure(backend, config, weights, windows, tokenizer, &all, question, batch, |_| ())?;
+    let exact = measured.files.iter().filter(|file| file.tokens_right == file.tokens).count();
+    let metrics = last_line(&model)?;
+    let row = json!({
+        "parameters": config.parameter_count() as u64,
+        "steps": finishes.iter().map(|finish| finish.steps).sum::<u64>(),
+        "tokens": metrics["tokens"],
+        "seconds": metrics["seconds"],
+        "loss": measured.loss,
+        "bits_a_byte": measured.bits_a_byte,
+        "verbatim_rate": measured.verbatim_rate,
+        "windows_exact": measured.from_address.map(|share| share.exact),
+        "windows": windows.len(),
+        "files_exact": exact,
+        "files": manifest.files.len(),
+    });
+    write_atomically(&path, format!("{row:#}\n").as_bytes())?;
+    Ok(Some(row))
+}
+
+/// The last line of a model's metrics.
+fn last_line(model: &Path) -> anyhow::Result<Value> {
+    let path = model.join("metrics.jsonl");
+    let text = fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}", path.display()))
+        .hint(|| "remove the run's folder: it is done again")?;
+    let last = text.lines().rev().find_map(|line| serde_json::from_str(line).ok());
+    Ok(last.unwrap_or_default())
+}
+
+fn write(folder: &Path, sweep: &Sweep, rows: &[(&Run, Value)]) -> anyhow::Result<()> {
+    write_atomically(&folder.join("table.tsv"), table(rows).as_bytes())?;
+    let json = format!("{:#}\n", as_json(sweep, rows));
+    write_atomically(&folder.join("table.json"), json.as_bytes())?;
+    let dots: Vec<Dot> = rows
+        .iter()
+        .map(|(run, row)| {
+            let exact = row["windows_exact"].as_f64();
+            let share = exact.zip(row["windows"].as_f64()).map(|(exact, all)| exact / all);
+            Dot {
+                name: run.name.clone(),
+                bits_a_byte: row["bits_a_byte"].as_f64().unwrap_or(f64::NAN),
+                verbatim: share.or(row["verbatim_rate"].as_f64()),
+            }
+        })
+        .collect();
+    write_atomically(&folder.join("plot.svg"), plot(&sweep.description, &dots).as_bytes())
+}
+
+fn as_json(sweep: &Sweep, rows: &[(&Run, Value)]) -> Value {
+    let rows = rows.iter().map(|(run, row)| {
+        let mut row = row.clone();
+        row["name"] = json!(run.name);
+        row["changed"] = json!(run.changed);
+        row
+    });
+    json!({"description": sweep.description, "runs": rows.collect::<Vec<_>>()})
+}
+
+/// Tab-separated, with a line of names.
+fn table(rows: &[(&Run, Value)]) -> String {
+    let empty = Map::new();
+    let columns = rows.first().and_then(|(_, row)| row.as_object()).unwrap_or(&empty);
+    let mut text = String::from("name");
+    for name in columns.keys() {
+        let _ = write!(text, "\t{name}");
+    }
+    text.push('\n');
+    for (run, row) in rows {
+        text.push_str(&run.name);
+        for name in columns.keys() {
+            let _ = write!(text, "\t{}", row[name]);
+        }
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,97 @@
+//! A sweep as one picture: a line a run, its bits a byte as a dot, on a logarithmic axis.
+
+use std::fmt::Write;
+
+use super::html::{escape, percent, short};
+
+/// What is drawn of a run.
+pub struct Dot {
+    pub name: String,
+    pub bits_a_byte: f64,
+    /// The part of the windows that come back verbatim.
+    pub verbatim: Option<f64>,
+}
+
+const ROW: f64 = 18.0;
+/// Where the names end, and the dots.
+const LEFT: f64 = 330.0;
+const RIGHT: f64 = 640.0;
+const WIDTH: f64 = 760.0;
+
+/// A file of its own, on white.
+pub fn plot(title: &str, dots: &[Dot]) -> String {
+    let drawn = |dot: &&Dot| dot.bits_a_byte > 1e-12 && dot.bits_a_byte < 1e12;
+    let logs = dots.iter().filter(drawn).map(|dot| dot.bits_a_byte.log10());
+    let least = logs.clone().fold(f64::INFINITY, f64::min).floor();
+    let (from, to) = if least.is_finite() {
+        (least, logs.fold(f64::NEG_INFINITY, f64::max).ceil().max(least + 1.0))
+    } else {
+        (0.0, 1.0)
+    };
+    let x = |value: f64| LEFT + (value.log10() - from) / (to - from) * (RIGHT - LEFT);
+    let height = 58.0 + ROW * dots.len() as f64 + 24.0;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
+         font-family=\"system-ui, DejaVu Sans, sans-serif\" font-size=\"12\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n\
+         <text x=\"10\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{}</text>\n\
+         <text x=\"{LEFT}\" y=\"42\" fill=\"#555\">bits a byte</text>\n\
+         <text x=\"{}\" y=\"42\" fill=\"#555\">verbatim</text>\n",
+        escape(title),
+        RIGHT + 20.0
+    );
+    let bottom = 52.0 + ROW * dots.len() as f64;
+    for power in from as i32..=to as i32 {
+        let at = x(10f64.powi(power));
+        let _ = write!(
+            svg,
+            "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"50\" y2=\"{bottom}\" stroke=\"#ddd\"/>\n\
+             <text x=\"{at:.1}\" y=\"{}\" text-anchor=\"middle\" fill=\"#555\">{}</text>\n",
+            bottom + 16.0,
+            short(10f64.powi(power))
+        );
+    }
+    for (row, dot) in dots.iter().enumerate() {
+        let y = 52.0 + ROW * (row as f64 + 0.5);
+        let _ = write!(
+            svg,
+            "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
+            LEFT - 10.0,
+            y + 4.0,
+            escape(&dot.name)
+        );
+        if drawn(&dot) {
+            let _ = write!(
+                svg,
+                "<circle cx=\"{:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"#1f6feb\"><title>{}</title></circle>\n",
+                x(dot.bits_a_byte),
+                short(dot.bits_a_byte)
+            );
+        }
+        let _ = write!(
+            svg,
+            "<text x=\"{}\" y=\"{:.1}\">{}</text>\n",
+            RIGHT + 20.0,
+            y + 4.0,
+            dot.verbatim.map(percent).unwrap_or_default()
+        );
+    }
+    svg + "</svg>\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_run_has_its_dot_where_it_belongs() {
+        let dot = |bits_a_byte| Dot { name: "<a>".to_string(), bits_a_byte, verbatim: Some(0.5) };
+        let svg = plot("a & b", &[dot(0.1), dot(1.0), dot(0.01), dot(f64::NAN)]);
+        assert!(svg.contains("a &amp; b") && !svg.contains("<a>"));
+        let at: Vec<&str> =
+            svg.split("cx=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+        assert_eq!(at, ["485.0", "640.0", "330.0"]);
+        assert_eq!(svg.matches("50%").count(), 4);
+        assert!(plot("", &[]).ends_with("</svg>\n"));
+    }
+}
