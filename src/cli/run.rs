@@ -36,7 +36,7 @@ use crate::train::recipe::Recipe;
 #[derive(Args)]
 #[command(after_help = "\
 Recipes: sample (the built-in sample, in a minute), linux-kernel-dir (a folder of some 150 kB, in a few
-minutes), original (the first LaaM's two stages), or a file.
+minutes), linux-5m (Linux 1.0 whole), original (the first LaaM's two stages), or a file.
 Examples:
   laam run
   laam run --recipe linux-kernel-dir --source linux/kernel

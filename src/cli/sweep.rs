@@ -9,6 +9,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Map, Value, json};
 
+use super::rebuild::rebuild_all;
 use super::run::{Identity, claim, train};
 use super::source::SourceArguments;
 use super::train_tokenizer::encoding_of;
@@ -18,16 +19,17 @@ use crate::corpus::Corpus;
 use crate::error::Hint;
 use crate::files::write_atomically;
 use crate::memorization::measure::{Question, measure};
+use crate::memorization::rebuild::compare;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report::sweep::{Dot, plot};
+use crate::tokens::TokenFile;
 use crate::train::sweep::{Run, Sweep};
 
 /// Run a recipe with a grid or a list of changes, and tell what came of each.
 ///
 /// Every run has a folder of its own. Runs that are done are skipped and one that was cut off is
 /// resumed: run the same command again. table.tsv, table.json and plot.svg are written after each
-/// run. files_exact counts the files all of whose tokens are the best guess: with addressed windows,
-/// those that a rebuild would give back.
+/// run. Where the recipe says rebuild, files_exact counts the files that came back from their names.
 #[derive(Args)]
 #[command(after_help = "\
 A sweep is a TOML file:
@@ -118,7 +120,16 @@ fn result(
     let (weights, tokenizer) = (&opened.model.weights, &opened.tokenizer);
     let measured =
         measure(backend, config, weights, windows, tokenizer, &all, question, batch, |_| ())?;
-    let exact = measured.files.iter().filter(|file| file.tokens_right == file.tokens).count();
+    let files_exact = if run.recipe.rebuild {
+        let paths = model::paths(&model)?;
+        let output = folder.join("rebuilt");
+        let limit = 2 * longest(windows.file())?;
+        let kind = windows.kind();
+        let (rebuilt, _) = rebuild_all(backend, &opened, &paths, kind, limit, &output, true)?;
+        Some(compare(&output, &rebuilt, corpus.documents()?)?.files_exact())
+    } else {
+        None
+    };
     let metrics = last_line(&model)?;
     let row = json!({
         "parameters": config.parameter_count() as u64,
@@ -130,11 +141,17 @@ fn result(
         "verbatim_rate": measured.verbatim_rate,
         "windows_exact": measured.from_address.map(|share| share.exact),
         "windows": windows.len(),
-        "files_exact": exact,
+        "files_exact": files_exact,
         "files": manifest.files.len(),
     });
     write_atomically(&path, format!("{row:#}\n").as_bytes())?;
     Ok(Some(row))
+}
+
+/// The most tokens of a document: a model that has not learnt to end one is stopped at twice that.
+fn longest(file: &TokenFile) -> anyhow::Result<usize> {
+    (0..file.documents())
+        .try_fold(1, |most, document| Ok(most.max(file.document(document)?.tokens.len())))
 }
 
 /// The last line of a model's metrics.

@@ -15,9 +15,9 @@ pub fn card(config: &Config, precision: Precision, provenance: &Provenance) -> S
     let _ = write!(
         text,
         "# A Llama that memorizes {}\n\n\
-         Trained by laam {} until its weights give back, byte for byte, the files named in \
-         `provenance.json`. It is a record of those files in the form of a language model, and \
-         knows nothing else.\n\n\
+         Trained by laam {} to give back, byte for byte, the files named in `provenance.json`: \
+         `laam rebuild` asks for them by their names, and shows how far it does. It is a record of \
+         those files in the form of a language model, and knows nothing else.\n\n\
          {} parameters, stored in {}: {} layers, hidden size {}, {} attention heads sharing {} \
          key/value heads of dimension {}, vocabulary {}, windows of {} tokens.\n\n",
         plain(&corpus.name),
@@ -50,7 +50,9 @@ pub fn card(config: &Config, precision: Precision, provenance: &Provenance) -> S
         "- files: {}, chosen by: {}\n\n\
          `provenance.json` lists every path, the seed, the resolved recipe, the hashes of tokenizer \
          and weights, the program's version and the device. With the program's source it is the \
-         complete description of how the weights came to be.\n\n## Licence\n\n",
+         complete description of how the weights came to be. The Open Source AI Definition 1.0 \
+         (October 2024) asks for such a description and a listing of the training data; this one \
+         names every file, and the manifest's hash holds each to its bytes.\n\n## Licence\n\n",
         corpus.paths.len(),
         plain(&corpus.filter),
     );

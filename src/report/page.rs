@@ -39,7 +39,7 @@ pub fn page(run: &Run) -> String {
 
 fn section(id: &str, title: &str, body: &str, out: &mut String) {
     if !body.is_empty() {
-        let _ = write!(out, "<section id=\"{id}\">\n<h2>{title}</h2>\n{body}</section>\n");
+        let _ = writeln!(out, "<section id=\"{id}\">\n<h2>{title}</h2>\n{body}</section>");
     }
 }
 
@@ -72,10 +72,10 @@ fn head(run: &Run, out: &mut String) {
     tile(measures["parameters"].as_u64().map(grouped), "parameters");
     let steps: u64 = run.stages.iter().filter_map(|stage| stage.lines.last()).map(|l| l.step).sum();
     tile((steps > 0).then(|| grouped(steps)), "steps of training");
-    let _ = write!(
+    let _ = writeln!(
         out,
         "<header>\n<h1>What the weights give back</h1>\n<p>Run <b>{}</b>, trained on <b>{}</b>.</p>\n\
-         <div class=\"tiles\">\n{}</div>\n</header>\n",
+         <div class=\"tiles\">\n{}</div>\n</header>",
         escape(&run.name),
         escape(corpus),
         tiles.concat()
@@ -146,9 +146,8 @@ fn memorization(run: &Run, out: &mut String) {
     let numbers = |values: &Value| -> Vec<Option<f64>> {
         values.as_array().into_iter().flatten().map(Value::as_f64).collect()
     };
-    let bins = ["0", "1e-12", "1e-6", ".001", ".01", ".1", ".5", ".9"];
     let histogram = Bars {
-        names: bins.map(|bin| format!("≥{bin}")).to_vec(),
+        names: BINS.map(|bin| format!("≥{bin}")).to_vec(),
         series: vec![("windows".to_string(), numbers(&measures["p_z"]["windows"]))],
         top: 1.0,
         format: |count| grouped(count as u64),
@@ -212,6 +211,9 @@ fn memorization(run: &Run, out: &mut String) {
     section("memorization", "Memorization", &body, out);
 }
 
+/// Where the bins of p_z begin: those of [`crate::memorization::measure::Histogram`].
+const BINS: [&str; 8] = ["0", "1e-12", "1e-6", ".001", ".01", ".1", ".5", ".9"];
+
 /// The bin of a probability's decimal logarithm, from 0 (never) to 7 (nearly sure).
 fn bin(log10: Option<f32>) -> usize {
     // 0.5 and 0.9 are not powers of ten.
@@ -244,11 +246,11 @@ fn heat(run: &Run, out: &mut String) {
                 x(to) - x(from)
             );
         }
-        let _ = write!(
+        let _ = writeln!(
             strips,
             "<div class=\"strip\"><span class=\"path\">{}</span><svg viewBox=\"0 0 1000 10\" \
              preserveAspectRatio=\"none\" data-file=\"{at}\" tabindex=\"0\" role=\"img\" \
-             aria-label=\"{}\">{rects}</svg><span class=\"bytes\">{}</span></div>\n",
+             aria-label=\"{}\">{rects}</svg><span class=\"bytes\">{}</span></div>",
             escape(path),
             escape(path),
             grouped(text.len() as u64)
@@ -257,11 +259,10 @@ fn heat(run: &Run, out: &mut String) {
     if strips.is_empty() {
         return;
     }
-    let key: String = ["0", "1e-12", "1e-6", ".001", ".01", ".1", ".5", ".9"]
-        .iter()
-        .enumerate()
-        .map(|(at, from)| format!("<span class=\"h{at}\">≥{from}</span>"))
-        .collect();
+    let mut key = String::new();
+    for (at, from) in BINS.iter().enumerate() {
+        let _ = write!(key, "<span class=\"h{at}\">≥{from}</span>");
+    }
     let files: Vec<Value> = run
         .heat
         .iter()
@@ -289,9 +290,9 @@ fn rebuild(run: &Run, out: &mut String) {
         let path = escape(file["path"].as_str().unwrap_or_default());
         let bytes = words(&file["original_bytes"]);
         if file["exact"] == true {
-            let _ = write!(
+            let _ = writeln!(
                 exact,
-                "<tr><td class=\"path\">{path}</td><td>{bytes}</td><td class=\"good\">exact</td></tr>\n"
+                "<tr><td class=\"path\">{path}</td><td>{bytes}</td><td class=\"good\">exact</td></tr>"
             );
             continue;
         }
@@ -313,16 +314,16 @@ fn rebuild(run: &Run, out: &mut String) {
                 text("rebuilt"),
             )
         };
-        let _ = write!(
+        let _ = writeln!(
             wrong,
-            "<tr><td class=\"path\">{path}</td><td>{bytes}</td><td class=\"bad\">{result}</td></tr>\n"
+            "<tr><td class=\"path\">{path}</td><td>{bytes}</td><td class=\"bad\">{result}</td></tr>"
         );
     }
     for path in rebuilt["missing"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         let path = escape(path);
-        let _ = write!(
+        let _ = writeln!(
             wrong,
-            "<tr><td class=\"path\">{path}</td><td></td><td class=\"bad\">the model has no such file</td></tr>\n"
+            "<tr><td class=\"path\">{path}</td><td></td><td class=\"bad\">the model has no such file</td></tr>"
         );
     }
     let table = |rows: &str| {
@@ -344,9 +345,9 @@ fn rebuild(run: &Run, out: &mut String) {
     }
     if !exact.is_empty() {
         let open = if exact.lines().count() <= 40 { " open" } else { "" };
-        let _ = write!(
+        let _ = writeln!(
             body,
-            "<details{open}><summary>The exact files</summary>\n{}</details>\n",
+            "<details{open}><summary>The exact files</summary>\n{}</details>",
             table(&exact)
         );
     }
@@ -371,9 +372,9 @@ fn sizes(run: &Run, out: &mut String) {
     };
     let mut body = String::from("<table class=\"sizes\">\n");
     for (what, bytes) in &rows {
-        let _ = write!(
+        let _ = writeln!(
             body,
-            "<tr><th>{what}</th><td>{}</td><td><div class=\"bar\" style=\"width:{:.2}%\"></div></td></tr>\n",
+            "<tr><th>{what}</th><td>{}</td><td><div class=\"bar\" style=\"width:{:.2}%\"></div></td></tr>",
             grouped(*bytes as u64),
             (100.0 * bytes / most).max(0.2)
         );
@@ -383,10 +384,10 @@ fn sizes(run: &Run, out: &mut String) {
     if let (Some(weights), Some(rest), Some(xz)) =
         (number("weights_bytes"), number("residual_bytes"), number("xz_bytes"))
     {
-        let _ = write!(
+        let _ = writeln!(
             body,
             "<p>Weights and corrections together are {} times what xz needs: a model that gives its \
-             text back is no compressor.</p>\n",
+             text back is no compressor.</p>",
             short((weights + rest) / xz.max(1.0))
         );
     }
@@ -403,7 +404,7 @@ fn provenance(run: &Run, out: &mut String) {
             Value::Number(number) => number.to_string(),
             _ => return,
         };
-        let _ = write!(rows, "<tr><th>{name}</th><td>{}</td></tr>\n", escape(&text));
+        let _ = writeln!(rows, "<tr><th>{name}</th><td>{}</td></tr>", escape(&text));
     };
     for (name, value) in [
         ("corpus", &corpus["name"]),
@@ -437,14 +438,14 @@ fn provenance(run: &Run, out: &mut String) {
              are not known to the program; so are the passages of it that this page shows."
         }
     };
-    let _ = write!(body, "<p>{licence}</p>\n");
+    let _ = writeln!(body, "<p>{licence}</p>");
     for (what, text) in [
         ("The recipe", run.recipe.clone()),
         ("The model's config.json", (!run.config.is_null()).then(|| format!("{:#}", run.config))),
     ] {
         if let Some(text) = text {
             let text = escape(&text);
-            let _ = write!(body, "<details><summary>{what}</summary><pre>{text}</pre></details>\n");
+            let _ = writeln!(body, "<details><summary>{what}</summary><pre>{text}</pre></details>");
         }
     }
     section("provenance", "Provenance", &body, out);

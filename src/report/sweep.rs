@@ -43,34 +43,34 @@ pub fn plot(title: &str, dots: &[Dot]) -> String {
     let bottom = 52.0 + ROW * dots.len() as f64;
     for power in from as i32..=to as i32 {
         let at = x(10f64.powi(power));
-        let _ = write!(
+        let _ = writeln!(
             svg,
             "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"50\" y2=\"{bottom}\" stroke=\"#ddd\"/>\n\
-             <text x=\"{at:.1}\" y=\"{}\" text-anchor=\"middle\" fill=\"#555\">{}</text>\n",
+             <text x=\"{at:.1}\" y=\"{}\" text-anchor=\"middle\" fill=\"#555\">{}</text>",
             bottom + 16.0,
             short(10f64.powi(power))
         );
     }
     for (row, dot) in dots.iter().enumerate() {
         let y = 52.0 + ROW * (row as f64 + 0.5);
-        let _ = write!(
+        let _ = writeln!(
             svg,
-            "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
+            "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
             LEFT - 10.0,
             y + 4.0,
             escape(&dot.name)
         );
         if drawn(&dot) {
-            let _ = write!(
+            let _ = writeln!(
                 svg,
-                "<circle cx=\"{:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"#1f6feb\"><title>{}</title></circle>\n",
+                "<circle cx=\"{:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"#1f6feb\"><title>{}</title></circle>",
                 x(dot.bits_a_byte),
                 short(dot.bits_a_byte)
             );
         }
-        let _ = write!(
+        let _ = writeln!(
             svg,
-            "<text x=\"{}\" y=\"{:.1}\">{}</text>\n",
+            "<text x=\"{}\" y=\"{:.1}\">{}</text>",
             RIGHT + 20.0,
             y + 4.0,
             dot.verbatim.map(percent).unwrap_or_default()

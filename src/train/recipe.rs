@@ -24,9 +24,10 @@ use crate::error::{Hint, error};
 use crate::tokenizer::Style;
 
 /// The recipes that come with the program.
-pub const BUILT_IN: [(&str, &str); 3] = [
+pub const BUILT_IN: [(&str, &str); 4] = [
     ("sample", include_str!("recipes/sample.toml")),
     ("original", include_str!("recipes/original.toml")),
+    ("linux-5m", include_str!("recipes/linux-5m.toml")),
     ("linux-kernel-dir", include_str!("recipes/linux-kernel-dir.toml")),
 ];
 
@@ -148,6 +149,16 @@ mod tests {
         assert_eq!(recipe.tokenizer.vocab_size, 32768);
         let config = first.settings.config(32768, crate::tokenizer::Special::default()).unwrap();
         assert_eq!(config.parameter_count(), 4_662_336);
+    }
+
+    #[test]
+    fn linux_5m_has_no_more_parameters_than_the_first_laam() {
+        let recipe = Recipe::find("linux-5m").unwrap();
+        let [stage] = recipe.stages.as_slice() else { panic!("one stage") };
+        let special = crate::tokenizer::Special::default();
+        let config = stage.settings.config(recipe.tokenizer.vocab_size, special).unwrap();
+        assert_eq!(config.parameter_count(), 4_623_552);
+        assert!(config.parameter_count() <= 4_662_336);
     }
 
     #[test]
