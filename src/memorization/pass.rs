@@ -54,8 +54,8 @@ pub fn pass(
             programs.last().expect("it was made above");
         let indices = inputs.feed(&drawn);
         session.run(*program, &Feed { indices, ..Feed::default() })?;
-        let nll = session.floats(*program, losses.nll);
-        let argmax = session.indices(*program, losses.argmax);
+        let nll = session.floats(*program, losses.nll)?;
+        let argmax = session.indices(*program, losses.argmax)?;
         for (at, &window) in some.iter().enumerate() {
             let columns = at * context..(at + 1) * context;
             see(Seen {
