@@ -43,16 +43,22 @@ static_assert(STAGES * TILE == OWNED, "the owned rows come in through the stages
 // and looks at GROUP streamed rows at a time. Two strips halve the traffic of shared memory; what
 // bounds both is a thread's 255 registers, of which STRIPS * (3/4 WIDTH + 3/4 GROUP) hold matrices.
 template <int WIDTH>
-struct Cut {
-    static constexpr int STRIPS = 2, GROUP = 32;
+struct Cut;
+template <>
+struct Cut<32> {
+    static constexpr int STRIPS = 2, GROUP = 32, BLOCKS = 4;
+};
+template <>
+struct Cut<64> {
+    static constexpr int STRIPS = 2, GROUP = 32, BLOCKS = 3;
 };
 template <>
 struct Cut<128> {
-    static constexpr int STRIPS = 2, GROUP = 16;
+    static constexpr int STRIPS = 2, GROUP = 16, BLOCKS = 2;
 };
 template <>
 struct Cut<256> {
-    static constexpr int STRIPS = 1, GROUP = 16;
+    static constexpr int STRIPS = 1, GROUP = 16, BLOCKS = 1;
 };
 template <int WIDTH>
 constexpr int THREADS = OWNED / (16 * Cut<WIDTH>::STRIPS) * WARP;
@@ -94,23 +100,29 @@ struct Scratch {
 template <int WIDTH, int COUNT>
 __device__ void copy_rows(unsigned char *tile, const bf16 *matrix, int first, int limit, int hidden,
                           bool vectors) {
-    constexpr int N = FULL<bf16>, CHUNKS = WIDTH / N;
+    constexpr int N = FULL<bf16>, CHUNKS = WIDTH / N, AT_ONCE = THREADS<WIDTH> / CHUNKS;
+    const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * N;
+    unsigned char *to = tile + row * PITCH<WIDTH> + column * sizeof(bf16);
+    if (vectors) {
+        const bf16 *from = matrix + static_cast<size_t>(first + row) * hidden + column;
+        const int rows = column < hidden ? limit - first - row : 0;
 #pragma unroll
-    for (int i = threadIdx.x; i < COUNT * CHUNKS; i += THREADS<WIDTH>) {
-        const int row = i / CHUNKS, column = i % CHUNKS * N;
-        const bool there = first + row < limit;
-        const bf16 *from = matrix + (there ? static_cast<size_t>(first + row) * hidden : 0);
-        unsigned char *to = tile + row * PITCH<WIDTH> + column * sizeof(bf16);
-        if (vectors) {
-            const bool any = there && column < hidden;
-            copy_async(shared_address(to), any ? from + column : matrix, any ? 16 : 0);
-        } else {
-            float values[N];
-            for (int k = 0; k < N; k++) {
-                values[k] = there && column + k < hidden ? widen(from[column + k]) : 0.0f;
-            }
-            store(reinterpret_cast<bf16 *>(to), values);
+        for (int i = 0; i < COUNT; i += AT_ONCE) {
+            copy_async(shared_address(to + i * PITCH<WIDTH>), i < rows ? from : matrix,
+                       i < rows ? 16 : 0);
+            from += static_cast<size_t>(AT_ONCE) * hidden;
         }
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < COUNT; i += AT_ONCE) {
+        const bool there = first + row + i < limit;
+        const size_t at = static_cast<size_t>(first + row + i) * hidden + column;
+        float values[N];
+        for (int k = 0; k < N; k++) {
+            values[k] = there && column + k < hidden ? widen(matrix[at + k]) : 0.0f;
+        }
+        store(reinterpret_cast<bf16 *>(to + i * PITCH<WIDTH>), values);
     }
 }
 
@@ -232,7 +244,7 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
     // The two rows of each strip that this thread has a share of.
     float max[STRIPS][2], sum[STRIPS][2];
     uint32_t target[STRIPS][2];
-    int best[STRIPS][2];
+    const int part = blockIdx.y * static_cast<int>(scratch.padded) + first;
 #pragma unroll
     for (int s = 0; s < STRIPS; s++) {
 #pragma unroll
@@ -240,7 +252,7 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
             const int row = first + own.row(s, 2 * h);
             max[s][h] = LOWEST;
             sum[s][h] = 0.0f;
-            best[s][h] = begin;
+            if (own.lane % 4 == 0) scratch.best[part + own.row(s, 2 * h)] = begin;
             target[s][h] = row < rows ? targets[row] : IGNORE;
             if (target[s][h] >= vocab) target[s][h] = IGNORE;
         }
@@ -316,7 +328,7 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
                         if (higher > max[s][h]) {
                             const float shrink = exp2_approx((max[s][h] - higher) * LOG2_E);
                             max[s][h] = higher;
-                            best[s][h] = at;
+                            if (own.lane % 4 == 0) scratch.best[part + own.row(s, 2 * h)] = at;
                             sum[s][h] *= shrink;
 #pragma unroll
                             for (int j = 0; j < WIDTH / 8; j++) {
@@ -348,23 +360,21 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
         }
     }
 
-    const size_t part = blockIdx.y * scratch.padded + first;
 #pragma unroll
     for (int s = 0; s < STRIPS; s++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const size_t at = part + own.row(s, 2 * h);
+            const int at = part + own.row(s, 2 * h);
             const float all = sum_of_row(sum[s][h]);
             if (own.lane % 4 == 0) {
                 scratch.max[at] = max[s][h];
                 scratch.sum[at] = all;
-                scratch.best[at] = best[s][h];
             }
             if (!gradient) continue;
 #pragma unroll
             for (int j = 0; j < WIDTH / 8; j++) {
                 const float pair[2] = {dx[s][j][2 * h], dx[s][j][2 * h + 1]};
-                store(scratch.dx + at * WIDTH + own.column(j, 0), pair);
+                store(scratch.dx + static_cast<size_t>(at) * WIDTH + own.column(j, 0), pair);
             }
         }
     }
@@ -376,9 +386,8 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
                            int split_rows) {
     constexpr int STRIPS = Cut<WIDTH>::STRIPS, GROUP = Cut<WIDTH>::GROUP;
     extern __shared__ __align__(16) unsigned char memory[];
-    // [STAGES, TILE] each, behind the tiles.
-    float *const lses = reinterpret_cast<float *>(memory + STAGES * TILE_BYTES<WIDTH>);
-    uint32_t *const labels = reinterpret_cast<uint32_t *>(lses + STAGES * TILE);
+    // Behind the tiles, [STAGES, 3, TILE]: lse, label and miss of the tile's rows.
+    float *const facts = reinterpret_cast<float *>(memory + STAGES * TILE_BYTES<WIDTH>);
     const Scratch scratch(scratch_at, rows, 0);
     const int first = blockIdx.x * OWNED;
     const int begin = blockIdx.y * split_rows, end = min(rows, begin + split_rows);
@@ -392,11 +401,10 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
     __syncthreads();
     const auto copy = [&](int stage, int tile) {
         copy_rows<WIDTH, TILE>(memory + stage * TILE_BYTES<WIDTH>, x, tile, end, hidden, vectors);
-        const int at = threadIdx.x % 16 * 4;
-        if (threadIdx.x < 16) {
-            copy_async(shared_address(lses + stage * TILE + at), scratch.lse + tile + at, 16);
-        } else if (threadIdx.x < 32) {
-            copy_async(shared_address(labels + stage * TILE + at), scratch.label + tile + at, 16);
+        const int fact = threadIdx.x / 16, at = threadIdx.x % 16 * 4;
+        if (fact < 3) {
+            copy_async(shared_address(facts + (3 * stage + fact) * TILE + at),
+                       scratch.lse + fact * scratch.padded + tile + at, 16);
         }
         commit_copies();
     };
@@ -409,8 +417,8 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
         wait_for_copies<0>();
         __syncthreads();
         const unsigned char *streamed = memory + stage * TILE_BYTES<WIDTH>;
-        const float *lse = lses + stage * TILE;
-        const uint32_t *label = labels + stage * TILE;
+        const float *lse = facts + 3 * stage * TILE, *miss = lse + 2 * TILE;
+        const uint32_t *label = reinterpret_cast<const uint32_t *>(lse + TILE);
         stage ^= 1;
         if (tile + TILE < end) copy(stage, tile + TILE);
         for (int group = 0; group < TILE; group += GROUP) {
@@ -439,7 +447,7 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
                         const uint32_t row = label[token] - first;
 #pragma unroll
                         for (int s = 0; s < STRIPS; s++) {
-                            if (row == own.row(s, e)) p[s][j][e] = -scratch.miss[tile + token];
+                            if (row == own.row(s, e)) p[s][j][e] = -miss[token];
                         }
                     }
                 }
@@ -475,16 +483,16 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
         float *__restrict__ scratch, int rows, int vocab, int hidden, int split_words, int gradient
 #define ROWS_ARGUMENTS x, w, targets, scratch, rows, vocab, hidden, split_words, gradient != 0
 
-extern "C" __global__ void __launch_bounds__(THREADS<32>)
+extern "C" __global__ void __launch_bounds__(THREADS<32>, Cut<32>::BLOCKS)
 head_rows_32_bf16(ROWS_PARAMETERS) { pass_rows<32>(ROWS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<64>)
+extern "C" __global__ void __launch_bounds__(THREADS<64>, Cut<64>::BLOCKS)
 head_rows_64_bf16(ROWS_PARAMETERS) { pass_rows<64>(ROWS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<128>)
+extern "C" __global__ void __launch_bounds__(THREADS<128>, Cut<128>::BLOCKS)
 head_rows_128_bf16(ROWS_PARAMETERS) { pass_rows<128>(ROWS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<256>)
+extern "C" __global__ void __launch_bounds__(THREADS<256>, Cut<256>::BLOCKS)
 head_rows_256_bf16(ROWS_PARAMETERS) { pass_rows<256>(ROWS_ARGUMENTS); }
 
-// Pass 2. Launch: as pass 1, with a grid of (vocab / OWNED, splits of the rows) and 8 STAGES * TILE
+// Pass 2. Launch: as pass 1, with a grid of (vocab / OWNED, splits of the rows) and 12 STAGES * TILE
 // bytes of shared memory more. `partials`: [splits, vocab, hidden], or null where there is one split.
 #define WORDS_PARAMETERS                                                                            \
     const bf16 *__restrict__ x, const bf16 *__restrict__ w, const float *__restrict__ loss_scale, \
@@ -492,13 +500,13 @@ head_rows_256_bf16(ROWS_PARAMETERS) { pass_rows<256>(ROWS_ARGUMENTS); }
         int vocab, int hidden, int split_rows
 #define WORDS_ARGUMENTS x, w, loss_scale, scratch, dw, partials, rows, vocab, hidden, split_rows
 
-extern "C" __global__ void __launch_bounds__(THREADS<32>)
+extern "C" __global__ void __launch_bounds__(THREADS<32>, Cut<32>::BLOCKS)
 head_words_32_bf16(WORDS_PARAMETERS) { pass_words<32>(WORDS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<64>)
+extern "C" __global__ void __launch_bounds__(THREADS<64>, Cut<64>::BLOCKS)
 head_words_64_bf16(WORDS_PARAMETERS) { pass_words<64>(WORDS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<128>)
+extern "C" __global__ void __launch_bounds__(THREADS<128>, Cut<128>::BLOCKS)
 head_words_128_bf16(WORDS_PARAMETERS) { pass_words<128>(WORDS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<256>)
+extern "C" __global__ void __launch_bounds__(THREADS<256>, Cut<256>::BLOCKS)
 head_words_256_bf16(WORDS_PARAMETERS) { pass_words<256>(WORDS_ARGUMENTS); }
 
 // Adds up the parts of pass 1: nll, argmax, dx (null for the loss alone), and what pass 2 asks for.

@@ -260,7 +260,7 @@ impl Head {
             arguments.push(number(split_rows));
             let entry = format!("head_words_{width}_bf16");
             let grid = [vocab.div_ceil(128), splits.1];
-            launches.push(launch(&entry, grid, [threads, 1, 1], shared + 1024, arguments));
+            launches.push(launch(&entry, grid, [threads, 1, 1], shared + 1536, arguments));
         }
         if training && splits.1 > 1 {
             let mut arguments: Vec<Piece> = [partials, scale, dw].map(at).into();
