@@ -41,6 +41,19 @@ pub struct Arguments {
     /// Threads of the cpu backend [default: all]
     #[arg(long)]
     pub threads: Option<usize>,
+    /// How a GPU does the head and its loss
+    #[arg(long, value_enum, default_value_t)]
+    pub head: Path,
+}
+
+/// The way a GPU takes where it has several.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Path {
+    /// The fastest for the shape.
+    #[default]
+    Auto,
+    /// The one for every shape, which the fast ones are held against.
+    Plain,
 }
 
 impl Arguments {
@@ -73,19 +86,18 @@ impl Arguments {
             Kind::Auto => Kind::Cpu,
             kind => kind,
         };
+        let gpu = |open: Open| gpu(open, numbers, profile, self.head == Path::Plain);
         Ok(match kind {
             Kind::Reference => {
                 let precision = reference::Precision::F32;
                 Box::new(Reference { precision, rounding: Rounding::None })
             }
-            Kind::Cuda => {
-                Box::new(gpu(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), numbers, profile)?)
-            }
+            Kind::Cuda => Box::new(gpu(Arc::new(|| Ok(Box::new(Cuda::new(0)?))))?),
             Kind::Sim => {
                 let all = || std::thread::available_parallelism().map_or(1, usize::from);
                 let threads = self.threads.unwrap_or_else(all);
                 let options = ptxsim::Options { threads, ..ptxsim::Options::default() };
-                Box::new(gpu(Arc::new(move || Ok(Box::new(Sim::new(options)?))), numbers, profile)?)
+                Box::new(gpu(Arc::new(move || Ok(Box::new(Sim::new(options)?))))?)
             }
             Kind::Auto | Kind::Cpu => Box::new(Cpu::new(self.threads)),
         })
@@ -106,12 +118,12 @@ impl Arguments {
     }
 }
 
-fn gpu(open: Open, numbers: Type, profile: bool) -> anyhow::Result<Gpu> {
+fn gpu(open: Open, numbers: Type, profile: bool, plain_head: bool) -> anyhow::Result<Gpu> {
     if numbers == Type::F16 {
         return Err(error(
             "float16 has no loss scaling on a GPU yet, in --precision",
             "use --precision bfloat16, which needs none, or float32",
         ));
     }
-    Gpu::new(open, Options { numbers, graphs: true, profile })
+    Gpu::new(open, Options { numbers, graphs: true, profile, plain_head })
 }

@@ -83,6 +83,7 @@ impl Shape {
 pub(super) struct Launcher<'a> {
     pub device: &'a mut dyn Device,
     pub numbers: Type,
+    pub plain_head: bool,
     pub arenas: Arenas,
     pub control: Control,
     pub program: &'a Program,

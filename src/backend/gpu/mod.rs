@@ -39,6 +39,8 @@ pub struct Options {
     pub graphs: bool,
     /// Time every operation. Slower, and without graphs.
     pub profile: bool,
+    /// The head by products and logits in memory, whatever its shape.
+    pub plain_head: bool,
 }
 
 /// The kernels on a device.
@@ -90,7 +92,7 @@ impl Backend for Gpu {
 
     fn workspace(&self, program: &Program) -> usize {
         // A training program has no update in it, which alone depends on the length of the arena.
-        session::workspace(program, 0, self.options.numbers)
+        session::workspace(program, 0, self.options)
     }
 
     fn copies(&self, layout: &Layout) -> usize {

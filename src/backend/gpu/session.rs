@@ -47,16 +47,16 @@ struct Ready {
 }
 
 /// Bytes of scratch that the hungriest operation of a program takes.
-pub(super) fn workspace(program: &Program, arena: usize, numbers: Type) -> usize {
-    program.ops.iter().map(|op| scratch(op, program, arena, numbers)).max().unwrap_or(0)
+pub(super) fn workspace(program: &Program, arena: usize, options: Options) -> usize {
+    program.ops.iter().map(|op| scratch(op, program, arena, options)).max().unwrap_or(0)
 }
 
-fn scratch(op: &Op, program: &Program, arena: usize, numbers: Type) -> usize {
+fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize {
     match op {
         Op::EmbedBackward(o) => embed::workspace(o, program.info(o.ids).len),
-        Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, numbers),
+        Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, options.numbers),
         Op::AttentionBackward(o) => attention::workspace(o),
-        Op::HeadLoss(o) => head::workspace(o, numbers),
+        Op::HeadLoss(o) => head::workspace(o, options),
         Op::GradNorm(_) => update::norm_workspace(arena),
         Op::AdamWStep(_) => update::adamw_workspace(),
         Op::MuonStep(o) => muon::workspace(o),
@@ -182,6 +182,7 @@ impl Model {
             let mut launcher = Launcher {
                 device: &mut *self.device,
                 numbers: self.options.numbers,
+                plain_head: self.options.plain_head,
                 arenas: self.arenas,
                 control: self.control,
                 program: &ready.program,
@@ -332,7 +333,7 @@ impl Session for Model {
         check_sizes(&program, self.arenas)?;
         let plan = program.byte_plan(self.options.numbers.size());
         self.grow(|model| &mut model.block, plan.bytes)?;
-        let bytes = workspace(&program, self.arenas.len, self.options.numbers);
+        let bytes = workspace(&program, self.arenas.len, self.options);
         self.grow(|model| &mut model.scratch, bytes)?;
         let mut tables = HashMap::new();
         for (at, op) in program.ops.iter().enumerate() {
