@@ -18,13 +18,17 @@ use laam::train::Engine;
 
 /// The backend in the simulator, or `None` after a loud line.
 fn sim(numbers: Type, graphs: bool, threads: usize) -> Option<Gpu> {
+    open(Options { numbers, graphs, profile: false, plain_head: false }, threads)
+}
+
+fn open(options: Options, threads: usize) -> Option<Gpu> {
     if let Err(why) = BUILD.cuda {
         eprintln!("SKIPPED: the GPU backend in the simulator, because {why}");
         return None;
     }
-    let options = ptxsim::Options { threads, ..ptxsim::Options::default() };
-    let open = Arc::new(move || Ok(Box::new(Sim::new(options)?) as _));
-    Some(Gpu::new(open, Options { numbers, graphs, profile: false }).unwrap())
+    let simulator = ptxsim::Options { threads, ..ptxsim::Options::default() };
+    let open = Arc::new(move || Ok(Box::new(Sim::new(simulator)?) as _));
+    Some(Gpu::new(open, options).unwrap())
 }
 
 #[test]
@@ -36,6 +40,16 @@ fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
         let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
         assert!(failed.is_empty(), "{failed:#?}");
     }
+}
+
+#[test]
+fn the_heads_plain_path_is_right_where_it_has_a_fast_one() {
+    let options = Options { numbers: Type::Bf16, graphs: false, profile: false, plain_head: true };
+    let Some(backend) = open(options, 2) else { return };
+    let selection = Selection { only: Some("head_loss"), size: Size::Small, seed: 1 };
+    let rows = check(&backend, &selection, |_| {}).unwrap();
+    let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
 }
 
 /// Issue-sized: hidden 64, two layers, 8 heads on 2 key/value heads, a vocabulary of 512.
