@@ -9,7 +9,10 @@ use serde_json::{Value, json};
 
 use super::Outcome;
 use crate::corpus::cache_folder;
+use crate::device::Device;
+use crate::device::cuda::{self, Cuda};
 use crate::device::driver::{Driver, oldest_driver};
+use crate::error::hint_of;
 use crate::kernels::{BUILD, KERNELS};
 
 /// Say what was built, what this machine offers, and how to mend what is missing.
@@ -35,6 +38,12 @@ struct Findings {
     threads: usize,
     features: Vec<&'static str>,
     driver: Driver,
+    /// Names of the backends that this build and this machine offer.
+    backends: Vec<&'static str>,
+    /// Each card the driver shows, or why it cannot be used.
+    cards: Vec<Result<String, String>>,
+    /// Whether cuBLASLt can be loaded, and the file where it had to be searched for.
+    cublaslt: Option<Option<PathBuf>>,
     cache: Option<PathBuf>,
     advice: Vec<Advice>,
 }
@@ -51,9 +60,18 @@ impl Findings {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             features: cpu_features(),
             driver: Driver::find(),
+            backends: vec!["cpu", "reference"],
+            cards: (0..cuda::count()).map(card).collect(),
+            cublaslt: cuda::cublaslt(),
             cache: cache_folder().ok(),
             advice: Vec::new(),
         };
+        if BUILD.cuda.is_ok() {
+            findings.backends.push("sim");
+        }
+        if findings.cards.iter().any(Result::is_ok) {
+            findings.backends.push("cuda");
+        }
         findings.advise();
         findings
     }
@@ -90,6 +108,15 @@ impl Findings {
             ),
             Some(_) => {}
         }
+        if self.cublaslt.is_none() && (driver.library.is_some() || driver.version.is_some()) {
+            add(
+                "no cuBLASLt (libcublasLt.so.13 or .12), which the GPU's products need".into(),
+                "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
+            );
+        }
+        for card in self.cards.iter().flat_map(|card| card.as_ref().err()) {
+            add(format!("a card that cannot be used: {card}"), "use --backend cpu until then");
+        }
         let writable = self.cache.as_deref().is_some_and(is_writable);
         if !writable {
             add("no place to keep downloads".into(), "set LAAM_CACHE to a folder you may write to");
@@ -110,13 +137,22 @@ impl Findings {
             }
             Err(why) => writeln!(out, "  kernels none: {why}")?,
         }
-        writeln!(out, "  runs on cpu, reference (the kernels are not called yet)")?;
+        writeln!(out, "  runs on {}", self.backends.join(", "))?;
         writeln!(out, "this machine")?;
         writeln!(out, "  cpu     {} threads, {}", self.threads, self.features.join(", "))?;
         writeln!(out, "  driver  {}", or_none(self.driver.version.clone()))?;
         let library = self.driver.library.as_ref().map(|path| path.display().to_string());
         writeln!(out, "  libcuda {}", or_none(library))?;
         writeln!(out, "  cards   {}", self.driver.cards)?;
+        for card in self.cards.iter().flatten() {
+            writeln!(out, "          {card}")?;
+        }
+        let cublaslt = match &self.cublaslt {
+            None => "none".to_string(),
+            Some(None) => "found by the loader".to_string(),
+            Some(Some(path)) => path.display().to_string(),
+        };
+        writeln!(out, "  cublas  {cublaslt}")?;
         let cache = self.cache.as_ref().map(|path| path.display().to_string());
         writeln!(out, "  cache   {}", or_none(cache))?;
         for Advice { missing, hint } in &self.advice {
@@ -133,7 +169,7 @@ impl Findings {
             "target": BUILD.target,
             "profile": BUILD.profile,
             "rustc": BUILD.rustc,
-            "backends": ["cpu", "reference"],
+            "backends": self.backends,
             "kernels": names(),
             "nvcc": nvcc.map(|nvcc| nvcc.path),
             "nvcc_version": nvcc.map(|nvcc| nvcc.version),
@@ -144,12 +180,34 @@ impl Findings {
             "driver": self.driver.version,
             "libcuda": self.driver.library,
             "cards": self.driver.cards,
+            "usable_cards": self.cards.iter().flatten().collect::<Vec<_>>(),
+            "cublaslt": self.cublaslt.is_some(),
+            "cublaslt_file": self.cublaslt.clone().flatten(),
             "cache": self.cache,
             "missing": self.advice.iter()
                 .map(|advice| json!({ "what": advice.missing, "hint": advice.hint }))
                 .collect::<Vec<_>>(),
         })
     }
+}
+
+/// What a card is, or why it cannot be used.
+fn card(ordinal: usize) -> Result<String, String> {
+    let describe = || {
+        let device = Cuda::new(ordinal)?;
+        let (free, total) = device.memory()?;
+        let giga = |bytes: u64| bytes as f64 / 1e9;
+        anyhow::Ok(format!(
+            "{}, {:.1} of {:.1} GB free",
+            device.describe(),
+            giga(free),
+            giga(total)
+        ))
+    };
+    describe().map_err(|why| match hint_of(&why) {
+        Some(hint) => format!("{why:#} ({hint})"),
+        None => format!("{why:#}"),
+    })
 }
 
 fn names() -> Vec<&'static str> {

@@ -74,6 +74,8 @@ pub struct Trainer<'a> {
     skipped: u64,
     /// Nothing of this run lies in the output folder yet.
     unsaved: bool,
+    /// Whether a step of this run was looked at for parameters without a gradient.
+    looked_for_lost: bool,
     /// What a person should know before it begins.
     notes: Vec<String>,
 }
@@ -129,7 +131,18 @@ impl<'a> Trainer<'a> {
             let fresh = || initialize(&config, engine.layout(), settings.seed);
             engine.write(Arena::Parameters, &weights.unwrap_or_else(fresh))?;
         }
-        Ok(Self { job, config, engine, sampler, state, skipped: 0, unsaved, notes })
+        let looked_for_lost = false;
+        Ok(Self {
+            job,
+            config,
+            engine,
+            sampler,
+            state,
+            skipped: 0,
+            unsaved,
+            looked_for_lost,
+            notes,
+        })
     }
 
     /// Steps that were done before this run went on.
@@ -247,6 +260,10 @@ impl<'a> Trainer<'a> {
             batches.push(windows.draw(&self.sampler.next(settings.batch_size))?);
         }
         let outcome = self.engine.step(&batches, rates)?;
+        if !self.looked_for_lost {
+            self.looked_for_lost = true;
+            self.note_lost_gradients(observer)?;
+        }
         let state = &mut self.state;
         state.step += 1;
         state.position = self.sampler.position();
@@ -269,6 +286,18 @@ impl<'a> Trainer<'a> {
             ));
         }
         Ok(outcome)
+    }
+
+    /// Tells of parameters that got no gradient at all so far, which their first moments show: a
+    /// backward that forgets one trains on without a sign of it.
+    fn note_lost_gradients(&self, observer: &mut dyn Observer) -> anyhow::Result<()> {
+        let moments = self.engine.read(Arena::FirstMoment)?;
+        for parameter in &self.engine.layout().parameters {
+            if moments[parameter.span.range()].iter().all(|&moment| moment == 0.0) {
+                observer.note(&format!("{} gets no gradient: it is not trained", parameter.name));
+            }
+        }
+        Ok(())
     }
 
     fn epoch(&self) -> f64 {

@@ -267,7 +267,16 @@ fn rope() {
         shape,
         dqkv,
     })];
-    pair.forward = vec![Op::Rope(Rope { qkv, start: None, positions: shape.context, frequencies, shape, q, k, v })];
+    pair.forward = vec![Op::Rope(Rope {
+        qkv,
+        start: None,
+        positions: shape.context,
+        frequencies,
+        shape,
+        q,
+        k,
+        v,
+    })];
     assert!(pair.error() < BOUND);
 }
 
