@@ -307,6 +307,9 @@ fn two_passes_are_right(module: &Module) {
         for id in (0..vocab / 2).step_by(3) {
             let twice = (id + vocab / 2) * hidden;
             w.copy_within(id * hidden..(id + 1) * hidden, twice);
+            if id + 8 < vocab / 2 {
+                w.copy_within(id * hidden..(id + 1) * hidden, (id + 8) * hidden);
+            }
         }
         // Some rows all but know a word, every other time their target.
         let sure: Vec<usize> = (0..rows).filter(|row| row % 5 == 4).collect();
@@ -338,4 +341,97 @@ fn two_passes_are_right(module: &Module) {
             }
         }
     }
+}
+
+#[test]
+#[ignore = "two minutes of compiling: cargo test --test suite mistakes -- --include-ignored"]
+fn mistakes_in_the_two_passes_are_seen() {
+    let bugs = [
+        (
+            "words of the next tile over this one",
+            "memory + stage * TILE_BYTES<WIDTH>, w, tile + TILE",
+            "memory + (stage ^ 1) * TILE_BYTES<WIDTH>, w, tile + TILE",
+        ),
+        (
+            "owned rows overwritten while they are read",
+            "    __syncthreads();\n    copy_rows<WIDTH, TILE>(memory, w, begin",
+            "    copy_rows<WIDTH, TILE>(memory, w, begin",
+        ),
+        ("words beyond the last", "if (word + GROUP > end) {", "if (false) {"),
+        (
+            "the target's column taken twice",
+            "                                    z[s][j][e] = -INFINITY;\n",
+            "",
+        ),
+        ("sum not rescaled", "sum[s][h] *= shrink;", ""),
+        ("dx of the upper row not rescaled", "dx[s][j][2 * h + 1] *= shrink;", ""),
+        (
+            "last of equals in a group",
+            "j = GROUP / 8 - 1; j >= 0; j--",
+            "j = 0; j < GROUP / 8; j++",
+        ),
+        ("last of equals in four threads", "at = min(at, __shfl_xor_sync(ALL, at, 2));", ""),
+        ("last of equal groups", "if (higher > max[s][h]) {", "if (higher >= max[s][h]) {"),
+        ("last of equal splits", "if (scratch.max[at] > max) {", "if (scratch.max[at] >= max) {"),
+        ("a target not looked for", " || target[s][h] - word < GROUP", ""),
+        (
+            "splits not brought to one maximum",
+            "return exp2_approx((scratch.max[at] - max) * LOG2_E);",
+            "return 1.0f;",
+        ),
+        ("the target's row of w left in", "sum -= miss *", "sum -= 0.0f *"),
+        ("gradient where the target is ignored", "counts ? *loss_scale : 0.0f", "*loss_scale"),
+        (
+            "dw where the target is ignored",
+            "counts ? max * LOG2_E + log2f(all) : INFINITY",
+            "max * LOG2_E + log2f(all)",
+        ),
+        ("targets of a block not looked for", "__any_sync(ALL, one - first < OWNED)", "false"),
+        (
+            "the one-hot in the next row",
+            "if (row == own.row(s, e)) p",
+            "if (row + 1 == own.row(s, e)) p",
+        ),
+        ("lse of the neighbour", "-shift[e % 2]", "-shift[0]"),
+        ("dw assigned", "dw[at] += scale * sums[s][j][e];", "dw[at] = scale * sums[s][j][e];"),
+        ("dw's parts assigned", "dw[at] += *loss_scale * sum;", "dw[at] = *loss_scale * sum;"),
+        (
+            "a part of dw missing",
+            "for (int split = 0; split < splits; split++) sum += partials",
+            "for (int split = 1; split < splits; split++) sum += partials",
+        ),
+        (
+            "columns beyond hidden",
+            "const bool any = there && column < hidden;",
+            "const bool any = there;",
+        ),
+        ("single values beyond hidden", "there && column + k < hidden ?", "there ?"),
+        (
+            "vectors from anywhere",
+            "hidden % FULL<bf16> == 0 && aligned(x, w);\n\n    copy_rows<WIDTH, OWNED>(memory, x",
+            "hidden % FULL<bf16> == 0;\n\n    copy_rows<WIDTH, OWNED>(memory, x",
+        ),
+        (
+            "matrices not turned",
+            "ldmatrix.sync.aligned.m8n8.x4.trans",
+            "ldmatrix.sync.aligned.m8n8.x4",
+        ),
+        (
+            "halves of a operand swapped",
+            "multiply_add_bf16(sums[s][j], a[s], b[0], b[1]);",
+            "multiply_add_bf16(sums[s][j], a[s], b[1], b[0]);",
+        ),
+        (
+            "a pair the wrong way round",
+            "__floats2bfloat162_rn(low, high)",
+            "__floats2bfloat162_rn(high, low)",
+        ),
+        ("copies not committed", "asm volatile(\"cp.async.commit_group;\" ::: \"memory\");", ""),
+        (
+            "waits not waiting",
+            "asm volatile(\"cp.async.wait_group %0;\" ::\"n\"(PENDING) : \"memory\");",
+            "",
+        ),
+    ];
+    planted("head_two_pass", &bugs, two_passes_are_right);
 }
