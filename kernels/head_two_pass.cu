@@ -13,14 +13,17 @@
 // Pass 2, `head_words`: a block owns 128 rows of w and streams x; with S known, a gradient is one
 // exponential. The rows may be split among blocks: `head_words_join` adds the parts up.
 //
-// What enters a second product is rounded to bf16: exp(z - max), without the target's, in pass 1 and
-// exp(z) / S - onehot in pass 2. The target's share of dx, (exp(z[target]) / S - 1) w[target], is added in f32 by
-// `head_join`: for a token that is known almost surely it is the difference of two near numbers.
+// What enters a second product is rounded to bf16: exp(z - max) without the target's in pass 1,
+// exp(z) / S - onehot in pass 2. The target's own share of dx, (exp(z[target]) / S - 1) w[target], is
+// added in f32 by `head_join`: of a token that is all but known it is a small difference, which a
+// rounding before it would drown.
 //
 // x, dx: [rows, hidden], w: [vocab, hidden] in bf16; dw: [vocab, hidden] in f32; targets, argmax:
-// [rows] u32; nll: [rows] f32. A target beyond the vocabulary is ignored. No overlaps.
-// Either pass: 4 rows vocab hidden FLOPs (6 of the 8 useful), rows vocab exponentials; 4 rows hidden
-// + 2 vocab hidden + 16 rows bytes and 2 rows hidden + 10 vocab hidden.
+// [rows] u32; nll: [rows] f32. A target beyond the vocabulary is ignored. No overlaps. Where hidden is
+// no multiple of 8 or a pointer none of 16 bytes, rows come in by single values: right, and slow.
+// Pass 1: 4 rows vocab hidden FLOPs, rows vocab exponentials, 4 rows hidden + 2 vocab hidden + 8 rows
+// bytes; pass 2: as many and as many, 2 rows hidden + 10 vocab hidden bytes. 6 of the 8 FLOPs are
+// useful. Bound by matrix instructions, then by exponentials and issue slots: docs/kernels.md.
 #include "lib/ptx.cuh"
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
@@ -40,8 +43,9 @@ constexpr int STAGES = 2;
 static_assert(STAGES * TILE == OWNED, "the owned rows come in through the stages");
 
 // How a block is cut, by the width to which hidden is padded: a warp owns STRIPS strips of 16 rows
-// and looks at GROUP streamed rows at a time. Two strips halve the traffic of shared memory; what
-// bounds both is a thread's 255 registers, of which STRIPS * (3/4 WIDTH + 3/4 GROUP) hold matrices.
+// and looks at GROUP streamed rows at a time; BLOCKS fit a multiprocessor. Two strips halve the
+// traffic of shared memory. What bounds all three is the registers: of a thread's, at most 255,
+// STRIPS * 3/4 (WIDTH + GROUP) hold matrices.
 template <int WIDTH>
 struct Cut;
 template <>
@@ -195,7 +199,8 @@ struct Owned {
             for (int s = 0; s < STRIPS; s++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    a[s][i] = pack_bf16(p[s][2 * k + i / 2][i % 2 * 2], p[s][2 * k + i / 2][i % 2 * 2 + 1]);
+                    const float *pair = &p[s][2 * k + i / 2][i % 2 * 2];
+                    a[s][i] = pack_bf16(pair[0], pair[1]);
                 }
             }
 #pragma unroll
@@ -476,9 +481,10 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
     }
 }
 
-// Pass 1. Launch: blocks of THREADS threads; a grid of (rows / OWNED, splits), both rounded up, with
-// `split_words`, a multiple of TILE, words a split; STAGES * TILE_BYTES bytes of dynamic shared memory.
-#define ROWS_PARAMETERS                                                                          \
+// Pass 1. Launch: blocks of THREADS threads; a grid of (rows / OWNED, parts), both rounded up, with
+// `split_words` words a part, a multiple of TILE, and no part empty; STAGES * TILE_BYTES bytes of
+// dynamic shared memory. Without `gradient`, the loss alone.
+#define ROWS_PARAMETERS                                                                           \
     const bf16 *__restrict__ x, const bf16 *__restrict__ w, const uint32_t *__restrict__ targets, \
         float *__restrict__ scratch, int rows, int vocab, int hidden, int split_words, int gradient
 #define ROWS_ARGUMENTS x, w, targets, scratch, rows, vocab, hidden, split_words, gradient != 0
@@ -492,12 +498,12 @@ head_rows_128_bf16(ROWS_PARAMETERS) { pass_rows<128>(ROWS_ARGUMENTS); }
 extern "C" __global__ void __launch_bounds__(THREADS<256>, Cut<256>::BLOCKS)
 head_rows_256_bf16(ROWS_PARAMETERS) { pass_rows<256>(ROWS_ARGUMENTS); }
 
-// Pass 2. Launch: as pass 1, with a grid of (vocab / OWNED, splits of the rows) and 12 STAGES * TILE
-// bytes of shared memory more. `partials`: [splits, vocab, hidden], or null where there is one split.
-#define WORDS_PARAMETERS                                                                            \
+// Pass 2. Launch: as pass 1, with a grid of (vocab / OWNED, parts of the rows) and 12 STAGES * TILE
+// bytes of shared memory more. `partials`: [parts, vocab, hidden], or null where there is one part.
+#define WORDS_PARAMETERS                                                                         \
     const bf16 *__restrict__ x, const bf16 *__restrict__ w, const float *__restrict__ loss_scale, \
-        float *__restrict__ scratch, float *__restrict__ dw, float *__restrict__ partials, int rows, \
-        int vocab, int hidden, int split_rows
+        float *__restrict__ scratch, float *__restrict__ dw, float *__restrict__ partials,       \
+        int rows, int vocab, int hidden, int split_rows
 #define WORDS_ARGUMENTS x, w, loss_scale, scratch, dw, partials, rows, vocab, hidden, split_rows
 
 extern "C" __global__ void __launch_bounds__(THREADS<32>, Cut<32>::BLOCKS)
@@ -568,7 +574,8 @@ extern "C" __global__ void __launch_bounds__(256)
 head_words_join(const float *__restrict__ partials, const float *__restrict__ loss_scale,
                 float *__restrict__ dw, unsigned long long count, int splits) {
     const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;
-    for (size_t at = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += step) {
+    size_t at = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (; at < count; at += step) {
         float sum = 0.0f;
         for (int split = 0; split < splits; split++) sum += partials[split * count + at];
         dw[at] += *loss_scale * sum;

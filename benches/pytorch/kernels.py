@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times PyTorch's operations at the shapes of laam's kernels: what `laam bench kernels` is measured against.
+"""Times PyTorch's operations at the shapes of laam's kernels: what they are measured against.
 
 One JSON line a row: the operation, which of PyTorch's ways, the shape, the median of --samples timings in
 microseconds with the tenth and ninetieth percentile, and the useful GB/s, TFLOP/s, pairs/s behind it. Useful means
@@ -7,6 +7,7 @@ what the operation has to do at least, at two bytes an activation; a way that do
 
   kernels.py --device cuda                       # bfloat16, every row
   kernels.py --device cuda --only head --shape original
+  kernels.py --laam target/release/laam          # laam's own kernels too, as `laam bench kernels` times them
   kernels.py --device cpu --dtype float32        # no card: shows that the rows run, and little else
 
 On a card a row is captured into a CUDA graph of --repeats calls and the graph is replayed, so that launching costs
@@ -19,6 +20,7 @@ Needs torch (2.15 was used).
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 
@@ -215,6 +217,28 @@ def on_cpu(torch, row, args):
     return samples, False
 
 
+def laam(args):
+    """The rows of `laam bench kernels`, in the words of this script; whether it gave any."""
+    command = [args.laam, "bench", "kernels", "--json", "--backend", args.device, "--precision", args.dtype]
+    command += ["--only", args.only] if args.only else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        found = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        print(json.dumps(dict(program="laam", refused=last[:200], exit=done.returncode)), flush=True)
+        return False
+    for row in found["rows"]:
+        line = dict(program="laam", device=found["device"], dtype=args.dtype, operation=row["operation"],
+                    shape=row["shape"], warm=row["warm"], median_us=round(row["seconds"] * 1e6, 2),
+                    p10_us=round(row["p10"] * 1e6, 2), p90_us=round(row["p90"] * 1e6, 2),
+                    gb_a_second=round(row["gigabytes_a_second"], 3), tflop_a_second=round(row["teraflops"], 3))
+        if row["pairs_a_second"]:
+            line["pairs_a_second"] = round(row["pairs_a_second"], 3)
+        print(json.dumps(line), flush=True)
+    return True
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
@@ -224,6 +248,7 @@ def main():
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=10, help="calls a graph")
     parser.add_argument("--warm", action="store_true", help="the same inputs for every call")
+    parser.add_argument("--laam", metavar="PROGRAM", help="also run this laam's kernels")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args()
     try:
@@ -265,6 +290,8 @@ def main():
                 if amount:
                     line[key] = round(amount / median / unit, 3)
             print(json.dumps(line), flush=True)
+    if args.laam:
+        failed += not laam(args)
     sys.exit(1 if failed else 0)
 
 

@@ -371,6 +371,11 @@ fn mistakes_in_the_two_passes_are_seen() {
             "j = 0; j < GROUP / 8; j++",
         ),
         ("last of equals in four threads", "at = min(at, __shfl_xor_sync(ALL, at, 2));", ""),
+        (
+            "the best word of a part not kept",
+            "scratch.best[part + own.row(s, 2 * h)] = at;",
+            "scratch.best[part + own.row(s, 2 * h)] = word;",
+        ),
         ("last of equal groups", "if (higher > max[s][h]) {", "if (higher >= max[s][h]) {"),
         ("last of equal splits", "if (scratch.max[at] > max) {", "if (scratch.max[at] >= max) {"),
         ("a target not looked for", " || target[s][h] - word < GROUP", ""),
@@ -402,8 +407,8 @@ fn mistakes_in_the_two_passes_are_seen() {
         ),
         (
             "columns beyond hidden",
-            "const bool any = there && column < hidden;",
-            "const bool any = there;",
+            "column < hidden ? limit - first - row : 0",
+            "limit - first - row",
         ),
         ("single values beyond hidden", "there && column + k < hidden ?", "there ?"),
         (
