@@ -44,6 +44,9 @@ pub struct Arguments {
     /// How a GPU does the head and its loss
     #[arg(long, value_enum, default_value_t)]
     pub head: Path,
+    /// How a GPU does attention
+    #[arg(long, value_enum, default_value_t)]
+    pub attention: Path,
 }
 
 /// The way a GPU takes where it has several.
@@ -86,25 +89,29 @@ impl Arguments {
             Kind::Auto => Kind::Cpu,
             kind => kind,
         };
-        let gpu = |open: Open| gpu(open, numbers, profile, self.head == Path::Plain);
+        let options = Options {
+            numbers,
+            graphs: true,
+            profile,
+            plain_head: self.head == Path::Plain,
+            plain_attention: self.attention == Path::Plain,
+        };
         Ok(match kind {
             Kind::Reference => {
                 let precision = reference::Precision::F32;
                 Box::new(Reference { precision, rounding: Rounding::None })
             }
-            Kind::Cuda => Box::new(gpu(Arc::new(|| Ok(Box::new(Cuda::new(0)?))))?),
+            Kind::Cuda => Box::new(gpu(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), options)?),
             Kind::Sim => {
                 let all = || std::thread::available_parallelism().map_or(1, usize::from);
                 let threads = self.threads.unwrap_or_else(all);
-                let options = ptxsim::Options { threads, ..ptxsim::Options::default() };
-                Box::new(gpu(Arc::new(move || Ok(Box::new(Sim::new(options)?))))?)
+                let simulator = ptxsim::Options { threads, ..ptxsim::Options::default() };
+                Box::new(gpu(Arc::new(move || Ok(Box::new(Sim::new(simulator)?))), options)?)
             }
             Kind::Auto | Kind::Cpu => Box::new(Cpu::new(self.threads)),
         })
     }
-}
 
-impl Arguments {
     /// The device that was asked for, by itself.
     pub fn device(&self) -> anyhow::Result<Box<dyn Device>> {
         match self.backend {
@@ -118,12 +125,12 @@ impl Arguments {
     }
 }
 
-fn gpu(open: Open, numbers: Type, profile: bool, plain_head: bool) -> anyhow::Result<Gpu> {
-    if numbers == Type::F16 {
+fn gpu(open: Open, options: Options) -> anyhow::Result<Gpu> {
+    if options.numbers == Type::F16 {
         return Err(error(
             "float16 has no loss scaling on a GPU yet, in --precision",
             "use --precision bfloat16, which needs none, or float32",
         ));
     }
-    Gpu::new(open, Options { numbers, graphs: true, profile, plain_head })
+    Gpu::new(open, options)
 }

@@ -18,7 +18,7 @@ use laam::train::Engine;
 
 /// The backend in the simulator, or `None` after a loud line.
 fn sim(numbers: Type, graphs: bool, threads: usize) -> Option<Gpu> {
-    open(Options { numbers, graphs, profile: false, plain_head: false }, threads)
+    open(Options { graphs, ..Options::new(numbers) }, threads)
 }
 
 fn open(options: Options, threads: usize) -> Option<Gpu> {
@@ -43,13 +43,17 @@ fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
 }
 
 #[test]
-fn the_heads_plain_path_is_right_where_it_has_a_fast_one() {
-    let options = Options { numbers: Type::Bf16, graphs: false, profile: false, plain_head: true };
-    let Some(backend) = open(options, 2) else { return };
-    let selection = Selection { only: Some("head_loss"), size: Size::Small, seed: 1 };
-    let rows = check(&backend, &selection, |_| {}).unwrap();
-    let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
-    assert!(failed.is_empty(), "{failed:#?}");
+fn plain_paths_are_right_where_there_are_fast_ones() {
+    for numbers in [Type::F32, Type::Bf16] {
+        let plain = Options { plain_head: true, plain_attention: true, ..Options::new(numbers) };
+        let Some(backend) = open(plain, 2) else { return };
+        for only in ["head_loss", "attention"] {
+            let selection = Selection { only: Some(only), size: Size::Small, seed: 1 };
+            let rows = check(&backend, &selection, |_| {}).unwrap();
+            let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
+            assert!(!rows.is_empty() && failed.is_empty(), "{failed:#?}");
+        }
+    }
 }
 
 /// Issue-sized: hidden 64, two layers, 8 heads on 2 key/value heads, a vocabulary of 512.

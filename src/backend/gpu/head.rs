@@ -13,7 +13,7 @@ pub(super) fn workspace(o: &HeadLoss, options: Options) -> usize {
 }
 
 pub(super) fn loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
-    match TwoPass::of(o, l.numbers, l.plain_head) {
+    match TwoPass::of(o, l.numbers, l.options.plain_head) {
         Some(passes) => passes.loss(l, o),
         None => plain_loss(l, o),
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::Options;
 use crate::device::{Address, Arg, Device, Launch, Matrix, Product, Type};
 use crate::llama::{Buffer, BytePlan, Element, Program, Rates};
 use crate::model::Span;
@@ -83,7 +84,7 @@ impl Shape {
 pub(super) struct Launcher<'a> {
     pub device: &'a mut dyn Device,
     pub numbers: Type,
-    pub plain_head: bool,
+    pub options: Options,
     pub arenas: Arenas,
     pub control: Control,
     pub program: &'a Program,

@@ -41,6 +41,21 @@ pub struct Options {
     pub profile: bool,
     /// The head by products and logits in memory, whatever its shape.
     pub plain_head: bool,
+    /// Attention without its fast paths.
+    pub plain_attention: bool,
+}
+
+impl Options {
+    /// Kernels one by one, each by its fastest path.
+    pub fn new(numbers: Type) -> Options {
+        Options {
+            numbers,
+            graphs: false,
+            profile: false,
+            plain_head: false,
+            plain_attention: false,
+        }
+    }
 }
 
 /// The kernels on a device.

@@ -182,7 +182,7 @@ impl Model {
             let mut launcher = Launcher {
                 device: &mut *self.device,
                 numbers: self.options.numbers,
-                plain_head: self.options.plain_head,
+                options: self.options,
                 arenas: self.arenas,
                 control: self.control,
                 program: &ready.program,
