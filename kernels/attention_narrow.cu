@@ -28,12 +28,10 @@ constexpr int WARPS = 4;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float LIMIT = 64.0f;
 
-// Rows a lane, and blocks that find registers on one multiprocessor: 96 or 168 a thread.
-template <int D>
-struct Rows {
-    static constexpr int forward = 4, backward_q = D == 8 ? 2 : 4, backward_kv = D == 8 ? 2 : 4;
-};
-constexpr int blocks(int head_dim) { return head_dim == 2 ? 5 : 3; }
+// Blocks that are to find registers on one multiprocessor: 128, 96 or 168 of them a thread.
+constexpr int blocks(int head_dim, int rows) {
+    return rows == 1 ? 4 : head_dim == 2 ? 5 : 3;
+}
 
 template <int D>
 __device__ constexpr float root() {
@@ -219,10 +217,10 @@ struct Ahead {
     }
 };
 
-template <int D, typename T>
+template <int D, int ROWS, typename T>
 __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *first_key, T *out,
                         float *lse, const Heads shape) {
-    constexpr int ROWS = Rows<D>::forward, CHUNK = WARP * ROWS;
+    constexpr int CHUNK = WARP * ROWS;
     __shared__ Pair<D> tiles[WARPS][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     Pair<D> *tile = tiles[warp];
@@ -303,11 +301,11 @@ struct BackwardQ : Queries<D, ROWS> {
     }
 };
 
-template <int D, typename T>
+template <int D, int ROWS, typename T>
 __device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *first_key,
                            const float *lse, const float *delta, const T *dout, T *dq,
                            const Heads shape) {
-    constexpr int ROWS = Rows<D>::backward_q, CHUNK = WARP * ROWS;
+    constexpr int CHUNK = WARP * ROWS;
     __shared__ Pair<D> tiles[WARPS][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     Pair<D> *tile = tiles[warp];
@@ -403,14 +401,17 @@ struct BackwardKV {
     }
 };
 
+// Warps of a block.
+__host__ __device__ constexpr int most_warps(int rows) { return rows == 1 ? 8 : 4; }
+
 // A block takes one run of keys; its warps share out the query heads, and are added in their order.
-template <int D, typename T>
+template <int D, int ROWS, typename T>
 __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *first_key,
                             const float *lse, const float *delta, const T *dout, T *dk, T *dv,
                             const Heads shape) {
-    constexpr int ROWS = Rows<D>::backward_kv, CHUNK = WARP * ROWS;
-    __shared__ Pair<D> tiles[WARPS][WARP];
-    __shared__ Statistics all_statistics[WARPS][WARP];
+    constexpr int CHUNK = WARP * ROWS, MOST = most_warps(ROWS);
+    __shared__ Pair<D> tiles[MOST][WARP];
+    __shared__ Statistics all_statistics[MOST][WARP];
     // dk and dv, components outermost: neighbouring lanes on neighbouring words.
     __shared__ float sums[2 * ROWS * D][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -505,41 +506,56 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
     }
 }
 
-// Launch of forward and back to q: blocks of 128 threads, a grid along x of any size; a warp for
-// every 32 ROWS rows of a head is best. Of back to k and v: blocks of at most four warps, no more
-// than query heads share a key/value head; a block for every 32 ROWS rows of a key/value head.
-#define ENTRIES(D, T)                                                                              \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D)) attention_narrow_##D##_##T(       \
+// Entries are named for head_dim and rows a lane: 4 rows, or 2, make the most of a load, 1 makes the
+// most warps where there are few rows in all. Launch of forward and back to q: blocks of 128
+// threads, a grid along x of any size; a warp for every 32 ROWS rows of a head is best. Of back to k
+// and v: blocks of one to four warps, of one row a lane to eight, best as many as query heads share
+// a key/value head; a block for every 32 ROWS rows of a key/value head.
+
+#define FORWARD(D, ROWS, T)                                                                        \
+    extern "C" __global__ void __launch_bounds__(128, blocks(D, ROWS))                             \
+    attention_narrow_##D##_##ROWS##_##T(                                                           \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
         int windows, int context, int heads, int kv_heads) {                                       \
-        forward<D>(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, D});          \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D))                                   \
-    attention_narrow_backward_q_##D##_##T(                                                         \
+        forward<D, ROWS>(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, D});    \
+    }
+
+#define BACKWARD(D, ROWS, T)                                                                       \
+    extern "C" __global__ void __launch_bounds__(128, blocks(D, ROWS))                             \
+    attention_narrow_backward_q_##D##_##ROWS##_##T(                                                \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
         int windows, int context, int heads, int kv_heads) {                                       \
-        backward_q<D>(q, k, v, first_key, lse, delta, dout, dq,                                    \
-                      {windows, context, heads, kv_heads, D});                                     \
+        backward_q<D, ROWS>(q, k, v, first_key, lse, delta, dout, dq,                              \
+                            {windows, context, heads, kv_heads, D});                               \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D))                                   \
-    attention_narrow_backward_kv_##D##_##T(                                                        \
+    extern "C" __global__ void                                                                     \
+    __launch_bounds__(32 * most_warps(ROWS), blocks(D, ROWS) * 4 / most_warps(ROWS))               \
+    attention_narrow_backward_kv_##D##_##ROWS##_##T(                                               \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \
         T *__restrict__ dv, int windows, int context, int heads, int kv_heads) {                   \
-        backward_kv<D>(q, k, v, first_key, lse, delta, dout, dk, dv,                               \
-                       {windows, context, heads, kv_heads, D});                                    \
+        backward_kv<D, ROWS>(q, k, v, first_key, lse, delta, dout, dk, dv,                         \
+                             {windows, context, heads, kv_heads, D});                              \
     }
 
-ENTRIES(2, f32)
-ENTRIES(4, f32)
-ENTRIES(8, f32)
-ENTRIES(2, bf16)
-ENTRIES(4, bf16)
-ENTRIES(8, bf16)
-ENTRIES(2, f16)
-ENTRIES(4, f16)
-ENTRIES(8, f16)
+#define ENTRIES(T)                                                                                 \
+    FORWARD(2, 4, T)                                                                               \
+    FORWARD(4, 4, T)                                                                               \
+    FORWARD(8, 4, T)                                                                               \
+    FORWARD(2, 1, T)                                                                               \
+    FORWARD(4, 1, T)                                                                               \
+    FORWARD(8, 1, T)                                                                               \
+    BACKWARD(2, 4, T)                                                                              \
+    BACKWARD(4, 4, T)                                                                              \
+    BACKWARD(8, 2, T)                                                                              \
+    BACKWARD(2, 1, T)                                                                              \
+    BACKWARD(4, 1, T)                                                                              \
+    BACKWARD(8, 1, T)
+
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)

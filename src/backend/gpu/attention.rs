@@ -37,56 +37,56 @@ impl Path {
         }
     }
 
-    fn family(self, pass: Pass, head_dim: usize) -> String {
-        let pass = match pass {
+    fn family(self, pass: Pass, shape: &Heads) -> String {
+        let d = shape.head_dim;
+        let name = match pass {
             Pass::Forward => "",
             Pass::BackwardQ => "_backward_q",
             Pass::BackwardKv => "_backward_kv",
         };
         match self {
-            Path::Plain => format!("attention{pass}"),
-            Path::Narrow => format!("attention_narrow{pass}_{head_dim}"),
-            Path::Mma => format!("attention_mma{pass}_{head_dim}"),
-        }
-    }
-
-    /// Rows that a block of four warps takes at once (of the narrow path to k and v: a block of any
-    /// size), and the opposite rows of a tile. The kernels hold the same tables.
-    fn rows(self, pass: Pass, head_dim: usize) -> (usize, usize) {
-        match (self, pass) {
-            (Path::Plain, _) => (16, 32),
-            (Path::Narrow, Pass::Forward) => (4 * 128, 32),
-            (Path::Narrow, Pass::BackwardQ) => (if head_dim == 8 { 2 } else { 4 } * 128, 32),
-            (Path::Narrow, Pass::BackwardKv) => (if head_dim == 8 { 2 } else { 4 } * 32, 32),
-            (Path::Mma, Pass::Forward) => (128, if head_dim == 64 { 64 } else { 32 }),
-            (Path::Mma, Pass::BackwardQ) => (if head_dim <= 64 { 128 } else { 64 }, 32),
-            (Path::Mma, Pass::BackwardKv) => (if head_dim <= 32 { 128 } else { 64 }, 32),
+            Path::Plain => format!("attention{name}"),
+            Path::Narrow => format!("attention_narrow{name}_{d}_{}", rows_a_lane(pass, shape)),
+            Path::Mma => format!("attention_mma{name}_{d}"),
         }
     }
 
     fn launch(self, pass: Pass, shape: &Heads) -> Shape {
         let d = shape.head_dim;
-        let (own, tile) = self.rows(pass, d);
         let heads = if pass == Pass::BackwardKv { shape.kv_heads } else { shape.heads };
-        // Four warps of the narrow path take any four runs of rows.
-        let blocks = match (self, pass) {
-            (Path::Narrow, Pass::Forward | Pass::BackwardQ) => {
-                (shape.windows * heads * shape.context.div_ceil(own / 4)).div_ceil(4)
+        // Runs of so many rows of a head, one after another.
+        let runs = |rows: usize| shape.windows * heads * shape.context.div_ceil(rows);
+        match self {
+            Path::Plain => {
+                let (own, tile) = (16, 32);
+                let shared = 4 * (2 * own * d + 2 * tile * (d | 1));
+                Shape { shared, ..Shape::linear(runs(own), 128) }
             }
-            _ => shape.windows * heads * shape.context.div_ceil(own),
-        };
-        let threads = match (self, pass) {
-            (Path::Narrow, Pass::BackwardKv) => 32 * shape.group().min(4),
-            _ => 128,
-        };
-        let shared = match (self, pass) {
-            (Path::Plain, _) => 4 * (2 * own * d + 2 * tile * (d | 1)),
-            (Path::Narrow, _) => 0,
-            (Path::Mma, Pass::Forward) => (own + 4 * tile) * (2 * d + 16),
-            (Path::Mma, Pass::BackwardQ) => (2 * own + 4 * tile) * (2 * d + 16),
-            (Path::Mma, Pass::BackwardKv) => (2 * own + 4 * tile) * (2 * d + 16) + 24 * tile,
-        };
-        Shape { grid: [blocks, 1, 1], block: [threads, 1, 1], shared }
+            Path::Narrow => {
+                let rows = rows_a_lane(pass, shape);
+                match pass {
+                    // Each warp takes a run of its own.
+                    Pass::Forward | Pass::BackwardQ => {
+                        Shape::linear(runs(32 * rows).div_ceil(4), 128)
+                    }
+                    Pass::BackwardKv => {
+                        let most = if rows == 1 { 8 } else { 4 };
+                        Shape::linear(runs(32 * rows), 32 * shape.group().min(most))
+                    }
+                }
+            }
+            Path::Mma => {
+                // Rows of a block and of a tile: `tiling` in the kernels' file says the same.
+                let (own, tile, planes) = match pass {
+                    Pass::Forward => (128, if d == 64 { 64 } else { 32 }, 1),
+                    Pass::BackwardQ => (if d <= 64 { 128 } else { 64 }, 32, 2),
+                    Pass::BackwardKv => (if d <= 32 { 128 } else { 64 }, 32, 2),
+                };
+                let statistics = if pass == Pass::BackwardKv { 24 * tile } else { 0 };
+                let shared = (planes * own + 4 * tile) * (2 * d + 16) + statistics;
+                Shape { shared, ..Shape::linear(runs(own), 128) }
+            }
+        }
     }
 
     fn run(
@@ -101,8 +101,20 @@ impl Path {
         if self == Path::Plain {
             args.push(int(head_dim));
         }
-        l.typed(&self.family(pass, head_dim), self.launch(pass, shape), &args)
+        l.typed(&self.family(pass, shape), self.launch(pass, shape), &args)
     }
+}
+
+/// Warps that make a card of 132 multiprocessors busy: two for each of their four schedulers.
+const BUSY: usize = 2 * 4 * 132;
+
+/// Rows that a lane of the narrow path owns: several make the most of a load, one makes the most
+/// warps. By the shape alone, so that every card takes the same sums.
+fn rows_a_lane(pass: Pass, shape: &Heads) -> usize {
+    let several = if pass != Pass::Forward && shape.head_dim == 8 { 2 } else { 4 };
+    // The pass to k and v has a warp for every query head too.
+    let warps = shape.windows * shape.heads * shape.context.div_ceil(32 * several);
+    if warps < BUSY { 1 } else { several }
 }
 
 pub(super) fn forward(l: &mut Launcher, o: &Attention) -> anyhow::Result<()> {

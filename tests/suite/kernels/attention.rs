@@ -182,13 +182,16 @@ impl Path {
             takes_head_dim: true,
         })
     }
-    /// head_dim 2, 4 and 8.
-    fn narrow(shape: &Shape) -> Option<Path> {
-        let entry = |pass| format!("attention_narrow{pass}_{}", shape.head_dim);
-        let warps = (shape.heads / shape.kv_heads).min(4) as u32;
+    /// head_dim 2, 4 and 8; a lane owns one row or, where it can be more, as many as there are.
+    fn narrow(shape: &Shape, one: bool) -> Option<Path> {
+        let (d, group) = (shape.head_dim, (shape.heads / shape.kv_heads) as u32);
+        let several = if d == 8 { 2 } else { 4 };
+        let entry =
+            |(pass, rows)| format!("attention_narrow{pass}_{d}_{}", if one { 1 } else { rows });
+        let warps = group.min(if one { 8 } else { 4 });
         Some(Path {
             module: module("attention_narrow")?,
-            entries: ["", "_backward_q", "_backward_kv"].map(entry),
+            entries: [("", 4), ("_backward_q", several), ("_backward_kv", several)].map(entry),
             launch: [Config::linear(1, 128), Config::linear(1, 128), Config::linear(2, 32 * warps)],
             takes_head_dim: false,
         })
@@ -310,9 +313,9 @@ const NARROW: [[usize; 5]; 7] = [
 #[test]
 fn attention_of_narrow_heads_is_right() {
     for shape in NARROW.map(shape) {
-        let Some(path) = Path::narrow(&shape) else { return };
         // At 3 tiles are added at once, at 300 nearly all need care.
-        for sharpness in [3.0, 300.0] {
+        for (one, sharpness) in [(false, 3.0), (false, 300.0), (true, 3.0), (true, 300.0)] {
+            let Some(path) = Path::narrow(&shape, one) else { return };
             for ty in TYPES {
                 path.is_right(ty, &shape, sharpness);
             }
@@ -323,9 +326,11 @@ fn attention_of_narrow_heads_is_right() {
 #[test]
 fn attention_of_narrow_heads_goes_back() {
     for shape in NARROW.map(shape) {
-        let Some(path) = Path::narrow(&shape) else { return };
-        for ty in TYPES {
-            path.goes_back(ty, &shape);
+        for one in [false, true] {
+            let Some(path) = Path::narrow(&shape, one) else { return };
+            for ty in TYPES {
+                path.goes_back(ty, &shape);
+            }
         }
     }
 }
