@@ -11,6 +11,7 @@ mod doctor;
 mod fetch;
 mod generate;
 mod gpu;
+mod gpu_day;
 mod hostile_archives;
 mod kernels;
 mod memorization;
