@@ -19,7 +19,10 @@ fn swiglu<R: Float>(gate_up: &[f64], dout: &[f64], inter: usize) -> (Vec<R>, Vec
 
 #[test]
 fn swiglu_is_right_there_and_back() {
-    let Some(module) = module("swiglu") else { return };
+    holds("swiglu", swiglu_is_right);
+}
+
+fn swiglu_is_right(module: &Module) {
     for ty in TYPES {
         for (rows, inter) in [(1, 1), (3, 17), (5, 24), (7, 72)] {
             let gate_up = ty.random(1, rows * 2 * inter, 6.0);
@@ -34,13 +37,13 @@ fn swiglu_is_right_there_and_back() {
 
             let mut pieces = vec![Piece::In(gate_up.clone()), Piece::Out(dout.len())];
             pieces.extend(shape());
-            let got = run(&module, &format!("swiglu_{}", ty.suffix()), config, &pieces);
+            let got = run(module, &format!("swiglu_{}", ty.suffix()), config, &pieces);
             check("swiglu", ty, &got[0], &exact, &plain);
 
             let len = gate_up.len();
             let mut pieces = vec![Piece::In(gate_up), Piece::In(dout), Piece::Out(len)];
             pieces.extend(shape());
-            let got = run(&module, &format!("swiglu_backward_{}", ty.suffix()), config, &pieces);
+            let got = run(module, &format!("swiglu_backward_{}", ty.suffix()), config, &pieces);
             check("swiglu backward", ty, &got[0], &exact_back, &plain_back);
         }
     }
@@ -48,12 +51,15 @@ fn swiglu_is_right_there_and_back() {
 
 #[test]
 fn fills_and_casts_are_exact() {
-    let Some(module) = module("fill_cast") else { return };
+    holds("fill_cast", fills_and_casts);
+}
+
+fn fills_and_casts(module: &Module) {
     let config = Config::linear(2, 256);
     for count in [1, 7, 64, 5003] {
         for ty in TYPES {
             let pieces = [Piece::Out(count * ty.size()), value(1.5f32), value(count as u64)];
-            let got = run(&module, &format!("fill_{}", ty.suffix()), config, &pieces);
+            let got = run(module, &format!("fill_{}", ty.suffix()), config, &pieces);
             assert_eq!(got[0], ty.bytes(&vec![1.5; count]));
         }
         let mut x = Type::F32.random(1, count, 1e3);
@@ -62,12 +68,39 @@ fn fills_and_casts_are_exact() {
         for ty in [Type::Bf16, Type::F16] {
             let (name, narrow) = (ty.suffix(), ty.bytes(&x));
             let pieces = [Piece::In(wide.clone()), Piece::Out(2 * count), value(count as u64)];
-            let got = run(&module, &format!("cast_f32_{name}"), config, &pieces);
+            let got = run(module, &format!("cast_f32_{name}"), config, &pieces);
             assert!(got[0] == narrow, "{count} to {name}");
             let exact = Type::F32.bytes(&ty.values(&narrow));
             let pieces = [Piece::In(narrow), Piece::Out(4 * count), value(count as u64)];
-            let got = run(&module, &format!("cast_{name}_f32"), config, &pieces);
+            let got = run(module, &format!("cast_{name}_f32"), config, &pieces);
             assert!(got[0] == exact, "{count} from {name}");
         }
     }
+}
+
+#[test]
+fn mistakes_in_swiglu_are_seen() {
+    let bugs = [
+        ("slope without its second term", "(1.0f + gate[i] * (1.0f - s))", "1.0f"),
+        (
+            "rows of half the width",
+            "*gates = gate_up + static_cast<size_t>(row) * 2 * inter",
+            "*gates = gate_up + static_cast<size_t>(row) * inter",
+        ),
+        (
+            "vectors where rows do not allow them",
+            "inter % FULL<T> == 0 && aligned(gate_up, out)",
+            "aligned(gate_up, out)",
+        ),
+    ];
+    planted("swiglu", &bugs, swiglu_is_right);
+}
+
+#[test]
+fn mistakes_in_fills_and_casts_are_seen() {
+    let bugs = [
+        ("tail forgotten", "at = whole + thread; at < count", "at = whole + thread; at < whole"),
+        ("rounded to zero", "__float2bfloat16_rn(x)", "__float2bfloat16_rz(x)"),
+    ];
+    planted("fill_cast", &bugs, fills_and_casts);
 }

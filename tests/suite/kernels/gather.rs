@@ -99,3 +99,23 @@ pub fn gather_is_right(module: &Module) {
 fn gather_draws_the_windows_that_the_library_draws() {
     holds("gather", gather_is_right);
 }
+
+#[test]
+fn mistakes_in_windows_are_seen() {
+    let bugs = [
+        ("cursor ignored", "? *batch.cursor : 0", "? 0 : 0"),
+        (
+            "the last column has a next token",
+            "if (column + 1 < batch.context) found.target",
+            "found.target",
+        ),
+        (
+            "an earlier document seen",
+            "begin > start ? static_cast<unsigned>(begin - start) : 0",
+            "0",
+        ),
+        ("the last target lost", "column + 1 < real", "column + 2 < real"),
+        ("a window where there is none", "if (number != NO_WINDOW) find", "find"),
+    ];
+    planted("gather", &bugs, gather_is_right);
+}

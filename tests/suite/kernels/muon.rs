@@ -234,3 +234,16 @@ fn muon_is_right_part_by_part() {
 fn muon_is_right_with_the_products_between() {
     holds("muon", muon_step_is_right);
 }
+
+#[test]
+fn mistakes_in_muon_are_seen() {
+    let bugs = [
+        ("no look-ahead", "us[i] = g + keep * ms[i];", "us[i] = ms[i];"),
+        ("no clipping", "gs[i] * clip", "gs[i]"),
+        ("a step where the norm is not finite", "if (!rates.go) return;", ""),
+        ("no decay", "ps[i] * shrink", "ps[i]"),
+        ("a share left out", "block < blocks; block", "block < 1; block"),
+        ("no copy", "if (copy != nullptr) store(copy + at, ps);", ""),
+    ];
+    planted("muon", &bugs, muon_parts_are_right);
+}

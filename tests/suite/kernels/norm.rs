@@ -39,13 +39,16 @@ fn rms_norm_backward<R: Float>(
 }
 
 /// Rows, hidden, threads a row, rows at once: lanes without a column, rows left over, one and
-/// several warps a row.
+/// several warps a row, several turns of a block.
 const NORMS: [(usize, usize, u32, u32); 5] =
-    [(1, 8, 8, 4), (5, 17, 16, 4), (9, 64, 8, 8), (5, 328, 32, 2), (3, 520, 64, 2)];
+    [(1, 8, 8, 4), (5, 17, 16, 4), (9, 64, 8, 8), (5, 328, 32, 2), (9, 520, 64, 2)];
 
 #[test]
 fn rms_norm_adds_the_residual_and_normalises() {
-    let Some(module) = module("rms_norm") else { return };
+    holds("rms_norm", rms_norm_is_right);
+}
+
+fn rms_norm_is_right(module: &Module) {
     for ty in TYPES {
         for (rows, hidden, width, at_once) in NORMS {
             let x = ty.random(1, rows * hidden, 3.0);
@@ -77,7 +80,7 @@ fn rms_norm_adds_the_residual_and_normalises() {
                 Piece::Out(bytes.len()),
             ];
             pieces.extend(tail());
-            let got = run(&module, &entry, config, &pieces);
+            let got = run(module, &entry, config, &pieces);
             assert_eq!(ty.values(&got[0]), sum, "the sum, rounded once");
             let (y, rstd) = rms_norm::<f64>(&sum, &weight, 1e-5);
             let (plain, plain_rstd) = rms_norm::<f32>(&sum, &weight, 1e-5);
@@ -86,7 +89,7 @@ fn rms_norm_adds_the_residual_and_normalises() {
 
             let mut pieces = vec![Piece::In(given), value(0u64), Piece::In(w), value(0u64)];
             pieces.extend(tail());
-            let got = run(&module, &entry, config, &pieces);
+            let got = run(module, &entry, config, &pieces);
             let (y, _) = rms_norm::<f64>(&x, &weight, 1e-5);
             check("y alone", ty, &got[0], &y, &rms_norm::<f32>(&x, &weight, 1e-5).0);
         }
@@ -95,7 +98,10 @@ fn rms_norm_adds_the_residual_and_normalises() {
 
 #[test]
 fn rms_norm_goes_back_and_adds_to_the_weights_gradient() {
-    let Some(module) = module("rms_norm") else { return };
+    holds("rms_norm", rms_norm_backward_is_right);
+}
+
+fn rms_norm_backward_is_right(module: &Module) {
     for ty in TYPES {
         for (rows, hidden, width, at_once) in NORMS {
             let count = rows * hidden;
@@ -122,7 +128,7 @@ fn rms_norm_goes_back_and_adds_to_the_weights_gradient() {
                     value(hidden as i32),
                 ];
                 let entry = format!("rms_norm_backward_{}", ty.suffix());
-                let got = run(&module, &entry, config, &pieces);
+                let got = run(module, &entry, config, &pieces);
                 check("dx", ty, &got[0], &dx, &plain_dx);
 
                 let pieces = [
@@ -133,9 +139,56 @@ fn rms_norm_goes_back_and_adds_to_the_weights_gradient() {
                 ];
                 let grid = [hidden.div_ceil(32) as u32, 1, 1];
                 let config = Config { grid, block: [32, 8, 1], shared: 0 };
-                let got = run(&module, "rms_norm_backward_weight", config, &pieces);
+                let got = run(module, "rms_norm_backward_weight", config, &pieces);
                 check("dweight", Type::F32, &got[0], &dweight, &plain_dweight);
             }
         }
     }
+}
+
+#[test]
+fn mistakes_in_rms_norm_are_seen() {
+    let bugs = [
+        ("mean of one less", "row_sum(squares) / hidden", "row_sum(squares) / (hidden - 0.5f)"),
+        (
+            "the sum not kept",
+            "store(sum + at + column, values);",
+            "store(sum + at + column, more);",
+        ),
+        (
+            "a sum overwritten too early",
+            "    // The next sum must not overwrite what a slower warp still reads.\n    __syncthreads();\n",
+            "",
+        ),
+        (
+            "a sum read before all are there",
+            "value;\n    __syncthreads();\n    T sum",
+            "value;\n    T sum",
+        ),
+    ];
+    planted("rms_norm", &bugs, rms_norm_is_right);
+}
+
+#[test]
+fn mistakes_in_rms_norm_backward_are_seen() {
+    let bugs = [
+        ("no mean", "values[i] * scale * mean", "0.0f"),
+        (
+            "the gradient past the norm forgotten",
+            "if (dsum != nullptr) load(past",
+            "if (false) load(past",
+        ),
+        ("assigned, not added", "dweight[column] += all", "dweight[column] = all"),
+        (
+            "shares added before all are there",
+            "    __syncthreads();\n    const int thread",
+            "    const int thread",
+        ),
+        (
+            "a share left out",
+            "block < blocks; block += STRIPS",
+            "block < blocks - 1; block += STRIPS",
+        ),
+    ];
+    planted("rms_norm", &bugs, rms_norm_backward_is_right);
 }

@@ -28,7 +28,10 @@ fn adamw<R: Float>([g, p, m, v]: [&[f64]; 4], t: i32, clip: f64) -> [Vec<R>; 3] 
 
 #[test]
 fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
-    let Some(module) = module("adamw") else { return };
+    holds("adamw", adamw_is_right);
+}
+
+fn adamw_is_right(module: &Module) {
     for (ty, count, t) in [
         (Type::F32, 1, 1),
         (Type::Bf16, 7, 2),
@@ -46,10 +49,15 @@ fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
                 value(BETAS.0),
                 value(BETAS.1),
             ];
-            let rates = run(&module, "adamw_rates", Config::linear(1, 1), &pieces).remove(0);
+            let rates = run(module, "adamw_rates", Config::linear(1, 1), &pieces).remove(0);
 
-            let [g, p, m] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
-            let v: Vec<f64> = Type::F32.random(4, count, 1.0).iter().map(|v| v.abs()).collect();
+            let [mut g, p, mut m] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
+            let mut v = Type::F32.random(4, count, 1.0);
+            v.iter_mut().for_each(|v| *v = v.abs());
+            // Some that epsilon matters to.
+            for i in 0..count / 4 {
+                (g[i], m[i], v[i]) = (g[i] / 2f64.powi(27), m[i] / 2f64.powi(27), 2f64.powi(-54));
+            }
             let [gb, pb, mb, vb] = [&g, &p, &m, &v].map(|values| Type::F32.bytes(values));
             let mut pieces = vec![
                 Piece::In(gb),
@@ -70,7 +78,7 @@ fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
             pieces.extend([Piece::In(chunks), Piece::In(rates)]);
             pieces.extend([BETAS.0, BETAS.1, EPSILON].map(value));
             let entry = format!("adamw_{}", ty.suffix());
-            let got = run(&module, &entry, Config::linear(2, 256), &pieces);
+            let got = run(module, &entry, Config::linear(2, 256), &pieces);
             if !norm.is_finite() {
                 assert_eq!(got[..3], [pb, mb, vb], "norm {norm}");
                 continue;
@@ -89,11 +97,11 @@ fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
 }
 
 pub fn grad_norm_is_right(module: &Module) {
-    for (count, scale) in [(1, None), (7, Some(1024f32)), (4099, None), (5000, Some(0.5))] {
-        // Squares from 1e-40 to 1e8: what f32 would lose.
-        let mut gradients = Type::F32.random(count as u64, count, 1e-20);
-        gradients[count / 2] = 1e4;
-        gradients[count - 1] = -3.0;
+    // Squares beyond what f32 holds, either way.
+    let cases =
+        [(1, None, 1.0), (7, Some(1024f32), 1e25), (4099, None, 1e-30), (5000, Some(0.5), 3.0)];
+    for (count, scale, size) in cases {
+        let gradients = Type::F32.random(count as u64, count, size);
         let pieces =
             [Piece::In(Type::F32.bytes(&gradients)), Piece::Out(3 * 8), value(count as u64)];
         let partials = run(module, "grad_norm_partials", Config::linear(3, 256), &pieces);
@@ -115,4 +123,36 @@ pub fn grad_norm_is_right(module: &Module) {
 #[test]
 fn grad_norm_sums_in_f64() {
     holds("grad_norm", grad_norm_is_right);
+}
+
+#[test]
+fn mistakes_in_the_norm_of_gradients_are_seen() {
+    let bugs = [
+        ("squares in f32", "static_cast<double>(values[i]) * values[i]", "values[i] * values[i]"),
+        ("a share left out", "block < blocks; block", "block < blocks - 1; block"),
+        ("scaled once more", "/ scale", "* scale"),
+        ("tail forgotten", "sum += static_cast<double>(gradients[at]) * gradients[at];", ""),
+    ];
+    planted("grad_norm", &bugs, grad_norm_is_right);
+}
+
+#[test]
+fn mistakes_in_adamw_are_seen() {
+    let bugs = [
+        ("no clipping", "gs[i] * rates.clip", "gs[i]"),
+        (
+            "epsilon inside the root",
+            "sqrtf(vs[i]) / rates.correction + epsilon",
+            "sqrtf(vs[i] + epsilon) / rates.correction",
+        ),
+        ("no decay", "ps[i] * shrink", "ps[i]"),
+        ("a step where the norm is not finite", "if (!rates.go) return;", ""),
+        ("no copy", "if (copy != nullptr) store(copy + at, ps);", ""),
+        (
+            "vectors where a chunk does not allow them",
+            "aligned(gradient, p, m, v, copy) ?",
+            "true ?",
+        ),
+    ];
+    planted("adamw", &bugs, adamw_is_right);
 }

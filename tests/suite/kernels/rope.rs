@@ -136,3 +136,20 @@ pub fn rope_is_right(module: &Module) {
 fn rope_turns_splits_and_joins() {
     holds("rope", rope_is_right);
 }
+
+#[test]
+fn mistakes_in_the_rotation_are_seen() {
+    let bugs = [
+        ("not undone", "BACK ? -pair[1] : pair[1]", "pair[1]"),
+        ("start ignored", "start != nullptr ? start[window] : 0u", "0u"),
+        ("v turned too", "if (slot < turning)", "if (slot < slots)"),
+        ("as many key heads as query heads", "* kv_heads + slot", "* heads + slot"),
+        ("pairs of neighbours", "from + half);", "from + N);"),
+        (
+            "a column too many",
+            "if (column >= shape.context) continue;",
+            "if (column > shape.context) continue;",
+        ),
+    ];
+    planted("rope", &bugs, rope_is_right);
+}

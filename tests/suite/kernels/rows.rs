@@ -170,3 +170,44 @@ fn embed_adds_rows_back_in_a_fixed_order() {
 fn pick_rows_takes_one_of_each_window() {
     holds("pick_rows", pick_rows_is_right);
 }
+
+#[test]
+fn mistakes_in_the_sort_are_seen() {
+    let bugs = [
+        (
+            "equal ids backwards",
+            "ranks[round] = seen + before;",
+            "ranks[round] = seen + __popc(same) - 1 - before;",
+        ),
+        ("tiles before forgotten", "if (tile == blockIdx.x) before = total;", ""),
+        ("the low digits twice", "ids[at[round]] >> shift &", "ids[at[round]] &"),
+        ("counts read before they are there", "    }\n    __syncthreads();\n}", "    }\n}"),
+        (
+            "counts of a warp overwritten too early",
+            "ranks[round] = seen + before;\n        __syncwarp();",
+            "ranks[round] = seen + before;",
+        ),
+    ];
+    planted("embed", &bugs, embed_sort_is_right);
+}
+
+#[test]
+fn mistakes_in_the_embeddings_gradient_are_seen() {
+    let bugs = [
+        ("a run added before it is whole", "if (joined || goes_on) {", "if (joined) {"),
+        (
+            "a long run joined twice",
+            "if (!goes_on || began_before) continue;",
+            "if (!goes_on) continue;",
+        ),
+        ("the end of a long run forgotten", "part <= last", "part < last"),
+        ("a run through a whole chunk in the wrong place", "(joined ? 0 : 1)", "(goes_on ? 1 : 0)"),
+    ];
+    planted("embed", &bugs, embed_backward_is_right);
+}
+
+#[test]
+fn mistakes_in_picked_rows_are_seen() {
+    let bugs = [("column ignored", " + column[window];", ";")];
+    planted("pick_rows", &bugs, pick_rows_is_right);
+}
