@@ -39,6 +39,7 @@ A sweep is a TOML file:
   [grid]                               every combination
   muon_learning_rate = [0.01, 0.02]
   [[run]]                              and, or instead: these, one by one
+  name = \"small batches\"               (else it is called by its keys)
   batch_size = 4
 Example:
   laam sweep rates.toml --source linux/kernel --limit 7")]

@@ -58,7 +58,7 @@ pub fn plot(title: &str, dots: &[Dot]) -> String {
             "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
             LEFT - 10.0,
             y + 4.0,
-            escape(&dot.name)
+            escape(&shortened(&dot.name))
         );
         if drawn(&dot) {
             let _ = writeln!(
@@ -77,6 +77,15 @@ pub fn plot(title: &str, dots: &[Dot]) -> String {
         );
     }
     svg + "</svg>\n"
+}
+
+/// As much of a name as there is room for.
+fn shortened(name: &str) -> String {
+    const MOST: usize = 48;
+    if name.chars().count() <= MOST {
+        return name.to_string();
+    }
+    name.chars().take(MOST - 1).chain(['…']).collect()
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@
 //! muon_learning_rate = [0.01, 0.02]
 //!
 //! [[run]]                         # and, or instead: these, one by one
+//! name = "small batches"          # else it is called by its keys
 //! batch_size = 4
 //! ```
 //!
@@ -39,7 +40,7 @@ pub struct Sweep {
 /// One run of a sweep.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
-    /// What sets it apart, as `KEY=VALUE,KEY=VALUE`: the name of its folder too.
+    /// Its own name, or what sets it apart, as `KEY=VALUE,KEY=VALUE`: the name of its folder too.
     pub name: String,
     /// The same, key by key.
     pub changed: Table,
@@ -83,15 +84,26 @@ impl Sweep {
         let mut runs = Vec::new();
         let one = [Table::new()];
         for listed in if file.runs.is_empty() { &one[..] } else { &file.runs } {
-            for changed in combinations(listed, &file.grid)? {
+            let mut listed = listed.clone();
+            let given = listed.remove("name");
+            for point in combinations(&file.grid)? {
+                let name = match given.as_ref().and_then(Value::as_str) {
+                    Some(given) if point.is_empty() => plain(given),
+                    Some(given) => plain(&format!("{given},{}", name(&point))),
+                    None => name(&listed.clone().into_iter().chain(point.clone()).collect()),
+                };
+                let mut changed = listed.clone();
+                changed.extend(point);
                 let mut all = file.set.clone();
                 all.extend(changed.clone());
-                let name = name(&changed);
                 let recipe = with(&recipe, &all).with_context(|| format!("run {name}"))?;
                 runs.push(Run { name, changed, recipe });
             }
         }
         for (at, run) in runs.iter().enumerate() {
+            if run.name.is_empty() {
+                return Err(error("a run has no name", "use letters, digits and -"));
+            }
             if runs[..at].iter().any(|other| other.name == run.name) {
                 return Err(error(format!("two runs are {}", run.name), "take one of them out"));
             }
@@ -100,9 +112,9 @@ impl Sweep {
     }
 }
 
-/// A listed run in every combination of the grid, the last key changing fastest.
-fn combinations(listed: &Table, grid: &Table) -> anyhow::Result<Vec<Table>> {
-    let mut all = vec![listed.clone()];
+/// Every combination of the grid, the last key changing fastest.
+fn combinations(grid: &Table) -> anyhow::Result<Vec<Table>> {
+    let mut all = vec![Table::new()];
     for (key, values) in grid {
         let Some(values) = values.as_array().filter(|values| !values.is_empty()) else {
             return Err(error(
@@ -153,9 +165,15 @@ fn name(changed: &Table) -> String {
         let value = value.as_str().map_or_else(|| value.to_string(), String::from);
         format!("{key}={value}")
     });
-    let name = parts.collect::<Vec<_>>().join(",");
-    let plain = |c: char| c.is_ascii_alphanumeric() || "=,._+-".contains(c);
-    name.chars().map(|c| if plain(c) { c } else { '-' }).take(200).collect()
+    plain(&parts.collect::<Vec<_>>().join(","))
+}
+
+/// A name that a folder can have.
+fn plain(name: &str) -> String {
+    let kept = |c: char| c.is_ascii_alphanumeric() || "=,._+-".contains(c);
+    // No folder is called ..
+    let name = name.trim_start_matches('.');
+    name.chars().map(|c| if kept(c) { c } else { '-' }).take(200).collect()
 }
 
 #[cfg(test)]
@@ -184,7 +202,11 @@ mod tests {
             assert_eq!(run.name.contains("seed=2"), stage.seed == 2);
             assert_eq!(run.name.contains("=400"), run.recipe.tokenizer.vocab_size == 400);
         }
-        assert_eq!(parse("recipe = 'sample'").unwrap().runs[0].name, "as-it-is");
+        let name =
+            |text: &str| parse(&format!("recipe = 'sample'\n{text}")).unwrap().runs[0].name.clone();
+        assert_eq!(name(""), "as-it-is");
+        assert_eq!(name("[[run]]\nname = '../a b'\nseed = 3"), "-a-b");
+        assert_eq!(name("[grid]\nseed = [3]\n[[run]]\nname = 'a'\nepochs = 1"), "a,seed=3");
     }
 
     #[test]
@@ -194,6 +216,7 @@ mod tests {
         assert!(said("recipe = 'sample'\n[set]\nbatchsize = 3").contains("batchsize"));
         assert!(said("recipe = 'sample'\n[grid]\nseed = 3").contains("seed"));
         assert!(said("recipe = 'sample'\n[grid]\nseed = [1, 1]").contains("two runs"));
+        assert!(said("recipe = 'sample'\n[[run]]\nname = '..'").contains("no name"));
         assert!(said("recipe = 'sample'\n[grid]\nseed = [-1]").contains("seed=-1"));
         let many = (0..101).map(|seed| seed.to_string()).collect::<Vec<_>>().join(",");
         let grid = format!("recipe = 'sample'\n[grid]\nseed = [{many}]\nepochs = [{many}]");
