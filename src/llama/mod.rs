@@ -16,4 +16,4 @@ pub use ops::{Cost, Op};
 pub use plan::{BytePlan, Plan};
 pub use program::{Buffer, BufferInfo, Element, Program, Use};
 pub use step::{Decoding, Evaluation, Micro};
-pub use update::{AdamW, Muon, Optimizer, Rates, update};
+pub use update::{AdamW, Muon, Optimizer, Rates, append_update, update};

@@ -42,6 +42,12 @@ pub struct Rates {
 /// The gradients are zero afterwards.
 pub fn update(layout: &Layout, optimizer: &Optimizer) -> (Program, Buffer) {
     let mut p = Program::default();
+    let norm = append_update(&mut p, layout, optimizer);
+    (p, norm)
+}
+
+/// The same at the end of a program: a whole step in one.
+pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) -> Buffer {
     let norm = p.buffer("gradient norm", Element::Float, 1, Use::Output);
     p.ops.push(Op::GradNorm(GradNorm { norm }));
 
@@ -71,5 +77,5 @@ pub fn update(layout: &Layout, optimizer: &Optimizer) -> (Program, Buffer) {
         }
     }
     p.ops.push(Op::ZeroGradients(ZeroGradients));
-    (p, norm)
+    norm
 }

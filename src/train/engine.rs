@@ -2,7 +2,7 @@
 
 use crate::backend::{Arena, Backend, Feed, Loaded, Need, Session};
 use crate::llama::step::{self, BatchInputs, Losses};
-use crate::llama::{Buffer, Optimizer, Rates, update};
+use crate::llama::{Buffer, Optimizer, Rates, append_update};
 use crate::model::{Config, Layout};
 use crate::tokens::{Batch, IGNORE};
 
@@ -14,11 +14,10 @@ pub struct Engine {
     context: usize,
     /// How many windows go through at once.
     micro_windows: usize,
+    optimizer: Optimizer,
     /// The programs for as many windows as were needed so far.
     micros: Vec<Micro>,
     evaluations: Vec<Micro>,
-    update: Loaded,
-    norm: Buffer,
 }
 
 struct Micro {
@@ -26,6 +25,8 @@ struct Micro {
     program: Loaded,
     batch: BatchInputs,
     losses: Losses,
+    /// Where the last of a step, which ends with the update, leaves the norm of all gradients.
+    norm: Option<Buffer>,
 }
 
 /// What a step tells.
@@ -57,9 +58,7 @@ impl Engine {
         context: usize,
     ) -> anyhow::Result<Self> {
         let layout = Layout::new(config);
-        let mut session = backend.open(&layout, Need { training: true, cache: 0 })?;
-        let (program, norm) = update(&layout, optimizer);
-        let update = session.load(program)?;
+        let session = backend.open(&layout, Need { training: true, cache: 0 })?;
         let micro_windows = backend.micro_windows(windows, context);
         let config = config.clone();
         let (micros, evaluations) = (Vec::new(), Vec::new());
@@ -69,10 +68,9 @@ impl Engine {
             session,
             context,
             micro_windows,
+            optimizer: *optimizer,
             micros,
             evaluations,
-            update,
-            norm,
         })
     }
 
@@ -85,33 +83,54 @@ impl Engine {
         let counted: usize = batches.iter().map(Batch::counted).sum();
         // A step in which nothing counts has no gradient, and a loss of 0.
         let loss_scale = 1.0 / counted.max(1) as f64;
-        let mut sum = 0.0;
+        let mut parts = Vec::new();
         for batch in batches {
             for from in (0..batch.windows).step_by(self.micro_windows) {
-                let to = (from + self.micro_windows).min(batch.windows);
-                sum += self.micro(&batch.slice(from, to), loss_scale)?;
+                parts.push(batch.slice(from, (from + self.micro_windows).min(batch.windows)));
             }
         }
-        self.session.run(self.update, &Feed { rates, ..Feed::default() })?;
-        let grad_norm = f64::from(self.session.floats(self.update, self.norm)?[0]);
+        let mut sum = 0.0;
+        let mut grad_norm = f64::NAN;
+        for (at, part) in parts.iter().enumerate() {
+            let last = at + 1 == parts.len();
+            let (loss, norm) =
+                self.micro(part, last, Feed { loss_scale, rates, ..Feed::default() })?;
+            sum += loss;
+            grad_norm = norm.unwrap_or(grad_norm);
+        }
         Ok(Outcome { loss: sum * loss_scale, grad_norm, counted })
     }
 
-    /// Adds the gradients of a few windows; returns the sum of their losses.
-    fn micro(&mut self, batch: &Batch, loss_scale: f64) -> anyhow::Result<f64> {
-        if !self.micros.iter().any(|micro| micro.windows == batch.windows) {
-            let micro = step::training(&self.config, &self.layout, batch.windows, self.context);
+    /// Adds the gradients of a few windows and, with the last of a step, updates. Returns the sum
+    /// of the losses and the norm of all gradients.
+    fn micro<'a>(
+        &mut self,
+        batch: &'a Batch,
+        last: bool,
+        mut feed: Feed<'a>,
+    ) -> anyhow::Result<(f64, Option<f64>)> {
+        let is_it = |micro: &Micro| micro.windows == batch.windows && micro.norm.is_some() == last;
+        if !self.micros.iter().any(is_it) {
+            let windows = batch.windows;
+            let mut micro = step::training(&self.config, &self.layout, windows, self.context);
+            // One program rather than two: on a device, one launch and one wait.
+            let norm =
+                last.then(|| append_update(&mut micro.program, &self.layout, &self.optimizer));
             let program = self.session.load(micro.program)?;
-            let (windows, batch, losses) = (batch.windows, micro.batch, micro.losses);
-            self.micros.push(Micro { windows, program, batch, losses });
+            let (batch, losses) = (micro.batch, micro.losses);
+            self.micros.push(Micro { windows, program, batch, losses, norm });
         }
-        let micro = self.micros.iter().find(|micro| micro.windows == batch.windows);
-        let micro = micro.expect("it was made above");
-        let indices = micro.batch.feed(batch);
-        self.session.run(micro.program, &Feed { indices, loss_scale, ..Feed::default() })?;
+        let micro = self.micros.iter().find(|micro| is_it(micro)).expect("it was made above");
+        feed.indices = micro.batch.feed(batch);
+        self.session.run(micro.program, &feed)?;
         let nll = self.session.floats(micro.program, micro.losses.nll)?;
         let counted = nll.iter().zip(&batch.targets).filter(|&(_, &target)| target != IGNORE);
-        Ok(counted.map(|(&nll, _)| f64::from(nll)).sum())
+        let loss = counted.map(|(&nll, _)| f64::from(nll)).sum();
+        let norm = match micro.norm {
+            Some(norm) => Some(f64::from(self.session.floats(micro.program, norm)?[0])),
+            None => None,
+        };
+        Ok((loss, norm))
     }
 
     /// The best guess at every position of a batch, `[windows, context]`, without training.
@@ -123,7 +142,7 @@ impl Engine {
                 let eval = step::evaluation(&self.config, &self.layout, part.windows, self.context);
                 let program = self.session.load(eval.program)?;
                 let (windows, batch, losses) = (part.windows, eval.batch, eval.losses);
-                self.evaluations.push(Micro { windows, program, batch, losses });
+                self.evaluations.push(Micro { windows, program, batch, losses, norm: None });
             }
             let eval = self.evaluations.iter().find(|micro| micro.windows == part.windows);
             let eval = eval.expect("it was made above");

@@ -294,7 +294,10 @@ impl<'a> Trainer<'a> {
         let moments = self.engine.read(Arena::FirstMoment)?;
         for parameter in &self.engine.layout().parameters {
             if moments[parameter.span.range()].iter().all(|&moment| moment == 0.0) {
-                observer.note(&format!("{} gets no gradient: it is not trained", parameter.name));
+                observer.note(&format!(
+                    "warning: {} gets no gradient: it is not trained",
+                    parameter.name
+                ));
             }
         }
         Ok(())

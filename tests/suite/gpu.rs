@@ -1,6 +1,7 @@
 //! The GPU backend over the simulator: every operation with its launch code, and whole training
 //! steps, against the reference.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use laam::backend::gpu::{Gpu, Options};
@@ -97,30 +98,44 @@ fn batch(step: u64, config: &Config) -> Batch {
     batch
 }
 
-/// The losses and norms of some steps, and the weights after them.
-fn train(
-    backend: &dyn Backend,
-    config: &Config,
-    muon: bool,
-    steps: u64,
-) -> (Vec<f64>, Vec<f64>, Vec<f32>) {
+/// An engine with the first weights in it.
+fn engine(backend: &dyn Backend, config: &Config, muon: bool) -> Engine {
     let optimizer = Optimizer {
         adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
         muon: muon.then_some(Muon { momentum: 0.95 }),
         decay: 0.1,
         max_grad_norm: 1.0,
     };
-    let mut engine =
-        Engine::new(backend, config, &optimizer, 2, config.max_position_embeddings).unwrap();
+    let context = config.max_position_embeddings;
+    let mut engine = Engine::new(backend, config, &optimizer, 2, context).unwrap();
     let weights = initialize(config, engine.layout(), 3);
     engine.write(Arena::Parameters, &weights).unwrap();
-    let (mut losses, mut norms) = (Vec::new(), Vec::new());
-    for step in 1..=steps {
+    engine
+}
+
+/// Losses and gradient norms of some steps.
+fn steps(
+    engine: &mut Engine,
+    config: &Config,
+    numbers: RangeInclusive<u64>,
+) -> (Vec<f64>, Vec<f64>) {
+    let one = |step| {
         let rates = Rates { learning_rate: 1e-3, muon_learning_rate: 2e-2, step };
         let outcome = engine.step(&[batch(step, config)], rates).unwrap();
-        losses.push(outcome.loss);
-        norms.push(outcome.grad_norm);
-    }
+        (outcome.loss, outcome.grad_norm)
+    };
+    numbers.map(one).unzip()
+}
+
+/// The losses and norms of some steps, and the weights after them.
+fn train(
+    backend: &dyn Backend,
+    config: &Config,
+    muon: bool,
+    count: u64,
+) -> (Vec<f64>, Vec<f64>, Vec<f32>) {
+    let mut engine = engine(backend, config, muon);
+    let (losses, norms) = steps(&mut engine, config, 1..=count);
     (losses, norms, engine.read(Arena::Parameters).unwrap())
 }
 
@@ -174,7 +189,7 @@ fn twenty_steps_in_bf16_follow_the_reference_that_rounds() {
 }
 
 #[test]
-fn graphs_and_threads_change_no_bit_and_a_run_cut_in_two_none_either() {
+fn graphs_and_threads_change_no_bit() {
     let config = config(8);
     let Some(eager) = sim(Type::Bf16, false, 1) else { return };
     let whole = train(&eager, &config, true, 6);
@@ -182,4 +197,44 @@ fn graphs_and_threads_change_no_bit_and_a_run_cut_in_two_none_either() {
         let other = sim(Type::Bf16, graphs, threads).unwrap();
         assert!(train(&other, &config, true, 6) == whole, "graphs {graphs}, {threads} threads");
     }
+}
+
+/// What a checkpoint keeps (masters and moments, in f32) is all that the next step depends on.
+#[test]
+fn a_run_cut_and_resumed_is_the_unbroken_one() {
+    let config = config(8);
+    let Some(backend) = sim(Type::Bf16, true, 2) else { return };
+    let mut unbroken = engine(&backend, &config, true);
+    steps(&mut unbroken, &config, 1..=3);
+    let mut resumed = engine(&backend, &config, true);
+    let arenas = [Arena::Parameters, Arena::FirstMoment, Arena::SecondMoment];
+    for arena in arenas {
+        resumed.write(arena, &unbroken.read(arena).unwrap()).unwrap();
+    }
+    let [one, other] = [&mut unbroken, &mut resumed].map(|engine| steps(engine, &config, 4..=6));
+    assert_eq!(one, other);
+    for arena in arenas {
+        assert!(unbroken.read(arena).unwrap() == resumed.read(arena).unwrap(), "{arena:?}");
+    }
+}
+
+/// An update that would spread what is not finite does not happen; the next one does.
+#[test]
+fn a_gradient_that_is_not_finite_changes_nothing() {
+    let config = config(8);
+    let Some(backend) = sim(Type::Bf16, true, 2) else { return };
+    let mut engine = engine(&backend, &config, true);
+    steps(&mut engine, &config, 1..=2);
+    let before = engine.read(Arena::Parameters).unwrap();
+    let moments = engine.read(Arena::FirstMoment).unwrap();
+    let mut poisoned = vec![0.0; before.len()];
+    poisoned[engine.layout().blocks[1].down.offset] = f32::INFINITY;
+    engine.write(Arena::Gradients, &poisoned).unwrap();
+    let (_, norms) = steps(&mut engine, &config, 3..=3);
+    assert!(!norms[0].is_finite());
+    assert!(engine.read(Arena::Parameters).unwrap() == before);
+    assert!(engine.read(Arena::FirstMoment).unwrap() == moments);
+    let (_, norms) = steps(&mut engine, &config, 4..=4);
+    assert!(norms[0].is_finite());
+    assert!(engine.read(Arena::Parameters).unwrap() != before);
 }

@@ -12,7 +12,7 @@ use laam::backend::Arena;
 use laam::backend::cpu::Cpu;
 use laam::corpus::{Corpus, Options, Source};
 use laam::llama::Rates;
-use laam::model::{Layout, initialize, load, load_config};
+use laam::model::{Checkpoint, Layout, Precision, Provenance, initialize, load, load_config, save};
 use laam::tokenizer::{Style, Tokenizer};
 use laam::tokens::{Kind, Order, Sampler, TokenFile, Windows};
 use laam::train::{Engine, Metrics, Settings};
@@ -407,6 +407,33 @@ fn init_from_takes_weights_and_shape_and_is_resumed_with_them() {
     killed(&broken, &from, 13);
     trained(&broken, &format!("{flags} --resume"));
     assert_same(&broken, &unbroken, "--init_from, killed, resumed");
+}
+
+/// Behind a projection of zeros nothing gets a gradient, as behind one that a backward forgets.
+#[test]
+fn a_parameter_without_a_gradient_is_told_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let [first, cut, second] = ["first", "cut", "second"].map(|n| folder.path().join(n));
+    assert!(!trained(&first, "--max_steps 2").contains("no gradient"));
+    let model = load(&first).unwrap();
+    let mut weights = model.weights;
+    weights[model.layout.blocks[1].down.range()].fill(0.0);
+    let checkpoint = Checkpoint {
+        config: &model.config,
+        layout: &model.layout,
+        weights: &weights,
+        precision: Precision::Float32,
+        tokenizer: Some(&first),
+        provenance: &Provenance::default(),
+        training_state: None,
+    };
+    save(&cut, &checkpoint).unwrap();
+    let said = trained(&second, &format!("--max_steps 1 --init_from {}", cut.display()));
+    for name in ["gate_proj", "up_proj"] {
+        let line = format!("warning: model.layers.1.mlp.{name}.weight gets no gradient");
+        assert!(said.contains(&line), "{said}");
+    }
+    assert_eq!(said.matches("no gradient").count(), 3, "and the norm before them: {said}");
 }
 
 #[test]

@@ -92,7 +92,7 @@ impl Backend for Gpu {
         Ok(Box::new(session::Model::new((self.open)()?, self.options, layout, need)?))
     }
 
-    /// As many as fit beside everything else, in halves of what is asked for.
+    /// All of them: a card wants the work at once, and what it has no memory for is refused before.
     fn micro_windows(&self, windows: usize, _context: usize) -> usize {
         windows
     }
