@@ -294,7 +294,7 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
             }
 
             float top[STRIPS][2];
-            bool news = false;
+            bool higher = false, hit = false;
 #pragma unroll
             for (int s = 0; s < STRIPS; s++) {
 #pragma unroll
@@ -304,41 +304,52 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
                     for (int j = 0; j < GROUP / 8; j++) {
                         top[s][h] = fmaxf(top[s][h], fmaxf(z[s][j][2 * h], z[s][j][2 * h + 1]));
                     }
-                    news |= top[s][h] > max[s][h] || target[s][h] - word < GROUP;
+                    higher |= top[s][h] > max[s][h];
+                    hit |= target[s][h] - word < GROUP;
                 }
             }
-            // Seldom, after the first words: some row of the warp has a new maximum or its target.
-            if (__any_sync(ALL, news)) {
+            // Seldom, after the first words: some row of the warp has a new maximum.
+            if (__any_sync(ALL, higher)) {
 #pragma unroll
                 for (int s = 0; s < STRIPS; s++) {
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
-                        const float higher = max_of_row(top[s][h]);
+                        const float most = max_of_row(top[s][h]);
                         int at = INT_MAX;
 #pragma unroll
                         for (int j = GROUP / 8 - 1; j >= 0; j--) {
 #pragma unroll
                             for (int e = 2 * h + 1; e >= 2 * h; e--) {
-                                const int column = word + own.column(j, e);
-                                if (z[s][j][e] == higher) at = column;
-                                if (column == target[s][h]) {
-                                    scratch.hit[first + own.row(s, e)] = z[s][j][e];
-                                    // Its share is added by `head_join`.
-                                    z[s][j][e] = -INFINITY;
-                                }
+                                if (z[s][j][e] == most) at = word + own.column(j, e);
                             }
                         }
                         at = min(at, __shfl_xor_sync(ALL, at, 1));
                         at = min(at, __shfl_xor_sync(ALL, at, 2));
-                        if (higher > max[s][h]) {
-                            const float shrink = exp2_approx((max[s][h] - higher) * LOG2_E);
-                            max[s][h] = higher;
+                        if (most > max[s][h]) {
+                            const float shrink = exp2_approx((max[s][h] - most) * LOG2_E);
+                            max[s][h] = most;
                             if (own.lane % 4 == 0) scratch.best[part + own.row(s, 2 * h)] = at;
                             sum[s][h] *= shrink;
 #pragma unroll
                             for (int j = 0; j < WIDTH / 8; j++) {
                                 dx[s][j][2 * h] *= shrink;
                                 dx[s][j][2 * h + 1] *= shrink;
+                            }
+                        }
+                    }
+                }
+            }
+            // As seldom: some row of the warp has its target here, whose share `head_join` adds.
+            if (__any_sync(ALL, hit)) {
+#pragma unroll
+                for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+                    for (int j = 0; j < GROUP / 8; j++) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            if (word + own.column(j, e) == target[s][e / 2]) {
+                                scratch.hit[first + own.row(s, e)] = z[s][j][e];
+                                z[s][j][e] = -INFINITY;
                             }
                         }
                     }

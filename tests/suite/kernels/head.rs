@@ -360,7 +360,7 @@ fn mistakes_in_the_two_passes_are_seen() {
         ("words beyond the last", "if (word + GROUP > end) {", "if (false) {"),
         (
             "the target's column taken twice",
-            "                                    z[s][j][e] = -INFINITY;\n",
+            "                                z[s][j][e] = -INFINITY;\n",
             "",
         ),
         ("sum not rescaled", "sum[s][h] *= shrink;", ""),
@@ -376,9 +376,10 @@ fn mistakes_in_the_two_passes_are_seen() {
             "scratch.best[part + own.row(s, 2 * h)] = at;",
             "scratch.best[part + own.row(s, 2 * h)] = word;",
         ),
-        ("last of equal groups", "if (higher > max[s][h]) {", "if (higher >= max[s][h]) {"),
+        ("new maxima not looked for", "higher |= top[s][h] > max[s][h];", ""),
+        ("last of equal groups", "if (most > max[s][h]) {", "if (most >= max[s][h]) {"),
         ("last of equal splits", "if (scratch.max[at] > max) {", "if (scratch.max[at] >= max) {"),
-        ("a target not looked for", " || target[s][h] - word < GROUP", ""),
+        ("a target not looked for", "hit |= target[s][h] - word < GROUP;", ""),
         (
             "splits not brought to one maximum",
             "return exp2_approx((scratch.max[at] - max) * LOG2_E);",
@@ -422,7 +423,7 @@ fn mistakes_in_the_two_passes_are_seen() {
             "ldmatrix.sync.aligned.m8n8.x4",
         ),
         (
-            "halves of a operand swapped",
+            "halves of an operand swapped",
             "multiply_add_bf16(sums[s][j], a[s], b[0], b[1]);",
             "multiply_add_bf16(sums[s][j], a[s], b[1], b[0]);",
         ),
