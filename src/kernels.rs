@@ -133,7 +133,9 @@ mod tests {
             .split("__global__")
             .skip(1)
             .filter_map(|rest| {
-                let rest = rest.trim_start().strip_prefix("void")?.trim_start();
+                let rest = rest.trim_start().strip_prefix("void")?;
+                // In a macro, lines end with a backslash.
+                let rest = rest.trim_start_matches(['\\', '\n', ' ']);
                 let name = match rest.strip_prefix("__launch_bounds__(") {
                     Some(bounds) => {
                         let mut depth = 1;

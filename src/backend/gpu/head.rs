@@ -107,7 +107,7 @@ struct Split {
 impl Split {
     /// Cuts `streamed` rows so that `owners` blocks a part keep a card busy.
     fn new(streamed: usize, owners: usize) -> Split {
-        let most = streamed.div_ceil(LEAST);
+        let most = (streamed / LEAST).max(1);
         let parts = (BLOCKS / owners).clamp(1, most);
         let size = streamed.div_ceil(parts).next_multiple_of(OWNED);
         Split { parts: streamed.div_ceil(size), size }
