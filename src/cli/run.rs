@@ -68,10 +68,11 @@ pub struct Identity {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let recipe = Recipe::find(&arguments.recipe)?;
-    let backend = arguments.backend.open()?;
     if arguments.dry_run {
-        return dry_run(&recipe, &*backend);
+        return dry_run(&recipe, &arguments.backend);
     }
+    // Proofs are taken in f32, whatever the weights were trained in.
+    let backend = arguments.backend.open()?;
     let name = Path::new(&arguments.recipe).file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("runs").join(name));
     let encoding = encoding_of(recipe.tokenizer.style);
@@ -81,7 +82,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let identity = Identity { recipe: recipe.resolved()?, corpus_sha256: manifest.hash() };
     claim(&folder, &identity)?;
 
-    let Some((model, _)) = train(&*backend, &recipe, &corpus, &folder)? else {
+    let Some((model, _)) = train(&arguments.backend, &recipe, &corpus, &folder)? else {
         return Ok(Outcome::Interrupted);
     };
     let outcome = prove(&*backend, &folder, &model, &corpus, recipe.rebuild)?;
@@ -101,7 +102,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
 /// Trains the tokenizer and every stage, or finds them done. Returns the folder of the model and how
 /// each stage ended; none where a person interrupted it.
 pub fn train(
-    backend: &dyn Backend,
+    backends: &backend::Arguments,
     recipe: &Recipe,
     corpus: &Corpus,
     folder: &Path,
@@ -129,7 +130,8 @@ pub fn train(
             metrics: output.join("metrics.jsonl"),
             tensorboard: None,
         };
-        let finish = stage.train(backend, corpus)?;
+        let backend = backends.open_in(stage.settings.precision)?;
+        let finish = stage.train(&*backend, corpus)?;
         if finish.interrupted {
             return Ok(None);
         }
@@ -259,12 +261,13 @@ fn compile_and_test(folder: &Path) -> anyhow::Result<String> {
 }
 
 /// The recipe with all its keys on stdout, the plan of each stage on stderr.
-fn dry_run(recipe: &Recipe, backend: &dyn Backend) -> anyhow::Result<Outcome> {
+fn dry_run(recipe: &Recipe, backends: &backend::Arguments) -> anyhow::Result<Outcome> {
     write!(io::stdout(), "{}", recipe.resolved()?)?;
     for stage in &recipe.stages {
         let config = stage.settings.config(recipe.tokenizer.vocab_size, Special::default())?;
+        let backend = backends.open_in(stage.settings.precision)?;
         eprintln!("stage {} on {}", stage.name, backend.device());
-        eprint!("{}", plan::text(&config, &stage.settings, backend));
+        eprint!("{}", plan::text(&config, &stage.settings, &*backend));
     }
     Ok(Outcome::Done)
 }

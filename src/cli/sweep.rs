@@ -14,7 +14,6 @@ use super::run::{Identity, claim, train};
 use super::source::SourceArguments;
 use super::train_tokenizer::encoding_of;
 use super::{Outcome, backend, model, windows};
-use crate::backend::Backend;
 use crate::corpus::Corpus;
 use crate::error::Hint;
 use crate::files::write_atomically;
@@ -61,7 +60,6 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let sweep = Sweep::read(&arguments.sweep)?;
-    let backend = arguments.backend.open()?;
     let name = arguments.sweep.file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("sweeps").join(name));
     let mut rows = Vec::new();
@@ -69,7 +67,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         eprintln!("run {} of {}: {}", at + 1, sweep.runs.len(), run.name);
         let encoding = encoding_of(run.recipe.tokenizer.style);
         let corpus = arguments.source.corpus(run.recipe.version.as_deref(), encoding)?;
-        match result(&*backend, run, &corpus, &folder.join(&run.name))? {
+        match result(&arguments.backend, run, &corpus, &folder.join(&run.name))? {
             Some(row) => rows.push((run, row)),
             None => return Ok(Outcome::Interrupted),
         }
@@ -86,7 +84,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
 
 /// What came of a run, which is done first if it was not yet; none where it was interrupted.
 fn result(
-    backend: &dyn Backend,
+    backends: &backend::Arguments,
     run: &Run,
     corpus: &Corpus,
     folder: &Path,
@@ -108,9 +106,11 @@ fn result(
                 .hint(|| "make it readable, or remove it");
         }
     }
-    let Some((model, finishes)) = train(backend, &run.recipe, corpus, folder)? else {
+    let Some((model, finishes)) = train(backends, &run.recipe, corpus, folder)? else {
         return Ok(None);
     };
+    // Measures are taken in f32, whatever the weights were trained in.
+    let backend = &*backends.open()?;
     let opened = model::open(&model)?;
     let (cut, manifest) = windows::cut(corpus, &opened, windows::kind(None, &opened))?;
     let windows = &cut.windows;
