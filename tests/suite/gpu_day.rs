@@ -52,7 +52,7 @@ fn gpu_day_loses_nothing_to_a_hang_or_a_failure_and_goes_on_where_it_was() {
     );
     let begun = Instant::now();
     let output = gpu_day(folder, &[]);
-    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_mins(1), "{:?}", begun.elapsed());
     assert_eq!(output.status.code(), Some(1), "{output:?}");
 
     let read = || -> Value {

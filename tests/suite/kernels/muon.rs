@@ -170,16 +170,18 @@ fn iterations(
     let n = rows.min(cols);
     for _ in 0..5 {
         let at = |i: usize, j: usize| x[i * cols + j];
-        let a = match rows > cols {
-            true => product([n, rows, n], |i, k| at(k, i), at),
-            false => product([n, cols, n], at, |k, j| at(j, k)),
+        let a = if rows > cols {
+            product([n, rows, n], |i, k| at(k, i), at)
+        } else {
+            product([n, cols, n], at, |k, j| at(j, k))
         };
         let square = product([n, n, n], |i, k| a[i * n + k], |k, j| a[k * n + j]);
         let b = combine(&a, &square, [B, C]);
         let b = |i: usize, j: usize| b[i * n + j];
-        let bx = match rows > cols {
-            true => product([rows, n, cols], at, b),
-            false => product([rows, n, cols], b, at),
+        let bx = if rows > cols {
+            product([rows, n, cols], at, b)
+        } else {
+            product([rows, n, cols], b, at)
         };
         x = combine(&x, &bx, [A, 1.0]);
     }

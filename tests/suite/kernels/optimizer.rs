@@ -52,8 +52,8 @@ fn adamw_is_right(module: &Module) {
             let rates = run(module, "adamw_rates", Config::linear(1, 1), &pieces).remove(0);
 
             let [mut g, p, mut m] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
-            let mut v = Type::F32.random(4, count, 1.0);
-            v.iter_mut().for_each(|v| *v = v.abs());
+            let v = Type::F32.random(4, count, 1.0);
+            let mut v: Vec<f64> = v.into_iter().map(f64::abs).collect();
             // Some that epsilon matters to.
             for i in 0..count / 4 {
                 (g[i], m[i], v[i]) = (g[i] / 2f64.powi(27), m[i] / 2f64.powi(27), 2f64.powi(-54));
