@@ -408,6 +408,9 @@ fn attentions(size: Size) -> Vec<Heads> {
             heads(2, 65, 2, 1, 128),
             heads(1, 20, 2, 1, 34),
             heads(4, 1, 2, 2, 64),
+            // So many rows that narrow heads give a lane several.
+            heads(67, 3, 16, 4, 2),
+            heads(67, 2, 16, 2, 8),
         ],
         [
             heads(2, 512, 32, 4, 2),

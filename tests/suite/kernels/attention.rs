@@ -162,7 +162,6 @@ const SHAPES: [[usize; 5]; 12] = [
 
 /// One of the ways to compute an attention.
 struct Path {
-    module: Module,
     /// What its entries are called, less the type: forward, back to q, back to k and v.
     entries: [String; 3],
     launch: [Config; 3],
@@ -172,32 +171,30 @@ struct Path {
 
 impl Path {
     /// Two blocks, fewer than there are tasks: a block has to go on to its next.
-    fn plain(shape: &Shape) -> Option<Path> {
+    fn plain(shape: &Shape) -> Path {
         let d = shape.head_dim as u32;
         let shared = 4 * (2 * 16 * d + 2 * 32 * (d | 1));
-        Some(Path {
-            module: module("attention")?,
+        Path {
             entries: ["", "_backward_q", "_backward_kv"].map(|pass| format!("attention{pass}")),
             launch: [Config { grid: [2, 1, 1], block: [128, 1, 1], shared }; 3],
             takes_head_dim: true,
-        })
+        }
     }
     /// head_dim 2, 4 and 8; a lane owns one row or, where it can be more, as many as there are.
-    fn narrow(shape: &Shape, one: bool) -> Option<Path> {
+    fn narrow(shape: &Shape, one: bool) -> Path {
         let (d, group) = (shape.head_dim, (shape.heads / shape.kv_heads) as u32);
         let several = if d == 8 { 2 } else { 4 };
         let entry =
             |(pass, rows)| format!("attention_narrow{pass}_{d}_{}", if one { 1 } else { rows });
         let warps = group.min(if one { 8 } else { 4 });
-        Some(Path {
-            module: module("attention_narrow")?,
+        Path {
             entries: [("", 4), ("_backward_q", several), ("_backward_kv", several)].map(entry),
             launch: [Config::linear(1, 128), Config::linear(1, 128), Config::linear(2, 32 * warps)],
             takes_head_dim: false,
-        })
+        }
     }
     /// head_dim 16, 32, 64, 96 and 128, in types of two bytes.
-    fn mma(shape: &Shape) -> Option<Path> {
+    fn mma(shape: &Shape) -> Path {
         let d = shape.head_dim;
         let entry = |pass| format!("attention_mma{pass}_{d}");
         // As the table in the source has it: own rows in sixteens a warp, rows of a tile.
@@ -213,26 +210,32 @@ impl Path {
             bytes(2 * 64 * own_q + 4 * tile_q),
             bytes(2 * 64 * own_kv + 4 * tile_kv) + 2 * 12 * tile_kv as u32,
         ];
-        Some(Path {
-            module: module("attention_mma")?,
+        Path {
             entries: ["", "_backward_q", "_backward_kv"].map(entry),
             launch: shared.map(|shared| Config { grid: [2, 1, 1], block: [128, 1, 1], shared }),
             takes_head_dim: false,
-        })
+        }
     }
 
-    fn run(&self, pass: usize, ty: Type, shape: &Shape, mut pieces: Vec<Piece>) -> Vec<Vec<u8>> {
+    fn run(
+        &self,
+        module: &Module,
+        pass: usize,
+        ty: Type,
+        shape: &Shape,
+        mut pieces: Vec<Piece>,
+    ) -> Vec<Vec<u8>> {
         pieces.extend([shape.windows, shape.context].map(|x| value(x as i32)));
         pieces.extend([shape.heads, shape.kv_heads].map(|x| value(x as i32)));
         if self.takes_head_dim {
             pieces.push(value(shape.head_dim as i32));
         }
         let entry = format!("{}_{}", self.entries[pass], ty.suffix());
-        run(&self.module, &entry, self.launch[pass], &pieces)
+        run(module, &entry, self.launch[pass], &pieces)
     }
 
     /// Holds the forward pass against f64; q is uniform below `sharpness`.
-    fn is_right(&self, ty: Type, shape: &Shape, sharpness: f64) {
+    fn is_right(&self, module: &Module, ty: Type, shape: &Shape, sharpness: f64) {
         let d = shape.head_dim;
         let q = ty.random(1, shape.queries() * d, sharpness);
         let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
@@ -242,13 +245,13 @@ impl Path {
         let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
         pieces.push(indices(&first_key));
         pieces.extend([Piece::Out(q.len() * ty.size()), Piece::Out(4 * shape.queries())]);
-        let got = self.run(0, ty, shape, pieces);
+        let got = self.run(module, 0, ty, shape, pieces);
         check(&format!("out of {shape:?}"), ty, &got[0], &exact, &low);
         check(&format!("lse of {shape:?}"), Type::F32, &got[1], &exact_lse, &low_lse);
     }
 
     /// Holds the two passes back against f64.
-    fn goes_back(&self, ty: Type, shape: &Shape) {
+    fn goes_back(&self, module: &Module, ty: Type, shape: &Shape) {
         let d = shape.head_dim;
         let q = ty.random(1, shape.queries() * d, 3.0);
         let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
@@ -270,7 +273,7 @@ impl Path {
             pieces.push(Piece::In(Type::F32.bytes(&delta)));
             pieces.push(Piece::In(ty.bytes(&dout)));
             pieces.extend(outputs.clone().map(|i| Piece::Out(exact[i].len() * ty.size())));
-            let got = self.run(pass, ty, shape, pieces);
+            let got = self.run(module, pass, ty, shape, pieces);
             for (i, got) in outputs.zip(&got) {
                 let what = format!("{} of {shape:?}", ["delta", "dq", "dk", "dv"][i]);
                 check(&what, ty, got, &exact[i], &low[i]);
@@ -279,24 +282,54 @@ impl Path {
     }
 }
 
+/// Two types a shape, in turns.
+fn types(at: usize) -> [Type; 2] {
+    [TYPES[at % 3], TYPES[(at + 1) % 3]]
+}
+
 #[test]
 fn attention_is_right_on_its_plain_path() {
-    for shape in SHAPES.map(shape) {
-        let Some(path) = Path::plain(&shape) else { return };
-        for ty in TYPES {
-            path.is_right(ty, &shape, 3.0);
+    let Some(module) = module("attention") else { return };
+    for (at, shape) in SHAPES.map(shape).iter().enumerate() {
+        for ty in types(at) {
+            Path::plain(shape).is_right(&module, ty, shape, 3.0);
         }
     }
 }
 
 #[test]
 fn attention_goes_back_on_its_plain_path() {
-    for shape in SHAPES.map(shape) {
-        let Some(path) = Path::plain(&shape) else { return };
-        for ty in TYPES {
-            path.goes_back(ty, &shape);
+    let Some(module) = module("attention") else { return };
+    for (at, shape) in SHAPES.map(shape).iter().enumerate() {
+        for ty in types(at) {
+            Path::plain(shape).goes_back(&module, ty, shape);
         }
     }
+}
+
+#[test]
+fn mistakes_in_the_plain_path_are_seen() {
+    let bugs = [
+        ("no mask", "seen ? weights[r] * scale : -INFINITY", "weights[r] * scale"),
+        ("a sum that does not shrink", "sum[r] * shrink + warp_sum", "sum[r] + warp_sum"),
+        (
+            "rows overwritten while they are read",
+            "        // The task before may still be reading.\n        __syncthreads();\n",
+            "",
+        ),
+        ("no delta", "ds[r] = p * (dp[r] - own_delta[r])", "ds[r] = p * dp[r]"),
+        ("one query head of a group", "shared < shape.group()", "shared < 1"),
+        (
+            "a tile left out that is seen",
+            "from < first + there)) continue",
+            "from < first)) continue",
+        ),
+    ];
+    planted_in("attention", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
+        let shape = shape([3, 37, 2, 1, 5]);
+        Path::plain(&shape).is_right(module, Type::F32, &shape, 3.0);
+        Path::plain(&shape).goes_back(module, Type::F32, &shape);
+    });
 }
 
 /// More than one chunk of rows, tiles before, on and behind the diagonal, a tail; the groups.
@@ -310,60 +343,135 @@ const NARROW: [[usize; 5]; 7] = [
     [3, 70, 4, 2, 8],
 ];
 
+/// With a mild softmax whole tiles are added at once, with this one nearly all need care.
+const SHARP: f64 = 300.0;
+
 #[test]
 fn attention_of_narrow_heads_is_right() {
-    for shape in NARROW.map(shape) {
-        // At 3 tiles are added at once, at 300 nearly all need care.
-        for (one, sharpness) in [(false, 3.0), (false, 300.0), (true, 3.0), (true, 300.0)] {
-            let Some(path) = Path::narrow(&shape, one) else { return };
-            for ty in TYPES {
-                path.is_right(ty, &shape, sharpness);
-            }
+    let Some(module) = module("attention_narrow") else { return };
+    for (at, shape) in NARROW.map(shape).iter().enumerate() {
+        let [some, other] = types(at);
+        for (one, ty, sharpness) in
+            [(false, some, 3.0), (false, other, SHARP), (true, other, 3.0), (true, some, SHARP)]
+        {
+            Path::narrow(shape, one).is_right(&module, ty, shape, sharpness);
         }
     }
 }
 
 #[test]
 fn attention_of_narrow_heads_goes_back() {
-    for shape in NARROW.map(shape) {
-        for one in [false, true] {
-            let Some(path) = Path::narrow(&shape, one) else { return };
-            for ty in TYPES {
-                path.goes_back(ty, &shape);
-            }
+    let Some(module) = module("attention_narrow") else { return };
+    for (at, shape) in NARROW.map(shape).iter().enumerate() {
+        for (one, ty) in [false, true].into_iter().zip(types(at)) {
+            Path::narrow(shape, one).goes_back(&module, ty, shape);
         }
     }
 }
 
+#[test]
+fn mistakes_in_the_narrow_path_are_seen() {
+    let entries = [(4, 4), (8, 4), (8, 2), (2, 1), (4, 1), (8, 1)];
+    let lines = entries.iter().flat_map(|(d, rows)| {
+        ["FORWARD", "BACKWARD"].map(|pass| format!("    {pass}({d}, {rows}, T)"))
+    });
+    let without: Vec<_> = lines.chain(["ENTRIES(bf16)".into(), "ENTRIES(f16)".into()]).collect();
+    let without: Vec<_> = without.iter().map(String::as_str).collect();
+    let bugs = [
+        ("no look at how high scores can be", "norm[r] * longest - shift[r] <= LIMIT", "true"),
+        (
+            "a mask that only careful tiles see",
+            "if (masked <= at && rows.template is_safe<0>",
+            "if (rows.template is_safe<0>",
+        ),
+        (
+            "rows behind the diagonal forgotten",
+            "if constexpr (i + 1 < ROWS)",
+            "if constexpr (i > ROWS)",
+        ),
+        ("a row that sees the next column", "key <= column(r); }", "key <= column(r) + 1; }"),
+        (
+            "a tile read before it is there",
+            "tile[threadIdx.x % WARP] = pair;\n        __syncwarp();",
+            "tile[threadIdx.x % WARP] = pair;",
+        ),
+        ("one warp's share of dk and dv", "turn < warps", "turn < 1"),
+        ("a tile left out that is seen", "next.from >= first + CHUNK", "next.from >= first"),
+    ];
+    planted_in("attention_narrow", &without, &bugs, |module| {
+        let shape = shape([3, 170, 2, 1, 2]);
+        for sharpness in [3.0, SHARP] {
+            Path::narrow(&shape, false).is_right(module, Type::F32, &shape, sharpness);
+        }
+        Path::narrow(&shape, false).goes_back(module, Type::F32, &shape);
+    });
+}
+
 /// More tiles than stages, more than a block of rows, tails of both; the groups.
-const MMA: [[usize; 5]; 7] = [
+const MMA: [[usize; 5]; 8] = [
     [3, 1, 2, 1, 16],
     [3, 37, 8, 1, 16],
     [1, 170, 4, 1, 32],
+    [1, 70, 1, 1, 32],
     [3, 70, 2, 2, 64],
     [1, 200, 1, 1, 64],
-    [3, 135, 1, 1, 96],
+    [2, 135, 1, 1, 96],
     [1, 150, 2, 1, 128],
 ];
 
 #[test]
 fn attention_on_tensor_cores_is_right() {
-    for shape in MMA.map(shape) {
-        let Some(path) = Path::mma(&shape) else { return };
-        for ty in [Type::Bf16, Type::F16] {
-            path.is_right(ty, &shape, 3.0);
+    let Some(module) = module("attention_mma") else { return };
+    for (at, shape) in MMA.map(shape).iter().enumerate() {
+        Path::mma(shape).is_right(&module, Type::Bf16, shape, 3.0);
+        if at % 2 == 0 {
+            Path::mma(shape).is_right(&module, Type::F16, shape, 3.0);
         }
     }
 }
 
 #[test]
 fn attention_on_tensor_cores_goes_back() {
-    for shape in MMA.map(shape) {
-        let Some(path) = Path::mma(&shape) else { return };
-        for ty in [Type::Bf16, Type::F16] {
-            path.goes_back(ty, &shape);
+    let Some(module) = module("attention_mma") else { return };
+    for (at, shape) in MMA.map(shape).iter().enumerate() {
+        Path::mma(shape).goes_back(&module, Type::Bf16, shape);
+        if at % 2 == 1 {
+            Path::mma(shape).goes_back(&module, Type::F16, shape);
         }
     }
+}
+
+#[test]
+fn mistakes_on_tensor_cores_are_seen() {
+    let lines = [16, 64, 96, 128]
+        .iter()
+        .flat_map(|d| ["bf16", "f16"].map(|ty| format!("ENTRIES({d}, {ty})")));
+    let without: Vec<_> = lines.chain(["ENTRIES(32, f16)".into()]).collect();
+    let without: Vec<_> = without.iter().map(String::as_str).collect();
+    let bugs = [
+        ("a tile read before it has landed", "\"n\"(PENDING)", "\"n\"(PENDING + 1)"),
+        ("values not turned on their side", ".x4.trans.shared", ".x4.shared"),
+        (
+            "the highest score of two lanes of four",
+            "higher = fmaxf(higher, __shfl_xor_sync(ALL, higher, 2));",
+            "",
+        ),
+        (
+            "a stage overwritten while it is read",
+            "add_weighted<T>(sums, p, values(stage));\n            }\n            // The stage is free \
+             only when all have read it.\n            __syncthreads();",
+            "add_weighted<T>(sums, p, values(stage));\n            }",
+        ),
+        ("a row that does not see itself", "|| row < key)", "|| row <= key)"),
+        ("rows past the context that are not zero", "some ? 16 : 0);", "16);"),
+        ("statistics of another tile", "if (step + 1 < steps) put_statistics(step + 1);", ""),
+        ("a tile left out that is seen", "(ALL, least) > high", "(ALL, least) > low - 32"),
+    ];
+    planted_in("attention_mma", &without, &bugs, |module| {
+        let shape = shape([3, 145, 2, 1, 32]);
+        Path::mma(&shape).is_right(module, Type::Bf16, &shape, 3.0);
+        Path::mma(&shape).goes_back(module, Type::Bf16, &shape);
+    });
 }
 
 #[test]
@@ -424,20 +532,21 @@ fn cached<R: Float>(
     out
 }
 
-#[test]
-fn attention_over_a_cache_appends_and_sees_what_came_before() {
-    let Some(module) = module("attention_cached") else { return };
-    for ty in TYPES {
-        for (dims, start, capacity) in [
-            ([2, 1, 4, 1, 2], [0, 300], 301),
-            ([2, 5, 2, 2, 1], [3, 0], 9),
-            ([2, 1, 8, 1, 8], [70, 5], 128),
-            ([1, 3, 2, 1, 17], [40, 0], 43),
-            ([2, 1, 4, 2, 64], [33, 15], 40),
-            ([1, 1, 1, 1, 96], [20, 0], 21),
-            ([1, 2, 1, 1, 128], [9, 0], 16),
-            ([1, 1, 2, 1, 256], [12, 0], 14),
-        ] {
+/// Windows, context, heads, key/value heads, head_dim; where each window starts; the cache's columns.
+const CACHES: [([usize; 5], [u32; 2], usize); 8] = [
+    ([2, 1, 4, 1, 2], [0, 300], 301),
+    ([2, 5, 2, 2, 1], [3, 0], 9),
+    ([2, 1, 8, 1, 8], [70, 5], 128),
+    ([1, 3, 2, 1, 17], [40, 0], 43),
+    ([2, 1, 4, 2, 64], [33, 15], 40),
+    ([1, 1, 1, 1, 96], [20, 0], 21),
+    ([1, 2, 1, 1, 128], [9, 0], 16),
+    ([1, 1, 2, 1, 256], [12, 0], 14),
+];
+
+fn cached_is_right(module: &Module, types: &[Type]) {
+    for &ty in types {
+        for (dims, start, capacity) in CACHES {
             let shape = shape(dims);
             let (d, start) = (shape.head_dim, &start[..shape.windows]);
             let q = ty.random(1, shape.queries() * d, 3.0);
@@ -461,11 +570,30 @@ fn attention_over_a_cache_appends_and_sees_what_came_before() {
             pieces.push(value(capacity as i32));
             let config = Config::linear(3, 128);
             let entry = format!("attention_cached_{}", ty.suffix());
-            let got = run(&module, &entry, config, &pieces);
+            let got = run(module, &entry, config, &pieces);
             for (got, after) in got.iter().zip(&after) {
                 assert!(*got == ty.bytes(after), "the cache of {shape:?} in {ty:?}");
             }
             check(&format!("out of {shape:?}"), ty, &got[2], &exact, &low);
         }
     }
+}
+
+#[test]
+fn attention_over_a_cache_appends_and_sees_what_came_before() {
+    let Some(module) = module("attention_cached") else { return };
+    cached_is_right(&module, &TYPES);
+}
+
+#[test]
+fn mistakes_in_attention_over_a_cache_are_seen() {
+    let bugs = [
+        ("columns past the last", "if (at < end) part.join", "part.join"),
+        ("a kept column taken for a fresh one", "kept = at < begin", "kept = at + 1 < begin"),
+        ("a warp's share left out", "w < WARPS; w++) all +=", "w < WARPS - 1; w++) all +="),
+        ("one key/value head appended", "head % shape.group() == 0 &&", "head == 0 &&"),
+    ];
+    planted_in("attention_cached", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
+        cached_is_right(module, &[Type::F32]);
+    });
 }

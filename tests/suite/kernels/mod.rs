@@ -17,7 +17,7 @@ mod rows;
 
 use half::{bf16, f16};
 pub use num_traits::Float;
-pub use planted::planted;
+pub use planted::{planted, planted_in};
 use ptxsim::{Arg, Check, Memory, Options, Schedule};
 pub use ptxsim::{Config, Module};
 
