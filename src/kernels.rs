@@ -40,7 +40,7 @@ impl Entry {
         let declaration = ptx.split_once(&format!(".entry {name}(")).map_or("", |(_, rest)| rest);
         let declaration = declaration.split_once(')').map_or("", |(list, _)| list);
         let size = |line: &str| {
-            let mut words = line.trim().split_whitespace().skip(1);
+            let mut words = line.split_whitespace().skip(1);
             let bits = |word: &str| word.trim_start_matches(|c: char| !c.is_ascii_digit()).parse();
             let bytes: usize = words.find_map(|word| match word {
                 ".align" => None,

@@ -56,7 +56,7 @@ fn read(device: &dyn Device, at: Address, len: usize) -> anyhow::Result<Vec<u8>>
 }
 
 fn copies(device: &mut dyn Device) -> anyhow::Result<String> {
-    let bytes: Vec<u8> = (0..1_000_003u32).map(|i| (i * 31 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..1_000_003u32).map(|i| ((i * 31) >> 3) as u8).collect();
     let (a, b) = (device.alloc(bytes.len())?, device.alloc(bytes.len())?);
     device.upload(a, &bytes)?;
     device.fill(b, 7, bytes.len())?;

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
-use crate::backend::gpu::{Gpu, Open, Options};
+use crate::backend::gpu::{Gpu, Mode, Open, Options};
 use crate::backend::reference::{self, Reference, Rounding};
 use crate::device::cuda::{self, Cuda};
 use crate::device::sim::Sim;
@@ -91,8 +91,7 @@ impl Arguments {
         };
         let options = Options {
             numbers,
-            graphs: true,
-            profile,
+            mode: if profile { Mode::Profile } else { Mode::Graphs },
             plain_head: self.head == Path::Plain,
             plain_attention: self.attention == Path::Plain,
         };

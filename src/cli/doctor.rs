@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::Outcome;
 use crate::corpus::cache_folder;
 use crate::device::Device;
-use crate::device::cuda::{self, Cuda};
+use crate::device::cuda::{self, Cuda, Library};
 use crate::device::driver::{Driver, oldest_driver};
 use crate::error::hint_of;
 use crate::kernels::{BUILD, KERNELS};
@@ -42,8 +42,7 @@ struct Findings {
     backends: Vec<&'static str>,
     /// Each card the driver shows, or why it cannot be used.
     cards: Vec<Result<String, String>>,
-    /// Whether cuBLASLt can be loaded, and the file where it had to be searched for.
-    cublaslt: Option<Option<PathBuf>>,
+    cublaslt: Library,
     cache: Option<PathBuf>,
     advice: Vec<Advice>,
 }
@@ -108,13 +107,15 @@ impl Findings {
             ),
             Some(_) => {}
         }
-        if self.cublaslt.is_none() && (driver.library.is_some() || driver.version.is_some()) {
+        if self.cublaslt == Library::Missing
+            && (driver.library.is_some() || driver.version.is_some())
+        {
             add(
                 "no cuBLASLt (libcublasLt.so.13 or .12), which the GPU's products need".into(),
                 "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
             );
         }
-        for card in self.cards.iter().flat_map(|card| card.as_ref().err()) {
+        for card in self.cards.iter().filter_map(|card| card.as_ref().err()) {
             add(format!("a card that cannot be used: {card}"), "use --backend cpu until then");
         }
         let writable = self.cache.as_deref().is_some_and(is_writable);
@@ -148,9 +149,9 @@ impl Findings {
             writeln!(out, "          {card}")?;
         }
         let cublaslt = match &self.cublaslt {
-            None => "none".to_string(),
-            Some(None) => "found by the loader".to_string(),
-            Some(Some(path)) => path.display().to_string(),
+            Library::Missing => "none".to_string(),
+            Library::Known => "found by the loader".to_string(),
+            Library::Found(path) => path.display().to_string(),
         };
         writeln!(out, "  cublas  {cublaslt}")?;
         let cache = self.cache.as_ref().map(|path| path.display().to_string());
@@ -181,8 +182,7 @@ impl Findings {
             "libcuda": self.driver.library,
             "cards": self.driver.cards,
             "usable_cards": self.cards.iter().flatten().collect::<Vec<_>>(),
-            "cublaslt": self.cublaslt.is_some(),
-            "cublaslt_file": self.cublaslt.clone().flatten(),
+            "cublaslt": self.cublaslt != Library::Missing,
             "cache": self.cache,
             "missing": self.advice.iter()
                 .map(|advice| json!({ "what": advice.missing, "hint": advice.hint }))

@@ -4,7 +4,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use laam::backend::gpu::{Gpu, Options};
+use laam::backend::gpu::{Gpu, Mode, Options};
 use laam::backend::reference::{Precision, Reference, Rounding};
 use laam::backend::{Arena, Backend};
 use laam::bench::check::{Selection, Size, check};
@@ -18,8 +18,8 @@ use laam::tokens::{Batch, IGNORE};
 use laam::train::Engine;
 
 /// The backend in the simulator, or `None` after a loud line.
-fn sim(numbers: Type, graphs: bool, threads: usize) -> Option<Gpu> {
-    open(Options { graphs, ..Options::new(numbers) }, threads)
+fn sim(numbers: Type, mode: Mode, threads: usize) -> Option<Gpu> {
+    open(Options { mode, ..Options::new(numbers) }, threads)
 }
 
 fn open(options: Options, threads: usize) -> Option<Gpu> {
@@ -35,7 +35,7 @@ fn open(options: Options, threads: usize) -> Option<Gpu> {
 #[test]
 fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
     for numbers in [Type::F32, Type::Bf16] {
-        let Some(backend) = sim(numbers, false, 2) else { return };
+        let Some(backend) = sim(numbers, Mode::Eager, 2) else { return };
         let selection = Selection { only: None, size: Size::Small, seed: 1 };
         let rows = check(&backend, &selection, |_| {}).unwrap();
         let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
@@ -156,7 +156,7 @@ fn twenty_steps_in_f32_follow_the_reference() {
     for (head_dim, muon) in [(8, false), (2, false), (64, true)] {
         let config = config(head_dim);
         let exact = train(&reference(Precision::F64, Rounding::None), &config, muon, STEPS);
-        let Some(backend) = sim(Type::F32, true, 2) else { return };
+        let Some(backend) = sim(Type::F32, Mode::Graphs, 2) else { return };
         let got = train(&backend, &config, muon, STEPS);
         let (loss, norm) = (apart(&got.0, &exact.0), apart(&got.1, &exact.1));
         eprintln!("f32 heads of {head_dim}: loss {loss:.2e}, norm {norm:.2e}");
@@ -173,7 +173,7 @@ fn twenty_steps_in_bf16_follow_the_reference_that_rounds() {
         let config = config(head_dim);
         let exact = train(&reference(Precision::F64, Rounding::None), &config, false, STEPS);
         let plain = train(&reference(Precision::F32, Rounding::Bf16), &config, false, STEPS);
-        let Some(backend) = sim(Type::Bf16, true, 2) else { return };
+        let Some(backend) = sim(Type::Bf16, Mode::Graphs, 2) else { return };
         let got = train(&backend, &config, false, STEPS);
         for (what, got, plain, exact) in
             [("loss", &got.0, &plain.0, &exact.0), ("norm", &got.1, &plain.1, &exact.1)]
@@ -191,11 +191,11 @@ fn twenty_steps_in_bf16_follow_the_reference_that_rounds() {
 #[test]
 fn graphs_and_threads_change_no_bit() {
     let config = config(8);
-    let Some(eager) = sim(Type::Bf16, false, 1) else { return };
+    let Some(eager) = sim(Type::Bf16, Mode::Eager, 1) else { return };
     let whole = train(&eager, &config, true, 6);
-    for (graphs, threads) in [(true, 1), (false, 2), (true, 3)] {
-        let other = sim(Type::Bf16, graphs, threads).unwrap();
-        assert!(train(&other, &config, true, 6) == whole, "graphs {graphs}, {threads} threads");
+    for (mode, threads) in [(Mode::Graphs, 1), (Mode::Eager, 2), (Mode::Graphs, 3)] {
+        let other = sim(Type::Bf16, mode, threads).unwrap();
+        assert!(train(&other, &config, true, 6) == whole, "{mode:?}, {threads} threads");
     }
 }
 
@@ -203,7 +203,7 @@ fn graphs_and_threads_change_no_bit() {
 #[test]
 fn a_run_cut_and_resumed_is_the_unbroken_one() {
     let config = config(8);
-    let Some(backend) = sim(Type::Bf16, true, 2) else { return };
+    let Some(backend) = sim(Type::Bf16, Mode::Graphs, 2) else { return };
     let mut unbroken = engine(&backend, &config, true);
     steps(&mut unbroken, &config, 1..=3);
     let mut resumed = engine(&backend, &config, true);
@@ -222,7 +222,7 @@ fn a_run_cut_and_resumed_is_the_unbroken_one() {
 #[test]
 fn a_gradient_that_is_not_finite_changes_nothing() {
     let config = config(8);
-    let Some(backend) = sim(Type::Bf16, true, 2) else { return };
+    let Some(backend) = sim(Type::Bf16, Mode::Graphs, 2) else { return };
     let mut engine = engine(&backend, &config, true);
     steps(&mut engine, &config, 1..=2);
     let before = engine.read(Arena::Parameters).unwrap();

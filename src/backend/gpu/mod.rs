@@ -30,15 +30,23 @@ use crate::model::Layout;
 /// Opens a device.
 pub type Open = Arc<dyn Fn() -> anyhow::Result<Box<dyn Device>> + Send + Sync>;
 
+/// How the kernels of a program are started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// One by one.
+    Eager,
+    /// Recorded once, and replayed from then on.
+    Graphs,
+    /// One by one, every operation timed: slower as a whole.
+    Profile,
+}
+
 /// How programs are carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Of activations and of the weights that products read.
     pub numbers: Type,
-    /// Record each program as a graph and replay it, rather than launch its kernels one by one.
-    pub graphs: bool,
-    /// Time every operation. Slower, and without graphs.
-    pub profile: bool,
+    pub mode: Mode,
     /// The head by products and logits in memory, whatever its shape.
     pub plain_head: bool,
     /// Attention without its fast paths.
@@ -48,13 +56,7 @@ pub struct Options {
 impl Options {
     /// Kernels one by one, each by its fastest path.
     pub fn new(numbers: Type) -> Options {
-        Options {
-            numbers,
-            graphs: false,
-            profile: false,
-            plain_head: false,
-            plain_attention: false,
-        }
+        Options { numbers, mode: Mode::Eager, plain_head: false, plain_attention: false }
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::super::host::check_feed;
 use super::super::{Arena, Feed, Loaded, Need, Session};
 use super::launcher::{Arenas, Control, Launcher};
-use super::{Options, attention, embed, head, muon, norm, products, rope, swiglu, update};
+use super::{Mode, Options, attention, embed, head, muon, norm, products, rope, swiglu, update};
 use crate::device::{Address, Device, Graph, Type};
 use crate::error::error;
 use crate::llama::{Buffer, BytePlan, Op, Program};
@@ -226,14 +226,14 @@ impl Model {
     /// Carries a program out on the inputs that are there.
     fn execute(&mut self, Loaded(program): Loaded) -> anyhow::Result<()> {
         let Ready { graph, ran, .. } = self.programs[program];
-        if self.options.profile {
+        if self.options.mode == Mode::Profile {
             return self.enqueue(program, true);
         }
         if let Some(graph) = graph {
             return self.device.replay(graph);
         }
         // The first time one by one: loading a kernel or planning a product cannot be recorded.
-        if !(self.options.graphs && ran) {
+        if !(self.options.mode == Mode::Graphs && ran) {
             self.enqueue(program, false)?;
             self.programs[program].ran = true;
             return Ok(());

@@ -14,13 +14,22 @@ pub(super) fn driver() -> bool {
     unsafe { driver::sys::is_culib_present() }
 }
 
-/// Whether cuBLASLt can be loaded: `None` if not, else the file that had to be searched for, if it
-/// was not the loader that knew it. Loads it.
-pub fn cublaslt() -> Option<Option<PathBuf>> {
+/// Whether a library can be loaded, and by whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Library {
+    Missing,
+    /// The loader knows where it is.
+    Known,
+    /// The loader does not; it lies here.
+    Found(PathBuf),
+}
+
+/// Looks for cuBLASLt, and loads it where it is.
+pub fn cublaslt() -> Library {
     // SAFETY: as in `driver`, for cuBLASLt.
     let present = || unsafe { cublaslt::sys::is_culib_present() };
     if present() {
-        return Some(None);
+        return Library::Known;
     }
     for path in folders().iter().flat_map(|folder| CUBLASLT.map(|name| folder.join(name))) {
         if !path.is_file() {
@@ -31,11 +40,11 @@ pub fn cublaslt() -> Option<Option<PathBuf>> {
             // Once loaded it stays, and is found by its name.
             std::mem::forget(library);
             if present() {
-                return Some(Some(path));
+                return Library::Found(path);
             }
         }
     }
-    None
+    Library::Missing
 }
 
 /// Where CUDA's libraries may lie: an installed toolkit, then the wheels of Python environments.

@@ -20,7 +20,7 @@ use super::{Address, Arg, Device, Graph, Launch, Mark, Product, launch};
 use crate::error::error;
 use crate::kernels::{BUILD, Kernel};
 
-pub use libraries::cublaslt;
+pub use libraries::{Library, cublaslt};
 
 /// What a block may take of shared memory before it has to ask.
 const SHARED_UNASKED: u32 = 48 << 10;

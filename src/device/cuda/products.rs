@@ -8,7 +8,7 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUstream;
 
 use super::super::{Address, Matrix, Product, Type};
-use super::libraries;
+use super::libraries::{self, Library};
 use crate::error::error;
 
 /// cuBLASLt, its workspace, and the plans made so far.
@@ -60,7 +60,7 @@ impl Products {
     pub const WORKSPACE: usize = 32 << 20;
 
     pub fn new(workspace: Address) -> anyhow::Result<Products> {
-        if libraries::cublaslt().is_none() {
+        if libraries::cublaslt() == Library::Missing {
             return Err(error(
                 "cuBLASLt was not found: libcublasLt.so.13 or .12",
                 "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
