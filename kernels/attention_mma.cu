@@ -67,9 +67,14 @@ struct Rows {
     // Starts to copy rows that lie `pitch` apart; those from `there` on become zero.
     template <typename T>
     __device__ void copy(const T *from, size_t pitch, int there) const {
-#pragma unroll 2
-        for (int i = threadIdx.x; i < ROWS * D / 8; i += THREADS) {
-            const int row = i / (D / 8), piece = i % (D / 8);
+        constexpr int PIECES = D / 8, STEP = THREADS / PIECES;
+        const int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+        // At 12 pieces a row some threads are left over.
+        if (first >= STEP) return;
+#pragma unroll 4
+        for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
+            const int row = first + i * STEP;
+            if (ROWS % STEP != 0 && row >= ROWS) break;
             const bool some = row < there;
             copy_async(at + row * STRIDE + piece * 16, from + (some ? row : 0) * pitch + piece * 8,
                        some ? 16 : 0);
@@ -284,33 +289,55 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
                 if (masked > tile || tile + TILE - 1 > first + own_row) {
                     mask(p, firsts, first_column, tile, shape.context);
                 }
+                bool moved = false;
+                float higher[OWN][2];
 #pragma unroll
                 for (int m = 0; m < OWN; m++) {
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        float higher = top[m][half];
+                        float highest = top[m][half];
 #pragma unroll
                         for (int i = 0; i < TILE / 4; i++) {
-                            higher = fmaxf(higher, p.at[m][i / 2][2 * half + i % 2]);
+                            highest = fmaxf(highest, p.at[m][i / 2][2 * half + i % 2]);
                         }
                         // Four lanes share a row.
-                        higher = fmaxf(higher, __shfl_xor_sync(ALL, higher, 1));
-                        higher = fmaxf(higher, __shfl_xor_sync(ALL, higher, 2));
-                        // While nothing was seen, -inf less -inf must not be taken.
-                        const float shift = higher == -INFINITY ? 0.0f : higher * scale;
-                        const float shrink = exp2_approx(fmaf(top[m][half], scale, -shift));
-                        top[m][half] = higher;
-                        sum[m][half] *= shrink;
+                        highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, 1));
+                        highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, 2));
+                        higher[m][half] = highest;
+                        moved |= highest > top[m][half];
+                    }
+                }
+                // Seldom so after the first tiles.
+                if (__any_sync(ALL, moved)) {
+#pragma unroll
+                    for (int m = 0; m < OWN; m++) {
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            // While nothing was seen, -inf less -inf must not be taken.
+                            const float shrink =
+                                top[m][half] == -INFINITY
+                                    ? 0.0f
+                                    : exp2_approx((top[m][half] - higher[m][half]) * scale);
+                            top[m][half] = higher[m][half];
+                            sum[m][half] *= shrink;
+#pragma unroll
+                            for (int n = 0; n < D / 8; n++) {
+                                sums.at[m][n][2 * half] *= shrink;
+                                sums.at[m][n][2 * half + 1] *= shrink;
+                            }
+                        }
+                    }
+                }
+#pragma unroll
+                for (int m = 0; m < OWN; m++) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const float shift = top[m][half] == -INFINITY ? 0.0f : top[m][half] * scale;
 #pragma unroll
                         for (int i = 0; i < TILE / 4; i++) {
                             float &score = p.at[m][i / 2][2 * half + i % 2];
                             score = exp2_approx(fmaf(score, scale, -shift));
                             sum[m][half] += score;
-                        }
-#pragma unroll
-                        for (int n = 0; n < D / 8; n++) {
-                            sums.at[m][n][2 * half] *= shrink;
-                            sums.at[m][n][2 * half + 1] *= shrink;
                         }
                     }
                 }

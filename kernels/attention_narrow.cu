@@ -15,7 +15,8 @@
 //
 // The shift need not be the highest score of all, only near it, f32 being as exact at 2^60 as at 1. So
 // a whole tile is added without a look for its highest score, if |q| max |k| tells that no exponent
-// can pass LIMIT; else, and where a mask cuts through, the tile is gone through twice, with care.
+// can pass LIMIT; else, and where a row sees its first key or its last, the tile is gone through
+// twice, with care.
 //
 // Launch: see each entry. Pointers are aligned to 32 bytes.
 #include "lib/attention.cuh"
@@ -96,13 +97,14 @@ struct Queries {
     }
     __device__ int column(int r) const { return first + 32 * r + threadIdx.x % WARP; }
     __device__ bool sees(int r, int key) const { return from[r] <= key && key <= column(r); }
-    // The first column that any row of the warp sees, and whether all of them see all from `column` on.
+    // The first column that any row of the warp sees.
     __device__ int first_column() const {
         int least = from[0];
 #pragma unroll
         for (int r = 1; r < ROWS; r++) least = min(least, from[r]);
         return __reduce_min_sync(ALL, least);
     }
+    // The column from which on all of them see.
     __device__ int last_first() const {
         int most = from[0];
 #pragma unroll
@@ -126,7 +128,8 @@ struct Forward : Queries<D, ROWS> {
         }
     }
 
-    // Whether rows FROM.. may add keys no longer than `longest` with the shift they have.
+    // Whether rows FROM.. may add keys no longer than `longest` with the shift they have. A row that
+    // saw nothing yet has none: the tile in which it sees its first key is gone through with care.
     template <int FROM>
     __device__ bool is_safe(float longest) const {
         bool safe = true;
@@ -233,7 +236,7 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
         rows.load_rows(q + row * D, first_key + shape.window(head) * shape.context, first,
                        shape.context);
         rows.start();
-        const int begin = rows.first_column() / WARP * WARP, masked = rows.last_first();
+        const int begin = rows.first_column() / WARP * WARP;
         const int end = min(first + CHUNK, shape.context);
 
         Ahead<T, D> ahead;
@@ -247,7 +250,7 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
             ahead.put(tile);
             if (at + WARP < end) fetch(at + WARP);
             if (at < first) {
-                if (masked <= at && rows.template is_safe<0>(longest)) {
+                if (rows.template is_safe<0>(longest)) {
                     rows.template add<0>(tile);
                 } else {
                     rows.template add_with_care<0, ROWS>(tile, at);
@@ -259,7 +262,7 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
                 if (at != first + WARP * i) return;
                 rows.template add_with_care<i, i + 1>(tile, at);
                 if constexpr (i + 1 < ROWS) {
-                    if (masked <= at && rows.template is_safe<i + 1>(longest)) {
+                    if (rows.template is_safe<i + 1>(longest)) {
                         rows.template add<i + 1>(tile);
                     } else {
                         rows.template add_with_care<i + 1, ROWS>(tile, at);

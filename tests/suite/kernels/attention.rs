@@ -379,11 +379,7 @@ fn mistakes_in_the_narrow_path_are_seen() {
     let without: Vec<_> = without.iter().map(String::as_str).collect();
     let bugs = [
         ("no look at how high scores can be", "norm[r] * longest - shift[r] <= LIMIT", "true"),
-        (
-            "a mask that only careful tiles see",
-            "if (masked <= at && rows.template is_safe<0>",
-            "if (rows.template is_safe<0>",
-        ),
+        ("a row that saw nothing taken for safe", "shift[r] = -INFINITY;", "shift[r] = 0.0f;"),
         (
             "rows behind the diagonal forgotten",
             "if constexpr (i + 1 < ROWS)",
@@ -453,7 +449,7 @@ fn mistakes_on_tensor_cores_are_seen() {
         ("values not turned on their side", ".x4.trans.shared", ".x4.shared"),
         (
             "the highest score of two lanes of four",
-            "higher = fmaxf(higher, __shfl_xor_sync(ALL, higher, 2));",
+            "highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, 2));",
             "",
         ),
         (
