@@ -1,10 +1,12 @@
 //! `laam bench`: timings on this machine.
 
+use std::io::{self, Write};
+
 use clap::{Args, Subcommand};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Outcome, backend};
-use crate::bench::ceilings::{self, Effort};
+use crate::bench::ceilings::{self, Ceiling, Effort};
 use crate::bench::check::Size;
 use crate::bench::{kernels, smoke, step};
 use crate::device::Device;
@@ -95,33 +97,56 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     }
 }
 
+/// Lines of a table as they come. A pipe that is closed meanwhile is told of at the end.
+struct Table {
+    /// Whether JSON is wanted instead.
+    silent: bool,
+    written: io::Result<()>,
+}
+
+impl Table {
+    fn new(json: bool) -> Table {
+        Table { silent: json, written: Ok(()) }
+    }
+
+    fn line(&mut self, line: std::fmt::Arguments) {
+        if !self.silent && self.written.is_ok() {
+            self.written = writeln!(io::stdout(), "{line}");
+        }
+    }
+
+    /// All of it as JSON, where that is wanted.
+    fn finish(self, json: &Value) -> anyhow::Result<()> {
+        self.written?;
+        if self.silent {
+            writeln!(io::stdout(), "{json}")?;
+        }
+        Ok(())
+    }
+}
+
 fn ceilings(arguments: &OnDevice) -> anyhow::Result<Outcome> {
     let mut device = arguments.backend.device()?;
     let effort = if device.name() == "sim" { Effort::Small } else { Effort::Full };
     eprintln!("{}", device.describe());
+    let mut table = Table::new(arguments.json);
     let found = ceilings::measure(&mut *device, effort, |ceiling| {
-        if !arguments.json {
-            println!("{:24} {:10.2} {}", ceiling.name, ceiling.value, ceiling.unit);
-        }
+        let Ceiling { name, value, unit, .. } = ceiling;
+        table.line(format_args!("{name:24} {value:10.2} {unit}"));
     })?;
-    if arguments.json {
-        println!("{}", json!({ "device": device.describe(), "ceilings": found }));
-    }
+    table.finish(&json!({ "device": device.describe(), "ceilings": found }))?;
     Ok(Outcome::Done)
 }
 
 fn run_smoke(arguments: &OnDevice) -> anyhow::Result<Outcome> {
     let mut device: Box<dyn Device> = arguments.backend.device()?;
     eprintln!("{}", device.describe());
+    let mut table = Table::new(arguments.json);
     let steps = smoke::smoke(&mut *device, |step| {
-        if !arguments.json {
-            let verdict = if step.passed { "ok" } else { "FAILED" };
-            println!("{:28} {verdict:6} {}", step.name, step.told);
-        }
+        let verdict = if step.passed { "ok" } else { "FAILED" };
+        table.line(format_args!("{:28} {verdict:6} {}", step.name, step.told));
     });
-    if arguments.json {
-        println!("{}", json!({ "device": device.describe(), "steps": steps }));
-    }
+    table.finish(&json!({ "device": device.describe(), "steps": steps }))?;
     let passed = steps.iter().all(|step| step.passed);
     Ok(if passed { Outcome::Done } else { Outcome::Different })
 }
@@ -130,18 +155,14 @@ fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open_in(arguments.precision)?;
     let size = if arguments.small { Size::Small } else { Size::Timed };
     eprintln!("{}", backend.device());
-    if !arguments.json {
-        println!(
-            "{:22} {:4} {:36} {:>10} {:>19} {:>8} {:>8} {:>9}",
-            "operation", "type", "shape", "us", "p10 to p90", "GB/s", "TFLOP/s", "Gpairs/s"
-        );
-    }
+    let mut table = Table::new(arguments.json);
+    table.line(format_args!(
+        "{:22} {:4} {:36} {:>10} {:>19} {:>8} {:>8} {:>9}",
+        "operation", "type", "shape", "us", "p10 to p90", "GB/s", "TFLOP/s", "Gpairs/s"
+    ));
     let rows = kernels::time(&*backend, arguments.only.as_deref(), size, |row| {
-        if arguments.json {
-            return;
-        }
         let pairs = row.pairs_a_second.map_or(String::new(), |pairs| format!("{:.1}", pairs / 1e9));
-        println!(
+        table.line(format_args!(
             "{:22} {:4} {:36} {:10.2} {:9.2} {:9.2} {:8.1} {:8.2} {pairs:>9}{}",
             row.operation,
             row.numbers,
@@ -152,11 +173,9 @@ fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
             row.gigabytes_a_second,
             row.teraflops,
             if row.warm { "  warm" } else { "" },
-        );
+        ));
     })?;
-    if arguments.json {
-        println!("{}", json!({ "device": backend.device(), "rows": rows }));
-    }
+    table.finish(&json!({ "device": backend.device(), "rows": rows }))?;
     Ok(Outcome::Done)
 }
 
@@ -180,29 +199,27 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
         arguments.warmup as usize,
         arguments.steps as usize,
     )?;
-    if arguments.json {
-        println!("{}", serde_json::to_string(&timing)?);
-    } else {
-        println!("{}: {} parameters, {}", timing.preset, timing.parameters, timing.device);
-        println!(
-            "batch {} x {}: {:.2} ms a step ({:.2} to {:.2}), {:.0} tokens/s, {:.2} TFLOP/s, {} MB of \
-             main memory at most",
-            timing.batch,
-            timing.context,
-            1e3 * timing.seconds_a_step,
-            1e3 * timing.fastest,
-            1e3 * timing.slowest,
-            timing.tokens_a_second,
-            timing.teraflops,
-            timing.peak_bytes / 1_000_000,
-        );
-        for (name, seconds) in &timing.operations {
-            println!(
-                "  {name:24} {:9.2} ms  {:4.1}%",
-                1e3 * seconds,
-                100.0 * seconds / timing.seconds_a_step
-            );
-        }
+    let mut table = Table::new(arguments.json);
+    table.line(format_args!(
+        "{}: {} parameters, {}",
+        timing.preset, timing.parameters, timing.device
+    ));
+    table.line(format_args!(
+        "batch {} x {}: {:.2} ms a step ({:.2} to {:.2}), {:.0} tokens/s, {:.2} TFLOP/s, {} MB of main \
+         memory at most",
+        timing.batch,
+        timing.context,
+        1e3 * timing.seconds_a_step,
+        1e3 * timing.fastest,
+        1e3 * timing.slowest,
+        timing.tokens_a_second,
+        timing.teraflops,
+        timing.peak_bytes / 1_000_000,
+    ));
+    for (name, seconds) in &timing.operations {
+        let share = 100.0 * seconds / timing.seconds_a_step;
+        table.line(format_args!("  {name:24} {:9.3} ms  {share:4.1}%", 1e3 * seconds));
     }
+    table.finish(&serde_json::to_value(&timing)?)?;
     Ok(Outcome::Done)
 }

@@ -97,7 +97,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         });
         writeln!(io::stdout().lock(), "{printed:#}")?;
     } else if io::stdout().is_terminal() {
-        println!();
+        writeln!(io::stdout())?;
     }
     Ok(Outcome::Done)
 }
