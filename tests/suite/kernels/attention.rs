@@ -460,7 +460,7 @@ fn mistakes_on_tensor_cores_are_seen() {
         ),
         ("a row that does not see itself", "|| row < key)", "|| row <= key)"),
         ("rows past the context that are not zero", "some ? 16 : 0);", "16);"),
-        ("statistics of another tile", "if (step + 1 < steps) put_statistics(step + 1);", ""),
+        ("statistics that are not put", "if (step + 1 < steps) put_statistics(step + 1);", ""),
         ("a tile left out that is seen", "(ALL, least) > high", "(ALL, least) > low - 32"),
     ];
     planted_in("attention_mma", &without, &bugs, |module| {
