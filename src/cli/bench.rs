@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::{Outcome, backend};
+use crate::backend::Backend;
 use crate::bench::ceilings::{self, Ceiling, Effort};
 use crate::bench::check::Size;
 use crate::bench::{kernels, smoke, step};
@@ -151,8 +152,17 @@ fn run_smoke(arguments: &OnDevice) -> anyhow::Result<Outcome> {
     Ok(if passed { Outcome::Done } else { Outcome::Different })
 }
 
+/// What is timed has to be known for what it is.
+fn warn_of_another(backend: &dyn Backend, precision: Precision) {
+    let numbers = backend.numbers().name();
+    if numbers != precision.name() {
+        eprintln!("warning: this backend computes in {numbers}, not in {}", precision.name());
+    }
+}
+
 fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open_in(arguments.precision)?;
+    warn_of_another(&*backend, arguments.precision);
     let size = if arguments.small { Size::Small } else { Size::Timed };
     eprintln!("{}", backend.device());
     let mut table = Table::new(arguments.json);
@@ -191,6 +201,7 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
     }
     config.validate()?;
     let backend = arguments.backend.open_for(arguments.precision, arguments.profile)?;
+    warn_of_another(&*backend, arguments.precision);
     let timing = step::time(
         &*backend,
         &arguments.preset,
