@@ -1,6 +1,6 @@
 // AdamW (Loshchilov & Hutter 2019) in PyTorch's arithmetic, on pieces of the flat arenas:
 //
-//     g  = gradient * clip,   clip = min(1, max_grad_norm / (norm + 1e-6))
+//     g  = gradient * clip,   clip = min(1, max_grad_norm / (norm + 1e-6)) / loss_scale
 //     m += (1 - beta1) (g - m)
 //     v  = beta2 v + (1 - beta2) g^2
 //     p  = (1 - lr decay) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
@@ -31,13 +31,17 @@ __device__ double power(double x, unsigned long long n) {
     return result;
 }
 
-// Launch: one thread. `step` counts from 1.
+// Launch: one thread. `step` counts from 1; loss_scale: what the gradients are too large by, or
+// null: 1. The norm is that of the gradients as they should be.
 extern "C" __global__ void adamw_rates(const double *__restrict__ learning_rate,
                                        const unsigned long long *__restrict__ step,
-                                       const float *__restrict__ norm, Rates *__restrict__ rates,
-                                       float max_grad_norm, double beta1, double beta2) {
+                                       const float *__restrict__ norm,
+                                       const float *__restrict__ loss_scale,
+                                       Rates *__restrict__ rates, float max_grad_norm,
+                                       double beta1, double beta2) {
+    const float scale = loss_scale != nullptr ? *loss_scale : 1.0f;
     rates->learning_rate = *learning_rate;
-    rates->clip = fminf(1.0f, max_grad_norm / (*norm + 1e-6f));
+    rates->clip = fminf(1.0f, max_grad_norm / (*norm + 1e-6f)) / scale;
     rates->step_size = static_cast<float>(*learning_rate / (1.0 - power(beta1, *step)));
     rates->correction = static_cast<float>(sqrt(1.0 - power(beta2, *step)));
     rates->go = isfinite(*norm);

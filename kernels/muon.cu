@@ -1,6 +1,6 @@
 // Muon (Jordan et al. 2024) on one matrix of the arena, but for its products:
 //
-//     g = gradient * clip,   clip = min(1, max_grad_norm / (norm + 1e-6))
+//     g = gradient * clip,   clip = min(1, max_grad_norm / (norm + 1e-6)) / loss_scale
 //     m = momentum m + g,    u = g + momentum m
 //     X = u / (|u| + 1e-7)
 //     five times:  X = a X + (b A + c A A) X   with A = X XT, a = 3.4445, b = -4.775, c = 2.0315
@@ -35,12 +35,14 @@ struct Rates {
     int go;  // 0: leave everything as it is
 };
 
-// Launch: one thread.
+// Launch: one thread. loss_scale: what the gradients are too large by, or null: 1.
 extern "C" __global__ void muon_rates(const double *__restrict__ learning_rate,
-                                      const float *__restrict__ norm, Rates *__restrict__ rates,
-                                      float max_grad_norm) {
+                                      const float *__restrict__ norm,
+                                      const float *__restrict__ loss_scale,
+                                      Rates *__restrict__ rates, float max_grad_norm) {
+    const float scale = loss_scale != nullptr ? *loss_scale : 1.0f;
     rates->learning_rate = *learning_rate;
-    rates->clip = fminf(1.0f, max_grad_norm / (*norm + 1e-6f));
+    rates->clip = fminf(1.0f, max_grad_norm / (*norm + 1e-6f)) / scale;
     rates->go = isfinite(*norm);
 }
 

@@ -14,8 +14,20 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use crate::device::{Type, host_memory};
+use crate::llama::step::Micro;
 use crate::llama::{Buffer, Program, Rates};
-use crate::model::Layout;
+use crate::model::{Layout, Precision};
+use crate::tokens::{Batch, Windows};
+
+impl From<Type> for Precision {
+    fn from(numbers: Type) -> Self {
+        match numbers {
+            Type::F32 => Self::Float32,
+            Type::Bf16 => Self::Bfloat16,
+            Type::F16 => Self::Float16,
+        }
+    }
+}
 
 /// Something that can hold a model and execute programs on it.
 pub trait Backend: Send + Sync {
@@ -42,6 +54,10 @@ pub trait Backend: Send + Sync {
     }
     /// Bytes its operations need beside the program's buffers.
     fn workspace(&self, program: &Program) -> usize;
+    /// The FLOP/s of its products by the maker's word, of which MFU is a share, where that is known.
+    fn peak(&self) -> Option<f64> {
+        None
+    }
     /// Bytes of memory there are in all, where that is known. By default, this machine's.
     fn memory(&self) -> Option<u64> {
         host_memory()
@@ -114,4 +130,60 @@ pub trait Session: Send {
     fn profile(&self) -> Vec<(&'static str, f64)>;
     /// Bytes held: arenas and the block of buffers.
     fn bytes(&self) -> usize;
+    /// The means to train without the host between steps, where the session has them.
+    fn queue(&mut self) -> Option<&mut dyn Queue> {
+        None
+    }
+    /// What beside the arenas the next step depends on, for a checkpoint; null where it is nothing.
+    fn state(&self) -> anyhow::Result<serde_json::Value> {
+        Ok(serde_json::Value::Null)
+    }
+    /// Goes on from what [`Session::state`] told. Returns what a person should know where not all
+    /// of it can be had here again, so that the bits may differ.
+    fn restore(&mut self, _state: &serde_json::Value) -> anyhow::Result<Option<String>> {
+        Ok(None)
+    }
+}
+
+/// Runs of training programs that wait for each other alone: the host asks for many, and hears of
+/// them when it wants to.
+pub trait Queue {
+    /// How many runs can be asked for before their [`Queue::outcomes`] are.
+    fn room(&self) -> usize;
+    /// Takes the windows of a token file into the device's memory, so that [`Data::Windows`] can be
+    /// drawn there. Says whether they fit.
+    fn hold(&mut self, windows: &Windows) -> anyhow::Result<bool>;
+    /// Makes a program ready; `norm` is where it leaves that of all gradients, if it ends a step.
+    fn load(&mut self, micro: Micro, norm: Option<Buffer>) -> anyhow::Result<Loaded>;
+    /// Asks for runs, in order. Returns before they are done.
+    fn push(&mut self, runs: &[Run]) -> anyhow::Result<()>;
+    /// Waits for all runs that were asked for since the last time, and tells of each.
+    fn outcomes(&mut self) -> anyhow::Result<Vec<Ran>>;
+}
+
+/// One run of a training program.
+#[derive(Clone, Debug)]
+pub struct Run<'a> {
+    pub program: Loaded,
+    pub data: Data<'a>,
+    /// What each token's loss counts in the gradient: 1 / counted tokens of the whole step.
+    pub loss_scale: f64,
+    pub rates: Rates,
+}
+
+/// What a run trains on: as many windows as its program has.
+#[derive(Clone, Debug)]
+pub enum Data<'a> {
+    /// Those of these numbers, of the windows that are held.
+    Windows(&'a [usize]),
+    Batch(Cow<'a, Batch>),
+}
+
+/// What a run left.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ran {
+    /// The sum of the losses that count, in nats.
+    pub loss: f64,
+    /// The norm of all gradients before clipping, where the run ended a step.
+    pub norm: Option<f64>,
 }

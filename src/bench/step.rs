@@ -5,11 +5,16 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::backend::{Arena, Backend};
-use crate::llama::{AdamW, Optimizer, Rates};
+use crate::llama::{AdamW, Cost, Optimizer, Program, Rates, append_update, step};
 use crate::model::{Config, Layout, RopeScaling};
 use crate::random::{Philox, Stream};
 use crate::tokens::{Batch, IGNORE};
 use crate::train::Engine;
+
+use super::ceilings::Ceiling;
+
+/// Seconds of steps that are timed together on a device.
+const TOGETHER: f64 = 0.2;
 
 /// A model's shape by name, and the context it is trained at.
 pub const PRESETS: [&str; 6] = ["original", "32m", "124m", "350m", "1.3b", "7b"];
@@ -61,14 +66,53 @@ pub struct Timing {
     pub tokens_a_second: f64,
     /// Of the products a step needs at least, recomputed ones not counted, in units of 1e12.
     pub teraflops: f64,
+    /// Those FLOPs over the device's peak, where that is known.
+    pub mfu: Option<f64>,
+    /// Seconds that a step takes at least by the device's ceilings, where they were measured.
+    pub floor: Option<f64>,
     pub fastest: f64,
     pub slowest: f64,
     /// The most memory the process has held.
     pub peak_bytes: u64,
+    /// Memory of the model, its optimizer and its activations: on a device, the device's.
+    pub model_bytes: usize,
     /// Of the first and of the last step.
     pub losses: [f64; 2],
     /// Seconds a step in each kind of operation, the longest first.
     pub operations: Vec<(&'static str, f64)>,
+}
+
+/// What a step needs at least of each kind of work.
+#[derive(Clone, Copy, Debug)]
+pub struct Ceilings {
+    /// Bytes a second, read or written.
+    pub bytes: f64,
+    /// FLOP a second of products.
+    pub flops: f64,
+    /// Exponentials a second.
+    pub exponentials: f64,
+}
+
+impl Ceilings {
+    /// Of those that [`measure`](super::ceilings::measure) found, if all are there.
+    pub fn of(found: &[Ceiling]) -> Option<Ceilings> {
+        let value = |name| Some(found.iter().find(|ceiling| ceiling.name == name)?.value);
+        Some(Ceilings {
+            bytes: value("copy")? * 1e9,
+            flops: value("product, bf16")? * 1e12,
+            exponentials: value("ex2.approx")? * 1e12,
+        })
+    }
+
+    /// The composite floor of a program: each operation as long as the scarcest of the three takes.
+    fn floor(&self, program: &Program, arena: usize) -> f64 {
+        let seconds = |cost: Cost| {
+            let bytes = cost.bytes as f64 / self.bytes;
+            let flops = cost.flops as f64 / self.flops;
+            bytes.max(flops).max(cost.exponentials as f64 / self.exponentials)
+        };
+        program.costs(arena).map(|(_, cost)| seconds(cost)).sum()
+    }
 }
 
 /// Times `steps` steps after `warmup` untimed ones, on random tokens and random weights.
@@ -79,6 +123,7 @@ pub fn time(
     batch: usize,
     warmup: usize,
     steps: usize,
+    ceilings: Option<Ceilings>,
 ) -> anyhow::Result<Timing> {
     let context = config.max_position_embeddings;
     let optimizer = Optimizer {
@@ -94,31 +139,52 @@ pub fn time(
     engine.write(Arena::Parameters, &arena)?;
     drop(arena);
 
+    // What waits for nobody is timed some steps at a time, as it is trained with.
+    let mut together = 1;
     let mut seconds = Vec::with_capacity(steps);
     let mut losses = [f64::NAN; 2];
     let mut before = Vec::new();
-    for step in 0..warmup + steps {
-        let windows = random_windows(batch, context, config.vocab_size, step as u32);
-        let rates = Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step: step as u64 + 1 };
-        if step == warmup {
+    let mut done = 0;
+    for round in 0..warmup + steps {
+        let batches: Vec<_> = (done..done + together)
+            .map(|step| {
+                let windows = random_windows(batch, context, config.vocab_size, step as u32);
+                let step = step as u64 + 1;
+                Ok((vec![windows], Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step }))
+            })
+            .collect();
+        if round == warmup {
             before = engine.profile();
         }
         let start = Instant::now();
-        let outcome = engine.step(std::slice::from_ref(&windows), rates)?;
-        if step >= warmup {
-            seconds.push(start.elapsed().as_secs_f64());
+        let outcomes = engine.feed(batches.into_iter())?;
+        let pace = start.elapsed().as_secs_f64() / together as f64;
+        if round >= warmup {
+            seconds.push(pace);
         }
-        losses[usize::from(step > 0)] = outcome.loss;
+        let last = outcomes.last().expect("as many as steps").loss;
+        losses = [if done == 0 { outcomes[0].loss } else { losses[0] }, last];
+        done += together;
+        if engine.is_apart() && round + 1 == warmup {
+            together = ((TOGETHER / pace) as usize).clamp(1, engine.room(batch).min(100));
+        }
     }
+    let timed = seconds.len() * together;
     let warm = |name| before.iter().find(|(other, _)| *other == name).map_or(0.0, |(_, s)| *s);
     let mut operations: Vec<_> = engine
         .profile()
         .into_iter()
-        .map(|(name, seconds)| (name, (seconds - warm(name)) / steps as f64))
+        .map(|(name, seconds)| (name, (seconds - warm(name)) / timed as f64))
         .collect();
     operations.sort_by(|a, b| b.1.total_cmp(&a.1));
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
+    let flops = config.training_flops(context) as f64 * (batch * context) as f64 / median;
+    let floor = ceilings.map(|ceilings| {
+        let mut program = step::training(config, &layout, batch, context).program;
+        append_update(&mut program, &layout, &optimizer);
+        ceilings.floor(&program, layout.len)
+    });
     Ok(Timing {
         backend: backend.name().to_string(),
         device: backend.device(),
@@ -129,10 +195,13 @@ pub fn time(
         parameters: layout.parameter_count(),
         seconds_a_step: median,
         tokens_a_second: (batch * context) as f64 / median,
-        teraflops: config.training_flops(context) as f64 * (batch * context) as f64 / median / 1e12,
+        teraflops: flops / 1e12,
+        mfu: backend.peak().map(|peak| flops / peak),
+        floor,
         fastest: seconds[0],
         slowest: seconds[seconds.len() - 1],
         peak_bytes: peak_bytes(),
+        model_bytes: engine.bytes(),
         losses,
         operations,
     })

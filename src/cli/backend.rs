@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
-use crate::backend::gpu::{Gpu, Mode, Open, Options};
+use crate::backend::gpu::{Gpu, Mode, Options};
 use crate::backend::reference::{self, Reference, Rounding};
 use crate::device::cuda::{self, Cuda};
 use crate::device::sim::Sim;
@@ -62,50 +62,55 @@ pub enum Path {
 impl Arguments {
     /// The backend that was asked for, in f32.
     pub fn open(&self) -> anyhow::Result<Box<dyn Backend>> {
-        self.open_in(Precision::Float32)
+        self.open_in(Some(Precision::Float32))
     }
 
-    /// The backend that was asked for, in a precision where it offers several.
-    pub fn open_in(&self, precision: Precision) -> anyhow::Result<Box<dyn Backend>> {
+    /// The backend that was asked for, in a precision where it offers several: by default bf16 on a
+    /// card, else f32.
+    pub fn open_in(&self, precision: Option<Precision>) -> anyhow::Result<Box<dyn Backend>> {
         self.open_for(precision, false)
     }
 
     /// As [`Arguments::open_in`]; with `profile`, a device times every operation.
     pub fn open_for(
         &self,
-        precision: Precision,
+        precision: Option<Precision>,
         profile: bool,
     ) -> anyhow::Result<Box<dyn Backend>> {
         if self.threads == Some(0) {
             return Err(error("0 threads cannot work, in --threads", "give 1 or more"));
         }
-        let numbers = match precision {
-            Precision::Float32 => Type::F32,
-            Precision::Bfloat16 => Type::Bf16,
-            Precision::Float16 => Type::F16,
-        };
         let kind = match self.backend {
             Kind::Auto if BUILD.cuda.is_ok() && cuda::count() > 0 => Kind::Cuda,
             Kind::Auto => Kind::Cpu,
             kind => kind,
+        };
+        let numbers = match precision {
+            Some(Precision::Float32) => Type::F32,
+            Some(Precision::Bfloat16) => Type::Bf16,
+            Some(Precision::Float16) => Type::F16,
+            None if kind == Kind::Cuda => Type::Bf16,
+            None => Type::F32,
         };
         let options = Options {
             numbers,
             mode: if profile { Mode::Profile } else { Mode::Graphs },
             plain_head: self.head == Path::Plain,
             plain_attention: self.attention == Path::Plain,
+            most_tokens: None,
         };
         Ok(match kind {
             Kind::Reference => {
                 let precision = reference::Precision::F32;
                 Box::new(Reference { precision, rounding: Rounding::None })
             }
-            Kind::Cuda => Box::new(gpu(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), options)?),
+            Kind::Cuda => Box::new(Gpu::new(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), options)?),
             Kind::Sim => {
                 let all = || std::thread::available_parallelism().map_or(1, usize::from);
                 let threads = self.threads.unwrap_or_else(all);
                 let simulator = ptxsim::Options { threads, ..ptxsim::Options::default() };
-                Box::new(gpu(Arc::new(move || Ok(Box::new(Sim::new(simulator)?))), options)?)
+                let open = Arc::new(move || Ok(Box::new(Sim::new(simulator)?) as _));
+                Box::new(Gpu::new(open, options)?)
             }
             Kind::Auto | Kind::Cpu => Box::new(Cpu::new(self.threads)),
         })
@@ -122,14 +127,4 @@ impl Arguments {
             )),
         }
     }
-}
-
-fn gpu(open: Open, options: Options) -> anyhow::Result<Gpu> {
-    if options.numbers == Type::F16 {
-        return Err(error(
-            "float16 has no loss scaling on a GPU yet, in --precision",
-            "use --precision bfloat16, which needs none, or float32",
-        ));
-    }
-    Gpu::new(open, options)
 }

@@ -45,9 +45,9 @@ struct Kernels {
     /// Only operations whose names contain this
     #[arg(long)]
     only: Option<String>,
-    /// The precision of activations
-    #[arg(long, value_enum, default_value_t)]
-    precision: Precision,
+    /// The precision of activations [default: bfloat16 on an NVIDIA GPU, else float32]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
     /// Small shapes: to see that it runs
     #[arg(long)]
     small: bool,
@@ -76,9 +76,10 @@ struct Step {
     /// Untimed steps before them
     #[arg(long, default_value_t = 1)]
     warmup: u32,
-    /// The precision of activations, where the backend offers several
-    #[arg(long, value_enum, default_value_t)]
-    precision: Precision,
+    /// The precision of activations, where the backend offers several [default: bfloat16 on an
+    /// NVIDIA GPU, else float32]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
     /// Time every operation on a GPU, which takes the step apart: slower as a whole
     #[arg(long)]
     profile: bool,
@@ -153,9 +154,9 @@ fn run_smoke(arguments: &OnDevice) -> anyhow::Result<Outcome> {
 }
 
 /// What is timed has to be known for what it is.
-fn warn_of_another(backend: &dyn Backend, precision: Precision) {
+fn warn_of_another(backend: &dyn Backend, precision: Option<Precision>) {
     let numbers = backend.numbers().name();
-    if numbers != precision.name() {
+    if let Some(precision) = precision.filter(|precision| precision.name() != numbers) {
         eprintln!("warning: this backend computes in {numbers}, not in {}", precision.name());
     }
 }
@@ -202,6 +203,13 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
     config.validate()?;
     let backend = arguments.backend.open_for(arguments.precision, arguments.profile)?;
     warn_of_another(&*backend, arguments.precision);
+    // The floor of a step is made of what this very card reaches.
+    let ceilings = if backend.name() == "cuda" {
+        let found = ceilings::measure(&mut *arguments.backend.device()?, Effort::Full, |_| {})?;
+        step::Ceilings::of(&found)
+    } else {
+        None
+    };
     let timing = step::time(
         &*backend,
         &arguments.preset,
@@ -209,6 +217,7 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
         arguments.batch as usize,
         arguments.warmup as usize,
         arguments.steps as usize,
+        ceilings,
     )?;
     let mut table = Table::new(arguments.json);
     table.line(format_args!(
@@ -227,6 +236,15 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
         timing.teraflops,
         timing.peak_bytes / 1_000_000,
     ));
+    if backend.name() != "cpu" {
+        let mfu = timing.mfu.map_or(String::new(), |mfu| format!(", MFU {:.1}%", 100.0 * mfu));
+        let floor = timing.floor.map_or(String::new(), |floor| {
+            let share = 100.0 * floor / timing.seconds_a_step;
+            format!(", {share:.0}% of what the ceilings allow ({:.3} ms)", 1e3 * floor)
+        });
+        let megabytes = timing.model_bytes / 1_000_000;
+        table.line(format_args!("{megabytes} MB of the device's memory{mfu}{floor}"));
+    }
     for (name, seconds) in &timing.operations {
         let share = 100.0 * seconds / timing.seconds_a_step;
         table.line(format_args!("  {name:24} {:9.3} ms  {share:4.1}%", 1e3 * seconds));

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::json;
 
 use super::{Outcome, backend};
@@ -16,9 +16,9 @@ pub struct Arguments {
     /// Only operations whose names contain this
     #[arg(long)]
     only: Option<String>,
-    /// The precisions to check [default: float32, and bfloat16 where the backend has kernels for it]
+    /// The precisions to check [default: all that the backend computes in]
     #[arg(long, value_enum)]
-    precision: Vec<Kind>,
+    precision: Vec<Precision>,
     /// Large shapes too: seconds on a card, minutes for the f64 reference
     #[arg(long)]
     full: bool,
@@ -32,29 +32,20 @@ pub struct Arguments {
     json: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Kind {
-    Float32,
-    Bfloat16,
-}
-
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH);
     let seed = arguments.seed.unwrap_or_else(|| clock.map_or(0, |time| time.as_secs()));
     let size = if arguments.full { Size::Full } else { Size::Small };
     let selection = Selection { only: arguments.only.as_deref(), size, seed };
     let precisions = match arguments.precision.as_slice() {
-        [] => &[Kind::Float32, Kind::Bfloat16],
+        [] => &[Precision::Float32, Precision::Bfloat16, Precision::Float16],
         some => some,
     };
     let mut out = io::stdout().lock();
     let mut runs: Vec<(&str, String, Vec<Row>)> = Vec::new();
     let mut failed = 0;
     for &precision in precisions {
-        let backend = arguments.backend.open_in(match precision {
-            Kind::Float32 => Precision::Float32,
-            Kind::Bfloat16 => Precision::Bfloat16,
-        })?;
+        let backend = arguments.backend.open_in(Some(precision))?;
         let name = backend.numbers().suffix();
         if runs.iter().any(|(numbers, ..)| *numbers == name) {
             continue;

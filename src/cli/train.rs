@@ -149,10 +149,11 @@ impl Stage<'_> {
             windows.len(),
             backend.device(),
         );
-        if settings.precision != Precision::Float32 && backend.numbers() == Type::F32 {
+        let wanted = settings.precision.unwrap_or_default();
+        if wanted != Precision::Float32 && backend.numbers() == Type::F32 {
             eprintln!(
                 "warning: this backend computes in float32; only the saved weights are {}",
-                settings.precision.name()
+                wanted.name()
             );
         }
         if trainer.done() > 0 {

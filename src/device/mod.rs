@@ -12,6 +12,9 @@ mod launch;
 mod product;
 pub mod sim;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 pub use launch::{Arg, Launch};
 pub use product::{Matrix, Product};
 
@@ -31,7 +34,8 @@ impl Address {
 }
 
 /// Floating-point numbers in a device's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Type {
     F32,
     F16,
@@ -111,6 +115,10 @@ pub trait Device: Send {
     fn name(&self) -> &'static str;
     /// For a person and for the provenance: the card, its memory, the driver.
     fn describe(&self) -> String;
+    /// The FLOP/s of products that its maker tells, where that is known.
+    fn peak(&self, _numbers: Type) -> Option<f64> {
+        None
+    }
     /// Bytes of memory that are free, and that there are in all.
     fn memory(&self) -> anyhow::Result<(u64, u64)>;
 
@@ -151,6 +159,17 @@ pub trait Device: Send {
     fn forget_marks(&mut self);
     /// Waits for all work, and tells of an error in it.
     fn synchronize(&mut self) -> anyhow::Result<()>;
+
+    /// How it carries products out, where it had a choice that the bits of results depend on: for a
+    /// checkpoint. Null where it had none.
+    fn choices(&self) -> Value {
+        Value::Null
+    }
+    /// Keeps to choices of an earlier run. Returns what a person should know where they cannot be
+    /// kept to here.
+    fn choose(&mut self, _choices: &Value) -> Option<String> {
+        None
+    }
 }
 
 /// The main memory of this machine, where the system tells (Linux).

@@ -11,5 +11,5 @@ pub use addressed::{Frame, Prefix};
 pub use batch::{Batch, IGNORE};
 pub use file::{DocumentTokens, Header, TokenFile};
 pub use sampler::{Order, Position, Sampler, permuted};
-pub use windows::{Kind, Windows};
+pub use windows::{Kind, Places, Windows};
 pub use writer::TokenWriter;

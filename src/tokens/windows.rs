@@ -53,6 +53,29 @@ pub struct Place {
     pub tokens: Range<usize>,
 }
 
+/// Where all windows of a file lie: with its tokens, all that drawing them elsewhere takes.
+/// Positions are those of tokens in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Places {
+    Original {
+        starts: Vec<u64>,
+        lengths: Vec<u32>,
+    },
+    Stream {
+        /// Where each document begins.
+        documents: Vec<u64>,
+        stride: usize,
+    },
+    Addressed {
+        /// Of the stretches.
+        starts: Vec<u64>,
+        lengths: Vec<u32>,
+        /// The addresses of all windows in a row, and where each begins and the last one ends.
+        addresses: Vec<u32>,
+        address_starts: Vec<u32>,
+    },
+}
+
 impl Windows {
     /// Cuts a token file into windows of `context` inputs each. `stride` is for `stream` alone:
     /// `context` by default.
@@ -166,6 +189,60 @@ impl Windows {
             entry.text + self.starts[window]..to
         };
         Ok(Place { document, chunk, tokens })
+    }
+
+    /// Where all windows lie.
+    pub fn places(&self) -> anyhow::Result<Places> {
+        if self.kind == Kind::Stream {
+            let documents = (0..self.file.documents())
+                .map(|document| Ok(self.file.document(document)?.tokens.start as u64))
+                .collect::<anyhow::Result<_>>()?;
+            return Ok(Places::Stream { documents, stride: self.stride });
+        }
+        let places = (0..self.count)
+            .into_par_iter()
+            .map(|window| self.place(window))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let starts = places.iter().map(|place| place.tokens.start as u64).collect();
+        let lengths = places.iter().map(|place| place.tokens.len() as u32).collect();
+        if self.kind == Kind::Original {
+            return Ok(Places::Original { starts, lengths });
+        }
+        let prefixes = places
+            .par_iter()
+            .map(|place| {
+                let path = self.file.document(place.document)?.path;
+                Ok(self.frame.prefix(path, place.chunk)?.ids)
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let mut address_starts = Vec::with_capacity(prefixes.len() + 1);
+        address_starts.push(0);
+        let mut end = 0;
+        for prefix in &prefixes {
+            end += prefix.len();
+            address_starts.push(u32::try_from(end).map_err(|_| {
+                error(
+                    format!("the addresses of {} windows have too many tokens", self.count),
+                    "a larger --max_position_embeddings, or --windows stream",
+                )
+            })?);
+        }
+        Ok(Places::Addressed { starts, lengths, addresses: prefixes.concat(), address_starts })
+    }
+
+    /// How many positions of a window count in the loss.
+    pub fn counted(&self, window: usize) -> anyhow::Result<usize> {
+        let Range { start, end } = self.place(window)?.tokens;
+        Ok(match self.kind {
+            Kind::Original => end - start - 1,
+            Kind::Stream => end.min(self.file.tokens() - 1) - start,
+            Kind::Addressed => end - start,
+        })
+    }
+
+    /// The id of padding.
+    pub fn pad(&self) -> u32 {
+        self.pad
     }
 
     /// The windows of these numbers, as a batch.

@@ -30,6 +30,9 @@ pub struct State {
     pub settings: Settings,
     /// Of the token file.
     pub tokens_sha256: String,
+    /// What beside the arenas the backend's next step depends on.
+    #[serde(default)]
+    pub backend: serde_json::Value,
 }
 
 /// The arenas a training state holds, and what it calls them.

@@ -1,10 +1,14 @@
-//! One training step on a backend: some windows at a time, then the update.
+//! Training steps on a backend: each some windows at a time, then the update.
 
-use crate::backend::{Arena, Backend, Feed, Loaded, Need, Session};
+use std::borrow::Cow;
+
+use serde_json::Value;
+
+use crate::backend::{Arena, Backend, Data, Feed, Loaded, Need, Ran, Run, Session};
 use crate::llama::step::{self, BatchInputs, Losses};
 use crate::llama::{Buffer, Optimizer, Rates, append_update};
 use crate::model::{Config, Layout};
-use crate::tokens::{Batch, IGNORE};
+use crate::tokens::{Batch, IGNORE, Windows};
 
 /// A model in a backend's memory, ready to step.
 pub struct Engine {
@@ -18,6 +22,16 @@ pub struct Engine {
     /// The programs for as many windows as were needed so far.
     micros: Vec<Micro>,
     evaluations: Vec<Micro>,
+    /// The session draws windows by their numbers.
+    drawn: bool,
+}
+
+/// A step to come.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// The numbers of the windows of each of its batches.
+    pub batches: Vec<Vec<usize>>,
+    pub rates: Rates,
 }
 
 struct Micro {
@@ -71,7 +85,88 @@ impl Engine {
             optimizer: *optimizer,
             micros,
             evaluations,
+            drawn: false,
         })
+    }
+
+    /// Tells of the windows that [`Engine::steps`] will train on: what draws by itself takes them into
+    /// its memory, if they fit.
+    pub fn hold(&mut self, windows: &Windows, batch_size: usize) -> anyhow::Result<()> {
+        if self.session.queue().is_some() {
+            // First, so that what is still free is known.
+            self.micro(batch_size.min(self.micro_windows), true)?;
+        }
+        if let Some(queue) = self.session.queue() {
+            self.drawn = queue.hold(windows)?;
+        }
+        Ok(())
+    }
+
+    /// Whether steps go on without this side: on a device.
+    pub fn is_apart(&mut self) -> bool {
+        self.session.queue().is_some()
+    }
+
+    /// How many batches of at most `batch_size` windows can be asked for in one go.
+    pub fn room(&mut self, batch_size: usize) -> usize {
+        let runs = batch_size.div_ceil(self.micro_windows);
+        self.session.queue().map_or(1, |queue| queue.room() / runs)
+    }
+
+    /// Steps on windows by their numbers, one after another. What is asked of a device goes on there
+    /// without the host; as soon as all is done, each step's outcome is told.
+    pub fn steps(&mut self, windows: &Windows, steps: &[Step]) -> anyhow::Result<Vec<Outcome>> {
+        if !self.drawn {
+            return self.drawing_here(windows, steps);
+        }
+        let mut counts = Vec::new();
+        let mut runs = Vec::new();
+        for Step { batches, rates } in steps {
+            let numbers = batches.iter().flatten();
+            let counted =
+                numbers.map(|&window| windows.counted(window)).sum::<anyhow::Result<usize>>()?;
+            let parts: Vec<&[usize]> =
+                batches.iter().flat_map(|batch| batch.chunks(self.micro_windows)).collect();
+            for (at, part) in parts.iter().enumerate() {
+                let program = self.micro(part.len(), at + 1 == parts.len())?;
+                let program = self.micros[program].program;
+                let loss_scale = loss_scale(counted);
+                runs.push(Run { program, data: Data::Windows(part), loss_scale, rates: *rates });
+            }
+            counts.push(counted);
+        }
+        let queue = self.session.queue().expect("only a queue draws");
+        queue.push(&runs)?;
+        Ok(outcomes(queue.outcomes()?, &counts))
+    }
+
+    /// The same with windows drawn on this side, while the device is at work on those before.
+    fn drawing_here(&mut self, windows: &Windows, steps: &[Step]) -> anyhow::Result<Vec<Outcome>> {
+        self.feed(steps.iter().map(|Step { batches, rates }| {
+            let drawn = batches.iter().map(|numbers| windows.draw(numbers));
+            Ok((drawn.collect::<anyhow::Result<_>>()?, *rates))
+        }))
+    }
+
+    /// Steps on batches as they come: the next ones are asked for while a device is at work.
+    pub fn feed(
+        &mut self,
+        steps: impl Iterator<Item = anyhow::Result<(Vec<Batch>, Rates)>>,
+    ) -> anyhow::Result<Vec<Outcome>> {
+        let mut counts = Vec::new();
+        let mut told = Vec::new();
+        for step in steps {
+            let (batches, rates) = step?;
+            if self.is_apart() {
+                counts.push(self.push(&batches, rates)?);
+            } else {
+                told.push(self.step(&batches, rates)?);
+            }
+        }
+        match self.session.queue() {
+            Some(queue) => Ok(outcomes(queue.outcomes()?, &counts)),
+            None => Ok(told),
+        }
     }
 
     pub fn layout(&self) -> &Layout {
@@ -80,57 +175,82 @@ impl Engine {
 
     /// Forward and backward of every batch, then one update by their joint mean loss.
     pub fn step(&mut self, batches: &[Batch], rates: Rates) -> anyhow::Result<Outcome> {
+        if self.session.queue().is_some() {
+            let counted = self.push(batches, rates)?;
+            let queue = self.session.queue().expect("there was one above");
+            return Ok(outcomes(queue.outcomes()?, &[counted])[0]);
+        }
         let counted: usize = batches.iter().map(Batch::counted).sum();
-        // A step in which nothing counts has no gradient, and a loss of 0.
-        let loss_scale = 1.0 / counted.max(1) as f64;
-        let mut parts = Vec::new();
-        for batch in batches {
-            for from in (0..batch.windows).step_by(self.micro_windows) {
-                parts.push(batch.slice(from, (from + self.micro_windows).min(batch.windows)));
-            }
-        }
-        let mut sum = 0.0;
-        let mut grad_norm = f64::NAN;
+        let loss_scale = loss_scale(counted);
+        let parts = self.parts(batches);
+        let mut ran = Vec::new();
         for (at, part) in parts.iter().enumerate() {
-            let last = at + 1 == parts.len();
-            let (loss, norm) =
-                self.micro(part, last, Feed { loss_scale, rates, ..Feed::default() })?;
-            sum += loss;
-            grad_norm = norm.unwrap_or(grad_norm);
+            let micro = self.micro(part.windows, at + 1 == parts.len())?;
+            let micro = &self.micros[micro];
+            let indices = micro.batch.feed(part);
+            let feed = Feed { indices, loss_scale, rates, ..Feed::default() };
+            self.session.run(micro.program, &feed)?;
+            let nll = self.session.floats(micro.program, micro.losses.nll)?;
+            let counted = nll.iter().zip(&part.targets).filter(|&(_, &target)| target != IGNORE);
+            let loss = counted.map(|(&nll, _)| f64::from(nll)).sum();
+            let norm = match micro.norm {
+                Some(norm) => Some(f64::from(self.session.floats(micro.program, norm)?[0])),
+                None => None,
+            };
+            ran.push(Ran { loss, norm });
         }
-        Ok(Outcome { loss: sum * loss_scale, grad_norm, counted })
+        Ok(outcomes(ran, &[counted])[0])
     }
 
-    /// Adds the gradients of a few windows and, with the last of a step, updates. Returns the sum
-    /// of the losses and the norm of all gradients.
-    fn micro<'a>(
-        &mut self,
-        batch: &'a Batch,
-        last: bool,
-        mut feed: Feed<'a>,
-    ) -> anyhow::Result<(f64, Option<f64>)> {
-        let is_it = |micro: &Micro| micro.windows == batch.windows && micro.norm.is_some() == last;
-        if !self.micros.iter().any(is_it) {
-            let windows = batch.windows;
-            let mut micro = step::training(&self.config, &self.layout, windows, self.context);
-            // One program rather than two: on a device, one launch and one wait.
-            let norm =
-                last.then(|| append_update(&mut micro.program, &self.layout, &self.optimizer));
-            let program = self.session.load(micro.program)?;
-            let (batch, losses) = (micro.batch, micro.losses);
-            self.micros.push(Micro { windows, program, batch, losses, norm });
+    /// Asks a queue for a step, and tells how many targets count in it.
+    fn push(&mut self, batches: &[Batch], rates: Rates) -> anyhow::Result<usize> {
+        let counted: usize = batches.iter().map(Batch::counted).sum();
+        let loss_scale = loss_scale(counted);
+        let parts = self.parts(batches);
+        let last = parts.len() - 1;
+        let mut runs = Vec::new();
+        for (at, part) in parts.into_iter().enumerate() {
+            let program = self.micro(part.windows, at == last)?;
+            let program = self.micros[program].program;
+            let data = Data::Batch(part);
+            runs.push(Run { program, data, loss_scale, rates });
         }
-        let micro = self.micros.iter().find(|micro| is_it(micro)).expect("it was made above");
-        feed.indices = micro.batch.feed(batch);
-        self.session.run(micro.program, &feed)?;
-        let nll = self.session.floats(micro.program, micro.losses.nll)?;
-        let counted = nll.iter().zip(&batch.targets).filter(|&(_, &target)| target != IGNORE);
-        let loss = counted.map(|(&nll, _)| f64::from(nll)).sum();
-        let norm = match micro.norm {
-            Some(norm) => Some(f64::from(self.session.floats(micro.program, norm)?[0])),
-            None => None,
+        self.session.queue().expect("the caller knows of one").push(&runs)?;
+        Ok(counted)
+    }
+
+    /// The windows of all batches, as many together as go through at once.
+    fn parts<'a>(&self, batches: &'a [Batch]) -> Vec<Cow<'a, Batch>> {
+        let most = self.micro_windows;
+        let part = |batch: &'a Batch, from: usize| {
+            if batch.windows <= most {
+                return Cow::Borrowed(batch);
+            }
+            Cow::Owned(batch.slice(from, (from + most).min(batch.windows)))
         };
-        Ok((loss, norm))
+        batches
+            .iter()
+            .flat_map(|batch| (0..batch.windows).step_by(most).map(move |from| part(batch, from)))
+            .collect()
+    }
+
+    /// The place of the program that adds the gradients of so many windows and, with the last of a
+    /// step, updates. It is made when it is first needed.
+    fn micro(&mut self, windows: usize, last: bool) -> anyhow::Result<usize> {
+        let is_it = |micro: &Micro| micro.windows == windows && micro.norm.is_some() == last;
+        if let Some(at) = self.micros.iter().position(is_it) {
+            return Ok(at);
+        }
+        let mut micro = step::training(&self.config, &self.layout, windows, self.context);
+        // One program rather than two: on a device, one launch and one wait.
+        let norm = last.then(|| append_update(&mut micro.program, &self.layout, &self.optimizer));
+        let (batch, losses) = (micro.batch, micro.losses);
+        let program = match self.session.queue() {
+            Some(queue) => queue.load(micro, norm)?,
+            None => self.session.load(micro.program)?,
+        };
+        self.micros.push(Micro { windows, program, batch, losses, norm });
+        Ok(self.micros.len() - 1)
     }
 
     /// The best guess at every position of a batch, `[windows, context]`, without training.
@@ -168,8 +288,39 @@ impl Engine {
         self.session.profile()
     }
 
+    /// What beside the arenas the next step depends on (see [`Session::state`]).
+    pub fn state(&self) -> anyhow::Result<Value> {
+        self.session.state()
+    }
+
+    /// Goes on from such a state; returns what a person should know.
+    pub fn restore(&mut self, state: &Value) -> anyhow::Result<Option<String>> {
+        self.session.restore(state)
+    }
+
     /// Bytes of memory the session holds.
     pub fn bytes(&self) -> usize {
         self.session.bytes()
     }
+}
+
+/// What each counted target's loss counts in the gradient. A step in which none does has no
+/// gradient, and a loss of 0.
+fn loss_scale(counted: usize) -> f64 {
+    1.0 / counted.max(1) as f64
+}
+
+/// The outcomes of steps, in which so many targets counted, from those of their runs.
+fn outcomes(ran: Vec<Ran>, counts: &[usize]) -> Vec<Outcome> {
+    let mut outcomes = Vec::with_capacity(counts.len());
+    let mut sum = 0.0;
+    for Ran { loss, norm } in ran {
+        sum += loss;
+        if let Some(grad_norm) = norm {
+            let counted = counts[outcomes.len()];
+            outcomes.push(Outcome { loss: sum * loss_scale(counted), grad_norm, counted });
+            sum = 0.0;
+        }
+    }
+    outcomes
 }

@@ -29,6 +29,10 @@ pub struct Metrics {
     pub tokens: u64,
     /// Since the last line: windows x context over wall time.
     pub tokens_a_second: f64,
+    /// Model FLOPs utilization since the last line: useful FLOPs of products and attention over the
+    /// device's peak, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
     /// Since the run, or what resumed it, began.
     pub seconds: f64,
     /// Part of the windows that come back verbatim, where it was measured at this step.
@@ -101,6 +105,7 @@ mod tests {
             grad_norm: 2.0,
             tokens: 10,
             tokens_a_second: 5.0,
+            mfu: None,
             seconds: 2.0,
             verbatim_rate: None,
         };

@@ -11,12 +11,13 @@ pub mod prepare;
 pub mod recipe;
 mod schedule;
 mod settings;
+mod snapshot;
 pub mod sweep;
 mod tensorboard;
 mod trainer;
 
 pub use checkpoints::is_resumable;
-pub use engine::{Engine, Outcome};
+pub use engine::{Engine, Outcome, Step};
 pub use footprint::Footprint;
 pub use metrics::{Metrics, MetricsFile};
 pub use schedule::{Decline, Schedule};

@@ -49,9 +49,10 @@ pub struct Settings {
     /// Tokens from one stream window to the next [default: a window's length]
     #[arg(long, value_name = "N", help_heading = "Training")]
     pub stride: Option<usize>,
-    /// The precision of training, and of the weights that are saved
-    #[arg(long, value_enum, default_value_t, help_heading = "Training")]
-    pub precision: Precision,
+    /// The precision of training, and of the weights that are saved [default: bfloat16 on an NVIDIA
+    /// GPU, else float32]
+    #[arg(long, value_enum, help_heading = "Training")]
+    pub precision: Option<Precision>,
     /// Results are the same bits on any run; the cpu backend always is
     #[arg(long, help_heading = "Training")]
     pub deterministic: bool,

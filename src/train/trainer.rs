@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use super::checkpoints::{self, State};
 use super::footprint::check_memory;
-use super::{Engine, EventFile, Metrics, MetricsFile, Outcome, Settings};
+use super::snapshot::{Place, Snapshot, Writer};
+use super::{Engine, EventFile, Metrics, MetricsFile, Outcome, Schedule, Settings, Step};
 use crate::backend::{Arena, Backend};
-use crate::error::error;
+use crate::error::{Hint, error};
 use crate::llama::Rates;
 use crate::memorization::verbatim;
-use crate::model::{Checkpoint, Config, Provenance, TrainingState, initialize, save};
+use crate::model::{Config, Precision, Provenance, initialize};
 use crate::tokens::{Sampler, Windows};
 
 /// What a run begins with.
@@ -62,6 +63,8 @@ pub struct Finish {
 
 /// After so many steps in a row without an update a run has diverged.
 const HOPELESS: u64 = 20;
+/// Seconds of steps that are asked for in one go.
+const LONGEST: f64 = 0.5;
 
 /// A run under way.
 pub struct Trainer<'a> {
@@ -74,8 +77,15 @@ pub struct Trainer<'a> {
     skipped: u64,
     /// Nothing of this run lies in the output folder yet.
     unsaved: bool,
+    writer: Writer,
     /// Whether a step of this run was looked at for parameters without a gradient.
     looked_for_lost: bool,
+    /// Of the weights that are saved.
+    precision: Precision,
+    /// FLOP/s of the device, where it is known.
+    peak: Option<f64>,
+    /// Seconds a step, of those that were last asked for.
+    pace: Option<f64>,
     /// What a person should know before it begins.
     notes: Vec<String>,
 }
@@ -85,7 +95,10 @@ impl<'a> Trainer<'a> {
     pub fn new(backend: &dyn Backend, mut job: Job<'a>) -> anyhow::Result<Self> {
         let Job { settings, windows, .. } = job;
         settings.validate()?;
-        job.provenance.recipe = serde_json::to_value(settings)?;
+        let precision = settings.precision.unwrap_or_else(|| backend.numbers().into());
+        // Resumed on another backend, it is to be the same.
+        let known = Settings { precision: Some(precision), ..settings.clone() };
+        job.provenance.recipe = serde_json::to_value(&known)?;
         job.provenance.seed = settings.seed;
         job.provenance.program_version = env!("CARGO_PKG_VERSION").to_string();
         job.provenance.device = backend.device();
@@ -97,8 +110,9 @@ impl<'a> Trainer<'a> {
             position: sampler.position(),
             tokens: 0,
             unlogged: (0.0, 0),
-            settings: settings.clone(),
+            settings: known,
             tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
+            backend: serde_json::Value::Null,
         };
         let mut notes = Vec::new();
         let Start { resume, weights } = std::mem::take(&mut job.start);
@@ -125,12 +139,17 @@ impl<'a> Trainer<'a> {
             for ((_, arena), values) in checkpoints::ARENAS.iter().zip(&saved.arenas) {
                 engine.write(*arena, values)?;
             }
+            let restored = engine.restore(&saved.state.backend);
+            notes.extend(
+                restored.hint(|| "remove the checkpoint: --resume then takes an older one")?,
+            );
             state = State { settings: state.settings, ..saved.state };
             sampler = Sampler::resume(windows.len(), settings.order, state.position)?;
         } else {
             let fresh = || initialize(&config, engine.layout(), settings.seed);
             engine.write(Arena::Parameters, &weights.unwrap_or_else(fresh))?;
         }
+        engine.hold(windows, settings.batch_size)?;
         let looked_for_lost = false;
         Ok(Self {
             job,
@@ -140,7 +159,11 @@ impl<'a> Trainer<'a> {
             state,
             skipped: 0,
             unsaved,
+            writer: Writer::default(),
             looked_for_lost,
+            precision,
+            peak: backend.peak(),
+            pace: None,
             notes,
         })
     }
@@ -184,13 +207,10 @@ impl<'a> Trainer<'a> {
         let begin = Instant::now();
         let (mut last_line, mut last_tokens) = (begin, self.state.tokens);
         while self.state.step < self.state.total {
-            let factor = schedule.factor(self.state.step);
-            let rates = Rates {
-                learning_rate: settings.learning_rate * factor,
-                muon_learning_rate: settings.muon_learning_rate * factor,
-                step: self.state.step + 1,
-            };
-            let outcome = self.step(rates, observer)?;
+            let ahead = self.ahead();
+            let steps: Vec<Step> = (0..ahead).map(|later| self.plan(&schedule, later)).collect();
+            let rates = steps.last().expect("at least one").rates;
+            let outcome = self.take(&steps, observer)?;
             let step = self.state.step;
             let last = step == self.state.total;
             finish = Finish { steps: step, loss: outcome.loss, ..finish };
@@ -207,6 +227,8 @@ impl<'a> Trainer<'a> {
             if step.is_multiple_of(settings.logging_steps) || last || measured {
                 let seconds = last_line.elapsed().as_secs_f64();
                 let (sum, count) = std::mem::take(&mut self.state.unlogged);
+                let tokens_a_second = (self.state.tokens - last_tokens) as f64 / seconds;
+                let flops = self.config.training_flops(self.job.windows.context()) as f64;
                 line = Some(Metrics {
                     step,
                     epoch: self.epoch(),
@@ -214,7 +236,8 @@ impl<'a> Trainer<'a> {
                     learning_rate: rates.learning_rate,
                     grad_norm: outcome.grad_norm,
                     tokens: self.state.tokens,
-                    tokens_a_second: (self.state.tokens - last_tokens) as f64 / seconds,
+                    tokens_a_second,
+                    mfu: self.peak.map(|peak| tokens_a_second * flops / peak),
                     seconds: begin.elapsed().as_secs_f64(),
                     verbatim_rate: finish.verbatim_rate.filter(|_| measured),
                 });
@@ -233,41 +256,95 @@ impl<'a> Trainer<'a> {
                 break;
             }
             finish.interrupted = !last && observer.stop();
-            if finish.interrupted || (!last && step.is_multiple_of(settings.save_steps)) {
-                self.save(&checkpoints::folder(self.job.output, step))?;
-                checkpoints::prune(self.job.output, step, settings.save_total_limit)?;
-            }
             if finish.interrupted {
+                self.writer.finish()?;
+                self.save(Some(step))?;
                 return Ok(finish);
             }
+            if !last && step.is_multiple_of(settings.save_steps) {
+                self.save_meanwhile(step, observer)?;
+            }
         }
+        self.writer.finish()?;
         // A run that was finished before has nothing new to save.
         if self.state.step > already {
-            let output = self.job.output;
-            self.save(output)?;
+            self.save(None)?;
         }
         Ok(finish)
     }
 
-    /// One update: the next batches of this epoch.
-    fn step(&mut self, rates: Rates, observer: &mut dyn Observer) -> anyhow::Result<Outcome> {
-        let Job { settings, windows, .. } = self.job;
+    /// How many steps can be asked for before somebody has to look: to the next line of metrics,
+    /// measure or checkpoint, and not so long that Ctrl-C is not heard.
+    fn ahead(&mut self) -> u64 {
+        let settings = self.job.settings;
+        let State { step, total, .. } = self.state;
+        let to_next = |every: u64| every - step % every;
+        let room = self.engine.room(settings.batch_size) / settings.gradient_accumulation_steps;
+        let most = match self.pace {
+            // The first one is looked at for parameters without a gradient.
+            None => 1,
+            Some(pace) => ((LONGEST / pace) as u64).clamp(1, room.max(1) as u64),
+        };
+        [Some(settings.logging_steps), Some(settings.save_steps), settings.eval_steps]
+            .into_iter()
+            .flatten()
+            .map(to_next)
+            .fold(most.min(total - step), u64::min)
+    }
+
+    /// The step that comes after `later` others: its rates, and the next batches of this epoch.
+    fn plan(&mut self, schedule: &Schedule, later: u64) -> Step {
+        let settings = self.job.settings;
+        let step = self.state.step + later;
+        let factor = schedule.factor(step);
+        let rates = Rates {
+            learning_rate: settings.learning_rate * factor,
+            muon_learning_rate: settings.muon_learning_rate * factor,
+            step: step + 1,
+        };
         let epoch = self.sampler.position().epoch;
         let mut batches = Vec::new();
         while batches.len() < settings.gradient_accumulation_steps
             && self.sampler.position().epoch == epoch
         {
-            batches.push(windows.draw(&self.sampler.next(settings.batch_size))?);
+            batches.push(self.sampler.next(settings.batch_size));
         }
-        let outcome = self.engine.step(&batches, rates)?;
+        Step { batches, rates }
+    }
+
+    /// Takes some steps, and tells of all but the last, which is returned.
+    fn take(&mut self, steps: &[Step], observer: &mut dyn Observer) -> anyhow::Result<Outcome> {
+        let windows = self.job.windows;
+        let begin = Instant::now();
+        let outcomes = self.engine.steps(windows, steps)?;
+        self.pace = Some(begin.elapsed().as_secs_f64() / steps.len() as f64);
         if !self.looked_for_lost {
             self.looked_for_lost = true;
             self.note_lost_gradients(observer)?;
         }
+        self.state.position = self.sampler.position();
+        let mut before: Option<Outcome> = None;
+        for (step, outcome) in steps.iter().zip(outcomes) {
+            if let Some(before) = before {
+                observer.step(self.state.step, self.state.total, &before, None);
+            }
+            let drawn: usize = step.batches.iter().map(Vec::len).sum();
+            self.count((drawn * windows.context()) as u64, &outcome, observer)?;
+            before = Some(outcome);
+        }
+        Ok(before.expect("at least one step was asked for"))
+    }
+
+    /// Counts a step that was taken on so many tokens.
+    fn count(
+        &mut self,
+        tokens: u64,
+        outcome: &Outcome,
+        observer: &mut dyn Observer,
+    ) -> anyhow::Result<()> {
         let state = &mut self.state;
         state.step += 1;
-        state.position = self.sampler.position();
-        state.tokens += batches.iter().map(|batch| batch.ids.len() as u64).sum::<u64>();
+        state.tokens += tokens;
         // JSON has no word for what is not finite: such a loss is told of by the note below.
         if outcome.loss.is_finite() {
             state.unlogged.0 += outcome.loss;
@@ -285,7 +362,7 @@ impl<'a> Trainer<'a> {
                 "lower --learning-rate, or raise --warmup-steps",
             ));
         }
-        Ok(outcome)
+        Ok(())
     }
 
     /// Tells of parameters that got no gradient at all so far, which their first moments show: a
@@ -327,32 +404,50 @@ impl<'a> Trainer<'a> {
         Ok((all > 0).then(|| exact as f64 / all as f64))
     }
 
-    fn save(&mut self, folder: &Path) -> anyhow::Result<()> {
-        let arenas: Vec<(&str, Vec<f32>)> = checkpoints::ARENAS
+    /// Saves the checkpoint after `step`, or the finished model.
+    fn save(&mut self, step: Option<u64>) -> anyhow::Result<()> {
+        let (place, snapshot) = (self.place(step), self.snapshot()?);
+        place.put(&snapshot)?;
+        self.unsaved = false;
+        Ok(())
+    }
+
+    /// Saves a checkpoint on the way: while a device trains on, where there is one.
+    fn save_meanwhile(&mut self, step: u64, observer: &mut dyn Observer) -> anyhow::Result<()> {
+        if !self.engine.is_apart() {
+            return self.save(Some(step));
+        }
+        if self.writer.is_busy() {
+            observer.note(&format!("step {step}: no checkpoint, the last one is still written"));
+            return Ok(());
+        }
+        let (place, snapshot) = (self.place(Some(step)), self.snapshot()?);
+        self.writer.begin(place, snapshot)?;
+        self.unsaved = false;
+        Ok(())
+    }
+
+    fn place(&self, step: Option<u64>) -> Place {
+        let output = self.job.output.to_path_buf();
+        let folder = step.map_or(output.clone(), |step| checkpoints::folder(&output, step));
+        let keep = step.map(|step| (step, self.job.settings.save_total_limit));
+        Place { output, folder, first: self.unsaved, keep }
+    }
+
+    fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
+        self.state.backend = self.engine.state()?;
+        let arenas = checkpoints::ARENAS
             .iter()
             .map(|&(name, arena)| Ok((name, self.engine.read(arena)?)))
             .collect::<anyhow::Result<_>>()?;
-        let named: Vec<(&str, &[f32])> =
-            arenas.iter().map(|(name, values)| (*name, values.as_slice())).collect();
-        save(
-            folder,
-            &Checkpoint {
-                config: &self.config,
-                layout: self.engine.layout(),
-                weights: &arenas[0].1,
-                precision: self.job.settings.precision,
-                tokenizer: Some(self.job.tokenizer),
-                provenance: &self.job.provenance,
-                training_state: Some(TrainingState {
-                    arenas: &named,
-                    state: &serde_json::to_value(&self.state)?,
-                }),
-            },
-        )?;
-        if std::mem::take(&mut self.unsaved) {
-            checkpoints::replace_other_run(self.job.output, folder)?;
-        }
-        Ok(())
+        Ok(Snapshot {
+            config: self.config.clone(),
+            arenas,
+            precision: self.precision,
+            tokenizer: self.job.tokenizer.to_path_buf(),
+            provenance: self.job.provenance.clone(),
+            state: serde_json::to_value(&self.state)?,
+        })
     }
 }
 
@@ -392,6 +487,7 @@ fn scalars(metrics: &Metrics) -> Vec<(&'static str, f64)> {
         ("train/epoch", metrics.epoch),
         ("train/tokens_a_second", metrics.tokens_a_second),
     ];
+    scalars.extend(metrics.mfu.map(|mfu| ("train/mfu", mfu)));
     scalars.extend(metrics.verbatim_rate.map(|rate| ("eval/verbatim_rate", rate)));
     scalars
 }

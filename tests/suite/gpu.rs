@@ -8,14 +8,16 @@ use laam::backend::gpu::{Gpu, Mode, Options};
 use laam::backend::reference::{Precision, Reference, Rounding};
 use laam::backend::{Arena, Backend};
 use laam::bench::check::{Selection, Size, check};
+use laam::corpus::Document;
 use laam::device::Type;
 use laam::device::sim::Sim;
 use laam::kernels::BUILD;
 use laam::llama::{AdamW, Muon, Optimizer, Rates};
 use laam::model::{Config, RopeScaling, initialize};
 use laam::random::{Philox, Stream};
-use laam::tokens::{Batch, IGNORE};
-use laam::train::Engine;
+use laam::tokenizer::Style;
+use laam::tokens::{Batch, IGNORE, Kind, Windows};
+use laam::train::{Engine, Step};
 
 /// The backend in the simulator, or `None` after a loud line.
 fn sim(numbers: Type, mode: Mode, threads: usize) -> Option<Gpu> {
@@ -237,4 +239,112 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
     let (_, norms) = steps(&mut engine, &config, 4..=4);
     assert!(norms[0].is_finite());
     assert!(engine.read(Arena::Parameters).unwrap() != before);
+}
+
+/// Windows of a small corpus, an engine for batches of three of them, and a plan of 13 steps: more
+/// than a graph has in a row, with a short batch in between.
+fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
+    let tokenizer = crate::tokens::tokenizer(Style::Exact);
+    let folder = tempfile::tempdir().unwrap();
+    let text = "int main(void)\n{\n\treturn 0;\n}\n";
+    let documents =
+        [(0, 9), (1, 4)].map(|(i, n)| Document { path: format!("{i}.c"), text: text.repeat(n) });
+    let file = crate::tokens::write(&folder.path().join("tokens"), &tokenizer, &documents);
+    let windows = Windows::new(file, tokenizer, kind, 16, None).unwrap();
+    let config = Config { max_position_embeddings: 16, num_hidden_layers: 1, ..config(8) };
+    let steps = (0..13)
+        .map(|step: usize| {
+            let length = if step == 10 { 2 } else { 3 };
+            let numbers = (0..length).map(|at| (7 * step + 5 * at) % windows.len()).collect();
+            let rates =
+                Rates { learning_rate: 1e-3, muon_learning_rate: 2e-2, step: step as u64 + 1 };
+            Step { batches: vec![numbers], rates }
+        })
+        .collect();
+    (windows, config, steps)
+}
+
+#[test]
+fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
+    for kind in [Kind::Original, Kind::Stream, Kind::Addressed] {
+        let (windows, config, steps) = windows(kind);
+        let train = |most_tokens, mode, at_once: usize| {
+            let options = Options { most_tokens, mode, ..Options::new(Type::F32) };
+            let backend = open(options, 2)?;
+            let mut engine = engine(&backend, &config, false);
+            engine.hold(&windows, 3).unwrap();
+            let mut outcomes = Vec::new();
+            for steps in steps.chunks(at_once) {
+                if at_once > 1 {
+                    outcomes.extend(engine.steps(&windows, steps).unwrap());
+                } else {
+                    let batch = windows.draw(&steps[0].batches[0]).unwrap();
+                    outcomes.push(engine.step(&[batch], steps[0].rates).unwrap());
+                }
+            }
+            Some((outcomes, engine.read(Arena::Parameters).unwrap()))
+        };
+        let Some(fed) = train(None, Mode::Eager, 1) else { return };
+        assert!(fed.0.iter().all(|outcome| outcome.updated() && outcome.loss > 0.0));
+        // Held on the device; held and recorded; brought by the host while the device works.
+        for (most_tokens, mode) in
+            [(None, Mode::Eager), (None, Mode::Graphs), (Some(0), Mode::Graphs)]
+        {
+            let other = train(most_tokens, mode, 13).unwrap();
+            assert!(other == fed, "{kind:?}, at most {most_tokens:?} bytes held, {mode:?}");
+        }
+    }
+}
+
+/// f16 has a smallest number that gradients fall below: losses are scaled, gradients are not.
+#[test]
+fn f16_trains_with_scaled_losses() {
+    let config = config(8);
+    let exact = train(&reference(Precision::F64, Rounding::None), &config, false, STEPS);
+    let plain = train(&reference(Precision::F32, Rounding::F16), &config, false, STEPS);
+    let Some(backend) = sim(Type::F16, Mode::Graphs, 2) else { return };
+    let mut engine = engine(&backend, &config, false);
+    let (losses, norms) = steps(&mut engine, &config, 1..=STEPS);
+    for (what, got, plain, exact) in
+        [("loss", &losses, &plain.0, &exact.0), ("norm", &norms, &plain.1, &exact.1)]
+    {
+        let (error, bound) = (apart(got, exact), 2.0 * apart(plain, exact) + 1e-5);
+        eprintln!("f16, {what}: {error:.2e} of {bound:.2e}");
+        assert!(error <= bound, "{what}: {error} > {bound}");
+    }
+    assert_eq!(engine.state().unwrap()["loss_scale"], serde_json::json!([65536.0, STEPS]));
+
+    // AdamW would not care for a scale left in its gradients; its moments show it.
+    let mut other = self::engine(&reference(Precision::F64, Rounding::None), &config, false);
+    steps(&mut other, &config, 1..=STEPS);
+    let [got, exact] = [&engine, &other].map(|engine| engine.read(Arena::SecondMoment).unwrap());
+    let norm = |values: &mut dyn Iterator<Item = f32>| {
+        values.map(|x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt()
+    };
+    let error =
+        norm(&mut got.iter().zip(&exact).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied());
+    assert!(error < 0.01, "second moments are {error} off");
+
+    // A step that overflows is left out, and the next one's scale is smaller.
+    let mut poisoned = vec![0.0; got.len()];
+    poisoned[engine.layout().blocks[1].down.offset] = f32::INFINITY;
+    let before = engine.read(Arena::Parameters).unwrap();
+    engine.write(Arena::Gradients, &poisoned).unwrap();
+    let (_, norms) = steps(&mut engine, &config, 21..=21);
+    assert!(!norms[0].is_finite() && engine.read(Arena::Parameters).unwrap() == before);
+    let state = engine.state().unwrap();
+    assert_eq!(state["loss_scale"], serde_json::json!([32768.0, 0]));
+
+    // And a run that goes on from there is the unbroken one.
+    let mut resumed = self::engine(&backend, &config, false);
+    for arena in [Arena::Parameters, Arena::FirstMoment, Arena::SecondMoment] {
+        resumed.write(arena, &engine.read(arena).unwrap()).unwrap();
+    }
+    assert_eq!(resumed.restore(&state).unwrap(), None);
+    let [one, other] = [&mut engine, &mut resumed].map(|engine| steps(engine, &config, 22..=24));
+    assert_eq!(one, other);
+    assert_eq!(engine.state().unwrap(), resumed.state().unwrap());
+    assert!(
+        resumed.restore(&serde_json::json!({"loss_scale": [0.0, 1], "choices": null})).is_err()
+    );
 }

@@ -141,6 +141,8 @@ proptest! {
             let batch = windows.draw(&asked).unwrap();
             for (row, &window) in asked.iter().enumerate() {
                 prop_assert_eq!(columns(&batch, row), expected[window].clone(), "{:?} {}", kind, window);
+                let counted = windows.draw(&[window]).unwrap().counted();
+                prop_assert_eq!(windows.counted(window).unwrap(), counted, "{:?} {}", kind, window);
             }
         }
     }
@@ -174,6 +176,7 @@ proptest! {
             prop_assert_eq!(address + prefix.room, context + 1);
             let counted: Vec<_> =
                 batch.targets.iter().copied().filter(|&target| target != IGNORE).collect();
+            prop_assert_eq!(windows.counted(window).unwrap(), counted.len());
             prop_assert_eq!(&batch.ids[..address], prefix.ids.as_slice());
             // The stretch is all that counts, from the address's last token on, without a gap.
             prop_assert!(batch.targets[..address - 1].iter().all(|&target| target == IGNORE));

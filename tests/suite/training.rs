@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use laam::backend::Arena;
 use laam::backend::cpu::Cpu;
 use laam::corpus::{Corpus, Options, Source};
+use laam::kernels::BUILD;
 use laam::llama::Rates;
 use laam::model::{Checkpoint, Layout, Precision, Provenance, initialize, load, load_config, save};
 use laam::tokenizer::{Style, Tokenizer};
@@ -188,6 +189,36 @@ fn a_killed_run_resumes_to_the_bytes_of_an_unbroken_one_at_any_number_of_threads
         let said = trained(&broken, &format!("{flags} --resume"));
         assert!(said.contains("nothing to do"), "{said}");
         assert_same(&broken, &unbroken, flags);
+    }
+}
+
+/// A device draws windows by itself, several steps a launch; its checkpoints are written while it
+/// trains on. With f16, the scale of the losses is part of the state.
+#[test]
+fn a_run_on_a_device_resumes_to_the_bytes_of_an_unbroken_one() {
+    if let Err(why) = BUILD.cuda {
+        eprintln!("SKIPPED: training in the simulator, because {why}");
+        return;
+    }
+    for flags in [
+        "--batch_size 40 --precision float16",
+        "--batch_size 3 --gradient_accumulation_steps 2 --precision bfloat16 --optimizer muon",
+    ] {
+        let flags = format!(
+            "{flags} --backend sim --threads 2 --max_steps 12 --save_steps 6 --logging_steps 4 \
+             --num_hidden_layers 1"
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
+        trained(&unbroken, &flags);
+        assert_eq!(checkpoints(&unbroken), [6], "{flags}");
+        copy_folder(&unbroken.join("checkpoint-6"), &broken.join("checkpoint-6"));
+        let said = trained(&broken, &format!("{flags} --resume"));
+        assert!(said.contains("resuming after step 6 of 12"), "{said}");
+        let (whole, resumed) = (result(&unbroken), result(&broken));
+        assert!(whole.2.ends_with(&resumed.2), "{flags}:\n{}\n{}", whole.2, resumed.2);
+        assert!(whole.0 == resumed.0, "{flags}: weights");
+        assert!(whole.1 == resumed.1, "{flags}: training state");
     }
 }
 

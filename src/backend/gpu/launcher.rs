@@ -36,12 +36,14 @@ impl Control {
     pub fn new(at: Address) -> Self {
         Self { at }
     }
-    pub fn bytes(rates: &Rates, loss_scale: f64) -> [u8; Self::BYTES] {
+    /// As `Record` in `kernels/queue.cu` has it; `begin` is where a run's windows stand in the queue.
+    pub fn bytes(rates: &Rates, loss_scale: f64, begin: u32) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[0..8].copy_from_slice(&rates.learning_rate.to_le_bytes());
         bytes[8..16].copy_from_slice(&rates.muon_learning_rate.to_le_bytes());
         bytes[16..24].copy_from_slice(&rates.step.to_le_bytes());
         bytes[24..28].copy_from_slice(&(loss_scale as f32).to_le_bytes());
+        bytes[28..32].copy_from_slice(&begin.to_le_bytes());
         bytes
     }
     pub fn address(self) -> Address {
@@ -62,6 +64,10 @@ impl Control {
     /// f32
     pub fn loss_scale(self) -> Address {
         self.at.plus(24)
+    }
+    /// u32
+    pub fn begin(self) -> Address {
+        self.at.plus(28)
     }
 }
 
@@ -87,6 +93,8 @@ pub(super) struct Launcher<'a> {
     pub options: Options,
     pub arenas: Arenas,
     pub control: Control,
+    /// f32: what the gradients are too large by; null: nothing.
+    pub scaling: Address,
     pub program: &'a Program,
     pub plan: &'a BytePlan,
     pub block: Address,

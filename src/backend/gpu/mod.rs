@@ -15,6 +15,7 @@ mod launcher;
 mod muon;
 mod norm;
 mod products;
+mod queue;
 mod rope;
 mod session;
 mod swiglu;
@@ -51,12 +52,21 @@ pub struct Options {
     pub plain_head: bool,
     /// Attention without its fast paths.
     pub plain_attention: bool,
+    /// Bytes of a token file that training keeps in the device's memory at most: half of what is free
+    /// by default. Larger ones are drawn by the host, a few steps ahead.
+    pub most_tokens: Option<u64>,
 }
 
 impl Options {
     /// Kernels one by one, each by its fastest path.
     pub fn new(numbers: Type) -> Options {
-        Options { numbers, mode: Mode::Eager, plain_head: false, plain_attention: false }
+        Options {
+            numbers,
+            mode: Mode::Eager,
+            plain_head: false,
+            plain_attention: false,
+            most_tokens: None,
+        }
     }
 }
 
@@ -67,6 +77,7 @@ pub struct Gpu {
     name: &'static str,
     device: String,
     memory: u64,
+    peak: Option<f64>,
 }
 
 impl Gpu {
@@ -76,8 +87,9 @@ impl Gpu {
         let (_, memory) = device.memory()?;
         let name = device.name();
         let precision = options.numbers.suffix();
+        let peak = device.peak(options.numbers);
         let device = format!("{}, {precision}", device.describe());
-        Ok(Gpu { open, options, name, device, memory })
+        Ok(Gpu { open, options, name, device, memory, peak })
     }
 }
 
@@ -114,6 +126,10 @@ impl Backend for Gpu {
 
     fn copies(&self, layout: &Layout) -> usize {
         if self.options.numbers == Type::F32 { 0 } else { layout.len * self.options.numbers.size() }
+    }
+
+    fn peak(&self) -> Option<f64> {
+        self.peak
     }
 
     fn memory(&self) -> Option<u64> {

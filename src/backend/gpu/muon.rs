@@ -43,6 +43,7 @@ pub(super) fn step(l: &mut Launcher, o: &MuonStep) -> anyhow::Result<()> {
     let args = [
         l.control.muon_learning_rate().into(),
         l.at(o.norm).into(),
+        l.scaling.into(),
         rates.into(),
         (o.max_grad_norm as f32).into(),
     ];

@@ -3,14 +3,20 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use super::super::host::check_feed;
-use super::super::{Arena, Feed, Loaded, Need, Session};
+use super::super::{Arena, Data, Feed, Loaded, Need, Queue, Ran, Run, Session};
 use super::launcher::{Arenas, Control, Launcher};
+use super::queue::{self, Ends, Held, Waiting};
 use super::{Mode, Options, attention, embed, head, muon, norm, products, rope, swiglu, update};
 use crate::device::{Address, Device, Graph, Type};
 use crate::error::error;
+use crate::llama::step::Micro;
 use crate::llama::{Buffer, BytePlan, Op, Program};
 use crate::model::Layout;
+use crate::tokens::Windows;
 
 pub(super) struct Model {
     device: Box<dyn Device>,
@@ -21,6 +27,7 @@ pub(super) struct Model {
     block: Region,
     scratch: Region,
     programs: Vec<Ready>,
+    queue: Option<queue::Queue>,
     tables: HashMap<Table, Address>,
     /// The program whose buffers lie in the block.
     arranged: Option<usize>,
@@ -40,11 +47,35 @@ struct Ready {
     plan: BytePlan,
     /// What operations look up, by their place in the program.
     tables: HashMap<usize, Address>,
+    /// Of a program for the queue.
+    ends: Option<Ends>,
     /// Whether it ran since the last change of addresses: kernels are loaded and products planned
     /// then, so that it can be recorded.
     ran: bool,
-    graph: Option<Graph>,
+    graphs: HashMap<Way, Graph>,
 }
+
+/// What beside the arenas the next step depends on.
+#[derive(PartialEq, Default, Serialize, Deserialize)]
+struct State {
+    /// Of f16: the scale, and the good steps since it last changed.
+    loss_scale: Option<(f32, u32)>,
+    /// Of the device.
+    choices: Value,
+}
+
+/// How a program is run.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Way {
+    /// By itself, its inputs brought by the host.
+    Fed,
+    /// From the queue: so many runs in a row, with or without drawing their windows.
+    Queued { draw: bool, times: usize },
+}
+
+/// As many runs as one graph has where there are enough of them: what a launch costs the host
+/// matters where a run takes tenths of a millisecond.
+const ROW: usize = 8;
 
 /// Bytes of scratch that the hungriest operation of a program takes.
 pub(super) fn workspace(program: &Program, arena: usize, options: Options) -> usize {
@@ -130,6 +161,7 @@ impl Model {
             block: nothing,
             scratch: nothing,
             programs: Vec::new(),
+            queue: None,
             tables: HashMap::new(),
             arranged: None,
             seconds: BTreeMap::new(),
@@ -149,7 +181,8 @@ impl Model {
         let at = self.device.alloc(bytes)?;
         *which(self) = Region { at, bytes };
         for ready in &mut self.programs {
-            (ready.ran, ready.graph) = (false, None);
+            ready.ran = false;
+            ready.graphs.clear();
         }
         self.arranged = None;
         Ok(())
@@ -171,11 +204,20 @@ impl Model {
         Ok(into)
     }
 
-    /// Asks for every kernel of a program, timing each operation if `timed`.
-    fn enqueue(&mut self, program: usize, timed: bool) -> anyhow::Result<()> {
+    /// Asks for every kernel of one run of a program, timing each operation if `timed`.
+    fn enqueue(&mut self, program: usize, way: Way, timed: bool) -> anyhow::Result<()> {
         let ready = &self.programs[program];
+        let queued = match (way, &self.queue, &ready.ends) {
+            (Way::Queued { draw, .. }, Some(queue), Some(ends)) => Some((queue, ends, draw)),
+            _ => None,
+        };
+        let mut pieces: Vec<Piece> = ready.program.ops.iter().enumerate().map(Piece::Op).collect();
+        if let Some((queue, ends, draw)) = queued {
+            pieces.insert(0, Piece::Begin(queue, ends, draw));
+            pieces.push(Piece::End(queue, ends));
+        }
         let mut marks = Vec::new();
-        for (at, op) in ready.program.ops.iter().enumerate() {
+        for piece in &pieces {
             if timed {
                 marks.push(self.device.mark()?);
             }
@@ -185,22 +227,27 @@ impl Model {
                 options: self.options,
                 arenas: self.arenas,
                 control: self.control,
+                scaling: queued.map_or(Address::NULL, |(queue, ..)| queue.scaling),
                 program: &ready.program,
                 plan: &ready.plan,
                 block: self.block.at,
                 tables: &ready.tables,
-                op: at,
+                op: if let Piece::Op((at, _)) = piece { *at } else { 0 },
                 scratch: self.scratch.at,
                 scratch_bytes: self.scratch.bytes,
                 scratch_used: 0,
             };
-            enqueue(&mut launcher, op)?;
+            match piece {
+                Piece::Begin(queue, ends, draw) => queue::begin(&mut launcher, queue, ends, *draw)?,
+                Piece::Op((_, op)) => enqueue(&mut launcher, op)?,
+                Piece::End(queue, ends) => queue::end(&mut launcher, queue, ends)?,
+            }
         }
         if timed {
             marks.push(self.device.mark()?);
-            for (op, pair) in ready.program.ops.iter().zip(marks.windows(2)) {
+            for (piece, pair) in pieces.iter().zip(marks.windows(2)) {
                 let seconds = self.device.seconds(pair[0], pair[1])?;
-                *self.seconds.entry(op.name()).or_default() += seconds;
+                *self.seconds.entry(piece.name()).or_default() += seconds;
             }
             self.device.forget_marks();
         }
@@ -211,40 +258,47 @@ impl Model {
     fn feed(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<()> {
         let Loaded(program) = loaded;
         check_feed(&self.programs[program].program, feed)?;
-        self.arranged = Some(program);
-        for (buffer, values) in &feed.indices {
-            self.device.upload(self.place(loaded, *buffer), bytemuck::cast_slice(values))?;
-        }
+        self.feed_indices(loaded, &feed.indices)?;
         for (buffer, values) in &feed.floats {
             let bytes = self.type_of(loaded, *buffer).encode(values);
             self.device.upload(self.place(loaded, *buffer), &bytes)?;
         }
-        let control = Control::bytes(&feed.rates, feed.loss_scale);
+        let control = Control::bytes(&feed.rates, feed.loss_scale, 0);
         self.device.upload(self.control.address(), &control)
     }
 
-    /// Carries a program out on the inputs that are there.
-    fn execute(&mut self, Loaded(program): Loaded) -> anyhow::Result<()> {
-        let Ready { graph, ran, .. } = self.programs[program];
-        if self.options.mode == Mode::Profile {
-            return self.enqueue(program, true);
+    fn feed_indices(&mut self, loaded: Loaded, indices: &[(Buffer, &[u32])]) -> anyhow::Result<()> {
+        self.arranged = Some(loaded.0);
+        for (buffer, values) in indices {
+            self.device.upload(self.place(loaded, *buffer), bytemuck::cast_slice(values))?;
         }
-        if let Some(graph) = graph {
+        Ok(())
+    }
+
+    /// Carries a program out on the inputs that are there.
+    fn execute(&mut self, Loaded(program): Loaded, way: Way) -> anyhow::Result<()> {
+        self.arranged = Some(program);
+        let times = if let Way::Queued { times, .. } = way { times } else { 1 };
+        if self.options.mode == Mode::Profile {
+            return (0..times).try_for_each(|_| self.enqueue(program, way, true));
+        }
+        let ready = &self.programs[program];
+        if let Some(&graph) = ready.graphs.get(&way) {
             return self.device.replay(graph);
         }
         // The first time one by one: loading a kernel or planning a product cannot be recorded.
-        if !(self.options.mode == Mode::Graphs && ran) {
-            self.enqueue(program, false)?;
+        if !(self.options.mode == Mode::Graphs && ready.ran) {
+            (0..times).try_for_each(|_| self.enqueue(program, way, false))?;
             self.programs[program].ran = true;
             return Ok(());
         }
         self.device.record()?;
-        let asked = self.enqueue(program, false);
+        let asked = (0..times).try_for_each(|_| self.enqueue(program, way, false));
         // Also after an error: the stream must not be left recording.
         let graph = self.device.finish();
         asked?;
         let graph = graph?;
-        self.programs[program].graph = Some(graph);
+        self.programs[program].graphs.insert(way, graph);
         self.device.replay(graph)
     }
 
@@ -258,6 +312,24 @@ impl Model {
             Arena::FirstMoment => (first_moment, trained, Type::F32),
             Arena::SecondMoment => (second_moment, trained, Type::F32),
             Arena::Cache => (cache, self.cache, self.options.numbers),
+        }
+    }
+}
+
+/// A part of what one run asks for.
+enum Piece<'a> {
+    Begin(&'a queue::Queue, &'a Ends, bool),
+    /// And its place in the program.
+    Op((usize, &'a Op)),
+    End(&'a queue::Queue, &'a Ends),
+}
+
+impl Piece<'_> {
+    fn name(&self) -> &'static str {
+        match self {
+            Piece::Begin(..) => "draw",
+            Piece::Op((_, op)) => op.name(),
+            Piece::End(..) => "report",
         }
     }
 }
@@ -341,19 +413,20 @@ impl Session for Model {
                 tables.insert(at, table);
             }
         }
-        self.programs.push(Ready { program, plan, tables, ran: false, graph: None });
+        let graphs = HashMap::new();
+        self.programs.push(Ready { program, plan, tables, ends: None, ran: false, graphs });
         Ok(Loaded(self.programs.len() - 1))
     }
 
     fn run(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<()> {
         self.feed(loaded, feed)?;
-        self.execute(loaded)
+        self.execute(loaded, Way::Fed)
     }
 
     fn time(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<f64> {
         self.feed(loaded, feed)?;
         let start = self.device.mark()?;
-        self.execute(loaded)?;
+        self.execute(loaded, Way::Fed)?;
         let end = self.device.mark()?;
         let seconds = self.device.seconds(start, end)?;
         self.device.forget_marks();
@@ -417,6 +490,118 @@ impl Session for Model {
         let numbers = self.options.numbers.size();
         let copies = if weights == parameters { 0 } else { numbers * len };
         let trained = if gradients == Address::NULL { 0 } else { 3 * 4 * len };
-        4 * len + copies + trained + self.cache * numbers + self.block.bytes + self.scratch.bytes
+        let held = self.queue.as_ref().and_then(|queue| queue.held.as_ref());
+        let tokens = held.map_or(0, |held| held.bytes);
+        let regions = self.block.bytes + self.scratch.bytes;
+        4 * len + copies + trained + self.cache * numbers + tokens + regions
+    }
+
+    fn queue(&mut self) -> Option<&mut dyn Queue> {
+        Some(self)
+    }
+
+    fn state(&self) -> anyhow::Result<Value> {
+        let scale = self.queue.as_ref().map(|queue| queue.scale(&*self.device)).transpose()?;
+        let state = State { loss_scale: scale.flatten(), choices: self.device.choices() };
+        Ok(if state == State::default() { Value::Null } else { serde_json::to_value(state)? })
+    }
+
+    fn restore(&mut self, state: &Value) -> anyhow::Result<Option<String>> {
+        if state.is_null() {
+            return Ok(None);
+        }
+        let State { loss_scale, choices } = serde_json::from_value(state.clone())?;
+        if let Some(scale) = loss_scale {
+            anyhow::ensure!(scale.0.is_normal() && scale.0 > 0.0, "a loss scale of {}", scale.0);
+            self.ready_queue()?;
+            let queue = self.queue.as_mut().expect("it is ready");
+            queue.rescale(&mut *self.device, scale)?;
+        }
+        Ok(if choices.is_null() { None } else { self.device.choose(&choices) })
+    }
+}
+
+impl Queue for Model {
+    fn room(&self) -> usize {
+        self.queue.as_ref().map_or(queue::ROOM, queue::Queue::free)
+    }
+
+    fn hold(&mut self, windows: &Windows) -> anyhow::Result<bool> {
+        let queued = self.programs.iter().filter_map(|ready| {
+            ready.ends.map(|ends| ready.program.info(ends.batch.ids).len / windows.context())
+        });
+        let windows_a_run = queued.max().unwrap_or(1);
+        let (free, _) = self.device.memory()?;
+        let most = self.options.most_tokens.unwrap_or(free / 2);
+        self.ready_queue()?.held = None;
+        let held = Held::new(&mut *self.device, windows, windows_a_run, most)?;
+        let fits = held.is_some();
+        self.ready_queue()?.held = held;
+        for ready in &mut self.programs {
+            ready.graphs.clear();
+        }
+        Ok(fits)
+    }
+
+    fn load(&mut self, micro: Micro, norm: Option<Buffer>) -> anyhow::Result<Loaded> {
+        self.ready_queue()?;
+        let ends = Ends { batch: micro.batch, nll: micro.losses.nll, norm };
+        let loaded = Session::load(self, micro.program)?;
+        self.programs[loaded.0].ends = Some(ends);
+        Ok(loaded)
+    }
+
+    fn push(&mut self, runs: &[Run]) -> anyhow::Result<()> {
+        let waiting: Vec<_> = runs
+            .iter()
+            .map(|run| Waiting {
+                rates: &run.rates,
+                loss_scale: run.loss_scale,
+                windows: if let Data::Windows(windows) = run.data { windows } else { &[] },
+                ends: self.programs[run.program.0].ends.is_some_and(|ends| ends.norm.is_some()),
+            })
+            .collect();
+        let queue = self.queue.as_mut().expect("the programs were loaded for it");
+        let drawn = waiting.iter().any(|run| !run.windows.is_empty());
+        anyhow::ensure!(queue.held.is_some() || !drawn, "no windows are held to draw from");
+        queue.push(&mut *self.device, &waiting)?;
+        let mut at = 0;
+        while let Some(run) = runs.get(at) {
+            let program = run.program;
+            let times = match &run.data {
+                Data::Batch(batch) => {
+                    let ends = self.programs[program.0].ends.expect("it was loaded for the queue");
+                    self.feed_indices(program, &ends.batch.feed(batch))?;
+                    1
+                }
+                Data::Windows(_) => {
+                    let same =
+                        |run: &&Run| run.program == program && matches!(run.data, Data::Windows(_));
+                    let row = runs[at..].iter().take_while(same).count();
+                    if row >= ROW { ROW } else { 1 }
+                }
+            };
+            let draw = matches!(run.data, Data::Windows(_));
+            self.execute(program, Way::Queued { draw, times })?;
+            at += times;
+        }
+        Ok(())
+    }
+
+    fn outcomes(&mut self) -> anyhow::Result<Vec<Ran>> {
+        match &mut self.queue {
+            Some(queue) => queue.outcomes(&mut *self.device),
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+impl Model {
+    /// The queue, made when it is first needed.
+    fn ready_queue(&mut self) -> anyhow::Result<&mut queue::Queue> {
+        if self.queue.is_none() {
+            self.queue = Some(queue::Queue::new(&mut *self.device, self.options.numbers)?);
+        }
+        Ok(self.queue.as_mut().expect("it was made above"))
     }
 }

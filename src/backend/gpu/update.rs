@@ -1,7 +1,7 @@
 //! Norm of the gradients and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
 use super::launcher::{Launcher, Shape, int, scratch};
-use crate::device::{Address, Arg, Type};
+use crate::device::{Arg, Type};
 use crate::llama::ops::{AdamWStep, GradNorm};
 
 /// Blocks of the first stage of the norm. The order of the sum is that of the launch, and must not
@@ -30,7 +30,7 @@ pub(super) fn grad_norm(l: &mut Launcher, o: &GradNorm) -> anyhow::Result<()> {
     let partials = l.take(8 * blocks);
     let args = [l.arenas.gradients.into(), partials.into(), (len as u64).into()];
     l.launch("grad_norm_partials", Shape::linear(blocks, 256), &args)?;
-    let args = [partials.into(), Address::NULL.into(), l.at(o.norm).into(), int(blocks)];
+    let args = [partials.into(), l.scaling.into(), l.at(o.norm).into(), int(blocks)];
     l.launch("grad_norm", Shape::linear(1, 256), &args)
 }
 
@@ -60,6 +60,7 @@ pub(super) fn adamw(l: &mut Launcher, o: &AdamWStep) -> anyhow::Result<()> {
         l.control.learning_rate().into(),
         l.control.step().into(),
         l.at(o.norm).into(),
+        l.scaling.into(),
         rates.into(),
         (o.max_grad_norm as f32).into(),
         o.beta1.into(),

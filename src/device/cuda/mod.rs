@@ -1,5 +1,6 @@
 //! A card, by its driver. This folder alone knows of CUDA's libraries.
 
+mod cards;
 mod libraries;
 mod products;
 
@@ -14,9 +15,11 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 use sys::CUdevice_attribute as Attribute;
 
-use self::products::Products;
+use serde_json::{Value, json};
+
+use self::products::{Choices, Products};
 use super::driver::oldest_driver;
-use super::{Address, Arg, Device, Graph, Launch, Mark, Product, launch};
+use super::{Address, Arg, Device, Graph, Launch, Mark, Product, Type, launch};
 use crate::error::error;
 use crate::kernels::{BUILD, Kernel};
 
@@ -31,11 +34,15 @@ pub struct Cuda {
     graphs: Vec<CudaGraph>,
     marks: Vec<CudaEvent>,
     products: Option<Products>,
+    /// Of an earlier run, until products are first asked for.
+    chosen: Option<Choices>,
     functions: HashMap<String, Function>,
     modules: HashMap<&'static str, Arc<CudaModule>>,
     allocations: HashMap<Address, usize>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
+    /// Its name and multiprocessors: `NVIDIA H100 80GB HBM3, 132 SMs`.
+    card: String,
     /// `NVIDIA H100 80GB HBM3, 132 SMs, driver of CUDA 13.0`
     description: String,
     /// Bytes of shared memory a block can have at most.
@@ -120,16 +127,19 @@ impl Cuda {
         }
         let stream = context.new_stream().map_err(|e| failed("making a stream", e))?;
         let version = format!("{}.{}", driver / 1000, driver % 1000 / 10);
-        let description = format!("{name}, {sms} SMs, driver for CUDA {version}");
+        let card = format!("{name}, {sms} SMs");
+        let description = format!("{card}, driver for CUDA {version}");
         Ok(Cuda {
             graphs: Vec::new(),
             marks: Vec::new(),
             products: None,
+            chosen: None,
             functions: HashMap::new(),
             modules: HashMap::new(),
             allocations: HashMap::new(),
             stream,
             context,
+            card,
             description,
             most_shared,
         })
@@ -316,7 +326,11 @@ impl Device for Cuda {
         self.bind()?;
         if self.products.is_none() {
             let workspace = self.alloc(Products::WORKSPACE)?;
-            self.products = Some(Products::new(workspace)?);
+            let mut products = Products::new(workspace)?;
+            if let Some(choices) = self.chosen.take() {
+                products.choose(choices);
+            }
+            self.products = Some(products);
         }
         let products = self.products.as_mut().expect("it was made above");
         products.run(product, self.stream.cu_stream())
@@ -369,6 +383,41 @@ impl Device for Cuda {
     fn synchronize(&mut self) -> anyhow::Result<()> {
         self.bind()?;
         self.stream.synchronize().map_err(|e| failed("waiting for the card", e))
+    }
+
+    fn peak(&self, numbers: Type) -> Option<f64> {
+        cards::peak(&self.card, numbers)
+    }
+
+    fn choices(&self) -> Value {
+        let Some(products) = &self.products else { return Value::Null };
+        json!({ "card": self.card, "cublaslt": products.choices() })
+    }
+
+    fn choose(&mut self, choices: &Value) -> Option<String> {
+        let here = |what: &str| {
+            Some(format!(
+                "warning: the checkpoint's matrix products were chosen for another {what}: this run \
+                 chooses anew, and need not repeat an unbroken one bit for bit"
+            ))
+        };
+        if choices["card"] != self.card.as_str() {
+            return here("card");
+        }
+        let chosen: Option<Choices> = serde_json::from_value(choices["cublaslt"].clone()).ok();
+        match chosen {
+            Some(chosen) if cublaslt() != Library::Missing => {
+                if chosen.version != Products::version() {
+                    return here("version of cuBLASLt");
+                }
+                match &mut self.products {
+                    Some(products) => products.choose(chosen),
+                    None => self.chosen = Some(chosen),
+                }
+                None
+            }
+            _ => here("cuBLASLt"),
+        }
     }
 }
 

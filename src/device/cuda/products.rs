@@ -1,4 +1,7 @@
 //! Matrix products by cuBLASLt: a plan for each shape, made once and kept.
+//!
+//! Which of its algorithms cuBLASLt advises decides the bits of a product, and may change with its
+//! version or the card. So plans can be told as [`Choices`] and kept to by a later run.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -6,6 +9,7 @@ use std::ffi::c_void;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUstream;
+use serde::{Deserialize, Serialize};
 
 use super::super::{Address, Matrix, Product, Type};
 use super::libraries::{self, Library};
@@ -16,11 +20,24 @@ pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
     workspace: Address,
     plans: HashMap<Key, Plan>,
+    /// What an earlier run chose.
+    chosen: HashMap<Key, Algorithm>,
 }
 
+/// Which algorithm each product took.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Choices {
+    /// Of cuBLASLt: an algorithm means nothing to another one.
+    pub version: usize,
+    pub products: Vec<(Key, Algorithm)>,
+}
+
+/// An algorithm as cuBLASLt describes it to itself.
+type Algorithm = [u64; 8];
+
 /// What a plan depends on.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Key {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub(super) struct Key {
     a: Side,
     b: Side,
     c: Side,
@@ -28,7 +45,7 @@ struct Key {
 }
 
 /// A matrix without its place; what it is aligned to instead.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 struct Side {
     ty: Type,
     rows: usize,
@@ -67,7 +84,27 @@ impl Products {
             ));
         }
         let handle = result::create_handle().map_err(|e| failed("starting cuBLASLt", e))?;
-        Ok(Products { handle, workspace, plans: HashMap::new() })
+        Ok(Products { handle, workspace, plans: HashMap::new(), chosen: HashMap::new() })
+    }
+
+    /// The version of the cuBLASLt that was found.
+    pub fn version() -> usize {
+        // SAFETY: it takes nothing and cannot fail; the library is there, or nothing here is called.
+        unsafe { sys::cublasLtGetVersion() }
+    }
+
+    /// What was chosen so far.
+    pub fn choices(&self) -> Choices {
+        let chosen = |(key, plan): (&Key, &Plan)| (*key, plan.algorithm.data);
+        let mut products: Vec<_> = self.plans.iter().map(chosen).collect();
+        products.sort_unstable();
+        Choices { version: Self::version(), products }
+    }
+
+    /// Takes these algorithms from now on.
+    pub fn choose(&mut self, choices: Choices) {
+        self.chosen = choices.products.into_iter().collect();
+        self.plans.clear();
     }
 
     /// A row-major product is the column-major product of the turned matrices in turned order:
@@ -77,7 +114,7 @@ impl Products {
         let Product { a, b, c, add } = *product;
         let key = Key { a: a.into(), b: b.into(), c: c.into(), add };
         if !self.plans.contains_key(&key) {
-            let plan = plan(self.handle, &key)
+            let plan = plan(self.handle, &key, self.chosen.get(&key))
                 .map_err(|e| failed(&format!("planning a product of {m} x {k} by {k} x {n}"), e))?;
             self.plans.insert(key, plan);
         }
@@ -117,7 +154,11 @@ impl Drop for Products {
     }
 }
 
-fn plan(handle: sys::cublasLtHandle_t, key: &Key) -> Result<Plan, CublasError> {
+fn plan(
+    handle: sys::cublasLtHandle_t,
+    key: &Key,
+    chosen: Option<&Algorithm>,
+) -> Result<Plan, CublasError> {
     use sys::cublasLtMatmulDescAttributes_t as Describe;
     use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
 
@@ -150,6 +191,32 @@ fn plan(handle: sys::cublasLtHandle_t, key: &Key) -> Result<Plan, CublasError> {
         )
     };
     let (first, second, out) = (layout(key.b)?, layout(key.a)?, layout(key.c)?);
+    if let Some(&data) = chosen {
+        let algorithm = sys::cublasLtMatmulAlgo_t { data };
+        let mut result = sys::cublasLtMatmulHeuristicResult_t {
+            algo: algorithm,
+            workspaceSize: 0,
+            state: sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS,
+            wavesCount: 0.0,
+            reserved: [0; 4],
+        };
+        // It comes from a file: cuBLASLt says whether it is one for this product.
+        // SAFETY: all descriptors were made above and are whole; `result` outlives the call.
+        unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                handle,
+                description,
+                first,
+                second,
+                out,
+                out,
+                &raw const algorithm,
+                &raw mut result,
+            )
+        }
+        .result()?;
+        return Ok(Plan { description, first, second, out, algorithm });
+    }
 
     let preference = result::create_matmul_pref()?;
     let workspace = Products::WORKSPACE;
@@ -205,4 +272,25 @@ fn data_type(ty: Type) -> sys::cudaDataType_t {
 
 fn failed(what: &str, why: CublasError) -> anyhow::Error {
     error(format!("{what}: cuBLASLt says {why}"), "laam doctor tells which libraries were found")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_survive_a_checkpoint() {
+        let side = |rows, cols, ty| Side { ty, rows, cols, transposed: rows > 3, alignment: 256 };
+        let key = |rows| Key {
+            a: side(rows, 4, Type::Bf16),
+            b: side(4, 5, Type::F16),
+            c: side(rows, 5, Type::F32),
+            add: rows == 2,
+        };
+        // Numbers that JSON's readers of f64 would round.
+        let products = vec![(key(2), [u64::MAX; 8]), (key(7), [1 << 63 | 1; 8])];
+        let choices = Choices { version: 130_000, products };
+        let text = serde_json::to_value(&choices).unwrap().to_string();
+        assert_eq!(serde_json::from_str::<Choices>(&text).unwrap(), choices);
+    }
 }

@@ -12,6 +12,7 @@ mod muon;
 mod norm;
 mod optimizer;
 mod planted;
+mod queue;
 mod rope;
 mod rows;
 

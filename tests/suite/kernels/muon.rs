@@ -8,11 +8,13 @@ const DECAY: f64 = 0.1;
 const A: f64 = 3.4445;
 const B: f64 = -4.775;
 const C: f64 = 2.0315;
+const LOSS_SCALE: f32 = 0.25;
 
 fn rates(module: &Module, norm: f32) -> Vec<u8> {
     let pieces = [
         Piece::In(LEARNING_RATE.to_le_bytes().to_vec()),
         Piece::In(norm.to_le_bytes().to_vec()),
+        Piece::In(LOSS_SCALE.to_le_bytes().to_vec()),
         Piece::Out(16),
         value(1.0f32),
     ];
@@ -78,7 +80,7 @@ fn update(module: &Module, ty: Type, x: &[u8], p: &[f64], rates: &[u8], f: f64) 
 }
 
 fn clip(norm: f32) -> f64 {
-    (1.0 / (norm + 1e-6)).min(1.0).into()
+    ((1.0 / (norm + 1e-6)).min(1.0) / LOSS_SCALE).into()
 }
 
 /// m, u.
@@ -242,6 +244,7 @@ fn mistakes_in_muon_are_seen() {
     let bugs = [
         ("no look-ahead", "us[i] = g + keep * ms[i];", "us[i] = ms[i];"),
         ("no clipping", "gs[i] * clip", "gs[i]"),
+        ("the loss scale left in", "1e-6f)) / scale;", "1e-6f));"),
         ("a step where the norm is not finite", "if (!rates.go) return;", ""),
         ("no decay", "ps[i] * shrink", "ps[i]"),
         ("a share left out", "block < blocks; block", "block < 1; block"),

@@ -32,18 +32,19 @@ fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
 }
 
 fn adamw_is_right(module: &Module) {
-    for (ty, count, t) in [
-        (Type::F32, 1, 1),
-        (Type::Bf16, 7, 2),
-        (Type::F32, 1030, 1000),
-        (Type::Bf16, 1031, 77),
-        (Type::F16, 1031, 77),
+    for (ty, count, t, loss_scale) in [
+        (Type::F32, 1, 1, None),
+        (Type::Bf16, 7, 2, None),
+        (Type::F32, 1030, 1000, None),
+        (Type::Bf16, 1031, 77, None),
+        (Type::F16, 1031, 77, Some(0.25f32)),
     ] {
         for norm in [0.5f32, 4.0, f32::INFINITY, f32::NAN] {
             let pieces = [
                 Piece::In(LEARNING_RATE.to_le_bytes().to_vec()),
                 Piece::In((t as u64).to_le_bytes().to_vec()),
                 Piece::In(norm.to_le_bytes().to_vec()),
+                loss_scale.map_or(Piece::Null, |scale| Piece::In(scale.to_le_bytes().to_vec())),
                 Piece::Out(24),
                 value(1.0f32),
                 value(BETAS.0),
@@ -83,7 +84,8 @@ fn adamw_is_right(module: &Module) {
                 assert_eq!(got[..3], [pb, mb, vb], "norm {norm}");
                 continue;
             }
-            let clip = f64::from((1.0 / (norm + 1e-6)).min(1.0));
+            let clip = (1.0 / (norm + 1e-6)).min(1.0) / loss_scale.unwrap_or(1.0);
+            let clip = f64::from(clip);
             let exact = adamw::<f64>([&g, &p, &m, &v], t, clip);
             let plain = adamw::<f32>([&g, &p, &m, &v], t, clip);
             for (i, what) in ["p", "m", "v"].into_iter().enumerate() {
@@ -107,7 +109,7 @@ pub fn grad_norm_is_right(module: &Module) {
         let partials = run(module, "grad_norm_partials", Config::linear(3, 256), &pieces);
         let pieces = [
             Piece::In(partials[0].clone()),
-            scale.map_or(value(0u64), |scale| Piece::In(scale.to_le_bytes().to_vec())),
+            scale.map_or(Piece::Null, |scale| Piece::In(scale.to_le_bytes().to_vec())),
             Piece::Out(4),
             value(3),
         ];
@@ -140,6 +142,7 @@ fn mistakes_in_the_norm_of_gradients_are_seen() {
 fn mistakes_in_adamw_are_seen() {
     let bugs = [
         ("no clipping", "gs[i] * rates.clip", "gs[i]"),
+        ("the loss scale left in", "1e-6f)) / scale;", "1e-6f));"),
         (
             "epsilon inside the root",
             "sqrtf(vs[i]) / rates.correction + epsilon",
