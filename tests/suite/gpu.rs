@@ -36,7 +36,7 @@ fn open(options: Options, threads: usize) -> Option<Gpu> {
 
 #[test]
 fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
-    for numbers in [Type::F32, Type::Bf16] {
+    for numbers in [Type::F32, Type::Bf16, Type::F16] {
         let Some(backend) = sim(numbers, Mode::Eager, 2) else { return };
         let selection = Selection { only: None, size: Size::Small, seed: 1 };
         let rows = check(&backend, &selection, |_| {}).unwrap();
@@ -60,7 +60,7 @@ fn plain_paths_are_right_where_there_are_fast_ones() {
 }
 
 /// Issue-sized: hidden 64, two layers, 8 heads on 2 key/value heads, a vocabulary of 512.
-fn config(head_dim: usize) -> Config {
+pub fn config(head_dim: usize) -> Config {
     Config {
         vocab_size: 512,
         hidden_size: 64,
@@ -101,7 +101,7 @@ fn batch(step: u64, config: &Config) -> Batch {
 }
 
 /// An engine with the first weights in it.
-fn engine(backend: &dyn Backend, config: &Config, muon: bool) -> Engine {
+pub fn engine(backend: &dyn Backend, config: &Config, muon: bool) -> Engine {
     let optimizer = Optimizer {
         adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
         muon: muon.then_some(Muon { momentum: 0.95 }),
@@ -116,7 +116,7 @@ fn engine(backend: &dyn Backend, config: &Config, muon: bool) -> Engine {
 }
 
 /// Losses and gradient norms of some steps.
-fn steps(
+pub fn steps(
     engine: &mut Engine,
     config: &Config,
     numbers: RangeInclusive<u64>,
@@ -129,8 +129,8 @@ fn steps(
     numbers.map(one).unzip()
 }
 
-/// The losses and norms of some steps, and the weights after them.
-fn train(
+/// The losses and norms of some steps, and the weights and first moments after them.
+pub fn train(
     backend: &dyn Backend,
     config: &Config,
     muon: bool,
@@ -138,15 +138,16 @@ fn train(
 ) -> (Vec<f64>, Vec<f64>, Vec<f32>) {
     let mut engine = engine(backend, config, muon);
     let (losses, norms) = steps(&mut engine, config, 1..=count);
-    (losses, norms, engine.read(Arena::Parameters).unwrap())
+    let arenas = [Arena::Parameters, Arena::FirstMoment].map(|arena| engine.read(arena).unwrap());
+    (losses, norms, arenas.concat())
 }
 
-fn reference(precision: Precision, rounding: Rounding) -> Reference {
+pub fn reference(precision: Precision, rounding: Rounding) -> Reference {
     Reference { precision, rounding }
 }
 
 /// The largest difference of two series, relative to the second.
-fn apart(a: &[f64], b: &[f64]) -> f64 {
+pub fn apart(a: &[f64], b: &[f64]) -> f64 {
     assert!(a.iter().chain(b).all(|x| x.is_finite()), "{a:?} beside {b:?}");
     a.iter().zip(b).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max)
 }
@@ -243,7 +244,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
 
 /// Windows of a small corpus, an engine for batches of three of them, and a plan of 13 steps: more
 /// than a graph has in a row, with a short batch in between.
-fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
+pub fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
     let tokenizer = crate::tokens::tokenizer(Style::Exact);
     let folder = tempfile::tempdir().unwrap();
     let text = "int main(void)\n{\n\treturn 0;\n}\n";

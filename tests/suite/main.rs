@@ -14,6 +14,7 @@ mod gpu;
 mod gpu_day;
 mod hostile_archives;
 mod kernels;
+mod launches;
 mod memorization;
 mod model;
 mod rebuild;
