@@ -1,4 +1,4 @@
-// Muon (Jordan et al. 2024) on one matrix of the arena, but for its products:
+// Muon (Jordan et al. 2024) on matrices of one shape, but for their products:
 //
 //     g = gradient * clip,   clip = min(1, max_grad_norm / (norm + 1e-6)) / loss_scale
 //     m = momentum m + g,    u = g + momentum m
@@ -8,27 +8,27 @@
 //
 // Where the norm is not finite nothing happens at all: u is then 0, and p and m stay as they are.
 //
-// m, p, gradient: [rows, cols] in f32, the matrix's place in the arenas; X: the same in T. A tall
-// matrix (rows > cols) stands for its transpose, so that A has the side min(rows, cols), n here;
-// nothing is moved for it, only the products differ. The launches of a step:
+// m, p, gradient: arenas in f32; offsets: where in them each matrix of [rows, cols] begins, `count`
+// elements each; u, X: the matrices behind one another, in f32. A tall matrix (rows > cols) stands
+// for its transpose, so that A has the side min(rows, cols), n here; nothing is moved for it, only
+// the products differ. The launches of a step, for all matrices of a shape together:
 //
-//     muon_rates                                once for all matrices
-//     muon_momentum         u in f32, and each block's share of |u|^2
-//     muon_scale_T          X from u
+//     muon_rates
+//     muon_momentum         u, and each block's share of |u|^2
+//     muon_scale            X from u
 //     five times:
-//       product, f32 out    A = X XT  [n, n]    tall: XT X
-//       cast_f32_T          A in T (f32: itself)
-//       product, f32 out    S = A A   [n, n]    A is symmetric: AT or A, as is convenient
-//       muon_combine_T      B = b A + c S
-//       product, f32 out    P = B X   [rows, cols]   tall: X B, for B is symmetric
-//       muon_combine_T      X = a X + P         a as `x`'s factor, 1 as `y`'s; in place
+//       products            A = X XT  [n, n]    tall: XT X
+//       products            S = A A   [n, n]    A is symmetric
+//       muon_combine        B = b A + c S
+//       products            P = B X   [rows, cols]   tall: X B, for B is symmetric
+//       muon_combine        X = a X + P         a as `x`'s factor, 1 as `y`'s; in place
 //     muon_update_T         p, and its copy in T
 //
-// Bytes of the elementwise parts at bf16, a parameter: 16 + 6 + 5 * 8 + 12. Bound by memory.
+// Bytes of the elementwise parts, a parameter: 16 + 8 + 5 * 12 + 14. Bound by memory.
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-// What one step needs to know, made once a step by `muon_rates`.
+// What one step needs to know, made by `muon_rates`.
 struct Rates {
     double learning_rate;
     float clip;
@@ -46,18 +46,23 @@ extern "C" __global__ void muon_rates(const double *__restrict__ learning_rate,
     rates->go = isfinite(*norm);
 }
 
-// partials: [gridDim.x] in f64. Launch of this and of all below: blocks of 256 threads along x, any
-// number of them; the order of the sum is that of the launch.
+// Launch of the kernels that take `offsets`: blocks of 256 threads, any number of them along x, a
+// matrix each along y. partials: [gridDim.y, gridDim.x] in f64; the order of a sum is that of the
+// launch.
 extern "C" __global__ void __launch_bounds__(256)
-muon_momentum(const float *__restrict__ gradient, float *__restrict__ m, float *__restrict__ u,
-              double *__restrict__ partials, unsigned long long count,
+muon_momentum(const float *__restrict__ gradients, float *__restrict__ moments,
+              float *__restrict__ us, double *__restrict__ partials,
+              const unsigned long long *__restrict__ offsets, unsigned long long count,
               const Rates *__restrict__ rates, double momentum) {
+    const size_t offset = offsets[blockIdx.y];
+    const float *gradient = gradients + offset;
+    float *m = moments + offset, *u = us + blockIdx.y * count;
     const float clip = rates->clip, keep = static_cast<float>(momentum);
     const bool go = rates->go;
     double squares = 0.0;
     each<4>(count, aligned(gradient, m, u), [&](size_t at, auto width) {
         constexpr int N = decltype(width)::value;
-        float gs[N], ms[N], us[N] = {};
+        float gs[N], ms[N], values[N] = {};
         if (go) {
             load(gs, gradient + at);
             load(ms, m + at);
@@ -65,22 +70,27 @@ muon_momentum(const float *__restrict__ gradient, float *__restrict__ m, float *
             for (int i = 0; i < N; i++) {
                 const float g = gs[i] * clip;
                 ms[i] = keep * ms[i] + g;
-                us[i] = g + keep * ms[i];
-                squares += static_cast<double>(us[i]) * us[i];
+                values[i] = g + keep * ms[i];
+                squares += static_cast<double>(values[i]) * values[i];
             }
             store(m + at, ms);
         }
-        store(u + at, us);
+        store(u + at, values);
     });
     squares = row_sum(squares);
-    if (threadIdx.x == 0) partials[blockIdx.x] = squares;
+    if (threadIdx.x == 0) partials[blockIdx.y * gridDim.x + blockIdx.x] = squares;
 }
 
-// Every block adds the shares for itself, in the same order. blocks: the grid of `muon_momentum`.
-template <typename T>
-__device__ void scale(const float *u, const double *partials, T *x, size_t count, int blocks) {
+// Every block adds its matrix's shares for itself, in the same order. blocks: gridDim.x of
+// `muon_momentum`. x may be u. Launch: as above.
+extern "C" __global__ void __launch_bounds__(256)
+muon_scale(const float *us, const double *__restrict__ partials, float *xs,
+           unsigned long long count, int blocks) {
+    const float *u = us + blockIdx.y * count;
+    float *x = xs + blockIdx.y * count;
+    const double *shares = partials + blockIdx.y * blocks;
     double squares = 0.0;
-    for (int block = threadIdx.x; block < blocks; block += blockDim.x) squares += partials[block];
+    for (int block = threadIdx.x; block < blocks; block += blockDim.x) squares += shares[block];
     const float norm = static_cast<float>(sqrt(row_sum(squares))) + 1e-7f;
     each<4>(count, aligned(u, x), [&](size_t at, auto width) {
         float values[decltype(width)::value];
@@ -91,9 +101,11 @@ __device__ void scale(const float *u, const double *partials, T *x, size_t count
     });
 }
 
-// out = of_x * x + of_y * y; out may be x.
-template <typename T>
-__device__ void combine(const T *x, const float *y, T *out, float of_x, float of_y, size_t count) {
+// out = of_x * x + of_y * y, over all matrices: `count` elements in all; out may be x.
+// Launch: blocks of 256 threads along x, any number of them.
+extern "C" __global__ void __launch_bounds__(256)
+muon_combine(const float *x, const float *__restrict__ y, float *out, float of_x, float of_y,
+             unsigned long long count) {
     each<4>(count, aligned(x, y, out), [&](size_t at, auto width) {
         constexpr int N = decltype(width)::value;
         float xs[N], ys[N];
@@ -105,79 +117,40 @@ __device__ void combine(const T *x, const float *y, T *out, float of_x, float of
     });
 }
 
-// copy: null where p itself is what the products read. factor: sqrt(max(1, rows / cols)).
+// copies: the arena that products read, or null where that is p's. factor: sqrt(max(1, rows / cols)).
 template <typename T>
-__device__ void update(const T *x, float *p, T *copy, size_t count, const Rates *from, double decay,
-                       double factor) {
+__device__ void update(const float *xs, float *parameters, T *copies,
+                       const unsigned long long *offsets, size_t count, const Rates *from,
+                       double decay, double factor) {
     const Rates rates = *from;
     if (!rates.go) return;
+    const size_t offset = offsets[blockIdx.y];
+    const float *x = xs + blockIdx.y * count;
+    float *p = parameters + offset;
+    T *copy = copies != nullptr ? copies + offset : nullptr;
     const float shrink = static_cast<float>(1.0 - rates.learning_rate * decay);
     const float step = static_cast<float>(rates.learning_rate * factor);
     each<4>(count, aligned(x, p, copy), [&](size_t at, auto width) {
         constexpr int N = decltype(width)::value;
-        float xs[N], ps[N];
-        load(xs, x + at);
+        float values[N], ps[N];
+        load(values, x + at);
         load(ps, p + at);
 #pragma unroll
-        for (int i = 0; i < N; i++) ps[i] = ps[i] * shrink - step * xs[i];
+        for (int i = 0; i < N; i++) ps[i] = ps[i] * shrink - step * values[i];
         store(p + at, ps);
         if (copy != nullptr) store(copy + at, ps);
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-muon_scale_f32(const float *__restrict__ u, const double *__restrict__ partials,
-               float *__restrict__ x, unsigned long long count, int blocks) {
-    scale(u, partials, x, count, blocks);
-}
+// muon_update_f32, muon_update_bf16, muon_update_f16.
+#define UPDATE(T, suffix)                                                                          \
+    extern "C" __global__ void __launch_bounds__(256) muon_update_##suffix(                        \
+        const float *__restrict__ x, float *__restrict__ parameters, T *__restrict__ copies,       \
+        const unsigned long long *__restrict__ offsets, unsigned long long count,                  \
+        const Rates *__restrict__ rates, double decay, double factor) {                            \
+        update(x, parameters, copies, offsets, count, rates, decay, factor);                       \
+    }
 
-extern "C" __global__ void __launch_bounds__(256)
-muon_scale_bf16(const float *__restrict__ u, const double *__restrict__ partials,
-                bf16 *__restrict__ x, unsigned long long count, int blocks) {
-    scale(u, partials, x, count, blocks);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-muon_scale_f16(const float *__restrict__ u, const double *__restrict__ partials,
-               half *__restrict__ x, unsigned long long count, int blocks) {
-    scale(u, partials, x, count, blocks);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-muon_combine_f32(const float *x, const float *__restrict__ y, float *out, float of_x, float of_y,
-                 unsigned long long count) {
-    combine(x, y, out, of_x, of_y, count);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-muon_combine_bf16(const bf16 *x, const float *__restrict__ y, bf16 *out, float of_x, float of_y,
-                  unsigned long long count) {
-    combine(x, y, out, of_x, of_y, count);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-muon_combine_f16(const half *x, const float *__restrict__ y, half *out, float of_x, float of_y,
-                 unsigned long long count) {
-    combine(x, y, out, of_x, of_y, count);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-muon_update_f32(const float *__restrict__ x, float *__restrict__ p, float *__restrict__ copy,
-                unsigned long long count, const Rates *__restrict__ rates, double decay,
-                double factor) {
-    update(x, p, copy, count, rates, decay, factor);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-muon_update_bf16(const bf16 *__restrict__ x, float *__restrict__ p, bf16 *__restrict__ copy,
-                 unsigned long long count, const Rates *__restrict__ rates, double decay,
-                 double factor) {
-    update(x, p, copy, count, rates, decay, factor);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-muon_update_f16(const half *__restrict__ x, float *__restrict__ p, half *__restrict__ copy,
-                unsigned long long count, const Rates *__restrict__ rates, double decay,
-                double factor) {
-    update(x, p, copy, count, rates, decay, factor);
-}
+UPDATE(float, f32)
+UPDATE(bf16, bf16)
+UPDATE(half, f16)

@@ -58,7 +58,7 @@ pub fn measure(
     let flops = 2.0 * (side as f64).powi(3);
     for (name, c) in [("product, bf16", Type::Bf16), ("product, bf16 to f32", Type::F32)] {
         let (a, b) = (matrix(from, Type::Bf16), matrix(to, Type::Bf16).t());
-        let product = Product { a, b, c: matrix(out, c), add: false };
+        let product = Product { a, b, c: matrix(out, c), add: false, batch: 1 };
         let seconds = repeat(device, |device| device.product(&product))?;
         add(rate(name, flops / 1e12, "TFLOP/s", seconds));
     }

@@ -156,7 +156,8 @@ fn product(
     } else {
         (Matrix::new(a_at, ty, m, k), Matrix::new(b_at, ty, k, n))
     };
-    device.product(&Product { a: left, b: right, c: Matrix::new(c_at, Type::F32, m, n), add })?;
+    let out = Matrix::new(c_at, Type::F32, m, n);
+    device.product(&Product { a: left, b: right, c: out, add, batch: 1 })?;
     let got = Type::F32.decode(&read(device, c_at, 4 * m * n)?);
     for at in [a_at, b_at, c_at] {
         device.free(at)?;

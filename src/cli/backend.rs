@@ -85,12 +85,11 @@ impl Arguments {
             Kind::Auto => Kind::Cpu,
             kind => kind,
         };
-        let numbers = match precision {
-            Some(Precision::Float32) => Type::F32,
-            Some(Precision::Bfloat16) => Type::Bf16,
-            Some(Precision::Float16) => Type::F16,
-            None if kind == Kind::Cuda => Type::Bf16,
-            None => Type::F32,
+        let usual = if kind == Kind::Cuda { Precision::Bfloat16 } else { Precision::Float32 };
+        let numbers = match precision.unwrap_or(usual) {
+            Precision::Float32 => Type::F32,
+            Precision::Bfloat16 => Type::Bf16,
+            Precision::Float16 => Type::F16,
         };
         let options = Options {
             numbers,

@@ -30,8 +30,9 @@ impl Matrix {
     }
 }
 
-/// `c = a b`, or `c += a b`, summed in f32 and rounded once. `a` and `b` are of one type, `c` of
-/// that type or of f32; `c` is not transposed and overlaps neither.
+/// `c = a b`, or `c += a b`, summed in f32 and rounded once, for one or several of each that lie
+/// behind one another. `a` and `b` are of one type, `c` of that type or of f32; `c` is not
+/// transposed and overlaps neither.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Product {
     pub a: Matrix,
@@ -39,6 +40,8 @@ pub struct Product {
     pub c: Matrix,
     /// Whether it is added to what is there.
     pub add: bool,
+    /// How many there are of each matrix.
+    pub batch: usize,
 }
 
 impl Product {
@@ -50,7 +53,7 @@ impl Product {
             && !self.c.transposed
             && self.a.ty == self.b.ty
             && (self.c.ty == self.a.ty || self.c.ty == Type::F32)
-            && m * n * k > 0;
+            && m * n * k * self.batch > 0;
         if fits {
             return Ok((m, n, k));
         }

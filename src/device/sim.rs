@@ -99,6 +99,18 @@ impl Sim {
     }
 
     fn multiply(&self, product: &Product) -> anyhow::Result<()> {
+        let later = |matrix: Matrix, at: usize| {
+            let bytes = matrix.rows * matrix.cols * matrix.ty.size();
+            Matrix { at: matrix.at.plus(at * bytes), ..matrix }
+        };
+        (0..product.batch).try_for_each(|at| {
+            let Product { a, b, c, .. } = *product;
+            let [a, b, c] = [a, b, c].map(|matrix| later(matrix, at));
+            self.multiply_one(&Product { a, b, c, batch: 1, ..*product })
+        })
+    }
+
+    fn multiply_one(&self, product: &Product) -> anyhow::Result<()> {
         let (m, n, k) = product.check()?;
         let (a, b) = (self.read(&product.a)?, self.read(&product.b)?);
         let mut c = if product.add { self.read(&product.c)? } else { vec![0.0; m * n] };
@@ -281,14 +293,22 @@ mod tests {
             for b in [matrix(b, 3, 2), matrix(b_turned, 2, 3).t()] {
                 let c = put(&mut sim, Type::F32, &[0.5, 0.0, 0.0, 1000.0]);
                 let c = Matrix::new(c, Type::F32, 2, 2);
-                sim.product(&Product { a, b, c, add: true }).unwrap();
+                sim.product(&Product { a, b, c, add: true, batch: 1 }).unwrap();
                 assert_eq!(get(&sim, Type::F32, c.at, 4), [4.5, 5.0, 10.0, 1011.0]);
-                sim.product(&Product { a, b, c, add: false }).unwrap();
+                sim.product(&Product { a, b, c, add: false, batch: 1 }).unwrap();
                 assert_eq!(get(&sim, Type::F32, c.at, 4), [4.0, 5.0, 10.0, 11.0]);
             }
         }
+        // Two at once, behind one another: a matrix, and then its double.
+        let double: Vec<f32> = (1..=6).chain((1..=6).map(|n| 2 * n)).map(|n| n as f32).collect();
+        let twice = Matrix::new(put(&mut sim, Type::F32, &double), Type::F32, 2, 3);
+        let c = Matrix::new(put(&mut sim, Type::F32, &[f32::NAN; 8]), Type::F32, 2, 2);
+        sim.product(&Product { a: twice, b: twice.t(), c, add: false, batch: 2 }).unwrap();
+        let exact = [14.0, 32.0, 32.0, 77.0];
+        assert_eq!(get(&sim, Type::F32, c.at, 8), [exact, exact.map(|x| 4.0 * x)].concat());
+
         let c = Matrix::new(a, Type::F32, 2, 2);
-        let wrong = Product { a: matrix(a, 2, 3), b: matrix(b, 2, 3), c, add: false };
+        let wrong = Product { a: matrix(a, 2, 3), b: matrix(b, 2, 3), c, add: false, batch: 1 };
         assert!(sim.product(&wrong).is_err());
     }
 

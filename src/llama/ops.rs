@@ -273,7 +273,7 @@ pub struct AdamWStep {
     pub ranges: Vec<(std::ops::Range<usize>, f64)>,
 }
 
-/// One Muon step on a matrix: `m = momentum m + g`, `u = g + momentum m`, u made orthogonal by five
+/// One Muon step on matrices of one shape: `m = momentum m + g`, `u = g + momentum m`, u made orthogonal by five
 /// Newton-Schulz iterations, `w -= lr * decay * w`, `w -= lr * sqrt(max(1, rows / cols)) * u`.
 /// Jordan et al. 2024.
 #[derive(Clone, Debug)]
@@ -282,7 +282,15 @@ pub struct MuonStep {
     pub max_grad_norm: f64,
     pub momentum: f64,
     pub decay: f64,
-    pub w: Span,
+    /// One or more.
+    pub matrices: Vec<Span>,
+}
+
+impl MuonStep {
+    /// Rows and columns of each matrix.
+    pub fn shape(&self) -> (usize, usize) {
+        self.matrices.first().map_or((0, 0), |w| (w.rows, w.cols))
+    }
 }
 
 /// Every kind of operation.
@@ -476,10 +484,11 @@ impl Op {
             }
             Op::MuonStep(o) => {
                 // Five iterations of three products, the wide side shared.
-                let (small, large) = (o.w.rows.min(o.w.cols), o.w.rows.max(o.w.cols));
+                let ((rows, cols), count) = (o.shape(), o.matrices.len());
+                let (small, large) = (rows.min(cols), rows.max(cols));
                 Cost {
-                    flops: 5 * 2 * small * small * (2 * large + small),
-                    bytes: 22 * o.w.len(),
+                    flops: count * 5 * 2 * small * small * (2 * large + small),
+                    bytes: count * 22 * rows * cols,
                     exponentials: 0,
                 }
             }

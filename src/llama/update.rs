@@ -2,7 +2,7 @@
 
 use super::ops::{AdamWStep, GradNorm, MuonStep, Op, ZeroGradients};
 use super::program::{Buffer, Element, Program, Use};
-use crate::model::{Kind, Layout};
+use crate::model::{Kind, Layout, Span};
 
 /// AdamW's constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -66,14 +66,18 @@ pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) ->
     p.ops.push(Op::AdamWStep(AdamWStep { norm, max_grad_norm, beta1, beta2, epsilon, ranges }));
 
     if let Some(Muon { momentum }) = optimizer.muon {
+        // Those of one shape together: on a device, one launch does the same to all of them.
+        let mut shapes: Vec<Vec<Span>> = Vec::new();
         for parameter in layout.parameters.iter().filter(|parameter| by_muon(parameter.kind)) {
-            p.ops.push(Op::MuonStep(MuonStep {
-                norm,
-                max_grad_norm,
-                momentum,
-                decay: optimizer.decay,
-                w: parameter.span,
-            }));
+            let w = parameter.span;
+            match shapes.iter_mut().find(|same| (same[0].rows, same[0].cols) == (w.rows, w.cols)) {
+                Some(same) => same.push(w),
+                None => shapes.push(vec![w]),
+            }
+        }
+        for matrices in shapes {
+            let decay = optimizer.decay;
+            p.ops.push(Op::MuonStep(MuonStep { norm, max_grad_norm, momentum, decay, matrices }));
         }
     }
     p.ops.push(Op::ZeroGradients(ZeroGradients));

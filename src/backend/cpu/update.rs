@@ -65,21 +65,24 @@ pub(super) fn adamw(arch: Arch, o: &AdamWStep, memory: &mut Memory<f32>, rates: 
 pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, rates: &Rates) {
     let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
     let momentum = o.momentum as f32;
-    let gradient = &memory.gradients[o.w.range()];
-    let update: Vec<f32> = memory.first_moment[o.w.range()]
-        .iter_mut()
-        .zip(gradient)
-        .map(|(m, &g)| {
-            *m = momentum * *m + g * clip;
-            g * clip + momentum * *m
-        })
-        .collect();
-    let update = orthogonalise(update, o.w.rows, o.w.cols);
-    let scale = (o.w.rows as f64 / o.w.cols as f64).max(1.0).sqrt();
+    let (rows, cols) = o.shape();
+    let scale = (rows as f64 / cols as f64).max(1.0).sqrt();
     let step = (rates.muon_learning_rate * scale) as f32;
     let shrink = (1.0 - rates.muon_learning_rate * o.decay) as f32;
-    for (p, u) in memory.parameters[o.w.range()].iter_mut().zip(update) {
-        *p = *p * shrink - step * u;
+    for w in &o.matrices {
+        let gradient = &memory.gradients[w.range()];
+        let update: Vec<f32> = memory.first_moment[w.range()]
+            .iter_mut()
+            .zip(gradient)
+            .map(|(m, &g)| {
+                *m = momentum * *m + g * clip;
+                g * clip + momentum * *m
+            })
+            .collect();
+        let update = orthogonalise(update, rows, cols);
+        for (p, u) in memory.parameters[w.range()].iter_mut().zip(update) {
+            *p = *p * shrink - step * u;
+        }
     }
 }
 

@@ -174,7 +174,18 @@ impl Launcher<'_> {
 
     /// `c = a b`, or `c += a b`.
     pub fn product(&mut self, a: Matrix, b: Matrix, c: Matrix, add: bool) -> anyhow::Result<()> {
-        self.device.product(&Product { a, b, c, add })
+        self.device.product(&Product { a, b, c, add, batch: 1 })
+    }
+
+    /// `c = a b` for so many of each that lie behind one another.
+    pub fn products(
+        &mut self,
+        batch: usize,
+        a: Matrix,
+        b: Matrix,
+        c: Matrix,
+    ) -> anyhow::Result<()> {
+        self.device.product(&Product { a, b, c, add: false, batch })
     }
 
     /// A matrix of activations.

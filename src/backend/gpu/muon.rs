@@ -1,4 +1,4 @@
-//! Muon: `kernels/muon.cu`, and products of the device between.
+//! Muon: `kernels/muon.cu`, and products of the device between; all matrices of a shape together.
 //!
 //! In f32 whatever the session's numbers are, as the other backends have it: the matrices are small
 //! beside the batch, and the update is not what mixed precision is for.
@@ -7,9 +7,12 @@ use super::launcher::{Launcher, Shape, int, scratch};
 use crate::device::{Address, Matrix, Type};
 use crate::llama::ops::MuonStep;
 
-/// Blocks at most. The order of the sum of squares is that of the launch, and must not depend on
-/// the card.
+/// Blocks a matrix at most. The order of the sum of squares is that of the launch, and must not
+/// depend on the card.
 const BLOCKS: usize = 512;
+/// Elements that are stepped together at most: what more would take of scratch costs more than the
+/// launches it saves.
+const TOGETHER: usize = 1 << 24;
 /// Bytes of `Rates` in `kernels/muon.cu`.
 const RATES: usize = 16;
 /// Newton-Schulz's coefficients, and how often it is done.
@@ -20,26 +23,32 @@ fn blocks(len: usize) -> usize {
     len.div_ceil(4 * 256).min(BLOCKS)
 }
 
-/// Rates, shares of the sum of squares, the update, X, B X, A, A A.
-fn pieces(o: &MuonStep) -> [usize; 7] {
-    let (len, side) = (4 * o.w.len(), o.w.rows.min(o.w.cols));
-    let square = 4 * side * side;
-    [RATES, 8 * blocks(o.w.len()), len, len, len, square, square]
+/// How many matrices are stepped together.
+fn together(o: &MuonStep) -> usize {
+    let (rows, cols) = o.shape();
+    (TOGETHER / (rows * cols)).clamp(1, o.matrices.len())
+}
+
+/// Rates, shares of the sums of squares, X, B X, A, A A.
+fn pieces(o: &MuonStep) -> [usize; 6] {
+    let ((rows, cols), count) = (o.shape(), together(o));
+    let (len, side) = (rows * cols, rows.min(cols));
+    let (all, squares) = (4 * count * len, 4 * count * side * side);
+    [RATES, 8 * count * blocks(len), all, all, squares, squares]
 }
 
 pub(super) fn workspace(o: &MuonStep) -> usize {
     scratch(pieces(o))
 }
 
-pub(super) fn step(l: &mut Launcher, o: &MuonStep) -> anyhow::Result<()> {
-    let [rates, shares, u, x, bx, a, aa] = pieces(o).map(|bytes| l.take(bytes));
-    let (rows, cols, len) = (o.w.rows, o.w.cols, o.w.len());
-    let side = rows.min(cols);
-    let shape = Shape::linear(blocks(len), 256);
-    let count = (len as u64).into();
-    let place = |arena: Address| arena.plus(4 * o.w.offset);
-    let (parameters, moment) = (place(l.arenas.parameters), place(l.arenas.first_moment));
+/// Where each matrix begins in the arenas, as the kernels read it.
+pub(super) fn table(o: &MuonStep) -> Vec<u8> {
+    o.matrices.iter().flat_map(|w| (w.offset as u64).to_le_bytes()).collect()
+}
 
+pub(super) fn step(l: &mut Launcher, o: &MuonStep) -> anyhow::Result<()> {
+    let pieces = pieces(o).map(|bytes| l.take(bytes));
+    let rates = pieces[0];
     let args = [
         l.control.muon_learning_rate().into(),
         l.at(o.norm).into(),
@@ -48,65 +57,78 @@ pub(super) fn step(l: &mut Launcher, o: &MuonStep) -> anyhow::Result<()> {
         (o.max_grad_norm as f32).into(),
     ];
     l.launch("muon_rates", Shape::linear(1, 1), &args)?;
+    let at_once = together(o);
+    for first in (0..o.matrices.len()).step_by(at_once) {
+        let batch = at_once.min(o.matrices.len() - first);
+        some(l, o, pieces, l.table().plus(8 * first), batch)?;
+    }
+    Ok(())
+}
+
+/// The step of `batch` matrices, which begin where `offsets` says.
+fn some(
+    l: &mut Launcher,
+    o: &MuonStep,
+    pieces: [Address; 6],
+    offsets: Address,
+    batch: usize,
+) -> anyhow::Result<()> {
+    let [rates, shares, x, bx, a, aa] = pieces;
+    let (rows, cols) = o.shape();
+    let (len, side) = (rows * cols, rows.min(cols));
+    let shape = Shape { grid: [blocks(len), batch, 1], block: [256, 1, 1], shared: 0 };
     let args = [
-        l.gradient(o.w).into(),
-        moment.into(),
-        u.into(),
+        l.arenas.gradients.into(),
+        l.arenas.first_moment.into(),
+        x.into(),
         shares.into(),
-        count,
+        offsets.into(),
+        (len as u64).into(),
         rates.into(),
         o.momentum.into(),
     ];
     l.launch("muon_momentum", shape, &args)?;
-    let args = [u.into(), shares.into(), x.into(), count, int(shape.grid[0])];
-    l.launch("muon_scale_f32", shape, &args)?;
+    let args = [x.into(), shares.into(), x.into(), (len as u64).into(), int(shape.grid[0])];
+    l.launch("muon_scale", shape, &args)?;
 
     let matrix = |at, rows, cols| Matrix::new(at, Type::F32, rows, cols);
     let (x_matrix, bx_matrix) = (matrix(x, rows, cols), matrix(bx, rows, cols));
     let (a_matrix, aa_matrix) = (matrix(a, side, side), matrix(aa, side, side));
-    let squares = Shape::linear(blocks(side * side), 256);
+    let combine = |l: &mut Launcher, x: Address, y: Address, of: [f32; 2], len: usize| {
+        let count = batch * len;
+        let args =
+            [x.into(), y.into(), x.into(), of[0].into(), of[1].into(), (count as u64).into()];
+        l.launch("muon_combine", Shape::linear(blocks(count), 256), &args)
+    };
     for _ in 0..ITERATIONS {
         // A tall matrix stands for its transpose; A is symmetric either way.
         let tall = rows > cols;
         if tall {
-            l.product(x_matrix.t(), x_matrix, a_matrix, false)?;
+            l.products(batch, x_matrix.t(), x_matrix, a_matrix)?;
         } else {
-            l.product(x_matrix, x_matrix.t(), a_matrix, false)?;
+            l.products(batch, x_matrix, x_matrix.t(), a_matrix)?;
         }
-        l.product(a_matrix, a_matrix, aa_matrix, false)?;
+        l.products(batch, a_matrix, a_matrix, aa_matrix)?;
         let [of_x, of_a, of_aa] = FACTORS;
-        let args = [
-            a.into(),
-            aa.into(),
-            a.into(),
-            of_a.into(),
-            of_aa.into(),
-            ((side * side) as u64).into(),
-        ];
-        l.launch("muon_combine_f32", squares, &args)?;
+        combine(l, a, aa, [of_a, of_aa], side * side)?;
         if tall {
-            l.product(x_matrix, a_matrix, bx_matrix, false)?;
+            l.products(batch, x_matrix, a_matrix, bx_matrix)?;
         } else {
-            l.product(a_matrix, x_matrix, bx_matrix, false)?;
+            l.products(batch, a_matrix, x_matrix, bx_matrix)?;
         }
-        let args = [x.into(), bx.into(), x.into(), of_x.into(), 1.0f32.into(), count];
-        l.launch("muon_combine_f32", shape, &args)?;
+        combine(l, x, bx, [of_x, 1.0], len)?;
     }
 
-    let factor = (rows as f64 / cols as f64).max(1.0).sqrt();
+    let copies = if l.numbers == Type::F32 { Address::NULL } else { l.arenas.weights };
     let args = [
         x.into(),
-        parameters.into(),
-        Address::NULL.into(),
-        count,
+        l.arenas.parameters.into(),
+        copies.into(),
+        offsets.into(),
+        (len as u64).into(),
         rates.into(),
         o.decay.into(),
-        factor.into(),
+        (rows as f64 / cols as f64).max(1.0).sqrt().into(),
     ];
-    l.launch("muon_update_f32", shape, &args)?;
-    if l.numbers == Type::F32 {
-        return Ok(());
-    }
-    let args = [parameters.into(), l.weight(o.w).into(), count];
-    l.launch(&format!("cast_f32_{}", l.numbers.suffix()), shape, &args)
+    l.typed("muon_update", shape, &args)
 }

@@ -339,8 +339,8 @@ impl Piece<'_> {
 enum Table {
     /// Positions, and the bits of each frequency.
     Rope(usize, Vec<u64>),
-    /// The chunks of a step of AdamW, as the kernel reads them.
-    Chunks(Vec<u8>),
+    /// Places in the arenas, as the kernel of an update reads them.
+    Places(Vec<u8>),
 }
 
 impl Model {
@@ -350,7 +350,8 @@ impl Model {
         let key = match op {
             Op::Rope(o) => Table::Rope(o.positions, bits(&o.frequencies)),
             Op::RopeBackward(o) => Table::Rope(o.shape.context, bits(&o.frequencies)),
-            Op::AdamWStep(o) => Table::Chunks(update::table(o)),
+            Op::AdamWStep(o) => Table::Places(update::table(o)),
+            Op::MuonStep(o) => Table::Places(muon::table(o)),
             _ => return Ok(None),
         };
         if let Some(address) = self.tables.get(&key) {
@@ -363,7 +364,7 @@ impl Model {
                 made = rope::table(*positions, &frequencies);
                 &made
             }
-            Table::Chunks(bytes) => bytes,
+            Table::Places(bytes) => bytes,
         };
         let address = self.device.alloc(bytes.len())?;
         self.device.upload(address, bytes)?;

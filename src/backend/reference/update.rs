@@ -54,17 +54,19 @@ impl Plain {
     ) {
         let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
         let momentum = real::<R>(o.momentum);
-        let mut update = Vec::with_capacity(o.w.len());
-        for i in o.w.range() {
-            let g = memory.gradients[i] * clip;
-            memory.first_moment[i] = momentum * memory.first_moment[i] + g;
-            update.push(g + momentum * memory.first_moment[i]);
-        }
-        let update = orthogonalise(&update, o.w.rows, o.w.cols);
-        let scale = (o.w.rows as f64 / o.w.cols as f64).max(1.0).sqrt();
-        for (i, u) in o.w.range().zip(update) {
-            let p = memory.parameters[i] * real(1.0 - rates.muon_learning_rate * o.decay);
-            memory.parameters[i] = p - real::<R>(rates.muon_learning_rate * scale) * u;
+        for w in &o.matrices {
+            let mut update = Vec::with_capacity(w.len());
+            for i in w.range() {
+                let g = memory.gradients[i] * clip;
+                memory.first_moment[i] = momentum * memory.first_moment[i] + g;
+                update.push(g + momentum * memory.first_moment[i]);
+            }
+            let update = orthogonalise(&update, w.rows, w.cols);
+            let scale = (w.rows as f64 / w.cols as f64).max(1.0).sqrt();
+            for (i, u) in w.range().zip(update) {
+                let p = memory.parameters[i] * real(1.0 - rates.muon_learning_rate * o.decay);
+                memory.parameters[i] = p - real::<R>(rates.muon_learning_rate * scale) * u;
+            }
         }
     }
 }

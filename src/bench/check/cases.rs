@@ -713,10 +713,12 @@ fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
         [(512, 64), (768, 3072)],
     );
     for (rows, cols) in shapes {
-        let (layout, w) = alone(rows, cols);
-        let mut b = Build::new(format!("{rows} x {cols}"), (layout, w), true);
+        // The last of three is stepped first, the first one last, and that between not at all.
+        let place = |at: usize| Span { offset: at * rows * cols, rows, cols };
+        let matrices = vec![place(2), place(0)];
+        let mut b = Build::new(format!("2 of {rows} x {cols}"), alone(3 * rows, cols), true);
         let norm = update(&mut b, draw, false);
-        let op = MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, decay: 0.1, w };
+        let op = MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, decay: 0.1, matrices };
         b.finish(Op::MuonStep(op), cases);
     }
 }

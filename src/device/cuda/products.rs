@@ -42,6 +42,7 @@ pub(super) struct Key {
     b: Side,
     c: Side,
     add: bool,
+    batch: usize,
 }
 
 /// A matrix without its place; what it is aligned to instead.
@@ -54,10 +55,12 @@ struct Side {
     alignment: u32,
 }
 
-impl From<Matrix> for Side {
-    fn from(matrix: Matrix) -> Side {
+impl Side {
+    /// Of the first of `batch` matrices.
+    fn of(matrix: Matrix, batch: usize) -> Side {
         let Matrix { at, ty, rows, cols, transposed } = matrix;
-        let alignment = 1 << at.0.trailing_zeros().min(8);
+        let next = if batch > 1 { (rows * cols * ty.size()).trailing_zeros() } else { 8 };
+        let alignment = 1 << at.0.trailing_zeros().min(next).min(8);
         Side { ty, rows, cols, transposed, alignment }
     }
 }
@@ -111,8 +114,9 @@ impl Products {
     /// what is `[rows, cols]` by rows is `[cols, rows]` by columns, so `cT = bT aT` needs no copies.
     pub fn run(&mut self, product: &Product, stream: CUstream) -> anyhow::Result<()> {
         let (m, n, k) = product.check()?;
-        let Product { a, b, c, add } = *product;
-        let key = Key { a: a.into(), b: b.into(), c: c.into(), add };
+        let Product { a, b, c, add, batch } = *product;
+        let side = |matrix| Side::of(matrix, batch);
+        let key = Key { a: side(a), b: side(b), c: side(c), add, batch };
         if !self.plans.contains_key(&key) {
             let plan = plan(self.handle, &key, self.chosen.get(&key))
                 .map_err(|e| failed(&format!("planning a product of {m} x {k} by {k} x {n}"), e))?;
@@ -183,12 +187,32 @@ fn plan(
         }
     }
     let layout = |side: Side| {
-        result::create_matrix_layout(
+        use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
+        let layout = result::create_matrix_layout(
             data_type(side.ty),
             side.cols as u64,
             side.rows as u64,
             side.cols as i64,
-        )
+        )?;
+        if key.batch > 1 {
+            let (count, stride) = (key.batch as i32, (side.rows * side.cols) as i64);
+            // SAFETY: the attributes are an i32 and an i64, which are read before the call returns.
+            unsafe {
+                result::set_matrix_layout_attribute(
+                    layout,
+                    Attribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+                    (&raw const count).cast(),
+                    size_of::<i32>(),
+                )?;
+                result::set_matrix_layout_attribute(
+                    layout,
+                    Attribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                    (&raw const stride).cast(),
+                    size_of::<i64>(),
+                )?;
+            }
+        }
+        Ok::<_, CublasError>(layout)
     };
     let (first, second, out) = (layout(key.b)?, layout(key.a)?, layout(key.c)?);
     if let Some(&data) = chosen {
@@ -286,6 +310,7 @@ mod tests {
             b: side(4, 5, Type::F16),
             c: side(rows, 5, Type::F32),
             add: rows == 2,
+            batch: 3,
         };
         // Numbers that JSON's readers of f64 would round.
         let products = vec![(key(2), [u64::MAX; 8]), (key(7), [1 << 63 | 1; 8])];

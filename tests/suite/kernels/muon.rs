@@ -21,62 +21,83 @@ fn rates(module: &Module, norm: f32) -> Vec<u8> {
     run(module, "muon_rates", Config::linear(1, 1), &pieces).remove(0)
 }
 
-/// m, u and the shares of |u|^2.
+/// Where two matrices of `count` elements lie in an arena of three: the last, and the first.
+fn places(count: usize) -> [usize; 2] {
+    [2 * count, 0]
+}
+
+fn offsets(count: usize) -> Piece {
+    Piece::In(places(count).iter().flat_map(|&at| (at as u64).to_le_bytes()).collect())
+}
+
+/// What stands at the places, behind one another.
+fn at_places<T: Copy>(arena: &[T], count: usize) -> Vec<T> {
+    places(count).iter().flat_map(|&at| arena[at..at + count].to_vec()).collect()
+}
+
+fn grid(blocks: u32) -> Config {
+    Config { grid: [blocks, 2, 1], block: [256, 1, 1], shared: 0 }
+}
+
+/// The arena of m, u of both matrices, and the shares of their |u|^2.
 fn momentum(module: &Module, g: &[f64], m: &[f64], rates: &[u8]) -> Vec<Vec<u8>> {
+    let count = g.len() / 3;
     let [gb, mb] = [g, m].map(|values| Type::F32.bytes(values));
     let pieces = [
-        Piece::In(gb.clone()),
+        Piece::In(gb),
         Piece::Both(mb),
-        Piece::Out(gb.len()),
-        Piece::Out(2 * 8),
-        value(g.len() as u64),
+        Piece::Out(2 * 4 * count),
+        Piece::Out(2 * 2 * 8),
+        offsets(count),
+        value(count as u64),
         Piece::In(rates.to_vec()),
         value(MOMENTUM),
     ];
-    run(module, "muon_momentum", Config::linear(2, 256), &pieces)
+    run(module, "muon_momentum", grid(2), &pieces)
 }
 
-fn scale(module: &Module, ty: Type, u: &[u8], shares: &[u8]) -> Vec<u8> {
+fn scale(module: &Module, u: &[u8], shares: &[u8]) -> Vec<u8> {
     let pieces = [
         Piece::In(u.to_vec()),
         Piece::In(shares.to_vec()),
-        Piece::Out(u.len() / 4 * ty.size()),
-        value(u.len() as u64 / 4),
+        Piece::Out(u.len()),
+        value(u.len() as u64 / 8),
         value(2),
     ];
-    let entry = format!("muon_scale_{}", ty.suffix());
-    run(module, &entry, Config::linear(3, 256), &pieces).remove(0)
+    run(module, "muon_scale", grid(3), &pieces).remove(0)
 }
 
-fn combine(module: &Module, ty: Type, x: &[u8], y: &[f64], of: [f64; 2]) -> Vec<u8> {
+fn combine(module: &Module, x: &[f64], y: &[f64], of: [f64; 2]) -> Vec<u8> {
+    let [xb, yb] = [x, y].map(|values| Type::F32.bytes(values));
     let pieces = [
-        Piece::In(x.to_vec()),
-        Piece::In(Type::F32.bytes(y)),
-        Piece::Out(x.len()),
+        Piece::In(xb),
+        Piece::In(yb),
+        Piece::Out(4 * x.len()),
         value(of[0] as f32),
         value(of[1] as f32),
         value(y.len() as u64),
     ];
-    let entry = format!("muon_combine_{}", ty.suffix());
-    run(module, &entry, Config::linear(2, 256), &pieces).remove(0)
+    run(module, "muon_combine", Config::linear(2, 256), &pieces).remove(0)
 }
 
-/// p and its copy.
+/// The arenas of p and of its copy.
 fn update(module: &Module, ty: Type, x: &[u8], p: &[f64], rates: &[u8], f: f64) -> Vec<Vec<u8>> {
+    let count = p.len() / 3;
     let copy = match ty {
-        Type::F32 => value(0u64),
-        _ => Piece::Both(vec![0; x.len()]),
+        Type::F32 => Piece::Null,
+        _ => Piece::Both(ty.bytes(p)),
     };
     let pieces = [
         Piece::In(x.to_vec()),
         Piece::Both(Type::F32.bytes(p)),
         copy,
-        value(p.len() as u64),
+        offsets(count),
+        value(count as u64),
         Piece::In(rates.to_vec()),
         value(DECAY),
         value(f),
     ];
-    run(module, &format!("muon_update_{}", ty.suffix()), Config::linear(2, 256), &pieces)
+    run(module, &format!("muon_update_{}", ty.suffix()), grid(2), &pieces)
 }
 
 fn clip(norm: f32) -> f64 {
@@ -108,48 +129,56 @@ pub fn muon_parts_are_right(module: &Module) {
     for count in [1, 63, 1032] {
         for norm in [0.5f32, 4.0, f32::NAN, f32::INFINITY] {
             let rates = rates(module, norm);
-            let [g, m, p] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
+            let [g, m, p] = [1, 2, 3].map(|seed| Type::F32.random(seed, 3 * count, 1.0));
+            let between = 4 * count..8 * count;
             let got = momentum(module, &g, &m, &rates);
             let go = norm.is_finite();
+            assert!(got[0][between.clone()] == Type::F32.bytes(&m)[between.clone()], "no matrix");
+            let [g, m] = [g, m].map(|arena| at_places(&arena, count));
+            let after = Type::F32.bytes(&at_places(&Type::F32.values(&got[0]), count));
             if go {
                 let exact = moments::<f64>(&g, &m, norm);
                 let plain = moments::<f32>(&g, &m, norm);
-                check("m", Type::F32, &got[0], &exact[0], &plain[0]);
+                check("m", Type::F32, &after, &exact[0], &plain[0]);
                 check("u", Type::F32, &got[1], &exact[1], &plain[1]);
             } else {
-                assert!(got[0] == Type::F32.bytes(&m), "m, norm {norm}");
-                assert!(got[1] == vec![0; 4 * count], "u, norm {norm}");
+                assert!(after == Type::F32.bytes(&m), "m, norm {norm}");
+                assert!(got[1] == vec![0; 8 * count], "u, norm {norm}");
+            }
+            let x = scale(module, &got[1], &got[2]);
+            if go {
+                for (x, u) in x.chunks(4 * count).zip(Type::F32.values(&got[1]).chunks(count)) {
+                    check("X", Type::F32, x, &normed::<f64>(u), &normed::<f32>(u));
+                }
             }
             for ty in TYPES {
-                let x = scale(module, ty, &got[1], &got[2]);
-                if go {
-                    let u = Type::F32.values(&got[1]);
-                    check("X", ty, &x, &normed::<f64>(&u), &normed::<f32>(&u));
-                }
                 let factor = 1.5;
                 let got = update(module, ty, &x, &p, &rates, factor);
-                let x = ty.values(&x);
+                assert!(
+                    got[0][between.clone()] == Type::F32.bytes(&p)[between.clone()],
+                    "no matrix"
+                );
+                let after = Type::F32.bytes(&at_places(&Type::F32.values(&got[0]), count));
+                let (x, p) = (Type::F32.values(&x), at_places(&p, count));
                 if go {
                     let exact = stepped::<f64>(&x, &p, factor);
-                    check("p", Type::F32, &got[0], &exact, &stepped::<f32>(&x, &p, factor));
+                    check("p", Type::F32, &after, &exact, &stepped::<f32>(&x, &p, factor));
                 } else {
-                    assert!(got[0] == Type::F32.bytes(&p), "p, norm {norm}");
+                    assert!(after == Type::F32.bytes(&p), "p, norm {norm}");
                 }
-                if go && ty != Type::F32 {
+                if ty != Type::F32 {
                     assert!(got[1] == ty.bytes(&Type::F32.values(&got[0])), "the copy");
                 }
             }
         }
-        for ty in TYPES {
-            let (x, y) = (ty.random(4, count, 1.0), Type::F32.random(5, count, 1.0));
-            let got = combine(module, ty, &ty.bytes(&x), &y, [B, C]);
-            let [b, c] = [B as f32, C as f32];
-            let exact: Vec<f64> =
-                x.iter().zip(&y).map(|(x, y)| f64::from(b) * x + f64::from(c) * y).collect();
-            let plain: Vec<f32> =
-                x.iter().zip(&y).map(|(&x, &y)| b * x as f32 + c * y as f32).collect();
-            check("combined", ty, &got, &exact, &plain);
-        }
+        let (x, y) = (Type::F32.random(4, count, 1.0), Type::F32.random(5, count, 1.0));
+        let got = combine(module, &x, &y, [B, C]);
+        let [b, c] = [B as f32, C as f32];
+        let exact: Vec<f64> =
+            x.iter().zip(&y).map(|(x, y)| f64::from(b) * x + f64::from(c) * y).collect();
+        let plain: Vec<f32> =
+            x.iter().zip(&y).map(|(&x, &y)| b * x as f32 + c * y as f32).collect();
+        check("combined", Type::F32, &got, &exact, &plain);
     }
 }
 
@@ -193,17 +222,21 @@ fn iterations(
 pub fn muon_step_is_right(module: &Module) {
     for [rows, cols] in [[3, 5], [8, 2], [6, 6]] {
         let (count, norm) = (rows * cols, 4.0);
-        let [g, m, p] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
+        let [g, m, p] = [1, 2, 3].map(|seed| Type::F32.random(seed, 3 * count, 1.0));
         let rates = rates(module, norm);
         let got = momentum(module, &g, &m, &rates);
-        let x = scale(module, Type::F32, &got[1], &got[2]);
-        let x = iterations([rows, cols], Type::F32.values(&x), |x, y, of| {
-            let combined = combine(module, Type::F32, &Type::F32.bytes(x), y, of);
-            Type::F32.values(&combined)
+        let x = Type::F32.values(&scale(module, &got[1], &got[2]));
+        let iterated = x.chunks(count).flat_map(|x| {
+            iterations([rows, cols], x.to_vec(), |x, y, of| {
+                Type::F32.values(&combine(module, x, y, of))
+            })
         });
         let factor = (rows as f64 / cols as f64).max(1.0).sqrt();
-        let x = Type::F32.bytes(&x);
+        let x = Type::F32.bytes(&iterated.collect::<Vec<_>>());
         let got = update(module, Type::F32, &x, &p, &rates, factor);
+        // The second matrix, which is the first in the arenas.
+        let [g, m, p] = [g, m, p].map(|arena| arena[..count].to_vec());
+        let got = [got[0][..4 * count].to_vec()];
 
         // The definition: on its side where tall, X = a X + (b A + c A A) X.
         let [_, u] = moments::<f64>(&g, &m, norm);
@@ -242,7 +275,9 @@ fn muon_is_right_with_the_products_between() {
 #[test]
 fn mistakes_in_muon_are_seen() {
     let bugs = [
-        ("no look-ahead", "us[i] = g + keep * ms[i];", "us[i] = ms[i];"),
+        ("no look-ahead", "values[i] = g + keep * ms[i];", "values[i] = ms[i];"),
+        ("always the first gradient", "gradients + offset;", "gradients;"),
+        ("the first one's norm", "partials + blockIdx.y * blocks;", "partials;"),
         ("no clipping", "gs[i] * clip", "gs[i]"),
         ("the loss scale left in", "1e-6f)) / scale;", "1e-6f));"),
         ("a step where the norm is not finite", "if (!rates.go) return;", ""),
