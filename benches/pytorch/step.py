@@ -2,13 +2,17 @@
 """Times one training step of a Llama in PyTorch and transformers: what laam is measured against.
 
 A step is forward, loss over every position, backward, clipping to 1.0 and AdamW(0.9, 0.999, 1e-8,
-decay 0.1), eager, on random tokens. One JSON line a measurement: the median over --steps timed steps
+decay 0.1), on random tokens. One JSON line a measurement: the median over --steps timed steps
 after --warmup untimed ones. Each measurement runs in a process of its own, so that peak memory is its
 own and one that fails (out of memory) does not take the others along.
 
   step.py --preset original --batch 1,8,64 --dtype float32,bfloat16 --threads 2
-  step.py --preset 124m --batch 16 --device cuda --dtype bfloat16
+  step.py --preset 124m --batch 16 --device cuda --dtype bfloat16 --how eager,compile,overhead,graph
   step.py --batch 8 --laam target/release/laam --rounds 3   # laam and PyTorch in turns, and the ratio
+
+--how: eager; compile (torch.compile); overhead (its mode reduce-overhead: CUDA graphs of its own); graph
+(the whole eager step, optimizer included, as one CUDA graph, its steps timed without waiting between:
+the strongest fair peer). laam is compared with the fastest of them.
 
 bfloat16 is autocast over float32 weights. With --laam, `laam bench step` runs the same preset, batch,
 threads and step count between PyTorch's turns, so that a machine that slows down slows both; the last
@@ -52,43 +56,78 @@ def measure(args):
         pad_token_id=4, attn_implementation="sdpa")).to(args.device)
     decayed = [p for name, p in model.named_parameters() if "norm" not in name]
     norms = [p for name, p in model.named_parameters() if "norm" in name]
+    on_gpu = args.device == "cuda"
     optimizer = torch.optim.AdamW(
         [dict(params=decayed, weight_decay=0.1), dict(params=norms, weight_decay=0.0)],
-        lr=1e-3, betas=(0.9, 0.999), eps=1e-8, fused=args.device == "cuda")
+        lr=1e-3, betas=(0.9, 0.999), eps=1e-8, fused=on_gpu, capturable=args.how == "graph")
     batch = int(args.batch)
     batches = [torch.randint(5, vocab, (batch, context)).to(args.device) for _ in range(4)]
-    on_gpu = args.device == "cuda"
+    modes = {"compile": "default", "overhead": "reduce-overhead"}
+    forward = torch.compile(model, mode=modes[args.how]) if args.how in modes else model
+    # What autocast keeps from step to step must not be captured.
+    autocast = torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16",
+                              cache_enabled=args.how != "graph")
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
 
-    seconds, losses = [], []
-    for step in range(args.warmup + args.steps):
-        ids = batches[step % len(batches)]
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = model(input_ids=ids, labels=ids).loss
+    def step(ids):
+        with autocast:
+            loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        # Reading the loss waits for the device, as logging it would.
-        losses.append(loss.item())
-        if on_gpu:
-            torch.cuda.synchronize()
-        if step >= args.warmup:
-            seconds.append(time.perf_counter() - start)
+        # A graph's gradients stay where they are.
+        optimizer.zero_grad(set_to_none=args.how != "graph")
+        return loss
+
+    seconds, losses = [], []
+    if args.how == "graph":
+        seconds, losses = whole_graph(torch, step, batches, args)
+    else:
+        for at in range(args.warmup + args.steps):
+            synchronize()
+            start = time.perf_counter()
+            # Reading the loss waits for the device, as logging it would.
+            losses.append(step(batches[at % len(batches)]).item())
+            synchronize()
+            if at >= args.warmup:
+                seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(dict(
         program="pytorch", torch=torch.__version__, transformers=transformers.__version__,
         device=torch.cuda.get_device_name() if on_gpu else "cpu",
         threads=None if on_gpu else torch.get_num_threads(), preset=args.preset, precision=args.dtype,
-        batch=batch, context=context, parameters=sum(p.numel() for p in model.parameters()),
+        how=args.how, batch=batch, context=context, parameters=sum(p.numel() for p in model.parameters()),
         seconds_a_step=round(median, 6), tokens_a_second=round(batch * context / median, 1),
         fastest=round(min(seconds), 6), slowest=round(max(seconds), 6), peak_bytes=peak,
         losses=[round(losses[0], 4), round(losses[-1], 4)])))
+
+
+def whole_graph(torch, step, batches, args):
+    """Seconds a step of some rows of replays, and the first and last loss."""
+    ids = batches[0].clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            first = step(ids).item()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(ids)
+    seconds = []
+    for row in range(1 + args.steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for at in range(args.steps):
+            ids.copy_(batches[at % len(batches)])
+            graph.replay()
+        torch.cuda.synchronize()
+        if row > 0:
+            seconds.append((time.perf_counter() - start) / args.steps)
+    return seconds, [first, loss.item()]
 
 
 def run(command):
@@ -103,9 +142,9 @@ def run(command):
     return dict(error=last[:300], exit=done.returncode)
 
 
-def pytorch(args, batch, dtype):
+def pytorch(args, batch, dtype, how):
     command = [sys.executable, __file__, "--measure", "--preset", args.preset, "--batch", str(batch),
-               "--dtype", dtype, "--device", args.device, "--steps", str(args.steps),
+               "--dtype", dtype, "--how", how, "--device", args.device, "--steps", str(args.steps),
                "--warmup", str(args.warmup)]
     command += ["--threads", str(args.threads)] if args.threads else []
     command += ["--context", str(args.context)] if args.context else []
@@ -115,9 +154,8 @@ def pytorch(args, batch, dtype):
 def laam(args, batch, dtype):
     backend = "cuda" if args.device == "cuda" else "cpu"
     command = [args.laam, "bench", "step", "--json", "--preset", args.preset, "--batch", str(batch),
-               "--backend", backend, "--steps", str(args.steps), "--warmup", str(args.warmup)]
-    # float32 is the default; asking for it would fail with builds that know no other.
-    command += ["--precision", dtype] if dtype != "float32" else []
+               "--backend", backend, "--steps", str(args.steps), "--warmup", str(args.warmup),
+               "--precision", dtype]
     command += ["--threads", str(args.threads)] if args.threads else []
     command += ["--context", str(args.context)] if args.context else []
     return dict(dict(program="laam"), **run(command))
@@ -133,36 +171,56 @@ def main():
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--how", default="eager", help="eager, compile, overhead, graph; several with commas")
     parser.add_argument("--laam", metavar="PROGRAM", help="also run this laam, in turns")
     parser.add_argument("--rounds", type=int, default=1, help="turns of each program")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         return measure(args)
+    hows = args.how.split(",")
+    if unknown := set(hows) - {"eager", "compile", "overhead", "graph"}:
+        parser.error(f"--how knows no {', '.join(unknown)}")
+    if "graph" in hows and args.device != "cuda":
+        parser.error("--how graph needs --device cuda")
     failed = False
     for batch in (int(batch) for batch in args.batch.split(",")):
         for dtype in args.dtype.split(","):
-            turns = {"pytorch": [], "laam": []}
-            for _ in range(args.rounds):
-                results = [pytorch(args, batch, dtype)] + ([laam(args, batch, dtype)] if args.laam else [])
-                for name, result in zip(turns, results):
-                    line = dict(dict(program=name, preset=args.preset, batch=batch, precision=dtype), **result)
-                    print(json.dumps(line), flush=True)
-                    if "error" in result:
-                        failed = True
-                    else:
-                        turns[name].append(result)
-            if all(turns.values()):
-                medians = {name: {key: statistics.median(turn[key] for turn in results)
-                                  for key in ("tokens_a_second", "peak_bytes")}
-                           for name, results in turns.items()}
-                ours, theirs = medians["laam"], medians["pytorch"]
-                print(json.dumps(dict(
-                    preset=args.preset, batch=batch, precision=dtype, rounds=args.rounds,
-                    tokens_a_second={name: round(median["tokens_a_second"], 1) for name, median in medians.items()},
-                    times_as_fast=round(ours["tokens_a_second"] / theirs["tokens_a_second"], 3),
-                    share_of_memory=round(ours["peak_bytes"] / theirs["peak_bytes"], 4))), flush=True)
+            failed |= compare(args, batch, dtype, hows)
     sys.exit(1 if failed else 0)
+
+
+def compare(args, batch, dtype, hows):
+    """Measures each program in turns, and tells whether one failed."""
+    turns = {name: [] for name in hows + ["laam"]}
+    failed = False
+    for _ in range(args.rounds):
+        for name in hows + (["laam"] if args.laam else []):
+            result = laam(args, batch, dtype) if name == "laam" else pytorch(args, batch, dtype, name)
+            line = dict(preset=args.preset, batch=batch, precision=dtype)
+            line |= dict(program="laam") if name == "laam" else dict(program="pytorch", how=name)
+            print(json.dumps(line | result), flush=True)
+            if "error" in result:
+                failed = True
+            else:
+                turns[name].append(result)
+    medians = {name: {key: statistics.median(turn[key] for turn in results)
+                      for key in ("tokens_a_second", "peak_bytes")}
+               for name, results in turns.items() if results}
+    ours = medians.pop("laam", None)
+    if ours and medians:
+        fastest = max(medians, key=lambda how: medians[how]["tokens_a_second"])
+        theirs = medians[fastest]
+        told = dict(preset=args.preset, batch=batch, precision=dtype, rounds=args.rounds,
+                    tokens_a_second={name: round(median["tokens_a_second"], 1)
+                                     for name, median in (medians | {"laam": ours}).items()},
+                    fastest_peer=fastest,
+                    times_as_fast=round(ours["tokens_a_second"] / theirs["tokens_a_second"], 3))
+        # On a card, laam counts the memory of its process here, PyTorch the card's.
+        if args.device == "cpu":
+            told["share_of_memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 4)
+        print(json.dumps(told), flush=True)
+    return failed
 
 
 if __name__ == "__main__":
