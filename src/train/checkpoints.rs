@@ -25,6 +25,9 @@ pub struct State {
     pub position: Position,
     /// Tokens trained on.
     pub tokens: u64,
+    /// Updates left out, because gradients were not finite.
+    #[serde(default)]
+    pub skipped: u64,
     /// Sum and number of the finite losses since the last line of metrics.
     pub unlogged: (f64, u64),
     pub settings: Settings,

@@ -35,9 +35,16 @@ pub struct Metrics {
     pub mfu: Option<f64>,
     /// Since the run, or what resumed it, began.
     pub seconds: f64,
+    /// Updates left out so far, because gradients were not finite.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped: u64,
     /// Part of the windows that come back verbatim, where it was measured at this step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verbatim_rate: Option<f64>,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// JSON writes what is not finite as null.
@@ -107,6 +114,7 @@ mod tests {
             tokens_a_second: 5.0,
             mfu: None,
             seconds: 2.0,
+            skipped: 0,
             verbatim_rate: None,
         };
         let mut file = MetricsFile::open(&path, 0).unwrap();

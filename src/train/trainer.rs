@@ -74,7 +74,7 @@ pub struct Trainer<'a> {
     sampler: Sampler,
     state: State,
     /// Steps in a row whose gradients were not finite.
-    skipped: u64,
+    lost: u64,
     /// Nothing of this run lies in the output folder yet.
     unsaved: bool,
     writer: Writer,
@@ -109,6 +109,7 @@ impl<'a> Trainer<'a> {
             total: settings.total_steps(windows.len()),
             position: sampler.position(),
             tokens: 0,
+            skipped: 0,
             unlogged: (0.0, 0),
             settings: known,
             tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
@@ -157,7 +158,7 @@ impl<'a> Trainer<'a> {
             engine,
             sampler,
             state,
-            skipped: 0,
+            lost: 0,
             unsaved,
             writer: Writer::default(),
             looked_for_lost,
@@ -239,6 +240,7 @@ impl<'a> Trainer<'a> {
                     tokens_a_second,
                     mfu: self.peak.map(|peak| tokens_a_second * flops / peak),
                     seconds: begin.elapsed().as_secs_f64(),
+                    skipped: self.state.skipped,
                     verbatim_rate: finish.verbatim_rate.filter(|_| measured),
                 });
                 (last_line, last_tokens) = (Instant::now(), self.state.tokens);
@@ -351,12 +353,13 @@ impl<'a> Trainer<'a> {
             state.unlogged.1 += 1;
         }
         if outcome.updated() {
-            self.skipped = 0;
+            self.lost = 0;
         } else {
-            self.skipped += 1;
+            self.lost += 1;
+            state.skipped += 1;
             observer.note(&format!("step {}: gradients not finite, no update", state.step));
         }
-        if self.skipped == HOPELESS {
+        if self.lost == HOPELESS {
             return Err(error(
                 format!("no finite gradient in {HOPELESS} steps, at step {}", state.step),
                 "lower --learning-rate, or raise --warmup-steps",
