@@ -22,6 +22,8 @@ enum Path {
     Plain,
     /// f32 arithmetic with rows in registers: heads too narrow for a tensor core.
     Narrow,
+    /// Tensor cores all the same: what narrow heads leave empty makes their scores exact.
+    NarrowMma,
     /// Tensor cores.
     Mma,
 }
@@ -31,6 +33,7 @@ impl Path {
     fn of(shape: &Heads, numbers: Type, plain: bool) -> Path {
         match shape.head_dim {
             _ if plain => Path::Plain,
+            2 | 4 if numbers != Type::F32 => Path::NarrowMma,
             2 | 4 | 8 => Path::Narrow,
             16 | 32 | 64 | 96 | 128 if numbers != Type::F32 => Path::Mma,
             _ => Path::Plain,
@@ -47,6 +50,9 @@ impl Path {
         match self {
             Path::Plain => format!("attention{name}"),
             Path::Narrow => format!("attention_narrow{name}_{d}_{}", rows_a_lane(pass, shape)),
+            Path::NarrowMma => {
+                format!("attention_narrow_mma{name}_{d}_{}", blocks_a_warp(pass, shape))
+            }
             Path::Mma => format!("attention_mma{name}_{d}"),
         }
     }
@@ -73,6 +79,13 @@ impl Path {
                         let most = if rows == 1 { 8 } else { 4 };
                         Shape::linear(runs(32 * rows), 32 * shape.group().min(most))
                     }
+                }
+            }
+            Path::NarrowMma => {
+                let rows = 16 * blocks_a_warp(pass, shape);
+                match pass {
+                    Pass::Forward | Pass::BackwardQ => Shape::linear(runs(rows).div_ceil(4), 128),
+                    Pass::BackwardKv => Shape::linear(runs(rows), 32 * shape.group().min(4)),
                 }
             }
             Path::Mma => {
@@ -114,6 +127,13 @@ fn rows_a_lane(pass: Pass, shape: &Heads) -> usize {
     let several = if pass != Pass::Forward && shape.head_dim == 8 { 2 } else { 4 };
     // The pass to k and v has a warp for every query head too.
     let warps = shape.windows * shape.heads * shape.context.div_ceil(32 * several);
+    if warps < BUSY { 1 } else { several }
+}
+
+/// Blocks of 16 rows that a warp of the narrow path on tensor cores owns, by the same rule.
+fn blocks_a_warp(pass: Pass, shape: &Heads) -> usize {
+    let several = if pass == Pass::BackwardKv && shape.head_dim == 2 { 8 } else { 4 };
+    let warps = shape.windows * shape.heads * shape.context.div_ceil(16 * several);
     if warps < BUSY { 1 } else { several }
 }
 

@@ -193,6 +193,20 @@ impl Path {
             takes_head_dim: false,
         }
     }
+    /// head_dim 2 and 4 in types of two bytes; a warp owns one block of rows or as many as it can.
+    fn narrow_mma(shape: &Shape, one: bool) -> Path {
+        let (d, group) = (shape.head_dim, (shape.heads / shape.kv_heads) as u32);
+        let several = if d == 2 { 8 } else { 4 };
+        let entry = |(pass, blocks)| {
+            format!("attention_narrow_mma{pass}_{d}_{}", if one { 1 } else { blocks })
+        };
+        Path {
+            entries: [("", 4), ("_backward_q", 4), ("_backward_kv", several)].map(entry),
+            launch: [(1, 4), (1, 4), (2, group.min(4))]
+                .map(|(grid, warps)| Config::linear(grid, 32 * warps)),
+            takes_head_dim: false,
+        }
+    }
     /// head_dim 16, 32, 64, 96 and 128, in types of two bytes.
     fn mma(shape: &Shape) -> Path {
         let d = shape.head_dim;
@@ -401,6 +415,43 @@ fn mistakes_in_the_narrow_path_are_seen() {
         }
         Path::narrow(&shape, false).goes_back(module, Type::F32, &shape);
     });
+}
+
+/// More than one chunk of rows in each pass, tiles before, on and behind the diagonal, a tail; groups
+/// that fill a block's warps and that do not.
+const NARROW_MMA: [[usize; 5]; 6] = [
+    [3, 1, 2, 1, 2],
+    [3, 170, 2, 1, 2],
+    [1, 200, 5, 1, 2],
+    [3, 37, 8, 1, 4],
+    [3, 150, 2, 2, 4],
+    [1, 131, 3, 1, 4],
+];
+
+#[test]
+fn attention_of_narrow_heads_on_tensor_cores_is_right() {
+    let Some(module) = module("attention_narrow_mma") else { return };
+    for (at, shape) in NARROW_MMA.map(shape).iter().enumerate() {
+        let turn = at % 2 == 0;
+        let (some, other) =
+            if turn { (Type::Bf16, Type::F16) } else { (Type::F16, Type::Bf16) };
+        for (one, ty, sharpness) in
+            [(false, some, 3.0), (false, other, SHARP), (true, other, 3.0), (true, some, SHARP)]
+        {
+            Path::narrow_mma(shape, one).is_right(&module, ty, shape, sharpness);
+        }
+    }
+}
+
+#[test]
+fn attention_of_narrow_heads_goes_back_on_tensor_cores() {
+    let Some(module) = module("attention_narrow_mma") else { return };
+    for (at, shape) in NARROW_MMA.map(shape).iter().enumerate() {
+        let [some, other] = if at % 2 == 0 { [Type::Bf16, Type::F16] } else { [Type::F16, Type::Bf16] };
+        for (one, ty) in [(false, some), (true, other)] {
+            Path::narrow_mma(shape, one).goes_back(&module, ty, shape);
+        }
+    }
 }
 
 /// More tiles than stages, more than a block of rows, tails of both; the groups.
