@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
-use crate::backend::gpu::{Gpu, Mode, Options};
+use crate::backend::gpu::{self, Gpu, Mode, Options};
 use crate::backend::reference::{self, Reference, Rounding};
 use crate::device::cuda::{self, Cuda};
 use crate::device::sim::Sim;
@@ -46,7 +46,7 @@ pub struct Arguments {
     pub head: Path,
     /// How a GPU does attention
     #[arg(long, value_enum, default_value_t)]
-    pub attention: Path,
+    pub attention: Attention,
 }
 
 /// The way a GPU takes where it has several.
@@ -55,6 +55,18 @@ pub enum Path {
     /// The fastest for the shape.
     #[default]
     Auto,
+    /// The one for every shape, which the fast ones are held against.
+    Plain,
+}
+
+/// The same for attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Attention {
+    /// The fastest for the shape.
+    #[default]
+    Auto,
+    /// The fastest without tensor cores where heads have 8 components or fewer.
+    Scalar,
     /// The one for every shape, which the fast ones are held against.
     Plain,
 }
@@ -95,7 +107,11 @@ impl Arguments {
             numbers,
             mode: if profile { Mode::Profile } else { Mode::Graphs },
             plain_head: self.head == Path::Plain,
-            plain_attention: self.attention == Path::Plain,
+            attention: match self.attention {
+                Attention::Auto => gpu::Attention::Auto,
+                Attention::Scalar => gpu::Attention::Scalar,
+                Attention::Plain => gpu::Attention::Plain,
+            },
             most_tokens: None,
         };
         Ok(match kind {

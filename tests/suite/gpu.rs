@@ -4,7 +4,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use laam::backend::gpu::{Gpu, Mode, Options};
+use laam::backend::gpu::{Attention, Gpu, Mode, Options};
 use laam::backend::reference::{Precision, Reference, Rounding};
 use laam::backend::{Arena, Backend};
 use laam::bench::check::{Selection, Size, check};
@@ -48,7 +48,8 @@ fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
 #[test]
 fn plain_paths_are_right_where_there_are_fast_ones() {
     for numbers in [Type::F32, Type::Bf16] {
-        let plain = Options { plain_head: true, plain_attention: true, ..Options::new(numbers) };
+        let plain =
+            Options { plain_head: true, attention: Attention::Plain, ..Options::new(numbers) };
         let Some(backend) = open(plain, 2) else { return };
         for only in ["head_loss", "attention"] {
             let selection = Selection { only: Some(only), size: Size::Small, seed: 1 };

@@ -4,7 +4,7 @@
 //! `scripts/sass --write` writes the table anew. It holds for one version of nvcc; with another the
 //! comparison is skipped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -56,17 +56,24 @@ fn disassembler() -> Option<(PathBuf, Nvcc)> {
 
 /// The rows of a fatbin.
 fn rows(tool: &Path, file: &Path) -> Table {
+    parse(&disassembled(tool, file)).0
+}
+
+fn disassembled(tool: &Path, file: &Path) -> String {
     let folder = tool.parent().unwrap();
     let mut command = Command::new(tool);
     command.env("PATH", folder).args(["-sass", "-res-usage"]).arg(file);
     let output = command.output().unwrap();
     assert!(output.status.success(), "cuobjdump: {output:?}");
-    parse(&String::from_utf8(output.stdout).unwrap())
+    String::from_utf8(output.stdout).unwrap()
 }
 
-fn parse(text: &str) -> Table {
+/// Lines of machine code, by entry and architecture.
+type Codes<'a> = BTreeMap<(String, String), Vec<&'a str>>;
+
+fn parse(text: &str) -> (Table, Codes<'_>) {
     let mut table = Table::new();
-    let mut codes: BTreeMap<(String, String), Vec<&str>> = BTreeMap::new();
+    let mut codes = Codes::new();
     let (mut arch, mut entry) = (String::new(), String::new());
     for line in text.lines().map(str::trim) {
         if let Some(name) = line.strip_prefix("arch = ") {
@@ -93,30 +100,45 @@ fn parse(text: &str) -> Table {
         codes.len(),
         "entries with code, and those with their use of registers"
     );
-    for (key, code) in codes {
-        let row = table.get_mut(&key).unwrap_or_else(|| panic!("no use of registers of {key:?}"));
-        count(&code, row);
+    for (key, code) in &codes {
+        let row = table.get_mut(key).unwrap_or_else(|| panic!("no use of registers of {key:?}"));
+        count(code, row);
     }
-    table
+    (table, codes)
 }
 
-/// Counts the instructions of an entry, lines like `/*00d0*/ @P0 BRA 0x1df0 ; /* ... */`.
+/// Counts the instructions of an entry.
 fn count(code: &[&str], row: &mut Row) {
-    let mut places = Vec::new();
-    let mut backward = Vec::new();
-    for line in code {
-        let (place, rest) = line[2..].split_once("*/").unwrap();
-        let place = u64::from_str_radix(place, 16).unwrap();
-        places.push(place);
-        let text = rest.split(';').next().unwrap();
-        let mut words = text.split_whitespace().filter(|word| !word.starts_with(['@', '{']));
-        let opcode = words.next().unwrap_or_default();
+    for (_, opcode) in code.iter().map(|line| instruction(line)) {
         let parts: Vec<_> = opcode.split('.').collect();
         row[2] += u64::from(["LDL", "STL"].contains(&parts[0]));
         let global = ["LDG", "STG", "LDGSTS", "LD", "ST"].contains(&parts[0]);
         row[4] += u64::from(global && parts.contains(&"128"));
         row[5] += u64::from(["HMMA", "HGMMA", "IMMA", "DMMA"].contains(&parts[0]));
-        if parts[0] == "BRA" {
+    }
+    row[6] = innermost(code).iter().map(|body| body.len()).max().unwrap_or(0) as u64;
+}
+
+/// The place and the words from the opcode on of a line like
+/// `/*00d0*/ @P0 BRA 0x1df0 ; /* ... */`.
+fn split(line: &str) -> (u64, impl Iterator<Item = &str>) {
+    let (place, rest) = line[2..].split_once("*/").unwrap();
+    let words = rest.split(';').next().unwrap().split_whitespace();
+    let words = words.filter(|word| !word.starts_with(['@', '{']));
+    (u64::from_str_radix(place, 16).unwrap(), words)
+}
+
+fn instruction(line: &str) -> (u64, &str) {
+    let (place, mut words) = split(line);
+    (place, words.next().unwrap_or_default())
+}
+
+/// The lines of each loop without a loop in it.
+fn innermost<'a>(code: &'a [&'a str]) -> Vec<Vec<&'a str>> {
+    let mut backward = Vec::new();
+    for line in code {
+        let (place, mut words) = split(line);
+        if words.next().is_some_and(|opcode| opcode.split('.').next() == Some("BRA")) {
             let target = words.filter_map(|word| {
                 let digits = word.trim_start_matches("`(").strip_prefix("0x")?;
                 u64::from_str_radix(digits.trim_end_matches([')', ',']), 16).ok()
@@ -126,12 +148,26 @@ fn count(code: &[&str], row: &mut Row) {
         }
     }
     let inside = |a: (u64, u64), b: (u64, u64)| a != b && b.0 <= a.0 && a.1 <= b.1;
-    row[6] = backward
+    let body = |&(from, to): &(u64, u64)| {
+        let lines = code.iter().filter(|line| (from..=to).contains(&instruction(line).0));
+        lines.copied().collect()
+    };
+    backward
         .iter()
         .filter(|&&outer| !backward.iter().any(|&inner| inside(inner, outer)))
-        .map(|&(from, to)| places.iter().filter(|&&place| from <= place && place <= to).count())
-        .max()
-        .unwrap_or(0) as u64;
+        .map(body)
+        .collect()
+}
+
+/// Instructions a query-key pair in the leanest innermost loop of an attention kernel: each of its
+/// pairs takes one exponential.
+fn a_pair(code: &[&str]) -> f64 {
+    let each = innermost(code).into_iter().filter_map(|body| {
+        let exponential = |line: &&&str| instruction(line).1 == "MUFU.EX2";
+        let pairs = body.iter().filter(exponential).count();
+        (pairs > 0).then(|| body.len() as f64 / pairs as f64)
+    });
+    each.fold(f64::INFINITY, f64::min)
 }
 
 /// All kernels of this build.
@@ -222,6 +258,30 @@ fn machine_code_is_no_worse_than_the_table_says() {
     let better = new.iter().filter(|(key, row)| old[*key] != **row).count();
     if better > 0 {
         eprintln!("{better} entries are better than docs/sass.tsv says: {REWRITE} keeps it so");
+    }
+}
+
+/// Heads of 2, several rows a lane or blocks a warp: forward, and both passes back.
+#[test]
+fn attention_of_narrow_heads_takes_few_instructions_a_pair() {
+    let Some((tool, _)) = disassembler() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    for (name, several, [forward, back]) in [
+        ("attention_narrow", [4, 4, 4], [7.0, 20.0]),
+        ("attention_narrow_mma", [4, 4, 8], [3.0, 6.5]),
+    ] {
+        let file = folder.path().join(name);
+        fs::write(&file, laam::kernels::kernel(name).unwrap().fatbin).unwrap();
+        let text = disassembled(&tool, &file);
+        let (table, codes) = parse(&text);
+        for arch in table.keys().map(|(_, arch)| arch).collect::<BTreeSet<_>>() {
+            let passes = ["", "_backward_q", "_backward_kv"].into_iter().zip(several);
+            let entry = |(pass, rows)| (format!("{name}{pass}_2_{rows}_bf16"), arch.clone());
+            let counted: Vec<_> = passes.map(|pass| a_pair(&codes[&entry(pass)])).collect();
+            eprintln!("{name} on {arch}: instructions a pair {counted:.2?}");
+            assert!(counted[0] <= forward, "{name} on {arch}: {counted:?}");
+            assert!(counted[1] + counted[2] <= back, "{name} on {arch}: {counted:?}");
+        }
     }
 }
 

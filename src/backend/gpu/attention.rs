@@ -1,5 +1,6 @@
 //! Attention there, back, and over a cache: `kernels/attention*.cu`.
 
+use super::Attention as Way;
 use super::launcher::{Launcher, Shape, int, scratch};
 use crate::device::{Arg, Type};
 use crate::llama::ops::{Attention, AttentionBackward, CachedAttention, Heads};
@@ -29,11 +30,11 @@ enum Path {
 }
 
 impl Path {
-    /// The fastest there is.
-    fn of(shape: &Heads, numbers: Type, plain: bool) -> Path {
+    /// The fastest there is of those that are asked for.
+    fn of(shape: &Heads, numbers: Type, way: Way) -> Path {
         match shape.head_dim {
-            _ if plain => Path::Plain,
-            2 | 4 if numbers != Type::F32 => Path::NarrowMma,
+            _ if way == Way::Plain => Path::Plain,
+            2 | 4 if numbers != Type::F32 && way == Way::Auto => Path::NarrowMma,
             2 | 4 | 8 => Path::Narrow,
             16 | 32 | 64 | 96 | 128 if numbers != Type::F32 => Path::Mma,
             _ => Path::Plain,
@@ -139,7 +140,7 @@ fn blocks_a_warp(pass: Pass, shape: &Heads) -> usize {
 
 pub(super) fn forward(l: &mut Launcher, o: &Attention) -> anyhow::Result<()> {
     let args = [o.q, o.k, o.v, o.first_key, o.out, o.lse].map(|buffer| l.at(buffer).into());
-    let path = Path::of(&o.shape, l.numbers, l.options.plain_attention);
+    let path = Path::of(&o.shape, l.numbers, l.options.attention);
     path.run(l, Pass::Forward, &o.shape, args.to_vec())
 }
 
@@ -166,7 +167,7 @@ pub(super) fn backward(l: &mut Launcher, o: &AttentionBackward) -> anyhow::Resul
     ];
     l.typed("attention_delta", Shape { grid, block: [width, at_once, 1], shared: 0 }, &args)?;
 
-    let path = Path::of(shape, l.numbers, l.options.plain_attention);
+    let path = Path::of(shape, l.numbers, l.options.attention);
     let mut inputs: Vec<Arg> =
         [o.q, o.k, o.v, o.first_key, o.lse].map(|buffer| l.at(buffer).into()).to_vec();
     inputs.extend([Arg::from(delta), l.at(o.dout).into()]);
@@ -186,4 +187,27 @@ pub(super) fn cached(l: &mut Launcher, o: &CachedAttention) -> anyhow::Result<()
     args.extend([windows, context, heads, kv_heads, head_dim, o.capacity].map(int));
     let rows = o.shape.rows() * o.shape.heads;
     l.typed("attention_cached", Shape::linear(rows, 128), &args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn narrow_heads_take_tensor_cores_in_two_byte_numbers_unless_told_otherwise() {
+        let path = |head_dim, numbers, way| {
+            let shape = Heads { windows: 1, context: 9, heads: 2, kv_heads: 1, head_dim };
+            Path::of(&shape, numbers, way)
+        };
+        for head_dim in [2, 4] {
+            assert_eq!(path(head_dim, Type::Bf16, Way::Auto), Path::NarrowMma);
+            assert_eq!(path(head_dim, Type::F16, Way::Auto), Path::NarrowMma);
+            assert_eq!(path(head_dim, Type::Bf16, Way::Scalar), Path::Narrow);
+            assert_eq!(path(head_dim, Type::F32, Way::Auto), Path::Narrow);
+            assert_eq!(path(head_dim, Type::Bf16, Way::Plain), Path::Plain);
+        }
+        assert_eq!(path(8, Type::Bf16, Way::Auto), Path::Narrow);
+        assert_eq!(path(64, Type::Bf16, Way::Scalar), Path::Mma);
+        assert_eq!(path(64, Type::F32, Way::Auto), Path::Plain);
+    }
 }

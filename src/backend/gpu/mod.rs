@@ -42,6 +42,17 @@ pub enum Mode {
     Profile,
 }
 
+/// Which kernels do attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attention {
+    /// The fastest for the shape.
+    Auto,
+    /// Those, but for heads of at most 8 components the ones without tensor cores.
+    Scalar,
+    /// The ones for every shape.
+    Plain,
+}
+
 /// How programs are carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -50,8 +61,7 @@ pub struct Options {
     pub mode: Mode,
     /// The head by products and logits in memory, whatever its shape.
     pub plain_head: bool,
-    /// Attention without its fast paths.
-    pub plain_attention: bool,
+    pub attention: Attention,
     /// Bytes of a token file that training keeps in the device's memory at most: half of what is free
     /// by default. Larger ones are drawn by the host, a few steps ahead.
     pub most_tokens: Option<u64>,
@@ -64,7 +74,7 @@ impl Options {
             numbers,
             mode: Mode::Eager,
             plain_head: false,
-            plain_attention: false,
+            attention: Attention::Auto,
             most_tokens: None,
         }
     }

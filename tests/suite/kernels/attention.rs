@@ -433,8 +433,7 @@ fn attention_of_narrow_heads_on_tensor_cores_is_right() {
     let Some(module) = module("attention_narrow_mma") else { return };
     for (at, shape) in NARROW_MMA.map(shape).iter().enumerate() {
         let turn = at % 2 == 0;
-        let (some, other) =
-            if turn { (Type::Bf16, Type::F16) } else { (Type::F16, Type::Bf16) };
+        let (some, other) = if turn { (Type::Bf16, Type::F16) } else { (Type::F16, Type::Bf16) };
         for (one, ty, sharpness) in
             [(false, some, 3.0), (false, other, SHARP), (true, other, 3.0), (true, some, SHARP)]
         {
@@ -447,11 +446,46 @@ fn attention_of_narrow_heads_on_tensor_cores_is_right() {
 fn attention_of_narrow_heads_goes_back_on_tensor_cores() {
     let Some(module) = module("attention_narrow_mma") else { return };
     for (at, shape) in NARROW_MMA.map(shape).iter().enumerate() {
-        let [some, other] = if at % 2 == 0 { [Type::Bf16, Type::F16] } else { [Type::F16, Type::Bf16] };
+        let [some, other] =
+            if at % 2 == 0 { [Type::Bf16, Type::F16] } else { [Type::F16, Type::Bf16] };
         for (one, ty) in [(false, some), (true, other)] {
             Path::narrow_mma(shape, one).goes_back(&module, ty, shape);
         }
     }
+}
+
+#[test]
+fn mistakes_of_narrow_heads_on_tensor_cores_are_seen() {
+    let lines = [(4, 4), (2, 1), (4, 1)].iter().flat_map(|(d, blocks)| {
+        ["FORWARD", "BACKWARD_Q", "BACKWARD_KV"].map(|pass| format!("    {pass}({d}, {blocks}, T)"))
+    });
+    let without: Vec<_> = lines.chain(["ENTRIES(f16)".into()]).collect();
+    let without: Vec<_> = without.iter().map(String::as_str).collect();
+    let bugs = [
+        ("own rows in one part", "low = tf32(x - high);", "low = 0.0f;"),
+        ("sums out of their range", "careful = !rows.in_range();", "careful = false;"),
+        (
+            "columns of another block",
+            "load_shared(at[1], rows + 16);",
+            "load_shared(at[1], rows + 8);",
+        ),
+        (
+            "a tile read before it is there",
+            "put<T>(planes + D, value);\n        __syncwarp();",
+            "put<T>(planes + D, value);",
+        ),
+        ("no delta", "there ? -delta[row + column] : 0.0f;", "0.0f;"),
+        ("queries taken to see what they do not", "min(clear, end) - TILE", "end - TILE"),
+        ("a query past the last", ": INT_MAX;", ": 0;"),
+        ("one warp's share of dk and dv", "turn < warps", "turn < 1"),
+    ];
+    planted_in("attention_narrow_mma", &without, &bugs, |module| {
+        let shape = shape([3, 170, 2, 1, 2]);
+        for sharpness in [3.0, SHARP] {
+            Path::narrow_mma(&shape, false).is_right(module, Type::Bf16, &shape, sharpness);
+        }
+        Path::narrow_mma(&shape, false).goes_back(module, Type::Bf16, &shape);
+    });
 }
 
 /// More tiles than stages, more than a block of rows, tails of both; the groups.
