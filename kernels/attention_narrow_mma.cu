@@ -11,27 +11,28 @@
 //     own row       high 0  high 1  low 0  low 1
 //     opposite row  0       1       0      1
 //
-// -lse, or the shift, is what the product is added to, as -delta is for dout . v: p is one exponential
-// of what leaves the tensor core, ds one product. Both go into the next product, m16n8k8, as they lie:
-// of two blocks of 8 columns, a lane holds two columns of each, which are the slots of two products,
-// and a column's number is but a matter of which row is loaded for it. Of 8 columns out, head_dim are
-// of use; forward, one more sums up p.
+// -lse, or the shift, is what the product is added to, as -delta is for dout . v: p is one
+// exponential of what leaves the tensor core, ds one product more. Both go into the next product,
+// m16n8k8, as they lie: of two blocks of 8 columns a lane holds two columns each, and any columns
+// will do for the eight that are summed up, if the row loaded for each is the right one. Of the 8
+// columns of that product head_dim are out or dq, and one more sums up p; or head_dim are dv and
+// head_dim dk.
 //
-// 16 x 8 pairs, four a lane, take          mma   ex2   mul   instructions a pair
+// 16 x 8 pairs, four a lane, take          mma   ex2   add   mul   instructions a pair
 //
-//     forward                              2     4           1.5
-//     back to q                            3     4     4     2.75
-//     back to k and v                      4     4     4     3
+//     forward                              2     4     4           2.5
+//     back to q                            3     4           4     2.75
+//     back to k and v                      4     4           4     3
 //
-// (1, 1, 1 mma more at head_dim 4) and the share of loading a tile, which falls with OWN.
+// (one mma more each at head_dim 4), and the loads, which are shared by OWN blocks.
 //
-// Rounding: a tensor core reads the upper 19 bits of p and ds. What that takes off is less than 2^-10,
-// on the average 0.72 * 2^-11; the sum of p loses as much as the sum of p v, and the other sums are
-// given the average back.
+// Rounding: a tensor core reads the upper 19 bits of p and ds. That takes off less than 2^-10, on
+// the average 0.72 * 2^-11. Of out it takes as much as of the sum that out is divided by, lse comes
+// of the whole p, and the other sums are given the average back.
 //
-// The shift is the highest score of a row's first tiles: f32 holds what is up to 2^100 above it, and
-// what is 2^126 below it is nothing in a sum that is 1 at least. The few rows whose later scores rise
-// further are seen by their sums, and the warp's rows done again with a maximum that is kept.
+// The shift is the highest score of a row's first tiles: f32 holds what is up to 2^100 above it,
+// and what is 2^126 below it is nothing in a sum of 1 at least. If scores rise further, a sum shows
+// it, and the warp's rows are done once more, with a maximum that is kept.
 //
 // Launch: see each entry. Rows are aligned to their own size.
 #include "lib/attention.cuh"
@@ -66,20 +67,31 @@ __device__ inline const P *opaque(const P *x) {
     return x;
 }
 
-// One number of each of a tile's 32 rows. Two of them lie 12 banks apart: what eight lanes load of
-// them as 16 bytes each meets no conflict, but one at head_dim 4.
-struct Plane {
-    float at[44];
+// D of an m16n8 product, with t = lane % 4: of the row lane / 4, the columns 2 t and 2 t + 1; of
+// the row 8 below, the same.
+using Product = float[4];
 
-    // Where a lane finds the rows that are its column of the blocks 0 to 3, of a first product.
+// A tile is four blocks of 8 columns: its row j is column j / 4 of block j % 4. So what a lane
+// needs of neighbouring blocks lies side by side, and its columns 2 t and 2 t + 1 of a block are
+// the rows
+__device__ inline int tile_row(int block, int column) {
+    return 8 * (threadIdx.x % 4) + 4 * column + block;
+}
+
+// One number of each of a tile's 32 rows. Neighbours of these lie 2 banks apart: what 16 lanes load
+// of them meets no conflict, but where components are four.
+struct alignas(8) Plane {
+    float at[34];
+
+    // Where this lane finds its column of the blocks 0 to 3 for a first product.
     __device__ uint32_t left() const { return shared_address(at + threadIdx.x % WARP / 4 * 4); }
-    // The same of the columns of a second product; those of the upper column are 4 further.
-    __device__ uint32_t right() const { return shared_address(at + threadIdx.x % 4 * 8); }
+    // And column 2 t for a second one; column 2 t + 1 is 16 bytes behind it.
+    __device__ uint32_t right() const { return shared_address(at + tile_row(0, 0)); }
 };
 
-// Of four blocks of 8 columns, what their sums begin with: lane % 4 finds its two columns of block i,
-// once for each of its two rows.
-struct Starts {
+// What the products of each block begin with, of one number a column: as lane t takes it up, for
+// both of its rows.
+struct alignas(16) Starts {
     float at[4][4][4];
 
     __device__ void put(int row, float x) {
@@ -88,17 +100,8 @@ struct Starts {
     }
 };
 
-// Row j of a tile is column j / 4 of block j % 4. So the columns of a lane, 2 t and 2 t + 1 with
-// t = lane % 4, are the rows
-__device__ inline int tile_row(int block, int column) {
-    return 8 * (threadIdx.x % 4) + 4 * column + block;
-}
-
-// D of an m16n8 product: of the row lane / 4, columns 2 t and 2 t + 1; of the row 8 below, the same.
-using Product = float[4];
-
-// Both columns of a row. The second goes a way that the compiler cannot look through: as a copy of the
-// first it would share its register, and be copied into place for each product.
+// Both columns of a row. The second goes a way that the compiler cannot look through: as a known
+// copy it would share the first one's register, and be copied into place for each product.
 __device__ inline void set(Product &to, int half, float x) {
     to[2 * half] = x;
     to[2 * half + 1] = __shfl_sync(ALL, x, threadIdx.x % WARP);
@@ -109,7 +112,7 @@ template <int OWN, int PARTS>
 struct Left {
     float at[OWN][PARTS][2];
 
-    // Component c = t % D of a block's row lane / 4 + 8 half is x: in a high and a low part, the second
+    // Component t % D of a block's row lane / 4 + 8 half is x: in a high and a low part, the second
     // in the slots that are left or in a product of its own.
     template <int D>
     __device__ void split(int block, int half, float x) {
@@ -135,12 +138,12 @@ struct Left {
     }
 };
 
-// The right operand of a second product, as a lane holds it: a number of the tile rows that are its
-// columns of the blocks i and i + 1.
+// The right operand of two second products: of the column lane / 4, a number of the tile rows that
+// are columns 2 t, or 2 t + 1, of two neighbouring blocks.
 struct Right {
     float at[2][2];
 
-    __device__ Right(uint32_t rows) {
+    __device__ explicit Right(uint32_t rows) {
         load_shared(at[0], rows);
         load_shared(at[1], rows + 16);
     }
@@ -190,7 +193,8 @@ __device__ inline void put(Plane *planes, uint2 row) {
     put<T>(planes + 2, row.y);
 }
 
-// Keys and values of a head, tile by tile. Behind the last comes the last once more: nobody sees it.
+// Keys and values of a head, tile by tile. Behind the last comes the last once more: nobody sees
+// it.
 template <typename T, int D>
 struct Keys {
     const Row<D> *k, *v;
@@ -215,7 +219,6 @@ struct Keys {
 // The query rows of a warp: `first` and those behind it.
 template <int D, int OWN>
 struct Queries {
-    static constexpr int ROWS = BLOCK * OWN;
     Left<OWN, D / 2> q;
     const uint32_t *first_key;
     int first, context, lane;
@@ -258,6 +261,7 @@ struct Queries {
     __device__ void mask(Product &scores, int block, int tile, int i) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            // Else all of them would be kept in registers.
             const int row = column(block, half), from = from_of(block, opaque(half));
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -311,7 +315,7 @@ struct Forward : Queries<D, OWN> {
         float keys[2][2];
         load_shared(keys[0], keys_at);
         load_shared(keys[1], keys_at + 8);
-        const Right rights[2] = {values_at, values_at + 8};
+        const Right rights[2] = {Right(values_at), Right(values_at + 8)};
         const Product zero = {};
 #pragma unroll
         for (int m = 0; m < OWN; m++) {
@@ -373,8 +377,8 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     Plane *planes = tiles[warp];
     planes[2 * D].at[lane] = 1.0f;
-    // What the columns from D on sum up: of one of them use is made.
     const uint32_t keys_at = planes[lane % D].left();
+    // The columns from D on sum up p; one of them is of use.
     const uint32_t values_at = planes[D + min(lane / 4, D)].right();
     const int chunks = (shape.context + CHUNK - 1) / CHUNK, heads = shape.windows * shape.heads;
     for (int task = blockIdx.x * WARPS + warp; task < chunks * heads; task += gridDim.x * WARPS) {
@@ -418,7 +422,7 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
                 float sum = rows.sum[m][half];
                 sum += __shfl_xor_sync(ALL, sum, 1);
                 sum += __shfl_xor_sync(ALL, sum, 2);
-                // What the same p as in `out` sum up to.
+                // What p as `out` has it sums up to.
                 const float weight =
                     __shfl_sync(ALL, rows.sums[m][2 * half], lane / 4 * 4 + D / 2);
                 if (column >= shape.context) continue;
@@ -473,7 +477,7 @@ __device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *f
                            const float *lse, const float *delta, const T *dout, T *dq,
                            const Heads shape) {
     constexpr int CHUNK = BLOCK * OWN;
-    // Components of k, of v, and as many ones as make four planes of those.
+    // Components of k, of v, and ones, for the slots that v leaves.
     __shared__ Plane tiles[WARPS][D + 4];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     Plane *planes = tiles[warp];
@@ -513,7 +517,7 @@ __device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *f
         const int end = min(first + CHUNK, shape.context);
 
         Keys<T, D> keys{rows_at<Row<D>>(k + key_row * D), rows_at<Row<D>>(v + key_row * D),
-                            shape.context - 1, planes};
+                        shape.context - 1, planes};
         keys.fetch(begin);
         const int last_clear = first + 1 - TILE;
         for (int tile = begin;; tile += TILE) {
@@ -540,8 +544,8 @@ __device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *f
     }
 }
 
-// Queries of a head, tile by tile, and what the way back needs of them beside q and dout. Behind the
-// last comes the last once more.
+// Queries of a head, tile by tile, and what the way back needs of them beside q and dout. Behind
+// the last comes the last once more.
 template <typename T, int D>
 struct Stream {
     struct Tile {
@@ -584,13 +588,13 @@ struct BackwardKV {
     // dv in the columns from 0 on, dk in those from D on.
     Product sums[OWN];
     int first, lane;
+    // Where this lane finds, in a tile, q (and D planes behind it dout) for the first products,
+    // dout and q for the second ones, and what the first ones begin with.
+    uint32_t left_at, dout_at, q_at, starts_at;
 
     __device__ int column(int block, int half) const {
         return first + BLOCK * block + 8 * half + lane / 4;
     }
-
-    // Of a tile: q, dout 4 D times as far; dout and q on the right; what products begin with.
-    uint32_t left_at, dout_at, q_at, starts_at;
 
     template <bool MASKED, typename Tile>
     __device__ void add(const Tile &tile, int first_query) {
@@ -631,13 +635,16 @@ struct BackwardKV {
     }
 };
 
+// Warps of a block.
+__host__ __device__ constexpr int most_warps(int own) { return own == 1 ? 8 : 4; }
+
 // A block takes one run of keys; its warps share out the query heads, and are added in their order.
 template <int D, int OWN, typename T>
 __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *first_key,
                             const float *lse, const float *delta, const T *dout, T *dk, T *dv,
                             const Heads shape) {
     constexpr int CHUNK = BLOCK * OWN;
-    __shared__ typename Stream<T, D>::Tile tiles[WARPS];
+    __shared__ typename Stream<T, D>::Tile tiles[most_warps(OWN)];
     // dv and dk.
     __shared__ float sums[CHUNK][2 * D];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -670,8 +677,7 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
             }
         }
         // Queries from `clear` on may not see all of these keys; from `end` on none sees any.
-        const int window = static_cast<int>(shape.window(kv_head * shape.group()));
-        const uint32_t *firsts = first_key + static_cast<size_t>(window) * shape.context;
+        const uint32_t *firsts = first_key + shape.window(kv_head * shape.group()) * shape.context;
         int clear = shape.context, end = first;
         for (int column = first + lane; column < shape.context; column += WARP) {
             const int seen = first_seen(firsts, column);
@@ -737,12 +743,12 @@ constexpr int blocks(int head_dim, int own) {
 
 // Entries are named for head_dim and blocks of 16 rows a warp: several make the most of a tile, one
 // makes the most warps where there are few rows in all. Launch of forward and back to q: blocks of
-// 128 threads, a grid along x of any size; a warp for every 16 OWN rows of a head is best. Of back to
-// k and v: blocks of one to four warps, best as many as query heads share a key/value head; a block
-// for every 16 OWN rows of a key/value head.
+// 128 threads, a grid along x of any size; a warp for every 16 OWN rows of a head is best. Of back
+// to k and v: blocks of one to four warps, of one block of rows a warp to eight, best as many as
+// query heads share a key/value head; a block for every 16 OWN rows of a key/value head.
 
 #define FORWARD(D, OWN, T)                                                                         \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                                 \
+    extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                              \
     attention_narrow_mma_##D##_##OWN##_##T(                                                        \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
@@ -751,7 +757,7 @@ constexpr int blocks(int head_dim, int own) {
     }
 
 #define BACKWARD_Q(D, OWN, T)                                                                      \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                                 \
+    extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                              \
     attention_narrow_mma_backward_q_##D##_##OWN##_##T(                                             \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
@@ -762,7 +768,8 @@ constexpr int blocks(int head_dim, int own) {
     }
 
 #define BACKWARD_KV(D, OWN, T)                                                                     \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                                 \
+    extern "C" __global__ void                                                                     \
+    __launch_bounds__(32 * most_warps(OWN), blocks(D, OWN) * 4 / most_warps(OWN))                  \
     attention_narrow_mma_backward_kv_##D##_##OWN##_##T(                                            \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \

@@ -86,7 +86,10 @@ impl Path {
                 let rows = 16 * blocks_a_warp(pass, shape);
                 match pass {
                     Pass::Forward | Pass::BackwardQ => Shape::linear(runs(rows).div_ceil(4), 128),
-                    Pass::BackwardKv => Shape::linear(runs(rows), 32 * shape.group().min(4)),
+                    Pass::BackwardKv => {
+                        let most = if rows == 16 { 8 } else { 4 };
+                        Shape::linear(runs(rows), 32 * shape.group().min(most))
+                    }
                 }
             }
             Path::Mma => {

@@ -408,8 +408,9 @@ fn attentions(size: Size) -> Vec<Heads> {
             heads(2, 65, 2, 1, 128),
             heads(1, 20, 2, 1, 34),
             heads(4, 1, 2, 2, 64),
-            // So many rows that narrow heads give a lane several.
+            // So many rows that narrow heads give a lane several, or a warp several blocks.
             heads(67, 3, 16, 4, 2),
+            heads(67, 2, 16, 4, 4),
             heads(67, 2, 16, 2, 8),
         ],
         [
@@ -421,6 +422,7 @@ fn attentions(size: Size) -> Vec<Heads> {
         [
             heads(64, 512, 32, 4, 2),
             heads(1, 512, 32, 4, 2),
+            heads(64, 512, 16, 4, 4),
             heads(64, 512, 8, 2, 8),
             heads(16, 512, 12, 4, 32),
             heads(16, 1024, 12, 12, 64),

@@ -202,7 +202,7 @@ impl Path {
         };
         Path {
             entries: [("", 4), ("_backward_q", 4), ("_backward_kv", several)].map(entry),
-            launch: [(1, 4), (1, 4), (2, group.min(4))]
+            launch: [(1, 4), (1, 4), (2, group.min(if one { 8 } else { 4 }))]
                 .map(|(grid, warps)| Config::linear(grid, 32 * warps)),
             takes_head_dim: false,
         }
