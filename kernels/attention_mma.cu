@@ -40,24 +40,6 @@ __host__ __device__ constexpr Tiling tiling(Pass pass, int head_dim) {
     }
 }
 
-template <typename T>
-__device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, bf16>) {
-        multiply_add_bf16(d, a, b0, b1);
-    } else {
-        multiply_add_f16(d, a, b0, b1);
-    }
-}
-
-template <typename T>
-__device__ inline uint32_t pack(float low, float high) {
-    if constexpr (std::is_same_v<T, bf16>) {
-        return pack_bf16(low, high);
-    } else {
-        return pack_f16(low, high);
-    }
-}
-
 // ROWS rows of D components in shared memory.
 template <int D, int ROWS>
 struct Rows {

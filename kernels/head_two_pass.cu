@@ -13,12 +13,12 @@
 // Pass 2, `head_words`: a block owns 128 rows of w and streams x; with S known, a gradient is one
 // exponential. The rows may be split among blocks: `head_words_join` adds the parts up.
 //
-// What enters a second product is rounded to bf16: exp(z - max) without the target's in pass 1,
-// exp(z) / S - onehot in pass 2. The target's own share of dx, (exp(z[target]) / S - 1) w[target], is
-// added in f32 by `head_join`: of a token that is all but known it is a small difference, which a
-// rounding before it would drown.
+// What enters a second product is rounded to T: exp(z - max) without the target's in pass 1,
+// exp(z) / S - onehot in pass 2, both times 2^LIFT. The target's own share of dx,
+// (exp(z[target]) / S - 1) w[target], is added in f32 by `head_join`: of a token that is all but known
+// it is a small difference, which a rounding before it would drown. loss_scale comes last, in f32.
 //
-// x, dx: [rows, hidden], w: [vocab, hidden] in bf16; dw: [vocab, hidden] in f32; targets, argmax:
+// x, dx: [rows, hidden], w: [vocab, hidden] in T; dw: [vocab, hidden] in f32; targets, argmax:
 // [rows] u32; nll: [rows] f32. A target beyond the vocabulary is ignored. No overlaps. Where hidden is
 // no multiple of 8 or a pointer none of 16 bytes, rows come in by single values: right, and slow.
 // Pass 1: 4 rows vocab hidden FLOPs, rows vocab exponentials, 4 rows hidden + 2 vocab hidden + 8 rows
@@ -36,6 +36,16 @@ constexpr float LOWEST = -1e30f;
 constexpr unsigned ALL = 0xffffffffu;
 
 constexpr uint32_t IGNORE = 0xffffffffu;
+
+using f16 = half;
+
+// What lies in [-1, 1] enters a product times 2^LIFT: an f16 has 11 bits only from 2^-14 on and ends
+// at 2^16, so this puts the words whose share is as small as 2^-29 where they keep theirs, and those
+// to 2^-39 above zero. In bf16 there is no need.
+template <typename T>
+constexpr int LIFT = std::is_same_v<T, f16> ? 15 : 0;
+template <typename T>
+constexpr float UNLIFT = 1.0f / (1 << LIFT<T>);
 
 constexpr int OWNED = 128;  // rows a block owns
 constexpr int TILE = 64;    // rows it streams at a time, one tile while the next one comes in
@@ -79,9 +89,9 @@ constexpr int TILE_BYTES = TILE * PITCH<WIDTH>;
 struct Scratch {
     size_t padded;
     float *hit;        // [padded]: the target's logit
-    float *lse;        // [padded]: in base 2; infinite where nothing counts
+    float *lse;        // [padded]: in base 2, less LIFT; infinite where nothing counts
     uint32_t *label;   // [padded]: the target, IGNORE where nothing counts
-    float *miss;       // [padded]: 1 - exp(z[target]) / S
+    float *miss;       // [padded]: 1 - exp(z[target]) / S, times 2^LIFT
     float *max, *sum;  // [splits, padded]: the sum without the target's share
     int *best;         // [splits, padded]
     float *dx;         // [splits, padded, width]: sum of exp(z - max) w without the target's share
@@ -101,14 +111,14 @@ struct Scratch {
 
 // The block starts to copy COUNT rows of a matrix, from row `first`, into a tile; rows from `limit`
 // and columns from `hidden` on are zero. Without `vectors` it copies by plain loads.
-template <int WIDTH, int COUNT>
-__device__ void copy_rows(unsigned char *tile, const bf16 *matrix, int first, int limit, int hidden,
+template <int WIDTH, int COUNT, typename T>
+__device__ void copy_rows(unsigned char *tile, const T *matrix, int first, int limit, int hidden,
                           bool vectors) {
-    constexpr int N = FULL<bf16>, CHUNKS = WIDTH / N, AT_ONCE = THREADS<WIDTH> / CHUNKS;
+    constexpr int N = FULL<T>, CHUNKS = WIDTH / N, AT_ONCE = THREADS<WIDTH> / CHUNKS;
     const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * N;
-    unsigned char *to = tile + row * PITCH<WIDTH> + column * sizeof(bf16);
+    unsigned char *to = tile + row * PITCH<WIDTH> + column * sizeof(T);
     if (vectors) {
-        const bf16 *from = matrix + static_cast<size_t>(first + row) * hidden + column;
+        const T *from = matrix + static_cast<size_t>(first + row) * hidden + column;
         const int rows = column < hidden ? limit - first - row : 0;
 #pragma unroll
         for (int i = 0; i < COUNT; i += AT_ONCE) {
@@ -126,12 +136,12 @@ __device__ void copy_rows(unsigned char *tile, const bf16 *matrix, int first, in
         for (int k = 0; k < N; k++) {
             values[k] = there && column + k < hidden ? widen(matrix[at + k]) : 0.0f;
         }
-        store(reinterpret_cast<bf16 *>(to + i * PITCH<WIDTH>), values);
+        store(reinterpret_cast<T *>(to + i * PITCH<WIDTH>), values);
     }
 }
 
 // The rows a warp owns, and their products with the rows that are streamed past.
-template <int WIDTH>
+template <typename T, int WIDTH>
 struct Owned {
     static constexpr int STRIPS = Cut<WIDTH>::STRIPS, GROUP = Cut<WIDTH>::GROUP;
     // A product of strips by N columns: thread t of a warp holds, of strip s and eight columns j, the
@@ -181,14 +191,14 @@ struct Owned {
                 load_matrices(b, at + j * 8 * PITCH<WIDTH> + k * 32);
 #pragma unroll
                 for (int s = 0; s < STRIPS; s++) {
-                    multiply_add_bf16(z[s][j], rows[s][k], b[0], b[1]);
-                    multiply_add_bf16(z[s][j + 1], rows[s][k], b[2], b[3]);
+                    multiply_add<T>(z[s][j], rows[s][k], b[0], b[1]);
+                    multiply_add<T>(z[s][j + 1], rows[s][k], b[2], b[3]);
                 }
             }
         }
     }
 
-    // sums += p, rounded to bf16, by GROUP streamed rows.
+    // sums += p, rounded to T, by GROUP streamed rows.
     __device__ void add(Product<WIDTH> &sums, const Product<GROUP> &p,
                         const unsigned char *streamed) const {
         const uint32_t at = shared_address(streamed) + lane % 16 * PITCH<WIDTH> + lane / 16 * 16;
@@ -200,7 +210,7 @@ struct Owned {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float *pair = &p[s][2 * k + i / 2][i % 2 * 2];
-                    a[s][i] = pack_bf16(pair[0], pair[1]);
+                    a[s][i] = pack<T>(pair[0], pair[1]);
                 }
             }
 #pragma unroll
@@ -209,8 +219,8 @@ struct Owned {
                 load_matrices_transposed(b, at + k * 16 * PITCH<WIDTH> + j * 16);
 #pragma unroll
                 for (int s = 0; s < STRIPS; s++) {
-                    multiply_add_bf16(sums[s][j], a[s], b[0], b[1]);
-                    multiply_add_bf16(sums[s][j + 1], a[s], b[2], b[3]);
+                    multiply_add<T>(sums[s][j], a[s], b[0], b[1]);
+                    multiply_add<T>(sums[s][j + 1], a[s], b[2], b[3]);
                 }
             }
         }
@@ -227,21 +237,21 @@ __device__ inline float sum_of_row(float x) {
     return x + __shfl_xor_sync(ALL, x, 2);
 }
 
-template <int WIDTH>
-__device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets, float *scratch_at,
+template <int WIDTH, typename T>
+__device__ void pass_rows(const T *x, const T *w, const uint32_t *targets, float *scratch_at,
                           int rows, int vocab, int hidden, int split_words, bool gradient) {
     constexpr int STRIPS = Cut<WIDTH>::STRIPS, GROUP = Cut<WIDTH>::GROUP;
     extern __shared__ __align__(16) unsigned char memory[];
     const Scratch scratch(scratch_at, rows, gridDim.y);
     const int first = blockIdx.x * OWNED;
     const int begin = blockIdx.y * split_words, end = min(vocab, begin + split_words);
-    const bool vectors = hidden % FULL<bf16> == 0 && aligned(x, w);
+    const bool vectors = hidden % FULL<T> == 0 && aligned(x, w);
 
     copy_rows<WIDTH, OWNED>(memory, x, first, rows, hidden, vectors);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    const Owned<WIDTH> own(memory);
+    const Owned<T, WIDTH> own(memory);
     __syncthreads();
     copy_rows<WIDTH, TILE>(memory, w, begin, end, hidden, vectors);
     commit_copies();
@@ -262,7 +272,7 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
             if (target[s][h] >= vocab) target[s][h] = IGNORE;
         }
     }
-    typename Owned<WIDTH>::template Product<WIDTH> dx = {};
+    typename Owned<T, WIDTH>::template Product<WIDTH> dx = {};
 
     int stage = 0;
     for (int tile = begin; tile < end; tile += TILE) {
@@ -278,7 +288,7 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
         }
 #pragma unroll 1
         for (int word = tile; word < min(end, tile + TILE); word += GROUP) {
-            typename Owned<WIDTH>::template Product<GROUP> z;
+            typename Owned<T, WIDTH>::template Product<GROUP> z;
             own.scores(z, streamed);
             if (word + GROUP > end) {
 #pragma unroll
@@ -360,7 +370,7 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
             for (int s = 0; s < STRIPS; s++) {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    const float shift = max[s][h] * LOG2_E;
+                    const float shift = max[s][h] * LOG2_E - LIFT<T>;
 #pragma unroll
                     for (int j = 0; j < GROUP / 8; j++) {
 #pragma unroll
@@ -384,20 +394,21 @@ __device__ void pass_rows(const bf16 *x, const bf16 *w, const uint32_t *targets,
             const float all = sum_of_row(sum[s][h]);
             if (own.lane % 4 == 0) {
                 scratch.max[at] = max[s][h];
-                scratch.sum[at] = all;
+                scratch.sum[at] = all * UNLIFT<T>;
             }
             if (!gradient) continue;
 #pragma unroll
             for (int j = 0; j < WIDTH / 8; j++) {
-                const float pair[2] = {dx[s][j][2 * h], dx[s][j][2 * h + 1]};
+                const float pair[2] = {dx[s][j][2 * h] * UNLIFT<T>,
+                                       dx[s][j][2 * h + 1] * UNLIFT<T>};
                 store(scratch.dx + static_cast<size_t>(at) * WIDTH + own.column(j, 0), pair);
             }
         }
     }
 }
 
-template <int WIDTH>
-__device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale, float *scratch_at,
+template <int WIDTH, typename T>
+__device__ void pass_words(const T *x, const T *w, const float *loss_scale, float *scratch_at,
                            float *dw, float *partials, int rows, int vocab, int hidden,
                            int split_rows) {
     constexpr int STRIPS = Cut<WIDTH>::STRIPS, GROUP = Cut<WIDTH>::GROUP;
@@ -407,13 +418,13 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
     const Scratch scratch(scratch_at, rows, 0);
     const int first = blockIdx.x * OWNED;
     const int begin = blockIdx.y * split_rows, end = min(rows, begin + split_rows);
-    const bool vectors = hidden % FULL<bf16> == 0 && aligned(x, w);
+    const bool vectors = hidden % FULL<T> == 0 && aligned(x, w);
 
     copy_rows<WIDTH, OWNED>(memory, w, first, vocab, hidden, vectors);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    const Owned<WIDTH> own(memory);
+    const Owned<T, WIDTH> own(memory);
     __syncthreads();
     const auto copy = [&](int stage, int tile) {
         copy_rows<WIDTH, TILE>(memory + stage * TILE_BYTES<WIDTH>, x, tile, end, hidden, vectors);
@@ -426,7 +437,7 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
     };
     if (begin < end) copy(0, begin);
 
-    typename Owned<WIDTH>::template Product<WIDTH> sums = {};
+    typename Owned<T, WIDTH>::template Product<WIDTH> sums = {};
     int stage = 0;
     for (int tile = begin; tile < end; tile += TILE) {
         // This tile has come, and everybody is done with the one before it.
@@ -438,7 +449,7 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
         stage ^= 1;
         if (tile + TILE < end) copy(stage, tile + TILE);
         for (int group = 0; group < TILE; group += GROUP) {
-            typename Owned<WIDTH>::template Product<GROUP> p;
+            typename Owned<T, WIDTH>::template Product<GROUP> p;
             own.scores(p, streamed + group * PITCH<WIDTH>);
 #pragma unroll
             for (int j = 0; j < GROUP / 8; j++) {
@@ -472,7 +483,7 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
         }
     }
 
-    const float scale = *loss_scale;
+    const float scale = *loss_scale * UNLIFT<T>;
 #pragma unroll
     for (int s = 0; s < STRIPS; s++) {
 #pragma unroll
@@ -483,7 +494,8 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
                 if (word >= vocab || column >= hidden) continue;
                 const size_t at = static_cast<size_t>(word) * hidden + column;
                 if (partials != nullptr) {
-                    partials[static_cast<size_t>(blockIdx.y) * vocab * hidden + at] = sums[s][j][e];
+                    partials[static_cast<size_t>(blockIdx.y) * vocab * hidden + at] =
+                        sums[s][j][e] * UNLIFT<T>;
                 } else {
                     dw[at] += scale * sums[s][j][e];
                 }
@@ -492,47 +504,11 @@ __device__ void pass_words(const bf16 *x, const bf16 *w, const float *loss_scale
     }
 }
 
-// Pass 1. Launch: blocks of THREADS threads; a grid of (rows / OWNED, parts), both rounded up, with
-// `split_words` words a part, a multiple of TILE, and no part empty; STAGES * TILE_BYTES bytes of
-// dynamic shared memory. Without `gradient`, the loss alone.
-#define ROWS_PARAMETERS                                                                           \
-    const bf16 *__restrict__ x, const bf16 *__restrict__ w, const uint32_t *__restrict__ targets, \
-        float *__restrict__ scratch, int rows, int vocab, int hidden, int split_words, int gradient
-#define ROWS_ARGUMENTS x, w, targets, scratch, rows, vocab, hidden, split_words, gradient != 0
-
-extern "C" __global__ void __launch_bounds__(THREADS<32>, Cut<32>::BLOCKS)
-head_rows_32_bf16(ROWS_PARAMETERS) { pass_rows<32>(ROWS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<64>, Cut<64>::BLOCKS)
-head_rows_64_bf16(ROWS_PARAMETERS) { pass_rows<64>(ROWS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<128>, Cut<128>::BLOCKS)
-head_rows_128_bf16(ROWS_PARAMETERS) { pass_rows<128>(ROWS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<256>, Cut<256>::BLOCKS)
-head_rows_256_bf16(ROWS_PARAMETERS) { pass_rows<256>(ROWS_ARGUMENTS); }
-
-// Pass 2. Launch: as pass 1, with a grid of (vocab / OWNED, parts of the rows) and 12 STAGES * TILE
-// bytes of shared memory more. `partials`: [parts, vocab, hidden], or null where there is one part.
-#define WORDS_PARAMETERS                                                                         \
-    const bf16 *__restrict__ x, const bf16 *__restrict__ w, const float *__restrict__ loss_scale, \
-        float *__restrict__ scratch, float *__restrict__ dw, float *__restrict__ partials,       \
-        int rows, int vocab, int hidden, int split_rows
-#define WORDS_ARGUMENTS x, w, loss_scale, scratch, dw, partials, rows, vocab, hidden, split_rows
-
-extern "C" __global__ void __launch_bounds__(THREADS<32>, Cut<32>::BLOCKS)
-head_words_32_bf16(WORDS_PARAMETERS) { pass_words<32>(WORDS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<64>, Cut<64>::BLOCKS)
-head_words_64_bf16(WORDS_PARAMETERS) { pass_words<64>(WORDS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<128>, Cut<128>::BLOCKS)
-head_words_128_bf16(WORDS_PARAMETERS) { pass_words<128>(WORDS_ARGUMENTS); }
-extern "C" __global__ void __launch_bounds__(THREADS<256>, Cut<256>::BLOCKS)
-head_words_256_bf16(WORDS_PARAMETERS) { pass_words<256>(WORDS_ARGUMENTS); }
-
 // Adds up the parts of pass 1: nll, argmax, dx (null for the loss alone), and what pass 2 asks for.
-// Launch: blocks of (32, 8) threads, `padded` / 8 of them; `width` and `splits` are pass 1's.
-extern "C" __global__ void __launch_bounds__(256)
-head_join_bf16(const bf16 *__restrict__ w, const uint32_t *__restrict__ targets,
-               const float *__restrict__ loss_scale, float *scratch_at, float *__restrict__ nll,
-               uint32_t *__restrict__ argmax, bf16 *__restrict__ dx, int rows, int vocab, int hidden,
-               int width, int splits) {
+template <typename T>
+__device__ void join(const T *w, const uint32_t *targets, const float *loss_scale,
+                     float *scratch_at, float *nll, uint32_t *argmax, T *dx, int rows, int vocab,
+                     int hidden, int width, int splits) {
     const Scratch scratch(scratch_at, rows, splits);
     const size_t row = blockIdx.x * blockDim.y + threadIdx.y;
     const uint32_t target = row < rows ? targets[row] : IGNORE;
@@ -557,9 +533,9 @@ head_join_bf16(const bf16 *__restrict__ w, const uint32_t *__restrict__ targets,
     const float all = others + exp2_approx((hit - max) * LOG2_E);
     const float miss = others / all;
     if (threadIdx.x == 0) {
-        scratch.lse[row] = counts ? max * LOG2_E + log2f(all) : INFINITY;
+        scratch.lse[row] = counts ? max * LOG2_E + log2f(all) - LIFT<T> : INFINITY;
         scratch.label[row] = counts ? target : IGNORE;
-        scratch.miss[row] = miss;
+        scratch.miss[row] = miss * (1 << LIFT<T>);
         if (row < rows) {
             nll[row] = counts ? logf(all) + (max - hit) : 0.0f;
             argmax[row] = best;
@@ -575,9 +551,58 @@ head_join_bf16(const bf16 *__restrict__ w, const uint32_t *__restrict__ targets,
         }
         sum /= all;
         if (counts) sum -= miss * widen(w[static_cast<size_t>(target) * hidden + column]);
-        dx[row * hidden + column] = narrow<bf16>(scale * sum);
+        dx[row * hidden + column] = narrow<T>(scale * sum);
     }
 }
+
+// Pass 1. Launch: blocks of THREADS threads; a grid of (rows / OWNED, parts), both rounded up, with
+// `split_words` words a part, a multiple of TILE, and no part empty; STAGES * TILE_BYTES bytes of
+// dynamic shared memory. Without `gradient`, the loss alone.
+#define ROWS(WIDTH, T)                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS<WIDTH>, Cut<WIDTH>::BLOCKS)               \
+    head_rows_##WIDTH##_##T(const T *__restrict__ x, const T *__restrict__ w,                      \
+                            const uint32_t *__restrict__ targets, float *__restrict__ scratch,     \
+                            int rows, int vocab, int hidden, int split_words, int gradient) {      \
+        pass_rows<WIDTH>(x, w, targets, scratch, rows, vocab, hidden, split_words, gradient != 0); \
+    }
+
+// Pass 2. Launch: as pass 1, with a grid of (vocab / OWNED, parts of the rows) and 12 STAGES * TILE
+// bytes of shared memory more. `partials`: [parts, vocab, hidden], or null where there is one part.
+#define WORDS(WIDTH, T)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS<WIDTH>, Cut<WIDTH>::BLOCKS)               \
+    head_words_##WIDTH##_##T(const T *__restrict__ x, const T *__restrict__ w,                     \
+                             const float *__restrict__ loss_scale, float *__restrict__ scratch,    \
+                             float *__restrict__ dw, float *__restrict__ partials, int rows,       \
+                             int vocab, int hidden, int split_rows) {                              \
+        pass_words<WIDTH>(x, w, loss_scale, scratch, dw, partials, rows, vocab, hidden,            \
+                          split_rows);                                                             \
+    }
+
+// Launch of the join: blocks of (32, 8) threads, `padded` / 8 of them; `width` and `splits` are those of
+// pass 1.
+#define JOIN(T)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    head_join_##T(const T *__restrict__ w, const uint32_t *__restrict__ targets,                   \
+                  const float *__restrict__ loss_scale, float *scratch, float *__restrict__ nll,   \
+                  uint32_t *__restrict__ argmax, T *__restrict__ dx, int rows, int vocab,          \
+                  int hidden, int width, int splits) {                                             \
+        join(w, targets, loss_scale, scratch, nll, argmax, dx, rows, vocab, hidden, width,         \
+             splits);                                                                              \
+    }
+
+#define ENTRIES(T)                                                                                 \
+    ROWS(32, T)                                                                                    \
+    ROWS(64, T)                                                                                    \
+    ROWS(128, T)                                                                                   \
+    ROWS(256, T)                                                                                   \
+    JOIN(T)                                                                                        \
+    WORDS(32, T)                                                                                   \
+    WORDS(64, T)                                                                                   \
+    WORDS(128, T)                                                                                  \
+    WORDS(256, T)
+
+ENTRIES(bf16)
+ENTRIES(f16)
 
 // Adds up the parts of pass 2: dw += loss_scale * their sum; `count` is vocab * hidden. Launch: blocks
 // of 256 threads along x, any number of them.

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstdint>
+#include <type_traits>
 
 // 2^x in one instruction: 2 ulp off at most, 0 for a result below 2^-126.
 __device__ inline float exp2_approx(float x) {
@@ -75,6 +76,25 @@ __device__ inline void multiply_add_f16(float (&d)[4], const uint32_t (&a)[4], u
 __device__ inline uint32_t pack_f16(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+// Both by type.
+template <typename T>
+__device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        multiply_add_bf16(d, a, b0, b1);
+    } else {
+        multiply_add_f16(d, a, b0, b1);
+    }
+}
+template <typename T>
+__device__ inline uint32_t pack(float low, float high) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        return pack_bf16(low, high);
+    } else {
+        return pack_f16(low, high);
+    }
 }
 
 // A float rounded to the 19 bits that a tensor core reads of it.

@@ -115,10 +115,11 @@ impl Split {
 }
 
 impl TwoPass {
-    /// The one rule of what takes the two passes: bf16, at most 256 wide, and not told otherwise.
+    /// The one rule of what takes the two passes: two-byte numbers, at most 256 wide, and not told
+    /// otherwise.
     fn of(o: &HeadLoss, numbers: Type, plain: bool) -> Option<TwoPass> {
         let (vocab, hidden) = (o.w.rows, o.w.cols);
-        if plain || numbers != Type::Bf16 || hidden > MOST_HIDDEN {
+        if plain || numbers == Type::F32 || hidden > MOST_HIDDEN {
             return None;
         }
         Some(TwoPass {

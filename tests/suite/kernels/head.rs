@@ -203,6 +203,7 @@ impl Head {
     fn run(
         &self,
         module: &Module,
+        ty: Type,
         [x, w, dw]: [&[f64]; 3],
         targets: &[u32],
         training: bool,
@@ -214,8 +215,7 @@ impl Head {
         let padded = rows.next_multiple_of(128);
         let words = 4 * padded + splits.0 * padded * if training { 3 + width } else { 3 };
         let offset = if aligned { 0 } else { 2 };
-        let operand =
-            |values: &[f64]| Piece::In([vec![0; offset], Type::Bf16.bytes(values)].concat());
+        let operand = |values: &[f64]| Piece::In([vec![0; offset], ty.bytes(values)].concat());
         let memory = [
             operand(x),
             operand(w),
@@ -244,7 +244,7 @@ impl Head {
         let mut arguments: Vec<Piece> = [x, w, targets, scratch].map(at).into();
         arguments.extend(shape());
         arguments.extend([number(split_words), number(usize::from(training))]);
-        let entry = format!("head_rows_{width}_bf16");
+        let entry = format!("head_rows_{width}_{}", ty.suffix());
         let grid = [padded / 128, splits.0];
         launches.push(launch(&entry, grid, [threads, 1, 1], shared, arguments));
 
@@ -252,13 +252,14 @@ impl Head {
             [w, targets, scale, scratch, nll, argmax, dx].map(at).into();
         arguments.extend(shape());
         arguments.extend([number(width), number(splits.0)]);
-        launches.push(launch("head_join_bf16", [padded / 8, 1], [32, 8, 1], 0, arguments));
+        let entry = format!("head_join_{}", ty.suffix());
+        launches.push(launch(&entry, [padded / 8, 1], [32, 8, 1], 0, arguments));
 
         if training {
             let mut arguments: Vec<Piece> = [x, w, scale, scratch, dw, partials].map(at).into();
             arguments.extend(shape());
             arguments.push(number(split_rows));
-            let entry = format!("head_words_{width}_bf16");
+            let entry = format!("head_words_{width}_{}", ty.suffix());
             let grid = [vocab.div_ceil(128), splits.1];
             launches.push(launch(&entry, grid, [threads, 1, 1], shared + 1536, arguments));
         }
@@ -291,16 +292,23 @@ const HEADS: [Head; 11] = [
 #[test]
 fn two_passes_give_losses_and_gradients() {
     let Some(module) = module("head_two_pass") else { return };
-    two_passes_are_right(&module);
+    two_passes_are_right_in(&module, Type::Bf16, &HEADS);
+    // Each width, by vectors and by single values.
+    two_passes_are_right_in(&module, Type::F16, &HEADS[2..9]);
+    two_passes_are_right_in(&module, Type::F16, &HEADS[10..]);
 }
 
 fn two_passes_are_right(module: &Module) {
-    for (seed, head) in HEADS.iter().enumerate() {
+    two_passes_are_right_in(module, Type::Bf16, &HEADS);
+}
+
+fn two_passes_are_right_in(module: &Module, ty: Type, heads: &[Head]) {
+    for (seed, head) in heads.iter().enumerate() {
         let Head { rows, vocab, hidden, .. } = *head;
         let seed = 10 * seed as u64;
         let scale = 6.0 / (hidden as f64).sqrt();
-        let mut x = Type::Bf16.random(seed, rows * hidden, 1.0);
-        let mut w = Type::Bf16.random(seed + 1, vocab * hidden, scale);
+        let mut x = ty.random(seed, rows * hidden, 1.0);
+        let mut w = ty.random(seed + 1, vocab * hidden, scale);
         let dw = Type::F32.random(seed + 2, vocab * hidden, 0.1);
         let mut targets = some_targets(rows, vocab);
         // Some words are there twice: the first of equals is the answer.
@@ -322,25 +330,84 @@ fn two_passes_are_right(module: &Module) {
         }
 
         let exact = head.exact::<f64>([&x, &w, &dw], &targets, |d| d);
-        let round = |d: f32| bf16::from_f32(d).to_f32();
+        let round = |d: f32| ty.round(d.into()) as f32;
         let plain = head.exact::<f32>([&x, &w, &dw], &targets, round);
         for training in [true, false] {
-            let got = head.run(module, [&x, &w, &dw], &targets, training);
+            let got = head.run(module, ty, [&x, &w, &dw], &targets, training);
             check("nll", Type::F32, &got[0], &exact.0, &plain.0);
             assert_eq!(got[1], index_bytes(&exact.1), "argmax");
             if !training {
                 continue;
             }
-            check("dx", Type::Bf16, &got[2], &exact.2, &plain.2);
+            check("dx", ty, &got[2], &exact.2, &plain.2);
             check("dw", Type::F32, &got[3], &exact.3, &plain.3);
             // Their gradients are small beside the others, and must be right all the same.
             for &row in sure.iter().filter(|row| *row % 2 == 1) {
                 let at = row * hidden..(row + 1) * hidden;
                 let bytes = &got[2][2 * at.start..2 * at.end];
-                check("dx of a known row", Type::Bf16, bytes, &exact.2[at.clone()], &plain.2[at]);
+                check("dx of a known row", ty, bytes, &exact.2[at.clone()], &plain.2[at]);
             }
         }
     }
+}
+
+/// Words as improbable as 2^-27 each, and all of them to the last 2^-10 of what they should be: an f16
+/// holds none of them without help.
+#[test]
+fn improbable_words_keep_their_digits_in_f16() {
+    let Some(module) = module("head_two_pass") else { return };
+    improbable_words_are_right(&module);
+}
+
+fn improbable_words_are_right(module: &Module) {
+    let head = Head { rows: 70, vocab: 150, hidden: 16, splits: (64, 64), aligned: true };
+    let Head { rows, vocab, hidden, .. } = head;
+    let ty = Type::F16;
+    let mut x = ty.random(1, rows * hidden, 1.0);
+    let mut w = ty.random(2, vocab * hidden, 0.1);
+    for row in 0..rows {
+        x[row * hidden] = 4.0;
+    }
+    for (word, w) in w.chunks_mut(hidden).enumerate() {
+        w[0] = if word == 0 { 4.75 } else { 0.0 };
+    }
+    // Half of the rows know their target.
+    let targets: Vec<u32> = (0..rows).map(|row| (row % 2) as u32).collect();
+    let dw = vec![0.0; w.len()];
+    let exact = head.exact::<f64>([&x, &w, &dw], &targets, |d| d);
+    let got = head.run(module, ty, [&x, &w, &dw], &targets, true);
+    let (known, improbable) = (Type::F32.values(&got[3]), 2 * hidden..vocab * hidden);
+    let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let exact = &exact.3[improbable.clone()];
+    let apart: Vec<_> = known[improbable].iter().zip(exact).map(|(got, e)| got - e).collect();
+    let (error, bound) = (norm(&apart), norm(exact) * 2f64.powi(-10));
+    assert!(error <= bound, "dw of improbable words: {error:.3e}, allowed {bound:.3e}");
+}
+
+#[test]
+fn mistakes_in_f16_are_seen() {
+    let bugs = [
+        ("as small as they are", "? 15 : 0;", "? 0 : 0;"),
+        (
+            "the target's share as it was",
+            "scratch.miss[row] = miss * (1 << LIFT<T>);",
+            "scratch.miss[row] = miss;",
+        ),
+        (
+            "a part of the vocabulary left high",
+            "scratch.sum[at] = all * UNLIFT<T>;",
+            "scratch.sum[at] = all;",
+        ),
+    ];
+    let widths = [64, 128, 256].iter();
+    let lines =
+        widths.flat_map(|width| ["ROWS", "WORDS"].map(|pass| format!("    {pass}({width}, T)")));
+    let without: Vec<_> = lines.chain(["ENTRIES(bf16)".into()]).collect();
+    let without: Vec<_> = without.iter().map(String::as_str).collect();
+    planted_in("head_two_pass", &without, &bugs, |module| {
+        improbable_words_are_right(module);
+        two_passes_are_right_in(module, Type::F16, &HEADS[2..3]);
+    });
 }
 
 #[test]
@@ -389,8 +456,8 @@ fn mistakes_in_the_two_passes_are_seen() {
         ("gradient where the target is ignored", "counts ? *loss_scale : 0.0f", "*loss_scale"),
         (
             "dw where the target is ignored",
-            "counts ? max * LOG2_E + log2f(all) : INFINITY",
-            "max * LOG2_E + log2f(all)",
+            "counts ? max * LOG2_E + log2f(all) - LIFT<T> : INFINITY",
+            "max * LOG2_E + log2f(all) - LIFT<T>",
         ),
         ("targets of a block not looked for", "__any_sync(ALL, one - first < OWNED)", "false"),
         (
@@ -414,8 +481,8 @@ fn mistakes_in_the_two_passes_are_seen() {
         ("single values beyond hidden", "there && column + k < hidden ?", "there ?"),
         (
             "vectors from anywhere",
-            "hidden % FULL<bf16> == 0 && aligned(x, w);\n\n    copy_rows<WIDTH, OWNED>(memory, x",
-            "hidden % FULL<bf16> == 0;\n\n    copy_rows<WIDTH, OWNED>(memory, x",
+            "hidden % FULL<T> == 0 && aligned(x, w);\n\n    copy_rows<WIDTH, OWNED>(memory, x",
+            "hidden % FULL<T> == 0;\n\n    copy_rows<WIDTH, OWNED>(memory, x",
         ),
         (
             "matrices not turned",
@@ -424,8 +491,8 @@ fn mistakes_in_the_two_passes_are_seen() {
         ),
         (
             "halves of an operand swapped",
-            "multiply_add_bf16(sums[s][j], a[s], b[0], b[1]);",
-            "multiply_add_bf16(sums[s][j], a[s], b[1], b[0]);",
+            "multiply_add<T>(sums[s][j], a[s], b[0], b[1]);",
+            "multiply_add<T>(sums[s][j], a[s], b[1], b[0]);",
         ),
         (
             "a pair the wrong way round",
@@ -439,5 +506,5 @@ fn mistakes_in_the_two_passes_are_seen() {
             "",
         ),
     ];
-    planted("head_two_pass", &bugs, two_passes_are_right);
+    planted_in("head_two_pass", &["ENTRIES(f16)"], &bugs, two_passes_are_right);
 }
