@@ -37,8 +37,6 @@ constexpr unsigned ALL = 0xffffffffu;
 
 constexpr uint32_t IGNORE = 0xffffffffu;
 
-using f16 = half;
-
 // What lies in [-1, 1] enters a product times 2^LIFT: an f16 has 11 bits only from 2^-14 on and ends
 // at 2^16, so this puts the words whose share is as small as 2^-29 where they keep theirs, and those
 // to 2^-39 above zero. In bf16 there is no need.

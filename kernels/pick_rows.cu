@@ -30,20 +30,13 @@ __device__ void pick_any(const T *x, const unsigned *column, T *out, int windows
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-pick_rows_f32(const float *__restrict__ x, const unsigned *__restrict__ column,
-              float *__restrict__ out, int windows, int context, int hidden) {
-    pick_any(x, column, out, windows, context, hidden);
-}
+#define PICK_ROWS(T)                                                                               \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    pick_rows_##T(const T *__restrict__ x, const unsigned *__restrict__ column,                    \
+                  T *__restrict__ out, int windows, int context, int hidden) {                     \
+        pick_any(x, column, out, windows, context, hidden);                                        \
+    }
 
-extern "C" __global__ void __launch_bounds__(256)
-pick_rows_bf16(const bf16 *__restrict__ x, const unsigned *__restrict__ column,
-               bf16 *__restrict__ out, int windows, int context, int hidden) {
-    pick_any(x, column, out, windows, context, hidden);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-pick_rows_f16(const half *__restrict__ x, const unsigned *__restrict__ column,
-              half *__restrict__ out, int windows, int context, int hidden) {
-    pick_any(x, column, out, windows, context, hidden);
-}
+PICK_ROWS(f32)
+PICK_ROWS(bf16)
+PICK_ROWS(f16)

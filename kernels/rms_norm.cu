@@ -132,53 +132,27 @@ __device__ void backward_any(const T *x, const float *rstd, const T *weight, con
     }
 }
 
-// Without a residual to add, `residual` and `sum` are null.
-extern "C" __global__ void __launch_bounds__(256)
-rms_norm_f32(const float *__restrict__ x, const float *__restrict__ residual,
-             const float *__restrict__ weight, float *sum, float *__restrict__ y,
-             float *__restrict__ rstd, int rows, int hidden, float eps) {
-    forward_any(x, residual, weight, sum, y, rstd, rows, hidden, eps);
-}
+// Forward: without a residual to add, `residual` and `sum` are null. Back, the first stage: dx, and each
+// block's share of dweight; `x` is the sum that was normalised, `dsum` is null where nothing goes past
+// the norm.
+#define ENTRIES(T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    rms_norm_##T(const T *__restrict__ x, const T *__restrict__ residual,                          \
+                 const T *__restrict__ weight, T *sum, T *__restrict__ y,                          \
+                 float *__restrict__ rstd, int rows, int hidden, float eps) {                      \
+        forward_any(x, residual, weight, sum, y, rstd, rows, hidden, eps);                         \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    rms_norm_backward_##T(const T *__restrict__ x, const float *__restrict__ rstd,                 \
+                          const T *__restrict__ weight, const T *__restrict__ dy,                  \
+                          const T *__restrict__ dsum, T *__restrict__ dx,                          \
+                          float *__restrict__ partials, int rows, int hidden) {                    \
+        backward_any(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);                       \
+    }
 
-extern "C" __global__ void __launch_bounds__(256)
-rms_norm_bf16(const bf16 *__restrict__ x, const bf16 *__restrict__ residual,
-              const bf16 *__restrict__ weight, bf16 *sum, bf16 *__restrict__ y,
-              float *__restrict__ rstd, int rows, int hidden, float eps) {
-    forward_any(x, residual, weight, sum, y, rstd, rows, hidden, eps);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-rms_norm_f16(const half *__restrict__ x, const half *__restrict__ residual,
-             const half *__restrict__ weight, half *sum, half *__restrict__ y,
-             float *__restrict__ rstd, int rows, int hidden, float eps) {
-    forward_any(x, residual, weight, sum, y, rstd, rows, hidden, eps);
-}
-
-// The first stage: dx, and each block's share of dweight. `x` is the sum that was normalised;
-// `dsum` is null where nothing goes past the norm.
-extern "C" __global__ void __launch_bounds__(256)
-rms_norm_backward_f32(const float *__restrict__ x, const float *__restrict__ rstd,
-                      const float *__restrict__ weight, const float *__restrict__ dy,
-                      const float *__restrict__ dsum, float *__restrict__ dx,
-                      float *__restrict__ partials, int rows, int hidden) {
-    backward_any(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-rms_norm_backward_bf16(const bf16 *__restrict__ x, const float *__restrict__ rstd,
-                       const bf16 *__restrict__ weight, const bf16 *__restrict__ dy,
-                       const bf16 *__restrict__ dsum, bf16 *__restrict__ dx,
-                       float *__restrict__ partials, int rows, int hidden) {
-    backward_any(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-rms_norm_backward_f16(const half *__restrict__ x, const float *__restrict__ rstd,
-                      const half *__restrict__ weight, const half *__restrict__ dy,
-                      const half *__restrict__ dsum, half *__restrict__ dx,
-                      float *__restrict__ partials, int rows, int hidden) {
-    backward_any(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
-}
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)
 
 // The second stage: dweight += the sum of the shares, [blocks, hidden]. Launch: blocks of (32, 8)
 // threads, ceil(hidden / 32) of them. Each row of threads adds every eighth share.

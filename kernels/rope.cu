@@ -123,50 +123,23 @@ __device__ void rope_any(T *joined, const Parts<T> &parts, const unsigned *start
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 4)
-rope_f32(float *__restrict__ qkv, const unsigned *__restrict__ start,
-         const float *__restrict__ turns, float *__restrict__ q, float *__restrict__ k,
-         float *__restrict__ v, int windows, int context, int heads, int kv_heads, int head_dim) {
-    rope_any<false>(qkv, Parts<float>{q, k, v}, start, turns,
-                    {windows, context, heads, kv_heads, head_dim});
-}
+#define ENTRIES(T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 4)                                           \
+    rope_##T(T *__restrict__ qkv, const unsigned *__restrict__ start,                              \
+             const float *__restrict__ turns, T *__restrict__ q, T *__restrict__ k,                \
+             T *__restrict__ v, int windows, int context, int heads, int kv_heads,                 \
+             int head_dim) {                                                                       \
+        rope_any<false>(qkv, Parts<T>{q, k, v}, start, turns,                                      \
+                        {windows, context, heads, kv_heads, head_dim});                            \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256, 4)                                           \
+    rope_backward_##T(T *__restrict__ dq, T *__restrict__ dk, T *__restrict__ dv,                  \
+                      const float *__restrict__ turns, T *__restrict__ dqkv, int windows,          \
+                      int context, int heads, int kv_heads, int head_dim) {                        \
+        rope_any<true>(dqkv, Parts<T>{dq, dk, dv}, nullptr, turns,                                 \
+                       {windows, context, heads, kv_heads, head_dim});                             \
+    }
 
-extern "C" __global__ void __launch_bounds__(256, 4)
-rope_bf16(bf16 *__restrict__ qkv, const unsigned *__restrict__ start,
-          const float *__restrict__ turns, bf16 *__restrict__ q, bf16 *__restrict__ k,
-          bf16 *__restrict__ v, int windows, int context, int heads, int kv_heads, int head_dim) {
-    rope_any<false>(qkv, Parts<bf16>{q, k, v}, start, turns,
-                    {windows, context, heads, kv_heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(256, 4)
-rope_f16(half *__restrict__ qkv, const unsigned *__restrict__ start,
-         const float *__restrict__ turns, half *__restrict__ q, half *__restrict__ k,
-         half *__restrict__ v, int windows, int context, int heads, int kv_heads, int head_dim) {
-    rope_any<false>(qkv, Parts<half>{q, k, v}, start, turns,
-                    {windows, context, heads, kv_heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(256, 4)
-rope_backward_f32(float *__restrict__ dq, float *__restrict__ dk, float *__restrict__ dv,
-                  const float *__restrict__ turns, float *__restrict__ dqkv, int windows,
-                  int context, int heads, int kv_heads, int head_dim) {
-    rope_any<true>(dqkv, Parts<float>{dq, dk, dv}, nullptr, turns,
-                   {windows, context, heads, kv_heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(256, 4)
-rope_backward_bf16(bf16 *__restrict__ dq, bf16 *__restrict__ dk, bf16 *__restrict__ dv,
-                   const float *__restrict__ turns, bf16 *__restrict__ dqkv, int windows,
-                   int context, int heads, int kv_heads, int head_dim) {
-    rope_any<true>(dqkv, Parts<bf16>{dq, dk, dv}, nullptr, turns,
-                   {windows, context, heads, kv_heads, head_dim});
-}
-
-extern "C" __global__ void __launch_bounds__(256, 4)
-rope_backward_f16(half *__restrict__ dq, half *__restrict__ dk, half *__restrict__ dv,
-                  const float *__restrict__ turns, half *__restrict__ dqkv, int windows,
-                  int context, int heads, int kv_heads, int head_dim) {
-    rope_any<true>(dqkv, Parts<half>{dq, dk, dv}, nullptr, turns,
-                   {windows, context, heads, kv_heads, head_dim});
-}
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)

@@ -71,35 +71,17 @@ __device__ void backward(const T *gate_up, const T *dout, T *dgate_up, int rows,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-swiglu_f32(const float *__restrict__ gate_up, float *__restrict__ out, int rows, int inter) {
-    forward(gate_up, out, rows, inter);
-}
+#define ENTRIES(T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    swiglu_##T(const T *__restrict__ gate_up, T *__restrict__ out, int rows, int inter) {          \
+        forward(gate_up, out, rows, inter);                                                        \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    swiglu_backward_##T(const T *__restrict__ gate_up, const T *__restrict__ dout,                 \
+                        T *__restrict__ dgate_up, int rows, int inter) {                           \
+        backward(gate_up, dout, dgate_up, rows, inter);                                            \
+    }
 
-extern "C" __global__ void __launch_bounds__(256)
-swiglu_bf16(const bf16 *__restrict__ gate_up, bf16 *__restrict__ out, int rows, int inter) {
-    forward(gate_up, out, rows, inter);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-swiglu_f16(const half *__restrict__ gate_up, half *__restrict__ out, int rows, int inter) {
-    forward(gate_up, out, rows, inter);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-swiglu_backward_f32(const float *__restrict__ gate_up, const float *__restrict__ dout,
-                    float *__restrict__ dgate_up, int rows, int inter) {
-    backward(gate_up, dout, dgate_up, rows, inter);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-swiglu_backward_bf16(const bf16 *__restrict__ gate_up, const bf16 *__restrict__ dout,
-                     bf16 *__restrict__ dgate_up, int rows, int inter) {
-    backward(gate_up, dout, dgate_up, rows, inter);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-swiglu_backward_f16(const half *__restrict__ gate_up, const half *__restrict__ dout,
-                    half *__restrict__ dgate_up, int rows, int inter) {
-    backward(gate_up, dout, dgate_up, rows, inter);
-}
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)

@@ -1,13 +1,8 @@
 // What the attention kernels have in common: where rows lie, and what a row sees.
 #pragma once
-#include <cuda_fp16.h>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
-
-// As entries are named.
-using f32 = float;
-using f16 = half;
 
 // `src/llama/ops.rs` names it alike. `head` counts the query heads of all windows.
 struct Heads {

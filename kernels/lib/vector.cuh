@@ -6,7 +6,10 @@
 #include <cstdint>
 #include <type_traits>
 
+// As entries are named.
+using f32 = float;
 using bf16 = __nv_bfloat16;
+using f16 = half;
 
 // How many values of a type one full load or store moves.
 template <typename T>

@@ -1,7 +1,7 @@
 //! Attention there, back, and over a cache: `kernels/attention*.cu`.
 
 use super::Attention as Way;
-use super::launcher::{Launcher, Shape, int, scratch};
+use super::launcher::{Launcher, Shape, int, scratch, sizes};
 use crate::device::{Arg, Type};
 use crate::llama::ops::{Attention, AttentionBackward, CachedAttention, Heads};
 
@@ -113,10 +113,10 @@ impl Path {
         shape: &Heads,
         mut args: Vec<Arg>,
     ) -> anyhow::Result<()> {
-        let Heads { windows, context, heads, kv_heads, head_dim } = *shape;
-        args.extend([windows, context, heads, kv_heads].map(int));
-        if self == Path::Plain {
-            args.push(int(head_dim));
+        args.extend(sizes(shape));
+        if self != Path::Plain {
+            // Their names say head_dim.
+            args.pop();
         }
         l.typed(&self.family(pass, shape), self.launch(pass, shape), &args)
     }
@@ -183,11 +183,11 @@ pub(super) fn backward(l: &mut Launcher, o: &AttentionBackward) -> anyhow::Resul
 }
 
 pub(super) fn cached(l: &mut Launcher, o: &CachedAttention) -> anyhow::Result<()> {
-    let Heads { windows, context, heads, kv_heads, head_dim } = o.shape;
     let mut args: Vec<Arg> = [o.q, o.k, o.v, o.start].map(|buffer| l.at(buffer).into()).to_vec();
     let cache = |offset: usize| l.arenas.cache.plus(offset * l.numbers.size());
     args.extend([Arg::from(cache(o.keys)), cache(o.values).into(), l.at(o.out).into()]);
-    args.extend([windows, context, heads, kv_heads, head_dim, o.capacity].map(int));
+    args.extend(sizes(&o.shape));
+    args.push(int(o.capacity));
     let rows = o.shape.rows() * o.shape.heads;
     l.typed("attention_cached", Shape::linear(rows, 128), &args)
 }

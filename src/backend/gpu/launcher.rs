@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::Options;
 use crate::device::{Address, Arg, Device, Launch, Matrix, Product, Type};
+use crate::llama::ops::Heads;
 use crate::llama::{Buffer, BytePlan, Element, Program, Rates};
 use crate::model::Span;
 
@@ -203,6 +204,12 @@ impl Launcher<'_> {
     pub fn gradient_matrix(&self, span: Span) -> Matrix {
         Matrix::new(self.gradient(span), Type::F32, span.rows, span.cols)
     }
+}
+
+/// The shape of an attention as the last arguments of a launch.
+pub(super) fn sizes(shape: &Heads) -> [Arg; 5] {
+    let Heads { windows, context, heads, kv_heads, head_dim } = *shape;
+    [windows, context, heads, kv_heads, head_dim].map(int)
 }
 
 /// As an argument; shapes beyond it are refused when a program is loaded.

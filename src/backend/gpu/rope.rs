@@ -1,6 +1,6 @@
 //! Rotary embedding with the split into heads, and back: `kernels/rope.cu`.
 
-use super::launcher::{Launcher, Shape, int};
+use super::launcher::{Launcher, Shape, sizes};
 use crate::device::{Address, Arg};
 use crate::llama::ops::{Heads, Rope, RopeBackward};
 
@@ -20,11 +20,6 @@ fn shape(heads: &Heads) -> Shape {
     let strips = (heads.context * heads.head_dim / 2).div_ceil(32);
     let grid = (heads.windows * strips).min(BLOCKS);
     Shape { grid: [grid, 1, 1], block: [32, 8, 1], shared: 0 }
-}
-
-fn sizes(shape: &Heads) -> [Arg; 5] {
-    let Heads { windows, context, heads, kv_heads, head_dim } = *shape;
-    [int(windows), int(context), int(heads), int(kv_heads), int(head_dim)]
 }
 
 pub(super) fn forward(l: &mut Launcher, o: &Rope) -> anyhow::Result<()> {
