@@ -226,6 +226,12 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             Type::Bf16,
             Slip::Launch("attention_mma", |launch| launch.args.swap(1, 2)),
         ),
+        (
+            "k in the place of v, of narrow heads",
+            "attention",
+            Type::F16,
+            Slip::Launch("attention_narrow_mma", |launch| launch.args.swap(1, 2)),
+        ),
         ("delta forgotten", "attention_backward", Type::F32, Slip::Forgotten("attention_delta")),
         (
             "fresh keys in the place of values",
