@@ -43,6 +43,7 @@ pub struct Metrics {
     pub verbatim_rate: Option<f64>,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks
 fn is_zero(count: &u64) -> bool {
     *count == 0
 }
