@@ -4,11 +4,12 @@
 //! `scripts/sass --write` writes the table anew. It holds for one version of nvcc; with another the
 //! comparison is skipped.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use laam::kernels::{BUILD, KERNELS, Nvcc};
 
@@ -25,6 +26,8 @@ const COLUMNS: [(&str, Worse); 7] = [
 type Row = [u64; COLUMNS.len()];
 /// By entry and architecture.
 type Table = BTreeMap<(String, String), Row>;
+/// Instructions a query-key pair, by the same.
+type Pairs = BTreeMap<(String, String), f64>;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Worse {
@@ -54,26 +57,19 @@ fn disassembler() -> Option<(PathBuf, Nvcc)> {
     Some((tool, nvcc))
 }
 
-/// The rows of a fatbin.
-fn rows(tool: &Path, file: &Path) -> Table {
-    parse(&disassembled(tool, file)).0
-}
-
-fn disassembled(tool: &Path, file: &Path) -> String {
+/// The rows of a fatbin, and instructions a pair of what is in it.
+fn rows(tool: &Path, file: &Path) -> (Table, Pairs) {
     let folder = tool.parent().unwrap();
     let mut command = Command::new(tool);
     command.env("PATH", folder).args(["-sass", "-res-usage"]).arg(file);
     let output = command.output().unwrap();
     assert!(output.status.success(), "cuobjdump: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
+    parse(&String::from_utf8(output.stdout).unwrap())
 }
 
-/// Lines of machine code, by entry and architecture.
-type Codes<'a> = BTreeMap<(String, String), Vec<&'a str>>;
-
-fn parse(text: &str) -> (Table, Codes<'_>) {
-    let mut table = Table::new();
-    let mut codes = Codes::new();
+fn parse(text: &str) -> (Table, Pairs) {
+    let (mut table, mut pairs) = (Table::new(), Pairs::new());
+    let mut codes: BTreeMap<(String, String), Vec<&str>> = BTreeMap::new();
     let (mut arch, mut entry) = (String::new(), String::new());
     for line in text.lines().map(str::trim) {
         if let Some(name) = line.strip_prefix("arch = ") {
@@ -100,14 +96,17 @@ fn parse(text: &str) -> (Table, Codes<'_>) {
         codes.len(),
         "entries with code, and those with their use of registers"
     );
-    for (key, code) in &codes {
-        let row = table.get_mut(key).unwrap_or_else(|| panic!("no use of registers of {key:?}"));
-        count(code, row);
+    for (key, code) in codes {
+        let row = table.get_mut(&key).unwrap_or_else(|| panic!("no use of registers of {key:?}"));
+        let loops = innermost(&code);
+        count(&code, row);
+        row[6] = loops.iter().map(Vec::len).max().unwrap_or(0) as u64;
+        pairs.insert(key, a_pair(&loops));
     }
-    (table, codes)
+    (table, pairs)
 }
 
-/// Counts the instructions of an entry.
+/// Counts the instructions of an entry, those of its loops apart.
 fn count(code: &[&str], row: &mut Row) {
     for (_, opcode) in code.iter().map(|line| instruction(line)) {
         let parts: Vec<_> = opcode.split('.').collect();
@@ -116,7 +115,6 @@ fn count(code: &[&str], row: &mut Row) {
         row[4] += u64::from(global && parts.contains(&"128"));
         row[5] += u64::from(["HMMA", "HGMMA", "IMMA", "DMMA"].contains(&parts[0]));
     }
-    row[6] = innermost(code).iter().map(|body| body.len()).max().unwrap_or(0) as u64;
 }
 
 /// The place and the words from the opcode on of a line like
@@ -159,10 +157,10 @@ fn innermost<'a>(code: &'a [&'a str]) -> Vec<Vec<&'a str>> {
         .collect()
 }
 
-/// Instructions a query-key pair in the leanest innermost loop of an attention kernel: each of its
-/// pairs takes one exponential.
-fn a_pair(code: &[&str]) -> f64 {
-    let each = innermost(code).into_iter().filter_map(|body| {
+/// Instructions a query-key pair in the leanest of the innermost loops of an attention kernel, where
+/// each pair takes one exponential.
+fn a_pair(loops: &[Vec<&str>]) -> f64 {
+    let each = loops.iter().filter_map(|body| {
         let exponential = |line: &&&str| instruction(line).1 == "MUFU.EX2";
         let pairs = body.iter().filter(exponential).count();
         (pairs > 0).then(|| body.len() as f64 / pairs as f64)
@@ -170,16 +168,21 @@ fn a_pair(code: &[&str]) -> f64 {
     each.fold(f64::INFINITY, f64::min)
 }
 
-/// All kernels of this build.
-fn built(tool: &Path) -> Table {
-    let folder = tempfile::tempdir().unwrap();
-    let mut table = Table::new();
-    for kernel in KERNELS {
-        let file = folder.path().join(kernel.name);
-        fs::write(&file, kernel.fatbin).unwrap();
-        table.extend(rows(tool, &file));
-    }
-    table
+/// All kernels of this build, taken apart once.
+fn built(tool: &Path) -> &'static (Table, Pairs) {
+    static BUILT: OnceLock<(Table, Pairs)> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut all = (Table::new(), Pairs::new());
+        for kernel in KERNELS {
+            let file = folder.path().join(kernel.name);
+            fs::write(&file, kernel.fatbin).unwrap();
+            let (table, pairs) = rows(tool, &file);
+            all.0.extend(table);
+            all.1.extend(pairs);
+        }
+        all
+    })
 }
 
 fn head(nvcc: &Nvcc) -> String {
@@ -236,11 +239,11 @@ fn worse(old: &Table, new: &Table) -> Vec<String> {
 #[test]
 fn machine_code_is_no_worse_than_the_table_says() {
     let Some((tool, nvcc)) = disassembler() else { return };
-    let new = built(&tool);
+    let (new, _) = built(&tool);
     assert!(!new.is_empty());
     if std::env::var_os("LAAM_SASS").is_some_and(|wish| wish == "write") {
         assert_eq!(nvcc.archs, ["80", "90a"], "the table is for these two: unset LAAM_CUDA_ARCHS");
-        fs::write(TABLE, write(&new, &nvcc)).unwrap();
+        fs::write(TABLE, write(new, &nvcc)).unwrap();
     }
     let text = fs::read_to_string(TABLE).unwrap();
     if !text.starts_with(&head(&nvcc)) {
@@ -249,7 +252,7 @@ fn machine_code_is_no_worse_than_the_table_says() {
         return;
     }
     let old = read(&text);
-    let mut sentences = worse(&old, &new);
+    let mut sentences = worse(&old, new);
     let built = |arch: &str| nvcc.archs.iter().any(|built| arch == format!("sm_{built}"));
     for (entry, arch) in old.keys().filter(|key| built(&key.1) && !new.contains_key(key)) {
         sentences.push(format!("{entry} on {arch} is in the table alone: {REWRITE} drops it"));
@@ -264,20 +267,16 @@ fn machine_code_is_no_worse_than_the_table_says() {
 /// Heads of 2, several rows a lane or blocks a warp: forward, and both passes back.
 #[test]
 fn attention_of_narrow_heads_takes_few_instructions_a_pair() {
-    let Some((tool, _)) = disassembler() else { return };
-    let folder = tempfile::tempdir().unwrap();
+    let Some((tool, nvcc)) = disassembler() else { return };
+    let (_, pairs) = built(&tool);
     for (name, several, [forward, back]) in [
         ("attention_narrow", [4, 4, 4], [7.0, 20.0]),
         ("attention_narrow_mma", [4, 4, 8], [3.0, 6.5]),
     ] {
-        let file = folder.path().join(name);
-        fs::write(&file, laam::kernels::kernel(name).unwrap().fatbin).unwrap();
-        let text = disassembled(&tool, &file);
-        let (table, codes) = parse(&text);
-        for arch in table.keys().map(|(_, arch)| arch).collect::<BTreeSet<_>>() {
+        for arch in nvcc.archs.iter().map(|arch| format!("sm_{arch}")) {
             let passes = ["", "_backward_q", "_backward_kv"].into_iter().zip(several);
             let entry = |(pass, rows)| (format!("{name}{pass}_2_{rows}_bf16"), arch.clone());
-            let counted: Vec<_> = passes.map(|pass| a_pair(&codes[&entry(pass)])).collect();
+            let counted: Vec<_> = passes.map(|pass| pairs[&entry(pass)]).collect();
             eprintln!("{name} on {arch}: instructions a pair {counted:.2?}");
             assert!(counted[0] <= forward, "{name} on {arch}: {counted:?}");
             assert!(counted[1] + counted[2] <= back, "{name} on {arch}: {counted:?}");
@@ -308,7 +307,7 @@ fn a_spill_and_a_lost_vector_access_are_worse() {
     let Some((tool, nvcc)) = disassembler() else { return };
     let judged = |patch: &dyn Fn(String) -> String, flags: &[&str]| {
         let fatbin = patched(&nvcc, "swiglu", patch, flags);
-        let table = rows(&tool, &fatbin);
+        let (table, _) = rows(&tool, &fatbin);
         fs::remove_dir_all(fatbin.parent().unwrap()).unwrap();
         table
     };
