@@ -121,14 +121,23 @@ impl Arguments {
             }
             Kind::Cuda => Box::new(Gpu::new(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), options)?),
             Kind::Sim => {
-                let all = || std::thread::available_parallelism().map_or(1, usize::from);
-                let threads = self.threads.unwrap_or_else(all);
-                let simulator = ptxsim::Options { threads, ..ptxsim::Options::default() };
+                let simulator =
+                    ptxsim::Options { threads: self.threads(), ..ptxsim::Options::default() };
                 let open = Arc::new(move || Ok(Box::new(Sim::new(simulator)?) as _));
                 Box::new(Gpu::new(open, options)?)
             }
-            Kind::Auto | Kind::Cpu => Box::new(Cpu::new(self.threads)),
+            Kind::Auto | Kind::Cpu => Box::new(Cpu {
+                threads: self.threads(),
+                bf16: numbers == Type::Bf16,
+                tiles: self.head == Path::Auto && self.attention == Path::Auto,
+            }),
         })
+    }
+
+    /// As many as were asked for, or as the machine has.
+    fn threads(&self) -> usize {
+        let all = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.unwrap_or_else(all)
     }
 
     /// The device that was asked for, by itself.

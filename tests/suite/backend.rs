@@ -37,7 +37,7 @@ pub fn reference(precision: Precision) -> Reference {
 }
 
 fn cpu(threads: usize) -> Cpu {
-    Cpu { threads }
+    Cpu::f32(threads)
 }
 
 /// Random weights of a size at which every part of the model matters.

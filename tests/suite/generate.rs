@@ -27,7 +27,7 @@ fn logits_equal_those_of_transformers() {
     let case = fixture();
     let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));
     let batch = trainer::windows(&case, &json!([0, 1]));
-    for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu { threads: 2 }] {
+    for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu::f32(2)] {
         for row in case["logits"].as_array().expect("rows") {
             let number = |name: &str| row[name].as_u64().expect("a number") as usize;
             let (window, column) = (number("window"), number("column"));
@@ -63,7 +63,7 @@ fn two_hundred_greedy_tokens_equal_those_of_transformers() {
     let case = fixture();
     let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));
     let weights = trainer::weights(&case, &config, &layout);
-    for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu { threads: 2 }] {
+    for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu::f32(2)] {
         let mut generator = Generator::new(backend, &config, &weights, 1, 256).unwrap();
         let request =
             Request { prompt: ids(&case["prompt_ids"]), max_new_tokens: 200, ..Request::default() };
@@ -108,7 +108,7 @@ fn a_sequence_is_the_same_alone_and_in_any_company() {
     let weights = lively(&config);
     let mut requests = requests(&config, 24);
     let run = |slots: usize, threads: usize, requests: &[Request]| {
-        let backend = Cpu { threads };
+        let backend = Cpu::f32(threads);
         let mut generator = Generator::new(&backend, &config, &weights, slots, 96).unwrap();
         generator.all(requests.to_vec()).unwrap()
     };
@@ -135,14 +135,14 @@ fn the_backends_generate_alike() {
     let run = |backend: &dyn Backend| {
         Generator::new(backend, &config, &weights, 2, 128).unwrap().all(requests.clone()).unwrap()
     };
-    assert_eq!(run(&Cpu { threads: 2 }), run(&reference(Precision::F64)));
+    assert_eq!(run(&Cpu::f32(2)), run(&reference(Precision::F64)));
 }
 
 #[test]
 fn what_a_model_cannot_read_is_refused() {
     let config = config(6, 2, 6, true);
     let weights = lively(&config);
-    let backend = Cpu { threads: 1 };
+    let backend = Cpu::f32(1);
     let mut generator = Generator::new(&backend, &config, &weights, 1, 16).unwrap();
     let good = Request { prompt: vec![1; 16], max_new_tokens: 5, ..Request::default() };
     for bad in [

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::rebuild::{CONTEXT, json_of, run, text, trained};
 
-const CPU: Cpu = Cpu { threads: 2 };
+const CPU: Cpu = Cpu::f32(2);
 
 /// In the order of their folder.
 fn documents() -> Vec<Document> {

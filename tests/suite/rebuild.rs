@@ -106,8 +106,7 @@ fn train() -> Trained {
     };
     let all: Vec<usize> = (0..windows.len()).collect();
     let batch = windows.draw(&all).unwrap();
-    let mut engine =
-        Engine::new(&Cpu { threads: 2 }, &config, &optimizer, all.len(), CONTEXT).unwrap();
+    let mut engine = Engine::new(&Cpu::f32(2), &config, &optimizer, all.len(), CONTEXT).unwrap();
     let fresh = initialize(&config, engine.layout(), 1);
     engine.write(Arena::Parameters, &fresh).unwrap();
     for step in 1..=400 {
@@ -294,7 +293,7 @@ fn a_model_that_never_ends_is_bounded() {
     let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
     let norm = model.layout.final_norm.range();
     let ends = |weights: &[f32], windows: Kind| {
-        let backend = Cpu { threads: 1 };
+        let backend = Cpu::f32(1);
         let mut generator = Generator::new(&backend, &model.config, weights, 2, CONTEXT).unwrap();
         let regenerator = Regenerator::new(tokenizer.clone(), windows, CONTEXT, 100).unwrap();
         let mut count = Count::default();
@@ -337,7 +336,7 @@ fn rebuild_is_the_same_with_any_number_of_slots() {
     let mut all = Vec::new();
     for slots in [1, 2, 8] {
         let folder = tempfile::tempdir().unwrap();
-        let backend = Cpu { threads: 2 };
+        let backend = Cpu::f32(2);
         let mut generator =
             Generator::new(&backend, &model.config, &model.weights, slots, CONTEXT).unwrap();
         let mut last = None;

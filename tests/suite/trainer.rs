@@ -155,7 +155,7 @@ fn follow_all(backend: &dyn Backend, wanted: impl Fn(&Value) -> bool) {
 
 #[test]
 fn the_cpu_follows_pytorch() {
-    follow_all(&Cpu { threads: 2 }, |_| true);
+    follow_all(&Cpu::f32(2), |_| true);
 }
 
 #[test]

@@ -684,7 +684,7 @@ fn metrics_tell_what_the_engine_did() {
     let an_epoch = windows.len().div_ceil(4).div_ceil(2) as u64;
     let total = (1.5 * an_epoch as f64).ceil() as u64;
     let schedule = settings.schedule(total);
-    let backend = Cpu { threads: 1 };
+    let backend = Cpu::f32(1);
     let mut engine = Engine::new(&backend, &config, &settings.optimizer(), 4, 48).unwrap();
     let layout = Layout::new(&config);
     engine.write(Arena::Parameters, &initialize(&config, &layout, 9)).unwrap();

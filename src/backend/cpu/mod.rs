@@ -1,9 +1,10 @@
 //! f32 at the speed of the processor's vector units, chosen when the program starts: AVX-512, AVX2,
-//! NEON, or plain.
+//! NEON, or plain; and bfloat16 products where the processor has them.
 //!
 //! Work is cut into pieces whose number and order depend on shapes alone, never on how many threads
 //! there are, so that results are the same bits at any `--threads`. Each file is one family of
-//! operations; [`product`] and [`lanes`] are what they share.
+//! operations; [`product`] and [`lanes`] are what they share. [`tiles`] does the costliest ones once more
+//! for processors with AVX-512 and its bfloat16 products.
 
 mod attention;
 mod elementwise;
@@ -13,16 +14,47 @@ mod lanes;
 mod norm;
 mod product;
 mod rope;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod update;
+
+/// On other processors there is no such thing.
+#[cfg(not(target_arch = "x86_64"))]
+mod tiles {
+    use super::super::memory::Memory;
+    use crate::llama::ops::HeadLoss;
+
+    pub(super) enum Tiles {}
+
+    pub(super) fn found() -> bool {
+        false
+    }
+
+    impl Tiles {
+        pub fn detect(_: bool) -> Option<Self> {
+            None
+        }
+
+        pub fn head_loss(&mut self, _: &HeadLoss, _: &mut Memory<f32>, _: f32) {
+            match *self {}
+        }
+    }
+
+    pub(super) fn head_workspace(_: &HeadLoss, _: bool) -> usize {
+        0
+    }
+}
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use self::tiles::Tiles;
 use super::host::{Execute, Host};
 use super::memory::Memory;
 use super::{Backend, Feed, Need, Session};
+use crate::device::Type;
 use crate::llama::{Op, Program};
 use crate::model::Layout;
 
@@ -30,13 +62,29 @@ use crate::model::Layout;
 #[derive(Clone, Copy, Debug)]
 pub struct Cpu {
     pub threads: usize,
+    /// Whether the operands of products are rounded to bfloat16, where the processor multiplies such.
+    pub bf16: bool,
+    /// Whether own tiles are used where the processor runs them.
+    pub tiles: bool,
 }
 
 impl Cpu {
-    /// `threads` of them, or as many as the machine has.
-    pub fn new(threads: Option<usize>) -> Self {
-        let all = || std::thread::available_parallelism().map_or(1, usize::from);
-        Self { threads: threads.unwrap_or_else(all).max(1) }
+    /// Products of f32.
+    pub const fn f32(threads: usize) -> Self {
+        Self { threads, bf16: false, tiles: true }
+    }
+
+    /// Products of bfloat16 where the processor has them, else of f32: [`Backend::numbers`] tells.
+    pub const fn bf16(threads: usize) -> Self {
+        Self { threads, bf16: true, tiles: true }
+    }
+
+    fn in_tiles(&self) -> bool {
+        self.tiles && tiles::found()
+    }
+
+    fn in_bf16(&self) -> bool {
+        self.bf16 && self.in_tiles()
     }
 }
 
@@ -48,10 +96,15 @@ impl Backend for Cpu {
     fn device(&self) -> String {
         let threads = self.threads;
         format!(
-            "cpu, {} in f32, {threads} thread{}",
+            "cpu, {} in {}, {threads} thread{}",
             lanes::name(),
+            if self.in_bf16() { "bf16 and f32" } else { "f32" },
             if threads == 1 { "" } else { "s" }
         )
+    }
+
+    fn numbers(&self) -> Type {
+        if self.in_bf16() { Type::Bf16 } else { Type::F32 }
     }
 
     fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
@@ -59,6 +112,7 @@ impl Backend for Cpu {
         let vector = Vector {
             arch: pulp::Arch::new(),
             pool,
+            tiles: if self.tiles { Tiles::detect(self.bf16) } else { None },
             rope: rope::Table::default(),
             head: Vec::new(),
             seconds: BTreeMap::new(),
@@ -72,7 +126,11 @@ impl Backend for Cpu {
     }
 
     fn workspace(&self, program: &Program) -> usize {
-        let of = |op: &Op| if let Op::HeadLoss(o) = op { 4 * head::workspace(o) } else { 0 };
+        let of = |op: &Op| match op {
+            Op::HeadLoss(o) if self.in_tiles() => tiles::head_workspace(o, self.bf16),
+            Op::HeadLoss(o) => 4 * head::workspace(o),
+            _ => 0,
+        };
         program.ops.iter().map(of).max().unwrap_or(0)
     }
 }
@@ -81,6 +139,8 @@ impl Backend for Cpu {
 struct Vector {
     arch: pulp::Arch,
     pool: ThreadPool,
+    /// Where the processor runs them.
+    tiles: Option<Tiles>,
     rope: rope::Table,
     /// The head's tiles of logits, kept from step to step.
     head: Vec<f32>,
@@ -90,12 +150,12 @@ struct Vector {
 
 impl Execute<f32> for Vector {
     fn execute(&mut self, program: &Program, memory: &mut Memory<f32>, feed: &Feed) {
-        let Vector { arch, pool, rope, head, seconds } = self;
+        let Vector { arch, pool, tiles, rope, head, seconds } = self;
         // Once a program: entering the pool costs microseconds, as much as a small operation.
         pool.install(|| {
             for op in &program.ops {
                 let start = Instant::now();
-                one(*arch, rope, head, op, memory, feed);
+                one(*arch, tiles.as_mut(), rope, head, op, memory, feed);
                 *seconds.entry(op.name()).or_default() += start.elapsed().as_secs_f64();
             }
         });
@@ -108,12 +168,16 @@ impl Execute<f32> for Vector {
 
 fn one(
     arch: pulp::Arch,
+    tiles: Option<&mut Tiles>,
     rope: &mut rope::Table,
     logits: &mut Vec<f32>,
     op: &Op,
     memory: &mut Memory<f32>,
     feed: &Feed,
 ) {
+    if let (Some(tiles), Op::HeadLoss(o)) = (tiles, op) {
+        return tiles.head_loss(o, memory, feed.loss_scale as f32);
+    }
     match op {
         Op::Embed(o) => elementwise::embed(o, memory),
         Op::EmbedBackward(o) => elementwise::embed_backward(o, memory),

@@ -1,0 +1,224 @@
+//! Vectors of sixteen, products of them held in registers, and 2^x: what the other files are made of.
+//!
+//! Every function here asks for AVX-512 with its bfloat16 products. Calling one from code compiled for
+//! less is `unsafe`, and right only once [`super::Tiles::detect`] has found them.
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_permutex2var_epi16, _mm512_permutexvar_epi16,
+    _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_storeu_ps, _mm512_sub_ps,
+};
+
+use bytemuck::{Pod, Zeroable};
+
+/// A vector in memory: sixteen f32s, or sixteen pairs of bf16. A unit is one of the sixteen.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub [u32; 16]);
+
+impl Line {
+    pub const ZERO: Self = Self([0; 16]);
+
+    pub fn floats(&self) -> &[f32; 16] {
+        bytemuck::cast_ref(&self.0)
+    }
+
+    pub fn floats_mut(&mut self) -> &mut [f32; 16] {
+        bytemuck::cast_mut(&mut self.0)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub fn load(&self) -> __m512 {
+        // SAFETY: a line is sixteen units.
+        unsafe { _mm512_loadu_ps(self.0.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub fn store(&mut self, values: __m512) {
+        // SAFETY: a line is sixteen units.
+        unsafe { _mm512_storeu_ps(self.0.as_mut_ptr().cast(), values) }
+    }
+}
+
+/// The first sixteen of a slice.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn load(values: &[f32]) -> __m512 {
+    let values = &values[..16];
+    // SAFETY: sixteen floats are there.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+/// Into the first sixteen of a slice.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn store(values: &mut [f32], vector: __m512) {
+    let values = &mut values[..16];
+    // SAFETY: sixteen floats are there.
+    unsafe { _mm512_storeu_ps(values.as_mut_ptr(), vector) }
+}
+
+/// `values[i] += vector[i]` for as many as there are, at most sixteen.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn add_to(values: &mut [f32], vector: __m512) {
+    if values.len() >= 16 {
+        store(values, _mm512_add_ps(load(values), vector));
+    } else {
+        let mut line = Line::ZERO;
+        line.store(vector);
+        for (value, more) in values.iter_mut().zip(line.floats()) {
+            *value += more;
+        }
+    }
+}
+
+/// Values of the inner dimension in one unit.
+pub(super) const fn per_unit(bf16: bool) -> usize {
+    if bf16 { 2 } else { 1 }
+}
+
+/// 32 values as a row of bf16: `a`, then `b`. Rounded to nearest, ties to even; denormals become 0.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn row(a: __m512, b: __m512) -> __m512 {
+    as_floats(_mm512_cvtne2ps_pbh(b, a))
+}
+
+/// Sixteen pairs `(a[i], b[i])` of bf16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn pairs(a: __m512, b: __m512) -> __m512 {
+    const ORDER: [u16; 32] = interleaved(16);
+    words_as_floats(_mm512_permutexvar_epi16(order(&ORDER), float_words(row(a, b))))
+}
+
+/// From two rows of 32 bf16 the pairs `(a[i], b[i])`, the first sixteen and the last.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn zipped(a: __m512, b: __m512) -> [__m512; 2] {
+    const LOW: [u16; 32] = interleaved(32);
+    const HIGH: [u16; 32] = {
+        let mut order = LOW;
+        let mut i = 0;
+        while i < 32 {
+            order[i] += 16;
+            i += 1;
+        }
+        order
+    };
+    let (a, b) = (float_words(a), float_words(b));
+    let [low, high] = [order(&LOW), order(&HIGH)];
+    [
+        words_as_floats(_mm512_permutex2var_epi16(a, low, b)),
+        words_as_floats(_mm512_permutex2var_epi16(a, high, b)),
+    ]
+}
+
+/// 0, apart, 1, 1 + apart, 2, ...
+const fn interleaved(apart: u16) -> [u16; 32] {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        order[2 * i] = i as u16;
+        order[2 * i + 1] = i as u16 + apart;
+        i += 1;
+    }
+    order
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn order(order: &[u16; 32]) -> __m512i {
+    // SAFETY: both are 64 bytes without padding, and any bits are a value of each.
+    unsafe { std::mem::transmute(*order) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn as_floats(x: __m512bh) -> __m512 {
+    // SAFETY: both are 64 bytes without padding, and any bits are a value of each.
+    unsafe { std::mem::transmute(x) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn as_pairs(x: __m512) -> __m512bh {
+    // SAFETY: both are 64 bytes without padding, and any bits are a value of each.
+    unsafe { std::mem::transmute(x) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn float_words(x: __m512) -> __m512i {
+    std::arch::x86_64::_mm512_castps_si512(x)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn words_as_floats(x: __m512i) -> __m512 {
+    std::arch::x86_64::_mm512_castsi512_ps(x)
+}
+
+/// `sums[r][n] += sum over k of a[r * a_row + k * a_unit] b[k * pitch + n]`, units of a broadcast
+/// against lines of b, all of it in registers.
+///
+/// bf16 pairs are multiplied and added in f32, first to first and second to second, denormals taken as 0;
+/// f32 by fused multiply-adds.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn dot<const BF16: bool, const R: usize, const N: usize>(
+    sums: &mut [[__m512; N]; R],
+    (a, a_row, a_unit): (&[u32], usize, usize),
+    (b, pitch): (&[Line], usize),
+    units: usize,
+) {
+    if units == 0 {
+        return;
+    }
+    assert!((R - 1) * a_row + (units - 1) * a_unit < a.len());
+    assert!((units - 1) * pitch + N <= b.len());
+    let mut held = *sums;
+    let (mut a, mut b) = (a.as_ptr(), b.as_ptr());
+    for _ in 0..units {
+        let mut lines = [_mm512_setzero_ps(); N];
+        for (n, line) in lines.iter_mut().enumerate() {
+            // SAFETY: n < N and this is at most the last unit: inside of b, by the assertion.
+            *line = unsafe { (*b.add(n)).load() };
+        }
+        for (r, held) in held.iter_mut().enumerate() {
+            // SAFETY: r < R and this is at most the last unit: inside of a, by the assertion.
+            let unit = unsafe { *a.add(r * a_row) };
+            let unit = words_as_floats(_mm512_set1_epi32(unit as i32));
+            for (held, &line) in held.iter_mut().zip(&lines) {
+                *held = if BF16 {
+                    _mm512_dpbf16_ps(*held, as_pairs(unit), as_pairs(line))
+                } else {
+                    _mm512_fmadd_ps(unit, line, *held)
+                };
+            }
+        }
+        a = a.wrapping_add(a_unit);
+        b = b.wrapping_add(pitch);
+    }
+    *sums = held;
+}
+
+/// 2^x, within 2 units in the last place and 0 below -150, for x of at most 127.
+///
+/// x = n + r with |r| <= 1/2; 2^r by the polynomial of degree 5 whose largest relative error is least.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn exp2(x: __m512) -> __m512 {
+    // Of minus infinity the rest is 0, and n minus infinity again.
+    let r = _mm512_reduce_ps::<0>(x);
+    let n = _mm512_sub_ps(x, r);
+    let mut p = _mm512_set1_ps(1.327_647_2e-3);
+    for coefficient in [9.675_541e-3, 5.550_713_1e-2, 2.402_212e-1, 6.931_469_4e-1, 1.0] {
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    }
+    _mm512_scalef_ps(p, n)
+}

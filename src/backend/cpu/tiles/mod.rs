@@ -1,0 +1,49 @@
+//! Own kernels for processors with AVX-512 and its bfloat16 products (Zen 4, Cooper Lake, Sapphire Rapids
+//! and later), found when the program starts; elsewhere the other files of this folder's parent do the work.
+//!
+//! All `std::arch` code is here. [`lines`] holds what the others are made of.
+
+mod head;
+mod lines;
+
+use super::super::memory::Memory;
+use crate::llama::ops::HeadLoss;
+
+/// Proof that the processor has what the kernels need, and what they keep from step to step.
+pub(super) struct Tiles {
+    /// Whether products are of bfloat16.
+    bf16: bool,
+    head: head::Head,
+}
+
+/// Whether this processor runs these kernels.
+pub(super) fn found() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512bf16")
+}
+
+impl Tiles {
+    /// `None` where the processor lacks what they need.
+    pub fn detect(bf16: bool) -> Option<Self> {
+        found().then(|| Self { bf16, head: head::Head::default() })
+    }
+
+    pub fn head_loss(&mut self, o: &HeadLoss, memory: &mut Memory<f32>, scale: f32) {
+        // SAFETY: `detect` is the only way to a value of this type.
+        unsafe {
+            if self.bf16 {
+                self.head.loss::<true>(o, memory, scale);
+            } else {
+                self.head.loss::<false>(o, memory, scale);
+            }
+        }
+    }
+}
+
+/// Bytes that a head takes beside its buffers.
+pub(super) fn head_workspace(o: &HeadLoss, bf16: bool) -> usize {
+    head::workspace(o, bf16)
+}
