@@ -22,6 +22,7 @@ mod update;
 #[cfg(not(target_arch = "x86_64"))]
 mod tiles {
     use super::super::memory::Memory;
+    use crate::llama::Op;
     use crate::llama::ops::HeadLoss;
 
     pub(super) enum Tiles {}
@@ -35,12 +36,12 @@ mod tiles {
             None
         }
 
-        pub fn head_loss(&mut self, _: &HeadLoss, _: &mut Memory<f32>, _: f32) {
+        pub fn execute(&mut self, _: &Op, _: &mut Memory<f32>, _: f32) -> bool {
             match *self {}
         }
     }
 
-    pub(super) fn head_workspace(_: &HeadLoss, _: bool) -> usize {
+    pub(super) fn head_workspace(_: &HeadLoss) -> usize {
         0
     }
 }
@@ -127,7 +128,7 @@ impl Backend for Cpu {
 
     fn workspace(&self, program: &Program) -> usize {
         let of = |op: &Op| match op {
-            Op::HeadLoss(o) if self.in_tiles() => tiles::head_workspace(o, self.bf16),
+            Op::HeadLoss(o) if self.in_bf16() => tiles::head_workspace(o),
             Op::HeadLoss(o) => 4 * head::workspace(o),
             _ => 0,
         };
@@ -175,8 +176,8 @@ fn one(
     memory: &mut Memory<f32>,
     feed: &Feed,
 ) {
-    if let (Some(tiles), Op::HeadLoss(o)) = (tiles, op) {
-        return tiles.head_loss(o, memory, feed.loss_scale as f32);
+    if tiles.is_some_and(|tiles| tiles.execute(op, memory, feed.loss_scale as f32)) {
+        return;
     }
     match op {
         Op::Embed(o) => elementwise::embed(o, memory),

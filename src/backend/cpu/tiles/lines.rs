@@ -4,10 +4,10 @@
 //! less is `unsafe`, and right only once [`super::Tiles::detect`] has found them.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_permutex2var_epi16, _mm512_permutexvar_epi16,
-    _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_storeu_ps, _mm512_sub_ps,
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_reduce_ps, _mm512_scalef_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
 use bytemuck::{Pod, Zeroable};
@@ -76,11 +76,6 @@ pub(super) fn add_to(values: &mut [f32], vector: __m512) {
     }
 }
 
-/// Values of the inner dimension in one unit.
-pub(super) const fn per_unit(bf16: bool) -> usize {
-    if bf16 { 2 } else { 1 }
-}
-
 /// 32 values as a row of bf16: `a`, then `b`. Rounded to nearest, ties to even; denormals become 0.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
@@ -93,7 +88,7 @@ pub(super) fn row(a: __m512, b: __m512) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) fn pairs(a: __m512, b: __m512) -> __m512 {
     const ORDER: [u16; 32] = interleaved(16);
-    words_as_floats(_mm512_permutexvar_epi16(order(&ORDER), float_words(row(a, b))))
+    _mm512_castsi512_ps(_mm512_permutexvar_epi16(order(&ORDER), _mm512_castps_si512(row(a, b))))
 }
 
 /// From two rows of 32 bf16 the pairs `(a[i], b[i])`, the first sixteen and the last.
@@ -110,11 +105,11 @@ pub(super) fn zipped(a: __m512, b: __m512) -> [__m512; 2] {
         }
         order
     };
-    let (a, b) = (float_words(a), float_words(b));
+    let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
     let [low, high] = [order(&LOW), order(&HIGH)];
     [
-        words_as_floats(_mm512_permutex2var_epi16(a, low, b)),
-        words_as_floats(_mm512_permutex2var_epi16(a, high, b)),
+        _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b)),
+        _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b)),
     ]
 }
 
@@ -151,26 +146,13 @@ fn as_pairs(x: __m512) -> __m512bh {
     unsafe { std::mem::transmute(x) }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn float_words(x: __m512) -> __m512i {
-    std::arch::x86_64::_mm512_castps_si512(x)
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn words_as_floats(x: __m512i) -> __m512 {
-    std::arch::x86_64::_mm512_castsi512_ps(x)
-}
-
-/// `sums[r][n] += sum over k of a[r * a_row + k * a_unit] b[k * pitch + n]`, units of a broadcast
-/// against lines of b, all of it in registers.
+/// `sums[r][n] += sum over k of a[r * a_row + k * a_unit] b[k * pitch + n]`: pairs of a broadcast against
+/// lines of pairs of b, all of it in registers.
 ///
-/// bf16 pairs are multiplied and added in f32, first to first and second to second, denormals taken as 0;
-/// f32 by fused multiply-adds.
+/// A pair's two products are added in f32 one after the other, denormals taken as 0.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) fn dot<const BF16: bool, const R: usize, const N: usize>(
+pub(super) fn dot<const R: usize, const N: usize>(
     sums: &mut [[__m512; N]; R],
     (a, a_row, a_unit): (&[u32], usize, usize),
     (b, pitch): (&[Line], usize),
@@ -192,19 +174,52 @@ pub(super) fn dot<const BF16: bool, const R: usize, const N: usize>(
         for (r, held) in held.iter_mut().enumerate() {
             // SAFETY: r < R and this is at most the last unit: inside of a, by the assertion.
             let unit = unsafe { *a.add(r * a_row) };
-            let unit = words_as_floats(_mm512_set1_epi32(unit as i32));
+            let unit = as_pairs(_mm512_castsi512_ps(_mm512_set1_epi32(unit as i32)));
             for (held, &line) in held.iter_mut().zip(&lines) {
-                *held = if BF16 {
-                    _mm512_dpbf16_ps(*held, as_pairs(unit), as_pairs(line))
-                } else {
-                    _mm512_fmadd_ps(unit, line, *held)
-                };
+                *held = _mm512_dpbf16_ps(*held, unit, as_pairs(line));
             }
         }
         a = a.wrapping_add(a_unit);
         b = b.wrapping_add(pitch);
     }
     *sums = held;
+}
+
+/// A row's components in whole lines of f32, zero beyond what there is.
+#[inline]
+pub(super) fn wide(row: &[f32], lines: &mut [Line]) {
+    let floats: &mut [f32] = bytemuck::cast_slice_mut(lines);
+    floats[..row.len()].copy_from_slice(row);
+    floats[row.len()..].fill(0.0);
+}
+
+/// `[rows, cols]` to bf16, each row in whole lines; lines past the last row stay as they are.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn pack_rows(values: &[f32], cols: usize, out: &mut [Line]) {
+    let width = cols.next_multiple_of(32);
+    let mut line = vec![Line::ZERO; width / 16];
+    for (values, out) in values.chunks(cols).zip(out.chunks_mut(width / 32)) {
+        wide(values, &mut line);
+        for (two, out) in line.chunks_exact(2).zip(out) {
+            out.store(row(two[0].load(), two[1].load()));
+        }
+    }
+}
+
+/// `[rows, cols]` to `[rows / 2, cols]` pairs of rows, each in whole lines and an even number of them. The
+/// last of an odd number of rows has 0 beside it; lines past it stay as they are.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn pack_pairs(values: &[f32], cols: usize, out: &mut [Line]) {
+    let width = cols.next_multiple_of(32);
+    let (mut a, mut b) = (vec![Line::ZERO; width / 16], vec![Line::ZERO; width / 16]);
+    for (two, out) in values.chunks(2 * cols).zip(out.chunks_mut(width / 16)) {
+        let (first, second) = two.split_at(cols);
+        wide(first, &mut a);
+        wide(second, &mut b);
+        for ((a, b), out) in a.iter().zip(&b).zip(out) {
+            out.store(pairs(a.load(), b.load()));
+        }
+    }
 }
 
 /// 2^x, within 2 units in the last place and 0 below -150, for x of at most 127.

@@ -3,10 +3,12 @@
 //!
 //! All `std::arch` code is here. [`lines`] holds what the others are made of.
 
+mod attention;
 mod head;
 mod lines;
 
 use super::super::memory::Memory;
+use crate::llama::Op;
 use crate::llama::ops::HeadLoss;
 
 /// Proof that the processor has what the kernels need, and what they keep from step to step.
@@ -31,19 +33,24 @@ impl Tiles {
         found().then(|| Self { bf16, head: head::Head::default() })
     }
 
-    pub fn head_loss(&mut self, o: &HeadLoss, memory: &mut Memory<f32>, scale: f32) {
+    /// Carries out an operation, or returns false where there is no kernel for it.
+    pub fn execute(&mut self, op: &Op, memory: &mut Memory<f32>, loss_scale: f32) -> bool {
         // SAFETY: `detect` is the only way to a value of this type.
         unsafe {
-            if self.bf16 {
-                self.head.loss::<true>(o, memory, scale);
-            } else {
-                self.head.loss::<false>(o, memory, scale);
+            match op {
+                Op::HeadLoss(o) if self.bf16 => self.head.loss(o, memory, loss_scale),
+                Op::Attention(o) if attention::takes(&o.shape) => attention::forward(o, memory),
+                Op::AttentionBackward(o) if attention::takes(&o.shape) => {
+                    attention::backward(o, memory);
+                }
+                _ => return false,
             }
         }
+        true
     }
 }
 
 /// Bytes that a head takes beside its buffers.
-pub(super) fn head_workspace(o: &HeadLoss, bf16: bool) -> usize {
-    head::workspace(o, bf16)
+pub(super) fn head_workspace(o: &HeadLoss) -> usize {
+    head::workspace(o)
 }
