@@ -77,16 +77,21 @@ impl WithSimd for Forward<'_> {
             self.gate_up.chunks(2 * self.inter).zip(self.out.chunks_mut(self.inter))
         {
             let (gate, up) = gate_up.split_at(self.inter);
-            let vectors = out.chunks_mut(S::F32_LANES);
-            for ((out, gate), up) in
-                vectors.zip(gate.chunks(S::F32_LANES)).zip(up.chunks(S::F32_LANES))
-            {
-                let gate = s.partial_load_f32s(gate);
-                let silu = s.mul_f32s(gate, sigmoid(s, gate));
-                s.partial_store_f32s(out, s.mul_f32s(silu, s.partial_load_f32s(up)));
+            let (gates, gate) = S::as_simd_f32s(gate);
+            let (ups, up) = S::as_simd_f32s(up);
+            let (outs, out) = S::as_mut_simd_f32s(out);
+            for ((out, &gate), &up) in outs.iter_mut().zip(gates).zip(ups) {
+                *out = silu_times(s, gate, up);
             }
+            let last = silu_times(s, s.partial_load_f32s(gate), s.partial_load_f32s(up));
+            s.partial_store_f32s(out, last);
         }
     }
+}
+
+#[inline(always)]
+fn silu_times<S: Simd>(s: S, gate: S::f32s, up: S::f32s) -> S::f32s {
+    s.mul_f32s(s.mul_f32s(gate, sigmoid(s, gate)), up)
 }
 
 struct Backward<'a> {
@@ -101,28 +106,37 @@ impl WithSimd for Backward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let one = s.splat_f32s(1.0);
         let rows = self.gate_up.chunks(2 * self.inter).zip(self.dout.chunks(self.inter));
         for ((gate_up, dout), dgate_up) in rows.zip(self.dgate_up.chunks_mut(2 * self.inter)) {
             let (gate, up) = gate_up.split_at(self.inter);
             let (dgate, dup) = dgate_up.split_at_mut(self.inter);
-            let given = gate.chunks(S::F32_LANES).zip(up.chunks(S::F32_LANES));
-            let wanted = dgate.chunks_mut(S::F32_LANES).zip(dup.chunks_mut(S::F32_LANES));
-            for (((gate, up), (dgate, dup)), dout) in
-                given.zip(wanted).zip(dout.chunks(S::F32_LANES))
-            {
-                let gate = s.partial_load_f32s(gate);
-                let dout = s.partial_load_f32s(dout);
-                let sigma = sigmoid(s, gate);
-                let silu = s.mul_f32s(gate, sigma);
-                // d silu = sigma (1 + gate (1 - sigma)) = sigma + silu (1 - sigma)
-                let slope = s.mul_add_f32s(silu, s.sub_f32s(one, sigma), sigma);
-                let dsilu = s.mul_f32s(dout, s.partial_load_f32s(up));
-                s.partial_store_f32s(dgate, s.mul_f32s(dsilu, slope));
-                s.partial_store_f32s(dup, s.mul_f32s(dout, silu));
+            let (gates, gate) = S::as_simd_f32s(gate);
+            let (ups, up) = S::as_simd_f32s(up);
+            let (douts, dout) = S::as_simd_f32s(dout);
+            let (dgates, dgate) = S::as_mut_simd_f32s(dgate);
+            let (dups, dup) = S::as_mut_simd_f32s(dup);
+            let given = gates.iter().zip(ups).zip(douts);
+            for (((&gate, &up), &dout), (dgate, dup)) in given.zip(dgates.iter_mut().zip(dups)) {
+                (*dgate, *dup) = slopes(s, gate, up, dout);
             }
+            let (gate, up) = (s.partial_load_f32s(gate), s.partial_load_f32s(up));
+            let (last_dgate, last_dup) = slopes(s, gate, up, s.partial_load_f32s(dout));
+            s.partial_store_f32s(dgate, last_dgate);
+            s.partial_store_f32s(dup, last_dup);
         }
     }
+}
+
+/// The gradients of gate and up.
+#[inline(always)]
+fn slopes<S: Simd>(s: S, gate: S::f32s, up: S::f32s, dout: S::f32s) -> (S::f32s, S::f32s) {
+    let one = s.splat_f32s(1.0);
+    let sigma = sigmoid(s, gate);
+    let silu = s.mul_f32s(gate, sigma);
+    // d silu = sigma (1 + gate (1 - sigma)) = sigma + silu (1 - sigma)
+    let slope = s.mul_add_f32s(silu, s.sub_f32s(one, sigma), sigma);
+    let dsilu = s.mul_f32s(dout, up);
+    (s.mul_f32s(dsilu, slope), s.mul_f32s(dout, silu))
 }
 
 #[inline(always)]

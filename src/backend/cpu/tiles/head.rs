@@ -21,12 +21,12 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::super::super::memory::Memory;
-use super::lines::{Line, add_to, dot, exp2, pack_pairs, pack_rows, row, wide, zipped};
+use super::lines::{
+    Line, STRIP, dot, exp2, load, pack_lanes, pack_pairs, pack_rows, row, store, width, zipped,
+};
 use crate::llama::ops::HeadLoss;
 use crate::tokens::IGNORE;
 
-/// Rows that go together: two vectors.
-const STRIP: usize = 32;
 /// Words of the vocabulary a task takes.
 const SEGMENT: usize = 512;
 /// Strips whose softmax of one segment (256 KiB) stays in a core's cache between dx and dw.
@@ -57,11 +57,6 @@ struct Share {
     hit: Vec<f32>,
     /// `[strips, width, 2]`
     dx: Vec<Line>,
-}
-
-/// Components of a row in whole lines of bfloat16.
-fn width(hidden: usize) -> usize {
-    hidden.next_multiple_of(32)
 }
 
 /// Bytes that a head takes beside its buffers, the same for any number of threads but for what each
@@ -120,7 +115,7 @@ impl Head {
             let (x, targets) = (&x[from * hidden..to * hidden], &targets[from..to]);
             for packed in [&mut *lanes, &mut *rows] {
                 packed.clear();
-                packed.resize(strips * STRIP * width / 32, Line::ZERO);
+                packed.resize(strips * width, Line::ZERO);
             }
             // SAFETY: the caller's.
             unsafe {
@@ -173,25 +168,6 @@ impl Head {
             }
         }
         memory.indices.get([o.argmax])[0].copy_from_slice(&argmax);
-    }
-}
-
-/// `[rows, hidden]` to `[strips, width / 2, 32]` pairs; `lanes` is zero.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn pack_lanes(x: &[f32], hidden: usize, lanes: &mut [Line]) {
-    let width = width(hidden);
-    let lanes: &mut [u32] = bytemuck::cast_slice_mut(lanes);
-    let mut line = vec![Line::ZERO; width / 16];
-    for (at, x) in x.chunks(hidden).enumerate() {
-        wide(x, &mut line);
-        let strip = &mut lanes[at / STRIP * STRIP * width / 2..][..STRIP * width / 2];
-        for (two, lanes) in line.chunks_exact(2).zip(strip.chunks_exact_mut(16 * STRIP)) {
-            let mut packed = Line::ZERO;
-            packed.store(row(two[0].load(), two[1].load()));
-            for (lanes, unit) in lanes.chunks_exact_mut(STRIP).zip(packed.0) {
-                lanes[at % STRIP] = unit;
-            }
-        }
     }
 }
 
@@ -540,8 +516,8 @@ fn words<const R: usize, const N: usize>(
     for (r, sums) in sums.iter().enumerate() {
         let row = &mut dw[(word + r) * hidden..][..hidden];
         for (n, &sum) in sums.iter().enumerate() {
-            let from = (16 * (line + n)).min(hidden);
-            add_to(&mut row[from..(from + 16).min(hidden)], sum);
+            let place = &mut row[(16 * (line + n)).min(hidden)..];
+            store(place, _mm512_add_ps(load(place), sum));
         }
     }
 }

@@ -4,10 +4,11 @@
 //! less is `unsafe`, and right only once [`super::Tiles::detect`] has found them.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_reduce_ps, _mm512_scalef_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_sub_ps,
+    __m512, __m512bh, __m512i, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh,
+    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_reduce_ps,
+    _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    _mm512_sub_ps,
 };
 
 use bytemuck::{Pod, Zeroable};
@@ -43,37 +44,32 @@ impl Line {
     }
 }
 
-/// The first sixteen of a slice.
+/// The lanes that a slice of `len` fills.
+fn lanes(len: usize) -> u16 {
+    if len < 16 { (1 << len) - 1 } else { u16::MAX }
+}
+
+/// As many values as there are, at most sixteen, then zeros.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) fn load(values: &[f32]) -> __m512 {
-    let values = &values[..16];
-    // SAFETY: sixteen floats are there.
-    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    // SAFETY: lanes beyond the slice are masked out, and memory there is not read.
+    unsafe { _mm512_maskz_loadu_ps(lanes(values.len()), values.as_ptr()) }
 }
 
-/// Into the first sixteen of a slice.
+/// `values[i] = vector[i]` for as many as there are, at most sixteen.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) fn store(values: &mut [f32], vector: __m512) {
-    let values = &mut values[..16];
-    // SAFETY: sixteen floats are there.
-    unsafe { _mm512_storeu_ps(values.as_mut_ptr(), vector) }
+    // SAFETY: lanes beyond the slice are masked out, and memory there is not written.
+    unsafe { _mm512_mask_storeu_ps(values.as_mut_ptr(), lanes(values.len()), vector) }
 }
 
-/// `values[i] += vector[i]` for as many as there are, at most sixteen.
+/// The vector `at` of a row in vectors of sixteen, zero beyond its end.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) fn add_to(values: &mut [f32], vector: __m512) {
-    if values.len() >= 16 {
-        store(values, _mm512_add_ps(load(values), vector));
-    } else {
-        let mut line = Line::ZERO;
-        line.store(vector);
-        for (value, more) in values.iter_mut().zip(line.floats()) {
-            *value += more;
-        }
-    }
+fn piece(row: &[f32], at: usize) -> __m512 {
+    load(&row[(16 * at).min(row.len())..])
 }
 
 /// 32 values as a row of bf16: `a`, then `b`. Rounded to nearest, ties to even; denormals become 0.
@@ -185,23 +181,20 @@ pub(super) fn dot<const R: usize, const N: usize>(
     *sums = held;
 }
 
-/// A row's components in whole lines of f32, zero beyond what there is.
-#[inline]
-pub(super) fn wide(row: &[f32], lines: &mut [Line]) {
-    let floats: &mut [f32] = bytemuck::cast_slice_mut(lines);
-    floats[..row.len()].copy_from_slice(row);
-    floats[row.len()..].fill(0.0);
+/// Rows, or columns, that go together: two vectors.
+pub(super) const STRIP: usize = 32;
+
+/// So many columns in whole lines of bf16.
+pub(super) fn width(cols: usize) -> usize {
+    cols.next_multiple_of(32)
 }
 
 /// `[rows, cols]` to bf16, each row in whole lines; lines past the last row stay as they are.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) fn pack_rows(values: &[f32], cols: usize, out: &mut [Line]) {
-    let width = cols.next_multiple_of(32);
-    let mut line = vec![Line::ZERO; width / 16];
-    for (values, out) in values.chunks(cols).zip(out.chunks_mut(width / 32)) {
-        wide(values, &mut line);
-        for (two, out) in line.chunks_exact(2).zip(out) {
-            out.store(row(two[0].load(), two[1].load()));
+    for (values, out) in values.chunks(cols).zip(out.chunks_mut(width(cols) / 32)) {
+        for (at, out) in out.iter_mut().enumerate() {
+            out.store(row(piece(values, 2 * at), piece(values, 2 * at + 1)));
         }
     }
 }
@@ -210,14 +203,44 @@ pub(super) fn pack_rows(values: &[f32], cols: usize, out: &mut [Line]) {
 /// last of an odd number of rows has 0 beside it; lines past it stay as they are.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) fn pack_pairs(values: &[f32], cols: usize, out: &mut [Line]) {
-    let width = cols.next_multiple_of(32);
-    let (mut a, mut b) = (vec![Line::ZERO; width / 16], vec![Line::ZERO; width / 16]);
-    for (two, out) in values.chunks(2 * cols).zip(out.chunks_mut(width / 16)) {
+    for (two, out) in values.chunks(2 * cols).zip(out.chunks_mut(width(cols) / 16)) {
         let (first, second) = two.split_at(cols);
-        wide(first, &mut a);
-        wide(second, &mut b);
-        for ((a, b), out) in a.iter().zip(&b).zip(out) {
-            out.store(pairs(a.load(), b.load()));
+        for (at, out) in out.iter_mut().enumerate() {
+            out.store(pairs(piece(first, at), piece(second, at)));
+        }
+    }
+}
+
+/// `[rows, cols]` to `[rows / 32, cols / 2, 32]`: pairs of columns, a row a lane. `out` is zero before.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn pack_lanes(values: &[f32], cols: usize, out: &mut [Line]) {
+    let strips = values.chunks(STRIP * cols).zip(out.chunks_exact_mut(width(cols)));
+    for (values, strip) in strips {
+        let strip: &mut [u32] = bytemuck::cast_slice_mut(strip);
+        for (lane, values) in values.chunks(cols).enumerate() {
+            for (at, units) in strip.chunks_exact_mut(16 * STRIP).enumerate() {
+                let mut packed = Line::ZERO;
+                packed.store(row(piece(values, 2 * at), piece(values, 2 * at + 1)));
+                for (lanes, unit) in units.chunks_exact_mut(STRIP).zip(packed.0) {
+                    lanes[lane] = unit;
+                }
+            }
+        }
+    }
+}
+
+/// `[rows, cols]` to `[cols / 32, rows / 2, 32]`: pairs of rows, a column a lane. The last of an odd
+/// number of rows has 0 beside it.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn pack_panels(values: &[f32], cols: usize, out: &mut [Line]) {
+    let units = (values.len() / cols).div_ceil(2);
+    for (unit, two) in values.chunks(2 * cols).enumerate() {
+        let (first, second) = two.split_at(cols);
+        for (panel, out) in out.chunks_exact_mut(2 * units).enumerate() {
+            for (half, out) in out[2 * unit..2 * unit + 2].iter_mut().enumerate() {
+                let at = 2 * panel + half;
+                out.store(pairs(piece(first, at), piece(second, at)));
+            }
         }
     }
 }

@@ -6,6 +6,7 @@
 mod attention;
 mod head;
 mod lines;
+mod product;
 
 use super::super::memory::Memory;
 use crate::llama::Op;
@@ -16,6 +17,7 @@ pub(super) struct Tiles {
     /// Whether products are of bfloat16.
     bf16: bool,
     head: head::Head,
+    products: product::Products,
 }
 
 /// Whether this processor runs these kernels.
@@ -30,7 +32,11 @@ pub(super) fn found() -> bool {
 impl Tiles {
     /// `None` where the processor lacks what they need.
     pub fn detect(bf16: bool) -> Option<Self> {
-        found().then(|| Self { bf16, head: head::Head::default() })
+        found().then(|| Self {
+            bf16,
+            head: head::Head::default(),
+            products: product::Products::default(),
+        })
     }
 
     /// Carries out an operation, or returns false where there is no kernel for it.
@@ -39,6 +45,15 @@ impl Tiles {
         unsafe {
             match op {
                 Op::HeadLoss(o) if self.bf16 => self.head.loss(o, memory, loss_scale),
+                Op::Linear(o) if self.bf16 => {
+                    self.products.linear(o, memory);
+                }
+                Op::LinearBackwardInput(o) if self.bf16 => {
+                    self.products.backward_input(o, memory);
+                }
+                Op::LinearBackwardWeight(o) if self.bf16 => {
+                    self.products.backward_weight(o, memory);
+                }
                 Op::Attention(o) if attention::takes(&o.shape) => attention::forward(o, memory),
                 Op::AttentionBackward(o) if attention::takes(&o.shape) => {
                     attention::backward(o, memory);
