@@ -153,7 +153,7 @@ pub fn apart(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max)
 }
 
-const STEPS: u64 = 20;
+pub const STEPS: u64 = 20;
 
 #[test]
 fn twenty_steps_in_f32_follow_the_reference() {

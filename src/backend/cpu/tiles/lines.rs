@@ -260,3 +260,93 @@ pub(super) fn exp2(x: __m512) -> __m512 {
     }
     _mm512_scalef_ps(p, n)
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::super::found;
+    use super::*;
+    use crate::random::{Philox, Stream};
+
+    /// In place.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn powers(values: &mut [f32]) {
+        for values in values.chunks_mut(16) {
+            let power = exp2(load(values));
+            store(values, power);
+        }
+    }
+
+    #[test]
+    fn exp2_is_within_two_units_in_the_last_place() {
+        if !found() {
+            return eprintln!("SKIPPED: this processor has no AVX-512 with bfloat16");
+        }
+        let xs: Vec<f32> = (0..=2_000_000).map(|i| -126.0 + 253.0 * i as f32 / 2e6).collect();
+        let mut ys = xs.clone();
+        // SAFETY: found above.
+        unsafe { powers(&mut ys) };
+        for (x, y) in xs.iter().zip(&ys) {
+            let exact = f64::from(*x).exp2();
+            let error = (f64::from(*y) - exact).abs() / exact;
+            assert!(error < 2.0 * f64::from(f32::EPSILON), "2^{x} = {y}");
+        }
+        let mut edges = [f32::NEG_INFINITY, -1e30, -151.0, 0.0, f32::NAN];
+        // SAFETY: found above.
+        unsafe { powers(&mut edges) };
+        assert_eq!(edges[..4], [0.0, 0.0, 0.0, 1.0]);
+        assert!(edges[4].is_nan());
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn product(a: &[f32], b: &[f32], inner: usize) -> Vec<f32> {
+        let rows = a.len() / inner;
+        let mut left = vec![Line::ZERO; rows * width(inner) / 32];
+        let mut right = vec![Line::ZERO; width(inner)];
+        pack_rows(a, inner, &mut left);
+        pack_lanes(b, inner, &mut right);
+        let (left, units): (&[u32], _) = (bytemuck::cast_slice(&left), width(inner) / 2);
+        let mut out = Vec::new();
+        for row in 0..rows {
+            let mut sums = [[_mm512_setzero_ps(); 2]; 1];
+            dot(&mut sums, (&left[row * units..], units, 1), (&right, 2), units);
+            let mut line = Line::ZERO;
+            for sum in sums[0] {
+                line.store(sum);
+                out.extend(line.floats());
+            }
+        }
+        out
+    }
+
+    /// Operands are rounded to nearest, ties to even; sums are f32 in the order of the components.
+    #[test]
+    fn products_round_what_they_multiply() {
+        if !found() {
+            return eprintln!("SKIPPED: this processor has no AVX-512 with bfloat16");
+        }
+        for inner in [1, 2, 31, 64, 77] {
+            let (rows, mut a, mut b) = (3, vec![0.0; 3 * inner], vec![0.0; STRIP * inner]);
+            Philox::new(9, Stream::Test).fill_normal(0, 1.0, &mut a);
+            Philox::new(9, Stream::Test).fill_normal(1, 1.0, &mut b);
+            // A tie, to even; and what bf16 and its products take for 0.
+            (a[0], a[inner]) = (1.0 + 3.0 / 256.0, 1e-40);
+            // SAFETY: found above.
+            let got = unsafe { product(&a, &b, inner) };
+            for (at, &got) in got.iter().enumerate() {
+                let (row, column) = (at / STRIP, at % STRIP);
+                let terms = a[row * inner..][..inner].iter().zip(&b[column * inner..][..inner]);
+                let (mut exact, mut size) = (0.0, 0.0);
+                for (&a, &b) in terms {
+                    let [a, b] = [a, b].map(|x| f64::from(bf16::from_f32(x).to_f32()));
+                    exact += a * b;
+                    size += (a * b).abs();
+                }
+                let bound = size * inner as f64 * f64::from(f32::EPSILON) + 1e-37;
+                assert!((f64::from(got) - exact).abs() <= bound, "{inner}: {got} for {exact}");
+            }
+            assert_eq!(got.len(), rows * STRIP);
+        }
+    }
+}
