@@ -5,7 +5,7 @@ use laam::backend::reference::{Precision, Reference, Rounding};
 use laam::backend::{Arena, Backend, Feed, Loaded, Need, Session};
 use laam::bench::check::{Selection, Size, check};
 use laam::device::Type;
-use laam::llama::ops::HeadLoss;
+use laam::llama::ops::{Attention, HeadLoss, Heads};
 use laam::llama::step::{self, BatchInputs};
 use laam::llama::{AdamW, Element, Muon, Op, Optimizer, Program, Rates, Use, update};
 use laam::model::{Config, Layout, RopeScaling, Span};
@@ -217,6 +217,75 @@ fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
         let rows = check(&backend, &selection, |_| {}).unwrap();
         let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
         assert!(failed.is_empty(), "{backend:?}: {failed:#?}");
+    }
+}
+
+/// Enough rows for several shares of every sum over them.
+#[test]
+fn gradients_in_bf16_are_as_close_to_f64_as_those_of_plain_loops() {
+    let Some(backend) = in_bf16(2) else { return };
+    let rounds = Reference { precision: Precision::F32, rounding: Rounding::Bf16 };
+    for (heads, kv_heads, head_dim, tied) in [SHAPES[0], SHAPES[1], SHAPES[3]] {
+        let config = config(heads, kv_heads, head_dim, tied);
+        let layout = Layout::new(&config);
+        let batch = batch(5, 64, config.vocab_size);
+        let [exact, plain, fast] = [&reference(Precision::F64) as &dyn Backend, &rounds, &backend]
+            .map(|backend| train_once(backend, &config, &batch));
+        for parameter in &layout.parameters {
+            let part = |outcome: &Outcome| outcome.gradients[parameter.span.range()].to_vec();
+            let [exact, plain, fast] = [&exact, &plain, &fast].map(part);
+            let (off, bound) = (error(&fast, &exact), 2.0 * error(&plain, &exact));
+            assert!(
+                off <= bound,
+                "heads of {head_dim}: d {} off by {off} > {bound}",
+                parameter.name
+            );
+        }
+    }
+}
+
+/// Scores in the hundreds, which leave f32 unless a maximum is taken off first.
+#[test]
+fn attention_holds_scores_in_the_hundreds() {
+    for head_dim in [2, 4, 8, 16] {
+        let shape = Heads { windows: 2, context: 45, heads: 6, kv_heads: 2, head_dim };
+        let (wide, narrow) = (shape.rows() * shape.q_width(), shape.rows() * shape.kv_width());
+        let mut program = Program::default();
+        let mut floats = Vec::new();
+        for (sequence, (len, size)) in
+            [(wide, 15.0), (narrow, 15.0), (narrow, 1.0)].into_iter().enumerate()
+        {
+            let buffer = program.buffer("", Element::Activation, len, Use::Input);
+            let mut values = vec![0.0; len];
+            Philox::new(4, Stream::Test).fill_normal(sequence as u32, size, &mut values);
+            floats.push((buffer, values));
+        }
+        let first_key = program.buffer("", Element::Index, shape.rows(), Use::Input);
+        let out = program.buffer("", Element::Activation, wide, Use::Output);
+        let lse = program.buffer("", Element::Float, shape.rows() * shape.heads, Use::Output);
+        let [q, k, v] = [0, 1, 2].map(|at| floats[at].0);
+        program.ops.push(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }));
+        let zeros = vec![0; shape.rows()];
+        let feed = Feed {
+            indices: vec![(first_key, &zeros)],
+            floats: floats.iter().map(|(b, values)| (*b, values.as_slice().into())).collect(),
+            ..Feed::default()
+        };
+        let run = |backend: &dyn Backend| {
+            let layout = Layout::new(&config(6, 2, 6, false));
+            let mut session = backend.open(&layout, Need::default()).unwrap();
+            let program = session.load(program.clone()).unwrap();
+            session.run(program, &feed).unwrap();
+            [out, lse].map(|buffer| session.floats(program, buffer).unwrap())
+        };
+        let [exact, plain] = [Precision::F64, Precision::F32].map(|p| run(&reference(p)));
+        assert!(exact[1].iter().any(|&lse| lse > 200.0));
+        for backend in in_f32(2) {
+            for ((got, plain), exact) in run(&backend).iter().zip(&plain).zip(&exact) {
+                let (off, bound) = (error(got, exact), 2.0 * error(plain, exact) + 1e-6);
+                assert!(off <= bound, "{backend:?}, heads of {head_dim}: {off} > {bound}");
+            }
+        }
     }
 }
 
