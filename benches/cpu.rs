@@ -205,7 +205,7 @@ fn windows(count: usize, config: &Config) -> Batch {
     let ids: Vec<u32> = (0..count * context)
         .map(|at| draw.at(0, at as u64)[0] % config.vocab_size as u32)
         .collect();
-    let next = |at: usize| if (at + 1) % context == 0 { IGNORE } else { ids[at + 1] };
+    let next = |at: usize| if (at + 1).is_multiple_of(context) { IGNORE } else { ids[at + 1] };
     let targets = (0..ids.len()).map(next).collect();
     Batch { windows: count, context, targets, first_key: vec![0; ids.len()], ids }
 }

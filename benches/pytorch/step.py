@@ -9,6 +9,7 @@ own and one that fails (out of memory) does not take the others along.
   step.py --preset original --batch 1,8,64 --dtype float32,bfloat16 --threads 2
   step.py --preset 124m --batch 16 --device cuda --dtype bfloat16 --how eager,compile,overhead,graph
   step.py --batch 8 --laam target/release/laam --rounds 3   # laam and PyTorch in turns, and the ratio
+  step.py --batch 1,8 --dtype float32,bfloat16 --laam target/release/laam   # also against the better of the two
 
 --how: eager; compile (torch.compile); overhead (its mode reduce-overhead: CUDA graphs of its own); graph
 (the whole eager step, optimizer included, as one CUDA graph, its steps timed without waiting between:
@@ -185,13 +186,20 @@ def main():
         parser.error("--how graph needs --device cuda")
     failed = False
     for batch in (int(batch) for batch in args.batch.split(",")):
+        speeds = {"pytorch": {}, "laam": {}}
         for dtype in args.dtype.split(","):
-            failed |= compare(args, batch, dtype, hows)
+            failed |= compare(args, batch, dtype, hows, speeds)
+        if len(speeds["laam"]) > 1:
+            best = max(speeds["pytorch"].values())
+            print(json.dumps(dict(
+                preset=args.preset, batch=batch, pytorch_at_its_best=round(best, 1),
+                times_as_fast={dtype: round(speed / best, 3) for dtype, speed in speeds["laam"].items()})),
+                flush=True)
     sys.exit(1 if failed else 0)
 
 
-def compare(args, batch, dtype, hows):
-    """Measures each program in turns, and tells whether one failed."""
+def compare(args, batch, dtype, hows, speeds):
+    """Measures each program in turns, notes its speed, and tells whether one failed."""
     turns = {name: [] for name in hows + ["laam"]}
     failed = False
     for _ in range(args.rounds):
@@ -211,6 +219,8 @@ def compare(args, batch, dtype, hows):
     if ours and medians:
         fastest = max(medians, key=lambda how: medians[how]["tokens_a_second"])
         theirs = medians[fastest]
+        speeds["laam"][dtype] = ours["tokens_a_second"]
+        speeds["pytorch"][dtype] = theirs["tokens_a_second"]
         told = dict(preset=args.preset, batch=batch, precision=dtype, rounds=args.rounds,
                     tokens_a_second={name: round(median["tokens_a_second"], 1)
                                      for name, median in (medians | {"laam": ours}).items()},

@@ -553,10 +553,10 @@ fn the_best_guess_is_the_first_of_equals() {
         let layout = Layout::new(&config);
         let batch = batch(2, 9, config.vocab_size);
         let mut arena = weights(&layout);
-        // Every word has two twins, within its piece and in the next.
+        // Every word has a twin beside it, and more within its piece and in the next.
         let head = layout.head;
         for word in 0..head.rows {
-            let twin = word % 300;
+            let twin = word % 300 / 2 * 2;
             let from = head.offset + twin * head.cols;
             arena.copy_within(from..from + head.cols, head.offset + word * head.cols);
         }
@@ -566,7 +566,8 @@ fn the_best_guess_is_the_first_of_equals() {
         let program = session.load(evaluation.program).unwrap();
         session.run(program, &feed(&evaluation.batch, &batch)).unwrap();
         let guesses = session.indices(program, evaluation.losses.argmax).unwrap();
-        assert!(guesses.iter().all(|&guess| guess < 300), "{}: {guesses:?}", backend.name());
+        let first = |&guess: &u32| guess < 300 && guess % 2 == 0;
+        assert!(guesses.iter().all(first), "{}: {guesses:?}", backend.name());
     }
 }
 

@@ -5,6 +5,9 @@
 //! score can be large, which the longest query and the longest key tell, softmax needs no maximum, and
 //! scores, exponentials and both sums are one pass in registers; else a pass for the maxima comes first.
 
+// Several arrays go by one index.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::{
     __m512, _mm512_add_ps, _mm512_castpd_ps, _mm512_castps_pd, _mm512_fmadd_ps, _mm512_fmsub_ps,
     _mm512_mask_mov_ps, _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_max_ps,
@@ -236,14 +239,13 @@ fn attend<const D: usize>(head: &Head, out: &mut [f32], lse: &mut [f32]) {
         }
         let shifts = if small { [0.0; ROWS] } else { peaks(&q, &keys, &group) };
         let mut sums = Sums::<D>::new(&shifts);
-        for chunk in group.start..group.whole.0.min(group.end) {
-            sums.add::<true>(&q, &keys, &values, chunk, &group);
-        }
-        for chunk in group.whole.0..group.whole.1 {
-            sums.add::<false>(&q, &keys, &values, chunk, &group);
-        }
-        for chunk in group.whole.1.max(group.whole.0)..group.end {
-            sums.add::<true>(&q, &keys, &values, chunk, &group);
+        let whole = group.whole.0..group.whole.1;
+        for chunk in group.start..group.end {
+            if whole.contains(&chunk) {
+                sums.add::<false>(&q, &keys, &values, chunk, &group);
+            } else {
+                sums.add::<true>(&q, &keys, &values, chunk, &group);
+            }
         }
         let mut flat = [_mm512_setzero_ps(); 48];
         for r in 0..ROWS {
@@ -384,14 +386,14 @@ fn attend_backward<const D: usize>(
             rows.lse[r] = _mm512_set1_ps(given.lse[head.place(from)] * LOG2_E);
             rows.delta[r] = _mm512_set1_ps(given.delta[from]);
         }
-        for chunk in group.start..group.whole.0.min(group.end) {
-            rows.add::<true>(&keys, &values, chunk, &group, &mut sums[chunk]);
-        }
-        for chunk in group.whole.0..group.whole.1 {
-            rows.add::<false>(&keys, &values, chunk, &group, &mut sums[chunk]);
-        }
-        for chunk in group.whole.1.max(group.whole.0)..group.end {
-            rows.add::<true>(&keys, &values, chunk, &group, &mut sums[chunk]);
+        let whole = group.whole.0..group.whole.1;
+        let seen = sums.iter_mut().enumerate().take(group.end).skip(group.start);
+        for (chunk, sums) in seen {
+            if whole.contains(&chunk) {
+                rows.add::<false>(&keys, &values, chunk, &group, sums);
+            } else {
+                rows.add::<true>(&keys, &values, chunk, &group, sums);
+            }
         }
         let mut flat = [_mm512_setzero_ps(); 48];
         flat[..ROWS * D].copy_from_slice(rows.dq.as_flattened());

@@ -4,11 +4,12 @@
 //! less is `unsafe`, and right only once [`super::Tiles::detect`] has found them.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh,
-    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_reduce_ps,
-    _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
-    _mm512_sub_ps,
+    __m512, __m512bh, __m512i, _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps_si512,
+    _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_permutex2var_epi16,
+    _mm512_permutexvar_epi16, _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_storeu_ps, _mm512_sub_ps,
+    _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 
 use bytemuck::{Pod, Zeroable};
@@ -245,6 +246,38 @@ pub(super) fn pack_panels(values: &[f32], cols: usize, out: &mut [Line]) {
     }
 }
 
+/// Sixteen vectors on their side: lane `i` of the vector `j` is what was lane `j` of the vector `i`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn turned(v: &[__m512; 16]) -> [__m512; 16] {
+    let (mut twos, mut fours) = (*v, *v);
+    for i in 0..8 {
+        let (a, b) = (v[2 * i], v[2 * i + 1]);
+        twos[2 * i] = _mm512_unpacklo_ps(a, b);
+        twos[2 * i + 1] = _mm512_unpackhi_ps(a, b);
+    }
+    // Each quarter of `fours[4 i + j]` holds lane `j` of its quarter of four vectors.
+    for i in 0..4 {
+        for half in 0..2 {
+            let a = _mm512_castps_pd(twos[4 * i + half]);
+            let b = _mm512_castps_pd(twos[4 * i + 2 + half]);
+            fours[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            fours[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    let mut out = *v;
+    for j in 0..4 {
+        let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+        let even = [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d)];
+        let odd = [_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d)];
+        out[j] = _mm512_shuffle_f32x4::<0x88>(even[0], even[1]);
+        out[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd[0], odd[1]);
+        out[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]);
+        out[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]);
+    }
+    out
+}
+
 /// 2^x, within 2 units in the last place and 0 below -150, for x of at most 127.
 ///
 /// x = n + r with |r| <= 1/2; 2^r by the polynomial of degree 5 whose largest relative error is least.
@@ -255,7 +288,7 @@ pub(super) fn exp2(x: __m512) -> __m512 {
     let r = _mm512_reduce_ps::<0>(x);
     let n = _mm512_sub_ps(x, r);
     let mut p = _mm512_set1_ps(1.327_647_2e-3);
-    for coefficient in [9.675_541e-3, 5.550_713_1e-2, 2.402_212e-1, 6.931_469_4e-1, 1.0] {
+    for coefficient in [9.675_541e-3, 5.550_713e-2, 2.402_212e-1, 6.931_469_4e-1, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
     }
     _mm512_scalef_ps(p, n)

@@ -4,11 +4,13 @@
 //! All `std::arch` code is here. [`lines`] holds what the others are made of.
 
 mod attention;
+mod few;
 mod head;
 mod lines;
 mod product;
 
 use super::super::memory::Memory;
+use super::few::MOST as FEW;
 use crate::llama::Op;
 use crate::llama::ops::HeadLoss;
 
@@ -47,6 +49,10 @@ impl Tiles {
                 Op::HeadLoss(o) if self.bf16 => self.head.loss(o, memory, loss_scale),
                 Op::Linear(o) if self.bf16 => {
                     self.products.linear(o, memory);
+                }
+                Op::Linear(o) if o.rows <= FEW => {
+                    let [x, y] = memory.floats.get([o.x, o.y]);
+                    few::product(y, x, &memory.parameters[o.w.range()], o.rows, o.w.cols);
                 }
                 Op::LinearBackwardInput(o) if self.bf16 => {
                     self.products.backward_input(o, memory);
