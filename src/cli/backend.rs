@@ -129,7 +129,7 @@ impl Arguments {
             Kind::Auto | Kind::Cpu => Box::new(Cpu {
                 threads: self.threads(),
                 bf16: numbers == Type::Bf16,
-                tiles: self.head == Path::Auto && self.attention == Path::Auto,
+                tiles: self.head == Path::Auto && self.attention == Attention::Auto,
             }),
         })
     }
