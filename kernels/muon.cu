@@ -142,15 +142,15 @@ __device__ void update(const float *xs, float *parameters, T *copies,
     });
 }
 
-// muon_update_f32, muon_update_bf16, muon_update_f16.
-#define UPDATE(T, suffix)                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) muon_update_##suffix(                        \
-        const float *__restrict__ x, float *__restrict__ parameters, T *__restrict__ copies,       \
-        const unsigned long long *__restrict__ offsets, unsigned long long count,                  \
-        const Rates *__restrict__ rates, double decay, double factor) {                            \
+#define UPDATE(T)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    muon_update_##T(const float *__restrict__ x, float *__restrict__ parameters,                   \
+                    T *__restrict__ copies, const unsigned long long *__restrict__ offsets,        \
+                    unsigned long long count, const Rates *__restrict__ rates, double decay,       \
+                    double factor) {                                                               \
         update(x, parameters, copies, offsets, count, rates, decay, factor);                       \
     }
 
-UPDATE(float, f32)
-UPDATE(bf16, bf16)
-UPDATE(half, f16)
+UPDATE(f32)
+UPDATE(bf16)
+UPDATE(f16)
