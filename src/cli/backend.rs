@@ -41,10 +41,10 @@ pub struct Arguments {
     /// Threads of the cpu backend [default: all]
     #[arg(long)]
     pub threads: Option<usize>,
-    /// How a GPU does the head and its loss
+    /// How a GPU does the head and its loss; on the cpu, plain turns off what only some processors run
     #[arg(long, value_enum, default_value_t)]
     pub head: Path,
-    /// How a GPU does attention
+    /// How a GPU does attention; on the cpu the same
     #[arg(long, value_enum, default_value_t)]
     pub attention: Attention,
 }

@@ -65,7 +65,7 @@ pub struct Cpu {
     pub threads: usize,
     /// Whether the operands of products are rounded to bfloat16, where the processor multiplies such.
     pub bf16: bool,
-    /// Whether own tiles are used where the processor runs them.
+    /// Whether the kernels that only some processors run are used on those.
     pub tiles: bool,
 }
 
