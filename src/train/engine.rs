@@ -24,6 +24,8 @@ pub struct Engine {
     evaluations: Vec<Micro>,
     /// The session draws windows by their numbers.
     drawn: bool,
+    /// What runs left that were asked about to make room for others.
+    ran: Vec<Ran>,
 }
 
 /// A step to come.
@@ -86,6 +88,7 @@ impl Engine {
             micros,
             evaluations,
             drawn: false,
+            ran: Vec::new(),
         })
     }
 
@@ -135,9 +138,8 @@ impl Engine {
             }
             counts.push(counted);
         }
-        let queue = self.session.queue().expect("only a queue draws");
-        queue.push(&runs)?;
-        Ok(outcomes(queue.outcomes()?, &counts))
+        self.ask(&runs)?;
+        Ok(outcomes(self.ran()?, &counts))
     }
 
     /// The same with windows drawn on this side, while the device is at work on those before.
@@ -163,10 +165,7 @@ impl Engine {
                 told.push(self.step(&batches, rates)?);
             }
         }
-        match self.session.queue() {
-            Some(queue) => Ok(outcomes(queue.outcomes()?, &counts)),
-            None => Ok(told),
-        }
+        if self.is_apart() { Ok(outcomes(self.ran()?, &counts)) } else { Ok(told) }
     }
 
     pub fn layout(&self) -> &Layout {
@@ -175,10 +174,9 @@ impl Engine {
 
     /// Forward and backward of every batch, then one update by their joint mean loss.
     pub fn step(&mut self, batches: &[Batch], rates: Rates) -> anyhow::Result<Outcome> {
-        if self.session.queue().is_some() {
+        if self.is_apart() {
             let counted = self.push(batches, rates)?;
-            let queue = self.session.queue().expect("there was one above");
-            return Ok(outcomes(queue.outcomes()?, &[counted])[0]);
+            return Ok(outcomes(self.ran()?, &[counted])[0]);
         }
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let loss_scale = loss_scale(counted);
@@ -215,8 +213,30 @@ impl Engine {
             let data = Data::Batch(part);
             runs.push(Run { program, data, loss_scale, rates });
         }
-        self.session.queue().expect("the caller knows of one").push(&runs)?;
+        self.ask(&runs)?;
         Ok(counted)
+    }
+
+    /// Asks the queue for runs, of which one step may have more than it has room for.
+    fn ask(&mut self, mut runs: &[Run]) -> anyhow::Result<()> {
+        let queue = self.session.queue().expect("the caller knows of one");
+        while !runs.is_empty() {
+            if queue.room() == 0 {
+                self.ran.extend(queue.outcomes()?);
+            }
+            let (some, later) = runs.split_at(runs.len().min(queue.room()));
+            queue.push(some)?;
+            runs = later;
+        }
+        Ok(())
+    }
+
+    /// What all runs have left that were asked for since the last time.
+    fn ran(&mut self) -> anyhow::Result<Vec<Ran>> {
+        let queue = self.session.queue().expect("the caller knows of one");
+        let mut ran = std::mem::take(&mut self.ran);
+        ran.extend(queue.outcomes()?);
+        Ok(ran)
     }
 
     /// The windows of all batches, as many together as go through at once.

@@ -298,6 +298,23 @@ fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
     }
 }
 
+/// Gradients of so many batches are one step's that the list of waiting runs is full before its end.
+#[test]
+fn a_step_may_have_more_batches_than_may_wait() {
+    let (windows, config, steps) = windows(Kind::Stream);
+    let Some(backend) = sim(Type::F32, Mode::Graphs, 2) else { return };
+    let batches: Vec<_> = (0..260).map(|at| vec![at % windows.len()]).collect();
+    let rates = steps[0].rates;
+    let drawn: Vec<_> = batches.iter().map(|numbers| windows.draw(numbers).unwrap()).collect();
+    let mut engines = [(); 2].map(|()| engine(&backend, &config, false));
+    engines[0].hold(&windows, 1).unwrap();
+    let one = engines[0].steps(&windows, &[Step { batches, rates }]).unwrap();
+    let other = engines[1].step(&drawn, rates).unwrap();
+    assert_eq!(one, [other]);
+    let [one, other] = engines.map(|engine| engine.read(Arena::Parameters).unwrap());
+    assert!(one == other);
+}
+
 /// f16 has a smallest number that gradients fall below: losses are scaled, gradients are not.
 #[test]
 fn f16_trains_with_scaled_losses() {
