@@ -97,7 +97,7 @@ impl Engine {
     pub fn hold(&mut self, windows: &Windows, batch_size: usize) -> anyhow::Result<()> {
         if self.session.queue().is_some() {
             // First, so that what is still free is known.
-            self.micro(batch_size.min(self.micro_windows), true)?;
+            self.micro(batch_size.min(self.micro_windows).min(windows.len()), true)?;
         }
         if let Some(queue) = self.session.queue() {
             self.drawn = queue.hold(windows)?;
