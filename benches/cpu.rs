@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
-use laam::backend::cpu::Cpu;
+use laam::backend::cpu::{Cpu, CpuKernels};
 use laam::backend::{Arena, Backend, Feed, Need};
 use laam::bench::step::preset;
 use laam::device::Type;
@@ -37,7 +37,7 @@ fn threads() -> usize {
 
 fn backends() -> Vec<(&'static str, Cpu)> {
     let (f32, bf16) = (Cpu::f32(threads()), Cpu::bf16(threads()));
-    let plain = Cpu { tiles: false, ..f32 };
+    let plain = Cpu { kernels: CpuKernels::Portable, ..f32 };
     let all = [("f32", f32), ("plain", plain), ("bf16", bf16)];
     // Where a processor has no bfloat16 it would be f32 by another name.
     all.into_iter().filter(|(name, cpu)| *name != "bf16" || cpu.numbers() == Type::Bf16).collect()

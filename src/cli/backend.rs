@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use crate::backend::Backend;
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, CpuKernels};
 use crate::backend::gpu::{self, Gpu, Mode, Options};
 use crate::backend::reference::{self, Reference, Rounding};
 use crate::device::cuda::{self, Cuda};
@@ -129,7 +129,11 @@ impl Arguments {
             Kind::Auto | Kind::Cpu => Box::new(Cpu {
                 threads: self.threads(),
                 bf16: numbers == Type::Bf16,
-                tiles: self.head == Path::Auto && self.attention == Attention::Auto,
+                kernels: if self.head == Path::Auto && self.attention == Attention::Auto {
+                    CpuKernels::Auto
+                } else {
+                    CpuKernels::Portable
+                },
             }),
         })
     }

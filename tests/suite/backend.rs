@@ -1,6 +1,6 @@
 //! Backends against the f64 reference: whole programs on odd shapes.
 
-use laam::backend::cpu::Cpu;
+use laam::backend::cpu::{Cpu, CpuKernels};
 use laam::backend::reference::{Precision, Reference, Rounding};
 use laam::backend::{Arena, Backend, Feed, Loaded, Need, Session};
 use laam::bench::check::{Selection, Size, check};
@@ -45,9 +45,10 @@ fn cpu(threads: usize) -> Cpu {
     Cpu::f32(threads)
 }
 
-/// In f32, with the kernels this processor has of its own and with those of every machine.
+/// f32 with this processor's own kernels, and with the portable ones.
 fn in_f32(threads: usize) -> [Cpu; 2] {
-    [Cpu::f32(threads), Cpu { tiles: false, ..Cpu::f32(threads) }]
+    let auto = Cpu::f32(threads);
+    [auto, Cpu { kernels: CpuKernels::Portable, ..auto }]
 }
 
 /// In bfloat16, or `None` after a loud line.
@@ -167,8 +168,8 @@ fn the_cpu_is_as_close_to_f64_as_plain_f32_loops_are() {
             for backend in in_f32(2) {
                 let fast = train_once(&backend, &config, &batch);
                 let what = format!(
-                    "{heads}/{kv_heads} heads of {head_dim}, {windows} x {context}, own tiles: {}",
-                    backend.tiles
+                    "{heads}/{kv_heads} heads of {head_dim}, {windows} x {context}, kernels: {:?}",
+                    backend.kernels
                 );
                 // Contract 2: at most twice the plain version's error, and rounding of the result.
                 let bound = |plain: f64| 2.0 * plain + f64::from(f32::EPSILON);

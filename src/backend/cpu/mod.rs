@@ -59,29 +59,39 @@ use crate::device::Type;
 use crate::llama::{Op, Program};
 use crate::model::Layout;
 
-/// The fast backend of any machine.
+/// SIMD kernels for any processor.
 #[derive(Clone, Copy, Debug)]
 pub struct Cpu {
     pub threads: usize,
-    /// Whether the operands of products are rounded to bfloat16, where the processor multiplies such.
+    /// Round matmul operands to bfloat16, if the processor has bfloat16 dot products and `kernels`
+    /// allows them.
     pub bf16: bool,
-    /// Whether the kernels that only some processors run are used on those.
-    pub tiles: bool,
+    pub kernels: CpuKernels,
+}
+
+/// Which of the CPU's kernels run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CpuKernels {
+    /// The AVX-512 kernels if the processor has what they need, else the portable ones.
+    #[default]
+    Auto,
+    /// The kernels that run on every processor, at its SIMD width.
+    Portable,
 }
 
 impl Cpu {
-    /// Products of f32.
+    /// Matmuls in f32.
     pub const fn f32(threads: usize) -> Self {
-        Self { threads, bf16: false, tiles: true }
+        Self { threads, bf16: false, kernels: CpuKernels::Auto }
     }
 
-    /// Products of bfloat16 where the processor has them, else of f32: [`Backend::numbers`] tells.
+    /// Matmuls in bfloat16 if the processor has them, else in f32: see [`Backend::numbers`].
     pub const fn bf16(threads: usize) -> Self {
-        Self { threads, bf16: true, tiles: true }
+        Self { threads, bf16: true, kernels: CpuKernels::Auto }
     }
 
     fn in_tiles(&self) -> bool {
-        self.tiles && tiles::found()
+        self.kernels == CpuKernels::Auto && tiles::found()
     }
 
     fn in_bf16(&self) -> bool {
@@ -113,7 +123,7 @@ impl Backend for Cpu {
         let vector = Vector {
             arch: pulp::Arch::new(),
             pool,
-            tiles: if self.tiles { Tiles::detect(self.bf16) } else { None },
+            tiles: if self.in_tiles() { Tiles::detect(self.bf16) } else { None },
             rope: rope::Table::default(),
             head: Vec::new(),
             seconds: BTreeMap::new(),
