@@ -16,7 +16,7 @@ use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterio
 use laam::backend::cpu::{Cpu, CpuKernels};
 use laam::backend::{Arena, Backend, Feed, Need};
 use laam::bench::step::preset;
-use laam::device::Type;
+use laam::dtype::Dtype;
 use laam::generate::{Generator, Request};
 use laam::llama::ops::{
     AdamWStep, Attention, AttentionBackward, HeadLoss, Heads, Linear, LinearBackwardInput,
@@ -40,7 +40,9 @@ fn backends() -> Vec<(&'static str, Cpu)> {
     let plain = Cpu { kernels: CpuKernels::Portable, ..f32 };
     let all = [("f32", f32), ("plain", plain), ("bf16", bf16)];
     // Where a processor has no bfloat16 it would be f32 by another name.
-    all.into_iter().filter(|(name, cpu)| *name != "bf16" || cpu.numbers() == Type::Bf16).collect()
+    all.into_iter()
+        .filter(|(name, cpu)| *name != "bf16" || cpu.compute_dtype() == Dtype::Bf16)
+        .collect()
 }
 
 fn original() -> Config {
@@ -98,12 +100,12 @@ impl One {
             loss_scale: 1.0 / ROWS as f64,
             rates: Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 },
         };
-        for (numbers, cpu) in backends() {
+        for (dtype, cpu) in backends() {
             let mut session =
                 cpu.open(&layout, Need { training: true, cache: 0 }).expect("memory for it");
             session.write(Arena::Parameters, &random(layout.len, 99)).expect("its length");
             let program = session.load(self.program.clone()).expect("a valid program");
-            group.bench_function(format!("{name}/{numbers}"), |b| {
+            group.bench_function(format!("{name}/{dtype}"), |b| {
                 b.iter(|| session.run(program, &feed).expect("complete inputs"));
             });
         }
@@ -223,14 +225,14 @@ fn step(c: &mut Criterion) {
     for batch in [1, 8] {
         let micro = [windows(batch, &config)];
         group.throughput(Throughput::Elements((batch * context) as u64));
-        for (numbers, cpu) in backends() {
+        for (dtype, cpu) in backends() {
             let mut engine =
                 Engine::new(&cpu, &config, &optimizer, batch, context).expect("memory for it");
             let weights = random(Layout::new(&config).len, 7).iter().map(|w| 0.04 * w).collect();
             let weights: Vec<f32> = weights;
             engine.write(Arena::Parameters, &weights).expect("its length");
             let mut count = 0;
-            group.bench_function(format!("batch {batch}/{numbers}"), |b| {
+            group.bench_function(format!("batch {batch}/{dtype}"), |b| {
                 b.iter(|| {
                     count += 1;
                     let rates = Rates { learning_rate: 1e-4, muon_learning_rate: 0.0, step: count };

@@ -24,6 +24,7 @@ pub mod bench;
 pub mod cli;
 pub mod corpus;
 pub mod device;
+pub mod dtype;
 pub mod error;
 pub mod files;
 pub mod generate;

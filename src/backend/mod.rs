@@ -13,21 +13,12 @@ pub mod reference;
 use std::borrow::Cow;
 use std::time::Instant;
 
-use crate::device::{Type, host_memory};
+use crate::device::host_memory;
+use crate::dtype::Dtype;
 use crate::llama::step::Micro;
 use crate::llama::{Buffer, Program, Rates};
-use crate::model::{Layout, Precision};
+use crate::model::Layout;
 use crate::tokens::{Batch, Windows};
-
-impl From<Type> for Precision {
-    fn from(numbers: Type) -> Self {
-        match numbers {
-            Type::F32 => Self::Float32,
-            Type::Bf16 => Self::Bfloat16,
-            Type::F16 => Self::Float16,
-        }
-    }
-}
 
 /// Something that can hold a model and execute programs on it.
 pub trait Backend: Send + Sync {
@@ -38,8 +29,8 @@ pub trait Backend: Send + Sync {
     /// Memory for a model: parameters all zero, and what `need` says.
     fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>>;
     /// The type of its activations, and of weights as its products read them.
-    fn numbers(&self) -> Type {
-        Type::F32
+    fn compute_dtype(&self) -> Dtype {
+        Dtype::F32
     }
     /// How many windows of `context` tokens it likes to take at a time, out of `windows`.
     fn micro_windows(&self, windows: usize, context: usize) -> usize;

@@ -3,7 +3,8 @@
 
 use serde::Serialize;
 
-use crate::device::{Arg, Device, Launch, Matrix, Product, Type};
+use crate::device::{Arg, Device, Launch, Matrix, Product};
+use crate::dtype::Dtype;
 
 /// One ceiling.
 #[derive(Clone, Debug, Serialize)]
@@ -54,10 +55,10 @@ pub fn measure(
     device.upload(from, &noise)?;
     device.upload(to, &noise)?;
     let out = device.alloc(4 * side * side)?;
-    let matrix = |at, ty| Matrix::new(at, ty, side, side);
+    let matrix = |at, dtype| Matrix::new(at, dtype, side, side);
     let flops = 2.0 * (side as f64).powi(3);
-    for (name, c) in [("product, bf16", Type::Bf16), ("product, bf16 to f32", Type::F32)] {
-        let (a, b) = (matrix(from, Type::Bf16), matrix(to, Type::Bf16).t());
+    for (name, c) in [("product, bf16", Dtype::Bf16), ("product, bf16 to f32", Dtype::F32)] {
+        let (a, b) = (matrix(from, Dtype::Bf16), matrix(to, Dtype::Bf16).t());
         let product = Product { a, b, c: matrix(out, c), add: false, batch: 1 };
         let seconds = repeat(device, |device| device.product(&product))?;
         add(rate(name, flops / 1e12, "TFLOP/s", seconds));

@@ -11,7 +11,7 @@ use crate::llama::{Cost, Op};
 pub struct Row {
     pub operation: &'static str,
     pub shape: String,
-    pub numbers: &'static str,
+    pub dtype: &'static str,
     /// The median, and the tenth and ninetieth of a hundred.
     pub seconds: f64,
     pub p10: f64,
@@ -50,7 +50,7 @@ pub fn time(
     let mut rows = Vec::new();
     for name in chosen {
         // An operation at a time: the inputs of all would not fit.
-        for case in cases::grid(size, backend.numbers(), 1, |other| other == name) {
+        for case in cases::grid(size, backend.compute_dtype(), 1, |other| other == name) {
             let row = one(backend, case)?;
             tell(&row);
             rows.push(row);
@@ -78,7 +78,7 @@ fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<Row> {
     Ok(Row {
         operation: case.operation,
         shape: case.shape.clone(),
-        numbers: backend.numbers().suffix(),
+        dtype: backend.compute_dtype().suffix(),
         seconds: median,
         p10: seconds[RUNS / 10],
         p90: seconds[RUNS * 9 / 10],

@@ -3,7 +3,8 @@
 
 use serde::Serialize;
 
-use crate::device::{Address, Device, Launch, Matrix, Product, Type};
+use crate::device::{Address, Device, Launch, Matrix, Product};
+use crate::dtype::Dtype;
 use crate::kernels::KERNELS;
 
 /// One thing and how it went.
@@ -95,7 +96,7 @@ fn launch(device: &mut dyn Device) -> anyhow::Result<String> {
     let at = device.alloc(4 * len)?;
     device.fill(at, 0, 4 * len)?;
     device.launch(&fill(at, len as u64 - 1, 2.5))?;
-    let values = Type::F32.decode(&read(device, at, 4 * len)?);
+    let values = Dtype::F32.decode(&read(device, at, 4 * len)?);
     device.free(at)?;
     let right = values[..len - 1].iter().all(|&x| x == 2.5) && values[len - 1] == 0.0;
     anyhow::ensure!(right, "fill_f32 wrote other values, or too far");
@@ -118,9 +119,9 @@ fn refusal(device: &mut dyn Device) -> anyhow::Result<String> {
 fn products(device: &mut dyn Device) -> anyhow::Result<String> {
     let mut worst = 0.0f64;
     for (m, n, k) in [(64, 64, 64), (33, 17, 65), (1, 512, 64), (512, 64, 512), (300, 2, 7)] {
-        for (ty, add) in [(Type::F32, false), (Type::Bf16, true)] {
+        for (dtype, add) in [(Dtype::F32, false), (Dtype::Bf16, true)] {
             for turned in [false, true] {
-                worst = worst.max(product(device, (m, n, k), ty, add, turned)?);
+                worst = worst.max(product(device, (m, n, k), dtype, add, turned)?);
             }
         }
     }
@@ -131,7 +132,7 @@ fn products(device: &mut dyn Device) -> anyhow::Result<String> {
 fn product(
     device: &mut dyn Device,
     (m, n, k): (usize, usize, usize),
-    ty: Type,
+    dtype: Dtype,
     add: bool,
     turned: bool,
 ) -> anyhow::Result<f64> {
@@ -139,8 +140,8 @@ fn product(
     let a: Vec<f32> = (0..m * k).map(|i| value(i, 1)).collect();
     let b: Vec<f32> = (0..k * n).map(|i| value(i, 5)).collect();
     let c: Vec<f32> = (0..m * n).map(|i| value(i, 9)).collect();
-    let mut put = |ty: Type, values: &[f32]| {
-        let bytes = ty.encode(values);
+    let mut put = |dtype: Dtype, values: &[f32]| {
+        let bytes = dtype.encode(values);
         let at = device.alloc(bytes.len())?;
         device.upload(at, &bytes).map(|()| at)
     };
@@ -150,15 +151,15 @@ fn product(
     };
     let (left, right) =
         if turned { (transpose(&a, m, k), transpose(&b, k, n)) } else { (a.clone(), b.clone()) };
-    let (a_at, b_at, c_at) = (put(ty, &left)?, put(ty, &right)?, put(Type::F32, &c)?);
+    let (a_at, b_at, c_at) = (put(dtype, &left)?, put(dtype, &right)?, put(Dtype::F32, &c)?);
     let (left, right) = if turned {
-        (Matrix::new(a_at, ty, k, m).t(), Matrix::new(b_at, ty, n, k).t())
+        (Matrix::new(a_at, dtype, k, m).t(), Matrix::new(b_at, dtype, n, k).t())
     } else {
-        (Matrix::new(a_at, ty, m, k), Matrix::new(b_at, ty, k, n))
+        (Matrix::new(a_at, dtype, m, k), Matrix::new(b_at, dtype, k, n))
     };
-    let out = Matrix::new(c_at, Type::F32, m, n);
+    let out = Matrix::new(c_at, Dtype::F32, m, n);
     device.product(&Product { a: left, b: right, c: out, add, batch: 1 })?;
-    let got = Type::F32.decode(&read(device, c_at, 4 * m * n)?);
+    let got = Dtype::F32.decode(&read(device, c_at, 4 * m * n)?);
     for at in [a_at, b_at, c_at] {
         device.free(at)?;
     }
@@ -188,7 +189,7 @@ fn graph(device: &mut dyn Device) -> anyhow::Result<String> {
     let graph = device.finish();
     asked?;
     let graph = graph?;
-    let first = |device: &dyn Device, at| anyhow::Ok(Type::F32.decode(&read(device, at, 80)?));
+    let first = |device: &dyn Device, at| anyhow::Ok(Dtype::F32.decode(&read(device, at, 80)?));
     let before = first(device, b)?[0];
     device.replay(graph)?;
     let once = (first(device, a)?[15], first(device, b)?[0], first(device, b)?[15]);

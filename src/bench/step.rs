@@ -189,7 +189,7 @@ pub fn time(
         backend: backend.name().to_string(),
         device: backend.device(),
         preset: name.to_string(),
-        precision: backend.numbers().name().to_string(),
+        precision: backend.compute_dtype().name().to_string(),
         batch,
         context,
         parameters: layout.parameter_count(),

@@ -7,13 +7,13 @@ use clap::{Args, ValueEnum};
 use crate::backend::Backend;
 use crate::backend::cpu::{Cpu, CpuKernels};
 use crate::backend::gpu::{self, Gpu, Mode, Options};
-use crate::backend::reference::{self, Reference, Rounding};
+use crate::backend::reference::Reference;
+use crate::device::Device;
 use crate::device::cuda::{self, Cuda};
 use crate::device::sim::Sim;
-use crate::device::{Device, Type};
+use crate::dtype::Dtype;
 use crate::error::error;
 use crate::kernels::BUILD;
-use crate::model::Precision;
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -74,19 +74,19 @@ pub enum Attention {
 impl Arguments {
     /// The backend that was asked for, in f32.
     pub fn open(&self) -> anyhow::Result<Box<dyn Backend>> {
-        self.open_in(Some(Precision::Float32))
+        self.open_in(Some(Dtype::F32))
     }
 
     /// The backend that was asked for, in a precision where it offers several: by default bf16 on a
     /// card, else f32.
-    pub fn open_in(&self, precision: Option<Precision>) -> anyhow::Result<Box<dyn Backend>> {
+    pub fn open_in(&self, precision: Option<Dtype>) -> anyhow::Result<Box<dyn Backend>> {
         self.open_for(precision, false)
     }
 
     /// As [`Arguments::open_in`]; with `profile`, a device times every operation.
     pub fn open_for(
         &self,
-        precision: Option<Precision>,
+        precision: Option<Dtype>,
         profile: bool,
     ) -> anyhow::Result<Box<dyn Backend>> {
         if self.threads == Some(0) {
@@ -97,14 +97,10 @@ impl Arguments {
             Kind::Auto => Kind::Cpu,
             kind => kind,
         };
-        let usual = if kind == Kind::Cuda { Precision::Bfloat16 } else { Precision::Float32 };
-        let numbers = match precision.unwrap_or(usual) {
-            Precision::Float32 => Type::F32,
-            Precision::Bfloat16 => Type::Bf16,
-            Precision::Float16 => Type::F16,
-        };
+        let usual = if kind == Kind::Cuda { Dtype::Bf16 } else { Dtype::F32 };
+        let dtype = precision.unwrap_or(usual);
         let options = Options {
-            numbers,
+            dtype,
             mode: if profile { Mode::Profile } else { Mode::Graphs },
             plain_head: self.head == Path::Plain,
             attention: match self.attention {
@@ -115,10 +111,7 @@ impl Arguments {
             most_tokens: None,
         };
         Ok(match kind {
-            Kind::Reference => {
-                let precision = reference::Precision::F32;
-                Box::new(Reference { precision, rounding: Rounding::None })
-            }
+            Kind::Reference => Box::new(Reference::F32),
             Kind::Cuda => Box::new(Gpu::new(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), options)?),
             Kind::Sim => {
                 let simulator =
@@ -128,7 +121,7 @@ impl Arguments {
             }
             Kind::Auto | Kind::Cpu => Box::new(Cpu {
                 threads: self.threads(),
-                bf16: numbers == Type::Bf16,
+                bf16: dtype == Dtype::Bf16,
                 kernels: if self.head == Path::Auto && self.attention == Attention::Auto {
                     CpuKernels::Auto
                 } else {

@@ -11,8 +11,8 @@ use crate::bench::ceilings::{self, Ceiling, Effort};
 use crate::bench::check::Size;
 use crate::bench::{kernels, smoke, step};
 use crate::device::Device;
+use crate::dtype::Dtype;
 use crate::error::error;
-use crate::model::Precision;
 
 /// Time what the program does, on this machine.
 #[derive(Args)]
@@ -47,7 +47,7 @@ struct Kernels {
     only: Option<String>,
     /// The precision of activations [default: bfloat16 on an NVIDIA GPU, else float32]
     #[arg(long, value_enum)]
-    precision: Option<Precision>,
+    precision: Option<Dtype>,
     /// Small shapes: to see that it runs
     #[arg(long)]
     small: bool,
@@ -79,7 +79,7 @@ struct Step {
     /// The precision of activations, where the backend offers several [default: bfloat16 on an
     /// NVIDIA GPU, else float32]
     #[arg(long, value_enum)]
-    precision: Option<Precision>,
+    precision: Option<Dtype>,
     /// Time every operation on a GPU, which takes the step apart: slower as a whole
     #[arg(long)]
     profile: bool,
@@ -154,10 +154,10 @@ fn run_smoke(arguments: &OnDevice) -> anyhow::Result<Outcome> {
 }
 
 /// What is timed has to be known for what it is.
-fn warn_of_another(backend: &dyn Backend, precision: Option<Precision>) {
-    let numbers = backend.numbers().name();
-    if let Some(precision) = precision.filter(|precision| precision.name() != numbers) {
-        eprintln!("warning: this backend computes in {numbers}, not in {}", precision.name());
+fn warn_of_another(backend: &dyn Backend, precision: Option<Dtype>) {
+    let dtype = backend.compute_dtype().name();
+    if let Some(precision) = precision.filter(|precision| precision.name() != dtype) {
+        eprintln!("warning: this backend computes in {dtype}, not in {}", precision.name());
     }
 }
 
@@ -176,7 +176,7 @@ fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
         table.line(format_args!(
             "{:22} {:4} {:36} {:10.2} {:9.2} {:9.2} {:8.1} {:8.2} {pairs:>9}{}",
             row.operation,
-            row.numbers,
+            row.dtype,
             row.shape,
             1e6 * row.seconds,
             1e6 * row.p10,

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{Outcome, backend};
 use crate::bench::check::{Row, Selection, Size, check};
-use crate::model::Precision;
+use crate::dtype::Dtype;
 
 /// Hold every operation of a backend against f64, on fresh random inputs.
 #[derive(Args)]
@@ -18,7 +18,7 @@ pub struct Arguments {
     only: Option<String>,
     /// The precisions to check [default: all that the backend computes in]
     #[arg(long, value_enum)]
-    precision: Vec<Precision>,
+    precision: Vec<Dtype>,
     /// Large shapes too: seconds on a card, minutes for the f64 reference
     #[arg(long)]
     full: bool,
@@ -38,7 +38,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let size = if arguments.full { Size::Full } else { Size::Small };
     let selection = Selection { only: arguments.only.as_deref(), size, seed };
     let precisions = match arguments.precision.as_slice() {
-        [] => &[Precision::Float32, Precision::Bfloat16, Precision::Float16],
+        [] => &[Dtype::F32, Dtype::Bf16, Dtype::F16],
         some => some,
     };
     let mut out = io::stdout().lock();
@@ -46,8 +46,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let mut failed = 0;
     for &precision in precisions {
         let backend = arguments.backend.open_in(Some(precision))?;
-        let name = backend.numbers().suffix();
-        if runs.iter().any(|(numbers, ..)| *numbers == name) {
+        let name = backend.compute_dtype().suffix();
+        if runs.iter().any(|(dtype, ..)| *dtype == name) {
             continue;
         }
         eprintln!("{}, seed {seed}", backend.device());
@@ -65,9 +65,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     if arguments.json {
         let runs: Vec<_> = runs
             .iter()
-            .map(|(numbers, device, rows)| {
-                json!({ "numbers": numbers, "device": device, "rows": rows })
-            })
+            .map(|(dtype, device, rows)| json!({ "dtype": dtype, "device": device, "rows": rows }))
             .collect();
         let all = json!({ "seed": seed, "checked": checked, "failed": failed, "runs": runs });
         writeln!(out, "{all}")?;
@@ -77,7 +75,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     Ok(if failed == 0 { Outcome::Done } else { Outcome::Different })
 }
 
-fn print(out: &mut impl Write, numbers: &str, row: &Row) -> io::Result<()> {
+fn print(out: &mut impl Write, dtype: &str, row: &Row) -> io::Result<()> {
     let verdict = match row {
         Row { passed: true, .. } => "ok",
         Row { repeats: false, .. } => "FAILED: a second run gave other bits",
@@ -85,7 +83,7 @@ fn print(out: &mut impl Write, numbers: &str, row: &Row) -> io::Result<()> {
     };
     writeln!(
         out,
-        "{:22} {numbers:4} {:36} {:14} {:9.2e} of {:9.2e} {verdict}",
+        "{:22} {dtype:4} {:36} {:14} {:9.2e} of {:9.2e} {verdict}",
         row.operation, row.shape, row.output, row.error, row.bound
     )
 }

@@ -12,9 +12,9 @@ use super::training::Watcher;
 use super::{Outcome, backend};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, hex};
-use crate::device::Type;
+use crate::dtype::Dtype;
 use crate::error::error;
-use crate::model::{Config, Precision, Provenance, load};
+use crate::model::{Config, Provenance, load};
 use crate::tokenizer::{Style, Tokenizer};
 use crate::tokens::Windows;
 use crate::train::{Finish, Job, Settings, Start, Trainer, is_resumable, prepare};
@@ -150,7 +150,7 @@ impl Stage<'_> {
             backend.device(),
         );
         let wanted = settings.precision.unwrap_or_default();
-        if wanted != Precision::Float32 && backend.numbers() == Type::F32 {
+        if wanted != Dtype::F32 && backend.compute_dtype() == Dtype::F32 {
             eprintln!(
                 "warning: this backend computes in float32; only the saved weights are {}",
                 wanted.name()

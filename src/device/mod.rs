@@ -12,8 +12,9 @@ mod launch;
 mod product;
 pub mod sim;
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::dtype::Dtype;
 
 pub use launch::{Arg, Launch};
 pub use product::{Matrix, Product};
@@ -33,74 +34,6 @@ impl Address {
     }
 }
 
-/// Floating-point numbers in a device's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Type {
-    F32,
-    F16,
-    Bf16,
-}
-
-impl Type {
-    /// Bytes a number.
-    pub fn size(self) -> usize {
-        match self {
-            Type::F32 => 4,
-            Type::F16 | Type::Bf16 => 2,
-        }
-    }
-
-    /// As transformers and PyTorch spell it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Type::F32 => "float32",
-            Type::F16 => "float16",
-            Type::Bf16 => "bfloat16",
-        }
-    }
-
-    /// How kernels for it end: `rms_norm_bf16`.
-    pub fn suffix(self) -> &'static str {
-        match self {
-            Type::F32 => "f32",
-            Type::F16 => "f16",
-            Type::Bf16 => "bf16",
-        }
-    }
-
-    /// Rounds to nearest, ties to even.
-    pub fn encode(self, values: &[f32]) -> Vec<u8> {
-        match self {
-            Type::F32 => bytemuck::cast_slice(values).to_vec(),
-            Type::F16 => {
-                values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()
-            }
-            Type::Bf16 => {
-                values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect()
-            }
-        }
-    }
-
-    /// The numbers in `bytes`, a whole number of them.
-    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
-        match self {
-            Type::F32 => bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
-            Type::F16 => bytes
-                .chunks_exact(2)
-                .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-            Type::Bf16 => bytes
-                .chunks_exact(2)
-                .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-        }
-    }
-}
-
 /// A recorded sequence of launches, products, fills and copies of one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Graph(usize);
@@ -116,7 +49,7 @@ pub trait Device: Send {
     /// For a person and for the provenance: the card, its memory, the driver.
     fn describe(&self) -> String;
     /// The FLOP/s of products that its maker tells, where that is known.
-    fn peak(&self, _numbers: Type) -> Option<f64> {
+    fn peak(&self, _numbers: Dtype) -> Option<f64> {
         None
     }
     /// Bytes of memory that are free, and that there are in all.

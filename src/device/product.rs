@@ -1,12 +1,13 @@
 //! Matrix products as every device takes them.
 
-use super::{Address, Type};
+use super::Address;
+use crate::dtype::Dtype;
 
 /// A row-major matrix in a device's memory, `[rows, cols]`, without gaps between its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matrix {
     pub at: Address,
-    pub ty: Type,
+    pub dtype: Dtype,
     pub rows: usize,
     pub cols: usize,
     /// Read with rows and columns exchanged.
@@ -14,8 +15,8 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    pub fn new(at: Address, ty: Type, rows: usize, cols: usize) -> Matrix {
-        Matrix { at, ty, rows, cols, transposed: false }
+    pub fn new(at: Address, dtype: Dtype, rows: usize, cols: usize) -> Matrix {
+        Matrix { at, dtype, rows, cols, transposed: false }
     }
 
     /// The same memory with rows and columns exchanged.
@@ -51,8 +52,8 @@ impl Product {
         let fits = k == k_too
             && self.c.shape() == (m, n)
             && !self.c.transposed
-            && self.a.ty == self.b.ty
-            && (self.c.ty == self.a.ty || self.c.ty == Type::F32)
+            && self.a.dtype == self.b.dtype
+            && (self.c.dtype == self.a.dtype || self.c.dtype == Dtype::F32)
             && m * n * k * self.batch > 0;
         if fits {
             return Ok((m, n, k));

@@ -94,13 +94,13 @@ impl Sim {
     }
 
     fn read(&self, matrix: &Matrix) -> anyhow::Result<Vec<f32>> {
-        let bytes = matrix.rows * matrix.cols * matrix.ty.size();
-        Ok(matrix.ty.decode(&self.memory.read_vec(matrix.at.0, bytes)?))
+        let bytes = matrix.rows * matrix.cols * matrix.dtype.size();
+        Ok(matrix.dtype.decode(&self.memory.read_vec(matrix.at.0, bytes)?))
     }
 
     fn multiply(&self, product: &Product) -> anyhow::Result<()> {
         let later = |matrix: Matrix, at: usize| {
-            let bytes = matrix.rows * matrix.cols * matrix.ty.size();
+            let bytes = matrix.rows * matrix.cols * matrix.dtype.size();
             Matrix { at: matrix.at.plus(at * bytes), ..matrix }
         };
         (0..product.batch).try_for_each(|at| {
@@ -145,7 +145,7 @@ impl Sim {
                 Parallelism::None,
             );
         }
-        self.memory.write(product.c.at.0, &product.c.ty.encode(&c))?;
+        self.memory.write(product.c.at.0, &product.c.dtype.encode(&c))?;
         Ok(())
     }
 }
@@ -260,54 +260,54 @@ impl Device for Sim {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Type;
     use super::*;
+    use crate::dtype::Dtype;
 
     fn sim() -> Option<Sim> {
         Sim::new(Options::default()).map_err(|why| eprintln!("SKIPPED: {why}")).ok()
     }
 
-    fn put(sim: &mut Sim, ty: Type, values: &[f32]) -> Address {
-        let bytes = ty.encode(values);
+    fn put(sim: &mut Sim, dtype: Dtype, values: &[f32]) -> Address {
+        let bytes = dtype.encode(values);
         let at = sim.alloc(bytes.len()).unwrap();
         sim.upload(at, &bytes).unwrap();
         at
     }
 
-    fn get(sim: &Sim, ty: Type, at: Address, len: usize) -> Vec<f32> {
-        let mut bytes = vec![0; len * ty.size()];
+    fn get(sim: &Sim, dtype: Dtype, at: Address, len: usize) -> Vec<f32> {
+        let mut bytes = vec![0; len * dtype.size()];
         sim.download(at, &mut bytes).unwrap();
-        ty.decode(&bytes)
+        dtype.decode(&bytes)
     }
 
     #[test]
     fn products_read_either_side_turned_and_add_in_f32() {
         let Some(mut sim) = sim() else { return };
         // a = [[1, 2, 3], [4, 5, 6]], b = [[1, 0], [0, 1], [1, 1]]; a b = [[4, 5], [10, 11]]
-        let a = put(&mut sim, Type::Bf16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
-        let a_turned = put(&mut sim, Type::Bf16, &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
-        let b = put(&mut sim, Type::Bf16, &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
-        let b_turned = put(&mut sim, Type::Bf16, &[1.0, 0.0, 1.0, 0.0, 1.0, 1.0]);
-        let matrix = |at, rows, cols| Matrix::new(at, Type::Bf16, rows, cols);
+        let a = put(&mut sim, Dtype::Bf16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let a_turned = put(&mut sim, Dtype::Bf16, &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        let b = put(&mut sim, Dtype::Bf16, &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+        let b_turned = put(&mut sim, Dtype::Bf16, &[1.0, 0.0, 1.0, 0.0, 1.0, 1.0]);
+        let matrix = |at, rows, cols| Matrix::new(at, Dtype::Bf16, rows, cols);
         for a in [matrix(a, 2, 3), matrix(a_turned, 3, 2).t()] {
             for b in [matrix(b, 3, 2), matrix(b_turned, 2, 3).t()] {
-                let c = put(&mut sim, Type::F32, &[0.5, 0.0, 0.0, 1000.0]);
-                let c = Matrix::new(c, Type::F32, 2, 2);
+                let c = put(&mut sim, Dtype::F32, &[0.5, 0.0, 0.0, 1000.0]);
+                let c = Matrix::new(c, Dtype::F32, 2, 2);
                 sim.product(&Product { a, b, c, add: true, batch: 1 }).unwrap();
-                assert_eq!(get(&sim, Type::F32, c.at, 4), [4.5, 5.0, 10.0, 1011.0]);
+                assert_eq!(get(&sim, Dtype::F32, c.at, 4), [4.5, 5.0, 10.0, 1011.0]);
                 sim.product(&Product { a, b, c, add: false, batch: 1 }).unwrap();
-                assert_eq!(get(&sim, Type::F32, c.at, 4), [4.0, 5.0, 10.0, 11.0]);
+                assert_eq!(get(&sim, Dtype::F32, c.at, 4), [4.0, 5.0, 10.0, 11.0]);
             }
         }
         // Two at once, behind one another: a matrix, and then its double.
         let double: Vec<f32> = (1..=6).chain((1..=6).map(|n| 2 * n)).map(|n| n as f32).collect();
-        let twice = Matrix::new(put(&mut sim, Type::F32, &double), Type::F32, 2, 3);
-        let c = Matrix::new(put(&mut sim, Type::F32, &[f32::NAN; 8]), Type::F32, 2, 2);
+        let twice = Matrix::new(put(&mut sim, Dtype::F32, &double), Dtype::F32, 2, 3);
+        let c = Matrix::new(put(&mut sim, Dtype::F32, &[f32::NAN; 8]), Dtype::F32, 2, 2);
         sim.product(&Product { a: twice, b: twice.t(), c, add: false, batch: 2 }).unwrap();
         let exact = [14.0, 32.0, 32.0, 77.0];
-        assert_eq!(get(&sim, Type::F32, c.at, 8), [exact, exact.map(|x| 4.0 * x)].concat());
+        assert_eq!(get(&sim, Dtype::F32, c.at, 8), [exact, exact.map(|x| 4.0 * x)].concat());
 
-        let c = Matrix::new(a, Type::F32, 2, 2);
+        let c = Matrix::new(a, Dtype::F32, 2, 2);
         let wrong = Product { a: matrix(a, 2, 3), b: matrix(b, 2, 3), c, add: false, batch: 1 };
         assert!(sim.product(&wrong).is_err());
     }
@@ -324,7 +324,7 @@ mod tests {
             args: vec![out.into(), 3.0f32.into(), 10u64.into()],
         };
         sim.launch(&fill).unwrap();
-        assert_eq!(get(&sim, Type::F32, out, 10), [3.0; 10]);
+        assert_eq!(get(&sim, Dtype::F32, out, 10), [3.0; 10]);
         let good = fill.clone();
         fill.args[2] = 10u32.into();
         let message = sim.launch(&fill).unwrap_err().to_string();

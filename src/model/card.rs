@@ -3,10 +3,11 @@
 
 use std::fmt::Write;
 
-use super::{Config, Licence, Precision, Provenance};
+use super::{Config, Licence, Provenance};
+use crate::dtype::Dtype;
 
 /// The card's text.
-pub fn card(config: &Config, precision: Precision, provenance: &Provenance) -> String {
+pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> String {
     let corpus = &provenance.corpus;
     let mut text = format!(
         "---\nlicense: {}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n- memorization\n---\n\n",
@@ -99,7 +100,7 @@ mod tests {
     use crate::model::config::tests::original;
 
     fn of(corpus: CorpusRecord) -> String {
-        card(&original(), Precision::Bfloat16, &Provenance { corpus, ..Provenance::default() })
+        card(&original(), Dtype::Bf16, &Provenance { corpus, ..Provenance::default() })
     }
 
     #[test]

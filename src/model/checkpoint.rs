@@ -24,7 +24,8 @@ use sha2::{Digest, Sha256};
 
 use super::replace::{Staged, settle};
 use super::weights::{self, Mapped, Tensors};
-use super::{Config, Layout, Precision, Provenance, card};
+use super::{Config, Layout, Provenance, card};
+use crate::dtype::Dtype;
 use crate::error::{Hint, error};
 
 const CONFIG: &str = "config.json";
@@ -46,7 +47,7 @@ pub struct Checkpoint<'a> {
     pub layout: &'a Layout,
     /// An arena. It is rounded to `precision` on its way to the file.
     pub weights: &'a [f32],
-    pub precision: Precision,
+    pub precision: Dtype,
     /// The folder the tokenizer's files are copied from; it may be the one saved into.
     pub tokenizer: Option<&'a Path>,
     pub provenance: &'a Provenance,
@@ -69,7 +70,7 @@ pub struct Model {
     /// An arena of [`Layout::len`].
     pub weights: Vec<f32>,
     /// What the weights were stored in.
-    pub precision: Precision,
+    pub precision: Dtype,
     /// What a user should know: tensors that were passed over, facts that cannot be kept.
     pub warnings: Vec<String>,
 }
@@ -115,7 +116,7 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
             let arenas: Vec<_> =
                 named.iter().map(|(name, arena)| (name.as_str(), *arena)).collect();
             let metadata = (STATE_KEY, state.to_string());
-            weights::write(&staged.path(STATE), layout, &arenas, Precision::Float32, metadata)
+            weights::write(&staged.path(STATE), layout, &arenas, Dtype::F32, metadata)
                 .hint(disk)?;
         }
         // One of an earlier save does not belong to these weights.
@@ -377,7 +378,7 @@ mod tests {
                 config,
                 layout: &layout,
                 weights: &weights,
-                precision: Precision::Float32,
+                precision: Dtype::F32,
                 tokenizer: None,
                 provenance: &Provenance { seed, ..Provenance::default() },
                 training_state: state.then_some(TrainingState {
@@ -428,7 +429,7 @@ mod tests {
 
     #[test]
     fn weights_survive_in_every_precision_tied_or_not() {
-        for precision in [Precision::Float32, Precision::Bfloat16, Precision::Float16] {
+        for precision in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
             for tie_word_embeddings in [true, false] {
                 let config = Config { tie_word_embeddings, ..small() };
                 let layout = Layout::new(&config);
@@ -471,7 +472,7 @@ mod tests {
             config: &config,
             layout: &layout,
             weights: &weights,
-            precision: Precision::Float16,
+            precision: Dtype::F16,
             tokenizer: None,
             provenance: &Provenance::default(),
             training_state: None,
@@ -479,7 +480,7 @@ mod tests {
         let error = save(folder.path(), &checkpoint).unwrap_err();
         assert!(format!("{error:#}").contains("model.layers.1.mlp.down_proj.weight"), "{error:#}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left behind");
-        checkpoint.precision = Precision::Bfloat16;
+        checkpoint.precision = Dtype::Bf16;
         save(folder.path(), &checkpoint).unwrap();
     }
 

@@ -6,7 +6,8 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{Config, Precision, RopeScaling};
+use super::{Config, RopeScaling};
+use crate::dtype::Dtype;
 use crate::error::{Hint, error};
 
 /// The fields that decide what the model computes. Others are passed over.
@@ -135,7 +136,7 @@ impl Config {
     }
 
     /// The `config.json` of this model with its weights stored in `precision`.
-    pub fn to_json(&self, precision: Precision) -> Value {
+    pub fn to_json(&self, precision: Dtype) -> Value {
         let mut json = json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -361,7 +362,7 @@ mod tests {
                     rope_theta: 500_000.0,
                     ..original()
                 };
-                let text = config.to_json(Precision::Bfloat16).to_string();
+                let text = config.to_json(Dtype::Bf16).to_string();
                 assert_eq!(Config::from_json(&text).unwrap(), (config, Vec::new()), "{text}");
             }
         }
@@ -369,7 +370,7 @@ mod tests {
 
     #[test]
     fn both_generations_of_transformers_find_their_spelling() {
-        let json = Config { rope_theta: 5e5, ..original() }.to_json(Precision::Bfloat16);
+        let json = Config { rope_theta: 5e5, ..original() }.to_json(Dtype::Bf16);
         assert_eq!(json["rope_theta"], 5e5);
         assert_eq!(json["rope_parameters"], json!({"rope_type": "default", "rope_theta": 5e5}));
         assert_eq!(
@@ -400,7 +401,7 @@ mod tests {
 
     /// A small Llama's `config.json` with some fields set otherwise.
     fn with(fields: &Value) -> String {
-        let mut json = original().to_json(Precision::Float32);
+        let mut json = original().to_json(Dtype::F32);
         for (key, value) in fields.as_object().unwrap() {
             json[key] = value.clone();
         }

@@ -23,4 +23,3 @@ pub use init::initialize;
 pub use layout::{Block, Kind, Layout, Parameter, Span};
 pub use provenance::{CorpusRecord, Licence, Provenance};
 pub use replace::settle;
-pub use weights::Precision;

@@ -6,82 +6,35 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+use safetensors::tensor::{Dtype as StoredDtype, SafeTensors, TensorView, View};
 
 use super::{Layout, Parameter};
+use crate::dtype::Dtype;
 use crate::error::{Hint, error};
 
-/// The type in which weights are stored.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    serde::Serialize,
-    serde::Deserialize,
-    clap::ValueEnum,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    #[default]
-    Float32,
-    Bfloat16,
-    Float16,
+fn stored(dtype: Dtype) -> StoredDtype {
+    match dtype {
+        Dtype::F32 => StoredDtype::F32,
+        Dtype::F16 => StoredDtype::F16,
+        Dtype::Bf16 => StoredDtype::BF16,
+    }
 }
 
-impl Precision {
-    /// As transformers and PyTorch spell it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Float32 => "float32",
-            Self::Bfloat16 => "bfloat16",
-            Self::Float16 => "float16",
-        }
-    }
-
-    /// Bytes a number.
-    pub fn bytes(self) -> usize {
-        if self == Self::Float32 { 4 } else { 2 }
-    }
-
-    /// The value that is stored for `value`: the nearest, ties to even.
-    pub fn round(self, value: f32) -> f32 {
-        match self {
-            Self::Float32 => value,
-            Self::Bfloat16 => bf16::from_f32(value).to_f32(),
-            Self::Float16 => f16::from_f32(value).to_f32(),
-        }
-    }
-
-    fn dtype(self) -> Dtype {
-        match self {
-            Self::Float32 => Dtype::F32,
-            Self::Bfloat16 => Dtype::BF16,
-            Self::Float16 => Dtype::F16,
-        }
-    }
-
-    fn of(dtype: Dtype) -> Option<Self> {
-        [Self::Float32, Self::Bfloat16, Self::Float16]
-            .into_iter()
-            .find(|precision| precision.dtype() == dtype)
-    }
+fn supported(tensor: &TensorView<'_>) -> Option<Dtype> {
+    Dtype::ALL.into_iter().find(|&dtype| stored(dtype) == tensor.dtype())
 }
 
 /// A tensor on its way to a file, converted only when it is written.
 struct Outgoing<'a> {
     shape: Vec<usize>,
-    precision: Precision,
+    dtype: Dtype,
     values: &'a [f32],
 }
 
 impl View for Outgoing<'_> {
-    fn dtype(&self) -> Dtype {
-        self.precision.dtype()
+    fn dtype(&self) -> StoredDtype {
+        stored(self.dtype)
     }
 
     fn shape(&self) -> &[usize] {
@@ -89,21 +42,15 @@ impl View for Outgoing<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let values = self.values;
-        match self.precision {
+        match self.dtype {
             // safetensors are little-endian, like every machine this builds for.
-            Precision::Float32 => Cow::Borrowed(bytemuck::cast_slice(values)),
-            Precision::Bfloat16 => {
-                values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
-            }
-            Precision::Float16 => {
-                values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect()
-            }
+            Dtype::F32 => Cow::Borrowed(bytemuck::cast_slice(self.values)),
+            dtype => Cow::Owned(dtype.encode(self.values)),
         }
     }
 
     fn data_len(&self) -> usize {
-        self.values.len() * self.precision.bytes()
+        self.values.len() * self.dtype.size()
     }
 }
 
@@ -116,7 +63,7 @@ pub(super) fn write(
     path: &Path,
     layout: &Layout,
     arenas: &[(&str, &[f32])],
-    precision: Precision,
+    dtype: Dtype,
     metadata: (&str, String),
 ) -> anyhow::Result<()> {
     let mut tensors = Vec::new();
@@ -125,8 +72,8 @@ pub(super) fn write(
         for parameter in &layout.parameters {
             let values = &arena[parameter.span.range()];
             // 65504 is the largest float16; beyond it a weight would silently become infinite.
-            if precision == Precision::Float16
-                && values.iter().any(|&x| x.is_finite() && !f16::from_f32(x).is_finite())
+            if dtype == Dtype::F16
+                && values.iter().any(|&x| x.is_finite() && !dtype.round(x).is_finite())
             {
                 return Err(error(
                     format!("{} holds a value too large for float16", parameter.name),
@@ -134,10 +81,8 @@ pub(super) fn write(
                 ));
             }
             let shape = parameter.shape();
-            tensors.push((
-                format!("{prefix}{}", parameter.name),
-                Outgoing { shape, precision, values },
-            ));
+            tensors
+                .push((format!("{prefix}{}", parameter.name), Outgoing { shape, dtype, values }));
         }
     }
     let metadata = HashMap::from([(metadata.0.to_string(), metadata.1)]);
@@ -210,7 +155,7 @@ pub(super) fn take_arena(
     tensors: &mut Tensors<'_>,
     layout: &Layout,
     prefix: &str,
-) -> anyhow::Result<(Vec<f32>, Precision)> {
+) -> anyhow::Result<(Vec<f32>, Dtype)> {
     let mut found = Vec::with_capacity(layout.parameters.len());
     for parameter in &layout.parameters {
         let name = format!("{prefix}{}", parameter.name);
@@ -220,12 +165,12 @@ pub(super) fn take_arena(
         found.push((parameter, checked(&name, parameter, tensor, path)?));
     }
     let mut arena = vec![0.0; layout.len];
-    for (parameter, (tensor, precision)) in &found {
-        decode(tensor.data(), *precision, &mut arena[parameter.span.range()]);
+    for (parameter, (tensor, dtype)) in &found {
+        dtype.decode_into(tensor.data(), &mut arena[parameter.span.range()]);
     }
     // Embeddings are first: what they are stored in, the model is said to be stored in.
-    let precision = found.first().map_or(Precision::Float32, |(_, (_, precision))| *precision);
-    Ok((arena, precision))
+    let dtype = found.first().map_or(Dtype::F32, |(_, (_, dtype))| *dtype);
+    Ok((arena, dtype))
 }
 
 fn missing(name: &str) -> anyhow::Error {
@@ -242,7 +187,7 @@ fn checked<'a>(
     parameter: &Parameter,
     tensor: TensorView<'a>,
     path: &Path,
-) -> anyhow::Result<(TensorView<'a>, Precision)> {
+) -> anyhow::Result<(TensorView<'a>, Dtype)> {
     if tensor.shape() != parameter.shape() {
         return Err(error(
             format!(
@@ -254,43 +199,22 @@ fn checked<'a>(
             "config.json and the weights must be of one model; save or copy the whole folder again",
         ));
     }
-    let precision = Precision::of(tensor.dtype()).ok_or_else(|| {
+    let dtype = supported(&tensor).ok_or_else(|| {
         error(
             format!("{name} is stored as {:?}, in {}", tensor.dtype(), path.display()),
             "laam reads float32, float16 and bfloat16: save the model in one of them",
         )
     })?;
-    Ok((tensor, precision))
+    Ok((tensor, dtype))
 }
 
 /// Whether a tensor that stands beside the embedding has its very bytes.
 pub(super) fn is_same(arena: &[f32], tensor: &TensorView<'_>) -> bool {
-    let Some(precision) = Precision::of(tensor.dtype()) else { return false };
-    if tensor.data().len() != arena.len() * precision.bytes() {
+    let Some(dtype) = supported(tensor) else { return false };
+    if tensor.data().len() != arena.len() * dtype.size() {
         return false;
     }
     let mut values = vec![0.0; arena.len()];
-    decode(tensor.data(), precision, &mut values);
+    dtype.decode_into(tensor.data(), &mut values);
     values == arena
-}
-
-/// Little-endian numbers of any alignment, widened to float32 exactly.
-fn decode(bytes: &[u8], precision: Precision, out: &mut [f32]) {
-    match precision {
-        Precision::Float32 => {
-            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                *value = f32::from_le_bytes(*bytes);
-            }
-        }
-        Precision::Bfloat16 => {
-            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                *value = bf16::from_le_bytes(*bytes).to_f32();
-            }
-        }
-        Precision::Float16 => {
-            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                *value = f16::from_le_bytes(*bytes).to_f32();
-            }
-        }
-    }
 }

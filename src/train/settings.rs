@@ -5,9 +5,10 @@ use clap::{Args, Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use super::{Decline, Schedule};
+use crate::dtype::Dtype;
 use crate::error::error;
 use crate::llama::{AdamW, Muon, Optimizer};
-use crate::model::{Config, Precision, RopeScaling};
+use crate::model::{Config, RopeScaling};
 use crate::tokenizer::Special;
 use crate::tokens::{Kind, Order};
 
@@ -52,7 +53,7 @@ pub struct Settings {
     /// The precision of training, and of the weights that are saved [default: bfloat16 on an NVIDIA
     /// GPU, else float32]
     #[arg(long, value_enum, help_heading = "Training")]
-    pub precision: Option<Precision>,
+    pub precision: Option<Dtype>,
     /// Results are the same bits on any run; the cpu backend always is
     #[arg(long, help_heading = "Training")]
     pub deterministic: bool,

@@ -7,14 +7,15 @@ use anyhow::anyhow;
 use serde_json::Value;
 
 use super::checkpoints;
-use crate::model::{Checkpoint, Config, Layout, Precision, Provenance, TrainingState, save};
+use crate::dtype::Dtype;
+use crate::model::{Checkpoint, Config, Layout, Provenance, TrainingState, save};
 
 /// All that a checkpoint holds.
 pub struct Snapshot {
     pub config: Config,
     /// By the order of [`checkpoints::ARENAS`]: the weights first.
     pub arenas: Vec<(&'static str, Vec<f32>)>,
-    pub precision: Precision,
+    pub precision: Dtype,
     pub tokenizer: PathBuf,
     pub provenance: Provenance,
     /// A [`checkpoints::State`].
@@ -116,7 +117,7 @@ mod tests {
         Snapshot {
             config,
             arenas,
-            precision: Precision::Float32,
+            precision: Dtype::F32,
             tokenizer: output.join("no tokenizer"),
             provenance: Provenance::default(),
             state: Value::Null,

@@ -8,10 +8,11 @@ use super::footprint::check_memory;
 use super::snapshot::{Place, Snapshot, Writer};
 use super::{Engine, EventFile, Metrics, MetricsFile, Outcome, Schedule, Settings, Step};
 use crate::backend::{Arena, Backend};
+use crate::dtype::Dtype;
 use crate::error::{Hint, error};
 use crate::llama::Rates;
 use crate::memorization::verbatim;
-use crate::model::{Config, Precision, Provenance, initialize};
+use crate::model::{Config, Provenance, initialize};
 use crate::tokens::{Sampler, Windows};
 
 /// What a run begins with.
@@ -81,7 +82,7 @@ pub struct Trainer<'a> {
     /// Whether a step of this run was looked at for parameters without a gradient.
     looked_for_lost: bool,
     /// Of the weights that are saved.
-    precision: Precision,
+    precision: Dtype,
     /// FLOP/s of the device, where it is known.
     peak: Option<f64>,
     /// Seconds a step, of those that were last asked for.
@@ -95,7 +96,7 @@ impl<'a> Trainer<'a> {
     pub fn new(backend: &dyn Backend, mut job: Job<'a>) -> anyhow::Result<Self> {
         let Job { settings, windows, .. } = job;
         settings.validate()?;
-        let precision = settings.precision.unwrap_or_else(|| backend.numbers().into());
+        let precision = settings.precision.unwrap_or_else(|| backend.compute_dtype());
         // Resumed on another backend, it is to be the same.
         let known = Settings { precision: Some(precision), ..settings.clone() };
         job.provenance.recipe = serde_json::to_value(&known)?;

@@ -1,10 +1,10 @@
 //! Backends against the f64 reference: whole programs on odd shapes.
 
 use laam::backend::cpu::{Cpu, CpuKernels};
-use laam::backend::reference::{Precision, Reference, Rounding};
+use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend, Feed, Loaded, Need, Session};
 use laam::bench::check::{Selection, Size, check};
-use laam::device::Type;
+use laam::dtype::Dtype;
 use laam::llama::ops::{Attention, HeadLoss, Heads};
 use laam::llama::step::{self, BatchInputs};
 use laam::llama::{AdamW, Element, Muon, Op, Optimizer, Program, Rates, Use, update};
@@ -37,10 +37,6 @@ pub fn config(heads: usize, kv_heads: usize, head_dim: usize, tied: bool) -> Con
     }
 }
 
-pub fn reference(precision: Precision) -> Reference {
-    Reference { precision, rounding: Rounding::None }
-}
-
 fn cpu(threads: usize) -> Cpu {
     Cpu::f32(threads)
 }
@@ -54,7 +50,7 @@ fn in_f32(threads: usize) -> [Cpu; 2] {
 /// In bfloat16, or `None` after a loud line.
 fn in_bf16(threads: usize) -> Option<Cpu> {
     let cpu = Cpu::bf16(threads);
-    if cpu.numbers() == Type::F32 {
+    if cpu.compute_dtype() == Dtype::F32 {
         eprintln!("SKIPPED: bfloat16 on the cpu, because this processor has no products of it");
         return None;
     }
@@ -163,8 +159,8 @@ fn the_cpu_is_as_close_to_f64_as_plain_f32_loops_are() {
         for (windows, context) in [(3, 37), (4, 1), (1, 64)] {
             let config = config(heads, kv_heads, head_dim, tied);
             let batch = batch(windows, context, config.vocab_size);
-            let exact = train_once(&reference(Precision::F64), &config, &batch);
-            let plain = train_once(&reference(Precision::F32), &config, &batch);
+            let exact = train_once(&Reference::F64, &config, &batch);
+            let plain = train_once(&Reference::F32, &config, &batch);
             for backend in in_f32(2) {
                 let fast = train_once(&backend, &config, &batch);
                 let what = format!(
@@ -225,12 +221,12 @@ fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
 #[test]
 fn gradients_in_bf16_are_as_close_to_f64_as_those_of_plain_loops() {
     let Some(backend) = in_bf16(2) else { return };
-    let rounds = Reference { precision: Precision::F32, rounding: Rounding::Bf16 };
+    let rounds = Reference::mixed(Dtype::Bf16);
     for (heads, kv_heads, head_dim, tied) in [SHAPES[0], SHAPES[1], SHAPES[3]] {
         let config = config(heads, kv_heads, head_dim, tied);
         let layout = Layout::new(&config);
         let batch = batch(5, 64, config.vocab_size);
-        let [exact, plain, fast] = [&reference(Precision::F64) as &dyn Backend, &rounds, &backend]
+        let [exact, plain, fast] = [&Reference::F64 as &dyn Backend, &rounds, &backend]
             .map(|backend| train_once(backend, &config, &batch));
         for parameter in &layout.parameters {
             let part = |outcome: &Outcome| outcome.gradients[parameter.span.range()].to_vec();
@@ -279,7 +275,7 @@ fn attention_holds_scores_in_the_hundreds() {
             session.run(program, &feed).unwrap();
             [out, lse].map(|buffer| session.floats(program, buffer).unwrap())
         };
-        let [exact, plain] = [Precision::F64, Precision::F32].map(|p| run(&reference(p)));
+        let [exact, plain] = [Reference::F64, Reference::F32].map(|backend| run(&backend));
         assert!(exact[1].iter().any(|&lse| lse > 200.0));
         for backend in in_f32(2) {
             for ((got, plain), exact) in run(&backend).iter().zip(&plain).zip(&exact) {
@@ -298,8 +294,8 @@ fn twenty_steps_in_bf16_follow_the_reference_that_rounds() {
     for head_dim in [8, 2, 64] {
         let config = gpu::config(head_dim);
         let run = |backend: &dyn Backend| gpu::train(backend, &config, false, gpu::STEPS);
-        let exact = run(&reference(Precision::F64));
-        let plain = run(&Reference { precision: Precision::F32, rounding: Rounding::Bf16 });
+        let exact = run(&Reference::F64);
+        let plain = run(&Reference::mixed(Dtype::Bf16));
         let got = run(&backend);
         for (what, got, plain, exact) in
             [("loss", &got.0, &plain.0, &exact.0), ("norm", &got.1, &plain.1, &exact.1)]
@@ -357,7 +353,7 @@ fn what_is_left_to_learn_survives_rounding() {
         session.run(program, &feed).unwrap();
         [session.floats(program, dx).unwrap(), session.read(Arena::Gradients).unwrap()]
     };
-    let exact = gradients(&reference(Precision::F64));
+    let exact = gradients(&Reference::F64);
     for backend in cpus(2) {
         for (got, exact) in gradients(&backend).iter().zip(&exact) {
             let off = error(got, exact);
@@ -384,7 +380,7 @@ fn logits(
 #[test]
 fn decoding_against_a_cache_equals_one_pass() {
     for (heads, kv_heads, head_dim, tied) in SHAPES {
-        for backend in [&reference(Precision::F64) as &dyn Backend, &cpu(2)] {
+        for backend in [&Reference::F64 as &dyn Backend, &cpu(2)] {
             let config = config(heads, kv_heads, head_dim, tied);
             let layout = Layout::new(&config);
             let text = batch(2, 23, config.vocab_size);
@@ -446,8 +442,8 @@ fn updates_equal_the_references() {
             [Arena::Parameters, Arena::FirstMoment, Arena::SecondMoment]
                 .map(|a| session.read(a).unwrap())
         };
-        let exact = after(&reference(Precision::F64));
-        let plain = after(&reference(Precision::F32));
+        let exact = after(&Reference::F64);
+        let plain = after(&Reference::F32);
         let fast = after(&cpu(2));
         for ((fast, plain), exact) in fast.iter().zip(&plain).zip(&exact) {
             let off = error(fast, exact);
@@ -464,7 +460,7 @@ fn an_update_with_a_gradient_that_is_not_finite_changes_nothing() {
     let adamw = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
     let muon = Some(Muon { momentum: 0.95 });
     let optimizer = Optimizer { adamw, muon, decay: 0.1, max_grad_norm: 1.0 };
-    for backend in [&reference(Precision::F32) as &dyn Backend, &cpu(2)] {
+    for backend in [&Reference::F32 as &dyn Backend, &cpu(2)] {
         let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
         session.write(Arena::Parameters, &weights(&layout)).unwrap();
         let mut gradients = weights(&layout);
@@ -507,7 +503,7 @@ fn a_step_holds_the_memory_that_was_planned() {
 #[test]
 fn evaluation_says_what_training_says() {
     for (heads, kv_heads, head_dim, tied) in SHAPES {
-        let reference = reference(Precision::F64);
+        let reference = Reference::F64;
         let cpus = cpus(2);
         let all = cpus.iter().map(|cpu| cpu as &dyn Backend).chain([&reference as &dyn Backend]);
         for backend in all {
@@ -547,7 +543,7 @@ fn evaluation_says_what_training_says() {
 /// As torch.argmax has it, also across the pieces in which a vocabulary is worked through.
 #[test]
 fn the_best_guess_is_the_first_of_equals() {
-    let reference = reference(Precision::F32);
+    let reference = Reference::F32;
     let cpus = cpus(2);
     for backend in cpus.iter().map(|cpu| cpu as &dyn Backend).chain([&reference as &dyn Backend]) {
         let config = config(6, 2, 6, false);
@@ -575,7 +571,7 @@ fn the_best_guess_is_the_first_of_equals() {
 /// Micro-batches, and the windows of one that go through a few at a time, leave their sum.
 #[test]
 fn gradients_add_up() {
-    for backend in [&reference(Precision::F64) as &dyn Backend, &cpu(2)] {
+    for backend in [&Reference::F64 as &dyn Backend, &cpu(2)] {
         let config = config(6, 2, 6, true);
         let layout = Layout::new(&config);
         let both = batch(4, 21, config.vocab_size);

@@ -1,7 +1,7 @@
 //! Generation: against PyTorch, in any company, and back to the bytes that were learnt.
 
 use laam::backend::cpu::Cpu;
-use laam::backend::reference::Precision;
+use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend, Feed, Need};
 use laam::generate::{Finish, Generator, Request, Sampling};
 use laam::llama::step;
@@ -9,7 +9,7 @@ use laam::model::{Config, Layout};
 use laam::random::{Philox, Stream};
 use serde_json::{Value, json};
 
-use crate::backend::{config, reference};
+use crate::backend::config;
 use crate::trainer;
 
 fn fixture() -> Value {
@@ -27,7 +27,7 @@ fn logits_equal_those_of_transformers() {
     let case = fixture();
     let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));
     let batch = trainer::windows(&case, &json!([0, 1]));
-    for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu::f32(2)] {
+    for backend in [&Reference::F32 as &dyn Backend, &Cpu::f32(2)] {
         for row in case["logits"].as_array().expect("rows") {
             let number = |name: &str| row[name].as_u64().expect("a number") as usize;
             let (window, column) = (number("window"), number("column"));
@@ -63,7 +63,7 @@ fn two_hundred_greedy_tokens_equal_those_of_transformers() {
     let case = fixture();
     let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));
     let weights = trainer::weights(&case, &config, &layout);
-    for backend in [&reference(Precision::F32) as &dyn Backend, &Cpu::f32(2)] {
+    for backend in [&Reference::F32 as &dyn Backend, &Cpu::f32(2)] {
         let mut generator = Generator::new(backend, &config, &weights, 1, 256).unwrap();
         let request =
             Request { prompt: ids(&case["prompt_ids"]), max_new_tokens: 200, ..Request::default() };
@@ -135,7 +135,7 @@ fn the_backends_generate_alike() {
     let run = |backend: &dyn Backend| {
         Generator::new(backend, &config, &weights, 2, 128).unwrap().all(requests.clone()).unwrap()
     };
-    assert_eq!(run(&Cpu::f32(2)), run(&reference(Precision::F64)));
+    assert_eq!(run(&Cpu::f32(2)), run(&Reference::F64));
 }
 
 #[test]

@@ -5,12 +5,12 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use laam::backend::gpu::{Attention, Gpu, Mode, Options};
-use laam::backend::reference::{Precision, Reference, Rounding};
+use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend};
 use laam::bench::check::{Selection, Size, check};
 use laam::corpus::Document;
-use laam::device::Type;
 use laam::device::sim::Sim;
+use laam::dtype::Dtype;
 use laam::kernels::BUILD;
 use laam::llama::{AdamW, Muon, Optimizer, Rates};
 use laam::model::{Config, RopeScaling, initialize};
@@ -20,8 +20,8 @@ use laam::tokens::{Batch, IGNORE, Kind, Windows};
 use laam::train::{Engine, Step};
 
 /// The backend in the simulator, or `None` after a loud line.
-fn sim(numbers: Type, mode: Mode, threads: usize) -> Option<Gpu> {
-    open(Options { mode, ..Options::new(numbers) }, threads)
+fn sim(dtype: Dtype, mode: Mode, threads: usize) -> Option<Gpu> {
+    open(Options { mode, ..Options::new(dtype) }, threads)
 }
 
 fn open(options: Options, threads: usize) -> Option<Gpu> {
@@ -36,8 +36,8 @@ fn open(options: Options, threads: usize) -> Option<Gpu> {
 
 #[test]
 fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
-    for numbers in [Type::F32, Type::Bf16, Type::F16] {
-        let Some(backend) = sim(numbers, Mode::Eager, 2) else { return };
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+        let Some(backend) = sim(dtype, Mode::Eager, 2) else { return };
         let selection = Selection { only: None, size: Size::Small, seed: 1 };
         let rows = check(&backend, &selection, |_| {}).unwrap();
         let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
@@ -47,9 +47,9 @@ fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
 
 #[test]
 fn plain_paths_are_right_where_there_are_fast_ones() {
-    for numbers in [Type::F32, Type::Bf16] {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         let plain =
-            Options { plain_head: true, attention: Attention::Plain, ..Options::new(numbers) };
+            Options { plain_head: true, attention: Attention::Plain, ..Options::new(dtype) };
         let Some(backend) = open(plain, 2) else { return };
         for only in ["head_loss", "attention"] {
             let selection = Selection { only: Some(only), size: Size::Small, seed: 1 };
@@ -143,10 +143,6 @@ pub fn train(
     (losses, norms, arenas.concat())
 }
 
-pub fn reference(precision: Precision, rounding: Rounding) -> Reference {
-    Reference { precision, rounding }
-}
-
 /// The largest difference of two series, relative to the second.
 pub fn apart(a: &[f64], b: &[f64]) -> f64 {
     assert!(a.iter().chain(b).all(|x| x.is_finite()), "{a:?} beside {b:?}");
@@ -159,8 +155,8 @@ pub const STEPS: u64 = 20;
 fn twenty_steps_in_f32_follow_the_reference() {
     for (head_dim, muon) in [(8, false), (2, false), (64, true)] {
         let config = config(head_dim);
-        let exact = train(&reference(Precision::F64, Rounding::None), &config, muon, STEPS);
-        let Some(backend) = sim(Type::F32, Mode::Graphs, 2) else { return };
+        let exact = train(&Reference::F64, &config, muon, STEPS);
+        let Some(backend) = sim(Dtype::F32, Mode::Graphs, 2) else { return };
         let got = train(&backend, &config, muon, STEPS);
         let (loss, norm) = (apart(&got.0, &exact.0), apart(&got.1, &exact.1));
         eprintln!("f32 heads of {head_dim}: loss {loss:.2e}, norm {norm:.2e}");
@@ -175,9 +171,9 @@ fn twenty_steps_in_f32_follow_the_reference() {
 fn twenty_steps_in_bf16_follow_the_reference_that_rounds() {
     for head_dim in [8, 2, 64] {
         let config = config(head_dim);
-        let exact = train(&reference(Precision::F64, Rounding::None), &config, false, STEPS);
-        let plain = train(&reference(Precision::F32, Rounding::Bf16), &config, false, STEPS);
-        let Some(backend) = sim(Type::Bf16, Mode::Graphs, 2) else { return };
+        let exact = train(&Reference::F64, &config, false, STEPS);
+        let plain = train(&Reference::mixed(Dtype::Bf16), &config, false, STEPS);
+        let Some(backend) = sim(Dtype::Bf16, Mode::Graphs, 2) else { return };
         let got = train(&backend, &config, false, STEPS);
         for (what, got, plain, exact) in
             [("loss", &got.0, &plain.0, &exact.0), ("norm", &got.1, &plain.1, &exact.1)]
@@ -195,10 +191,10 @@ fn twenty_steps_in_bf16_follow_the_reference_that_rounds() {
 #[test]
 fn graphs_and_threads_change_no_bit() {
     let config = config(8);
-    let Some(eager) = sim(Type::Bf16, Mode::Eager, 1) else { return };
+    let Some(eager) = sim(Dtype::Bf16, Mode::Eager, 1) else { return };
     let whole = train(&eager, &config, true, 6);
     for (mode, threads) in [(Mode::Graphs, 1), (Mode::Eager, 2), (Mode::Graphs, 3)] {
-        let other = sim(Type::Bf16, mode, threads).unwrap();
+        let other = sim(Dtype::Bf16, mode, threads).unwrap();
         assert!(train(&other, &config, true, 6) == whole, "{mode:?}, {threads} threads");
     }
 }
@@ -207,7 +203,7 @@ fn graphs_and_threads_change_no_bit() {
 #[test]
 fn a_run_cut_and_resumed_is_the_unbroken_one() {
     let config = config(8);
-    let Some(backend) = sim(Type::Bf16, Mode::Graphs, 2) else { return };
+    let Some(backend) = sim(Dtype::Bf16, Mode::Graphs, 2) else { return };
     let mut unbroken = engine(&backend, &config, true);
     steps(&mut unbroken, &config, 1..=3);
     let mut resumed = engine(&backend, &config, true);
@@ -226,7 +222,7 @@ fn a_run_cut_and_resumed_is_the_unbroken_one() {
 #[test]
 fn a_gradient_that_is_not_finite_changes_nothing() {
     let config = config(8);
-    let Some(backend) = sim(Type::Bf16, Mode::Graphs, 2) else { return };
+    let Some(backend) = sim(Dtype::Bf16, Mode::Graphs, 2) else { return };
     let mut engine = engine(&backend, &config, true);
     steps(&mut engine, &config, 1..=2);
     let before = engine.read(Arena::Parameters).unwrap();
@@ -271,7 +267,7 @@ fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
     for kind in [Kind::Original, Kind::Stream, Kind::Addressed] {
         let (windows, config, steps) = windows(kind);
         let train = |most_tokens, mode, at_once: usize| {
-            let options = Options { most_tokens, mode, ..Options::new(Type::F32) };
+            let options = Options { most_tokens, mode, ..Options::new(Dtype::F32) };
             let backend = open(options, 2)?;
             let mut engine = engine(&backend, &config, false);
             engine.hold(&windows, 3).unwrap();
@@ -302,7 +298,7 @@ fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
 #[test]
 fn a_step_may_have_more_batches_than_may_wait() {
     let (windows, config, steps) = windows(Kind::Stream);
-    let Some(backend) = sim(Type::F32, Mode::Graphs, 2) else { return };
+    let Some(backend) = sim(Dtype::F32, Mode::Graphs, 2) else { return };
     let batches: Vec<_> = (0..260).map(|at| vec![at % windows.len()]).collect();
     let rates = steps[0].rates;
     let drawn: Vec<_> = batches.iter().map(|numbers| windows.draw(numbers).unwrap()).collect();
@@ -319,9 +315,9 @@ fn a_step_may_have_more_batches_than_may_wait() {
 #[test]
 fn f16_trains_with_scaled_losses() {
     let config = config(8);
-    let exact = train(&reference(Precision::F64, Rounding::None), &config, false, STEPS);
-    let plain = train(&reference(Precision::F32, Rounding::F16), &config, false, STEPS);
-    let Some(backend) = sim(Type::F16, Mode::Graphs, 2) else { return };
+    let exact = train(&Reference::F64, &config, false, STEPS);
+    let plain = train(&Reference::mixed(Dtype::F16), &config, false, STEPS);
+    let Some(backend) = sim(Dtype::F16, Mode::Graphs, 2) else { return };
     let mut engine = engine(&backend, &config, false);
     let (losses, norms) = steps(&mut engine, &config, 1..=STEPS);
     for (what, got, plain, exact) in
@@ -334,7 +330,7 @@ fn f16_trains_with_scaled_losses() {
     assert_eq!(engine.state().unwrap()["loss_scale"], serde_json::json!([65536.0, STEPS]));
 
     // AdamW would not care for a scale left in its gradients; its moments show it.
-    let mut other = self::engine(&reference(Precision::F64, Rounding::None), &config, false);
+    let mut other = self::engine(&Reference::F64, &config, false);
     steps(&mut other, &config, 1..=STEPS);
     let [got, exact] = [&engine, &other].map(|engine| engine.read(Arena::SecondMoment).unwrap());
     let norm = |values: &mut dyn Iterator<Item = f32>| {

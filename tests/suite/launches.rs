@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use laam::backend::Arena;
 use laam::backend::gpu::{Gpu, Mode, Options};
-use laam::backend::reference::{Precision, Rounding};
+use laam::backend::reference::Reference;
 use laam::bench::check::{Selection, Size, check};
 use laam::device::sim::Sim;
-use laam::device::{Address, Arg, Device, Graph, Launch, Mark, Product, Type};
+use laam::device::{Address, Arg, Device, Graph, Launch, Mark, Product};
+use laam::dtype::Dtype;
 use laam::kernels::BUILD;
 use laam::tokens::Kind;
 
@@ -167,54 +168,54 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
     }
     let null = Arg::from(Address::NULL);
     assert_eq!(null, Arg::Address(Address(0)));
-    let mistakes: &[(&str, &str, Type, Slip)] = &[
+    let mistakes: &[(&str, &str, Dtype, Slip)] = &[
         (
             "k and v changed places",
             "rope",
-            Type::F32,
+            Dtype::F32,
             Slip::Launch("rope_f32", |launch| launch.args.swap(4, 5)),
         ),
         (
             "the turns of another table",
             "rope",
-            Type::Bf16,
+            Dtype::Bf16,
             Slip::Launch("rope_backward", |launch| launch.args.swap(0, 1)),
         ),
         (
             "the residual forgotten",
             "rms_norm",
-            Type::F32,
+            Dtype::F32,
             Slip::Launch("rms_norm_f32", |launch| launch.args[1] = Address::NULL.into()),
         ),
         (
             "the residual's gradient forgotten",
             "rms_norm_backward",
-            Type::Bf16,
+            Dtype::Bf16,
             Slip::Launch("rms_norm_backward_bf16", |launch| launch.args[4] = Address::NULL.into()),
         ),
         (
             "a share of the weight's gradient left out",
             "rms_norm_backward",
-            Type::F32,
+            Dtype::F32,
             Slip::Launch("rms_norm_backward_weight", |launch| less_one(&mut launch.args[2])),
         ),
-        ("half of a sort", "embed_backward", Type::F32, Slip::Forgotten("embed_sort")),
+        ("half of a sort", "embed_backward", Dtype::F32, Slip::Forgotten("embed_sort")),
         (
             "segments not joined",
             "embed_backward",
-            Type::F32,
+            Dtype::F32,
             Slip::Forgotten("embed_backward_join"),
         ),
         (
             "a column too far",
             "pick_rows",
-            Type::Bf16,
+            Dtype::Bf16,
             Slip::Launch("pick_rows", |launch| less_one(&mut launch.args[4])),
         ),
         (
             "gate and up of a narrower layer",
             "swiglu",
-            Type::F32,
+            Dtype::F32,
             Slip::Launch("swiglu_f32", |launch| {
                 let last = launch.args.len() - 1;
                 less_one(&mut launch.args[last]);
@@ -223,32 +224,32 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
         (
             "k in the place of v",
             "attention",
-            Type::Bf16,
+            Dtype::Bf16,
             Slip::Launch("attention_mma", |launch| launch.args.swap(1, 2)),
         ),
         (
             "k in the place of v, of narrow heads",
             "attention",
-            Type::F16,
+            Dtype::F16,
             Slip::Launch("attention_narrow_mma", |launch| launch.args.swap(1, 2)),
         ),
-        ("delta forgotten", "attention_backward", Type::F32, Slip::Forgotten("attention_delta")),
+        ("delta forgotten", "attention_backward", Dtype::F32, Slip::Forgotten("attention_delta")),
         (
             "fresh keys in the place of values",
             "cached_attention",
-            Type::F32,
+            Dtype::F32,
             Slip::Launch("attention_cached", |launch| launch.args.swap(1, 2)),
         ),
         (
             "the last word not looked at",
             "head_loss",
-            Type::F32,
+            Dtype::F32,
             Slip::Launch("head_logits", |launch| less_one(&mut launch.args[7])),
         ),
         (
             "a part of the vocabulary not joined",
             "head_loss",
-            Type::Bf16,
+            Dtype::Bf16,
             Slip::Launch("head_join", |launch| {
                 let last = launch.args.len() - 1;
                 let parts = &mut launch.args[last];
@@ -258,14 +259,14 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
         (
             "weight gradients assigned, not added",
             "linear_backward_weight",
-            Type::Bf16,
+            Dtype::Bf16,
             Slip::Product(|product| product.add = false),
         ),
-        ("gradients not cleared", "zero_gradients", Type::F32, Slip::NotFilled),
+        ("gradients not cleared", "zero_gradients", Dtype::F32, Slip::NotFilled),
         (
             "a share of the norm left out",
             "grad_norm",
-            Type::F32,
+            Dtype::F32,
             Slip::Launch("grad_norm", |launch| {
                 if launch.entry == "grad_norm" {
                     less_one(&mut launch.args[3]);
@@ -275,20 +276,20 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
         (
             "the moments changed places",
             "adamw",
-            Type::F32,
+            Dtype::F32,
             Slip::Launch("adamw_f32", |launch| launch.args.swap(2, 3)),
         ),
         (
             "a chunk short",
             "adamw",
-            Type::Bf16,
+            Dtype::Bf16,
             Slip::Launch("adamw_bf16", |launch| launch.grid[0] = (launch.grid[0] - 1).max(1)),
         ),
-        ("X not brought to norm 1", "muon", Type::F32, Slip::Forgotten("muon_scale")),
+        ("X not brought to norm 1", "muon", Dtype::F32, Slip::Forgotten("muon_scale")),
         (
             "the wide side for the small one",
             "muon",
-            Type::F32,
+            Dtype::F32,
             Slip::Product(|product| {
                 let square = product.c.rows == product.c.cols && product.a.at == product.b.at;
                 if square && product.a.rows == product.a.cols {
@@ -298,8 +299,8 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             }),
         ),
     ];
-    for (what, only, numbers, slip) in mistakes {
-        let (backend, made) = slipping(*slip, Options::new(*numbers));
+    for (what, only, dtype, slip) in mistakes {
+        let (backend, made) = slipping(*slip, Options::new(*dtype));
         let selection = Selection { only: Some(only), size: Size::Small, seed: 1 };
         let rows = check(&backend, &selection, |_| {});
         let seen = match &rows {
@@ -319,14 +320,14 @@ fn mistakes_in_a_step_are_seen_by_the_tests_of_whole_steps() {
         return;
     }
     let config = gpu::config(8);
-    let options = |mode| Options { mode, ..Options::new(Type::F32) };
+    let options = |mode| Options { mode, ..Options::new(Dtype::F32) };
 
     // The reference is followed, as far as the numbers allow.
-    let exact = gpu::train(&gpu::reference(Precision::F64, Rounding::None), &config, false, 5);
-    let plain = gpu::train(&gpu::reference(Precision::F32, Rounding::Bf16), &config, false, 5);
+    let exact = gpu::train(&Reference::F64, &config, false, 5);
+    let plain = gpu::train(&Reference::mixed(Dtype::Bf16), &config, false, 5);
     let two = |plain: &[f64], exact: &[f64]| 2.0 * gpu::apart(plain, exact) + 1e-5;
     let bounds =
-        [(Type::F32, 1e-5, 1e-4), (Type::Bf16, two(&plain.0, &exact.0), two(&plain.1, &exact.1))];
+        [(Dtype::F32, 1e-5, 1e-4), (Dtype::Bf16, two(&plain.0, &exact.0), two(&plain.1, &exact.1))];
     for (what, slip) in [
         (
             "the rate of the other optimizer",
@@ -339,13 +340,13 @@ fn mistakes_in_a_step_are_seen_by_the_tests_of_whole_steps() {
         ("gradients of the step before", Slip::NotFilled),
         ("losses not scaled by what counts", Slip::Forgotten("queue_next")),
     ] {
-        for (numbers, loss, norm) in bounds {
-            let (backend, made) = slipping(slip, Options::new(numbers));
+        for (dtype, loss, norm) in bounds {
+            let (backend, made) = slipping(slip, Options::new(dtype));
             let got = gpu::train(&backend, &config, false, 5);
             let finite = got.0.iter().chain(&got.1).all(|x| x.is_finite());
             let far = || gpu::apart(&got.0, &exact.0) > loss || gpu::apart(&got.1, &exact.1) > norm;
             assert!(made.load(Ordering::Relaxed) > 0, "{what}: never made");
-            assert!(!finite || far(), "{what}, {numbers:?}");
+            assert!(!finite || far(), "{what}, {dtype:?}");
         }
     }
 

@@ -7,11 +7,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use laam::dtype::Dtype;
 use laam::error::hint_of;
 use laam::llama::step;
 use laam::model::{
-    self, Checkpoint, Config, Kind, Layout, Precision, Provenance, RopeScaling, Span,
-    TrainingState, initialize,
+    self, Checkpoint, Config, Kind, Layout, Provenance, RopeScaling, Span, TrainingState,
+    initialize,
 };
 use laam::tokenizer::Tokenizer;
 use proptest::prelude::*;
@@ -44,7 +45,7 @@ fn save(folder: &Path, config: &Config, seed: u64) -> anyhow::Result<()> {
             config,
             layout: &layout,
             weights: &weights,
-            precision: Precision::Float32,
+            precision: Dtype::F32,
             tokenizer: None,
             provenance: &Provenance { seed, ..Provenance::default() },
             training_state: Some(TrainingState { arenas: &[("master", &weights)], state: &state }),
@@ -302,17 +303,9 @@ fn writes_folders_for_transformers_when_asked() {
         original_max_position_embeddings: 128,
     };
     let cases = [
-        ("exact_tied_bfloat16", "exact", Precision::Bfloat16, true, 12, 4, RopeScaling::None),
-        ("exact_untied_llama3_float32", "exact", Precision::Float32, false, 8, 2, llama3),
-        (
-            "original_head_dim_2_float16",
-            "original",
-            Precision::Float16,
-            false,
-            24,
-            8,
-            RopeScaling::None,
-        ),
+        ("exact_tied_bfloat16", "exact", Dtype::Bf16, true, 12, 4, RopeScaling::None),
+        ("exact_untied_llama3_float32", "exact", Dtype::F32, false, 8, 2, llama3),
+        ("original_head_dim_2_float16", "original", Dtype::F16, false, 24, 8, RopeScaling::None),
     ];
     for (name, style, precision, tie_word_embeddings, heads, group, rope_scaling) in cases {
         let place = folder.join(name);

@@ -9,13 +9,12 @@ use std::sync::{Arc, OnceLock};
 use laam::backend::Arena;
 use laam::backend::cpu::Cpu;
 use laam::corpus::Document;
+use laam::dtype::Dtype;
 use laam::generate::Generator;
 use laam::llama::{AdamW, Muon, Optimizer, Rates};
 use laam::memorization::rebuild::rebuild;
 use laam::memorization::regenerate::{End, Regenerator, Sink};
-use laam::model::{
-    Checkpoint, Config, CorpusRecord, Precision, Provenance, initialize, load, save,
-};
+use laam::model::{Checkpoint, Config, CorpusRecord, Provenance, initialize, load, save};
 use laam::tokenizer::{Style, Tokenizer, Training};
 use laam::tokens::{IGNORE, Kind, TokenFile, TokenWriter, Windows};
 use laam::train::Engine;
@@ -137,7 +136,7 @@ fn train() -> Trained {
         config: &config,
         layout: engine.layout(),
         weights: &engine.read(Arena::Parameters).unwrap(),
-        precision: Precision::Float32,
+        precision: Dtype::F32,
         tokenizer: Some(&at("tokenizer")),
         provenance: &provenance,
         training_state: None,

@@ -4,7 +4,7 @@
 //! how far each mistake planted in the arithmetic moves the losses: ten times the bound or more.
 
 use laam::backend::cpu::Cpu;
-use laam::backend::reference::{Precision, Reference, Rounding};
+use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend};
 use laam::llama::{AdamW, Optimizer, Rates};
 use laam::model::{Config, Layout, RopeScaling};
@@ -161,6 +161,6 @@ fn the_cpu_follows_pytorch() {
 #[test]
 fn the_reference_follows_pytorch() {
     // The original's shape takes plain loops minutes.
-    let plain = Reference { precision: Precision::F32, rounding: Rounding::None };
+    let plain = Reference::F32;
     follow_all(&plain, |case| case["name"] != "original");
 }

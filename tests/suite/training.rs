@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use laam::backend::Arena;
 use laam::backend::cpu::Cpu;
 use laam::corpus::{Corpus, Options, Source};
+use laam::dtype::Dtype;
 use laam::kernels::BUILD;
 use laam::llama::Rates;
-use laam::model::{Checkpoint, Layout, Precision, Provenance, initialize, load, load_config, save};
+use laam::model::{Checkpoint, Layout, Provenance, initialize, load, load_config, save};
 use laam::tokenizer::{Style, Tokenizer};
 use laam::tokens::{Kind, Order, Sampler, TokenFile, Windows};
 use laam::train::{Engine, Metrics, Settings};
@@ -457,7 +458,7 @@ fn a_parameter_without_a_gradient_is_told_of() {
         config: &model.config,
         layout: &model.layout,
         weights: &weights,
-        precision: Precision::Float32,
+        precision: Dtype::F32,
         tokenizer: Some(&first),
         provenance: &Provenance::default(),
         training_state: None,

@@ -55,7 +55,7 @@ use self::tiles::Tiles;
 use super::host::{Execute, Host};
 use super::memory::Memory;
 use super::{Backend, Feed, Need, Session};
-use crate::device::Type;
+use crate::dtype::Dtype;
 use crate::llama::{Op, Program};
 use crate::model::Layout;
 
@@ -85,7 +85,7 @@ impl Cpu {
         Self { threads, bf16: false, kernels: CpuKernels::Auto }
     }
 
-    /// Matmuls in bfloat16 if the processor has them, else in f32: see [`Backend::numbers`].
+    /// Matmuls in bfloat16 if the processor has them, else in f32: see [`Backend::compute_dtype`].
     pub const fn bf16(threads: usize) -> Self {
         Self { threads, bf16: true, kernels: CpuKernels::Auto }
     }
@@ -114,8 +114,8 @@ impl Backend for Cpu {
         )
     }
 
-    fn numbers(&self) -> Type {
-        if self.in_bf16() { Type::Bf16 } else { Type::F32 }
+    fn compute_dtype(&self) -> Dtype {
+        if self.in_bf16() { Dtype::Bf16 } else { Dtype::F32 }
     }
 
     fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {

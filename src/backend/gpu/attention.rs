@@ -2,7 +2,8 @@
 
 use super::Attention as Way;
 use super::launcher::{Launcher, Shape, int, scratch, sizes};
-use crate::device::{Arg, Type};
+use crate::device::Arg;
+use crate::dtype::Dtype;
 use crate::llama::ops::{Attention, AttentionBackward, CachedAttention, Heads};
 
 /// The longest head the kernels take.
@@ -31,12 +32,12 @@ enum Path {
 
 impl Path {
     /// The fastest there is of those that are asked for.
-    fn of(shape: &Heads, numbers: Type, way: Way) -> Path {
+    fn of(shape: &Heads, dtype: Dtype, way: Way) -> Path {
         match shape.head_dim {
             _ if way == Way::Plain => Path::Plain,
-            2 | 4 if numbers != Type::F32 && way == Way::Auto => Path::NarrowMma,
+            2 | 4 if dtype != Dtype::F32 && way == Way::Auto => Path::NarrowMma,
             2 | 4 | 8 => Path::Narrow,
-            16 | 32 | 64 | 96 | 128 if numbers != Type::F32 => Path::Mma,
+            16 | 32 | 64 | 96 | 128 if dtype != Dtype::F32 => Path::Mma,
             _ => Path::Plain,
         }
     }
@@ -143,7 +144,7 @@ fn blocks_a_warp(pass: Pass, shape: &Heads) -> usize {
 
 pub(super) fn forward(l: &mut Launcher, o: &Attention) -> anyhow::Result<()> {
     let args = [o.q, o.k, o.v, o.first_key, o.out, o.lse].map(|buffer| l.at(buffer).into());
-    let path = Path::of(&o.shape, l.numbers, l.options.attention);
+    let path = Path::of(&o.shape, l.dtype, l.options.attention);
     path.run(l, Pass::Forward, &o.shape, args.to_vec())
 }
 
@@ -170,7 +171,7 @@ pub(super) fn backward(l: &mut Launcher, o: &AttentionBackward) -> anyhow::Resul
     ];
     l.typed("attention_delta", Shape { grid, block: [width, at_once, 1], shared: 0 }, &args)?;
 
-    let path = Path::of(shape, l.numbers, l.options.attention);
+    let path = Path::of(shape, l.dtype, l.options.attention);
     let mut inputs: Vec<Arg> =
         [o.q, o.k, o.v, o.first_key, o.lse].map(|buffer| l.at(buffer).into()).to_vec();
     inputs.extend([Arg::from(delta), l.at(o.dout).into()]);
@@ -184,7 +185,7 @@ pub(super) fn backward(l: &mut Launcher, o: &AttentionBackward) -> anyhow::Resul
 
 pub(super) fn cached(l: &mut Launcher, o: &CachedAttention) -> anyhow::Result<()> {
     let mut args: Vec<Arg> = [o.q, o.k, o.v, o.start].map(|buffer| l.at(buffer).into()).to_vec();
-    let cache = |offset: usize| l.arenas.cache.plus(offset * l.numbers.size());
+    let cache = |offset: usize| l.arenas.cache.plus(offset * l.dtype.size());
     args.extend([Arg::from(cache(o.keys)), cache(o.values).into(), l.at(o.out).into()]);
     args.extend(sizes(&o.shape));
     args.push(int(o.capacity));
@@ -198,19 +199,19 @@ mod tests {
 
     #[test]
     fn narrow_heads_take_tensor_cores_in_two_byte_numbers_unless_told_otherwise() {
-        let path = |head_dim, numbers, way| {
+        let path = |head_dim, dtype, way| {
             let shape = Heads { windows: 1, context: 9, heads: 2, kv_heads: 1, head_dim };
-            Path::of(&shape, numbers, way)
+            Path::of(&shape, dtype, way)
         };
         for head_dim in [2, 4] {
-            assert_eq!(path(head_dim, Type::Bf16, Way::Auto), Path::NarrowMma);
-            assert_eq!(path(head_dim, Type::F16, Way::Auto), Path::NarrowMma);
-            assert_eq!(path(head_dim, Type::Bf16, Way::Scalar), Path::Narrow);
-            assert_eq!(path(head_dim, Type::F32, Way::Auto), Path::Narrow);
-            assert_eq!(path(head_dim, Type::Bf16, Way::Plain), Path::Plain);
+            assert_eq!(path(head_dim, Dtype::Bf16, Way::Auto), Path::NarrowMma);
+            assert_eq!(path(head_dim, Dtype::F16, Way::Auto), Path::NarrowMma);
+            assert_eq!(path(head_dim, Dtype::Bf16, Way::Scalar), Path::Narrow);
+            assert_eq!(path(head_dim, Dtype::F32, Way::Auto), Path::Narrow);
+            assert_eq!(path(head_dim, Dtype::Bf16, Way::Plain), Path::Plain);
         }
-        assert_eq!(path(8, Type::Bf16, Way::Auto), Path::Narrow);
-        assert_eq!(path(64, Type::Bf16, Way::Scalar), Path::Mma);
-        assert_eq!(path(64, Type::F32, Way::Auto), Path::Plain);
+        assert_eq!(path(8, Dtype::Bf16, Way::Auto), Path::Narrow);
+        assert_eq!(path(64, Dtype::Bf16, Way::Scalar), Path::Mma);
+        assert_eq!(path(64, Dtype::F32, Way::Auto), Path::Plain);
     }
 }

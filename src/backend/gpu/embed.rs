@@ -1,7 +1,8 @@
 //! The embedding, its gradient, and rows picked out: `kernels/embed.cu`, `kernels/pick_rows.cu`.
 
 use super::launcher::{Launcher, Shape, int, scratch};
-use crate::device::{Address, Type};
+use crate::device::Address;
+use crate::dtype::Dtype;
 use crate::llama::ops::{Embed, EmbedBackward, PickRows};
 
 /// Ids are sorted by two digits of nine bits.
@@ -27,15 +28,15 @@ fn shape(rows: usize, hidden: usize, full: usize) -> Shape {
     }
 }
 
-fn full(numbers: Type) -> usize {
-    16 / numbers.size()
+fn full(dtype: Dtype) -> usize {
+    16 / dtype.size()
 }
 
 pub(super) fn forward(l: &mut Launcher, o: &Embed) -> anyhow::Result<()> {
     let (rows, hidden) = (l.len(o.ids), o.table.cols);
     let args =
         [l.at(o.ids).into(), l.weight(o.table).into(), l.at(o.out).into(), int(rows), int(hidden)];
-    l.typed("embed", shape(rows, hidden, full(l.numbers)), &args)
+    l.typed("embed", shape(rows, hidden, full(l.dtype)), &args)
 }
 
 /// Two orders, the counts of each tile's digits, two partial sums a chunk.

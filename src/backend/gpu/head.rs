@@ -2,18 +2,19 @@
 
 use super::Options;
 use super::launcher::{Launcher, Shape, int, scratch};
-use crate::device::{Address, Arg, Matrix, Type};
+use crate::device::{Address, Arg, Matrix};
+use crate::dtype::Dtype;
 use crate::llama::ops::HeadLoss;
 
 pub(super) fn workspace(o: &HeadLoss, options: Options) -> usize {
-    match TwoPass::of(o, options.numbers, options.plain_head) {
+    match TwoPass::of(o, options.dtype, options.plain_head) {
         Some(passes) => scratch(passes.scratch(o)),
-        None => scratch(plain_scratch(o, options.numbers)),
+        None => scratch(plain_scratch(o, options.dtype)),
     }
 }
 
 pub(super) fn loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
-    match TwoPass::of(o, l.numbers, l.options.plain_head) {
+    match TwoPass::of(o, l.dtype, l.options.plain_head) {
         Some(passes) => passes.loss(l, o),
         None => plain_loss(l, o),
     }
@@ -28,31 +29,36 @@ fn chunk(o: &HeadLoss) -> usize {
 }
 
 /// Logits and, unless it takes their memory, as in f32, their gradient.
-fn plain_scratch(o: &HeadLoss, numbers: Type) -> [usize; 2] {
+fn plain_scratch(o: &HeadLoss, dtype: Dtype) -> [usize; 2] {
     let logits = chunk(o) * o.w.rows;
-    let separate = o.dx.is_some() && numbers != Type::F32;
-    [4 * logits, if separate { numbers.size() * logits } else { 0 }]
+    let separate = o.dx.is_some() && dtype != Dtype::F32;
+    [4 * logits, if separate { dtype.size() * logits } else { 0 }]
 }
 
 /// The plain path: logits of some rows at a time in memory, by a product; their gradient in the
 /// numbers of the next two products.
 fn plain_loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
     let (vocab, hidden, most) = (o.w.rows, o.w.cols, chunk(o));
-    let numbers = l.numbers;
-    let [logits, gradient] = plain_scratch(o, numbers).map(|bytes| l.take(bytes));
+    let dtype = l.dtype;
+    let [logits, gradient] = plain_scratch(o, dtype).map(|bytes| l.take(bytes));
     let gradient = match o.dx {
         None => Address::NULL,
-        Some(_) if numbers == Type::F32 => logits,
+        Some(_) if dtype == Dtype::F32 => logits,
         Some(_) => gradient,
     };
     let threads = vocab.div_ceil(4).next_multiple_of(32).min(1024);
     for first in (0..o.rows).step_by(most) {
         let rows = most.min(o.rows - first);
-        let part = |at: Address, ty: Type| {
-            Matrix::new(at.plus(first * hidden * ty.size()), ty, rows, hidden)
+        let part = |at: Address, dtype: Dtype| {
+            Matrix::new(at.plus(first * hidden * dtype.size()), dtype, rows, hidden)
         };
-        let x = part(l.at(o.x), numbers);
-        l.product(x, l.weight_matrix(o.w).t(), Matrix::new(logits, Type::F32, rows, vocab), false)?;
+        let x = part(l.at(o.x), dtype);
+        l.product(
+            x,
+            l.weight_matrix(o.w).t(),
+            Matrix::new(logits, Dtype::F32, rows, vocab),
+            false,
+        )?;
         let args = [
             logits.into(),
             l.at(o.targets).plus(4 * first).into(),
@@ -67,8 +73,8 @@ fn plain_loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
         ];
         l.typed("head_logits", Shape::linear(rows, threads), &args)?;
         if let Some(dx) = o.dx {
-            let dlogits = Matrix::new(gradient, numbers, rows, vocab);
-            l.product(dlogits, l.weight_matrix(o.w), part(l.at(dx), numbers), false)?;
+            let dlogits = Matrix::new(gradient, dtype, rows, vocab);
+            l.product(dlogits, l.weight_matrix(o.w), part(l.at(dx), dtype), false)?;
             l.product(dlogits.t(), x, l.gradient_matrix(o.w), true)?;
         }
     }
@@ -117,9 +123,9 @@ impl Split {
 impl TwoPass {
     /// The one rule of what takes the two passes: two-byte numbers, at most 256 wide, and not told
     /// otherwise.
-    fn of(o: &HeadLoss, numbers: Type, plain: bool) -> Option<TwoPass> {
+    fn of(o: &HeadLoss, dtype: Dtype, plain: bool) -> Option<TwoPass> {
         let (vocab, hidden) = (o.w.rows, o.w.cols);
-        if plain || numbers == Type::F32 || hidden > MOST_HIDDEN {
+        if plain || dtype == Dtype::F32 || hidden > MOST_HIDDEN {
             return None;
         }
         Some(TwoPass {

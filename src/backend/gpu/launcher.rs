@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use super::Options;
-use crate::device::{Address, Arg, Device, Launch, Matrix, Product, Type};
+use crate::device::{Address, Arg, Device, Launch, Matrix, Product};
+use crate::dtype::Dtype;
 use crate::llama::ops::Heads;
 use crate::llama::{Buffer, BytePlan, Element, Program, Rates};
 use crate::model::Span;
@@ -90,7 +91,7 @@ impl Shape {
 /// What one operation of a program launches with.
 pub(super) struct Launcher<'a> {
     pub device: &'a mut dyn Device,
-    pub numbers: Type,
+    pub dtype: Dtype,
     pub options: Options,
     pub arenas: Arenas,
     pub control: Control,
@@ -122,10 +123,10 @@ impl Launcher<'_> {
     }
 
     /// The type of a buffer's numbers.
-    pub fn type_of(&self, buffer: Buffer) -> Type {
+    pub fn dtype_of(&self, buffer: Buffer) -> Dtype {
         match self.program.info(buffer).element {
-            Element::Activation => self.numbers,
-            Element::Float | Element::Index => Type::F32,
+            Element::Activation => self.dtype,
+            Element::Float | Element::Index => Dtype::F32,
         }
     }
 
@@ -135,7 +136,7 @@ impl Launcher<'_> {
 
     /// A parameter as products read it.
     pub fn weight(&self, span: Span) -> Address {
-        self.arenas.weights.plus(span.offset * self.numbers.size())
+        self.arenas.weights.plus(span.offset * self.dtype.size())
     }
 
     /// A parameter's gradient, f32.
@@ -170,7 +171,7 @@ impl Launcher<'_> {
 
     /// Starts the kernel of a family that is made for the session's numbers.
     pub fn typed(&mut self, family: &str, shape: Shape, args: &[Arg]) -> anyhow::Result<()> {
-        self.launch(&format!("{family}_{}", self.numbers.suffix()), shape, args)
+        self.launch(&format!("{family}_{}", self.dtype.suffix()), shape, args)
     }
 
     /// `c = a b`, or `c += a b`.
@@ -192,17 +193,17 @@ impl Launcher<'_> {
     /// A matrix of activations.
     pub fn matrix(&self, buffer: Buffer, rows: usize, cols: usize) -> Matrix {
         assert_eq!(self.len(buffer), rows * cols, "{}", self.program.info(buffer).name);
-        Matrix::new(self.at(buffer), self.type_of(buffer), rows, cols)
+        Matrix::new(self.at(buffer), self.dtype_of(buffer), rows, cols)
     }
 
     /// A parameter as a matrix that products read, `[out, in]`.
     pub fn weight_matrix(&self, span: Span) -> Matrix {
-        Matrix::new(self.weight(span), self.numbers, span.rows, span.cols)
+        Matrix::new(self.weight(span), self.dtype, span.rows, span.cols)
     }
 
     /// Its gradient, in f32.
     pub fn gradient_matrix(&self, span: Span) -> Matrix {
-        Matrix::new(self.gradient(span), Type::F32, span.rows, span.cols)
+        Matrix::new(self.gradient(span), Dtype::F32, span.rows, span.cols)
     }
 }
 

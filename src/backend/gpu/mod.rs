@@ -1,7 +1,7 @@
 //! The kernels, launched with typed arguments over any [`Device`]. Names no vendor.
 //!
 //! Activations and the weights that products read are kept in one type: f32, or bf16 under f32
-//! masters. Rounding points with bf16 are those of `reference` with `Rounding::Bf16`: weights as they
+//! masters. Rounding points with bf16 are those of `Reference::mixed(Dtype::Bf16)`: weights as they
 //! are read, activations as they are written, what enters a second product inside attention and the
 //! head. Gradients of parameters, statistics, moments and masters are f32.
 //!
@@ -24,7 +24,8 @@ mod update;
 use std::sync::Arc;
 
 use super::{Backend, Need, Session};
-use crate::device::{Device, Type};
+use crate::device::Device;
+use crate::dtype::Dtype;
 use crate::llama::Program;
 use crate::model::Layout;
 
@@ -57,7 +58,7 @@ pub enum Attention {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Of activations and of the weights that products read.
-    pub numbers: Type,
+    pub dtype: Dtype,
     pub mode: Mode,
     /// The head by products and logits in memory, whatever its shape.
     pub plain_head: bool,
@@ -69,9 +70,9 @@ pub struct Options {
 
 impl Options {
     /// Kernels one by one, each by its fastest path.
-    pub fn new(numbers: Type) -> Options {
+    pub fn new(dtype: Dtype) -> Options {
         Options {
-            numbers,
+            dtype,
             mode: Mode::Eager,
             plain_head: false,
             attention: Attention::Auto,
@@ -96,8 +97,8 @@ impl Gpu {
         let device = open()?;
         let (_, memory) = device.memory()?;
         let name = device.name();
-        let precision = options.numbers.suffix();
-        let peak = device.peak(options.numbers);
+        let precision = options.dtype.suffix();
+        let peak = device.peak(options.dtype);
         let device = format!("{}, {precision}", device.describe());
         Ok(Gpu { open, options, name, device, memory, peak })
     }
@@ -121,12 +122,12 @@ impl Backend for Gpu {
         windows
     }
 
-    fn numbers(&self) -> Type {
-        self.options.numbers
+    fn compute_dtype(&self) -> Dtype {
+        self.options.dtype
     }
 
     fn block(&self, program: &Program) -> usize {
-        program.byte_plan(self.options.numbers.size()).bytes
+        program.byte_plan(self.options.dtype.size()).bytes
     }
 
     fn workspace(&self, program: &Program) -> usize {
@@ -135,7 +136,7 @@ impl Backend for Gpu {
     }
 
     fn copies(&self, layout: &Layout) -> usize {
-        if self.options.numbers == Type::F32 { 0 } else { layout.len * self.options.numbers.size() }
+        if self.options.dtype == Dtype::F32 { 0 } else { layout.len * self.options.dtype.size() }
     }
 
     fn peak(&self) -> Option<f64> {

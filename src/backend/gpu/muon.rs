@@ -4,7 +4,8 @@
 //! beside the batch, and the update is not what mixed precision is for.
 
 use super::launcher::{Launcher, Shape, int, scratch};
-use crate::device::{Address, Matrix, Type};
+use crate::device::{Address, Matrix};
+use crate::dtype::Dtype;
 use crate::llama::ops::MuonStep;
 
 /// Blocks a matrix at most. The order of the sum of squares is that of the launch, and must not
@@ -91,7 +92,7 @@ fn some(
     let args = [x.into(), shares.into(), x.into(), (len as u64).into(), int(shape.grid[0])];
     l.launch("muon_scale", shape, &args)?;
 
-    let matrix = |at, rows, cols| Matrix::new(at, Type::F32, rows, cols);
+    let matrix = |at, rows, cols| Matrix::new(at, Dtype::F32, rows, cols);
     let (x_matrix, bx_matrix) = (matrix(x, rows, cols), matrix(bx, rows, cols));
     let (a_matrix, aa_matrix) = (matrix(a, side, side), matrix(aa, side, side));
     let combine = |l: &mut Launcher, x: Address, y: Address, of: [f32; 2], len: usize| {
@@ -119,7 +120,7 @@ fn some(
         combine(l, x, bx, [of_x, 1.0], len)?;
     }
 
-    let copies = if l.numbers == Type::F32 { Address::NULL } else { l.arenas.weights };
+    let copies = if l.dtype == Dtype::F32 { Address::NULL } else { l.arenas.weights };
     let args = [
         x.into(),
         l.arenas.parameters.into(),

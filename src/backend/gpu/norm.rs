@@ -1,7 +1,8 @@
 //! RMSNorm there and back: `kernels/rms_norm.cu`.
 
 use super::launcher::{Launcher, Shape, int, scratch};
-use crate::device::{Address, Type};
+use crate::device::Address;
+use crate::dtype::Dtype;
 use crate::llama::ops::{RmsNorm, RmsNormBackward};
 
 /// Blocks of the backward at most: each leaves a share of dweight, and the second stage adds them.
@@ -10,8 +11,8 @@ const SHARES: usize = 264;
 const BLOCKS: usize = 2048;
 
 /// (threads a row, rows at once): a thread takes 16 bytes at a time where rows allow it.
-fn block(hidden: usize, numbers: Type) -> (usize, usize) {
-    let full = 16 / numbers.size();
+fn block(hidden: usize, dtype: Dtype) -> (usize, usize) {
+    let full = 16 / dtype.size();
     let pieces = if hidden.is_multiple_of(full) { hidden / full } else { hidden };
     let width = pieces.next_power_of_two().min(256);
     (width, 256 / width)
@@ -19,7 +20,7 @@ fn block(hidden: usize, numbers: Type) -> (usize, usize) {
 
 pub(super) fn forward(l: &mut Launcher, o: &RmsNorm) -> anyhow::Result<()> {
     let (rows, hidden) = (l.len(o.rstd), o.weight.cols);
-    let (width, at_once) = block(hidden, l.numbers);
+    let (width, at_once) = block(hidden, l.dtype);
     let grid = rows.div_ceil(at_once).min(BLOCKS);
     let shape = Shape { grid: [grid, 1, 1], block: [width, at_once, 1], shared: 0 };
     let (residual, sum) = match o.add {
@@ -44,14 +45,14 @@ fn shares(rows: usize, at_once: usize) -> usize {
     rows.div_ceil(at_once).min(SHARES)
 }
 
-pub(super) fn workspace(o: &RmsNormBackward, rows: usize, numbers: Type) -> usize {
-    let (_, at_once) = block(o.weight.cols, numbers);
+pub(super) fn workspace(o: &RmsNormBackward, rows: usize, dtype: Dtype) -> usize {
+    let (_, at_once) = block(o.weight.cols, dtype);
     scratch([4 * shares(rows, at_once) * o.weight.cols])
 }
 
 pub(super) fn backward(l: &mut Launcher, o: &RmsNormBackward) -> anyhow::Result<()> {
     let (rows, hidden) = (l.len(o.rstd), o.weight.cols);
-    let (width, at_once) = block(hidden, l.numbers);
+    let (width, at_once) = block(hidden, l.dtype);
     let grid = shares(rows, at_once);
     let partials = l.take(4 * grid * hidden);
     let shape =

@@ -8,7 +8,8 @@
 
 use super::launcher::{Control, Launcher, Shape, int};
 use crate::backend::Ran;
-use crate::device::{Address, Arg, Device, Type};
+use crate::device::{Address, Arg, Device};
+use crate::dtype::Dtype;
 use crate::llama::Buffer;
 use crate::llama::step::BatchInputs;
 use crate::tokens::{Places, TokenFile, Windows};
@@ -43,14 +44,14 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub fn new(device: &mut dyn Device, numbers: Type) -> anyhow::Result<Queue> {
+    pub fn new(device: &mut dyn Device, dtype: Dtype) -> anyhow::Result<Queue> {
         let records = device.alloc(ROOM * Control::BYTES)?;
         let cursor = device.alloc(4)?;
         device.fill(cursor, 0, 4)?;
         let outcomes = device.alloc(ROOM * OUTCOME)?;
         let mut scaling = Address::NULL;
         let mut kernels = vec!["queue_next", "queue_report"];
-        if numbers == Type::F16 {
+        if dtype == Dtype::F16 {
             scaling = device.alloc(8)?;
             device.upload(scaling, &scale_bytes(FIRST_SCALE, 0))?;
             kernels.push("loss_scale_update");

@@ -11,7 +11,8 @@ use super::super::{Arena, Data, Feed, Loaded, Need, Queue, Ran, Run, Session};
 use super::launcher::{Arenas, Control, Launcher};
 use super::queue::{self, Ends, Held, Waiting};
 use super::{Mode, Options, attention, embed, head, muon, norm, products, rope, swiglu, update};
-use crate::device::{Address, Device, Graph, Type};
+use crate::device::{Address, Device, Graph};
+use crate::dtype::Dtype;
 use crate::error::error;
 use crate::llama::step::Micro;
 use crate::llama::{Buffer, BytePlan, Op, Program};
@@ -85,7 +86,7 @@ pub(super) fn workspace(program: &Program, arena: usize, options: Options) -> us
 fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize {
     match op {
         Op::EmbedBackward(o) => embed::workspace(o, program.info(o.ids).len),
-        Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, options.numbers),
+        Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, options.dtype),
         Op::AttentionBackward(o) => attention::workspace(o),
         Op::HeadLoss(o) => head::workspace(o, options),
         Op::GradNorm(_) => update::norm_workspace(arena),
@@ -128,7 +129,7 @@ impl Model {
         layout: &Layout,
         need: Need,
     ) -> anyhow::Result<Self> {
-        let numbers = options.numbers;
+        let dtype = options.dtype;
         let mut zeros = |elements: usize, size: usize| -> anyhow::Result<Address> {
             if elements == 0 {
                 return Ok(Address::NULL);
@@ -140,7 +141,7 @@ impl Model {
         let len = layout.len;
         let trained = if need.training { len } else { 0 };
         let parameters = zeros(len, 4)?;
-        let weights = if numbers == Type::F32 { parameters } else { zeros(len, numbers.size())? };
+        let weights = if dtype == Dtype::F32 { parameters } else { zeros(len, dtype.size())? };
         let arenas = Arenas {
             len,
             parameters,
@@ -148,7 +149,7 @@ impl Model {
             gradients: zeros(trained, 4)?,
             first_moment: zeros(trained, 4)?,
             second_moment: zeros(trained, 4)?,
-            cache: zeros(need.cache, numbers.size())?,
+            cache: zeros(need.cache, dtype.size())?,
         };
         let control = Control::new(zeros(Control::BYTES, 1)?);
         let nothing = Region { at: Address::NULL, bytes: 0 };
@@ -193,9 +194,9 @@ impl Model {
         self.block.at.plus(self.programs[program].plan.offsets[buffer.0])
     }
 
-    fn type_of(&self, Loaded(program): Loaded, buffer: Buffer) -> Type {
+    fn dtype_of(&self, Loaded(program): Loaded, buffer: Buffer) -> Dtype {
         let element = self.programs[program].program.info(buffer).element;
-        if element.size(2) == 2 { self.options.numbers } else { Type::F32 }
+        if element.size(2) == 2 { self.options.dtype } else { Dtype::F32 }
     }
 
     fn download(&self, from: Address, bytes: usize) -> anyhow::Result<Vec<u8>> {
@@ -223,7 +224,7 @@ impl Model {
             }
             let mut launcher = Launcher {
                 device: &mut *self.device,
-                numbers: self.options.numbers,
+                dtype: self.options.dtype,
                 options: self.options,
                 arenas: self.arenas,
                 control: self.control,
@@ -260,7 +261,7 @@ impl Model {
         check_feed(&self.programs[program].program, feed)?;
         self.feed_indices(loaded, &feed.indices)?;
         for (buffer, values) in &feed.floats {
-            let bytes = self.type_of(loaded, *buffer).encode(values);
+            let bytes = self.dtype_of(loaded, *buffer).encode(values);
             self.device.upload(self.place(loaded, *buffer), &bytes)?;
         }
         let control = Control::bytes(&feed.rates, feed.loss_scale, 0);
@@ -302,16 +303,16 @@ impl Model {
         self.device.replay(graph)
     }
 
-    fn arena(&self, arena: Arena) -> (Address, usize, Type) {
+    fn arena(&self, arena: Arena) -> (Address, usize, Dtype) {
         let Arenas { len, parameters, gradients, first_moment, second_moment, cache, .. } =
             self.arenas;
         let trained = if gradients == Address::NULL { 0 } else { len };
         match arena {
-            Arena::Parameters => (parameters, len, Type::F32),
-            Arena::Gradients => (gradients, trained, Type::F32),
-            Arena::FirstMoment => (first_moment, trained, Type::F32),
-            Arena::SecondMoment => (second_moment, trained, Type::F32),
-            Arena::Cache => (cache, self.cache, self.options.numbers),
+            Arena::Parameters => (parameters, len, Dtype::F32),
+            Arena::Gradients => (gradients, trained, Dtype::F32),
+            Arena::FirstMoment => (first_moment, trained, Dtype::F32),
+            Arena::SecondMoment => (second_moment, trained, Dtype::F32),
+            Arena::Cache => (cache, self.cache, self.options.dtype),
         }
     }
 }
@@ -404,7 +405,7 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
 impl Session for Model {
     fn load(&mut self, program: Program) -> anyhow::Result<Loaded> {
         check_sizes(&program, self.arenas)?;
-        let plan = program.byte_plan(self.options.numbers.size());
+        let plan = program.byte_plan(self.options.dtype.size());
         self.grow(|model| &mut model.block, plan.bytes)?;
         let bytes = workspace(&program, self.arenas.len, self.options);
         self.grow(|model| &mut model.scratch, bytes)?;
@@ -435,9 +436,9 @@ impl Session for Model {
     }
 
     fn floats(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<f32>> {
-        let ty = self.type_of(program, buffer);
+        let dtype = self.dtype_of(program, buffer);
         let len = self.programs[program.0].program.info(buffer).len;
-        Ok(ty.decode(&self.download(self.place(program, buffer), len * ty.size())?))
+        Ok(dtype.decode(&self.download(self.place(program, buffer), len * dtype.size())?))
     }
 
     fn indices(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
@@ -447,11 +448,11 @@ impl Session for Model {
     }
 
     fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {
-        let (at, len, ty) = self.arena(arena);
+        let (at, len, dtype) = self.arena(arena);
         if len == 0 {
             return Ok(Vec::new());
         }
-        Ok(ty.decode(&self.download(at, len * ty.size())?))
+        Ok(dtype.decode(&self.download(at, len * dtype.size())?))
     }
 
     fn poison(&mut self) -> anyhow::Result<()> {
@@ -464,7 +465,7 @@ impl Session for Model {
     }
 
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
-        let (at, len, ty) = self.arena(arena);
+        let (at, len, dtype) = self.arena(arena);
         if values.len() != len {
             return Err(error(
                 format!("{} values do not fill the {arena:?} arena of {len}", values.len()),
@@ -474,9 +475,9 @@ impl Session for Model {
         if len == 0 {
             return Ok(());
         }
-        self.device.upload(at, &ty.encode(values))?;
+        self.device.upload(at, &dtype.encode(values))?;
         if arena == Arena::Parameters && self.arenas.weights != self.arenas.parameters {
-            let bytes = self.options.numbers.encode(values);
+            let bytes = self.options.dtype.encode(values);
             self.device.upload(self.arenas.weights, &bytes)?;
         }
         Ok(())
@@ -488,13 +489,13 @@ impl Session for Model {
 
     fn bytes(&self) -> usize {
         let Arenas { len, weights, parameters, gradients, .. } = self.arenas;
-        let numbers = self.options.numbers.size();
-        let copies = if weights == parameters { 0 } else { numbers * len };
+        let element = self.options.dtype.size();
+        let copies = if weights == parameters { 0 } else { element * len };
         let trained = if gradients == Address::NULL { 0 } else { 3 * 4 * len };
         let held = self.queue.as_ref().and_then(|queue| queue.held.as_ref());
         let tokens = held.map_or(0, |held| held.bytes);
         let regions = self.block.bytes + self.scratch.bytes;
-        4 * len + copies + trained + self.cache * numbers + tokens + regions
+        4 * len + copies + trained + self.cache * element + tokens + regions
     }
 
     fn queue(&mut self) -> Option<&mut dyn Queue> {
@@ -601,7 +602,7 @@ impl Model {
     /// The queue, made when it is first needed.
     fn ready_queue(&mut self) -> anyhow::Result<&mut queue::Queue> {
         if self.queue.is_none() {
-            self.queue = Some(queue::Queue::new(&mut *self.device, self.options.numbers)?);
+            self.queue = Some(queue::Queue::new(&mut *self.device, self.options.dtype)?);
         }
         Ok(self.queue.as_mut().expect("it was made above"))
     }

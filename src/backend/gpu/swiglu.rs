@@ -1,14 +1,14 @@
 //! SwiGLU there and back: `kernels/swiglu.cu`.
 
 use super::launcher::{Launcher, Shape, int};
-use crate::device::Type;
+use crate::dtype::Dtype;
 use crate::llama::ops::{SwiGlu, SwiGluBackward};
 
 /// Blocks along the rows at most: enough to fill any card.
 const BLOCKS: usize = 2048;
 
-fn shape(rows: usize, inter: usize, numbers: Type) -> Shape {
-    let full = 16 / numbers.size();
+fn shape(rows: usize, inter: usize, dtype: Dtype) -> Shape {
+    let full = 16 / dtype.size();
     let pieces = if inter.is_multiple_of(full) { inter / full } else { inter };
     let width = pieces.next_power_of_two().min(256);
     let at_once = 256 / width;
@@ -19,7 +19,7 @@ fn shape(rows: usize, inter: usize, numbers: Type) -> Shape {
 pub(super) fn forward(l: &mut Launcher, o: &SwiGlu) -> anyhow::Result<()> {
     let rows = l.len(o.out) / o.inter;
     let args = [l.at(o.gate_up).into(), l.at(o.out).into(), int(rows), int(o.inter)];
-    l.typed("swiglu", shape(rows, o.inter, l.numbers), &args)
+    l.typed("swiglu", shape(rows, o.inter, l.dtype), &args)
 }
 
 pub(super) fn backward(l: &mut Launcher, o: &SwiGluBackward) -> anyhow::Result<()> {
@@ -31,5 +31,5 @@ pub(super) fn backward(l: &mut Launcher, o: &SwiGluBackward) -> anyhow::Result<(
         int(rows),
         int(o.inter),
     ];
-    l.typed("swiglu_backward", shape(rows, o.inter, l.numbers), &args)
+    l.typed("swiglu_backward", shape(rows, o.inter, l.dtype), &args)
 }

@@ -1,7 +1,8 @@
 //! Norm of the gradients and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
 use super::launcher::{Launcher, Shape, int, scratch};
-use crate::device::{Arg, Type};
+use crate::device::Arg;
+use crate::dtype::Dtype;
 use crate::llama::ops::{AdamWStep, GradNorm};
 
 /// Blocks of the first stage of the norm. The order of the sum is that of the launch, and must not
@@ -78,7 +79,7 @@ pub(super) fn adamw(l: &mut Launcher, o: &AdamWStep) -> anyhow::Result<()> {
         arenas.first_moment.into(),
         arenas.second_moment.into(),
     ];
-    if l.numbers != Type::F32 {
+    if l.dtype != Dtype::F32 {
         args.push(arenas.weights.into());
     }
     args.extend([Arg::from(l.table()), rates.into()]);

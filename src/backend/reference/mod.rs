@@ -1,7 +1,7 @@
 //! The reference: every operation as plain loops in f64 or f32, in the order of its formula.
 //!
 //! It is checked by finite differences in f64 and checks the other backends. It may be slow; it may
-//! not be clever. With [`Rounding::Bf16`] it rounds where mixed precision does, so that a whole bf16
+//! not be clever. With [`Reference::mixed`] it rounds where mixed precision does, so that a whole bf16
 //! step can be held against it: weights as they are read, every activation as it is written, and
 //! inside attention and the head what enters a second product (softmax's p and ds, the logits'
 //! gradient). Gradients of parameters, statistics and the update stay unrounded.
@@ -18,23 +18,13 @@ use num_traits::Float;
 use super::host::{Execute, Host, Real};
 use super::memory::Memory;
 use super::{Backend, Feed, Need, Session};
+use crate::dtype::Dtype;
 use crate::llama::{Element, Op, Program};
 use crate::model::{Layout, Span};
 
-/// Where values are rounded on their way.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Rounding {
-    #[default]
-    None,
-    /// To bfloat16, at the points of mixed precision.
-    Bf16,
-    /// To IEEE half precision, at the same points.
-    F16,
-}
-
-/// The precision the loops run in.
+/// The arithmetic of the loops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
+pub enum Arithmetic {
     F32,
     F64,
 }
@@ -42,8 +32,20 @@ pub enum Precision {
 /// The plain backend.
 #[derive(Clone, Copy, Debug)]
 pub struct Reference {
-    pub precision: Precision,
-    pub rounding: Rounding,
+    pub arithmetic: Arithmetic,
+    /// The dtype that values are rounded to at the rounding points of mixed precision.
+    pub rounding: Option<Dtype>,
+}
+
+impl Reference {
+    pub const F64: Reference = Reference { arithmetic: Arithmetic::F64, rounding: None };
+    pub const F32: Reference = Reference { arithmetic: Arithmetic::F32, rounding: None };
+
+    /// Loops in f32 that round to `dtype` as mixed precision does.
+    pub fn mixed(dtype: Dtype) -> Reference {
+        let rounding = (dtype != Dtype::F32).then_some(dtype);
+        Reference { rounding, ..Reference::F32 }
+    }
 }
 
 impl Backend for Reference {
@@ -52,14 +54,14 @@ impl Backend for Reference {
     }
 
     fn device(&self) -> String {
-        format!("reference, plain loops in {:?}", self.precision).to_lowercase()
+        format!("reference, plain loops in {:?}", self.arithmetic).to_lowercase()
     }
 
     fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
         let plain = Plain { rounding: self.rounding };
-        Ok(match self.precision {
-            Precision::F32 => Box::new(Host::<f32, _>::new(layout, need, plain)),
-            Precision::F64 => Box::new(Host::<f64, _>::new(layout, need, plain)),
+        Ok(match self.arithmetic {
+            Arithmetic::F32 => Box::new(Host::<f32, _>::new(layout, need, plain)),
+            Arithmetic::F64 => Box::new(Host::<f64, _>::new(layout, need, plain)),
         })
     }
 
@@ -75,18 +77,15 @@ impl Backend for Reference {
 
 /// Carries out one operation after another.
 struct Plain {
-    rounding: Rounding,
+    rounding: Option<Dtype>,
 }
 
 impl Plain {
     fn round<R: Real>(&self, value: R) -> R {
         match self.rounding {
-            Rounding::None => value,
-            Rounding::Bf16 => {
-                // Through f32: twice rounded, as a card does from its f32 accumulators.
-                R::from_f32(half::bf16::from_f32(value.to_f32()).to_f32())
-            }
-            Rounding::F16 => R::from_f32(half::f16::from_f32(value.to_f32()).to_f32()),
+            None => value,
+            // Through f32: rounded twice, as a GPU does from its f32 accumulators.
+            Some(dtype) => R::from_f32(dtype.round(value.to_f32())),
         }
     }
 
@@ -134,7 +133,7 @@ impl Plain {
             Op::AdamWStep(o) => self.adamw(o, memory, &feed.rates),
             Op::MuonStep(o) => self.muon(o, memory, &feed.rates),
         }
-        if self.rounding != Rounding::None {
+        if self.rounding.is_some() {
             for buffer in op.writes() {
                 if program.info(buffer).element == Element::Activation {
                     let [values] = memory.floats.get([buffer]);

@@ -2,7 +2,7 @@
 
 use super::super::host::Host;
 use super::super::{Feed, Loaded, Need, Session};
-use super::{Plain, Rounding};
+use super::Plain;
 use crate::llama::ops::{
     Add, Attention, AttentionBackward, Embed, EmbedBackward, HeadLoss, Heads, Linear,
     LinearBackwardInput, LinearBackwardWeight, RmsNorm, RmsNormBackward, Rope, RopeBackward,
@@ -123,7 +123,7 @@ impl Machine {
             len: pair.weight.map_or(0, |w| w.range().end),
         };
         let need = Need { training: true, cache: 0 };
-        let mut host = Host::<f64, _>::new(&layout, need, Plain { rounding: Rounding::None });
+        let mut host = Host::<f64, _>::new(&layout, need, Plain { rounding: None });
         // All buffers are outputs, so both programs lay them out alike in one block.
         let mut load =
             |ops: &[Op]| host.load(Program { ops: ops.to_vec(), ..pair.program.clone() }).unwrap();

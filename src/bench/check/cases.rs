@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use super::draw::Draw;
-use crate::backend::reference::{Precision, Reference, Rounding};
+use crate::backend::reference::Reference;
 use crate::backend::{Arena, Backend, Feed, Need};
-use crate::device::Type;
+use crate::dtype::Dtype;
 use crate::llama::ops::{
     AdamWStep, Add, Attention, AttentionBackward, CachedAttention, Embed, EmbedBackward, GradNorm,
     HeadLoss, Heads, Linear, LinearBackwardInput, LinearBackwardWeight, MuonStep, PickRows,
@@ -63,7 +63,7 @@ pub(in crate::bench) enum Output {
     Arena(Arena, Range<usize>),
 }
 
-type Make = fn(&mut Vec<Case>, &mut Draw, Size, Type);
+type Make = fn(&mut Vec<Case>, &mut Draw, Size, Dtype);
 
 const MAKERS: [(&str, Make); 20] = [
     ("embed", embed),
@@ -96,7 +96,7 @@ pub fn operations() -> impl Iterator<Item = &'static str> {
 /// The cases of the operations that are chosen, for a backend of these numbers.
 pub(in crate::bench) fn grid(
     size: Size,
-    numbers: Type,
+    dtype: Dtype,
     seed: u64,
     chosen: impl Fn(&str) -> bool,
 ) -> Vec<Case> {
@@ -104,8 +104,8 @@ pub(in crate::bench) fn grid(
     for (kind, (name, make)) in MAKERS.into_iter().enumerate() {
         if chosen(name) {
             // The same inputs whichever operations are chosen beside it.
-            let mut draw = Draw::new(seed.wrapping_add(kind as u64), numbers);
-            make(&mut cases, &mut draw, size, numbers);
+            let mut draw = Draw::new(seed.wrapping_add(kind as u64), dtype);
+            make(&mut cases, &mut draw, size, dtype);
         }
     }
     cases
@@ -200,7 +200,7 @@ impl Build {
     }
 }
 
-fn embed(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn embed(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [(1, 1, 1), (7, 13, 5), (37, 100, 64), (65, 300, 36)],
         [(4096, 32768, 64)],
@@ -216,7 +216,7 @@ fn embed(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn embed_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn embed_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [(1, 1, 1), (7, 3, 5), (200, 40, 64), (65, 300, 36), (515, 2, 8), (1500, 700, 4)],
         [(32768, 32768, 64)],
@@ -240,7 +240,7 @@ fn norms(size: Size) -> Vec<(usize, usize)> {
     )
 }
 
-fn rms_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn rms_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, hidden) in norms(size) {
         for adds in [false, true] {
             let with = if adds { " and residual" } else { "" };
@@ -259,7 +259,7 @@ fn rms_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn rms_norm_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn rms_norm_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, hidden) in norms(size) {
         for past in [false, true] {
             let with = if past { " and residual" } else { "" };
@@ -293,7 +293,7 @@ fn products(size: Size) -> Vec<(usize, usize, usize)> {
     )
 }
 
-fn linear(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn linear(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, out, inner) in products(size) {
         let (layout, w) = alone(out, inner);
         let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
@@ -304,7 +304,7 @@ fn linear(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn linear_backward_input(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn linear_backward_input(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, out, inner) in products(size) {
         let (layout, w) = alone(out, inner);
         let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
@@ -315,7 +315,7 @@ fn linear_backward_input(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: 
     }
 }
 
-fn linear_backward_weight(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn linear_backward_weight(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, out, inner) in products(size) {
         let (layout, w) = alone(out, inner);
         let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), true);
@@ -360,7 +360,7 @@ fn ropes(size: Size) -> Vec<Heads> {
     )
 }
 
-fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for shape in ropes(size) {
         for starts in [false, true] {
             let with = if starts { ", from anywhere" } else { "" };
@@ -380,7 +380,7 @@ fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn rope_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn rope_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for shape in ropes(size) {
         let mut b = Build::new(describe(&shape), alone(1, 1), false);
         let dq = b.input(draw, "dq", shape.rows() * shape.q_width());
@@ -463,7 +463,7 @@ fn attends(b: &mut Build, draw: &mut Draw, shape: &Heads, size: Size) -> [Buffer
     [q, k, v, first_key]
 }
 
-fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for shape in attentions(size) {
         let mut b = Build::new(describe(&shape), alone(1, 1), false);
         let [q, k, v, first_key] = attends(&mut b, draw, &shape, size);
@@ -473,7 +473,7 @@ fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, numbers: Type) {
+fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, dtype: Dtype) {
     for shape in attentions(size) {
         let mut b = Build::new(describe(&shape), alone(1, 1), false);
         let [q, k, v, first_key] = attends(&mut b, draw, &shape, size);
@@ -484,7 +484,7 @@ fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, number
         } else {
             forward(&b.case, [q, k, v, first_key], &shape)
         };
-        let out = numbers.decode(&numbers.encode(&out));
+        let out = dtype.decode(&dtype.encode(&out));
         let out = b.given("out", Element::Activation, out);
         let lse = b.given("lse", Element::Float, lse);
         let dout = b.input(draw, "dout", shape.rows() * shape.q_width());
@@ -503,7 +503,7 @@ fn forward(case: &Case, [q, k, v, first_key]: [Buffer; 4], shape: &Heads) -> (Ve
     let out = program.buffer("out", Element::Activation, rows * shape.q_width(), Use::Output);
     let lse = program.buffer("lse", Element::Float, rows * shape.heads, Use::Output);
     program.ops.push(Op::Attention(Attention { q, k, v, first_key, shape: *shape, out, lse }));
-    let reference = Reference { precision: Precision::F64, rounding: Rounding::None };
+    let reference = Reference::F64;
     let feed = Feed {
         indices: case.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
         floats: case.floats.iter().map(|(b, values)| (*b, values.as_slice().into())).collect(),
@@ -520,7 +520,7 @@ fn forward(case: &Case, [q, k, v, first_key]: [Buffer; 4], shape: &Heads) -> (Ve
 
 /// Two operations: one that fills the cache, whose layout is the backend's own affair, and one that
 /// goes on from there, each window from another column.
-fn cached_attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn cached_attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [
             (heads(1, 1, 1, 1, 2), 1, 64),
@@ -568,7 +568,7 @@ fn gates(size: Size) -> Vec<(usize, usize)> {
     )
 }
 
-fn swiglu(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn swiglu(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, inter) in gates(size) {
         let mut b = Build::new(format!("{rows} x {inter}"), alone(1, 1), false);
         let gate_up = draw.activations(2 * rows * inter, 3.0);
@@ -578,7 +578,7 @@ fn swiglu(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn swiglu_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn swiglu_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, inter) in gates(size) {
         let mut b = Build::new(format!("{rows} x {inter}"), alone(1, 1), false);
         let gate_up = draw.activations(2 * rows * inter, 3.0);
@@ -589,7 +589,7 @@ fn swiglu_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) 
     }
 }
 
-fn head_loss(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn head_loss(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [
             (1, 1, 1),
@@ -634,7 +634,7 @@ fn head_loss(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn pick_rows(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn pick_rows(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (windows, context, hidden) in
         size.shapes([(1, 1, 1), (3, 7, 5), (9, 4, 64)], [], [(64, 4, 64)])
     {
@@ -652,7 +652,7 @@ fn lengths(size: Size) -> Vec<usize> {
     size.shapes([1, 63, 1000, 20_011], [4_662_336], [4_662_336, 124_000_000])
 }
 
-fn zero_gradients(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn zero_gradients(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for len in lengths(size) {
         let (layout, span) = alone(1, len);
         let mut b = Build::new(format!("{len}"), (layout, span), true);
@@ -661,7 +661,7 @@ fn zero_gradients(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn grad_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn grad_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for len in lengths(size) {
         let (layout, span) = alone(1, len);
         let mut b = Build::new(format!("{len}"), (layout, span), true);
@@ -694,7 +694,7 @@ fn update(b: &mut Build, draw: &mut Draw, second: bool) -> Buffer {
     b.given("norm", Element::Float, vec![1.7])
 }
 
-fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for len in lengths(size) {
         let mut b = Build::new(format!("{len}"), alone(1, len), true);
         let norm = update(&mut b, draw, true);
@@ -708,7 +708,7 @@ fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
     }
 }
 
-fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Type) {
+fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [(5, 5), (17, 40), (64, 16), (33, 130)],
         [(512, 64), (768, 2048)],

@@ -1,18 +1,18 @@
 //! Random inputs, each draw from a sequence of its own.
 
-use crate::device::Type;
+use crate::dtype::Dtype;
 use crate::random::{Philox, Stream};
 
 /// Draws, one after another.
 pub(super) struct Draw {
     random: Philox,
-    numbers: Type,
+    dtype: Dtype,
     next: u32,
 }
 
 impl Draw {
-    pub fn new(seed: u64, numbers: Type) -> Self {
-        Self { random: Philox::new(seed, Stream::Test), numbers, next: 0 }
+    pub fn new(seed: u64, dtype: Dtype) -> Self {
+        Self { random: Philox::new(seed, Stream::Test), dtype, next: 0 }
     }
 
     fn sequence(&mut self) -> u32 {
@@ -31,7 +31,7 @@ impl Draw {
     /// Normal, as the type of activations holds it: every backend is given the same numbers.
     pub fn activations(&mut self, len: usize, deviation: f64) -> Vec<f32> {
         let values = self.floats(len, deviation);
-        self.numbers.decode(&self.numbers.encode(&values))
+        self.dtype.decode(&self.dtype.encode(&values))
     }
 
     /// Uniform in `0..n`.

@@ -11,9 +11,9 @@ mod draw;
 use serde::Serialize;
 
 use self::cases::Output;
-use crate::backend::reference::{Precision, Reference, Rounding};
+use crate::backend::reference::Reference;
 use crate::backend::{Arena, Backend, Feed};
-use crate::device::Type;
+use crate::dtype::Dtype;
 use crate::error::error;
 
 pub(super) use cases::Case;
@@ -49,7 +49,7 @@ pub fn check(
     selection: &Selection,
     mut tell: impl FnMut(&Row),
 ) -> anyhow::Result<Vec<Row>> {
-    let numbers = backend.numbers();
+    let dtype = backend.compute_dtype();
     let chosen = |name: &str| selection.only.is_none_or(|only| name.contains(only));
     if !operations().any(chosen) {
         return Err(error(
@@ -58,8 +58,8 @@ pub fn check(
         ));
     }
     let mut rows = Vec::new();
-    for case in cases::grid(selection.size, numbers, selection.seed, chosen) {
-        for row in one(backend, &case, numbers)? {
+    for case in cases::grid(selection.size, dtype, selection.seed, chosen) {
+        for row in one(backend, &case, dtype)? {
             tell(&row);
             rows.push(row);
         }
@@ -70,14 +70,9 @@ pub fn check(
 /// What an operation left, by output.
 type Left = Vec<Vec<f32>>;
 
-fn one(backend: &dyn Backend, case: &Case, numbers: Type) -> anyhow::Result<Vec<Row>> {
-    let rounding = match numbers {
-        Type::F32 => Rounding::None,
-        Type::Bf16 => Rounding::Bf16,
-        Type::F16 => Rounding::F16,
-    };
-    let exact = Reference { precision: Precision::F64, rounding: Rounding::None };
-    let plain = Reference { precision: Precision::F32, rounding };
+fn one(backend: &dyn Backend, case: &Case, dtype: Dtype) -> anyhow::Result<Vec<Row>> {
+    let exact = Reference::F64;
+    let plain = Reference::mixed(dtype);
     let (exact, plain) = (case.run(&exact, 1)?.remove(0), case.run(&plain, 1)?.remove(0));
     let mut both = case.run(backend, 2)?;
     let (again, got) = (both.remove(1), both.remove(0));
@@ -89,10 +84,10 @@ fn one(backend: &dyn Backend, case: &Case, numbers: Type) -> anyhow::Result<Vec<
                 (share(&got[at], &exact[at]), 2.0 * share(&plain[at], &exact[at]))
             }
             Output::Floats(_) | Output::Arena(..) => {
-                let ty = case.type_of(output, numbers);
+                let dtype = case.dtype_of(output, dtype);
                 // The errors of a few numbers do not average.
                 let few = if exact[at].len() < 16 { 4.0 } else { 1.0 };
-                let bound = 2.0 * distance(&plain[at], &exact[at]) + few * unit(ty);
+                let bound = 2.0 * distance(&plain[at], &exact[at]) + few * unit(dtype);
                 (distance(&got[at], &exact[at]), bound)
             }
         };
@@ -112,11 +107,11 @@ fn one(backend: &dyn Backend, case: &Case, numbers: Type) -> anyhow::Result<Vec<
 }
 
 /// What rounding and approximate functions may cost an output, relative.
-fn unit(ty: Type) -> f64 {
-    match ty {
-        Type::F32 => 8.0 / 2f64.powi(24),
-        Type::F16 => 1.0 / 2f64.powi(11),
-        Type::Bf16 => 1.0 / 2f64.powi(8),
+fn unit(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 8.0 / 2f64.powi(24),
+        Dtype::F16 => 1.0 / 2f64.powi(11),
+        Dtype::Bf16 => 1.0 / 2f64.powi(8),
     }
 }
 
@@ -210,11 +205,11 @@ impl Case {
         }
     }
 
-    fn type_of(&self, output: &Output, numbers: Type) -> Type {
+    fn dtype_of(&self, output: &Output, dtype: Dtype) -> Dtype {
         match output {
-            Output::Floats(buffer) if self.program.info(*buffer).element.size(2) == 2 => numbers,
-            Output::Arena(Arena::Cache, _) => numbers,
-            _ => Type::F32,
+            Output::Floats(buffer) if self.program.info(*buffer).element.size(2) == 2 => dtype,
+            Output::Arena(Arena::Cache, _) => dtype,
+            _ => Dtype::F32,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What cards can do by their data sheets, where nothing was measured.
 
-use super::super::Type;
+use crate::dtype::Dtype;
 
 /// Dense products of two-byte numbers summed in f32, in TFLOP/s, by a part of the card's name. The
 /// first that fits counts.
@@ -31,8 +31,8 @@ const CARDS: [(&str, f64); 22] = [
 
 /// FLOP/s of products, the most that shares are told of; `None` for a card not in the table, and for
 /// f32, which no share is told of.
-pub(super) fn peak(card: &str, numbers: Type) -> Option<f64> {
-    if numbers == Type::F32 {
+pub(super) fn peak(card: &str, dtype: Dtype) -> Option<f64> {
+    if dtype == Dtype::F32 {
         return None;
     }
     CARDS.iter().find(|(name, _)| card.contains(name)).map(|(_, teraflops)| teraflops * 1e12)
@@ -51,9 +51,9 @@ mod tests {
             ("NVIDIA L40S, 142 SMs", 362.1),
             ("NVIDIA GeForce RTX 4090, 128 SMs", 165.2),
         ] {
-            assert_eq!(peak(name, Type::Bf16), Some(teraflops * 1e12), "{name}");
+            assert_eq!(peak(name, Dtype::Bf16), Some(teraflops * 1e12), "{name}");
         }
-        assert_eq!(peak("NVIDIA H100 80GB HBM3", Type::F32), None);
-        assert_eq!(peak("a card of next year", Type::Bf16), None);
+        assert_eq!(peak("NVIDIA H100 80GB HBM3", Dtype::F32), None);
+        assert_eq!(peak("a card of next year", Dtype::Bf16), None);
     }
 }

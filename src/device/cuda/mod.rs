@@ -19,7 +19,8 @@ use serde_json::{Value, json};
 
 use self::products::{Choices, Products};
 use super::driver::oldest_driver;
-use super::{Address, Arg, Device, Graph, Launch, Mark, Product, Type, launch};
+use super::{Address, Arg, Device, Graph, Launch, Mark, Product, launch};
+use crate::dtype::Dtype;
 use crate::error::error;
 use crate::kernels::{BUILD, Kernel};
 
@@ -385,8 +386,8 @@ impl Device for Cuda {
         self.stream.synchronize().map_err(|e| failed("waiting for the card", e))
     }
 
-    fn peak(&self, numbers: Type) -> Option<f64> {
-        cards::peak(&self.card, numbers)
+    fn peak(&self, dtype: Dtype) -> Option<f64> {
+        cards::peak(&self.card, dtype)
     }
 
     fn choices(&self) -> Value {

@@ -11,8 +11,9 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUstream;
 use serde::{Deserialize, Serialize};
 
-use super::super::{Address, Matrix, Product, Type};
+use super::super::{Address, Matrix, Product};
 use super::libraries::{self, Library};
+use crate::dtype::Dtype;
 use crate::error::error;
 
 /// cuBLASLt, its workspace, and the plans made so far.
@@ -48,7 +49,8 @@ pub(super) struct Key {
 /// A matrix without its place; what it is aligned to instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 struct Side {
-    ty: Type,
+    #[serde(alias = "ty")]
+    dtype: Dtype,
     rows: usize,
     cols: usize,
     transposed: bool,
@@ -58,10 +60,10 @@ struct Side {
 impl Side {
     /// Of the first of `batch` matrices.
     fn of(matrix: Matrix, batch: usize) -> Side {
-        let Matrix { at, ty, rows, cols, transposed } = matrix;
-        let next = if batch > 1 { (rows * cols * ty.size()).trailing_zeros() } else { 8 };
+        let Matrix { at, dtype, rows, cols, transposed } = matrix;
+        let next = if batch > 1 { (rows * cols * dtype.size()).trailing_zeros() } else { 8 };
         let alignment = 1 << at.0.trailing_zeros().min(next).min(8);
-        Side { ty, rows, cols, transposed, alignment }
+        Side { dtype, rows, cols, transposed, alignment }
     }
 }
 
@@ -189,7 +191,7 @@ fn plan(
     let layout = |side: Side| {
         use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
         let layout = result::create_matrix_layout(
-            data_type(side.ty),
+            data_type(side.dtype),
             side.cols as u64,
             side.rows as u64,
             side.cols as i64,
@@ -286,11 +288,11 @@ fn plan(
     Ok(Plan { description, first, second, out, algorithm: chosen.algo })
 }
 
-fn data_type(ty: Type) -> sys::cudaDataType_t {
-    match ty {
-        Type::F32 => sys::cudaDataType_t::CUDA_R_32F,
-        Type::F16 => sys::cudaDataType_t::CUDA_R_16F,
-        Type::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
+    match dtype {
+        Dtype::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        Dtype::F16 => sys::cudaDataType_t::CUDA_R_16F,
+        Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
     }
 }
 
@@ -304,11 +306,12 @@ mod tests {
 
     #[test]
     fn choices_survive_a_checkpoint() {
-        let side = |rows, cols, ty| Side { ty, rows, cols, transposed: rows > 3, alignment: 256 };
+        let side =
+            |rows, cols, dtype| Side { dtype, rows, cols, transposed: rows > 3, alignment: 256 };
         let key = |rows| Key {
-            a: side(rows, 4, Type::Bf16),
-            b: side(4, 5, Type::F16),
-            c: side(rows, 5, Type::F32),
+            a: side(rows, 4, Dtype::Bf16),
+            b: side(4, 5, Dtype::F16),
+            c: side(rows, 5, Dtype::F32),
             add: rows == 2,
             batch: 3,
         };

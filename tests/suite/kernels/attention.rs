@@ -64,9 +64,9 @@ fn add_scaled<R: Float>(y: &mut [R], scale: R, x: &[R]) {
     }
 }
 
-/// What enters a second product is rounded to `ty`, as mixed precision does: softmax's p and ds.
-fn rounded<R: Float>(ty: Option<Type>, x: R) -> R {
-    ty.map_or(x, |ty| real::<R>(&[ty.round(x.to_f64().expect("a float"))])[0])
+/// What enters a second product is rounded to `dtype`, as mixed precision does: softmax's p and ds.
+fn rounded<R: Float>(dtype: Option<Dtype>, x: R) -> R {
+    dtype.map_or(x, |dtype| real::<R>(&[dtype.round_f64(x.to_f64().expect("a float"))])[0])
 }
 
 /// `out` of one row from its scores; returns their log-sum-exp.
@@ -74,7 +74,7 @@ fn softmax<'a, R: Float + 'a>(
     scores: &[R],
     values: impl Iterator<Item = &'a [R]>,
     out: &mut [R],
-    ty: Option<Type>,
+    dtype: Option<Dtype>,
 ) -> R {
     if scores.is_empty() {
         return R::zero();
@@ -82,7 +82,7 @@ fn softmax<'a, R: Float + 'a>(
     let top = scores.iter().fold(R::neg_infinity(), |top, &s| top.max(s));
     let sum = scores.iter().fold(R::zero(), |sum, &s| sum + (s - top).exp());
     for (&score, value) in scores.iter().zip(values) {
-        add_scaled(out, rounded(ty, (score - top).exp()), value);
+        add_scaled(out, rounded(dtype, (score - top).exp()), value);
     }
     for out in out {
         *out = *out / sum;
@@ -95,7 +95,7 @@ fn attention<R: Float>(
     shape: &Shape,
     [q, k, v]: [&[f64]; 3],
     first_key: &[u32],
-    ty: Option<Type>,
+    dtype: Option<Dtype>,
 ) -> (Vec<R>, Vec<R>) {
     let [q, k, v] = [q, k, v].map(real::<R>);
     let d = shape.head_dim;
@@ -105,7 +105,7 @@ fn attention<R: Float>(
         let at = |column: usize| (kv_head * shape.context + column) * d;
         let scores: Vec<R> = seen.clone().map(|j| dot(q, &k[at(j)..][..d]) * scale).collect();
         let values = seen.map(|j| &v[at(j)..][..d]);
-        lse.push(softmax(&scores, values, &mut out[to * d..][..d], ty));
+        lse.push(softmax(&scores, values, &mut out[to * d..][..d], dtype));
     }
     (out, lse)
 }
@@ -115,7 +115,7 @@ fn attention_backward<R: Float>(
     shape: &Shape,
     [q, k, v, out, lse, dout]: [&[f64]; 6],
     first_key: &[u32],
-    ty: Option<Type>,
+    dtype: Option<Dtype>,
 ) -> [Vec<R>; 4] {
     let [q, k, v, out, lse, dout] = [q, k, v, out, lse, dout].map(real::<R>);
     let d = shape.head_dim;
@@ -130,8 +130,8 @@ fn attention_backward<R: Float>(
             let key = (kv_head * shape.context + j) * d;
             let key = key..key + d;
             let p = (dot(q, &k[key.clone()]) * scale - lse[row]).exp();
-            let ds = rounded(ty, p * (dot(dout, &v[key.clone()]) - delta)) * scale;
-            add_scaled(&mut dv[key.clone()], rounded(ty, p), dout);
+            let ds = rounded(dtype, p * (dot(dout, &v[key.clone()]) - delta)) * scale;
+            add_scaled(&mut dv[key.clone()], rounded(dtype, p), dout);
             add_scaled(&mut dk[key.clone()], ds, q);
             add_scaled(&mut dq[row * d..][..d], ds, &k[key]);
         }
@@ -235,7 +235,7 @@ impl Path {
         &self,
         module: &Module,
         pass: usize,
-        ty: Type,
+        dtype: Dtype,
         shape: &Shape,
         mut pieces: Vec<Piece>,
     ) -> Vec<Vec<u8>> {
@@ -244,69 +244,69 @@ impl Path {
         if self.takes_head_dim {
             pieces.push(value(shape.head_dim as i32));
         }
-        let entry = format!("{}_{}", self.entries[pass], ty.suffix());
+        let entry = format!("{}_{}", self.entries[pass], dtype.suffix());
         run(module, &entry, self.launch[pass], &pieces)
     }
 
     /// Holds the forward pass against f64; q is uniform below `sharpness`.
-    fn is_right(&self, module: &Module, ty: Type, shape: &Shape, sharpness: f64) {
+    fn is_right(&self, module: &Module, dtype: Dtype, shape: &Shape, sharpness: f64) {
         let d = shape.head_dim;
-        let q = ty.random(1, shape.queries() * d, sharpness);
-        let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
+        let q = dtype.random(1, shape.queries() * d, sharpness);
+        let [k, v] = [2, 3].map(|seed| dtype.random(seed, shape.keys() * d, 2.0));
         let first_key = shape.first_key();
         let (exact, exact_lse) = attention::<f64>(shape, [&q, &k, &v], &first_key, None);
-        let (low, low_lse) = attention::<f32>(shape, [&q, &k, &v], &first_key, Some(ty));
-        let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
+        let (low, low_lse) = attention::<f32>(shape, [&q, &k, &v], &first_key, Some(dtype));
+        let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(dtype.bytes(x))).into();
         pieces.push(indices(&first_key));
-        pieces.extend([Piece::Out(q.len() * ty.size()), Piece::Out(4 * shape.queries())]);
-        let got = self.run(module, 0, ty, shape, pieces);
-        check(&format!("out of {shape:?}"), ty, &got[0], &exact, &low);
-        check(&format!("lse of {shape:?}"), Type::F32, &got[1], &exact_lse, &low_lse);
+        pieces.extend([Piece::Out(q.len() * dtype.size()), Piece::Out(4 * shape.queries())]);
+        let got = self.run(module, 0, dtype, shape, pieces);
+        check(&format!("out of {shape:?}"), dtype, &got[0], &exact, &low);
+        check(&format!("lse of {shape:?}"), Dtype::F32, &got[1], &exact_lse, &low_lse);
     }
 
     /// Holds the two passes back against f64.
-    fn goes_back(&self, module: &Module, ty: Type, shape: &Shape) {
+    fn goes_back(&self, module: &Module, dtype: Dtype, shape: &Shape) {
         let d = shape.head_dim;
-        let q = ty.random(1, shape.queries() * d, 3.0);
-        let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
-        let dout = ty.random(4, q.len(), 1.0);
+        let q = dtype.random(1, shape.queries() * d, 3.0);
+        let [k, v] = [2, 3].map(|seed| dtype.random(seed, shape.keys() * d, 2.0));
+        let dout = dtype.random(4, q.len(), 1.0);
         let first_key = shape.first_key();
         let lse = attention::<f64>(shape, [&q, &k, &v], &first_key, None).1;
-        let lse = Type::F32.values(&Type::F32.bytes(&lse));
+        let lse = Dtype::F32.values(&Dtype::F32.bytes(&lse));
         // The formula takes any: with the true one a row of one column would only cancel.
-        let out = ty.random(5, q.len(), 1.0);
+        let out = dtype.random(5, q.len(), 1.0);
         let all = [&q, &k, &v, &out, &lse, &dout].map(Vec::as_slice);
         let exact = attention_backward::<f64>(shape, all, &first_key, None);
-        let low = attention_backward::<f32>(shape, all, &first_key, Some(ty));
+        let low = attention_backward::<f32>(shape, all, &first_key, Some(dtype));
         for (pass, outputs) in [(1, 1..2), (2, 2..4)] {
-            let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
+            let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(dtype.bytes(x))).into();
             pieces.push(indices(&first_key));
-            pieces.push(Piece::In(Type::F32.bytes(&lse)));
+            pieces.push(Piece::In(Dtype::F32.bytes(&lse)));
             // As the pass of delta leaves it.
             let delta: Vec<f64> = low[0].iter().map(|&x| f64::from(x)).collect();
-            pieces.push(Piece::In(Type::F32.bytes(&delta)));
-            pieces.push(Piece::In(ty.bytes(&dout)));
-            pieces.extend(outputs.clone().map(|i| Piece::Out(exact[i].len() * ty.size())));
-            let got = self.run(module, pass, ty, shape, pieces);
+            pieces.push(Piece::In(Dtype::F32.bytes(&delta)));
+            pieces.push(Piece::In(dtype.bytes(&dout)));
+            pieces.extend(outputs.clone().map(|i| Piece::Out(exact[i].len() * dtype.size())));
+            let got = self.run(module, pass, dtype, shape, pieces);
             for (i, got) in outputs.zip(&got) {
                 let what = format!("{} of {shape:?}", ["delta", "dq", "dk", "dv"][i]);
-                check(&what, ty, got, &exact[i], &low[i]);
+                check(&what, dtype, got, &exact[i], &low[i]);
             }
         }
     }
 }
 
 /// Two types a shape, in turns.
-fn types(at: usize) -> [Type; 2] {
-    [TYPES[at % 3], TYPES[(at + 1) % 3]]
+fn types(at: usize) -> [Dtype; 2] {
+    [DTYPES[at % 3], DTYPES[(at + 1) % 3]]
 }
 
 #[test]
 fn attention_is_right_on_its_plain_path() {
     let Some(module) = module("attention") else { return };
     for (at, shape) in SHAPES.map(shape).iter().enumerate() {
-        for ty in types(at) {
-            Path::plain(shape).is_right(&module, ty, shape, 3.0);
+        for dtype in types(at) {
+            Path::plain(shape).is_right(&module, dtype, shape, 3.0);
         }
     }
 }
@@ -315,8 +315,8 @@ fn attention_is_right_on_its_plain_path() {
 fn attention_goes_back_on_its_plain_path() {
     let Some(module) = module("attention") else { return };
     for (at, shape) in SHAPES.map(shape).iter().enumerate() {
-        for ty in types(at) {
-            Path::plain(shape).goes_back(&module, ty, shape);
+        for dtype in types(at) {
+            Path::plain(shape).goes_back(&module, dtype, shape);
         }
     }
 }
@@ -341,8 +341,8 @@ fn mistakes_in_the_plain_path_are_seen() {
     ];
     planted_in("attention", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
         let shape = shape([3, 37, 2, 1, 5]);
-        Path::plain(&shape).is_right(module, Type::F32, &shape, 3.0);
-        Path::plain(&shape).goes_back(module, Type::F32, &shape);
+        Path::plain(&shape).is_right(module, Dtype::F32, &shape, 3.0);
+        Path::plain(&shape).goes_back(module, Dtype::F32, &shape);
     });
 }
 
@@ -365,10 +365,10 @@ fn attention_of_narrow_heads_is_right() {
     let Some(module) = module("attention_narrow") else { return };
     for (at, shape) in NARROW.map(shape).iter().enumerate() {
         let [some, other] = types(at);
-        for (one, ty, sharpness) in
+        for (one, dtype, sharpness) in
             [(false, some, 3.0), (false, other, SHARP), (true, other, 3.0), (true, some, SHARP)]
         {
-            Path::narrow(shape, one).is_right(&module, ty, shape, sharpness);
+            Path::narrow(shape, one).is_right(&module, dtype, shape, sharpness);
         }
     }
 }
@@ -377,8 +377,8 @@ fn attention_of_narrow_heads_is_right() {
 fn attention_of_narrow_heads_goes_back() {
     let Some(module) = module("attention_narrow") else { return };
     for (at, shape) in NARROW.map(shape).iter().enumerate() {
-        for (one, ty) in [false, true].into_iter().zip(types(at)) {
-            Path::narrow(shape, one).goes_back(&module, ty, shape);
+        for (one, dtype) in [false, true].into_iter().zip(types(at)) {
+            Path::narrow(shape, one).goes_back(&module, dtype, shape);
         }
     }
 }
@@ -411,9 +411,9 @@ fn mistakes_in_the_narrow_path_are_seen() {
     planted_in("attention_narrow", &without, &bugs, |module| {
         let shape = shape([3, 170, 2, 1, 2]);
         for sharpness in [3.0, SHARP] {
-            Path::narrow(&shape, false).is_right(module, Type::F32, &shape, sharpness);
+            Path::narrow(&shape, false).is_right(module, Dtype::F32, &shape, sharpness);
         }
-        Path::narrow(&shape, false).goes_back(module, Type::F32, &shape);
+        Path::narrow(&shape, false).goes_back(module, Dtype::F32, &shape);
     });
 }
 
@@ -433,11 +433,12 @@ fn attention_of_narrow_heads_on_tensor_cores_is_right() {
     let Some(module) = module("attention_narrow_mma") else { return };
     for (at, shape) in NARROW_MMA.map(shape).iter().enumerate() {
         let turn = at % 2 == 0;
-        let (some, other) = if turn { (Type::Bf16, Type::F16) } else { (Type::F16, Type::Bf16) };
-        for (one, ty, sharpness) in
+        let (some, other) =
+            if turn { (Dtype::Bf16, Dtype::F16) } else { (Dtype::F16, Dtype::Bf16) };
+        for (one, dtype, sharpness) in
             [(false, some, 3.0), (false, other, SHARP), (true, other, 3.0), (true, some, SHARP)]
         {
-            Path::narrow_mma(shape, one).is_right(&module, ty, shape, sharpness);
+            Path::narrow_mma(shape, one).is_right(&module, dtype, shape, sharpness);
         }
     }
 }
@@ -447,9 +448,9 @@ fn attention_of_narrow_heads_goes_back_on_tensor_cores() {
     let Some(module) = module("attention_narrow_mma") else { return };
     for (at, shape) in NARROW_MMA.map(shape).iter().enumerate() {
         let [some, other] =
-            if at % 2 == 0 { [Type::Bf16, Type::F16] } else { [Type::F16, Type::Bf16] };
-        for (one, ty) in [(false, some), (true, other)] {
-            Path::narrow_mma(shape, one).goes_back(&module, ty, shape);
+            if at % 2 == 0 { [Dtype::Bf16, Dtype::F16] } else { [Dtype::F16, Dtype::Bf16] };
+        for (one, dtype) in [(false, some), (true, other)] {
+            Path::narrow_mma(shape, one).goes_back(&module, dtype, shape);
         }
     }
 }
@@ -482,9 +483,9 @@ fn mistakes_of_narrow_heads_on_tensor_cores_are_seen() {
     planted_in("attention_narrow_mma", &without, &bugs, |module| {
         let shape = shape([3, 170, 2, 1, 2]);
         for sharpness in [3.0, SHARP] {
-            Path::narrow_mma(&shape, false).is_right(module, Type::Bf16, &shape, sharpness);
+            Path::narrow_mma(&shape, false).is_right(module, Dtype::Bf16, &shape, sharpness);
         }
-        Path::narrow_mma(&shape, false).goes_back(module, Type::Bf16, &shape);
+        Path::narrow_mma(&shape, false).goes_back(module, Dtype::Bf16, &shape);
     });
 }
 
@@ -504,9 +505,9 @@ const MMA: [[usize; 5]; 8] = [
 fn attention_on_tensor_cores_is_right() {
     let Some(module) = module("attention_mma") else { return };
     for (at, shape) in MMA.map(shape).iter().enumerate() {
-        Path::mma(shape).is_right(&module, Type::Bf16, shape, 3.0);
+        Path::mma(shape).is_right(&module, Dtype::Bf16, shape, 3.0);
         if at % 2 == 0 {
-            Path::mma(shape).is_right(&module, Type::F16, shape, 3.0);
+            Path::mma(shape).is_right(&module, Dtype::F16, shape, 3.0);
         }
     }
 }
@@ -515,9 +516,9 @@ fn attention_on_tensor_cores_is_right() {
 fn attention_on_tensor_cores_goes_back() {
     let Some(module) = module("attention_mma") else { return };
     for (at, shape) in MMA.map(shape).iter().enumerate() {
-        Path::mma(shape).goes_back(&module, Type::Bf16, shape);
+        Path::mma(shape).goes_back(&module, Dtype::Bf16, shape);
         if at % 2 == 1 {
-            Path::mma(shape).goes_back(&module, Type::F16, shape);
+            Path::mma(shape).goes_back(&module, Dtype::F16, shape);
         }
     }
 }
@@ -526,7 +527,7 @@ fn attention_on_tensor_cores_goes_back() {
 fn mistakes_on_tensor_cores_are_seen() {
     let lines = [16, 64, 96, 128]
         .iter()
-        .flat_map(|d| ["bf16", "f16"].map(|ty| format!("ENTRIES({d}, {ty})")));
+        .flat_map(|d| ["bf16", "f16"].map(|dtype| format!("ENTRIES({d}, {dtype})")));
     let without: Vec<_> = lines.chain(["ENTRIES(32, f16)".into()]).collect();
     let without: Vec<_> = without.iter().map(String::as_str).collect();
     let bugs = [
@@ -550,33 +551,33 @@ fn mistakes_on_tensor_cores_are_seen() {
     ];
     planted_in("attention_mma", &without, &bugs, |module| {
         let shape = shape([3, 145, 2, 1, 32]);
-        Path::mma(&shape).is_right(module, Type::Bf16, &shape, 3.0);
-        Path::mma(&shape).goes_back(module, Type::Bf16, &shape);
+        Path::mma(&shape).is_right(module, Dtype::Bf16, &shape, 3.0);
+        Path::mma(&shape).goes_back(module, Dtype::Bf16, &shape);
     });
 }
 
 #[test]
 fn the_product_of_out_and_its_gradient_is_right() {
     let Some(module) = module("attention") else { return };
-    for ty in TYPES {
+    for dtype in DTYPES {
         for (dims, width) in [([2, 3, 4, 1, 2], 1), ([1, 5, 3, 1, 17], 8), ([2, 2, 1, 1, 128], 16)]
         {
             let shape = shape(dims);
             let d = shape.head_dim;
-            let [out, dout] = [1, 2].map(|seed| ty.random(seed, shape.queries() * d, 1.0));
+            let [out, dout] = [1, 2].map(|seed| dtype.random(seed, shape.queries() * d, 1.0));
             let none = vec![0.0; shape.keys() * d];
             let (q, lse) = (vec![0.0; out.len()], vec![0.0; shape.queries()]);
             let all = [&q, &none, &none, &out, &lse, &dout].map(Vec::as_slice);
             let first_key = shape.first_key();
             let [exact, ..] = attention_backward::<f64>(&shape, all, &first_key, None);
             let [low, ..] = attention_backward::<f32>(&shape, all, &first_key, None);
-            let mut pieces: Vec<_> = [&out, &dout].map(|x| Piece::In(ty.bytes(x))).into();
+            let mut pieces: Vec<_> = [&out, &dout].map(|x| Piece::In(dtype.bytes(x))).into();
             pieces.push(Piece::Out(4 * shape.queries()));
             pieces.extend([shape.windows, shape.context, shape.heads, d].map(|x| value(x as i32)));
             let config = Config { grid: [3, 1, 1], block: [width, 8, 1], shared: 0 };
-            let entry = format!("attention_delta_{}", ty.suffix());
+            let entry = format!("attention_delta_{}", dtype.suffix());
             let got = run(&module, &entry, config, &pieces);
-            check(&format!("delta of {shape:?}"), Type::F32, &got[0], &exact, &low);
+            check(&format!("delta of {shape:?}"), Dtype::F32, &got[0], &exact, &low);
         }
     }
 }
@@ -588,7 +589,7 @@ fn cached<R: Float>(
     start: &[u32],
     capacity: usize,
     [keys, values]: [&mut [f64]; 2],
-    ty: Option<Type>,
+    dtype: Option<Dtype>,
 ) -> Vec<R> {
     let Shape { context, heads, kv_heads, head_dim: d, .. } = *shape;
     for (fresh, kept) in [(k, &mut *keys), (v, &mut *values)] {
@@ -608,7 +609,7 @@ fn cached<R: Float>(
         let at = |j: usize| (kv_head * capacity + j) * d;
         let scores: Vec<R> = seen.clone().map(|j| dot(q, &keys[at(j)..][..d]) * scale).collect();
         let to = (window * context + column) * heads + head % heads;
-        softmax(&scores, seen.map(|j| &values[at(j)..][..d]), &mut out[to * d..][..d], ty);
+        softmax(&scores, seen.map(|j| &values[at(j)..][..d]), &mut out[to * d..][..d], dtype);
     }
     out
 }
@@ -625,37 +626,37 @@ const CACHES: [([usize; 5], [u32; 2], usize); 8] = [
     ([1, 1, 2, 1, 256], [12, 0], 14),
 ];
 
-fn cached_is_right(module: &Module, types: &[Type]) {
-    for &ty in types {
+fn cached_is_right(module: &Module, types: &[Dtype]) {
+    for &dtype in types {
         for (dims, start, capacity) in CACHES {
             let shape = shape(dims);
             let (d, start) = (shape.head_dim, &start[..shape.windows]);
-            let q = ty.random(1, shape.queries() * d, 3.0);
-            let [k, v] = [2, 3].map(|seed| ty.random(seed, shape.keys() * d, 2.0));
+            let q = dtype.random(1, shape.queries() * d, 3.0);
+            let [k, v] = [2, 3].map(|seed| dtype.random(seed, shape.keys() * d, 2.0));
             let plane = shape.windows * shape.kv_heads * capacity * d;
-            let before = [4, 5].map(|seed| ty.random(seed, plane, 2.0));
+            let before = [4, 5].map(|seed| dtype.random(seed, plane, 2.0));
             let fill = |planes: &mut [Vec<f64>; 2]| {
                 let [keys, values] = planes;
                 let planes = [&mut keys[..], &mut values[..]];
-                let low = cached::<f32>(&shape, [&q, &k, &v], start, capacity, planes, Some(ty));
+                let low = cached::<f32>(&shape, [&q, &k, &v], start, capacity, planes, Some(dtype));
                 let planes = [&mut keys[..], &mut values[..]];
                 (cached::<f64>(&shape, [&q, &k, &v], start, capacity, planes, None), low)
             };
             let mut after = before.clone();
             let (exact, low) = fill(&mut after);
-            let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(ty.bytes(x))).into();
+            let mut pieces: Vec<_> = [&q, &k, &v].map(|x| Piece::In(dtype.bytes(x))).into();
             pieces.push(indices(start));
-            pieces.extend(before.iter().map(|x| Piece::Both(ty.bytes(x))));
-            pieces.push(Piece::Out(q.len() * ty.size()));
+            pieces.extend(before.iter().map(|x| Piece::Both(dtype.bytes(x))));
+            pieces.push(Piece::Out(q.len() * dtype.size()));
             pieces.extend(shape.values());
             pieces.push(value(capacity as i32));
             let config = Config::linear(3, 128);
-            let entry = format!("attention_cached_{}", ty.suffix());
+            let entry = format!("attention_cached_{}", dtype.suffix());
             let got = run(module, &entry, config, &pieces);
             for (got, after) in got.iter().zip(&after) {
-                assert!(*got == ty.bytes(after), "the cache of {shape:?} in {ty:?}");
+                assert!(*got == dtype.bytes(after), "the cache of {shape:?} in {dtype:?}");
             }
-            check(&format!("out of {shape:?}"), ty, &got[2], &exact, &low);
+            check(&format!("out of {shape:?}"), dtype, &got[2], &exact, &low);
         }
     }
 }
@@ -663,7 +664,7 @@ fn cached_is_right(module: &Module, types: &[Type]) {
 #[test]
 fn attention_over_a_cache_appends_and_sees_what_came_before() {
     let Some(module) = module("attention_cached") else { return };
-    cached_is_right(&module, &TYPES);
+    cached_is_right(&module, &DTYPES);
 }
 
 #[test]
@@ -675,6 +676,6 @@ fn mistakes_in_attention_over_a_cache_are_seen() {
         ("one key/value head appended", "head % shape.group() == 0 &&", "head == 0 &&"),
     ];
     planted_in("attention_cached", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
-        cached_is_right(module, &[Type::F32]);
+        cached_is_right(module, &[Dtype::F32]);
     });
 }

@@ -23,28 +23,28 @@ fn swiglu_is_right_there_and_back() {
 }
 
 fn swiglu_is_right(module: &Module) {
-    for ty in TYPES {
+    for dtype in DTYPES {
         for (rows, inter) in [(1, 1), (3, 17), (5, 24), (7, 72)] {
-            let gate_up = ty.random(1, rows * 2 * inter, 6.0);
-            let dout = ty.random(2, rows * inter, 1.0);
+            let gate_up = dtype.random(1, rows * 2 * inter, 6.0);
+            let dout = dtype.random(2, rows * inter, 1.0);
             let (exact, exact_back) = swiglu::<f64>(&gate_up, &dout, inter);
             let (plain, plain_back) = swiglu::<f32>(&gate_up, &dout, inter);
-            let columns = inter / ty.full(inter);
+            let columns = inter / dtype.full(inter);
             let grid = [columns.div_ceil(8) as u32, 2, 1];
             let config = Config { grid, block: [8, 4, 1], shared: 0 };
             let shape = || [value(rows as i32), value(inter as i32)];
-            let (gate_up, dout) = (ty.bytes(&gate_up), ty.bytes(&dout));
+            let (gate_up, dout) = (dtype.bytes(&gate_up), dtype.bytes(&dout));
 
             let mut pieces = vec![Piece::In(gate_up.clone()), Piece::Out(dout.len())];
             pieces.extend(shape());
-            let got = run(module, &format!("swiglu_{}", ty.suffix()), config, &pieces);
-            check("swiglu", ty, &got[0], &exact, &plain);
+            let got = run(module, &format!("swiglu_{}", dtype.suffix()), config, &pieces);
+            check("swiglu", dtype, &got[0], &exact, &plain);
 
             let len = gate_up.len();
             let mut pieces = vec![Piece::In(gate_up), Piece::In(dout), Piece::Out(len)];
             pieces.extend(shape());
-            let got = run(module, &format!("swiglu_backward_{}", ty.suffix()), config, &pieces);
-            check("swiglu backward", ty, &got[0], &exact_back, &plain_back);
+            let got = run(module, &format!("swiglu_backward_{}", dtype.suffix()), config, &pieces);
+            check("swiglu backward", dtype, &got[0], &exact_back, &plain_back);
         }
     }
 }
@@ -57,20 +57,20 @@ fn fills_and_casts_are_exact() {
 fn fills_and_casts(module: &Module) {
     let config = Config::linear(2, 256);
     for count in [1, 7, 64, 5003] {
-        for ty in TYPES {
-            let pieces = [Piece::Out(count * ty.size()), value(1.5f32), value(count as u64)];
-            let got = run(module, &format!("fill_{}", ty.suffix()), config, &pieces);
-            assert_eq!(got[0], ty.bytes(&vec![1.5; count]));
+        for dtype in DTYPES {
+            let pieces = [Piece::Out(count * dtype.size()), value(1.5f32), value(count as u64)];
+            let got = run(module, &format!("fill_{}", dtype.suffix()), config, &pieces);
+            assert_eq!(got[0], dtype.bytes(&vec![1.5; count]));
         }
-        let mut x = Type::F32.random(1, count, 1e3);
+        let mut x = Dtype::F32.random(1, count, 1e3);
         x[0] = f64::INFINITY;
-        let wide = Type::F32.bytes(&x);
-        for ty in [Type::Bf16, Type::F16] {
-            let (name, narrow) = (ty.suffix(), ty.bytes(&x));
+        let wide = Dtype::F32.bytes(&x);
+        for dtype in [Dtype::Bf16, Dtype::F16] {
+            let (name, narrow) = (dtype.suffix(), dtype.bytes(&x));
             let pieces = [Piece::In(wide.clone()), Piece::Out(2 * count), value(count as u64)];
             let got = run(module, &format!("cast_f32_{name}"), config, &pieces);
             assert!(got[0] == narrow, "{count} to {name}");
-            let exact = Type::F32.bytes(&ty.values(&narrow));
+            let exact = Dtype::F32.bytes(&dtype.values(&narrow));
             let pieces = [Piece::In(narrow), Piece::Out(4 * count), value(count as u64)];
             let got = run(module, &format!("cast_{name}_f32"), config, &pieces);
             assert!(got[0] == exact, "{count} from {name}");

@@ -60,14 +60,14 @@ fn logits_become_losses_and_their_gradients() {
 }
 
 fn logits_are_right(module: &Module) {
-    for ty in TYPES {
+    for dtype in DTYPES {
         for (at, (rows, vocab, threads)) in CHUNKS.into_iter().enumerate() {
             // Rows apart by what vectors want, and by what they cannot use.
             let stride = if at % 2 == 0 { vocab.next_multiple_of(4) } else { vocab + 2 };
             // In steps: every large row has several largest logits, also side by side. Far from 0:
             // a sum without its shift would overflow.
             let step = if at < 3 { 0.25 } else { 16.0 };
-            let logits: Vec<f64> = Type::F32
+            let logits: Vec<f64> = Dtype::F32
                 .random(at as u64, rows * vocab, 40.0)
                 .iter()
                 .map(|z| (z / step).round() * step + 100.0)
@@ -79,9 +79,9 @@ fn logits_are_right(module: &Module) {
                 .chunks(vocab)
                 .flat_map(|row| row.iter().copied().chain(vec![7.0; stride - vocab]))
                 .collect();
-            let size = ty.size();
+            let size = dtype.size();
             for gradients in [Gradients::InPlace, Gradients::Apart, Gradients::None] {
-                let memory = Type::F32.bytes(&padded);
+                let memory = Dtype::F32.bytes(&padded);
                 let (logits, dlogits, dlogits_stride) = match gradients {
                     Gradients::InPlace => (Piece::Both(memory), Piece::At(0, 0), stride * 4 / size),
                     Gradients::Apart => {
@@ -101,18 +101,18 @@ fn logits_are_right(module: &Module) {
                     value(stride as i32),
                     value(dlogits_stride as i32),
                 ];
-                let entry = format!("head_logits_{}", ty.suffix());
+                let entry = format!("head_logits_{}", dtype.suffix());
                 let mut got = run(module, &entry, Config::linear(3, threads), &pieces);
                 let written = match gradients {
                     Gradients::InPlace => Some(got.remove(0)),
                     Gradients::Apart => got.pop(),
                     Gradients::None => None,
                 };
-                check("nll", Type::F32, &got[0], &nll, &plain);
+                check("nll", Dtype::F32, &got[0], &nll, &plain);
                 assert_eq!(got[1], index_bytes(&argmax), "argmax");
                 if let Some(written) = written {
                     let written = rows_of(&written, size, dlogits_stride, vocab);
-                    check("dlogits", ty, &written, &gradient, &plain_gradient);
+                    check("dlogits", dtype, &written, &gradient, &plain_gradient);
                 }
             }
         }
@@ -203,7 +203,7 @@ impl Head {
     fn run(
         &self,
         module: &Module,
-        ty: Type,
+        dtype: Dtype,
         [x, w, dw]: [&[f64]; 3],
         targets: &[u32],
         training: bool,
@@ -215,7 +215,7 @@ impl Head {
         let padded = rows.next_multiple_of(128);
         let words = 4 * padded + splits.0 * padded * if training { 3 + width } else { 3 };
         let offset = if aligned { 0 } else { 2 };
-        let operand = |values: &[f64]| Piece::In([vec![0; offset], ty.bytes(values)].concat());
+        let operand = |values: &[f64]| Piece::In([vec![0; offset], dtype.bytes(values)].concat());
         let memory = [
             operand(x),
             operand(w),
@@ -225,7 +225,7 @@ impl Head {
             Piece::Out(4 * rows),
             Piece::Out(4 * rows),
             if training { Piece::Out(2 * rows * hidden) } else { Piece::Null },
-            if training { Piece::Both(Type::F32.bytes(dw)) } else { Piece::Null },
+            if training { Piece::Both(Dtype::F32.bytes(dw)) } else { Piece::Null },
             if splits.1 > 1 { Piece::Scratch(4 * splits.1 * vocab * hidden) } else { Piece::Null },
         ];
         let at = |at| Piece::At(at, if at < 2 { offset as u64 } else { 0 });
@@ -244,7 +244,7 @@ impl Head {
         let mut arguments: Vec<Piece> = [x, w, targets, scratch].map(at).into();
         arguments.extend(shape());
         arguments.extend([number(split_words), number(usize::from(training))]);
-        let entry = format!("head_rows_{width}_{}", ty.suffix());
+        let entry = format!("head_rows_{width}_{}", dtype.suffix());
         let grid = [padded / 128, splits.0];
         launches.push(launch(&entry, grid, [threads, 1, 1], shared, arguments));
 
@@ -252,14 +252,14 @@ impl Head {
             [w, targets, scale, scratch, nll, argmax, dx].map(at).into();
         arguments.extend(shape());
         arguments.extend([number(width), number(splits.0)]);
-        let entry = format!("head_join_{}", ty.suffix());
+        let entry = format!("head_join_{}", dtype.suffix());
         launches.push(launch(&entry, [padded / 8, 1], [32, 8, 1], 0, arguments));
 
         if training {
             let mut arguments: Vec<Piece> = [x, w, scale, scratch, dw, partials].map(at).into();
             arguments.extend(shape());
             arguments.push(number(split_rows));
-            let entry = format!("head_words_{width}_{}", ty.suffix());
+            let entry = format!("head_words_{width}_{}", dtype.suffix());
             let grid = [vocab.div_ceil(128), splits.1];
             launches.push(launch(&entry, grid, [threads, 1, 1], shared + 1536, arguments));
         }
@@ -292,24 +292,24 @@ const HEADS: [Head; 11] = [
 #[test]
 fn two_passes_give_losses_and_gradients() {
     let Some(module) = module("head_two_pass") else { return };
-    two_passes_are_right_in(&module, Type::Bf16, &HEADS);
+    two_passes_are_right_in(&module, Dtype::Bf16, &HEADS);
     // Each width, by vectors and by single values.
-    two_passes_are_right_in(&module, Type::F16, &HEADS[2..9]);
-    two_passes_are_right_in(&module, Type::F16, &HEADS[10..]);
+    two_passes_are_right_in(&module, Dtype::F16, &HEADS[2..9]);
+    two_passes_are_right_in(&module, Dtype::F16, &HEADS[10..]);
 }
 
 fn two_passes_are_right(module: &Module) {
-    two_passes_are_right_in(module, Type::Bf16, &HEADS);
+    two_passes_are_right_in(module, Dtype::Bf16, &HEADS);
 }
 
-fn two_passes_are_right_in(module: &Module, ty: Type, heads: &[Head]) {
+fn two_passes_are_right_in(module: &Module, dtype: Dtype, heads: &[Head]) {
     for (seed, head) in heads.iter().enumerate() {
         let Head { rows, vocab, hidden, .. } = *head;
         let seed = 10 * seed as u64;
         let scale = 6.0 / (hidden as f64).sqrt();
-        let mut x = ty.random(seed, rows * hidden, 1.0);
-        let mut w = ty.random(seed + 1, vocab * hidden, scale);
-        let dw = Type::F32.random(seed + 2, vocab * hidden, 0.1);
+        let mut x = dtype.random(seed, rows * hidden, 1.0);
+        let mut w = dtype.random(seed + 1, vocab * hidden, scale);
+        let dw = Dtype::F32.random(seed + 2, vocab * hidden, 0.1);
         let mut targets = some_targets(rows, vocab);
         // Some words are there twice: the first of equals is the answer.
         for id in (0..vocab / 2).step_by(3) {
@@ -330,22 +330,22 @@ fn two_passes_are_right_in(module: &Module, ty: Type, heads: &[Head]) {
         }
 
         let exact = head.exact::<f64>([&x, &w, &dw], &targets, |d| d);
-        let round = |d: f32| ty.round(d.into()) as f32;
+        let round = |d: f32| dtype.round(d);
         let plain = head.exact::<f32>([&x, &w, &dw], &targets, round);
         for training in [true, false] {
-            let got = head.run(module, ty, [&x, &w, &dw], &targets, training);
-            check("nll", Type::F32, &got[0], &exact.0, &plain.0);
+            let got = head.run(module, dtype, [&x, &w, &dw], &targets, training);
+            check("nll", Dtype::F32, &got[0], &exact.0, &plain.0);
             assert_eq!(got[1], index_bytes(&exact.1), "argmax");
             if !training {
                 continue;
             }
-            check("dx", ty, &got[2], &exact.2, &plain.2);
-            check("dw", Type::F32, &got[3], &exact.3, &plain.3);
+            check("dx", dtype, &got[2], &exact.2, &plain.2);
+            check("dw", Dtype::F32, &got[3], &exact.3, &plain.3);
             // Their gradients are small beside the others, and must be right all the same.
             for &row in sure.iter().filter(|row| *row % 2 == 1) {
                 let at = row * hidden..(row + 1) * hidden;
                 let bytes = &got[2][2 * at.start..2 * at.end];
-                check("dx of a known row", ty, bytes, &exact.2[at.clone()], &plain.2[at]);
+                check("dx of a known row", dtype, bytes, &exact.2[at.clone()], &plain.2[at]);
             }
         }
     }
@@ -362,9 +362,9 @@ fn improbable_words_keep_their_digits_in_f16() {
 fn improbable_words_are_right(module: &Module) {
     let head = Head { rows: 70, vocab: 150, hidden: 16, splits: (64, 64), aligned: true };
     let Head { rows, vocab, hidden, .. } = head;
-    let ty = Type::F16;
-    let mut x = ty.random(1, rows * hidden, 1.0);
-    let mut w = ty.random(2, vocab * hidden, 0.1);
+    let dtype = Dtype::F16;
+    let mut x = dtype.random(1, rows * hidden, 1.0);
+    let mut w = dtype.random(2, vocab * hidden, 0.1);
     for row in 0..rows {
         x[row * hidden] = 4.0;
     }
@@ -375,8 +375,8 @@ fn improbable_words_are_right(module: &Module) {
     let targets: Vec<u32> = (0..rows).map(|row| (row % 2) as u32).collect();
     let dw = vec![0.0; w.len()];
     let exact = head.exact::<f64>([&x, &w, &dw], &targets, |d| d);
-    let got = head.run(module, ty, [&x, &w, &dw], &targets, true);
-    let (known, improbable) = (Type::F32.values(&got[3]), 2 * hidden..vocab * hidden);
+    let got = head.run(module, dtype, [&x, &w, &dw], &targets, true);
+    let (known, improbable) = (Dtype::F32.values(&got[3]), 2 * hidden..vocab * hidden);
     let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
     let exact = &exact.3[improbable.clone()];
     let apart: Vec<_> = known[improbable].iter().zip(exact).map(|(got, e)| got - e).collect();
@@ -406,7 +406,7 @@ fn mistakes_in_f16_are_seen() {
     let without: Vec<_> = without.iter().map(String::as_str).collect();
     planted_in("head_two_pass", &without, &bugs, |module| {
         improbable_words_are_right(module);
-        two_passes_are_right_in(module, Type::F16, &HEADS[2..3]);
+        two_passes_are_right_in(module, Dtype::F16, &HEADS[2..3]);
     });
 }
 

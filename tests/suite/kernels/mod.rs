@@ -16,7 +16,7 @@ mod queue;
 mod rope;
 mod rows;
 
-use half::{bf16, f16};
+pub use laam::dtype::Dtype;
 pub use num_traits::Float;
 pub use planted::{planted, planted_in};
 use ptxsim::{Arg, Check, Memory, Options, Schedule};
@@ -39,65 +39,43 @@ pub fn holds(name: &str, check: fn(&Module)) {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Type {
-    F32,
-    Bf16,
-    F16,
+/// What the tests ask of a dtype, in f64.
+pub trait DtypeExt: Sized {
+    /// How many elements a vector access moves.
+    fn full(self, width: usize) -> usize;
+    fn round_f64(self, x: f64) -> f64;
+    fn bytes(self, values: &[f64]) -> Vec<u8>;
+    fn values(self, bytes: &[u8]) -> Vec<f64>;
+    /// The relative error of one rounding to this dtype; of f32, of several, plus what the
+    /// approximate functions add.
+    fn rounding(self) -> f64;
+    /// Uniform in [-scale, scale), rounded to this dtype.
+    fn random(self, seed: u64, count: usize, scale: f64) -> Vec<f64>;
 }
 
-impl Type {
-    pub fn suffix(self) -> &'static str {
-        match self {
-            Type::F32 => "f32",
-            Type::Bf16 => "bf16",
-            Type::F16 => "f16",
-        }
-    }
-    pub fn size(self) -> usize {
-        if self == Type::F32 { 4 } else { 2 }
-    }
-    /// How many values a vector access moves.
-    pub fn full(self, width: usize) -> usize {
+impl DtypeExt for Dtype {
+    fn full(self, width: usize) -> usize {
         let full = 16 / self.size();
         if width.is_multiple_of(full) { full } else { 1 }
     }
-    /// By way of f32: `from_f64` drops the low half of the number before it rounds.
-    pub fn round(self, x: f64) -> f64 {
-        let x = x as f32;
+    // Through f32: `from_f64` drops the low half of the number before it rounds.
+    fn round_f64(self, x: f64) -> f64 {
+        self.round(x as f32).into()
+    }
+    fn bytes(self, values: &[f64]) -> Vec<u8> {
+        self.encode(&values.iter().map(|&x| x as f32).collect::<Vec<_>>())
+    }
+    fn values(self, bytes: &[u8]) -> Vec<f64> {
+        self.decode(bytes).into_iter().map(f64::from).collect()
+    }
+    fn rounding(self) -> f64 {
         match self {
-            Type::F32 => x.into(),
-            Type::Bf16 => bf16::from_f32(x).to_f64(),
-            Type::F16 => f16::from_f32(x).to_f64(),
+            Dtype::F32 => 2f64.powi(-21),
+            Dtype::Bf16 => 2f64.powi(-8),
+            Dtype::F16 => 2f64.powi(-11),
         }
     }
-    pub fn bytes(self, values: &[f64]) -> Vec<u8> {
-        let bytes = |x: &f64| match self {
-            Type::F32 => (*x as f32).to_le_bytes().to_vec(),
-            Type::Bf16 => bf16::from_f32(*x as f32).to_le_bytes().to_vec(),
-            Type::F16 => f16::from_f32(*x as f32).to_le_bytes().to_vec(),
-        };
-        values.iter().flat_map(bytes).collect()
-    }
-    pub fn values(self, bytes: &[u8]) -> Vec<f64> {
-        let value = |b: &[u8]| match self {
-            Type::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-            Type::Bf16 => bf16::from_le_bytes([b[0], b[1]]).to_f64(),
-            Type::F16 => f16::from_le_bytes([b[0], b[1]]).to_f64(),
-        };
-        bytes.chunks_exact(self.size()).map(value).collect()
-    }
-    /// What one rounding to this type may be off, relative; of f32, several and what the
-    /// approximate functions add.
-    pub fn rounding(self) -> f64 {
-        match self {
-            Type::F32 => 2f64.powi(-21),
-            Type::Bf16 => 2f64.powi(-8),
-            Type::F16 => 2f64.powi(-11),
-        }
-    }
-    /// Uniform in [-scale, scale), as this type holds it.
-    pub fn random(self, seed: u64, count: usize, scale: f64) -> Vec<f64> {
+    fn random(self, seed: u64, count: usize, scale: f64) -> Vec<f64> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -106,7 +84,7 @@ impl Type {
             x = (x ^ x >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
             (x ^ x >> 31) >> 11
         };
-        (0..count).map(|_| self.round((next() as f64 / 2f64.powi(52) - 1.0) * scale)).collect()
+        (0..count).map(|_| self.round_f64((next() as f64 / 2f64.powi(52) - 1.0) * scale)).collect()
     }
 }
 
@@ -115,7 +93,7 @@ pub fn words(numbers: &[u32]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
-pub const TYPES: [Type; 3] = [Type::F32, Type::Bf16, Type::F16];
+pub const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::F16];
 
 /// An argument of a launch: memory to read, memory to write (poisoned), both, poisoned memory that
 /// nobody looks at afterwards, no memory (a null pointer), the memory of an earlier argument from some
@@ -197,17 +175,17 @@ pub fn run_all(module: &Module, memory: &[Piece], launches: &[Launch]) -> Vec<Ve
     before.expect("there are settings")
 }
 
-pub fn check(what: &str, ty: Type, got: &[u8], exact: &[f64], plain: &[f32]) {
+pub fn check(what: &str, dtype: Dtype, got: &[u8], exact: &[f64], plain: &[f32]) {
     let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
     let error = |got: &[f64]| {
         let apart: Vec<f64> = got.iter().zip(exact).map(|(g, e)| g - e).collect();
         norm(&apart)
     };
-    let got = ty.values(got);
+    let got = dtype.values(got);
     assert_eq!(got.len(), exact.len(), "{what}");
-    let plain: Vec<f64> = plain.iter().map(|&x| ty.round(f64::from(x))).collect();
-    let (error, bound) = (error(&got), 2.0 * error(&plain) + ty.rounding() * norm(exact));
-    assert!(error <= bound, "{what} in {ty:?}: error {error:.3e}, allowed {bound:.3e}");
+    let plain: Vec<f64> = plain.iter().map(|&x| dtype.round_f64(f64::from(x))).collect();
+    let (error, bound) = (error(&got), 2.0 * error(&plain) + dtype.rounding() * norm(exact));
+    assert!(error <= bound, "{what} in {dtype:?}: error {error:.3e}, allowed {bound:.3e}");
 }
 
 pub fn real<R: Float>(values: &[f64]) -> Vec<R> {

@@ -42,7 +42,7 @@ fn grid(blocks: u32) -> Config {
 /// The arena of m, u of both matrices, and the shares of their |u|^2.
 fn momentum(module: &Module, g: &[f64], m: &[f64], rates: &[u8]) -> Vec<Vec<u8>> {
     let count = g.len() / 3;
-    let [gb, mb] = [g, m].map(|values| Type::F32.bytes(values));
+    let [gb, mb] = [g, m].map(|values| Dtype::F32.bytes(values));
     let pieces = [
         Piece::In(gb),
         Piece::Both(mb),
@@ -68,7 +68,7 @@ fn scale(module: &Module, u: &[u8], shares: &[u8]) -> Vec<u8> {
 }
 
 fn combine(module: &Module, x: &[f64], y: &[f64], of: [f64; 2]) -> Vec<u8> {
-    let [xb, yb] = [x, y].map(|values| Type::F32.bytes(values));
+    let [xb, yb] = [x, y].map(|values| Dtype::F32.bytes(values));
     let pieces = [
         Piece::In(xb),
         Piece::In(yb),
@@ -81,15 +81,22 @@ fn combine(module: &Module, x: &[f64], y: &[f64], of: [f64; 2]) -> Vec<u8> {
 }
 
 /// The arenas of p and of its copy.
-fn update(module: &Module, ty: Type, x: &[u8], p: &[f64], rates: &[u8], f: f64) -> Vec<Vec<u8>> {
+fn update(
+    module: &Module,
+    dtype: Dtype,
+    x: &[u8],
+    p: &[f64],
+    rates: &[u8],
+    f: f64,
+) -> Vec<Vec<u8>> {
     let count = p.len() / 3;
-    let copy = match ty {
-        Type::F32 => Piece::Null,
-        _ => Piece::Both(ty.bytes(p)),
+    let copy = match dtype {
+        Dtype::F32 => Piece::Null,
+        _ => Piece::Both(dtype.bytes(p)),
     };
     let pieces = [
         Piece::In(x.to_vec()),
-        Piece::Both(Type::F32.bytes(p)),
+        Piece::Both(Dtype::F32.bytes(p)),
         copy,
         offsets(count),
         value(count as u64),
@@ -97,7 +104,7 @@ fn update(module: &Module, ty: Type, x: &[u8], p: &[f64], rates: &[u8], f: f64) 
         value(DECAY),
         value(f),
     ];
-    run(module, &format!("muon_update_{}", ty.suffix()), grid(2), &pieces)
+    run(module, &format!("muon_update_{}", dtype.suffix()), grid(2), &pieces)
 }
 
 fn clip(norm: f32) -> f64 {
@@ -129,56 +136,56 @@ pub fn muon_parts_are_right(module: &Module) {
     for count in [1, 63, 1032] {
         for norm in [0.5f32, 4.0, f32::NAN, f32::INFINITY] {
             let rates = rates(module, norm);
-            let [g, m, p] = [1, 2, 3].map(|seed| Type::F32.random(seed, 3 * count, 1.0));
+            let [g, m, p] = [1, 2, 3].map(|seed| Dtype::F32.random(seed, 3 * count, 1.0));
             let between = 4 * count..8 * count;
             let got = momentum(module, &g, &m, &rates);
             let go = norm.is_finite();
-            assert!(got[0][between.clone()] == Type::F32.bytes(&m)[between.clone()], "no matrix");
+            assert!(got[0][between.clone()] == Dtype::F32.bytes(&m)[between.clone()], "no matrix");
             let [g, m] = [g, m].map(|arena| at_places(&arena, count));
-            let after = Type::F32.bytes(&at_places(&Type::F32.values(&got[0]), count));
+            let after = Dtype::F32.bytes(&at_places(&Dtype::F32.values(&got[0]), count));
             if go {
                 let exact = moments::<f64>(&g, &m, norm);
                 let plain = moments::<f32>(&g, &m, norm);
-                check("m", Type::F32, &after, &exact[0], &plain[0]);
-                check("u", Type::F32, &got[1], &exact[1], &plain[1]);
+                check("m", Dtype::F32, &after, &exact[0], &plain[0]);
+                check("u", Dtype::F32, &got[1], &exact[1], &plain[1]);
             } else {
-                assert!(after == Type::F32.bytes(&m), "m, norm {norm}");
+                assert!(after == Dtype::F32.bytes(&m), "m, norm {norm}");
                 assert!(got[1] == vec![0; 8 * count], "u, norm {norm}");
             }
             let x = scale(module, &got[1], &got[2]);
             if go {
-                for (x, u) in x.chunks(4 * count).zip(Type::F32.values(&got[1]).chunks(count)) {
-                    check("X", Type::F32, x, &normed::<f64>(u), &normed::<f32>(u));
+                for (x, u) in x.chunks(4 * count).zip(Dtype::F32.values(&got[1]).chunks(count)) {
+                    check("X", Dtype::F32, x, &normed::<f64>(u), &normed::<f32>(u));
                 }
             }
-            for ty in TYPES {
+            for dtype in DTYPES {
                 let factor = 1.5;
-                let got = update(module, ty, &x, &p, &rates, factor);
+                let got = update(module, dtype, &x, &p, &rates, factor);
                 assert!(
-                    got[0][between.clone()] == Type::F32.bytes(&p)[between.clone()],
+                    got[0][between.clone()] == Dtype::F32.bytes(&p)[between.clone()],
                     "no matrix"
                 );
-                let after = Type::F32.bytes(&at_places(&Type::F32.values(&got[0]), count));
-                let (x, p) = (Type::F32.values(&x), at_places(&p, count));
+                let after = Dtype::F32.bytes(&at_places(&Dtype::F32.values(&got[0]), count));
+                let (x, p) = (Dtype::F32.values(&x), at_places(&p, count));
                 if go {
                     let exact = stepped::<f64>(&x, &p, factor);
-                    check("p", Type::F32, &after, &exact, &stepped::<f32>(&x, &p, factor));
+                    check("p", Dtype::F32, &after, &exact, &stepped::<f32>(&x, &p, factor));
                 } else {
-                    assert!(after == Type::F32.bytes(&p), "p, norm {norm}");
+                    assert!(after == Dtype::F32.bytes(&p), "p, norm {norm}");
                 }
-                if ty != Type::F32 {
-                    assert!(got[1] == ty.bytes(&Type::F32.values(&got[0])), "the copy");
+                if dtype != Dtype::F32 {
+                    assert!(got[1] == dtype.bytes(&Dtype::F32.values(&got[0])), "the copy");
                 }
             }
         }
-        let (x, y) = (Type::F32.random(4, count, 1.0), Type::F32.random(5, count, 1.0));
+        let (x, y) = (Dtype::F32.random(4, count, 1.0), Dtype::F32.random(5, count, 1.0));
         let got = combine(module, &x, &y, [B, C]);
         let [b, c] = [B as f32, C as f32];
         let exact: Vec<f64> =
             x.iter().zip(&y).map(|(x, y)| f64::from(b) * x + f64::from(c) * y).collect();
         let plain: Vec<f32> =
             x.iter().zip(&y).map(|(&x, &y)| b * x as f32 + c * y as f32).collect();
-        check("combined", Type::F32, &got, &exact, &plain);
+        check("combined", Dtype::F32, &got, &exact, &plain);
     }
 }
 
@@ -222,18 +229,18 @@ fn iterations(
 pub fn muon_step_is_right(module: &Module) {
     for [rows, cols] in [[3, 5], [8, 2], [6, 6]] {
         let (count, norm) = (rows * cols, 4.0);
-        let [g, m, p] = [1, 2, 3].map(|seed| Type::F32.random(seed, 3 * count, 1.0));
+        let [g, m, p] = [1, 2, 3].map(|seed| Dtype::F32.random(seed, 3 * count, 1.0));
         let rates = rates(module, norm);
         let got = momentum(module, &g, &m, &rates);
-        let x = Type::F32.values(&scale(module, &got[1], &got[2]));
+        let x = Dtype::F32.values(&scale(module, &got[1], &got[2]));
         let iterated = x.chunks(count).flat_map(|x| {
             iterations([rows, cols], x.to_vec(), |x, y, of| {
-                Type::F32.values(&combine(module, x, y, of))
+                Dtype::F32.values(&combine(module, x, y, of))
             })
         });
         let factor = (rows as f64 / cols as f64).max(1.0).sqrt();
-        let x = Type::F32.bytes(&iterated.collect::<Vec<_>>());
-        let got = update(module, Type::F32, &x, &p, &rates, factor);
+        let x = Dtype::F32.bytes(&iterated.collect::<Vec<_>>());
+        let got = update(module, Dtype::F32, &x, &p, &rates, factor);
         // The second matrix, which is the first in the arenas.
         let [g, m, p] = [g, m, p].map(|arena| arena[..count].to_vec());
         let got = [got[0][..4 * count].to_vec()];
@@ -258,7 +265,7 @@ pub fn muon_step_is_right(module: &Module) {
         }
         let exact = stepped::<f64>(&x, &p, factor);
         // The iterations amplify the roundings of f32 some; what they move is small beside p.
-        check("p after a step", Type::F32, &got[0], &exact, &stepped::<f32>(&x, &p, factor));
+        check("p after a step", Dtype::F32, &got[0], &exact, &stepped::<f32>(&x, &p, factor));
     }
 }
 

@@ -49,19 +49,19 @@ fn rms_norm_adds_the_residual_and_normalises() {
 }
 
 fn rms_norm_is_right(module: &Module) {
-    for ty in TYPES {
+    for dtype in DTYPES {
         for (rows, hidden, width, at_once) in NORMS {
-            let x = ty.random(1, rows * hidden, 3.0);
-            let residual = ty.random(2, rows * hidden, 3.0);
-            let weight = ty.random(3, hidden, 1.0);
+            let x = dtype.random(1, rows * hidden, 3.0);
+            let residual = dtype.random(2, rows * hidden, 3.0);
+            let weight = dtype.random(3, hidden, 1.0);
             let sum: Vec<f64> = x
                 .iter()
                 .zip(&residual)
-                .map(|(x, r)| ty.round((*x as f32 + *r as f32).into()))
+                .map(|(x, r)| dtype.round_f64((*x as f32 + *r as f32).into()))
                 .collect();
             let config = Config { grid: [2, 1, 1], block: [width, at_once, 1], shared: 0 };
-            let entry = format!("rms_norm_{}", ty.suffix());
-            let bytes = ty.bytes(&x);
+            let entry = format!("rms_norm_{}", dtype.suffix());
+            let bytes = dtype.bytes(&x);
             let tail = || {
                 [
                     Piece::Out(bytes.len()),
@@ -71,7 +71,7 @@ fn rms_norm_is_right(module: &Module) {
                     value(1e-5f32),
                 ]
             };
-            let [given, added, w] = [&x, &residual, &weight].map(|values| ty.bytes(values));
+            let [given, added, w] = [&x, &residual, &weight].map(|values| dtype.bytes(values));
 
             let mut pieces = vec![
                 Piece::In(given.clone()),
@@ -81,17 +81,17 @@ fn rms_norm_is_right(module: &Module) {
             ];
             pieces.extend(tail());
             let got = run(module, &entry, config, &pieces);
-            assert_eq!(ty.values(&got[0]), sum, "the sum, rounded once");
+            assert_eq!(dtype.values(&got[0]), sum, "the sum, rounded once");
             let (y, rstd) = rms_norm::<f64>(&sum, &weight, 1e-5);
             let (plain, plain_rstd) = rms_norm::<f32>(&sum, &weight, 1e-5);
-            check("y", ty, &got[1], &y, &plain);
-            check("rstd", Type::F32, &got[2], &rstd, &plain_rstd);
+            check("y", dtype, &got[1], &y, &plain);
+            check("rstd", Dtype::F32, &got[2], &rstd, &plain_rstd);
 
             let mut pieces = vec![Piece::In(given), value(0u64), Piece::In(w), value(0u64)];
             pieces.extend(tail());
             let got = run(module, &entry, config, &pieces);
             let (y, _) = rms_norm::<f64>(&x, &weight, 1e-5);
-            check("y alone", ty, &got[0], &y, &rms_norm::<f32>(&x, &weight, 1e-5).0);
+            check("y alone", dtype, &got[0], &y, &rms_norm::<f32>(&x, &weight, 1e-5).0);
         }
     }
 }
@@ -102,13 +102,13 @@ fn rms_norm_goes_back_and_adds_to_the_weights_gradient() {
 }
 
 fn rms_norm_backward_is_right(module: &Module) {
-    for ty in TYPES {
+    for dtype in DTYPES {
         for (rows, hidden, width, at_once) in NORMS {
             let count = rows * hidden;
-            let (x, dy) = (ty.random(1, count, 3.0), ty.random(2, count, 1.0));
-            let (weight, dsum) = (ty.random(3, hidden, 1.0), ty.random(4, count, 1.0));
-            let rstd = Type::F32.random(5, rows, 0.5);
-            let before = Type::F32.random(6, hidden, 1.0);
+            let (x, dy) = (dtype.random(1, count, 3.0), dtype.random(2, count, 1.0));
+            let (weight, dsum) = (dtype.random(3, hidden, 1.0), dtype.random(4, count, 1.0));
+            let rstd = Dtype::F32.random(5, rows, 0.5);
+            let before = Dtype::F32.random(6, hidden, 1.0);
             let zeros = vec![0.0; count];
             let shared = at_once * hidden as u32 * 4;
             let config = Config { grid: [2, 1, 1], block: [width, at_once, 1], shared };
@@ -117,30 +117,30 @@ fn rms_norm_backward_is_right(module: &Module) {
                 let (dx, dweight) = rms_norm_backward::<f64>(all, &before);
                 let (plain_dx, plain_dweight) = rms_norm_backward::<f32>(all, &before);
                 let pieces = [
-                    Piece::In(ty.bytes(&x)),
-                    Piece::In(Type::F32.bytes(&rstd)),
-                    Piece::In(ty.bytes(&weight)),
-                    Piece::In(ty.bytes(&dy)),
-                    past.map_or(value(0u64), |dsum| Piece::In(ty.bytes(dsum))),
-                    Piece::Out(count * ty.size()),
+                    Piece::In(dtype.bytes(&x)),
+                    Piece::In(Dtype::F32.bytes(&rstd)),
+                    Piece::In(dtype.bytes(&weight)),
+                    Piece::In(dtype.bytes(&dy)),
+                    past.map_or(value(0u64), |dsum| Piece::In(dtype.bytes(dsum))),
+                    Piece::Out(count * dtype.size()),
                     Piece::Out(2 * hidden * 4),
                     value(rows as i32),
                     value(hidden as i32),
                 ];
-                let entry = format!("rms_norm_backward_{}", ty.suffix());
+                let entry = format!("rms_norm_backward_{}", dtype.suffix());
                 let got = run(module, &entry, config, &pieces);
-                check("dx", ty, &got[0], &dx, &plain_dx);
+                check("dx", dtype, &got[0], &dx, &plain_dx);
 
                 let pieces = [
                     Piece::In(got[1].clone()),
-                    Piece::Both(Type::F32.bytes(&before)),
+                    Piece::Both(Dtype::F32.bytes(&before)),
                     value(2i32),
                     value(hidden as i32),
                 ];
                 let grid = [hidden.div_ceil(32) as u32, 1, 1];
                 let config = Config { grid, block: [32, 8, 1], shared: 0 };
                 let got = run(module, "rms_norm_backward_weight", config, &pieces);
-                check("dweight", Type::F32, &got[0], &dweight, &plain_dweight);
+                check("dweight", Dtype::F32, &got[0], &dweight, &plain_dweight);
             }
         }
     }

@@ -32,12 +32,12 @@ fn adamw_steps_and_leaves_everything_where_the_norm_is_not_finite() {
 }
 
 fn adamw_is_right(module: &Module) {
-    for (ty, count, t, loss_scale) in [
-        (Type::F32, 1, 1, None),
-        (Type::Bf16, 7, 2, None),
-        (Type::F32, 1030, 1000, None),
-        (Type::Bf16, 1031, 77, None),
-        (Type::F16, 1031, 77, Some(0.25f32)),
+    for (dtype, count, t, loss_scale) in [
+        (Dtype::F32, 1, 1, None),
+        (Dtype::Bf16, 7, 2, None),
+        (Dtype::F32, 1030, 1000, None),
+        (Dtype::Bf16, 1031, 77, None),
+        (Dtype::F16, 1031, 77, Some(0.25f32)),
     ] {
         for norm in [0.5f32, 4.0, f32::INFINITY, f32::NAN] {
             let pieces = [
@@ -52,21 +52,21 @@ fn adamw_is_right(module: &Module) {
             ];
             let rates = run(module, "adamw_rates", Config::linear(1, 1), &pieces).remove(0);
 
-            let [mut g, p, mut m] = [1, 2, 3].map(|seed| Type::F32.random(seed, count, 1.0));
-            let v = Type::F32.random(4, count, 1.0);
+            let [mut g, p, mut m] = [1, 2, 3].map(|seed| Dtype::F32.random(seed, count, 1.0));
+            let v = Dtype::F32.random(4, count, 1.0);
             let mut v: Vec<f64> = v.into_iter().map(f64::abs).collect();
             // Some that epsilon matters to.
             for i in 0..count / 4 {
                 (g[i], m[i], v[i]) = (g[i] / 2f64.powi(27), m[i] / 2f64.powi(27), 2f64.powi(-54));
             }
-            let [gb, pb, mb, vb] = [&g, &p, &m, &v].map(|values| Type::F32.bytes(values));
+            let [gb, pb, mb, vb] = [&g, &p, &m, &v].map(|values| Dtype::F32.bytes(values));
             let mut pieces = vec![
                 Piece::In(gb),
                 Piece::Both(pb.clone()),
                 Piece::Both(mb.clone()),
                 Piece::Both(vb.clone()),
             ];
-            if ty != Type::F32 {
+            if dtype != Dtype::F32 {
                 pieces.push(Piece::Both(vec![0; 2 * count]));
             }
             // Two chunks, the second of which begins anywhere.
@@ -78,7 +78,7 @@ fn adamw_is_right(module: &Module) {
             let chunks = [chunk(0, first), chunk(first, count - first)].concat();
             pieces.extend([Piece::In(chunks), Piece::In(rates)]);
             pieces.extend([BETAS.0, BETAS.1, EPSILON].map(value));
-            let entry = format!("adamw_{}", ty.suffix());
+            let entry = format!("adamw_{}", dtype.suffix());
             let got = run(module, &entry, Config::linear(2, 256), &pieces);
             if !norm.is_finite() {
                 assert_eq!(got[..3], [pb, mb, vb], "norm {norm}");
@@ -89,10 +89,10 @@ fn adamw_is_right(module: &Module) {
             let exact = adamw::<f64>([&g, &p, &m, &v], t, clip);
             let plain = adamw::<f32>([&g, &p, &m, &v], t, clip);
             for (i, what) in ["p", "m", "v"].into_iter().enumerate() {
-                check(what, Type::F32, &got[i], &exact[i], &plain[i]);
+                check(what, Dtype::F32, &got[i], &exact[i], &plain[i]);
             }
-            if ty != Type::F32 {
-                assert_eq!(got[3], ty.bytes(&Type::F32.values(&got[0])), "the copy");
+            if dtype != Dtype::F32 {
+                assert_eq!(got[3], dtype.bytes(&Dtype::F32.values(&got[0])), "the copy");
             }
         }
     }
@@ -103,9 +103,9 @@ pub fn grad_norm_is_right(module: &Module) {
     let cases =
         [(1, None, 1.0), (7, Some(1024f32), 1e25), (4099, None, 1e-30), (5000, Some(0.5), 3.0)];
     for (count, scale, size) in cases {
-        let gradients = Type::F32.random(count as u64, count, size);
+        let gradients = Dtype::F32.random(count as u64, count, size);
         let pieces =
-            [Piece::In(Type::F32.bytes(&gradients)), Piece::Out(3 * 8), value(count as u64)];
+            [Piece::In(Dtype::F32.bytes(&gradients)), Piece::Out(3 * 8), value(count as u64)];
         let partials = run(module, "grad_norm_partials", Config::linear(3, 256), &pieces);
         let pieces = [
             Piece::In(partials[0].clone()),

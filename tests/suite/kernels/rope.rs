@@ -84,10 +84,10 @@ pub fn rope_is_right(module: &Module) {
         (2, 5, 2, 1, 6),
         (1, 1, 1, 1, 20),
     ];
-    for ty in TYPES {
+    for dtype in DTYPES {
         for (windows, context, heads, kv_heads, head_dim) in shapes {
             let shape = Shape { windows, context, heads, kv_heads, head_dim };
-            let x = ty.random(1, windows * context * shape.slots() * head_dim, 3.0);
+            let x = dtype.random(1, windows * context * shape.slots() * head_dim, 3.0);
             let config = Config { grid: [3, 1, 1], block: [32, 4, 1], shared: 0 };
             // The last window's last column stands at position 8191.
             let late: Vec<u32> = (0..windows as u32)
@@ -103,30 +103,30 @@ pub fn rope_is_right(module: &Module) {
                         [cos, sin]
                     })
                     .collect();
-                let turns = Type::F32.bytes(&turns);
+                let turns = Dtype::F32.bytes(&turns);
                 let given = start.map_or(value(0u64), |start| Piece::In(words(start)));
                 let start = start.unwrap_or(&zeros);
-                let mut pieces = vec![Piece::In(ty.bytes(&x)), given, Piece::In(turns.clone())];
-                pieces.extend(shape.parts().map(|len| Piece::Out(len * ty.size())));
+                let mut pieces = vec![Piece::In(dtype.bytes(&x)), given, Piece::In(turns.clone())];
+                pieces.extend(shape.parts().map(|len| Piece::Out(len * dtype.size())));
                 pieces.extend(shape.arguments());
-                let got = run(module, &format!("rope_{}", ty.suffix()), config, &pieces);
+                let got = run(module, &format!("rope_{}", dtype.suffix()), config, &pieces);
                 let exact = split(shape, &turned::<f64>(shape, &x, start, 1.0));
                 let plain = split(shape, &turned::<f32>(shape, &x, start, 1.0));
                 for part in 0..3 {
-                    check(["q", "k", "v"][part], ty, &got[part], &exact[part], &plain[part]);
+                    check(["q", "k", "v"][part], dtype, &got[part], &exact[part], &plain[part]);
                 }
                 if start != &zeros {
                     continue;
                 }
-                let parts = split(shape, &x).map(|part| Piece::In(ty.bytes(&part)));
+                let parts = split(shape, &x).map(|part| Piece::In(dtype.bytes(&part)));
                 let mut pieces: Vec<_> = parts.into_iter().collect();
-                pieces.extend([Piece::In(turns), Piece::Out(x.len() * ty.size())]);
+                pieces.extend([Piece::In(turns), Piece::Out(x.len() * dtype.size())]);
                 pieces.extend(shape.arguments());
-                let entry = format!("rope_backward_{}", ty.suffix());
+                let entry = format!("rope_backward_{}", dtype.suffix());
                 let got = run(module, &entry, config, &pieces);
                 let exact = turned::<f64>(shape, &x, start, -1.0);
                 let plain = turned::<f32>(shape, &x, start, -1.0);
-                check("dqkv", ty, &got[0], &exact, &plain);
+                check("dqkv", dtype, &got[0], &exact, &plain);
             }
         }
     }

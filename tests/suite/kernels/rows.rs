@@ -5,13 +5,13 @@ use super::*;
 /// Ids as text has them: a few that come all the time, many that come once.
 fn ids(seed: u64, rows: usize, vocab: u32) -> Vec<u32> {
     let skewed = |x: f64| (x.abs().powi(8) * f64::from(vocab)) as u32;
-    Type::F32.random(seed, rows, 1.0).into_iter().map(|x| skewed(x).min(vocab - 1)).collect()
+    Dtype::F32.random(seed, rows, 1.0).into_iter().map(|x| skewed(x).min(vocab - 1)).collect()
 }
 
 pub fn embed_is_right(module: &Module) {
-    for ty in TYPES {
+    for dtype in DTYPES {
         for (rows, hidden, vocab) in [(1, 1, 3), (5, 17, 40), (9, 64, 300), (40, 24, 7)] {
-            let (ids, table) = (ids(1, rows, vocab), ty.random(2, vocab as usize * hidden, 1.0));
+            let (ids, table) = (ids(1, rows, vocab), dtype.random(2, vocab as usize * hidden, 1.0));
             let exact: Vec<f64> = ids
                 .iter()
                 .flat_map(|&id| &table[id as usize * hidden..][..hidden])
@@ -19,14 +19,14 @@ pub fn embed_is_right(module: &Module) {
                 .collect();
             let pieces = [
                 Piece::In(words(&ids)),
-                Piece::In(ty.bytes(&table)),
-                Piece::Out(rows * hidden * ty.size()),
+                Piece::In(dtype.bytes(&table)),
+                Piece::Out(rows * hidden * dtype.size()),
                 value(rows as i32),
                 value(hidden as i32),
             ];
             let config = Config { grid: [2, 1, 1], block: [8, 4, 1], shared: 0 };
-            let got = run(module, &format!("embed_{}", ty.suffix()), config, &pieces);
-            assert!(got[0] == ty.bytes(&exact), "embed");
+            let got = run(module, &format!("embed_{}", dtype.suffix()), config, &pieces);
+            assert!(got[0] == dtype.bytes(&exact), "embed");
         }
     }
 }
@@ -75,7 +75,7 @@ pub fn embed_sort_is_right(module: &Module) {
 }
 
 pub fn embed_backward_is_right(module: &Module) {
-    for ty in TYPES {
+    for dtype in DTYPES {
         // Runs inside a chunk of 64, over its border, over all of several chunks, to the very end.
         for (rows, hidden, vocab) in
             [(1, 1, 3), (64, 8, 1), (65, 17, 1), (200, 24, 2), (333, 12, 40), (700, 8, 1000)]
@@ -86,22 +86,22 @@ pub fn embed_backward_is_right(module: &Module) {
                 order.sort_by_key(|&row| ids[row as usize]);
                 words(&order)
             };
-            let dout = ty.random(2, rows * hidden, 1.0);
-            let before = Type::F32.random(3, vocab as usize * hidden, 1.0);
+            let dout = dtype.random(2, rows * hidden, 1.0);
+            let before = Dtype::F32.random(3, vocab as usize * hidden, 1.0);
             let chunks = rows.div_ceil(64);
             // What no run leaves a part in is never written: poisoned, were it read.
-            let partials = Type::F32.bytes(&vec![f64::NAN; chunks * 2 * hidden]);
+            let partials = Dtype::F32.bytes(&vec![f64::NAN; chunks * 2 * hidden]);
             let config = Config { grid: [2, 1, 1], block: [4, 8, 1], shared: 0 };
             let numbers = || [value(rows as i32), value(hidden as i32)];
             let mut pieces = vec![
                 Piece::In(words(&ids)),
                 Piece::In(order.clone()),
-                Piece::In(ty.bytes(&dout)),
-                Piece::Both(Type::F32.bytes(&before)),
+                Piece::In(dtype.bytes(&dout)),
+                Piece::Both(Dtype::F32.bytes(&before)),
                 Piece::Both(partials),
             ];
             pieces.extend(numbers());
-            let entry = format!("embed_backward_{}", ty.suffix());
+            let entry = format!("embed_backward_{}", dtype.suffix());
             let got = run(module, &entry, config, &pieces);
             let mut pieces = vec![
                 Piece::In(words(&ids)),
@@ -113,7 +113,7 @@ pub fn embed_backward_is_right(module: &Module) {
             let got = run(module, "embed_backward_join", config, &pieces);
             let exact = added::<f64>(&ids, &dout, &before, hidden);
             let plain = added::<f32>(&ids, &dout, &before, hidden);
-            check("dtable", Type::F32, &got[0], &exact, &plain);
+            check("dtable", Dtype::F32, &got[0], &exact, &plain);
         }
     }
 }
@@ -129,24 +129,24 @@ fn added<R: Float>(ids: &[u32], dout: &[f64], before: &[f64], hidden: usize) -> 
 }
 
 pub fn pick_rows_is_right(module: &Module) {
-    for ty in TYPES {
+    for dtype in DTYPES {
         for (windows, context, hidden) in [(1, 1, 1), (3, 5, 17), (5, 9, 24)] {
-            let x = ty.random(1, windows * context * hidden, 1.0);
+            let x = dtype.random(1, windows * context * hidden, 1.0);
             let column: Vec<u32> = (0..windows).map(|w| ((w * 7 + 4) % context) as u32).collect();
             let rows = column.iter().enumerate().map(|(w, &column)| w * context + column as usize);
             let exact: Vec<f64> =
                 rows.flat_map(|row| &x[row * hidden..][..hidden]).copied().collect();
             let pieces = [
-                Piece::In(ty.bytes(&x)),
+                Piece::In(dtype.bytes(&x)),
                 Piece::In(words(&column)),
-                Piece::Out(windows * hidden * ty.size()),
+                Piece::Out(windows * hidden * dtype.size()),
                 value(windows as i32),
                 value(context as i32),
                 value(hidden as i32),
             ];
-            let entry = format!("pick_rows_{}", ty.suffix());
+            let entry = format!("pick_rows_{}", dtype.suffix());
             let got = run(module, &entry, Config::linear(2, 32), &pieces);
-            assert!(got[0] == ty.bytes(&exact), "the rows");
+            assert!(got[0] == dtype.bytes(&exact), "the rows");
         }
     }
 }
