@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use crate::device::{Arg, Device, Launch, Matrix, Product};
+use crate::device::{Arg, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
 
 /// One ceiling.
@@ -42,11 +42,11 @@ pub fn measure(
 
     let bytes = if full { 1 << 30 } else { 1 << 16 };
     let (from, to) = (device.alloc(bytes)?, device.alloc(bytes)?);
-    device.fill(from, 1, bytes)?;
-    device.fill(to, 2, bytes)?;
+    device.memset(from, 1, bytes)?;
+    device.memset(to, 2, bytes)?;
     let seconds = repeat(device, |device| device.copy(from, to, bytes))?;
     add(rate("copy", 2.0 * bytes as f64 / 1e9, "GB/s", seconds));
-    let seconds = repeat(device, |device| device.fill(to, 0, bytes))?;
+    let seconds = repeat(device, |device| device.memset(to, 0, bytes))?;
     add(rate("fill", bytes as f64 / 1e9, "GB/s", seconds));
 
     // Random data: a card runs faster on constant data.
@@ -59,8 +59,8 @@ pub fn measure(
     let flops = 2.0 * (side as f64).powi(3);
     for (name, c) in [("product, bf16", Dtype::Bf16), ("product, bf16 to f32", Dtype::F32)] {
         let (a, b) = (matrix(from, Dtype::Bf16), matrix(to, Dtype::Bf16).t());
-        let product = Product { a, b, c: matrix(out, c), add: false, batch: 1 };
-        let seconds = repeat(device, |device| device.product(&product))?;
+        let product = Matmul { a, b, c: matrix(out, c), accumulate: false, batch: 1 };
+        let seconds = repeat(device, |device| device.matmul(&product))?;
         add(rate(name, flops / 1e12, "TFLOP/s", seconds));
     }
 
@@ -93,11 +93,11 @@ pub fn measure(
     let many = |device: &mut dyn Device| (0..launches).try_for_each(|_| device.launch(&one));
     let seconds = repeat(device, many)?;
     add(time("launch", seconds, f64::from(launches) / 1e6, "us"));
-    device.record()?;
+    device.begin_capture()?;
     let asked = many(device);
-    let graph = device.finish()?;
+    let graph = device.end_capture()?;
     asked?;
-    let seconds = repeat(device, |device| device.replay(graph))?;
+    let seconds = repeat(device, |device| device.launch_graph(graph))?;
     add(time("launch in a graph", seconds, f64::from(launches) / 1e6, "us"));
     for at in [from, to, out] {
         device.free(at)?;
@@ -123,16 +123,16 @@ fn repeat(
     for _ in 0..2 {
         work(device)?;
     }
-    let mut marks = vec![device.mark()?];
+    let mut events = vec![device.record_event()?];
     for _ in 0..REPETITIONS {
         work(device)?;
-        marks.push(device.mark()?);
+        events.push(device.record_event()?);
     }
     let mut seconds = Vec::new();
-    for pair in marks.windows(2) {
-        seconds.push(device.seconds(pair[0], pair[1])?);
+    for pair in events.windows(2) {
+        seconds.push(device.elapsed(pair[0], pair[1])?);
     }
-    device.forget_marks();
+    device.clear_events();
     seconds.sort_by(f64::total_cmp);
     Ok([seconds[0], seconds[REPETITIONS / 2], seconds[REPETITIONS - 1]])
 }

@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use crate::device::{Address, Device, Launch, Matrix, Product};
+use crate::device::{Address, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
 use crate::kernels::KERNELS;
 
@@ -60,10 +60,10 @@ fn copies(device: &mut dyn Device) -> anyhow::Result<String> {
     let bytes: Vec<u8> = (0..1_000_003u32).map(|i| ((i * 31) >> 3) as u8).collect();
     let (a, b) = (device.alloc(bytes.len())?, device.alloc(bytes.len())?);
     device.upload(a, &bytes)?;
-    device.fill(b, 7, bytes.len())?;
+    device.memset(b, 7, bytes.len())?;
     device.copy(a, b, bytes.len())?;
     anyhow::ensure!(read(device, b, bytes.len())? == bytes, "other bytes came back");
-    device.fill(b, 0xFF, 100)?;
+    device.memset(b, 0xFF, 100)?;
     anyhow::ensure!(read(device, b, 101)?[99..] == [0xFF, bytes[100]], "a fill went wrong");
     device.free(a)?;
     device.free(b)?;
@@ -94,7 +94,7 @@ fn fill(at: Address, count: u64, value: f32) -> Launch {
 fn launch(device: &mut dyn Device) -> anyhow::Result<String> {
     let len = 10_007;
     let at = device.alloc(4 * len)?;
-    device.fill(at, 0, 4 * len)?;
+    device.memset(at, 0, 4 * len)?;
     device.launch(&fill(at, len as u64 - 1, 2.5))?;
     let values = Dtype::F32.decode(&read(device, at, 4 * len)?);
     device.free(at)?;
@@ -119,9 +119,9 @@ fn refusal(device: &mut dyn Device) -> anyhow::Result<String> {
 fn products(device: &mut dyn Device) -> anyhow::Result<String> {
     let mut worst = 0.0f64;
     for (m, n, k) in [(64, 64, 64), (33, 17, 65), (1, 512, 64), (512, 64, 512), (300, 2, 7)] {
-        for (dtype, add) in [(Dtype::F32, false), (Dtype::Bf16, true)] {
+        for (dtype, accumulate) in [(Dtype::F32, false), (Dtype::Bf16, true)] {
             for turned in [false, true] {
-                worst = worst.max(product(device, (m, n, k), dtype, add, turned)?);
+                worst = worst.max(product(device, (m, n, k), dtype, accumulate, turned)?);
             }
         }
     }
@@ -133,7 +133,7 @@ fn product(
     device: &mut dyn Device,
     (m, n, k): (usize, usize, usize),
     dtype: Dtype,
-    add: bool,
+    accumulate: bool,
     turned: bool,
 ) -> anyhow::Result<f64> {
     let value = |i: usize, salt: usize| ((i * 37 + salt) % 23) as f32 / 8.0 - 1.25;
@@ -158,7 +158,7 @@ fn product(
         (Matrix::new(a_at, dtype, m, k), Matrix::new(b_at, dtype, k, n))
     };
     let out = Matrix::new(c_at, Dtype::F32, m, n);
-    device.product(&Product { a: left, b: right, c: out, add, batch: 1 })?;
+    device.matmul(&Matmul { a: left, b: right, c: out, accumulate, batch: 1 })?;
     let got = Dtype::F32.decode(&read(device, c_at, 4 * m * n)?);
     for at in [a_at, b_at, c_at] {
         device.free(at)?;
@@ -168,7 +168,7 @@ fn product(
         let (row, column) = (i / n, i % n);
         let dot: f64 =
             (0..k).map(|j| f64::from(a[row * k + j]) * f64::from(b[j * n + column])).sum();
-        let exact = dot + if add { f64::from(c[i]) } else { 0.0 };
+        let exact = dot + if accumulate { f64::from(c[i]) } else { 0.0 };
         apart += (f64::from(got) - exact).powi(2);
         norm += exact.powi(2);
     }
@@ -177,23 +177,23 @@ fn product(
 
 fn graph(device: &mut dyn Device) -> anyhow::Result<String> {
     let (a, b) = (device.alloc(4096)?, device.alloc(4096)?);
-    device.fill(a, 0, 4096)?;
-    device.fill(b, 0, 4096)?;
+    device.memset(a, 0, 4096)?;
+    device.memset(b, 0, 4096)?;
     // Once outside: a kernel cannot be loaded while it is recorded.
     device.launch(&fill(a, 10, 1.0))?;
-    device.record()?;
+    device.begin_capture()?;
     let asked = (|| {
         device.copy(a, b, 4096)?;
         device.launch(&fill(a, 1024, 3.0))
     })();
-    let graph = device.finish();
+    let graph = device.end_capture();
     asked?;
     let graph = graph?;
     let first = |device: &dyn Device, at| anyhow::Ok(Dtype::F32.decode(&read(device, at, 80)?));
     let before = first(device, b)?[0];
-    device.replay(graph)?;
+    device.launch_graph(graph)?;
     let once = (first(device, a)?[15], first(device, b)?[0], first(device, b)?[15]);
-    device.replay(graph)?;
+    device.launch_graph(graph)?;
     let twice = first(device, b)?[15];
     device.free(a)?;
     device.free(b)?;
@@ -205,11 +205,11 @@ fn graph(device: &mut dyn Device) -> anyhow::Result<String> {
 fn time(device: &mut dyn Device) -> anyhow::Result<String> {
     let bytes = 16 << 20;
     let at = device.alloc(bytes)?;
-    let start = device.mark()?;
-    device.fill(at, 1, bytes)?;
-    let end = device.mark()?;
-    let seconds = device.seconds(start, end)?;
-    device.forget_marks();
+    let start = device.record_event()?;
+    device.memset(at, 1, bytes)?;
+    let end = device.record_event()?;
+    let seconds = device.elapsed(start, end)?;
+    device.clear_events();
     device.synchronize()?;
     device.free(at)?;
     anyhow::ensure!(seconds > 0.0 && seconds < 10.0, "a fill of 16 MiB took {seconds} s");

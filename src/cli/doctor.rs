@@ -101,7 +101,7 @@ impl Findings {
                 "a driver, but no libcuda.so.1".into(),
                 "install the driver's libraries; in a container, start it with the GPU passed in",
             ),
-            Some(_) if driver.cards == 0 => add(
+            Some(_) if driver.gpus == 0 => add(
                 "a driver, but no card under /dev".into(),
                 "in a container, start it with the GPU passed in",
             ),
@@ -144,7 +144,7 @@ impl Findings {
         writeln!(out, "  driver  {}", or_none(self.driver.version.clone()))?;
         let library = self.driver.library.as_ref().map(|path| path.display().to_string());
         writeln!(out, "  libcuda {}", or_none(library))?;
-        writeln!(out, "  cards   {}", self.driver.cards)?;
+        writeln!(out, "  cards   {}", self.driver.gpus)?;
         for card in self.cards.iter().flatten() {
             writeln!(out, "          {card}")?;
         }
@@ -180,7 +180,7 @@ impl Findings {
             "cpu_features": self.features,
             "driver": self.driver.version,
             "libcuda": self.driver.library,
-            "cards": self.driver.cards,
+            "cards": self.driver.gpus,
             "usable_cards": self.cards.iter().flatten().collect::<Vec<_>>(),
             "cublaslt": self.cublaslt != Library::Missing,
             "cache": self.cache,

@@ -1,9 +1,9 @@
-//! What can be seen of an NVIDIA driver without loading it.
+//! The NVIDIA driver as its files show it, without loading it.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// Where `libcuda.so.1` lies on systems that do not name it in the loader's cache.
+/// Folders that may contain `libcuda.so.1` on systems without an entry in the loader's cache.
 const FOLDERS: [&str; 6] = [
     "usr/lib/x86_64-linux-gnu",
     "usr/lib/aarch64-linux-gnu",
@@ -17,22 +17,22 @@ const LIBRARY: &str = "libcuda.so.1";
 /// The parts of a driver that were found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Driver {
-    /// Of the kernel module: `580.65.06`.
+    /// Version of the kernel module: `580.65.06`.
     pub version: Option<String>,
-    /// The library that programs call.
+    /// Path of `libcuda.so.1`.
     pub library: Option<PathBuf>,
-    /// How many cards there are.
-    pub cards: usize,
+    /// Number of GPU device files.
+    pub gpus: usize,
 }
 
 impl Driver {
-    /// Looks at this machine.
+    /// Searches this machine.
     pub fn find() -> Driver {
         let given = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
         Driver::find_under(Path::new("/"), &env::split_paths(&given).collect::<Vec<_>>())
     }
 
-    /// Looks at the system under `root`; `first` are the folders the loader tries before all others.
+    /// Searches the system under `root`; the loader tries the folders `first` before all others.
     fn find_under(root: &Path, first: &[PathBuf]) -> Driver {
         let text = fs::read_to_string(root.join("proc/driver/nvidia/version")).unwrap_or_default();
         let given = first.iter().map(|folder| folder.join(LIBRARY));
@@ -41,29 +41,29 @@ impl Driver {
         let below = |path: PathBuf| root.join(path.strip_prefix("/").unwrap_or(&path));
         let mut places = given.chain(cached.into_iter().chain(usual).map(below));
         let devices = fs::read_dir(root.join("dev")).into_iter().flatten().flatten();
-        let is_card = |name: &str| {
+        let is_gpu = |name: &str| {
             name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok())
         };
         Driver {
             version: version(&text),
             library: places.find(|place| place.is_file()),
-            cards: devices.filter(|entry| entry.file_name().to_str().is_some_and(is_card)).count(),
+            gpus: devices.filter(|entry| entry.file_name().to_str().is_some_and(is_gpu)).count(),
         }
     }
 
-    /// The first number of the version.
+    /// Major version.
     pub fn major(&self) -> Option<u32> {
         self.version.as_ref()?.split('.').next()?.parse().ok()
     }
 }
 
-/// The oldest driver for kernels that a CUDA of this major version compiled.
+/// Oldest driver that runs kernels compiled by a CUDA toolkit of this major version.
 pub fn oldest_driver(cuda: u32) -> u32 {
     if cuda >= 13 { 580 } else { 525 }
 }
 
-/// From `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun ...`: the first word of
-/// numbers and dots.
+/// The first word of digits and dots in `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06
+/// Sun ...`.
 fn version(text: &str) -> Option<String> {
     let line = text.lines().find(|line| line.starts_with("NVRM version:"))?;
     let is_version =
@@ -71,7 +71,7 @@ fn version(text: &str) -> Option<String> {
     line.split_whitespace().find(is_version).map(String::from)
 }
 
-/// The library's path in the loader's cache, where strings end in a zero byte.
+/// Path of the library in the loader's cache, whose strings end in a zero byte.
 fn cached(cache: &[u8]) -> Option<PathBuf> {
     let strings =
         cache.split(|&byte| byte == 0).filter_map(|bytes| std::str::from_utf8(bytes).ok());
@@ -87,7 +87,7 @@ mod tests {
                            Release Build  (builder)\nGCC version:  gcc version 12.2.0\n";
 
     #[test]
-    fn nothing_is_found_where_nothing_is() {
+    fn no_driver_is_found_in_an_empty_root() {
         let root = tempfile::tempdir().unwrap();
         assert_eq!(Driver::find_under(root.path(), &[]), Driver::default());
     }
@@ -108,7 +108,7 @@ mod tests {
         let usual = write("usr/lib64/libcuda.so.1", b"");
         let found = Driver::find_under(root.path(), &[]);
         assert_eq!(found.version.as_deref(), Some("580.65.06"));
-        assert_eq!((found.major(), found.cards), (Some(580), 2));
+        assert_eq!((found.major(), found.gpus), (Some(580), 2));
         assert_eq!(found.library, Some(usual));
 
         // The loader's cache goes before the usual folders, and LD_LIBRARY_PATH before both.

@@ -1,24 +1,24 @@
-//! A launch, and the check of its arguments that every device makes.
+//! Kernel launches, and the argument check that every device makes.
 
 use super::Address;
 use crate::error::error;
 use crate::kernels;
 
-/// The start of a kernel.
+/// A kernel launch.
 #[derive(Clone, Debug)]
 pub struct Launch {
-    /// The kernel's name: `rms_norm_bf16`.
+    /// Name of the kernel entry: `rms_norm_bf16`.
     pub entry: String,
-    /// Blocks along x, y and z.
+    /// Blocks per grid along x, y and z.
     pub grid: [u32; 3],
-    /// Threads of a block along x, y and z.
+    /// Threads per block along x, y and z.
     pub block: [u32; 3],
-    /// Bytes of dynamic shared memory.
+    /// Dynamic shared memory per block in bytes.
     pub shared: u32,
     pub args: Vec<Arg>,
 }
 
-/// An argument of a kernel, by value.
+/// A kernel argument, passed by value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Arg {
     Address(Address),
@@ -30,7 +30,7 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// Its size, which is also how it is aligned.
+    /// Size in bytes, which is also its alignment.
     pub fn size(&self) -> usize {
         match self {
             Arg::I32(_) | Arg::U32(_) | Arg::F32(_) => 4,
@@ -38,7 +38,7 @@ impl Arg {
         }
     }
 
-    /// Its bytes, in front of zeros.
+    /// The value, zero-extended to 64 bits.
     pub fn bits(&self) -> u64 {
         match *self {
             Arg::Address(Address(x)) | Arg::U64(x) => x,
@@ -61,40 +61,40 @@ macro_rules! arg_from {
 }
 arg_from!(Address => Address, i32 => I32, u32 => U32, u64 => U64, f32 => F32, f64 => F64);
 
-/// The entry of a name, or why there is none.
+/// The kernel entry of a name.
 pub(super) fn find(name: &str) -> anyhow::Result<&'static kernels::Entry> {
     kernels::entry(name).ok_or_else(|| {
         let hint = match kernels::BUILD.cuda {
             Ok(_) => "this is a fault of laam: report it".to_string(),
             Err(why) => format!("this build has no kernels ({why}): scripts/setup-cuda"),
         };
-        error(format!("there is no kernel {name}"), hint)
+        error(format!("unknown kernel {name}"), hint)
     })
 }
 
-/// No card has a grid longer than this along y or z.
-const MOST_YZ: u32 = 65_535;
+/// Limit of every compute capability on the grid along y and z, in blocks.
+const MAX_GRID_YZ: u32 = 65_535;
 
 impl Launch {
-    /// The kernel file that has this entry, once number and sizes of the arguments are those of the
-    /// kernel's parameters and the shape is one that every card can launch.
+    /// The kernel file with this entry, if the arguments match its parameters in number and size and
+    /// every GPU supports the grid and block.
     pub(super) fn check(&self) -> anyhow::Result<&'static kernels::Kernel> {
         let entry = find(&self.entry)?;
         let fault = |what: String| error(what, "this is a fault of laam: report it");
         let sizes: Vec<usize> = self.args.iter().map(Arg::size).collect();
         if sizes != entry.parameters {
             return Err(fault(format!(
-                "kernel {} has parameters of {:?} bytes, {sizes:?} were given",
+                "kernel {} takes parameters of {:?} bytes, but {sizes:?} were passed",
                 self.entry, entry.parameters
             )));
         }
         let threads: u64 = self.block.iter().map(|&n| u64::from(n)).product();
         let [x, y, z] = self.grid;
-        if x == 0 || !(1..=MOST_YZ).contains(&y) || !(1..=MOST_YZ).contains(&z) {
-            return Err(fault(format!("kernel {} with a grid of {x} x {y} x {z}", self.entry)));
+        if x == 0 || !(1..=MAX_GRID_YZ).contains(&y) || !(1..=MAX_GRID_YZ).contains(&z) {
+            return Err(fault(format!("invalid grid {x} x {y} x {z} for kernel {}", self.entry)));
         }
         if !(1..=1024).contains(&threads) || self.block[2] > 64 {
-            return Err(fault(format!("kernel {} with a block of {:?}", self.entry, self.block)));
+            return Err(fault(format!("invalid block {:?} for kernel {}", self.block, self.entry)));
         }
         Ok(entry.kernel)
     }

@@ -1,15 +1,15 @@
-//! Devices: memory, kernels launched by name with checked arguments, matrix products, graphs, time.
+//! Devices: memory, kernels launched by name with checked arguments, matmuls, graphs, events.
 //!
-//! - [`cuda`]: a card, by its driver and cuBLASLt
-//! - [`sim`]: the kernels in the simulator, the products on the host
+//! - [`cuda`]: a GPU, through its driver and cuBLASLt
+//! - [`sim`]: the kernels in the simulator, matmuls on the host
 //!
-//! Everything a device is asked to do happens in the order it was asked for. Calls may return before
-//! the work is done; [`Device::download`] and [`Device::synchronize`] wait.
+//! A device executes its work in the order of the calls, as one stream. Calls may return before the
+//! work is done; [`Device::download`] and [`Device::synchronize`] wait.
 
 pub mod cuda;
 pub mod driver;
 mod launch;
-mod product;
+mod matmul;
 pub mod sim;
 
 use serde_json::Value;
@@ -17,95 +17,93 @@ use serde_json::Value;
 use crate::dtype::Dtype;
 
 pub use launch::{Arg, Launch};
-pub use product::{Matrix, Product};
+pub use matmul::{Matmul, Matrix};
 
-/// A place in a device's memory.
+/// An address in a device's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address(pub u64);
 
 impl Address {
-    /// What a kernel takes for "not there".
+    /// The null pointer, which kernels take for an absent argument.
     pub const NULL: Address = Address(0);
 
-    /// So many bytes further on.
+    /// The address `bytes` further on.
     #[must_use]
     pub fn plus(self, bytes: usize) -> Address {
         Address(self.0 + bytes as u64)
     }
 }
 
-/// A recorded sequence of launches, products, fills and copies of one device.
+/// A captured sequence of launches, matmuls, memsets and copies of one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Graph(usize);
 
-/// A moment in the order of a device's work.
+/// A point in a device's stream of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark(usize);
+pub struct Event(usize);
 
-/// Something that runs kernels. An error in the middle of its work leaves memory undefined.
+/// Executes kernels. An error in the middle of its work leaves memory undefined.
 pub trait Device: Send {
     /// `cuda` or `sim`.
     fn name(&self) -> &'static str;
-    /// For a person and for the provenance: the card, its memory, the driver.
+    /// Description for people and for the provenance: the GPU, its memory, the driver.
     fn describe(&self) -> String;
-    /// The FLOP/s of products that its maker tells, where that is known.
-    fn peak(&self, _numbers: Dtype) -> Option<f64> {
+    /// Peak matmul rate in FLOP/s as the manufacturer states it, if known.
+    fn peak_flops(&self, _dtype: Dtype) -> Option<f64> {
         None
     }
-    /// Bytes of memory that are free, and that there are in all.
+    /// Free and total memory in bytes.
     fn memory(&self) -> anyhow::Result<(u64, u64)>;
 
-    /// `bytes` of memory at a multiple of 256, with anything in it, until it is freed or the device
-    /// goes away. Not while recording.
+    /// Allocates `bytes` of uninitialized memory at a multiple of 256. It lives until it is freed or
+    /// the device is dropped. Not allowed during capture.
     fn alloc(&mut self, bytes: usize) -> anyhow::Result<Address>;
-    /// Gives back what `alloc` gave.
+    /// Frees what [`Device::alloc`] returned.
     fn free(&mut self, address: Address) -> anyhow::Result<()>;
-    /// Copies from the host. Not while recording.
+    /// Copies from the host. Not allowed during capture.
     fn upload(&mut self, to: Address, bytes: &[u8]) -> anyhow::Result<()>;
-    /// Copies to the host, when all work asked for so far is done. Not while recording.
+    /// Copies to the host after all work queued so far. Not allowed during capture.
     fn download(&self, from: Address, into: &mut [u8]) -> anyhow::Result<()>;
 
     /// Sets every byte.
-    fn fill(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()>;
-    /// Copies from memory to memory; the two do not overlap.
+    fn memset(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()>;
+    /// Copies between two ranges of device memory that do not overlap.
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()>;
-    /// Makes a kernel ready to start, as its first launch would.
+    /// Loads a kernel's module ahead of its first launch.
     fn load(&mut self, entry: &str) -> anyhow::Result<()>;
-    /// Starts a kernel. Its arguments are checked in number and size against its parameters.
+    /// Launches a kernel, after checking its arguments in number and size.
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()>;
-    /// A matrix product, summed in f32.
-    fn product(&mut self, product: &Product) -> anyhow::Result<()>;
+    /// Computes a matmul with f32 accumulation.
+    fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()>;
 
-    /// From here to [`Device::finish`], work is not done but recorded.
-    fn record(&mut self) -> anyhow::Result<()>;
-    /// Ends the recording.
-    fn finish(&mut self) -> anyhow::Result<Graph>;
-    /// Does what was recorded.
-    fn replay(&mut self, graph: Graph) -> anyhow::Result<()>;
+    /// Begins stream capture: until [`Device::end_capture`], work is recorded, not executed.
+    fn begin_capture(&mut self) -> anyhow::Result<()>;
+    /// Ends stream capture.
+    fn end_capture(&mut self) -> anyhow::Result<Graph>;
+    /// Executes the captured work.
+    fn launch_graph(&mut self, graph: Graph) -> anyhow::Result<()>;
 
-    /// Notes when the work asked for so far is done.
-    fn mark(&mut self) -> anyhow::Result<Mark>;
-    /// Seconds from one mark to another; waits for the later. Every mark is gone afterwards with
-    /// [`Device::forget_marks`].
-    fn seconds(&mut self, from: Mark, to: Mark) -> anyhow::Result<f64>;
-    /// Lets go of all marks.
-    fn forget_marks(&mut self);
-    /// Waits for all work, and tells of an error in it.
+    /// Records an event after the work queued so far.
+    fn record_event(&mut self) -> anyhow::Result<Event>;
+    /// Seconds between two events; waits for the later one.
+    fn elapsed(&mut self, from: Event, to: Event) -> anyhow::Result<f64>;
+    /// Destroys all events; none may be used afterwards.
+    fn clear_events(&mut self);
+    /// Waits for all work, and returns an error that occurred in it.
     fn synchronize(&mut self) -> anyhow::Result<()>;
 
-    /// How it carries products out, where it had a choice that the bits of results depend on: for a
-    /// checkpoint. Null where it had none.
-    fn choices(&self) -> Value {
+    /// The algorithms chosen for matmuls so far, for a checkpoint: they decide the bits of the
+    /// results. Null if the device has no choice.
+    fn matmul_plans(&self) -> Value {
         Value::Null
     }
-    /// Keeps to choices of an earlier run. Returns what a person should know where they cannot be
-    /// kept to here.
-    fn choose(&mut self, _choices: &Value) -> Option<String> {
+    /// Pins the algorithms of an earlier run. Returns a warning if they do not apply here.
+    fn pin_matmul_plans(&mut self, _plans: &Value) -> Option<String> {
         None
     }
 }
 
-/// The main memory of this machine, where the system tells (Linux).
+/// Total main memory of this machine in bytes, if the system reports it (Linux).
 pub fn host_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;

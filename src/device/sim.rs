@@ -1,4 +1,4 @@
-//! The kernels in the simulator, one instruction at a time; products on the host.
+//! The kernels in the simulator, one instruction at a time; matmuls on the host.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -7,35 +7,35 @@ use std::time::Instant;
 use gemm::Parallelism;
 use ptxsim::{Config, Memory, Module, Options};
 
-use super::{Address, Device, Graph, Launch, Mark, Matrix, Product, launch};
+use super::{Address, Device, Event, Graph, Launch, Matmul, Matrix, launch};
 use crate::error::error;
 use crate::kernels::{BUILD, Kernel};
 
-/// How many warp instructions a block may execute: minutes, so that a hang ends.
-const BUDGET: u64 = 1 << 32;
+/// Warp instructions per block after which a kernel counts as hung: minutes of simulation.
+const MAX_INSTRUCTIONS_PER_BLOCK: u64 = 1 << 32;
 
-/// A device in this machine's memory.
+/// A simulated device in this machine's memory.
 pub struct Sim {
     memory: Memory,
-    /// Bytes of each allocation.
+    /// Size of each allocation in bytes.
     sizes: HashMap<Address, usize>,
     options: Options,
-    recording: Option<Vec<Work>>,
-    graphs: Vec<Vec<Work>>,
-    marks: Vec<Instant>,
+    capture: Option<Vec<SimOp>>,
+    graphs: Vec<Vec<SimOp>>,
+    events: Vec<Instant>,
 }
 
-/// What can be recorded.
+/// An operation that stream capture can record.
 #[derive(Clone)]
-enum Work {
-    Fill(Address, u8, usize),
+enum SimOp {
+    Memset(Address, u8, usize),
     Copy(Address, Address, usize),
     Launch(&'static Kernel, Launch),
-    Product(Product),
+    Matmul(Matmul),
 }
 
 impl Sim {
-    /// A device whose kernels run as `options` say; its budget is the device's own.
+    /// A device that runs kernels with `options`, except for their instruction limit.
     pub fn new(options: Options) -> anyhow::Result<Sim> {
         if let Err(why) = BUILD.cuda {
             return Err(error(
@@ -46,36 +46,36 @@ impl Sim {
         Ok(Sim {
             memory: Memory::new(),
             sizes: HashMap::new(),
-            options: Options { budget: BUDGET, ..options },
-            recording: None,
+            options: Options { budget: MAX_INSTRUCTIONS_PER_BLOCK, ..options },
+            capture: None,
             graphs: Vec::new(),
-            marks: Vec::new(),
+            events: Vec::new(),
         })
     }
 
-    fn ask(&mut self, work: Work) -> anyhow::Result<()> {
-        if let Some(recording) = &mut self.recording {
-            recording.push(work);
+    fn submit(&mut self, op: SimOp) -> anyhow::Result<()> {
+        if let Some(capture) = &mut self.capture {
+            capture.push(op);
             return Ok(());
         }
-        self.perform(&work)
+        self.execute(&op)
     }
 
-    fn perform(&self, work: &Work) -> anyhow::Result<()> {
-        match work {
-            Work::Fill(at, byte, bytes) => {
+    fn execute(&self, op: &SimOp) -> anyhow::Result<()> {
+        match op {
+            SimOp::Memset(at, byte, bytes) => {
                 self.memory.write(at.0, &vec![*byte; *bytes])?;
             }
-            Work::Copy(from, to, bytes) => {
+            SimOp::Copy(from, to, bytes) => {
                 self.memory.write(to.0, &self.memory.read_vec(from.0, *bytes)?)?;
             }
-            Work::Launch(kernel, launch) => self.start(kernel, launch)?,
-            Work::Product(product) => self.multiply(product)?,
+            SimOp::Launch(kernel, launch) => self.run_kernel(kernel, launch)?,
+            SimOp::Matmul(matmul) => self.multiply(matmul)?,
         }
         Ok(())
     }
 
-    fn start(&self, kernel: &'static Kernel, launch: &Launch) -> anyhow::Result<()> {
+    fn run_kernel(&self, kernel: &'static Kernel, launch: &Launch) -> anyhow::Result<()> {
         let entry = module(kernel)?.kernel(&launch.entry);
         let entry = entry.expect("the entry was found in this very file");
         let args: Vec<_> = launch
@@ -86,7 +86,7 @@ impl Sim {
         let config = Config { grid: launch.grid, block: launch.block, shared: launch.shared };
         entry.launch(&self.memory, &config, &args, &self.options).map_err(|fault| {
             error(
-                format!("in the simulator: {fault}"),
+                format!("the simulator found a fault: {fault}"),
                 "a kernel or its launch is wrong: report it",
             )
         })?;
@@ -98,30 +98,30 @@ impl Sim {
         Ok(matrix.dtype.decode(&self.memory.read_vec(matrix.at.0, bytes)?))
     }
 
-    fn multiply(&self, product: &Product) -> anyhow::Result<()> {
-        let later = |matrix: Matrix, at: usize| {
+    fn multiply(&self, matmul: &Matmul) -> anyhow::Result<()> {
+        let nth = |matrix: Matrix, at: usize| {
             let bytes = matrix.rows * matrix.cols * matrix.dtype.size();
             Matrix { at: matrix.at.plus(at * bytes), ..matrix }
         };
-        (0..product.batch).try_for_each(|at| {
-            let Product { a, b, c, .. } = *product;
-            let [a, b, c] = [a, b, c].map(|matrix| later(matrix, at));
-            self.multiply_one(&Product { a, b, c, batch: 1, ..*product })
+        (0..matmul.batch).try_for_each(|at| {
+            let Matmul { a, b, c, .. } = *matmul;
+            let [a, b, c] = [a, b, c].map(|matrix| nth(matrix, at));
+            self.multiply_one(&Matmul { a, b, c, batch: 1, ..*matmul })
         })
     }
 
-    fn multiply_one(&self, product: &Product) -> anyhow::Result<()> {
-        let (m, n, k) = product.check()?;
-        let (a, b) = (self.read(&product.a)?, self.read(&product.b)?);
-        let mut c = if product.add { self.read(&product.c)? } else { vec![0.0; m * n] };
+    fn multiply_one(&self, matmul: &Matmul) -> anyhow::Result<()> {
+        let (m, n, k) = matmul.check()?;
+        let (a, b) = (self.read(&matmul.a)?, self.read(&matmul.b)?);
+        let mut c = if matmul.accumulate { self.read(&matmul.c)? } else { vec![0.0; m * n] };
         // (column stride, row stride)
         let strides = |matrix: &Matrix| {
             let cols = matrix.cols as isize;
             if matrix.transposed { (cols, 1) } else { (1, cols) }
         };
-        let ((a_col, a_row), (b_col, b_row)) = (strides(&product.a), strides(&product.b));
-        // SAFETY: a, b and c are vectors of rows * cols elements, which strides of (1, cols) or
-        // (cols, 1) stay inside of for the shapes that `check` held against each other.
+        let ((a_col, a_row), (b_col, b_row)) = (strides(&matmul.a), strides(&matmul.b));
+        // SAFETY: a, b and c are vectors of rows * cols elements, and strides of (1, cols) or (cols, 1)
+        // stay within them for the shapes that `check` accepted.
         unsafe {
             gemm::gemm(
                 m,
@@ -130,7 +130,7 @@ impl Sim {
                 c.as_mut_ptr(),
                 1,
                 n as isize,
-                product.add,
+                matmul.accumulate,
                 a.as_ptr(),
                 a_col,
                 a_row,
@@ -145,7 +145,7 @@ impl Sim {
                 Parallelism::None,
             );
         }
-        self.memory.write(product.c.at.0, &product.c.dtype.encode(&c))?;
+        self.memory.write(matmul.c.at.0, &matmul.c.dtype.encode(&c))?;
         Ok(())
     }
 }
@@ -161,7 +161,7 @@ fn module(kernel: &'static Kernel) -> anyhow::Result<Module> {
     let module = Module::from_ptx(kernel.ptx).map_err(|e| {
         error(
             format!("the simulator cannot read kernels/{}.cu: {e}", kernel.name),
-            "keep to what crates/ptxsim/README.md lists, or teach it the instruction",
+            "use the instructions that crates/ptxsim/README.md lists, or add this one to ptxsim",
         )
     })?;
     modules.insert(kernel.name, module.clone());
@@ -203,12 +203,12 @@ impl Device for Sim {
         Ok(self.memory.read(from.0, into)?)
     }
 
-    fn fill(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
-        self.ask(Work::Fill(at, byte, bytes))
+    fn memset(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
+        self.submit(SimOp::Memset(at, byte, bytes))
     }
 
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()> {
-        self.ask(Work::Copy(from, to, bytes))
+        self.submit(SimOp::Copy(from, to, bytes))
     }
 
     fn load(&mut self, entry: &str) -> anyhow::Result<()> {
@@ -218,39 +218,39 @@ impl Device for Sim {
 
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         let kernel = launch.check()?;
-        self.ask(Work::Launch(kernel, launch.clone()))
+        self.submit(SimOp::Launch(kernel, launch.clone()))
     }
 
-    fn product(&mut self, product: &Product) -> anyhow::Result<()> {
-        product.check()?;
-        self.ask(Work::Product(*product))
+    fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
+        matmul.check()?;
+        self.submit(SimOp::Matmul(*matmul))
     }
 
-    fn record(&mut self) -> anyhow::Result<()> {
-        self.recording = Some(Vec::new());
+    fn begin_capture(&mut self) -> anyhow::Result<()> {
+        self.capture = Some(Vec::new());
         Ok(())
     }
 
-    fn finish(&mut self) -> anyhow::Result<Graph> {
-        self.graphs.push(self.recording.take().unwrap_or_default());
+    fn end_capture(&mut self) -> anyhow::Result<Graph> {
+        self.graphs.push(self.capture.take().unwrap_or_default());
         Ok(Graph(self.graphs.len() - 1))
     }
 
-    fn replay(&mut self, Graph(graph): Graph) -> anyhow::Result<()> {
-        self.graphs[graph].iter().try_for_each(|work| self.perform(work))
+    fn launch_graph(&mut self, Graph(graph): Graph) -> anyhow::Result<()> {
+        self.graphs[graph].iter().try_for_each(|op| self.execute(op))
     }
 
-    fn mark(&mut self) -> anyhow::Result<Mark> {
-        self.marks.push(Instant::now());
-        Ok(Mark(self.marks.len() - 1))
+    fn record_event(&mut self) -> anyhow::Result<Event> {
+        self.events.push(Instant::now());
+        Ok(Event(self.events.len() - 1))
     }
 
-    fn seconds(&mut self, Mark(from): Mark, Mark(to): Mark) -> anyhow::Result<f64> {
-        Ok(self.marks[to].saturating_duration_since(self.marks[from]).as_secs_f64())
+    fn elapsed(&mut self, Event(from): Event, Event(to): Event) -> anyhow::Result<f64> {
+        Ok(self.events[to].saturating_duration_since(self.events[from]).as_secs_f64())
     }
 
-    fn forget_marks(&mut self) {
-        self.marks.clear();
+    fn clear_events(&mut self) {
+        self.events.clear();
     }
 
     fn synchronize(&mut self) -> anyhow::Result<()> {
@@ -281,39 +281,40 @@ mod tests {
     }
 
     #[test]
-    fn products_read_either_side_turned_and_add_in_f32() {
+    fn matmul_reads_transposed_operands_and_accumulates_in_f32() {
         let Some(mut sim) = sim() else { return };
         // a = [[1, 2, 3], [4, 5, 6]], b = [[1, 0], [0, 1], [1, 1]]; a b = [[4, 5], [10, 11]]
         let a = put(&mut sim, Dtype::Bf16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
-        let a_turned = put(&mut sim, Dtype::Bf16, &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        let a_transposed = put(&mut sim, Dtype::Bf16, &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
         let b = put(&mut sim, Dtype::Bf16, &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
-        let b_turned = put(&mut sim, Dtype::Bf16, &[1.0, 0.0, 1.0, 0.0, 1.0, 1.0]);
+        let b_transposed = put(&mut sim, Dtype::Bf16, &[1.0, 0.0, 1.0, 0.0, 1.0, 1.0]);
         let matrix = |at, rows, cols| Matrix::new(at, Dtype::Bf16, rows, cols);
-        for a in [matrix(a, 2, 3), matrix(a_turned, 3, 2).t()] {
-            for b in [matrix(b, 3, 2), matrix(b_turned, 2, 3).t()] {
+        for a in [matrix(a, 2, 3), matrix(a_transposed, 3, 2).t()] {
+            for b in [matrix(b, 3, 2), matrix(b_transposed, 2, 3).t()] {
                 let c = put(&mut sim, Dtype::F32, &[0.5, 0.0, 0.0, 1000.0]);
                 let c = Matrix::new(c, Dtype::F32, 2, 2);
-                sim.product(&Product { a, b, c, add: true, batch: 1 }).unwrap();
+                sim.matmul(&Matmul { a, b, c, accumulate: true, batch: 1 }).unwrap();
                 assert_eq!(get(&sim, Dtype::F32, c.at, 4), [4.5, 5.0, 10.0, 1011.0]);
-                sim.product(&Product { a, b, c, add: false, batch: 1 }).unwrap();
+                sim.matmul(&Matmul { a, b, c, accumulate: false, batch: 1 }).unwrap();
                 assert_eq!(get(&sim, Dtype::F32, c.at, 4), [4.0, 5.0, 10.0, 11.0]);
             }
         }
-        // Two at once, behind one another: a matrix, and then its double.
+        // A batch of two: a matrix, then its double.
         let double: Vec<f32> = (1..=6).chain((1..=6).map(|n| 2 * n)).map(|n| n as f32).collect();
         let twice = Matrix::new(put(&mut sim, Dtype::F32, &double), Dtype::F32, 2, 3);
         let c = Matrix::new(put(&mut sim, Dtype::F32, &[f32::NAN; 8]), Dtype::F32, 2, 2);
-        sim.product(&Product { a: twice, b: twice.t(), c, add: false, batch: 2 }).unwrap();
+        sim.matmul(&Matmul { a: twice, b: twice.t(), c, accumulate: false, batch: 2 }).unwrap();
         let exact = [14.0, 32.0, 32.0, 77.0];
         assert_eq!(get(&sim, Dtype::F32, c.at, 8), [exact, exact.map(|x| 4.0 * x)].concat());
 
         let c = Matrix::new(a, Dtype::F32, 2, 2);
-        let wrong = Product { a: matrix(a, 2, 3), b: matrix(b, 2, 3), c, add: false, batch: 1 };
-        assert!(sim.product(&wrong).is_err());
+        let wrong =
+            Matmul { a: matrix(a, 2, 3), b: matrix(b, 2, 3), c, accumulate: false, batch: 1 };
+        assert!(sim.matmul(&wrong).is_err());
     }
 
     #[test]
-    fn arguments_are_held_against_the_kernels_parameters() {
+    fn launch_rejects_arguments_that_do_not_match_the_kernel() {
         let Some(mut sim) = sim() else { return };
         let out = sim.alloc(40).unwrap();
         let mut fill = Launch {
@@ -340,24 +341,24 @@ mod tests {
     }
 
     #[test]
-    fn what_is_recorded_happens_when_it_is_replayed() {
+    fn captured_work_executes_at_graph_launch() {
         let Some(mut sim) = sim() else { return };
         let (a, b) = (sim.alloc(8).unwrap(), sim.alloc(8).unwrap());
         sim.upload(a, &[1; 8]).unwrap();
         sim.upload(b, &[2; 8]).unwrap();
-        sim.record().unwrap();
+        sim.begin_capture().unwrap();
         sim.copy(a, b, 8).unwrap();
-        sim.fill(a, 3, 4).unwrap();
-        let graph = sim.finish().unwrap();
+        sim.memset(a, 3, 4).unwrap();
+        let graph = sim.end_capture().unwrap();
         let read = |sim: &Sim, at| {
             let mut bytes = [0; 8];
             sim.download(at, &mut bytes).unwrap();
             bytes
         };
         assert_eq!(read(&sim, b), [2; 8]);
-        sim.replay(graph).unwrap();
+        sim.launch_graph(graph).unwrap();
         assert_eq!((read(&sim, a), read(&sim, b)), ([3, 3, 3, 3, 1, 1, 1, 1], [1; 8]));
-        sim.replay(graph).unwrap();
+        sim.launch_graph(graph).unwrap();
         assert_eq!(read(&sim, b), [3, 3, 3, 3, 1, 1, 1, 1]);
     }
 }

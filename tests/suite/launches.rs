@@ -10,7 +10,7 @@ use laam::backend::gpu::{Gpu, Mode, Options};
 use laam::backend::reference::Reference;
 use laam::bench::check::{Selection, Size, check};
 use laam::device::sim::Sim;
-use laam::device::{Address, Arg, Device, Graph, Launch, Mark, Product};
+use laam::device::{Address, Arg, Device, Event, Graph, Launch, Matmul};
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
 use laam::tokens::Kind;
@@ -26,7 +26,7 @@ enum Slip {
     Forgotten(&'static str),
     /// The same, but only in a graph.
     Unrecorded(&'static str),
-    Product(fn(&mut Product)),
+    Matmul(fn(&mut Matmul)),
     NotFilled,
 }
 
@@ -64,29 +64,29 @@ impl Device for Slipping {
             _ => self.device.launch(launch),
         }
     }
-    fn product(&mut self, product: &Product) -> anyhow::Result<()> {
+    fn matmul(&mut self, product: &Matmul) -> anyhow::Result<()> {
         let mut product = *product;
-        if let Slip::Product(change) = self.slip {
+        if let Slip::Matmul(change) = self.slip {
             let before = product;
             change(&mut product);
             self.slips(product != before);
         }
-        self.device.product(&product)
+        self.device.matmul(&product)
     }
-    fn fill(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
+    fn memset(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
         if matches!(self.slip, Slip::NotFilled) && self.began && self.slips(byte == 0 && bytes > 4)
         {
             return Ok(());
         }
-        self.device.fill(at, byte, bytes)
+        self.device.memset(at, byte, bytes)
     }
-    fn record(&mut self) -> anyhow::Result<()> {
+    fn begin_capture(&mut self) -> anyhow::Result<()> {
         self.recording = true;
-        self.device.record()
+        self.device.begin_capture()
     }
-    fn finish(&mut self) -> anyhow::Result<Graph> {
+    fn end_capture(&mut self) -> anyhow::Result<Graph> {
         self.recording = false;
-        self.device.finish()
+        self.device.end_capture()
     }
 
     fn name(&self) -> &'static str {
@@ -117,17 +117,17 @@ impl Device for Slipping {
     fn load(&mut self, entry: &str) -> anyhow::Result<()> {
         self.device.load(entry)
     }
-    fn replay(&mut self, graph: Graph) -> anyhow::Result<()> {
-        self.device.replay(graph)
+    fn launch_graph(&mut self, graph: Graph) -> anyhow::Result<()> {
+        self.device.launch_graph(graph)
     }
-    fn mark(&mut self) -> anyhow::Result<Mark> {
-        self.device.mark()
+    fn record_event(&mut self) -> anyhow::Result<Event> {
+        self.device.record_event()
     }
-    fn seconds(&mut self, from: Mark, to: Mark) -> anyhow::Result<f64> {
-        self.device.seconds(from, to)
+    fn elapsed(&mut self, from: Event, to: Event) -> anyhow::Result<f64> {
+        self.device.elapsed(from, to)
     }
-    fn forget_marks(&mut self) {
-        self.device.forget_marks();
+    fn clear_events(&mut self) {
+        self.device.clear_events();
     }
     fn synchronize(&mut self) -> anyhow::Result<()> {
         self.device.synchronize()
@@ -260,7 +260,7 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             "weight gradients assigned, not added",
             "linear_backward_weight",
             Dtype::Bf16,
-            Slip::Product(|product| product.add = false),
+            Slip::Matmul(|product| product.accumulate = false),
         ),
         ("gradients not cleared", "zero_gradients", Dtype::F32, Slip::NotFilled),
         (
@@ -290,7 +290,7 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             "the wide side for the small one",
             "muon",
             Dtype::F32,
-            Slip::Product(|product| {
+            Slip::Matmul(|product| {
                 let square = product.c.rows == product.c.cols && product.a.at == product.b.at;
                 if square && product.a.rows == product.a.cols {
                     product.a = product.a.t();

@@ -53,12 +53,7 @@ fn plain_loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
             Matrix::new(at.plus(first * hidden * dtype.size()), dtype, rows, hidden)
         };
         let x = part(l.at(o.x), dtype);
-        l.product(
-            x,
-            l.weight_matrix(o.w).t(),
-            Matrix::new(logits, Dtype::F32, rows, vocab),
-            false,
-        )?;
+        l.matmul(x, l.weight_matrix(o.w).t(), Matrix::new(logits, Dtype::F32, rows, vocab), false)?;
         let args = [
             logits.into(),
             l.at(o.targets).plus(4 * first).into(),
@@ -74,8 +69,8 @@ fn plain_loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
         l.typed("head_logits", Shape::linear(rows, threads), &args)?;
         if let Some(dx) = o.dx {
             let dlogits = Matrix::new(gradient, dtype, rows, vocab);
-            l.product(dlogits, l.weight_matrix(o.w), part(l.at(dx), dtype), false)?;
-            l.product(dlogits.t(), x, l.gradient_matrix(o.w), true)?;
+            l.matmul(dlogits, l.weight_matrix(o.w), part(l.at(dx), dtype), false)?;
+            l.matmul(dlogits.t(), x, l.gradient_matrix(o.w), true)?;
         }
     }
     Ok(())

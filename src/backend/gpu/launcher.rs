@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::Options;
-use crate::device::{Address, Arg, Device, Launch, Matrix, Product};
+use crate::device::{Address, Arg, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
 use crate::llama::ops::Heads;
 use crate::llama::{Buffer, BytePlan, Element, Program, Rates};
@@ -175,8 +175,14 @@ impl Launcher<'_> {
     }
 
     /// `c = a b`, or `c += a b`.
-    pub fn product(&mut self, a: Matrix, b: Matrix, c: Matrix, add: bool) -> anyhow::Result<()> {
-        self.device.product(&Product { a, b, c, add, batch: 1 })
+    pub fn matmul(
+        &mut self,
+        a: Matrix,
+        b: Matrix,
+        c: Matrix,
+        accumulate: bool,
+    ) -> anyhow::Result<()> {
+        self.device.matmul(&Matmul { a, b, c, accumulate, batch: 1 })
     }
 
     /// `c = a b` for so many of each that lie behind one another.
@@ -187,7 +193,7 @@ impl Launcher<'_> {
         b: Matrix,
         c: Matrix,
     ) -> anyhow::Result<()> {
-        self.device.product(&Product { a, b, c, add: false, batch })
+        self.device.matmul(&Matmul { a, b, c, accumulate: false, batch })
     }
 
     /// A matrix of activations.

@@ -98,7 +98,7 @@ impl Gpu {
         let (_, memory) = device.memory()?;
         let name = device.name();
         let precision = options.dtype.suffix();
-        let peak = device.peak(options.dtype);
+        let peak = device.peak_flops(options.dtype);
         let device = format!("{}, {precision}", device.describe());
         Ok(Gpu { open, options, name, device, memory, peak })
     }

@@ -47,7 +47,7 @@ impl Queue {
     pub fn new(device: &mut dyn Device, dtype: Dtype) -> anyhow::Result<Queue> {
         let records = device.alloc(ROOM * Control::BYTES)?;
         let cursor = device.alloc(4)?;
-        device.fill(cursor, 0, 4)?;
+        device.memset(cursor, 0, 4)?;
         let outcomes = device.alloc(ROOM * OUTCOME)?;
         let mut scaling = Address::NULL;
         let mut kernels = vec!["queue_next", "queue_report"];
@@ -97,7 +97,7 @@ impl Queue {
             return Ok(Vec::new());
         }
         device.download(self.outcomes, &mut bytes)?;
-        device.fill(self.cursor, 0, 4)?;
+        device.memset(self.cursor, 0, 4)?;
         let ends = std::mem::take(&mut self.ends);
         if let Some(held) = &mut self.held {
             held.pushed = 0;

@@ -135,7 +135,7 @@ impl Model {
                 return Ok(Address::NULL);
             }
             let at = device.alloc(elements * size)?;
-            device.fill(at, 0, elements * size)?;
+            device.memset(at, 0, elements * size)?;
             Ok(at)
         };
         let len = layout.len;
@@ -217,10 +217,10 @@ impl Model {
             pieces.insert(0, Piece::Begin(queue, ends, draw));
             pieces.push(Piece::End(queue, ends));
         }
-        let mut marks = Vec::new();
+        let mut events = Vec::new();
         for piece in &pieces {
             if timed {
-                marks.push(self.device.mark()?);
+                events.push(self.device.record_event()?);
             }
             let mut launcher = Launcher {
                 device: &mut *self.device,
@@ -245,12 +245,12 @@ impl Model {
             }
         }
         if timed {
-            marks.push(self.device.mark()?);
-            for (piece, pair) in pieces.iter().zip(marks.windows(2)) {
-                let seconds = self.device.seconds(pair[0], pair[1])?;
+            events.push(self.device.record_event()?);
+            for (piece, pair) in pieces.iter().zip(events.windows(2)) {
+                let seconds = self.device.elapsed(pair[0], pair[1])?;
                 *self.seconds.entry(piece.name()).or_default() += seconds;
             }
-            self.device.forget_marks();
+            self.device.clear_events();
         }
         Ok(())
     }
@@ -285,7 +285,7 @@ impl Model {
         }
         let ready = &self.programs[program];
         if let Some(&graph) = ready.graphs.get(&way) {
-            return self.device.replay(graph);
+            return self.device.launch_graph(graph);
         }
         // The first time one by one: loading a kernel or planning a product cannot be recorded.
         if !(self.options.mode == Mode::Graphs && ready.ran) {
@@ -293,14 +293,14 @@ impl Model {
             self.programs[program].ran = true;
             return Ok(());
         }
-        self.device.record()?;
+        self.device.begin_capture()?;
         let asked = (0..times).try_for_each(|_| self.enqueue(program, way, false));
         // Also after an error: the stream must not be left recording.
-        let graph = self.device.finish();
+        let graph = self.device.end_capture();
         asked?;
         let graph = graph?;
         self.programs[program].graphs.insert(way, graph);
-        self.device.replay(graph)
+        self.device.launch_graph(graph)
     }
 
     fn arena(&self, arena: Arena) -> (Address, usize, Dtype) {
@@ -427,11 +427,11 @@ impl Session for Model {
 
     fn time(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<f64> {
         self.feed(loaded, feed)?;
-        let start = self.device.mark()?;
+        let start = self.device.record_event()?;
         self.execute(loaded, Way::Fed)?;
-        let end = self.device.mark()?;
-        let seconds = self.device.seconds(start, end)?;
-        self.device.forget_marks();
+        let end = self.device.record_event()?;
+        let seconds = self.device.elapsed(start, end)?;
+        self.device.clear_events();
         Ok(seconds)
     }
 
@@ -458,7 +458,7 @@ impl Session for Model {
     fn poison(&mut self) -> anyhow::Result<()> {
         for Region { at, bytes } in [self.block, self.scratch] {
             if bytes > 0 {
-                self.device.fill(at, 0xFF, bytes)?;
+                self.device.memset(at, 0xFF, bytes)?;
             }
         }
         Ok(())
@@ -504,7 +504,7 @@ impl Session for Model {
 
     fn state(&self) -> anyhow::Result<Value> {
         let scale = self.queue.as_ref().map(|queue| queue.scale(&*self.device)).transpose()?;
-        let state = State { loss_scale: scale.flatten(), choices: self.device.choices() };
+        let state = State { loss_scale: scale.flatten(), choices: self.device.matmul_plans() };
         Ok(if state == State::default() { Value::Null } else { serde_json::to_value(state)? })
     }
 
@@ -519,7 +519,7 @@ impl Session for Model {
             let queue = self.queue.as_mut().expect("it is ready");
             queue.rescale(&mut *self.device, scale)?;
         }
-        Ok(if choices.is_null() { None } else { self.device.choose(&choices) })
+        Ok(if choices.is_null() { None } else { self.device.pin_matmul_plans(&choices) })
     }
 }
 

@@ -14,7 +14,7 @@ const CHUNK: usize = 4096;
 const RATES: usize = 24;
 
 pub(super) fn zero_gradients(l: &mut Launcher) -> anyhow::Result<()> {
-    l.device.fill(l.arenas.gradients, 0, 4 * l.arenas.len)
+    l.device.memset(l.arenas.gradients, 0, 4 * l.arenas.len)
 }
 
 fn blocks(len: usize) -> usize {

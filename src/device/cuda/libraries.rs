@@ -1,32 +1,32 @@
-//! Whether CUDA's libraries can be loaded, and where they are when the loader does not know.
+//! Search for CUDA's libraries in the loader's paths, toolkits and Python environments.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 use cudarc::{cublaslt, driver};
 
-/// Names of cuBLASLt, the newest first.
+/// File names of cuBLASLt, newest first.
 const CUBLASLT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 
-/// Whether the driver's library can be loaded.
+/// True if the driver's library can be loaded.
 pub(super) fn driver() -> bool {
-    // SAFETY: it opens libraries by the names of libcuda, whose initialisers are NVIDIA's.
+    // SAFETY: this loads only libcuda, by its names, whose initializers are safe to run.
     unsafe { driver::sys::is_culib_present() }
 }
 
-/// Whether a library can be loaded, and by whom.
+/// Result of the search for a library.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Library {
     Missing,
-    /// The loader knows where it is.
+    /// Found by the loader.
     Known,
-    /// The loader does not; it lies here.
+    /// Found at this path, which the loader does not search.
     Found(PathBuf),
 }
 
-/// Looks for cuBLASLt, and loads it where it is.
+/// Finds cuBLASLt and loads it.
 pub fn cublaslt() -> Library {
-    // SAFETY: as in `driver`, for cuBLASLt.
+    // SAFETY: this loads only cuBLASLt, by its names, whose initializers are safe to run.
     let present = || unsafe { cublaslt::sys::is_culib_present() };
     if present() {
         return Library::Known;
@@ -35,9 +35,10 @@ pub fn cublaslt() -> Library {
         if !path.is_file() {
             continue;
         }
-        // SAFETY: a file of cuBLASLt's name in a folder where CUDA's libraries are kept.
+        // SAFETY: the file has cuBLASLt's name and lies in a folder of CUDA's libraries, so its
+        // initializers are safe to run.
         if let Ok(library) = unsafe { libloading::Library::new(&path) } {
-            // Once loaded it stays, and is found by its name.
+            // It stays loaded, so that the loader finds it by its name.
             std::mem::forget(library);
             if present() {
                 return Library::Found(path);
@@ -47,7 +48,8 @@ pub fn cublaslt() -> Library {
     Library::Missing
 }
 
-/// Where CUDA's libraries may lie: an installed toolkit, then the wheels of Python environments.
+/// Folders that may contain CUDA's libraries: installed toolkits, then the wheels of Python
+/// environments.
 fn folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for name in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"] {

@@ -1,7 +1,8 @@
-//! Matrix products by cuBLASLt: a plan for each shape, made once and kept.
+//! Matmuls through cuBLASLt: one plan per shape, made on first use.
 //!
-//! Which of its algorithms cuBLASLt advises decides the bits of a product, and may change with its
-//! version or the card. So plans can be told as [`Choices`] and kept to by a later run.
+//! The algorithm that cuBLASLt's heuristic returns decides the bits of the result, and may change with
+//! its version or the GPU. So a checkpoint stores the algorithms as [`PinnedPlans`], and a resumed run
+//! uses them.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -11,44 +12,46 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUstream;
 use serde::{Deserialize, Serialize};
 
-use super::super::{Address, Matrix, Product};
+use super::super::{Address, Matmul, Matrix};
 use super::libraries::{self, Library};
 use crate::dtype::Dtype;
 use crate::error::error;
 
-/// cuBLASLt, its workspace, and the plans made so far.
-pub(super) struct Products {
+/// A cuBLASLt handle, its workspace, and the plans made so far.
+pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     workspace: Address,
-    plans: HashMap<Key, Plan>,
-    /// What an earlier run chose.
-    chosen: HashMap<Key, Algorithm>,
+    plans: HashMap<MatmulKey, MatmulPlan>,
+    /// Algorithms of an earlier run.
+    pinned: HashMap<MatmulKey, Algorithm>,
 }
 
-/// Which algorithm each product took.
+/// The algorithm of each matmul.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Choices {
-    /// Of cuBLASLt: an algorithm means nothing to another one.
+pub(super) struct PinnedPlans {
+    /// Version of cuBLASLt, which alone can read its algorithms.
     pub version: usize,
-    pub products: Vec<(Key, Algorithm)>,
+    #[serde(alias = "products")]
+    pub matmuls: Vec<(MatmulKey, Algorithm)>,
 }
 
-/// An algorithm as cuBLASLt describes it to itself.
+/// An algorithm in cuBLASLt's own opaque encoding.
 type Algorithm = [u64; 8];
 
-/// What a plan depends on.
+/// Everything a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub(super) struct Key {
-    a: Side,
-    b: Side,
-    c: Side,
-    add: bool,
+pub(super) struct MatmulKey {
+    a: Operand,
+    b: Operand,
+    c: Operand,
+    #[serde(alias = "add")]
+    accumulate: bool,
     batch: usize,
 }
 
-/// A matrix without its place; what it is aligned to instead.
+/// A matrix by shape and alignment instead of address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-struct Side {
+struct Operand {
     #[serde(alias = "ty")]
     dtype: Dtype,
     rows: usize,
@@ -57,18 +60,18 @@ struct Side {
     alignment: u32,
 }
 
-impl Side {
-    /// Of the first of `batch` matrices.
-    fn of(matrix: Matrix, batch: usize) -> Side {
+impl Operand {
+    /// The operand of a matmul with `batch` matrices.
+    fn of(matrix: Matrix, batch: usize) -> Operand {
         let Matrix { at, dtype, rows, cols, transposed } = matrix;
         let next = if batch > 1 { (rows * cols * dtype.size()).trailing_zeros() } else { 8 };
         let alignment = 1 << at.0.trailing_zeros().min(next).min(8);
-        Side { dtype, rows, cols, transposed, alignment }
+        Operand { dtype, rows, cols, transposed, alignment }
     }
 }
 
-/// cuBLASLt's descriptors and the algorithm it chose. They are few and live as long as the process.
-struct Plan {
+/// cuBLASLt's descriptors and the algorithm. They are few and live as long as the process.
+struct MatmulPlan {
     description: sys::cublasLtMatmulDesc_t,
     first: sys::cublasLtMatrixLayout_t,
     second: sys::cublasLtMatrixLayout_t,
@@ -76,59 +79,59 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-impl Products {
-    /// What cuBLASLt may use beside the matrices: 32 MiB, as it is advised for Hopper. It is always
-    /// the same, since the choice of an algorithm depends on it.
-    pub const WORKSPACE: usize = 32 << 20;
+impl CublasLt {
+    /// Workspace of cuBLASLt: the 32 MiB that NVIDIA recommends for Hopper. It is the same on every GPU,
+    /// because the choice of an algorithm depends on it.
+    pub const WORKSPACE_BYTES: usize = 32 << 20;
 
-    pub fn new(workspace: Address) -> anyhow::Result<Products> {
+    pub fn new(workspace: Address) -> anyhow::Result<CublasLt> {
         if libraries::cublaslt() == Library::Missing {
             return Err(error(
                 "cuBLASLt was not found: libcublasLt.so.13 or .12",
                 "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
             ));
         }
-        let handle = result::create_handle().map_err(|e| failed("starting cuBLASLt", e))?;
-        Ok(Products { handle, workspace, plans: HashMap::new(), chosen: HashMap::new() })
+        let handle = result::create_handle().map_err(|e| failed("initializing cuBLASLt", e))?;
+        Ok(CublasLt { handle, workspace, plans: HashMap::new(), pinned: HashMap::new() })
     }
 
-    /// The version of the cuBLASLt that was found.
+    /// Version of the cuBLASLt that was found.
     pub fn version() -> usize {
-        // SAFETY: it takes nothing and cannot fail; the library is there, or nothing here is called.
+        // SAFETY: the call takes no arguments, and the library is loaded: callers check `cublaslt()`.
         unsafe { sys::cublasLtGetVersion() }
     }
 
-    /// What was chosen so far.
-    pub fn choices(&self) -> Choices {
-        let chosen = |(key, plan): (&Key, &Plan)| (*key, plan.algorithm.data);
-        let mut products: Vec<_> = self.plans.iter().map(chosen).collect();
-        products.sort_unstable();
-        Choices { version: Self::version(), products }
+    /// The algorithms chosen so far.
+    pub fn plans(&self) -> PinnedPlans {
+        let chosen = |(key, plan): (&MatmulKey, &MatmulPlan)| (*key, plan.algorithm.data);
+        let mut matmuls: Vec<_> = self.plans.iter().map(chosen).collect();
+        matmuls.sort_unstable();
+        PinnedPlans { version: Self::version(), matmuls }
     }
 
-    /// Takes these algorithms from now on.
-    pub fn choose(&mut self, choices: Choices) {
-        self.chosen = choices.products.into_iter().collect();
+    /// Uses these algorithms from now on.
+    pub fn pin(&mut self, plans: PinnedPlans) {
+        self.pinned = plans.matmuls.into_iter().collect();
         self.plans.clear();
     }
 
-    /// A row-major product is the column-major product of the turned matrices in turned order:
-    /// what is `[rows, cols]` by rows is `[cols, rows]` by columns, so `cT = bT aT` needs no copies.
-    pub fn run(&mut self, product: &Product, stream: CUstream) -> anyhow::Result<()> {
-        let (m, n, k) = product.check()?;
-        let Product { a, b, c, add, batch } = *product;
-        let side = |matrix| Side::of(matrix, batch);
-        let key = Key { a: side(a), b: side(b), c: side(c), add, batch };
+    /// Executes a matmul. cuBLASLt is column-major, and a row-major `[rows, cols]` matrix is its
+    /// column-major transpose, so it computes `cT = bT aT` without copies.
+    pub fn run(&mut self, matmul: &Matmul, stream: CUstream) -> anyhow::Result<()> {
+        let (m, n, k) = matmul.check()?;
+        let Matmul { a, b, c, accumulate, batch } = *matmul;
+        let operand = |matrix| Operand::of(matrix, batch);
+        let key = MatmulKey { a: operand(a), b: operand(b), c: operand(c), accumulate, batch };
         if !self.plans.contains_key(&key) {
-            let plan = plan(self.handle, &key, self.chosen.get(&key))
-                .map_err(|e| failed(&format!("planning a product of {m} x {k} by {k} x {n}"), e))?;
+            let plan = plan(self.handle, &key, self.pinned.get(&key))
+                .map_err(|e| failed(&format!("planning a matmul of {m} x {k} by {k} x {n}"), e))?;
             self.plans.insert(key, plan);
         }
         let plan = &self.plans[&key];
-        let (alpha, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
+        let (alpha, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
         let pointer = |address: Address| address.0 as *mut c_void;
-        // SAFETY: the descriptors were made for exactly these shapes and live as long as the plan;
-        // the matrices' memory is the caller's, as for a kernel's arguments.
+        // SAFETY: the descriptors were created for exactly these shapes and live as long as the plan;
+        // `alpha` and `beta` are read before the call returns; the matrices are device memory.
         unsafe {
             result::matmul(
                 self.handle,
@@ -145,26 +148,26 @@ impl Products {
                 plan.out,
                 &raw const plan.algorithm,
                 pointer(self.workspace),
-                Self::WORKSPACE,
+                Self::WORKSPACE_BYTES,
                 stream.cast(),
             )
         }
-        .map_err(|e| failed(&format!("a product of {m} x {k} by {k} x {n}"), e))
+        .map_err(|e| failed(&format!("a matmul of {m} x {k} by {k} x {n}"), e))
     }
 }
 
-impl Drop for Products {
+impl Drop for CublasLt {
     fn drop(&mut self) {
-        // SAFETY: made in `new`, destroyed once.
+        // SAFETY: the handle was created in `new` and is destroyed once.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
 
 fn plan(
     handle: sys::cublasLtHandle_t,
-    key: &Key,
-    chosen: Option<&Algorithm>,
-) -> Result<Plan, CublasError> {
+    key: &MatmulKey,
+    pinned: Option<&Algorithm>,
+) -> Result<MatmulPlan, CublasError> {
     use sys::cublasLtMatmulDescAttributes_t as Describe;
     use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
 
@@ -172,12 +175,12 @@ fn plan(
         sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
         sys::cudaDataType_t::CUDA_R_32F,
     )?;
-    for (attribute, side) in [
+    for (attribute, operand) in [
         (Describe::CUBLASLT_MATMUL_DESC_TRANSA, key.b),
         (Describe::CUBLASLT_MATMUL_DESC_TRANSB, key.a),
     ] {
         // cublasOperation_t: N is 0, T is 1.
-        let operation = i32::from(side.transposed);
+        let operation = i32::from(operand.transposed);
         // SAFETY: the attribute is an i32, which is read before the call returns.
         unsafe {
             result::set_matmul_desc_attribute(
@@ -188,16 +191,16 @@ fn plan(
             )?;
         }
     }
-    let layout = |side: Side| {
+    let layout = |operand: Operand| {
         use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
         let layout = result::create_matrix_layout(
-            data_type(side.dtype),
-            side.cols as u64,
-            side.rows as u64,
-            side.cols as i64,
+            data_type(operand.dtype),
+            operand.cols as u64,
+            operand.rows as u64,
+            operand.cols as i64,
         )?;
         if key.batch > 1 {
-            let (count, stride) = (key.batch as i32, (side.rows * side.cols) as i64);
+            let (count, stride) = (key.batch as i32, (operand.rows * operand.cols) as i64);
             // SAFETY: the attributes are an i32 and an i64, which are read before the call returns.
             unsafe {
                 result::set_matrix_layout_attribute(
@@ -217,7 +220,7 @@ fn plan(
         Ok::<_, CublasError>(layout)
     };
     let (first, second, out) = (layout(key.b)?, layout(key.a)?, layout(key.c)?);
-    if let Some(&data) = chosen {
+    if let Some(&data) = pinned {
         let algorithm = sys::cublasLtMatmulAlgo_t { data };
         let mut result = sys::cublasLtMatmulHeuristicResult_t {
             algo: algorithm,
@@ -226,8 +229,8 @@ fn plan(
             wavesCount: 0.0,
             reserved: [0; 4],
         };
-        // It comes from a file: cuBLASLt says whether it is one for this product.
-        // SAFETY: all descriptors were made above and are whole; `result` outlives the call.
+        // It comes from a file, so cuBLASLt validates it for this matmul.
+        // SAFETY: all descriptors were created above; `result` outlives the call.
         unsafe {
             sys::cublasLtMatmulAlgoCheck(
                 handle,
@@ -241,11 +244,11 @@ fn plan(
             )
         }
         .result()?;
-        return Ok(Plan { description, first, second, out, algorithm });
+        return Ok(MatmulPlan { description, first, second, out, algorithm });
     }
 
     let preference = result::create_matmul_pref()?;
-    let workspace = Products::WORKSPACE;
+    let workspace = CublasLt::WORKSPACE_BYTES;
     // SAFETY: the attribute is a usize, which is read before the call returns.
     unsafe {
         result::set_matmul_pref_attribute(
@@ -255,7 +258,7 @@ fn plan(
             size_of::<usize>(),
         )?;
     }
-    for (attribute, side) in [
+    for (attribute, operand) in [
         (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.b),
         (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.a),
         (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.c),
@@ -266,12 +269,12 @@ fn plan(
             result::set_matmul_pref_attribute(
                 preference,
                 attribute,
-                (&raw const side.alignment).cast(),
+                (&raw const operand.alignment).cast(),
                 size_of::<u32>(),
             )?;
         }
     }
-    // SAFETY: all descriptors were made above and are whole.
+    // SAFETY: all descriptors were created above.
     let chosen = unsafe {
         let chosen = result::get_matmul_algo_heuristic(
             handle,
@@ -285,7 +288,7 @@ fn plan(
         result::destroy_matmul_pref(preference)?;
         chosen?
     };
-    Ok(Plan { description, first, second, out, algorithm: chosen.algo })
+    Ok(MatmulPlan { description, first, second, out, algorithm: chosen.algo })
 }
 
 fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
@@ -297,28 +300,44 @@ fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
 }
 
 fn failed(what: &str, why: CublasError) -> anyhow::Error {
-    error(format!("{what}: cuBLASLt says {why}"), "laam doctor tells which libraries were found")
+    error(
+        format!("{what}: cuBLASLt returned {why}"),
+        "laam doctor shows which libraries were found",
+    )
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
-    fn choices_survive_a_checkpoint() {
-        let side =
-            |rows, cols, dtype| Side { dtype, rows, cols, transposed: rows > 3, alignment: 256 };
-        let key = |rows| Key {
-            a: side(rows, 4, Dtype::Bf16),
-            b: side(4, 5, Dtype::F16),
-            c: side(rows, 5, Dtype::F32),
-            add: rows == 2,
+    fn plans_survive_a_checkpoint() {
+        let operand =
+            |rows, cols, dtype| Operand { dtype, rows, cols, transposed: rows > 3, alignment: 256 };
+        let key = |rows| MatmulKey {
+            a: operand(rows, 4, Dtype::Bf16),
+            b: operand(4, 5, Dtype::F16),
+            c: operand(rows, 5, Dtype::F32),
+            accumulate: rows == 2,
             batch: 3,
         };
-        // Numbers that JSON's readers of f64 would round.
-        let products = vec![(key(2), [u64::MAX; 8]), (key(7), [1 << 63 | 1; 8])];
-        let choices = Choices { version: 130_000, products };
-        let text = serde_json::to_value(&choices).unwrap().to_string();
-        assert_eq!(serde_json::from_str::<Choices>(&text).unwrap(), choices);
+        // Integers that a JSON reader of f64 would round.
+        let matmuls = vec![(key(2), [u64::MAX; 8]), (key(7), [1 << 63 | 1; 8])];
+        let plans = PinnedPlans { version: 130_000, matmuls };
+        let text = serde_json::to_value(&plans).unwrap().to_string();
+        assert_eq!(serde_json::from_str::<PinnedPlans>(&text).unwrap(), plans);
+    }
+
+    #[test]
+    fn plans_of_earlier_checkpoints_are_read() {
+        let side = |ty: &str| json!({ "ty": ty, "rows": 2, "cols": 2, "transposed": false, "alignment": 256 });
+        let key = json!({ "a": side("bf16"), "b": side("f16"), "c": side("f32"), "add": true, "batch": 1 });
+        let old = json!({ "version": 120_000, "products": [[key, [1, 2, 3, 4, 5, 6, 7, 8]]] });
+        let plans: PinnedPlans = serde_json::from_value(old).unwrap();
+        let (key, algorithm) = plans.matmuls[0];
+        assert_eq!((key.a.dtype, key.b.dtype, key.c.dtype), (Dtype::Bf16, Dtype::F16, Dtype::F32));
+        assert!(key.accumulate && algorithm == [1, 2, 3, 4, 5, 6, 7, 8]);
     }
 }

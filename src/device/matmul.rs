@@ -1,7 +1,8 @@
-//! Matrix products as every device takes them.
+//! Matrix products: `C = A B` or `C += A B`, row-major.
 
 use super::Address;
 use crate::dtype::Dtype;
+use crate::error::error;
 
 /// A row-major matrix in a device's memory, `[rows, cols]`, without gaps between its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -10,7 +11,7 @@ pub struct Matrix {
     pub dtype: Dtype,
     pub rows: usize,
     pub cols: usize,
-    /// Read with rows and columns exchanged.
+    /// The matmul reads it transposed.
     pub transposed: bool,
 }
 
@@ -19,47 +20,47 @@ impl Matrix {
         Matrix { at, dtype, rows, cols, transposed: false }
     }
 
-    /// The same memory with rows and columns exchanged.
+    /// The transpose, in the same memory.
     #[must_use]
     pub fn t(self) -> Matrix {
         Matrix { transposed: !self.transposed, ..self }
     }
 
-    /// Rows and columns as it is read.
+    /// Rows and columns after transposition.
     pub fn shape(&self) -> (usize, usize) {
         if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) }
     }
 }
 
-/// `c = a b`, or `c += a b`, summed in f32 and rounded once, for one or several of each that lie
-/// behind one another. `a` and `b` are of one type, `c` of that type or of f32; `c` is not
-/// transposed and overlaps neither.
+/// `c = a b` or `c += a b`, accumulated in f32 and rounded once; strided-batched if `batch` is above
+/// 1, with each operand's matrices contiguous one after another. `a` and `b` have one dtype, `c` has
+/// that dtype or f32; `c` is not transposed and overlaps neither operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Product {
+pub struct Matmul {
     pub a: Matrix,
     pub b: Matrix,
     pub c: Matrix,
-    /// Whether it is added to what is there.
-    pub add: bool,
-    /// How many there are of each matrix.
+    /// `c += a b` instead of `c = a b`.
+    pub accumulate: bool,
+    /// Number of matrices in each operand.
     pub batch: usize,
 }
 
-impl Product {
-    /// `(m, n, k)`, once the shapes and types fit each other.
+impl Matmul {
+    /// `(m, n, k)`, if shapes and dtypes are consistent.
     pub(super) fn check(&self) -> anyhow::Result<(usize, usize, usize)> {
-        let ((m, k), (k_too, n)) = (self.a.shape(), self.b.shape());
-        let fits = k == k_too
+        let ((m, k), (b_rows, n)) = (self.a.shape(), self.b.shape());
+        let consistent = k == b_rows
             && self.c.shape() == (m, n)
             && !self.c.transposed
             && self.a.dtype == self.b.dtype
             && (self.c.dtype == self.a.dtype || self.c.dtype == Dtype::F32)
             && m * n * k * self.batch > 0;
-        if fits {
+        if consistent {
             return Ok((m, n, k));
         }
-        Err(crate::error::error(
-            format!("a product that does not fit: {self:?}"),
+        Err(error(
+            format!("invalid matmul: shapes or dtypes do not match in {self:?}"),
             "this is a fault of laam: report it",
         ))
     }

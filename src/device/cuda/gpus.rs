@@ -1,10 +1,10 @@
-//! What cards can do by their data sheets, where nothing was measured.
+//! Peak matmul rates of GPUs by their data sheets.
 
 use crate::dtype::Dtype;
 
-/// Dense products of two-byte numbers summed in f32, in TFLOP/s, by a part of the card's name. The
-/// first that fits counts.
-const CARDS: [(&str, f64); 22] = [
+/// Dense f16 and bf16 matmuls with f32 accumulation, in TFLOP/s, by a substring of the GPU's name;
+/// the first match counts.
+const PEAK_TFLOPS: [(&str, f64); 22] = [
     ("B200", 2250.0),
     ("GH200", 989.4),
     ("H200 NVL", 835.5),
@@ -29,13 +29,12 @@ const CARDS: [(&str, f64); 22] = [
     ("RTX A6000", 154.8),
 ];
 
-/// FLOP/s of products, the most that shares are told of; `None` for a card not in the table, and for
-/// f32, which no share is told of.
-pub(super) fn peak(card: &str, dtype: Dtype) -> Option<f64> {
+/// Peak FLOP/s of matmuls, the denominator of MFU; `None` for f32 and for a GPU not in the table.
+pub(super) fn peak_flops(gpu: &str, dtype: Dtype) -> Option<f64> {
     if dtype == Dtype::F32 {
         return None;
     }
-    CARDS.iter().find(|(name, _)| card.contains(name)).map(|(_, teraflops)| teraflops * 1e12)
+    PEAK_TFLOPS.iter().find(|(name, _)| gpu.contains(name)).map(|(_, teraflops)| teraflops * 1e12)
 }
 
 #[cfg(test)]
@@ -43,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cards_are_known_by_the_names_their_driver_gives() {
+    fn peak_flops_are_found_by_the_names_the_driver_reports() {
         for (name, teraflops) in [
             ("NVIDIA H100 80GB HBM3, 132 SMs", 989.4),
             ("NVIDIA H100 PCIe, 114 SMs", 756.5),
@@ -51,9 +50,9 @@ mod tests {
             ("NVIDIA L40S, 142 SMs", 362.1),
             ("NVIDIA GeForce RTX 4090, 128 SMs", 165.2),
         ] {
-            assert_eq!(peak(name, Dtype::Bf16), Some(teraflops * 1e12), "{name}");
+            assert_eq!(peak_flops(name, Dtype::Bf16), Some(teraflops * 1e12), "{name}");
         }
-        assert_eq!(peak("NVIDIA H100 80GB HBM3", Dtype::F32), None);
-        assert_eq!(peak("a card of next year", Dtype::Bf16), None);
+        assert_eq!(peak_flops("NVIDIA H100 80GB HBM3", Dtype::F32), None);
+        assert_eq!(peak_flops("an unknown GPU", Dtype::Bf16), None);
     }
 }
