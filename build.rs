@@ -262,12 +262,12 @@ fn generated(nvcc: Option<&Nvcc>, archs: &[String], without: &str, kernels: &[St
     )
     .expect("a string takes all");
     text.push_str("/// Every kernel file, by name; none where there was no nvcc.\n");
-    text.push_str("pub const KERNELS: &[Kernel] = &[\n");
+    text.push_str("pub const CUDA_MODULES: &[CudaModule] = &[\n");
     for name in kernels {
         let file = |kind| format!("concat!(env!(\"OUT_DIR\"), \"/{name}.{kind}\")");
         writeln!(
             text,
-            "    Kernel {{ name: {name:?}, fatbin: include_bytes!({}), ptx: include_str!({}) }},",
+            "    CudaModule {{ name: {name:?}, fatbin: include_bytes!({}), ptx: include_str!({}) }},",
             file("fatbin"),
             file("ptx")
         )

@@ -12,7 +12,7 @@
 // Bytes: 28 a parameter, 30 with the copy. About 15 FLOPs: bound by memory.
 #include "lib/vector.cuh"
 
-// What one step needs to know, made once a step by `adamw_rates`.
+// What one step needs to know, made once a step by `adamw_step_params`.
 struct Rates {
     double learning_rate;
     float clip;
@@ -33,7 +33,7 @@ __device__ double power(double x, unsigned long long n) {
 
 // Launch: one thread. `step` counts from 1; loss_scale: what the gradients are too large by, or
 // null: 1. The norm is that of the gradients as they should be.
-extern "C" __global__ void adamw_rates(const double *__restrict__ learning_rate,
+extern "C" __global__ void adamw_step_params(const double *__restrict__ learning_rate,
                                        const unsigned long long *__restrict__ step,
                                        const float *__restrict__ norm,
                                        const float *__restrict__ loss_scale,

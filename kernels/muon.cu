@@ -13,22 +13,22 @@
 // for its transpose, so that A has the side min(rows, cols), n here; nothing is moved for it, only
 // the products differ. The launches of a step, for all matrices of a shape together:
 //
-//     muon_rates
+//     muon_step_params
 //     muon_momentum         u, and each block's share of |u|^2
-//     muon_scale            X from u
+//     muon_normalize            X from u
 //     five times:
 //       products            A = X XT  [n, n]    tall: XT X
 //       products            S = A A   [n, n]    A is symmetric
-//       muon_combine        B = b A + c S
+//       muon_axpby        B = b A + c S
 //       products            P = B X   [rows, cols]   tall: X B, for B is symmetric
-//       muon_combine        X = a X + P         a as `x`'s factor, 1 as `y`'s; in place
+//       muon_axpby        X = a X + P         a as `x`'s factor, 1 as `y`'s; in place
 //     muon_update_T         p, and its copy in T
 //
 // Bytes of the elementwise parts, a parameter: 16 + 8 + 5 * 12 + 14. Bound by memory.
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-// What one step needs to know, made by `muon_rates`.
+// What one step needs to know, made by `muon_step_params`.
 struct Rates {
     double learning_rate;
     float clip;
@@ -36,7 +36,7 @@ struct Rates {
 };
 
 // Launch: one thread. loss_scale: what the gradients are too large by, or null: 1.
-extern "C" __global__ void muon_rates(const double *__restrict__ learning_rate,
+extern "C" __global__ void muon_step_params(const double *__restrict__ learning_rate,
                                       const float *__restrict__ norm,
                                       const float *__restrict__ loss_scale,
                                       Rates *__restrict__ rates, float max_grad_norm) {
@@ -84,7 +84,7 @@ muon_momentum(const float *__restrict__ gradients, float *__restrict__ moments,
 // Every block adds its matrix's shares for itself, in the same order. blocks: gridDim.x of
 // `muon_momentum`. x may be u. Launch: as above.
 extern "C" __global__ void __launch_bounds__(256)
-muon_scale(const float *us, const double *__restrict__ partials, float *xs,
+muon_normalize(const float *us, const double *__restrict__ partials, float *xs,
            unsigned long long count, int blocks) {
     const float *u = us + blockIdx.y * count;
     float *x = xs + blockIdx.y * count;
@@ -104,7 +104,7 @@ muon_scale(const float *us, const double *__restrict__ partials, float *xs,
 // out = of_x * x + of_y * y, over all matrices: `count` elements in all; out may be x.
 // Launch: blocks of 256 threads along x, any number of them.
 extern "C" __global__ void __launch_bounds__(256)
-muon_combine(const float *x, const float *__restrict__ y, float *out, float of_x, float of_y,
+muon_axpby(const float *x, const float *__restrict__ y, float *out, float of_x, float of_y,
              unsigned long long count) {
     each<4>(count, aligned(x, y, out), [&](size_t at, auto width) {
         constexpr int N = decltype(width)::value;

@@ -1,21 +1,21 @@
-//! The kernels of `kernels/`, as `build.rs` compiled them, and the record of that build.
+//! CUDA modules compiled from `kernels/*.cu` by `build.rs`, and the record of that build.
 
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
-/// One file of kernels.
+/// One compiled kernel file.
 #[derive(Clone, Copy, Debug)]
-pub struct Kernel {
-    /// Of the file: `rms_norm` for `kernels/rms_norm.cu`.
+pub struct CudaModule {
+    /// File stem: `rms_norm` for `kernels/rms_norm.cu`.
     pub name: &'static str,
-    /// Machine code for several cards, and PTX for the others: what the driver loads.
+    /// SASS for the architectures of the build and PTX for all others: what the driver loads.
     pub fatbin: &'static [u8],
-    /// PTX for compute capability 8.0 with source lines: what the simulator runs.
+    /// PTX for compute capability 8.0 with line info: what the simulator runs.
     pub ptx: &'static str,
 }
 
-impl Kernel {
-    /// The names of its entries, in the order of the PTX.
+impl CudaModule {
+    /// Entry names, in PTX order.
     pub fn entries(&self) -> impl Iterator<Item = &'static str> {
         self.ptx.lines().filter_map(|line| {
             let rest = line.trim_start().strip_prefix(".visible .entry ")?;
@@ -24,17 +24,17 @@ impl Kernel {
     }
 }
 
-/// A function that can be launched.
+/// A `__global__` function.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// The file it stands in.
-    pub kernel: &'static Kernel,
-    /// Bytes of each parameter, in order.
+    /// Module that defines it.
+    pub module: &'static CudaModule,
+    /// Size of each parameter in bytes, in order.
     pub parameters: Vec<usize>,
 }
 
 impl Entry {
-    /// Bytes of each parameter of the entry `name`, read from its declaration in PTX:
+    /// Parameter sizes of the entry `name` in bytes, parsed from its PTX declaration:
     /// `.param .u64 .ptr .align 1 name_param_0,`
     fn parameters(ptx: &str, name: &str) -> Vec<usize> {
         let declaration = ptx.split_once(&format!(".entry {name}(")).map_or("", |(_, rest)| rest);
@@ -47,7 +47,7 @@ impl Entry {
                 word if word.starts_with('.') => bits(word).ok(),
                 _ => None,
             })?;
-            // A struct is so many bytes: `.param .align 8 .b8 name_param_0[24]`.
+            // A struct is a byte array: `.param .align 8 .b8 name_param_0[24]`.
             let count = line.split_once('[').and_then(|(_, n)| n.split(']').next()?.parse().ok());
             Some(bytes / 8 * count.unwrap_or(1usize))
         };
@@ -55,13 +55,13 @@ impl Entry {
     }
 }
 
-/// The entry of a name, in whichever file it stands.
+/// Entry by name, from any module.
 pub fn entry(name: &str) -> Option<&'static Entry> {
     static ENTRIES: OnceLock<HashMap<&'static str, Entry>> = OnceLock::new();
     let all = ENTRIES.get_or_init(|| {
-        let entries = KERNELS.iter().flat_map(|kernel| {
-            kernel.entries().map(move |name| {
-                (name, Entry { kernel, parameters: Entry::parameters(kernel.ptx, name) })
+        let entries = CUDA_MODULES.iter().flat_map(|module| {
+            module.entries().map(move |name| {
+                (name, Entry { module, parameters: Entry::parameters(module.ptx, name) })
             })
         });
         entries.collect()
@@ -69,32 +69,32 @@ pub fn entry(name: &str) -> Option<&'static Entry> {
     all.get(name)
 }
 
-/// What the program was built from, and for what.
+/// Toolchain and target of this build.
 #[derive(Clone, Copy, Debug)]
 pub struct Build {
-    /// Rust's name of the machine, `x86_64-unknown-linux-gnu` say.
+    /// Rust target triple.
     pub target: &'static str,
     /// `debug` or `release`.
     pub profile: &'static str,
     /// `rustc 1.95.0 (...)`
     pub rustc: &'static str,
-    /// The compiler of the kernels, or why there was none.
+    /// CUDA compiler, or the reason there was none.
     pub cuda: Result<Nvcc, &'static str>,
 }
 
-/// The compiler of the kernels.
+/// CUDA compiler of a build.
 #[derive(Clone, Copy, Debug)]
 pub struct Nvcc {
-    /// Where it was on the machine of the build.
+    /// Path on the build machine.
     pub path: &'static str,
     /// `13.0.88`
     pub version: &'static str,
-    /// What there is machine code for: `80`, `90a`.
+    /// Architectures with SASS: `80`, `90a`.
     pub archs: &'static [&'static str],
 }
 
 impl Nvcc {
-    /// The first number of the version.
+    /// Major version.
     pub fn major(&self) -> u32 {
         self.version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
     }
@@ -102,9 +102,9 @@ impl Nvcc {
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-/// The kernel file of a name.
-pub fn kernel(name: &str) -> Option<&'static Kernel> {
-    KERNELS.iter().find(|kernel| kernel.name == name)
+/// Module by file stem.
+pub fn module(name: &str) -> Option<&'static CudaModule> {
+    CUDA_MODULES.iter().find(|module| module.name == name)
 }
 
 #[cfg(test)]
@@ -115,8 +115,8 @@ mod tests {
 
     use super::*;
 
-    /// Whether an entry has a declared name. In one that a macro declares, `attention_##D##_##T`, a
-    /// word in capitals stands for any.
+    /// Whether an entry matches a declared name. In a macro's `flash_attention_##D##_##T` a word in
+    /// capitals matches any word.
     fn fits(entry: &str, name: &str) -> bool {
         let name = name.replace("##", "");
         let (entry, name): (Vec<_>, Vec<_>) =
@@ -125,7 +125,7 @@ mod tests {
         entry.len() == name.len() && entry.iter().zip(name).all(|(&e, n)| e == n || any(n))
     }
 
-    /// The names behind each `__global__` of a CUDA source.
+    /// Names after each `__global__` of a CUDA source.
     fn declared(source: &str) -> BTreeSet<&str> {
         let code = source.lines().map(|line| line.split("//").next().unwrap_or_default());
         let starts: usize = code.map(|line| line.matches("__global__").count()).sum();
@@ -150,15 +150,15 @@ mod tests {
                 Some(name.split_once('(')?.0.trim_matches(['\\', '\n', ' ']))
             })
             .collect();
-        assert_eq!(names.len(), starts, "an entry this test cannot read");
+        assert_eq!(names.len(), starts, "an entry this test cannot parse");
         names
     }
 
     #[test]
-    fn parameters_are_read_as_the_simulator_reads_them() {
-        for kernel in KERNELS {
-            let module = ptxsim::Module::from_ptx(kernel.ptx).unwrap();
-            for simulated in module.kernels() {
+    fn parameter_sizes_match_the_simulator() {
+        for module in CUDA_MODULES {
+            let simulated = ptxsim::Module::from_ptx(module.ptx).unwrap();
+            for simulated in simulated.kernels() {
                 let sizes: Vec<usize> =
                     simulated.params().iter().map(|parameter| parameter.size).collect();
                 assert_eq!(
@@ -175,10 +175,10 @@ mod tests {
     }
 
     #[test]
-    fn every_kernel_file_is_there_with_all_its_entries() {
+    fn every_kernel_file_is_compiled_with_all_its_entries() {
         let Ok(nvcc) = BUILD.cuda else {
-            assert!(KERNELS.is_empty());
-            eprintln!("SKIPPED: the kernels' entries, because {}", BUILD.cuda.unwrap_err());
+            assert!(CUDA_MODULES.is_empty());
+            eprintln!("SKIPPED: kernel entries, because {}", BUILD.cuda.unwrap_err());
             return;
         };
         assert!(nvcc.major() >= 12 && !nvcc.archs.is_empty());
@@ -190,21 +190,24 @@ mod tests {
             }
             files += 1;
             let name = path.file_stem().unwrap().to_str().unwrap();
-            let kernel = kernel(name).unwrap_or_else(|| panic!("{name} was not compiled"));
+            let module = module(name).unwrap_or_else(|| panic!("{name} was not compiled"));
             let source = fs::read_to_string(&path).unwrap();
-            let entries: BTreeSet<_> = kernel.entries().collect();
+            let entries: BTreeSet<_> = module.entries().collect();
             let declared = declared(&source);
             for of in &declared {
                 assert!(entries.iter().any(|entry| fits(entry, of)), "{name}: {of} is missing");
             }
             for entry in entries {
-                assert!(declared.iter().any(|of| fits(entry, of)), "{name}: {entry} is new");
+                assert!(
+                    declared.iter().any(|of| fits(entry, of)),
+                    "{name}: {entry} is not declared"
+                );
             }
-            assert!(kernel.ptx.contains(".target sm_80"), "{name}");
-            assert!(kernel.ptx.contains("\t.loc\t"), "{name} has no source lines");
+            assert!(module.ptx.contains(".target sm_80"), "{name}");
+            assert!(module.ptx.contains("\t.loc\t"), "{name} has no line info");
             // The first word of what `cuModuleLoadData` takes for a fatbin.
-            assert_eq!(kernel.fatbin[..4], 0xBA55_ED50_u32.to_le_bytes(), "{name}");
+            assert_eq!(module.fatbin[..4], 0xBA55_ED50_u32.to_le_bytes(), "{name}");
         }
-        assert_eq!(files, KERNELS.len());
+        assert_eq!(files, CUDA_MODULES.len());
     }
 }

@@ -75,19 +75,19 @@ pub fn measure(
     };
     let links = 8.0 * f64::from(rounds) * f64::from(blocks) * f64::from(threads);
     for (name, entry, work, unit) in [
-        ("ex2.approx", "ceiling_ex2", links / 1e12, "T/s"),
-        ("fma, f32", "ceiling_fma", 2.0 * links / 1e12, "TFLOP/s"),
-        ("mma.sync m16n8k16 bf16", "ceiling_mma", links / 32.0 * 4096.0 / 1e12, "TFLOP/s"),
+        ("ex2.approx", "roofline_ex2", links / 1e12, "T/s"),
+        ("fma, f32", "roofline_fma", 2.0 * links / 1e12, "TFLOP/s"),
+        ("mma.sync m16n8k16 bf16", "roofline_mma", links / 32.0 * 4096.0 / 1e12, "TFLOP/s"),
     ] {
         let launch = launch(entry, rounds);
         let seconds = repeat(device, |device| device.launch(&launch))?;
         add(rate(name, work, unit, seconds));
     }
 
-    let barriers = launch("ceiling_barrier", rounds);
+    let barriers = launch("roofline_barrier", rounds);
     let seconds = repeat(device, |device| device.launch(&barriers))?;
     add(time("barrier of 256 threads", seconds, f64::from(rounds) / 1e9, "ns"));
-    let empty = Launch { args: vec![], ..launch("ceiling_empty", 0) };
+    let empty = Launch { args: vec![], ..launch("roofline_empty", 0) };
     let one = Launch { grid: [1, 1, 1], ..empty };
     let launches = if full { 1000 } else { 3 };
     let many = |device: &mut dyn Device| (0..launches).try_for_each(|_| device.launch(&one));

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::device::{Address, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
-use crate::kernels::KERNELS;
+use crate::kernels::CUDA_MODULES;
 
 /// One thing and how it went.
 #[derive(Clone, Debug, Serialize)]
@@ -72,13 +72,13 @@ fn copies(device: &mut dyn Device) -> anyhow::Result<String> {
 
 fn kernels(device: &mut dyn Device) -> anyhow::Result<String> {
     let mut count = 0;
-    for kernel in KERNELS {
+    for kernel in CUDA_MODULES {
         for entry in kernel.entries() {
             device.load(entry)?;
             count += 1;
         }
     }
-    Ok(format!("{count} kernels of {} files", KERNELS.len()))
+    Ok(format!("{count} kernels of {} files", CUDA_MODULES.len()))
 }
 
 fn fill(at: Address, count: u64, value: f32) -> Launch {

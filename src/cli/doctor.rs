@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::device::cuda::{self, Cuda, Library};
 use crate::device::driver::{Driver, oldest_driver};
 use crate::error::hint_of;
-use crate::kernels::{BUILD, KERNELS};
+use crate::kernels::{BUILD, CUDA_MODULES};
 
 /// Say what was built, what this machine offers, and how to mend what is missing.
 #[derive(Args)]
@@ -211,7 +211,7 @@ fn card(ordinal: usize) -> Result<String, String> {
 }
 
 fn names() -> Vec<&'static str> {
-    KERNELS.iter().map(|kernel| kernel.name).collect()
+    CUDA_MODULES.iter().map(|kernel| kernel.name).collect()
 }
 
 /// Whether the folder, or the nearest one above it that exists, may be written to.

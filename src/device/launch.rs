@@ -78,7 +78,7 @@ const MAX_GRID_YZ: u32 = 65_535;
 impl Launch {
     /// The kernel file with this entry, if the arguments match its parameters in number and size and
     /// every GPU supports the grid and block.
-    pub(super) fn check(&self) -> anyhow::Result<&'static kernels::Kernel> {
+    pub(super) fn check(&self) -> anyhow::Result<&'static kernels::CudaModule> {
         let entry = find(&self.entry)?;
         let fault = |what: String| error(what, "this is a fault of laam: report it");
         let sizes: Vec<usize> = self.args.iter().map(Arg::size).collect();
@@ -96,6 +96,6 @@ impl Launch {
         if !(1..=1024).contains(&threads) || self.block[2] > 64 {
             return Err(fault(format!("invalid block {:?} for kernel {}", self.block, self.entry)));
         }
-        Ok(entry.kernel)
+        Ok(entry.module)
     }
 }

@@ -9,7 +9,7 @@ use ptxsim::{Config, Memory, Module, Options};
 
 use super::{Address, Device, Event, Graph, Launch, Matmul, Matrix, launch};
 use crate::error::error;
-use crate::kernels::{BUILD, Kernel};
+use crate::kernels::{BUILD, CudaModule};
 
 /// Warp instructions per block after which a kernel counts as hung: minutes of simulation.
 const MAX_INSTRUCTIONS_PER_BLOCK: u64 = 1 << 32;
@@ -30,7 +30,7 @@ pub struct Sim {
 enum SimOp {
     Memset(Address, u8, usize),
     Copy(Address, Address, usize),
-    Launch(&'static Kernel, Launch),
+    Launch(&'static CudaModule, Launch),
     Matmul(Matmul),
 }
 
@@ -69,14 +69,14 @@ impl Sim {
             SimOp::Copy(from, to, bytes) => {
                 self.memory.write(to.0, &self.memory.read_vec(from.0, *bytes)?)?;
             }
-            SimOp::Launch(kernel, launch) => self.run_kernel(kernel, launch)?,
+            SimOp::Launch(module, launch) => self.run_kernel(module, launch)?,
             SimOp::Matmul(matmul) => self.multiply(matmul)?,
         }
         Ok(())
     }
 
-    fn run_kernel(&self, kernel: &'static Kernel, launch: &Launch) -> anyhow::Result<()> {
-        let entry = module(kernel)?.kernel(&launch.entry);
+    fn run_kernel(&self, cuda: &'static CudaModule, launch: &Launch) -> anyhow::Result<()> {
+        let entry = module(cuda)?.kernel(&launch.entry);
         let entry = entry.expect("the entry was found in this very file");
         let args: Vec<_> = launch
             .args
@@ -151,20 +151,20 @@ impl Sim {
 }
 
 /// The decoded PTX of a kernel file, shared by all simulated devices.
-fn module(kernel: &'static Kernel) -> anyhow::Result<Module> {
+fn module(cuda: &'static CudaModule) -> anyhow::Result<Module> {
     static MODULES: Mutex<Option<HashMap<&'static str, Module>>> = Mutex::new(None);
     let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
     let modules = modules.get_or_insert_with(HashMap::new);
-    if let Some(module) = modules.get(kernel.name) {
+    if let Some(module) = modules.get(cuda.name) {
         return Ok(module.clone());
     }
-    let module = Module::from_ptx(kernel.ptx).map_err(|e| {
+    let module = Module::from_ptx(cuda.ptx).map_err(|e| {
         error(
-            format!("the simulator cannot read kernels/{}.cu: {e}", kernel.name),
+            format!("the simulator cannot read kernels/{}.cu: {e}", cuda.name),
             "use the instructions that crates/ptxsim/README.md lists, or add this one to ptxsim",
         )
     })?;
-    modules.insert(kernel.name, module.clone());
+    modules.insert(cuda.name, module.clone());
     Ok(module)
 }
 
@@ -212,13 +212,13 @@ impl Device for Sim {
     }
 
     fn load(&mut self, entry: &str) -> anyhow::Result<()> {
-        module(launch::find(entry)?.kernel)?;
+        module(launch::find(entry)?.module)?;
         Ok(())
     }
 
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
-        let kernel = launch.check()?;
-        self.submit(SimOp::Launch(kernel, launch.clone()))
+        let cuda = launch.check()?;
+        self.submit(SimOp::Launch(cuda, launch.clone()))
     }
 
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {

@@ -12,7 +12,7 @@ fn report() -> serde_json::Value {
 fn the_build_is_told_as_it_was() {
     let report = report();
     assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
-    let names: Vec<_> = laam::kernels::KERNELS.iter().map(|kernel| kernel.name).collect();
+    let names: Vec<_> = laam::kernels::CUDA_MODULES.iter().map(|kernel| kernel.name).collect();
     assert_eq!(report["kernels"], serde_json::json!(names));
     // Kernels and the reason for having none exclude each other.
     assert_eq!(names.is_empty(), report["nvcc_version"].is_null());

@@ -199,18 +199,18 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             Dtype::F32,
             Slip::Launch("rms_norm_backward_weight", |launch| less_one(&mut launch.args[2])),
         ),
-        ("half of a sort", "embed_backward", Dtype::F32, Slip::Forgotten("embed_sort")),
+        ("half of a sort", "embed_backward", Dtype::F32, Slip::Forgotten("embedding_sort_scatter")),
         (
             "segments not joined",
             "embed_backward",
             Dtype::F32,
-            Slip::Forgotten("embed_backward_join"),
+            Slip::Forgotten("embedding_backward_combine"),
         ),
         (
             "a column too far",
             "pick_rows",
             Dtype::Bf16,
-            Slip::Launch("pick_rows", |launch| less_one(&mut launch.args[4])),
+            Slip::Launch("gather_rows", |launch| less_one(&mut launch.args[4])),
         ),
         (
             "gate and up of a narrower layer",
@@ -225,32 +225,32 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             "k in the place of v",
             "attention",
             Dtype::Bf16,
-            Slip::Launch("attention_mma", |launch| launch.args.swap(1, 2)),
+            Slip::Launch("flash_attention", |launch| launch.args.swap(1, 2)),
         ),
         (
             "k in the place of v, of narrow heads",
             "attention",
             Dtype::F16,
-            Slip::Launch("attention_narrow_mma", |launch| launch.args.swap(1, 2)),
+            Slip::Launch("attention_smallhead_tf32", |launch| launch.args.swap(1, 2)),
         ),
         ("delta forgotten", "attention_backward", Dtype::F32, Slip::Forgotten("attention_delta")),
         (
             "fresh keys in the place of values",
             "cached_attention",
             Dtype::F32,
-            Slip::Launch("attention_cached", |launch| launch.args.swap(1, 2)),
+            Slip::Launch("attention_decode", |launch| launch.args.swap(1, 2)),
         ),
         (
             "the last word not looked at",
             "head_loss",
             Dtype::F32,
-            Slip::Launch("head_logits", |launch| less_one(&mut launch.args[7])),
+            Slip::Launch("cross_entropy", |launch| less_one(&mut launch.args[7])),
         ),
         (
             "a part of the vocabulary not joined",
             "head_loss",
             Dtype::Bf16,
-            Slip::Launch("head_join", |launch| {
+            Slip::Launch("lce_combine", |launch| {
                 let last = launch.args.len() - 1;
                 let parts = &mut launch.args[last];
                 *parts = Arg::I32(if let Arg::I32(n) = parts { (*n - 1).max(0) } else { 0 });
@@ -285,7 +285,7 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             Dtype::Bf16,
             Slip::Launch("adamw_bf16", |launch| launch.grid[0] = (launch.grid[0] - 1).max(1)),
         ),
-        ("X not brought to norm 1", "muon", Dtype::F32, Slip::Forgotten("muon_scale")),
+        ("X not brought to norm 1", "muon", Dtype::F32, Slip::Forgotten("muon_normalize")),
         (
             "the wide side for the small one",
             "muon",
@@ -331,14 +331,14 @@ fn mistakes_in_a_step_are_seen_by_the_tests_of_whole_steps() {
     for (what, slip) in [
         (
             "the rate of the other optimizer",
-            Slip::Launch("adamw_rates", |launch| {
+            Slip::Launch("adamw_step_params", |launch| {
                 if let Arg::Address(Address(at)) = &mut launch.args[0] {
                     *at += 8;
                 }
             }),
         ),
         ("gradients of the step before", Slip::NotFilled),
-        ("losses not scaled by what counts", Slip::Forgotten("queue_next")),
+        ("losses not scaled by what counts", Slip::Forgotten("step_queue_pop")),
     ] {
         for (dtype, loss, norm) in bounds {
             let (backend, made) = slipping(slip, Options::new(dtype));
@@ -393,6 +393,6 @@ fn mistakes_in_a_step_are_seen_by_the_tests_of_whole_steps() {
         engine.steps(&windows, &steps[..3]).unwrap()
     };
     // Tokens, their count, documents, the number of these, the stride.
-    let closer = Slip::Launch("gather_stream", |launch| less_one(&mut launch.args[4]));
+    let closer = Slip::Launch("gather_windows_stream", |launch| less_one(&mut launch.args[4]));
     assert_ne!(train(Slip::Forgotten("nothing")), train(closer), "another stride");
 }

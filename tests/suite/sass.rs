@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use laam::kernels::{BUILD, KERNELS, Nvcc};
+use laam::kernels::{BUILD, CUDA_MODULES, Nvcc};
 
 /// What is counted, and whether more of it is worse, less of it, or any at all.
 const COLUMNS: [(&str, Worse); 7] = [
@@ -174,7 +174,7 @@ fn built(tool: &Path) -> &'static (Table, Pairs) {
     BUILT.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
         let mut all = (Table::new(), Pairs::new());
-        for kernel in KERNELS {
+        for kernel in CUDA_MODULES {
             let file = folder.path().join(kernel.name);
             fs::write(&file, kernel.fatbin).unwrap();
             let (table, pairs) = rows(tool, &file);
@@ -270,11 +270,11 @@ fn attention_of_narrow_heads_takes_few_instructions_a_pair() {
     let Some((tool, nvcc)) = disassembler() else { return };
     let (_, pairs) = built(&tool);
     for (name, several, [forward, back]) in [
-        ("attention_narrow", [4, 4, 4], [7.0, 20.0]),
-        ("attention_narrow_mma", [4, 4, 8], [3.0, 6.5]),
+        ("attention_smallhead", [4, 4, 4], [7.0, 20.0]),
+        ("attention_smallhead_tf32", [4, 4, 8], [3.0, 6.5]),
     ] {
         for arch in nvcc.archs.iter().map(|arch| format!("sm_{arch}")) {
-            let passes = ["", "_backward_q", "_backward_kv"].into_iter().zip(several);
+            let passes = ["", "_backward_dq", "_backward_dkdv"].into_iter().zip(several);
             let entry = |(pass, rows)| (format!("{name}{pass}_2_{rows}_bf16"), arch.clone());
             let counted: Vec<_> = passes.map(|pass| pairs[&entry(pass)]).collect();
             eprintln!("{name} on {arch}: instructions a pair {counted:.2?}");

@@ -46,16 +46,16 @@ impl Path {
         let d = shape.head_dim;
         let name = match pass {
             Pass::Forward => "",
-            Pass::BackwardQ => "_backward_q",
-            Pass::BackwardKv => "_backward_kv",
+            Pass::BackwardQ => "_backward_dq",
+            Pass::BackwardKv => "_backward_dkdv",
         };
         match self {
-            Path::Plain => format!("attention{name}"),
-            Path::Narrow => format!("attention_narrow{name}_{d}_{}", rows_a_lane(pass, shape)),
+            Path::Plain => format!("attention_generic{name}"),
+            Path::Narrow => format!("attention_smallhead{name}_{d}_{}", rows_a_lane(pass, shape)),
             Path::NarrowMma => {
-                format!("attention_narrow_mma{name}_{d}_{}", blocks_a_warp(pass, shape))
+                format!("attention_smallhead_tf32{name}_{d}_{}", blocks_a_warp(pass, shape))
             }
-            Path::Mma => format!("attention_mma{name}_{d}"),
+            Path::Mma => format!("flash_attention{name}_{d}"),
         }
     }
 
@@ -190,7 +190,7 @@ pub(super) fn cached(l: &mut Launcher, o: &CachedAttention) -> anyhow::Result<()
     args.extend(sizes(&o.shape));
     args.push(int(o.capacity));
     let rows = o.shape.rows() * o.shape.heads;
-    l.typed("attention_cached", Shape::linear(rows, 128), &args)
+    l.typed("attention_decode", Shape::linear(rows, 128), &args)
 }
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ impl Control {
     pub fn new(at: Address) -> Self {
         Self { at }
     }
-    /// As `Record` in `kernels/queue.cu` has it; `begin` is where a run's windows stand in the queue.
+    /// As `Record` in `kernels/step_queue.cu` has it; `begin` is where a run's windows stand in the queue.
     pub fn bytes(rates: &Rates, loss_scale: f64, begin: u32) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[0..8].copy_from_slice(&rates.learning_rate.to_le_bytes());

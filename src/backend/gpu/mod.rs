@@ -9,12 +9,12 @@
 //! other file is one family of operations: shapes of launches, scratch, order of kernels.
 
 mod attention;
-mod embed;
-mod head;
+mod embedding;
 mod launcher;
+mod lm_head;
+mod matmul;
 mod muon;
 mod norm;
-mod products;
 mod queue;
 mod rope;
 mod session;

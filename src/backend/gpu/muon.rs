@@ -57,7 +57,7 @@ pub(super) fn step(l: &mut Launcher, o: &MuonStep) -> anyhow::Result<()> {
         rates.into(),
         (o.max_grad_norm as f32).into(),
     ];
-    l.launch("muon_rates", Shape::linear(1, 1), &args)?;
+    l.launch("muon_step_params", Shape::linear(1, 1), &args)?;
     let at_once = together(o);
     for first in (0..o.matrices.len()).step_by(at_once) {
         let batch = at_once.min(o.matrices.len() - first);
@@ -90,7 +90,7 @@ fn some(
     ];
     l.launch("muon_momentum", shape, &args)?;
     let args = [x.into(), shares.into(), x.into(), (len as u64).into(), int(shape.grid[0])];
-    l.launch("muon_scale", shape, &args)?;
+    l.launch("muon_normalize", shape, &args)?;
 
     let matrix = |at, rows, cols| Matrix::new(at, Dtype::F32, rows, cols);
     let (x_matrix, bx_matrix) = (matrix(x, rows, cols), matrix(bx, rows, cols));
@@ -99,7 +99,7 @@ fn some(
         let count = batch * len;
         let args =
             [x.into(), y.into(), x.into(), of[0].into(), of[1].into(), (count as u64).into()];
-        l.launch("muon_combine", Shape::linear(blocks(count), 256), &args)
+        l.launch("muon_axpby", Shape::linear(blocks(count), 256), &args)
     };
     for _ in 0..ITERATIONS {
         // A tall matrix stands for its transpose; A is symmetric either way.

@@ -1,4 +1,4 @@
-//! Training without the host between steps: `kernels/queue.cu`, `kernels/gather.cu`.
+//! Training without the host between steps: `kernels/step_queue.cu`, `kernels/gather_windows.cu`.
 //!
 //! Runs wait in a list in the device's memory, each with its rates and the numbers of its windows. A
 //! program that is run from there begins with the kernels that take the next entry and draw its
@@ -16,7 +16,7 @@ use crate::tokens::{Places, TokenFile, Windows};
 
 /// Runs that wait at most.
 pub(super) const ROOM: usize = 256;
-/// Bytes of `Outcome` in `kernels/queue.cu`.
+/// Bytes of `Outcome` in `kernels/step_queue.cu`.
 const OUTCOME: usize = 16;
 /// The scale f16 begins with, as PyTorch's GradScaler does.
 const FIRST_SCALE: f32 = 65536.0;
@@ -50,7 +50,7 @@ impl Queue {
         device.memset(cursor, 0, 4)?;
         let outcomes = device.alloc(ROOM * OUTCOME)?;
         let mut scaling = Address::NULL;
-        let mut kernels = vec!["queue_next", "queue_report"];
+        let mut kernels = vec!["step_queue_pop", "step_queue_report"];
         if dtype == Dtype::F16 {
             scaling = device.alloc(8)?;
             device.upload(scaling, &scale_bytes(FIRST_SCALE, 0))?;
@@ -154,7 +154,7 @@ pub(super) fn begin(
 ) -> anyhow::Result<()> {
     let control = l.control.address();
     let args = [queue.records, queue.cursor, queue.scaling, control].map(Arg::from);
-    l.launch("queue_next", Shape::linear(1, 1), &args)?;
+    l.launch("step_queue_pop", Shape::linear(1, 1), &args)?;
     match &queue.held {
         Some(held) if draw => held.draw(l, ends),
         _ => Ok(()),
@@ -172,7 +172,7 @@ pub(super) fn end(l: &mut Launcher, queue: &Queue, ends: &Ends) -> anyhow::Resul
         queue.cursor.into(),
         int(l.len(ends.nll)),
     ];
-    l.launch("queue_report", Shape::linear(1, 1024), &args)?;
+    l.launch("step_queue_report", Shape::linear(1, 1024), &args)?;
     if norm == Address::NULL || queue.scaling == Address::NULL {
         return Ok(());
     }
@@ -237,7 +237,7 @@ impl Held {
                 "addressed"
             }
         };
-        let kernel = format!("gather_{kind}_u{}", 8 * width);
+        let kernel = format!("gather_windows_{kind}_u{}", 8 * width);
         device.load(&kernel)?;
         let order = device.alloc(4 * numbers)?;
         let (context, pad) = (windows.context(), windows.pad());

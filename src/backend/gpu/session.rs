@@ -10,7 +10,9 @@ use super::super::host::check_feed;
 use super::super::{Arena, Data, Feed, Loaded, Need, Queue, Ran, Run, Session};
 use super::launcher::{Arenas, Control, Launcher};
 use super::queue::{self, Ends, Held, Waiting};
-use super::{Mode, Options, attention, embed, head, muon, norm, products, rope, swiglu, update};
+use super::{
+    Mode, Options, attention, embedding, lm_head, matmul, muon, norm, rope, swiglu, update,
+};
 use crate::device::{Address, Device, Graph};
 use crate::dtype::Dtype;
 use crate::error::error;
@@ -85,10 +87,10 @@ pub(super) fn workspace(program: &Program, arena: usize, options: Options) -> us
 
 fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize {
     match op {
-        Op::EmbedBackward(o) => embed::workspace(o, program.info(o.ids).len),
+        Op::EmbedBackward(o) => embedding::workspace(o, program.info(o.ids).len),
         Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, options.dtype),
         Op::AttentionBackward(o) => attention::workspace(o),
-        Op::HeadLoss(o) => head::workspace(o, options),
+        Op::HeadLoss(o) => lm_head::workspace(o, options),
         Op::GradNorm(_) => update::norm_workspace(arena),
         Op::AdamWStep(_) => update::adamw_workspace(),
         Op::MuonStep(o) => muon::workspace(o),
@@ -99,13 +101,13 @@ fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize 
 /// Asks for the kernels of one operation.
 fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
     match op {
-        Op::Embed(o) => embed::forward(l, o),
-        Op::EmbedBackward(o) => embed::backward(l, o),
+        Op::Embed(o) => embedding::forward(l, o),
+        Op::EmbedBackward(o) => embedding::backward(l, o),
         Op::RmsNorm(o) => norm::forward(l, o),
         Op::RmsNormBackward(o) => norm::backward(l, o),
-        Op::Linear(o) => products::linear(l, o),
-        Op::LinearBackwardInput(o) => products::backward_input(l, o),
-        Op::LinearBackwardWeight(o) => products::backward_weight(l, o),
+        Op::Linear(o) => matmul::linear(l, o),
+        Op::LinearBackwardInput(o) => matmul::backward_input(l, o),
+        Op::LinearBackwardWeight(o) => matmul::backward_weight(l, o),
         Op::Rope(o) => rope::forward(l, o),
         Op::RopeBackward(o) => rope::backward(l, o),
         Op::Attention(o) => attention::forward(l, o),
@@ -113,8 +115,8 @@ fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
         Op::CachedAttention(o) => attention::cached(l, o),
         Op::SwiGlu(o) => swiglu::forward(l, o),
         Op::SwiGluBackward(o) => swiglu::backward(l, o),
-        Op::HeadLoss(o) => head::loss(l, o),
-        Op::PickRows(o) => embed::pick_rows(l, o),
+        Op::HeadLoss(o) => lm_head::loss(l, o),
+        Op::PickRows(o) => embedding::pick_rows(l, o),
         Op::ZeroGradients(_) => update::zero_gradients(l),
         Op::GradNorm(o) => update::grad_norm(l, o),
         Op::AdamWStep(o) => update::adamw(l, o),
@@ -389,7 +391,7 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
         let (what, size, most) = match op {
             Op::Attention(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
             Op::CachedAttention(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
-            Op::EmbedBackward(o) => ("a vocabulary", o.table.rows, embed::MOST_VOCAB),
+            Op::EmbedBackward(o) => ("a vocabulary", o.table.rows, embedding::MOST_VOCAB),
             _ => continue,
         };
         if size > most {

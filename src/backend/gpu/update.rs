@@ -67,7 +67,7 @@ pub(super) fn adamw(l: &mut Launcher, o: &AdamWStep) -> anyhow::Result<()> {
         o.beta1.into(),
         o.beta2.into(),
     ];
-    l.launch("adamw_rates", Shape::linear(1, 1), &args)?;
+    l.launch("adamw_step_params", Shape::linear(1, 1), &args)?;
     let count = chunks(o).count();
     if count == 0 {
         return Ok(());

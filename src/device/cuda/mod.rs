@@ -22,7 +22,7 @@ use super::driver::oldest_driver;
 use super::{Address, Arg, Device, Event, Graph, Launch, Matmul, launch};
 use crate::dtype::Dtype;
 use crate::error::error;
-use crate::kernels::{BUILD, Kernel};
+use crate::kernels::{self, BUILD};
 
 pub use libraries::{Library, cublaslt};
 
@@ -153,18 +153,19 @@ impl Cuda {
     /// The function of a kernel, loaded on first use and opted in to its shared memory.
     fn function(
         &mut self,
-        kernel: &Kernel,
+        module: &kernels::CudaModule,
         entry: &str,
         shared: u32,
     ) -> anyhow::Result<sys::CUfunction> {
         if !self.functions.contains_key(entry) {
-            if !self.modules.contains_key(kernel.name) {
-                let module = self.context.load_module(Ptx::from_binary(kernel.fatbin.to_vec()));
-                let module = module
-                    .map_err(|e| failed(&format!("loading kernels/{}.cu", kernel.name), e))?;
-                self.modules.insert(kernel.name, module);
+            if !self.modules.contains_key(module.name) {
+                let loaded = self
+                    .context
+                    .load_module(Ptx::from_binary(module.fatbin.to_vec()))
+                    .map_err(|e| failed(&format!("loading kernels/{}.cu", module.name), e))?;
+                self.modules.insert(module.name, loaded);
             }
-            let function = self.modules[kernel.name]
+            let function = self.modules[module.name]
                 .load_function(entry)
                 .map_err(|e| failed(&format!("finding kernel {entry}"), e))?;
             self.functions
@@ -297,16 +298,16 @@ impl Device for Cuda {
     }
 
     fn load(&mut self, entry: &str) -> anyhow::Result<()> {
-        let kernel = launch::find(entry)?.kernel;
+        let module = launch::find(entry)?.module;
         self.bind()?;
-        self.function(kernel, entry, 0)?;
+        self.function(module, entry, 0)?;
         Ok(())
     }
 
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
-        let kernel = launch.check()?;
+        let module = launch.check()?;
         self.bind()?;
-        let function = self.function(kernel, &launch.entry, launch.shared)?;
+        let function = self.function(module, &launch.entry, launch.shared)?;
         let bits: Vec<u64> = launch.args.iter().map(Arg::bits).collect();
         let mut pointers: Vec<*mut c_void> =
             bits.iter().map(|bits| std::ptr::from_ref(bits).cast_mut().cast()).collect();

@@ -175,7 +175,8 @@ impl Path {
         let d = shape.head_dim as u32;
         let shared = 4 * (2 * 16 * d + 2 * 32 * (d | 1));
         Path {
-            entries: ["", "_backward_q", "_backward_kv"].map(|pass| format!("attention{pass}")),
+            entries: ["", "_backward_dq", "_backward_dkdv"]
+                .map(|pass| format!("attention_generic{pass}")),
             launch: [Config { grid: [2, 1, 1], block: [128, 1, 1], shared }; 3],
             takes_head_dim: true,
         }
@@ -185,10 +186,10 @@ impl Path {
         let (d, group) = (shape.head_dim, (shape.heads / shape.kv_heads) as u32);
         let several = if d == 8 { 2 } else { 4 };
         let entry =
-            |(pass, rows)| format!("attention_narrow{pass}_{d}_{}", if one { 1 } else { rows });
+            |(pass, rows)| format!("attention_smallhead{pass}_{d}_{}", if one { 1 } else { rows });
         let warps = group.min(if one { 8 } else { 4 });
         Path {
-            entries: [("", 4), ("_backward_q", several), ("_backward_kv", several)].map(entry),
+            entries: [("", 4), ("_backward_dq", several), ("_backward_dkdv", several)].map(entry),
             launch: [Config::linear(1, 128), Config::linear(1, 128), Config::linear(2, 32 * warps)],
             takes_head_dim: false,
         }
@@ -198,10 +199,10 @@ impl Path {
         let (d, group) = (shape.head_dim, (shape.heads / shape.kv_heads) as u32);
         let several = if d == 2 { 8 } else { 4 };
         let entry = |(pass, blocks)| {
-            format!("attention_narrow_mma{pass}_{d}_{}", if one { 1 } else { blocks })
+            format!("attention_smallhead_tf32{pass}_{d}_{}", if one { 1 } else { blocks })
         };
         Path {
-            entries: [("", 4), ("_backward_q", 4), ("_backward_kv", several)].map(entry),
+            entries: [("", 4), ("_backward_dq", 4), ("_backward_dkdv", several)].map(entry),
             launch: [(1, 4), (1, 4), (2, group.min(if one { 8 } else { 4 }))]
                 .map(|(grid, warps)| Config::linear(grid, 32 * warps)),
             takes_head_dim: false,
@@ -210,7 +211,7 @@ impl Path {
     /// head_dim 16, 32, 64, 96 and 128, in types of two bytes.
     fn mma(shape: &Shape) -> Path {
         let d = shape.head_dim;
-        let entry = |pass| format!("attention_mma{pass}_{d}");
+        let entry = |pass| format!("flash_attention{pass}_{d}");
         // As the table in the source has it: own rows in sixteens a warp, rows of a tile.
         let tilings = [
             (2, if d == 64 { 64 } else { 32 }),
@@ -225,7 +226,7 @@ impl Path {
             bytes(2 * 64 * own_kv + 4 * tile_kv) + 2 * 12 * tile_kv as u32,
         ];
         Path {
-            entries: ["", "_backward_q", "_backward_kv"].map(entry),
+            entries: ["", "_backward_dq", "_backward_dkdv"].map(entry),
             launch: shared.map(|shared| Config { grid: [2, 1, 1], block: [128, 1, 1], shared }),
             takes_head_dim: false,
         }
@@ -303,7 +304,7 @@ fn types(at: usize) -> [Dtype; 2] {
 
 #[test]
 fn attention_is_right_on_its_plain_path() {
-    let Some(module) = module("attention") else { return };
+    let Some(module) = module("attention_generic") else { return };
     for (at, shape) in SHAPES.map(shape).iter().enumerate() {
         for dtype in types(at) {
             Path::plain(shape).is_right(&module, dtype, shape, 3.0);
@@ -313,7 +314,7 @@ fn attention_is_right_on_its_plain_path() {
 
 #[test]
 fn attention_goes_back_on_its_plain_path() {
-    let Some(module) = module("attention") else { return };
+    let Some(module) = module("attention_generic") else { return };
     for (at, shape) in SHAPES.map(shape).iter().enumerate() {
         for dtype in types(at) {
             Path::plain(shape).goes_back(&module, dtype, shape);
@@ -339,7 +340,7 @@ fn mistakes_in_the_plain_path_are_seen() {
             "from < first)) continue",
         ),
     ];
-    planted_in("attention", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
+    planted_in("attention_generic", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
         let shape = shape([3, 37, 2, 1, 5]);
         Path::plain(&shape).is_right(module, Dtype::F32, &shape, 3.0);
         Path::plain(&shape).goes_back(module, Dtype::F32, &shape);
@@ -362,7 +363,7 @@ const SHARP: f64 = 300.0;
 
 #[test]
 fn attention_of_narrow_heads_is_right() {
-    let Some(module) = module("attention_narrow") else { return };
+    let Some(module) = module("attention_smallhead") else { return };
     for (at, shape) in NARROW.map(shape).iter().enumerate() {
         let [some, other] = types(at);
         for (one, dtype, sharpness) in
@@ -375,7 +376,7 @@ fn attention_of_narrow_heads_is_right() {
 
 #[test]
 fn attention_of_narrow_heads_goes_back() {
-    let Some(module) = module("attention_narrow") else { return };
+    let Some(module) = module("attention_smallhead") else { return };
     for (at, shape) in NARROW.map(shape).iter().enumerate() {
         for (one, dtype) in [false, true].into_iter().zip(types(at)) {
             Path::narrow(shape, one).goes_back(&module, dtype, shape);
@@ -408,7 +409,7 @@ fn mistakes_in_the_narrow_path_are_seen() {
         ("one warp's share of dk and dv", "turn < warps", "turn < 1"),
         ("a tile left out that is seen", "next.from >= first + CHUNK", "next.from >= first"),
     ];
-    planted_in("attention_narrow", &without, &bugs, |module| {
+    planted_in("attention_smallhead", &without, &bugs, |module| {
         let shape = shape([3, 170, 2, 1, 2]);
         for sharpness in [3.0, SHARP] {
             Path::narrow(&shape, false).is_right(module, Dtype::F32, &shape, sharpness);
@@ -430,7 +431,7 @@ const NARROW_MMA: [[usize; 5]; 6] = [
 
 #[test]
 fn attention_of_narrow_heads_on_tensor_cores_is_right() {
-    let Some(module) = module("attention_narrow_mma") else { return };
+    let Some(module) = module("attention_smallhead_tf32") else { return };
     for (at, shape) in NARROW_MMA.map(shape).iter().enumerate() {
         let turn = at % 2 == 0;
         let (some, other) =
@@ -445,7 +446,7 @@ fn attention_of_narrow_heads_on_tensor_cores_is_right() {
 
 #[test]
 fn attention_of_narrow_heads_goes_back_on_tensor_cores() {
-    let Some(module) = module("attention_narrow_mma") else { return };
+    let Some(module) = module("attention_smallhead_tf32") else { return };
     for (at, shape) in NARROW_MMA.map(shape).iter().enumerate() {
         let [some, other] =
             if at % 2 == 0 { [Dtype::Bf16, Dtype::F16] } else { [Dtype::F16, Dtype::Bf16] };
@@ -480,7 +481,7 @@ fn mistakes_of_narrow_heads_on_tensor_cores_are_seen() {
         ("a query past the last", ": INT_MAX;", ": 0;"),
         ("one warp's share of dk and dv", "turn < warps", "turn < 1"),
     ];
-    planted_in("attention_narrow_mma", &without, &bugs, |module| {
+    planted_in("attention_smallhead_tf32", &without, &bugs, |module| {
         let shape = shape([3, 170, 2, 1, 2]);
         for sharpness in [3.0, SHARP] {
             Path::narrow_mma(&shape, false).is_right(module, Dtype::Bf16, &shape, sharpness);
@@ -503,7 +504,7 @@ const MMA: [[usize; 5]; 8] = [
 
 #[test]
 fn attention_on_tensor_cores_is_right() {
-    let Some(module) = module("attention_mma") else { return };
+    let Some(module) = module("flash_attention") else { return };
     for (at, shape) in MMA.map(shape).iter().enumerate() {
         Path::mma(shape).is_right(&module, Dtype::Bf16, shape, 3.0);
         if at % 2 == 0 {
@@ -514,7 +515,7 @@ fn attention_on_tensor_cores_is_right() {
 
 #[test]
 fn attention_on_tensor_cores_goes_back() {
-    let Some(module) = module("attention_mma") else { return };
+    let Some(module) = module("flash_attention") else { return };
     for (at, shape) in MMA.map(shape).iter().enumerate() {
         Path::mma(shape).goes_back(&module, Dtype::Bf16, shape);
         if at % 2 == 1 {
@@ -549,7 +550,7 @@ fn mistakes_on_tensor_cores_are_seen() {
         ("statistics that are not put", "if (step + 1 < steps) put_statistics(step + 1);", ""),
         ("a tile left out that is seen", "(ALL, least) > high", "(ALL, least) > low - 32"),
     ];
-    planted_in("attention_mma", &without, &bugs, |module| {
+    planted_in("flash_attention", &without, &bugs, |module| {
         let shape = shape([3, 145, 2, 1, 32]);
         Path::mma(&shape).is_right(module, Dtype::Bf16, &shape, 3.0);
         Path::mma(&shape).goes_back(module, Dtype::Bf16, &shape);
@@ -558,7 +559,7 @@ fn mistakes_on_tensor_cores_are_seen() {
 
 #[test]
 fn the_product_of_out_and_its_gradient_is_right() {
-    let Some(module) = module("attention") else { return };
+    let Some(module) = module("attention_generic") else { return };
     for dtype in DTYPES {
         for (dims, width) in [([2, 3, 4, 1, 2], 1), ([1, 5, 3, 1, 17], 8), ([2, 2, 1, 1, 128], 16)]
         {
@@ -651,7 +652,7 @@ fn cached_is_right(module: &Module, types: &[Dtype]) {
             pieces.extend(shape.values());
             pieces.push(value(capacity as i32));
             let config = Config::linear(3, 128);
-            let entry = format!("attention_cached_{}", dtype.suffix());
+            let entry = format!("attention_decode_{}", dtype.suffix());
             let got = run(module, &entry, config, &pieces);
             for (got, after) in got.iter().zip(&after) {
                 assert!(*got == dtype.bytes(after), "the cache of {shape:?} in {dtype:?}");
@@ -663,7 +664,7 @@ fn cached_is_right(module: &Module, types: &[Dtype]) {
 
 #[test]
 fn attention_over_a_cache_appends_and_sees_what_came_before() {
-    let Some(module) = module("attention_cached") else { return };
+    let Some(module) = module("attention_decode") else { return };
     cached_is_right(&module, &DTYPES);
 }
 
@@ -675,7 +676,7 @@ fn mistakes_in_attention_over_a_cache_are_seen() {
         ("a warp's share left out", "w < WARPS; w++) all +=", "w < WARPS - 1; w++) all +="),
         ("one key/value head appended", "head % shape.group() == 0 &&", "head == 0 &&"),
     ];
-    planted_in("attention_cached", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
+    planted_in("attention_decode", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
         cached_is_right(module, &[Dtype::F32]);
     });
 }

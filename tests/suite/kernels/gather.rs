@@ -87,7 +87,7 @@ pub fn gather_is_right(module: &Module) {
             pieces.extend([value(rows as i32), value(context as i32), value(pad)]);
             let config = Config { grid: [2, 3, 1], block: [32, 1, 1], shared: 0 };
             let name = format!("{kind:?}").to_lowercase();
-            let got = run(module, &format!("gather_{name}_{ty}"), config, &pieces);
+            let got = run(module, &format!("gather_windows_{name}_{ty}"), config, &pieces);
             for (i, what) in ["ids", "targets", "first keys"].into_iter().enumerate() {
                 assert!(got[i] == words(&exact[i]), "{what} of {name} windows of {context}");
             }
@@ -97,7 +97,7 @@ pub fn gather_is_right(module: &Module) {
 
 #[test]
 fn gather_draws_the_windows_that_the_library_draws() {
-    holds("gather", gather_is_right);
+    holds("gather_windows", gather_is_right);
 }
 
 #[test]
@@ -117,5 +117,5 @@ fn mistakes_in_windows_are_seen() {
         ("the last target lost", "column + 1 < real", "column + 2 < real"),
         ("a window where there is none", "if (number != NO_WINDOW) find", "find"),
     ];
-    planted("gather", &bugs, gather_is_right);
+    planted("gather_windows", &bugs, gather_is_right);
 }

@@ -55,7 +55,7 @@ const LOSS_SCALE: f32 = 0.037;
 
 #[test]
 fn logits_become_losses_and_their_gradients() {
-    let Some(module) = module("head_logits") else { return };
+    let Some(module) = module("cross_entropy") else { return };
     logits_are_right(&module);
 }
 
@@ -101,7 +101,7 @@ fn logits_are_right(module: &Module) {
                     value(stride as i32),
                     value(dlogits_stride as i32),
                 ];
-                let entry = format!("head_logits_{}", dtype.suffix());
+                let entry = format!("cross_entropy_{}", dtype.suffix());
                 let mut got = run(module, &entry, Config::linear(3, threads), &pieces);
                 let written = match gradients {
                     Gradients::InPlace => Some(got.remove(0)),
@@ -138,7 +138,7 @@ fn mistakes_in_the_loss_of_logits_are_seen() {
         ("vectors where rows do not allow them", "&& stride % N == 0", ""),
         ("the sum in the wrong place", "scale / peak.sum", "peak.sum / scale"),
     ];
-    planted("head_logits", &bugs, logits_are_right);
+    planted("cross_entropy", &bugs, logits_are_right);
 }
 
 #[derive(Clone, Copy)]
@@ -198,7 +198,7 @@ impl Head {
         (nll, argmax, dx, dw)
     }
 
-    /// The launches, as src/backend/gpu/head.rs makes them; nll, argmax, dx, dw as bytes, the last two
+    /// The launches, as src/backend/gpu/lm_head.rs makes them; nll, argmax, dx, dw as bytes, the last two
     /// with `training`.
     fn run(
         &self,
@@ -244,7 +244,7 @@ impl Head {
         let mut arguments: Vec<Piece> = [x, w, targets, scratch].map(at).into();
         arguments.extend(shape());
         arguments.extend([number(split_words), number(usize::from(training))]);
-        let entry = format!("head_rows_{width}_{}", dtype.suffix());
+        let entry = format!("lce_fwd_dx_{width}_{}", dtype.suffix());
         let grid = [padded / 128, splits.0];
         launches.push(launch(&entry, grid, [threads, 1, 1], shared, arguments));
 
@@ -252,21 +252,21 @@ impl Head {
             [w, targets, scale, scratch, nll, argmax, dx].map(at).into();
         arguments.extend(shape());
         arguments.extend([number(width), number(splits.0)]);
-        let entry = format!("head_join_{}", dtype.suffix());
+        let entry = format!("lce_combine_{}", dtype.suffix());
         launches.push(launch(&entry, [padded / 8, 1], [32, 8, 1], 0, arguments));
 
         if training {
             let mut arguments: Vec<Piece> = [x, w, scale, scratch, dw, partials].map(at).into();
             arguments.extend(shape());
             arguments.push(number(split_rows));
-            let entry = format!("head_words_{width}_{}", dtype.suffix());
+            let entry = format!("lce_dw_{width}_{}", dtype.suffix());
             let grid = [vocab.div_ceil(128), splits.1];
             launches.push(launch(&entry, grid, [threads, 1, 1], shared + 1536, arguments));
         }
         if training && splits.1 > 1 {
             let mut arguments: Vec<Piece> = [partials, scale, dw].map(at).into();
             arguments.extend([value((vocab * hidden) as u64), number(splits.1)]);
-            launches.push(launch("head_words_join", [3, 1], [256, 1, 1], 0, arguments));
+            launches.push(launch("lce_dw_combine", [3, 1], [256, 1, 1], 0, arguments));
         }
         run_all(module, &memory, &launches)
     }
@@ -291,7 +291,7 @@ const HEADS: [Head; 11] = [
 
 #[test]
 fn two_passes_give_losses_and_gradients() {
-    let Some(module) = module("head_two_pass") else { return };
+    let Some(module) = module("fused_linear_cross_entropy") else { return };
     two_passes_are_right_in(&module, Dtype::Bf16, &HEADS);
     // Each width, by vectors and by single values.
     two_passes_are_right_in(&module, Dtype::F16, &HEADS[2..9]);
@@ -355,7 +355,7 @@ fn two_passes_are_right_in(module: &Module, dtype: Dtype, heads: &[Head]) {
 /// holds none of them without help.
 #[test]
 fn improbable_words_keep_their_digits_in_f16() {
-    let Some(module) = module("head_two_pass") else { return };
+    let Some(module) = module("fused_linear_cross_entropy") else { return };
     improbable_words_are_right(&module);
 }
 
@@ -404,7 +404,7 @@ fn mistakes_in_f16_are_seen() {
         widths.flat_map(|width| ["ROWS", "WORDS"].map(|pass| format!("    {pass}({width}, T)")));
     let without: Vec<_> = lines.chain(["ENTRIES(bf16)".into()]).collect();
     let without: Vec<_> = without.iter().map(String::as_str).collect();
-    planted_in("head_two_pass", &without, &bugs, |module| {
+    planted_in("fused_linear_cross_entropy", &without, &bugs, |module| {
         improbable_words_are_right(module);
         two_passes_are_right_in(module, Dtype::F16, &HEADS[2..3]);
     });
@@ -506,5 +506,5 @@ fn mistakes_in_the_two_passes_are_seen() {
             "",
         ),
     ];
-    planted_in("head_two_pass", &["ENTRIES(f16)"], &bugs, two_passes_are_right);
+    planted_in("fused_linear_cross_entropy", &["ENTRIES(f16)"], &bugs, two_passes_are_right);
 }

@@ -28,7 +28,7 @@ pub fn module(name: &str) -> Option<Module> {
         eprintln!("SKIPPED: the kernels in the simulator, because {why}");
         return None;
     }
-    let kernel = laam::kernels::kernel(name).unwrap_or_else(|| panic!("no kernel file {name}"));
+    let kernel = laam::kernels::module(name).unwrap_or_else(|| panic!("no kernel file {name}"));
     Some(Module::from_ptx(kernel.ptx).unwrap_or_else(|error| panic!("{name}: {error}")))
 }
 

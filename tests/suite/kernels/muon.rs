@@ -18,7 +18,7 @@ fn rates(module: &Module, norm: f32) -> Vec<u8> {
         Piece::Out(16),
         value(1.0f32),
     ];
-    run(module, "muon_rates", Config::linear(1, 1), &pieces).remove(0)
+    run(module, "muon_step_params", Config::linear(1, 1), &pieces).remove(0)
 }
 
 /// Where two matrices of `count` elements lie in an arena of three: the last, and the first.
@@ -64,7 +64,7 @@ fn scale(module: &Module, u: &[u8], shares: &[u8]) -> Vec<u8> {
         value(u.len() as u64 / 8),
         value(2),
     ];
-    run(module, "muon_scale", grid(3), &pieces).remove(0)
+    run(module, "muon_normalize", grid(3), &pieces).remove(0)
 }
 
 fn combine(module: &Module, x: &[f64], y: &[f64], of: [f64; 2]) -> Vec<u8> {
@@ -77,7 +77,7 @@ fn combine(module: &Module, x: &[f64], y: &[f64], of: [f64; 2]) -> Vec<u8> {
         value(of[1] as f32),
         value(y.len() as u64),
     ];
-    run(module, "muon_combine", Config::linear(2, 256), &pieces).remove(0)
+    run(module, "muon_axpby", Config::linear(2, 256), &pieces).remove(0)
 }
 
 /// The arenas of p and of its copy.

@@ -50,7 +50,7 @@ fn adamw_is_right(module: &Module) {
                 value(BETAS.0),
                 value(BETAS.1),
             ];
-            let rates = run(module, "adamw_rates", Config::linear(1, 1), &pieces).remove(0);
+            let rates = run(module, "adamw_step_params", Config::linear(1, 1), &pieces).remove(0);
 
             let [mut g, p, mut m] = [1, 2, 3].map(|seed| Dtype::F32.random(seed, count, 1.0));
             let v = Dtype::F32.random(4, count, 1.0);

@@ -25,7 +25,7 @@ fn next_is_right(module: &Module) {
                 scale.map_or(Piece::Null, |scale| Piece::In(scaling(scale, 5))),
                 Piece::Out(32),
             ];
-            let got = run(module, "queue_next", Config::linear(1, 1), &pieces).remove(0);
+            let got = run(module, "step_queue_pop", Config::linear(1, 1), &pieces).remove(0);
             let at = cursor as usize;
             let loss_scale = 0.5f32.powi(at as i32 + 1) * scale.unwrap_or(1.0);
             let exact = record(1e-3 * (1.0 + at as f64), at as u64 + 1, loss_scale, 7 * cursor);
@@ -47,7 +47,7 @@ fn report_is_right(module: &Module) {
             Piece::Both(words(&[1])),
             value(rows as i32),
         ];
-        let got = run(module, "queue_report", Config::linear(1, 1024), &pieces);
+        let got = run(module, "step_queue_report", Config::linear(1, 1024), &pieces);
         let exact: f64 = (nll.iter().zip(&targets))
             .filter(|&(_, &target)| target != u32::MAX)
             .map(|(nll, _)| nll)
@@ -85,7 +85,7 @@ fn queue_is_right(module: &Module) {
 
 #[test]
 fn queued_runs_find_their_records_and_leave_what_they_found() {
-    holds("queue", queue_is_right);
+    holds("step_queue", queue_is_right);
 }
 
 #[test]
@@ -99,5 +99,5 @@ fn mistakes_in_the_queue_are_seen() {
         ("never doubled", "next.scale * 2.0f", "next.scale"),
         ("growth after a bad step", "next.scale * 0.5f, 0", "next.scale * 0.5f, next.good"),
     ];
-    planted("queue", &bugs, queue_is_right);
+    planted("step_queue", &bugs, queue_is_right);
 }

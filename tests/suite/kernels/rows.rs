@@ -25,8 +25,8 @@ pub fn embed_is_right(module: &Module) {
                 value(hidden as i32),
             ];
             let config = Config { grid: [2, 1, 1], block: [8, 4, 1], shared: 0 };
-            let got = run(module, &format!("embed_{}", dtype.suffix()), config, &pieces);
-            assert!(got[0] == dtype.bytes(&exact), "embed");
+            let got = run(module, &format!("embedding_{}", dtype.suffix()), config, &pieces);
+            assert!(got[0] == dtype.bytes(&exact), "embedding");
         }
     }
 }
@@ -48,7 +48,7 @@ fn sorted(module: &Module, ids: &[u32], vocab: u32) -> Vec<u8> {
                 value(rows as i32),
                 value(shift),
             ];
-            counts = Piece::In(run(module, "embed_count", config, &pieces).remove(0));
+            counts = Piece::In(run(module, "embedding_sort_histogram", config, &pieces).remove(0));
         }
         let pieces = [
             Piece::In(words(ids)),
@@ -58,7 +58,7 @@ fn sorted(module: &Module, ids: &[u32], vocab: u32) -> Vec<u8> {
             value(rows as i32),
             value(shift),
         ];
-        order = Some(run(module, "embed_sort", config, &pieces).remove(0));
+        order = Some(run(module, "embedding_sort_scatter", config, &pieces).remove(0));
     }
     order.expect("there is a pass")
 }
@@ -101,7 +101,7 @@ pub fn embed_backward_is_right(module: &Module) {
                 Piece::Both(partials),
             ];
             pieces.extend(numbers());
-            let entry = format!("embed_backward_{}", dtype.suffix());
+            let entry = format!("embedding_backward_{}", dtype.suffix());
             let got = run(module, &entry, config, &pieces);
             let mut pieces = vec![
                 Piece::In(words(&ids)),
@@ -110,7 +110,7 @@ pub fn embed_backward_is_right(module: &Module) {
                 Piece::Both(got[0].clone()),
             ];
             pieces.extend(numbers());
-            let got = run(module, "embed_backward_join", config, &pieces);
+            let got = run(module, "embedding_backward_combine", config, &pieces);
             let exact = added::<f64>(&ids, &dout, &before, hidden);
             let plain = added::<f32>(&ids, &dout, &before, hidden);
             check("dtable", Dtype::F32, &got[0], &exact, &plain);
@@ -144,7 +144,7 @@ pub fn pick_rows_is_right(module: &Module) {
                 value(context as i32),
                 value(hidden as i32),
             ];
-            let entry = format!("pick_rows_{}", dtype.suffix());
+            let entry = format!("gather_rows_{}", dtype.suffix());
             let got = run(module, &entry, Config::linear(2, 32), &pieces);
             assert!(got[0] == dtype.bytes(&exact), "the rows");
         }
@@ -153,22 +153,22 @@ pub fn pick_rows_is_right(module: &Module) {
 
 #[test]
 fn embed_takes_rows() {
-    holds("embed", embed_is_right);
+    holds("embedding", embed_is_right);
 }
 
 #[test]
 fn embed_sorts_stably() {
-    holds("embed", embed_sort_is_right);
+    holds("embedding", embed_sort_is_right);
 }
 
 #[test]
 fn embed_adds_rows_back_in_a_fixed_order() {
-    holds("embed", embed_backward_is_right);
+    holds("embedding", embed_backward_is_right);
 }
 
 #[test]
 fn pick_rows_takes_one_of_each_window() {
-    holds("pick_rows", pick_rows_is_right);
+    holds("gather_rows", pick_rows_is_right);
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn mistakes_in_the_sort_are_seen() {
             "ranks[round] = seen + before;",
         ),
     ];
-    planted("embed", &bugs, embed_sort_is_right);
+    planted("embedding", &bugs, embed_sort_is_right);
 }
 
 #[test]
@@ -203,11 +203,11 @@ fn mistakes_in_the_embeddings_gradient_are_seen() {
         ("the end of a long run forgotten", "part <= last", "part < last"),
         ("a run through a whole chunk in the wrong place", "(joined ? 0 : 1)", "(goes_on ? 1 : 0)"),
     ];
-    planted("embed", &bugs, embed_backward_is_right);
+    planted("embedding", &bugs, embed_backward_is_right);
 }
 
 #[test]
 fn mistakes_in_picked_rows_are_seen() {
     let bugs = [("column ignored", " + column[window];", ";")];
-    planted("pick_rows", &bugs, pick_rows_is_right);
+    planted("gather_rows", &bugs, pick_rows_is_right);
 }

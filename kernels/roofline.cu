@@ -9,11 +9,11 @@
 constexpr int LINKS = 8;
 
 // Does nothing: the cost of a launch.
-extern "C" __global__ void ceiling_empty() {}
+extern "C" __global__ void roofline_empty() {}
 
 // ex2.approx, LINKS * rounds a thread. Launch: any.
 extern "C" __global__ void __launch_bounds__(256)
-ceiling_ex2(float *__restrict__ out, int rounds) {
+roofline_ex2(float *__restrict__ out, int rounds) {
     float x[LINKS];
 #pragma unroll
     for (int i = 0; i < LINKS; i++) x[i] = threadIdx.x * -0.001f - i;
@@ -29,7 +29,7 @@ ceiling_ex2(float *__restrict__ out, int rounds) {
 
 // fma.rn.f32, LINKS * rounds a thread. Launch: any.
 extern "C" __global__ void __launch_bounds__(256)
-ceiling_fma(float *__restrict__ out, int rounds) {
+roofline_fma(float *__restrict__ out, int rounds) {
     float x[LINKS];
 #pragma unroll
     for (int i = 0; i < LINKS; i++) x[i] = threadIdx.x * 0.001f + i;
@@ -46,7 +46,7 @@ ceiling_fma(float *__restrict__ out, int rounds) {
 
 // mma.sync m16n8k16 bf16, LINKS * rounds a warp: 4,096 FLOPs each. Launch: any.
 extern "C" __global__ void __launch_bounds__(256)
-ceiling_mma(float *__restrict__ out, int rounds) {
+roofline_mma(float *__restrict__ out, int rounds) {
     float c[LINKS][4] = {};
     uint32_t a[4], b[2];
 #pragma unroll
@@ -71,7 +71,7 @@ ceiling_mma(float *__restrict__ out, int rounds) {
 
 // __syncthreads, `rounds` of them. Launch: any.
 extern "C" __global__ void __launch_bounds__(1024)
-ceiling_barrier(float *__restrict__ out, int rounds) {
+roofline_barrier(float *__restrict__ out, int rounds) {
     __shared__ float value;
     if (threadIdx.x == 0) value = 0.0f;
     for (int round = 0; round < rounds; round++) {

@@ -7,15 +7,15 @@
 //     dx     = loss_scale * (exp(z) / S - onehot(target)) w
 //     dw    += loss_scale * (exp(z) / S - onehot(target))T x
 //
-// Pass 1, `head_rows`: a block owns 128 rows of x and streams w; it keeps each row's largest logit,
+// Pass 1, `lce_fwd_dx`: a block owns 128 rows of x and streams w; it keeps each row's largest logit,
 // sum of exponentials and sum of exp(z - max) w. The vocabulary may be split among blocks:
-// `head_join` adds the parts up in their order and yields nll, argmax and dx.
-// Pass 2, `head_words`: a block owns 128 rows of w and streams x; with S known, a gradient is one
-// exponential. The rows may be split among blocks: `head_words_join` adds the parts up.
+// `lce_combine` adds the parts up in their order and yields nll, argmax and dx.
+// Pass 2, `lce_dw`: a block owns 128 rows of w and streams x; with S known, a gradient is one
+// exponential. The rows may be split among blocks: `lce_dw_combine` adds the parts up.
 //
 // What enters a second product is rounded to T: exp(z - max) without the target's in pass 1,
 // exp(z) / S - onehot in pass 2, both times 2^LIFT. The target's own share of dx,
-// (exp(z[target]) / S - 1) w[target], is added in f32 by `head_join`: of a token that is all but known
+// (exp(z[target]) / S - 1) w[target], is added in f32 by `lce_combine`: of a token that is all but known
 // it is a small difference, which a rounding before it would drown. loss_scale comes last, in f32.
 //
 // x, dx: [rows, hidden], w: [vocab, hidden] in T; dw: [vocab, hidden] in f32; targets, argmax:
@@ -347,7 +347,7 @@ __device__ void pass_rows(const T *x, const T *w, const uint32_t *targets, float
                     }
                 }
             }
-            // As seldom: some row of the warp has its target here, whose share `head_join` adds.
+            // As seldom: some row of the warp has its target here, whose share `lce_combine` adds.
             if (__any_sync(ALL, hit)) {
 #pragma unroll
                 for (int s = 0; s < STRIPS; s++) {
@@ -558,7 +558,7 @@ __device__ void join(const T *w, const uint32_t *targets, const float *loss_scal
 // dynamic shared memory. Without `gradient`, the loss alone.
 #define ROWS(WIDTH, T)                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS<WIDTH>, Cut<WIDTH>::BLOCKS)               \
-    head_rows_##WIDTH##_##T(const T *__restrict__ x, const T *__restrict__ w,                      \
+    lce_fwd_dx_##WIDTH##_##T(const T *__restrict__ x, const T *__restrict__ w,                      \
                             const uint32_t *__restrict__ targets, float *__restrict__ scratch,     \
                             int rows, int vocab, int hidden, int split_words, int gradient) {      \
         pass_rows<WIDTH>(x, w, targets, scratch, rows, vocab, hidden, split_words, gradient != 0); \
@@ -568,7 +568,7 @@ __device__ void join(const T *w, const uint32_t *targets, const float *loss_scal
 // bytes of shared memory more. `partials`: [parts, vocab, hidden], or null where there is one part.
 #define WORDS(WIDTH, T)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS<WIDTH>, Cut<WIDTH>::BLOCKS)               \
-    head_words_##WIDTH##_##T(const T *__restrict__ x, const T *__restrict__ w,                     \
+    lce_dw_##WIDTH##_##T(const T *__restrict__ x, const T *__restrict__ w,                     \
                              const float *__restrict__ loss_scale, float *__restrict__ scratch,    \
                              float *__restrict__ dw, float *__restrict__ partials, int rows,       \
                              int vocab, int hidden, int split_rows) {                              \
@@ -580,7 +580,7 @@ __device__ void join(const T *w, const uint32_t *targets, const float *loss_scal
 // pass 1.
 #define JOIN(T)                                                                                    \
     extern "C" __global__ void __launch_bounds__(256)                                              \
-    head_join_##T(const T *__restrict__ w, const uint32_t *__restrict__ targets,                   \
+    lce_combine_##T(const T *__restrict__ w, const uint32_t *__restrict__ targets,                   \
                   const float *__restrict__ loss_scale, float *scratch, float *__restrict__ nll,   \
                   uint32_t *__restrict__ argmax, T *__restrict__ dx, int rows, int vocab,          \
                   int hidden, int width, int splits) {                                             \
@@ -605,7 +605,7 @@ ENTRIES(f16)
 // Adds up the parts of pass 2: dw += loss_scale * their sum; `count` is vocab * hidden. Launch: blocks
 // of 256 threads along x, any number of them.
 extern "C" __global__ void __launch_bounds__(256)
-head_words_join(const float *__restrict__ partials, const float *__restrict__ loss_scale,
+lce_dw_combine(const float *__restrict__ partials, const float *__restrict__ loss_scale,
                 float *__restrict__ dw, unsigned long long count, int splits) {
     const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;
     size_t at = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -133,7 +133,7 @@ __device__ void rows_of_logits(const float *logits, const uint32_t *targets, con
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-head_logits_f32(const float *logits, const uint32_t *__restrict__ targets,
+cross_entropy_f32(const float *logits, const uint32_t *__restrict__ targets,
                 const float *__restrict__ loss_scale, float *__restrict__ nll,
                 uint32_t *__restrict__ argmax, float *dlogits, int rows, int vocab, int stride,
                 int dlogits_stride) {
@@ -142,7 +142,7 @@ head_logits_f32(const float *logits, const uint32_t *__restrict__ targets,
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-head_logits_bf16(const float *logits, const uint32_t *__restrict__ targets,
+cross_entropy_bf16(const float *logits, const uint32_t *__restrict__ targets,
                  const float *__restrict__ loss_scale, float *__restrict__ nll,
                  uint32_t *__restrict__ argmax, bf16 *dlogits, int rows, int vocab, int stride,
                  int dlogits_stride) {
@@ -151,7 +151,7 @@ head_logits_bf16(const float *logits, const uint32_t *__restrict__ targets,
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-head_logits_f16(const float *logits, const uint32_t *__restrict__ targets,
+cross_entropy_f16(const float *logits, const uint32_t *__restrict__ targets,
                 const float *__restrict__ loss_scale, float *__restrict__ nll,
                 uint32_t *__restrict__ argmax, half *dlogits, int rows, int vocab, int stride,
                 int dlogits_stride) {

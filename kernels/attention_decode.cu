@@ -140,7 +140,7 @@ __device__ void cached(const T *q, const T *k, const T *v, const uint32_t *start
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128) attention_cached_##T(                        \
+    extern "C" __global__ void __launch_bounds__(128) attention_decode_##T(                        \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ start, T *keys, T *values, T *__restrict__ out, int windows,  \
         int context, int heads, int kv_heads, int head_dim, int capacity) {                        \

@@ -1,5 +1,5 @@
 // Causal attention by its plain path: any head_dim to 256, f32 arithmetic, no tensor cores. The fast
-// paths (attention_narrow.cu, attention_mma.cu) are held against it.
+// paths (attention_smallhead.cu, attention_smallhead_tf32.cu, flash_attention.cu) are held against it.
 //
 //     s[i][j] = q[i] . k[j] / sqrt(head_dim)          for first_key[i] <= j <= i
 //     lse[i]  = log sum over j of exp(s[i][j])
@@ -193,26 +193,6 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
 }
 
 template <typename T>
-__device__ void delta(const T *out, const T *dout, float *to, const Heads shape) {
-    const size_t rows = static_cast<size_t>(shape.windows) * shape.context * shape.heads;
-    const int d = shape.head_dim;
-    for (size_t base = static_cast<size_t>(blockIdx.x) * blockDim.y; base < rows;
-         base += static_cast<size_t>(gridDim.x) * blockDim.y) {
-        const size_t row = base + threadIdx.y;
-        float product = 0.0f;
-        for (int c = threadIdx.x; row < rows && c < d; c += blockDim.x) {
-            product += widen(out[row * d + c]) * widen(dout[row * d + c]);
-        }
-        product = row_sum(product);
-        if (row < rows && threadIdx.x == 0) {
-            const size_t token = row / shape.heads, head = row % shape.heads;
-            const size_t window = token / shape.context, column = token % shape.context;
-            to[(window * shape.heads + head) * shape.context + column] = product;
-        }
-    }
-}
-
-template <typename T>
 __device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *first_key,
                            const float *lse, const float *delta, const T *dout, T *dq,
                            const Heads shape) {
@@ -322,21 +302,14 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
     }
 }
 
-// The launch of delta, which every path's way back takes: blocks of (threads a row, rows at once),
-// shaped as `row_sum` asks, at most 256 threads; a grid along x of any size.
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128) attention_##T(                               \
+    extern "C" __global__ void __launch_bounds__(128) attention_generic_##T(                               \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
         int windows, int context, int heads, int kv_heads, int head_dim) {                         \
         forward(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, head_dim});      \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) attention_delta_##T(                         \
-        const T *__restrict__ out, const T *__restrict__ dout, float *__restrict__ to,             \
-        int windows, int context, int heads, int head_dim) {                                       \
-        delta(out, dout, to, {windows, context, heads, heads, head_dim});                          \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128) attention_backward_q_##T(                    \
+    extern "C" __global__ void __launch_bounds__(128) attention_generic_backward_dq_##T(                    \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
@@ -344,7 +317,7 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
         backward_q(q, k, v, first_key, lse, delta, dout, dq,                                       \
                    {windows, context, heads, kv_heads, head_dim});                                 \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128) attention_backward_kv_##T(                   \
+    extern "C" __global__ void __launch_bounds__(128) attention_generic_backward_dkdv_##T(                   \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \

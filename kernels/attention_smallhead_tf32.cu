@@ -1,5 +1,5 @@
 // Causal attention on tensor cores for heads of 2 and 4 components in two-byte types; formulas and
-// shapes as in attention.cu.
+// shapes as in attention_generic.cu.
 //
 // A warp works alone. It owns OWN blocks of 16 rows, the left operands of its products, and streams
 // tiles of 32 opposite rows, the right ones. Both are TF32: it holds a bf16 or f16 exactly, and the
@@ -749,7 +749,7 @@ constexpr int blocks(int head_dim, int own) {
 
 #define FORWARD(D, OWN, T)                                                                         \
     extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                              \
-    attention_narrow_mma_##D##_##OWN##_##T(                                                        \
+    attention_smallhead_tf32_##D##_##OWN##_##T(                                                        \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
         int windows, int context, int heads, int kv_heads) {                                       \
@@ -758,7 +758,7 @@ constexpr int blocks(int head_dim, int own) {
 
 #define BACKWARD_Q(D, OWN, T)                                                                      \
     extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                              \
-    attention_narrow_mma_backward_q_##D##_##OWN##_##T(                                             \
+    attention_smallhead_tf32_backward_dq_##D##_##OWN##_##T(                                             \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
@@ -770,7 +770,7 @@ constexpr int blocks(int head_dim, int own) {
 #define BACKWARD_KV(D, OWN, T)                                                                     \
     extern "C" __global__ void                                                                     \
     __launch_bounds__(32 * most_warps(OWN), blocks(D, OWN) * 4 / most_warps(OWN))                  \
-    attention_narrow_mma_backward_kv_##D##_##OWN##_##T(                                            \
+    attention_smallhead_tf32_backward_dkdv_##D##_##OWN##_##T(                                            \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \

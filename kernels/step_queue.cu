@@ -2,8 +2,8 @@
 // and the place of the windows it draws, and leave what they found in a list that is read when
 // somebody asks.
 //
-//     queue_next          control = records[*cursor], the loss scale times that of the scaling
-//     queue_report        outcomes[*cursor] = sum of nll[r] where targets[r] counts, norm; ++*cursor
+//     step_queue_pop          control = records[*cursor], the loss scale times that of the scaling
+//     step_queue_report        outcomes[*cursor] = sum of nll[r] where targets[r] counts, norm; ++*cursor
 //     loss_scale_update   the scale of the losses for the next step
 //
 // records, outcomes: one for each run that waits; nll (f32), targets (u32): [rows]; norm: one f32, or
@@ -36,7 +36,7 @@ struct Scaling {
 constexpr unsigned GROWTH_INTERVAL = 2000;
 
 // Launch: one thread.
-extern "C" __global__ void queue_next(const Record *__restrict__ records,
+extern "C" __global__ void step_queue_pop(const Record *__restrict__ records,
                                       const unsigned *__restrict__ cursor,
                                       const Scaling *__restrict__ scaling,
                                       Record *__restrict__ control) {
@@ -47,7 +47,7 @@ extern "C" __global__ void queue_next(const Record *__restrict__ records,
 
 // Launch: one block of 1024 threads. The sum is in f64, and its order that of the launch.
 extern "C" __global__ void __launch_bounds__(1024)
-queue_report(const float *__restrict__ nll, const unsigned *__restrict__ targets,
+step_queue_report(const float *__restrict__ nll, const unsigned *__restrict__ targets,
              const float *__restrict__ norm, Outcome *__restrict__ outcomes,
              unsigned *__restrict__ cursor, int rows) {
     double sum = 0.0;

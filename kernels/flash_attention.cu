@@ -1,5 +1,5 @@
 // Causal attention on tensor cores, for heads of 16, 32, 64, 96 and 128 components in two-byte
-// types; formulas and shapes as in attention.cu, tiling as in Dao 2023 (FlashAttention-2).
+// types; formulas and shapes as in attention_generic.cu, tiling as in Dao 2023 (FlashAttention-2).
 //
 // A block of four warps owns a run of rows and streams tiles of opposite rows through two stages of
 // shared memory, filled by asynchronous copies. Each warp owns 16 or 32 of the rows, and no sum
@@ -13,7 +13,7 @@
 // conflict. Rows past the context are zero.
 //
 // FLOPs of tensor cores a pair: 4 D forward, 6 D back to q, 8 D back to k and v (s and dp are
-// computed twice, that no sum needs atomics); one exp a pair in each. Bytes as in attention.cu, the
+// computed twice, that no sum needs atomics); one exp a pair in each. Bytes as in attention_generic.cu, the
 // opposite rows once for every block.
 #include "lib/attention.cuh"
 #include "lib/ptx.cuh"
@@ -592,14 +592,14 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
 // C + 4 R rows forward, 2 C + 4 R back, and 24 R more for the pass of dk and dv.
 #define ENTRIES(D, T)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, tiling(FORWARD, D).blocks)               \
-    attention_mma_##D##_##T(                                                                       \
+    flash_attention_##D##_##T(                                                                       \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
         int windows, int context, int heads, int kv_heads) {                                       \
         forward<D>(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, D});          \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, tiling(BACKWARD_Q, D).blocks)            \
-    attention_mma_backward_q_##D##_##T(                                                            \
+    flash_attention_backward_dq_##D##_##T(                                                            \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
@@ -608,7 +608,7 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
                       {windows, context, heads, kv_heads, D});                                     \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, tiling(BACKWARD_KV, D).blocks)           \
-    attention_mma_backward_kv_##D##_##T(                                                           \
+    flash_attention_backward_dkdv_##D##_##T(                                                           \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \

@@ -13,10 +13,10 @@
 // tiles = ceil(rows / 1024), chunks = ceil(rows / 64):
 //
 //     for shift in 0, 9 (one of them where vocab <= 512):
-//         embed_count  tiles blocks of 512   counts of the tile's digits (left out for one tile)
-//         embed_sort   tiles blocks of 512   one stable pass of a radix sort
-//     embed_backward_T                       chunks
-//     embed_backward_join                    the runs that several chunks share
+//         embedding_sort_histogram  tiles blocks of 512   counts of the tile's digits (left out for one tile)
+//         embedding_sort_scatter   tiles blocks of 512   one stable pass of a radix sort
+//     embedding_backward_T                       chunks
+//     embedding_backward_combine                    the runs that several chunks share
 //
 // Scratch: two orders, [rows] each (the first pass reads none, null: the rows as they come); counts
 // [tiles, 512]; partials [chunks, 2, hidden] in f32.
@@ -94,7 +94,7 @@ __device__ void read_tile(const unsigned *ids, const unsigned *order, int rows, 
 }
 
 extern "C" __global__ void __launch_bounds__(SORTERS)
-embed_count(const unsigned *__restrict__ ids, const unsigned *__restrict__ order,
+embedding_sort_histogram(const unsigned *__restrict__ ids, const unsigned *__restrict__ order,
             unsigned *__restrict__ counts, int rows, int shift) {
     __shared__ unsigned warps[SORT_WARPS][DIGITS];
     unsigned at[ROUNDS], ranks[ROUNDS];
@@ -108,7 +108,7 @@ embed_count(const unsigned *__restrict__ ids, const unsigned *__restrict__ order
 
 // `counts` is null where there is one tile.
 extern "C" __global__ void __launch_bounds__(SORTERS)
-embed_sort(const unsigned *__restrict__ ids, const unsigned *__restrict__ order,
+embedding_sort_scatter(const unsigned *__restrict__ ids, const unsigned *__restrict__ order,
            const unsigned *__restrict__ counts, unsigned *__restrict__ sorted, int rows, int shift) {
     __shared__ unsigned warps[SORT_WARPS][DIGITS];
     __shared__ unsigned totals[SORT_WARPS];
@@ -244,7 +244,7 @@ __device__ void join(const unsigned *ids, const unsigned *sorted, const float *p
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-embed_backward_join(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
+embedding_backward_combine(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
                     const float *__restrict__ partials, float *__restrict__ dtable, int rows,
                     int hidden) {
     if (hidden % 4 == 0 && aligned(partials, dtable)) {
@@ -255,39 +255,39 @@ embed_backward_join(const unsigned *__restrict__ ids, const unsigned *__restrict
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-embed_f32(const unsigned *__restrict__ ids, const float *__restrict__ table,
+embedding_f32(const unsigned *__restrict__ ids, const float *__restrict__ table,
           float *__restrict__ out, int rows, int hidden) {
     embed_any(ids, table, out, rows, hidden);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-embed_bf16(const unsigned *__restrict__ ids, const bf16 *__restrict__ table,
+embedding_bf16(const unsigned *__restrict__ ids, const bf16 *__restrict__ table,
            bf16 *__restrict__ out, int rows, int hidden) {
     embed_any(ids, table, out, rows, hidden);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-embed_f16(const unsigned *__restrict__ ids, const half *__restrict__ table,
+embedding_f16(const unsigned *__restrict__ ids, const half *__restrict__ table,
           half *__restrict__ out, int rows, int hidden) {
     embed_any(ids, table, out, rows, hidden);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-embed_backward_f32(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
+embedding_backward_f32(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
                    const float *__restrict__ dout, float *__restrict__ dtable,
                    float *__restrict__ partials, int rows, int hidden) {
     add_chunks_any(ids, sorted, dout, dtable, partials, rows, hidden);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-embed_backward_bf16(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
+embedding_backward_bf16(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
                     const bf16 *__restrict__ dout, float *__restrict__ dtable,
                     float *__restrict__ partials, int rows, int hidden) {
     add_chunks_any(ids, sorted, dout, dtable, partials, rows, hidden);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-embed_backward_f16(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
+embedding_backward_f16(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
                    const half *__restrict__ dout, float *__restrict__ dtable,
                    float *__restrict__ partials, int rows, int hidden) {
     add_chunks_any(ids, sorted, dout, dtable, partials, rows, hidden);

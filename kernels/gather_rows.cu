@@ -30,13 +30,13 @@ __device__ void pick_any(const T *x, const unsigned *column, T *out, int windows
     }
 }
 
-#define PICK_ROWS(T)                                                                               \
+#define ENTRIES(T)                                                                               \
     extern "C" __global__ void __launch_bounds__(256)                                              \
-    pick_rows_##T(const T *__restrict__ x, const unsigned *__restrict__ column,                    \
+    gather_rows_##T(const T *__restrict__ x, const unsigned *__restrict__ column,                    \
                   T *__restrict__ out, int windows, int context, int hidden) {                     \
         pick_any(x, column, out, windows, context, hidden);                                        \
     }
 
-PICK_ROWS(f32)
-PICK_ROWS(bf16)
-PICK_ROWS(f16)
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)

@@ -1,4 +1,4 @@
-//! The head and its cross-entropy: `kernels/head*.cu`.
+//! The head and its cross-entropy: `kernels/fused_linear_cross_entropy.cu`, `kernels/cross_entropy.cu`.
 
 use super::Options;
 use super::launcher::{Launcher, Shape, int, scratch};
@@ -66,7 +66,7 @@ fn plain_loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
             int(vocab),
             int(vocab),
         ];
-        l.typed("head_logits", Shape::linear(rows, threads), &args)?;
+        l.typed("cross_entropy", Shape::linear(rows, threads), &args)?;
         if let Some(dx) = o.dx {
             let dlogits = Matrix::new(gradient, dtype, rows, vocab);
             l.matmul(dlogits, l.weight_matrix(o.w), part(l.at(dx), dtype), false)?;
@@ -85,7 +85,7 @@ const BLOCKS: usize = 768;
 /// Streamed rows a block takes at least: below it, the parts cost more than they save.
 const LEAST: usize = 512;
 
-/// The two passes without logits in memory, `kernels/head_two_pass.cu`: how they are cut.
+/// The two passes without logits in memory, `kernels/fused_linear_cross_entropy.cu`: how they are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct TwoPass {
     /// To which hidden is padded: the kernels' instance.
@@ -157,13 +157,13 @@ impl TwoPass {
         let grid = [padded / OWNED, words.parts, 1];
         let gradient = i32::from(o.dx.is_some());
         l.typed(
-            &format!("head_rows_{width}"),
+            &format!("lce_fwd_dx_{width}"),
             Shape { grid, block, shared: tiles },
             &args(&[x, w, targets, between], &[int(words.size), gradient.into()]),
         )?;
         let dx = o.dx.map_or(Address::NULL, |dx| l.at(dx));
         l.typed(
-            "head_join",
+            "lce_combine",
             Shape { grid: [padded / 8, 1, 1], block: [32, 8, 1], shared: 0 },
             &args(&[w, targets, scale, between, nll, argmax, dx], &[int(width), int(words.parts)]),
         )?;
@@ -175,14 +175,14 @@ impl TwoPass {
         let parts = if rows.parts > 1 { parts } else { Address::NULL };
         let grid = [vocab.div_ceil(OWNED), rows.parts, 1];
         l.typed(
-            &format!("head_words_{width}"),
+            &format!("lce_dw_{width}"),
             Shape { grid, block, shared: tiles + 12 * OWNED },
             &args(&[x, w, scale, between, dw, parts], &[int(rows.size)]),
         )?;
         if rows.parts > 1 {
             let count = o.w.len();
             l.launch(
-                "head_words_join",
+                "lce_dw_combine",
                 Shape::linear(count.div_ceil(256).min(4096), 256),
                 &[parts.into(), scale.into(), dw.into(), (count as u64).into(), int(rows.parts)],
             )?;

@@ -1,4 +1,4 @@
-// Causal attention for heads of 2, 4 and 8 components; formulas and shapes as in attention.cu. A
+// Causal attention for heads of 2, 4 and 8 components; formulas and shapes as in attention_generic.cu. A
 // tensor core would multiply mostly padding here: the arithmetic is f32, on the ordinary cores.
 //
 // A warp works alone. A lane owns ROWS rows, 32 apart; the opposite rows come in tiles of 32, one
@@ -11,7 +11,7 @@
 //     back to q        D fma, ex2, D fma, mul, D fma                    3 D + 2
 //     back to k and v  D fma, ex2, D fma, D fma, mul, D fma             4 D + 2
 //
-// and its share of the loads, D / 2 / ROWS or a little more. Bytes as in attention.cu.
+// and its share of the loads, D / 2 / ROWS or a little more. Bytes as in attention_generic.cu.
 //
 // The shift need not be the highest score of all, only near it, f32 being as exact at 2^60 as at 1. So
 // a whole tile is added without a look for its highest score, if |q| max |k| tells that no exponent
@@ -517,7 +517,7 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
 
 #define FORWARD(D, ROWS, T)                                                                        \
     extern "C" __global__ void __launch_bounds__(128, blocks(D, ROWS))                             \
-    attention_narrow_##D##_##ROWS##_##T(                                                           \
+    attention_smallhead_##D##_##ROWS##_##T(                                                           \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
         int windows, int context, int heads, int kv_heads) {                                       \
@@ -526,7 +526,7 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
 
 #define BACKWARD(D, ROWS, T)                                                                       \
     extern "C" __global__ void __launch_bounds__(128, blocks(D, ROWS))                             \
-    attention_narrow_backward_q_##D##_##ROWS##_##T(                                                \
+    attention_smallhead_backward_dq_##D##_##ROWS##_##T(                                                \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
@@ -536,7 +536,7 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
     }                                                                                              \
     extern "C" __global__ void                                                                     \
     __launch_bounds__(32 * most_warps(ROWS), blocks(D, ROWS) * 4 / most_warps(ROWS))               \
-    attention_narrow_backward_kv_##D##_##ROWS##_##T(                                               \
+    attention_smallhead_backward_dkdv_##D##_##ROWS##_##T(                                               \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \

@@ -1,4 +1,4 @@
-//! The embedding, its gradient, and rows picked out: `kernels/embed.cu`, `kernels/pick_rows.cu`.
+//! The embedding, its gradient, and rows picked out: `kernels/embedding.cu`, `kernels/gather_rows.cu`.
 
 use super::launcher::{Launcher, Shape, int, scratch};
 use crate::device::Address;
@@ -36,7 +36,7 @@ pub(super) fn forward(l: &mut Launcher, o: &Embed) -> anyhow::Result<()> {
     let (rows, hidden) = (l.len(o.ids), o.table.cols);
     let args =
         [l.at(o.ids).into(), l.weight(o.table).into(), l.at(o.out).into(), int(rows), int(hidden)];
-    l.typed("embed", shape(rows, hidden, full(l.dtype)), &args)
+    l.typed("embedding", shape(rows, hidden, full(l.dtype)), &args)
 }
 
 /// Two orders, the counts of each tile's digits, two partial sums a chunk.
@@ -61,11 +61,11 @@ pub(super) fn backward(l: &mut Launcher, o: &EmbedBackward) -> anyhow::Result<()
         let tiled = Shape::linear(tiles, DIGITS);
         if tiles > 1 {
             let args = [ids.into(), order.into(), counts.into(), int(rows), int(shift)];
-            l.launch("embed_count", tiled, &args)?;
+            l.launch("embedding_sort_histogram", tiled, &args)?;
         }
         let sorted = if order == one { other } else { one };
         let args = [ids.into(), order.into(), counts.into(), sorted.into(), int(rows), int(shift)];
-        l.launch("embed_sort", tiled, &args)?;
+        l.launch("embedding_sort_scatter", tiled, &args)?;
         order = sorted;
     }
     let shape = shape(rows.div_ceil(CHUNK), hidden, 4);
@@ -79,9 +79,9 @@ pub(super) fn backward(l: &mut Launcher, o: &EmbedBackward) -> anyhow::Result<()
         int(rows),
         int(hidden),
     ];
-    l.typed("embed_backward", shape, &args)?;
+    l.typed("embedding_backward", shape, &args)?;
     let args = [ids.into(), order.into(), partials.into(), gradient.into(), int(rows), int(hidden)];
-    l.launch("embed_backward_join", shape, &args)
+    l.launch("embedding_backward_combine", shape, &args)
 }
 
 pub(super) fn pick_rows(l: &mut Launcher, o: &PickRows) -> anyhow::Result<()> {
@@ -94,5 +94,5 @@ pub(super) fn pick_rows(l: &mut Launcher, o: &PickRows) -> anyhow::Result<()> {
         int(o.context),
         int(hidden),
     ];
-    l.typed("pick_rows", Shape::linear(o.windows.min(BLOCKS), 256), &args)
+    l.typed("gather_rows", Shape::linear(o.windows.min(BLOCKS), 256), &args)
 }

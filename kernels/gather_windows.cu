@@ -99,7 +99,7 @@ __device__ void addressed(const Id *tokens, const uint64_t *starts, const unsign
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-gather_original_u16(const uint16_t *__restrict__ tokens, const uint64_t *__restrict__ starts,
+gather_windows_original_u16(const uint16_t *__restrict__ tokens, const uint64_t *__restrict__ starts,
                     const unsigned *__restrict__ lengths, const unsigned *__restrict__ order,
                     const unsigned *__restrict__ cursor, unsigned *__restrict__ ids,
                     unsigned *__restrict__ targets, unsigned *__restrict__ first_key, int windows,
@@ -109,7 +109,7 @@ gather_original_u16(const uint16_t *__restrict__ tokens, const uint64_t *__restr
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-gather_stream_u16(const uint16_t *__restrict__ tokens, uint64_t count,
+gather_windows_stream_u16(const uint16_t *__restrict__ tokens, uint64_t count,
                   const uint64_t *__restrict__ documents, int document_count, int stride,
                   const unsigned *__restrict__ order, const unsigned *__restrict__ cursor,
                   unsigned *__restrict__ ids, unsigned *__restrict__ targets,
@@ -119,7 +119,7 @@ gather_stream_u16(const uint16_t *__restrict__ tokens, uint64_t count,
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-gather_addressed_u16(const uint16_t *__restrict__ tokens, const uint64_t *__restrict__ starts,
+gather_windows_addressed_u16(const uint16_t *__restrict__ tokens, const uint64_t *__restrict__ starts,
                      const unsigned *__restrict__ lengths, const unsigned *__restrict__ addresses,
                      const unsigned *__restrict__ address_starts,
                      const unsigned *__restrict__ order, const unsigned *__restrict__ cursor,
@@ -130,7 +130,7 @@ gather_addressed_u16(const uint16_t *__restrict__ tokens, const uint64_t *__rest
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-gather_original_u32(const uint32_t *__restrict__ tokens, const uint64_t *__restrict__ starts,
+gather_windows_original_u32(const uint32_t *__restrict__ tokens, const uint64_t *__restrict__ starts,
                     const unsigned *__restrict__ lengths, const unsigned *__restrict__ order,
                     const unsigned *__restrict__ cursor, unsigned *__restrict__ ids,
                     unsigned *__restrict__ targets, unsigned *__restrict__ first_key, int windows,
@@ -140,7 +140,7 @@ gather_original_u32(const uint32_t *__restrict__ tokens, const uint64_t *__restr
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-gather_stream_u32(const uint32_t *__restrict__ tokens, uint64_t count,
+gather_windows_stream_u32(const uint32_t *__restrict__ tokens, uint64_t count,
                   const uint64_t *__restrict__ documents, int document_count, int stride,
                   const unsigned *__restrict__ order, const unsigned *__restrict__ cursor,
                   unsigned *__restrict__ ids, unsigned *__restrict__ targets,
@@ -150,7 +150,7 @@ gather_stream_u32(const uint32_t *__restrict__ tokens, uint64_t count,
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-gather_addressed_u32(const uint32_t *__restrict__ tokens, const uint64_t *__restrict__ starts,
+gather_windows_addressed_u32(const uint32_t *__restrict__ tokens, const uint64_t *__restrict__ starts,
                      const unsigned *__restrict__ lengths, const unsigned *__restrict__ addresses,
                      const unsigned *__restrict__ address_starts,
                      const unsigned *__restrict__ order, const unsigned *__restrict__ cursor,
