@@ -2,7 +2,7 @@
 //! layers, 32 query and 4 key/value heads of 2, a vocabulary of 32,768, windows of 512).
 //!
 //!     cargo bench --bench cpu                    # all of it, some minutes
-//!     cargo bench --bench cpu -- head_loss       # what has this in its name
+//!     cargo bench --bench cpu -- fused_linear_cross_entropy       # what has this in its name
 //!     cargo bench --bench cpu -- --test          # each once: that it runs
 //!
 //! Every name says the kind of products: `f32`, `bf16` where the processor has such, and `plain`, which is
@@ -19,10 +19,10 @@ use laam::bench::step::preset;
 use laam::dtype::Dtype;
 use laam::generate::{Generator, Request};
 use laam::llama::ops::{
-    AdamWStep, Attention, AttentionBackward, HeadLoss, Heads, Linear, LinearBackwardInput,
-    LinearBackwardWeight, RmsNorm, RmsNormBackward, SwiGlu, SwiGluBackward,
+    AdamWStep, Attention, AttentionBackward, AttentionShape, FusedLinearCrossEntropy, Linear,
+    LinearBackwardInput, LinearBackwardWeight, RmsNorm, RmsNormBackward, SwiGlu, SwiGluBackward,
 };
-use laam::llama::{AdamW, Buffer, Element, Op, Optimizer, Program, Rates, Use};
+use laam::llama::{AdamW, Buffer, BufferKind, BufferRole, Op, Optimizer, Program, StepHyperparams};
 use laam::model::{Config, Layout, Span};
 use laam::random::{Philox, Stream};
 use laam::tokens::{Batch, IGNORE};
@@ -65,20 +65,20 @@ struct One {
 
 impl One {
     fn input(&mut self, len: usize) -> Buffer {
-        let buffer = self.program.buffer("", Element::Activation, len, Use::Input);
+        let buffer = self.program.buffer("", BufferKind::Activation, len, BufferRole::Input);
         let values = random(len, self.floats.len() as u32);
         self.floats.push((buffer, values));
         buffer
     }
 
     fn index(&mut self, values: Vec<u32>) -> Buffer {
-        let buffer = self.program.buffer("", Element::Index, values.len(), Use::Input);
+        let buffer = self.program.buffer("", BufferKind::Index, values.len(), BufferRole::Input);
         self.indices.push((buffer, values));
         buffer
     }
 
-    fn output(&mut self, element: Element, len: usize) -> Buffer {
-        self.program.buffer("", element, len, Use::Output)
+    fn output(&mut self, element: BufferKind, len: usize) -> Buffer {
+        self.program.buffer("", element, len, BufferRole::Output)
     }
 
     /// The operation's time on each backend; its parameter is all of the arena.
@@ -98,7 +98,7 @@ impl One {
             indices: self.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
             floats: self.floats.iter().map(|(b, v)| (*b, Cow::from(v.as_slice()))).collect(),
             loss_scale: 1.0 / ROWS as f64,
-            rates: Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 },
+            rates: StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 },
         };
         for (dtype, cpu) in backends() {
             let mut session =
@@ -125,19 +125,19 @@ fn operations(c: &mut Criterion) {
     // Gate and up: the widest of a block's products.
     let w = span(2 * inter, hidden);
     let mut one = One::default();
-    let (x, y) = (one.input(ROWS * hidden), one.output(Element::Activation, ROWS * w.rows));
+    let (x, y) = (one.input(ROWS * hidden), one.output(BufferKind::Activation, ROWS * w.rows));
     one.time(&mut group, w, Op::Linear(Linear { x, w, y, rows: ROWS }));
     let mut one = One::default();
-    let (dy, dx) = (one.input(ROWS * w.rows), one.output(Element::Activation, ROWS * hidden));
+    let (dy, dx) = (one.input(ROWS * w.rows), one.output(BufferKind::Activation, ROWS * hidden));
     one.time(&mut group, w, Op::LinearBackwardInput(LinearBackwardInput { dy, w, dx, rows: ROWS }));
     let mut one = One::default();
     let (dy, x) = (one.input(ROWS * w.rows), one.input(ROWS * hidden));
     let op = LinearBackwardWeight { dy, x, w, rows: ROWS };
     one.time(&mut group, w, Op::LinearBackwardWeight(op));
 
-    let shape = Heads {
-        windows: 1,
-        context: ROWS,
+    let shape = AttentionShape {
+        batch: 1,
+        seq_len: ROWS,
         heads: config.num_attention_heads,
         kv_heads: config.num_key_value_heads,
         head_dim: config.head_dim,
@@ -146,40 +146,40 @@ fn operations(c: &mut Criterion) {
     let mut one = One::default();
     let (q, k, v) = (one.input(wide), one.input(narrow), one.input(narrow));
     let first_key = one.index(vec![0; ROWS]);
-    let out = one.output(Element::Activation, wide);
-    let lse = one.output(Element::Float, ROWS * shape.heads);
+    let out = one.output(BufferKind::Activation, wide);
+    let lse = one.output(BufferKind::Float, ROWS * shape.heads);
     let op = Attention { q, k, v, first_key, shape, out, lse };
     one.time(&mut group, span(1, 1), Op::Attention(op));
     let mut one = One::default();
     let (q, k, v) = (one.input(wide), one.input(narrow), one.input(narrow));
     let first_key = one.index(vec![0; ROWS]);
     let (out, lse, dout) = (one.input(wide), one.input(ROWS * shape.heads), one.input(wide));
-    let dq = one.output(Element::Activation, wide);
+    let dq = one.output(BufferKind::Activation, wide);
     let (dk, dv) =
-        (one.output(Element::Activation, narrow), one.output(Element::Activation, narrow));
+        (one.output(BufferKind::Activation, narrow), one.output(BufferKind::Activation, narrow));
     let op = AttentionBackward { q, k, v, first_key, out, lse, dout, shape, dq, dk, dv };
     one.time(&mut group, span(1, 1), Op::AttentionBackward(op));
 
     let mut one = One::default();
     let (gate_up, out) =
-        (one.input(2 * ROWS * inter), one.output(Element::Activation, ROWS * inter));
+        (one.input(2 * ROWS * inter), one.output(BufferKind::Activation, ROWS * inter));
     one.time(&mut group, span(1, 1), Op::SwiGlu(SwiGlu { gate_up, inter, out }));
     let mut one = One::default();
     let (gate_up, dout) = (one.input(2 * ROWS * inter), one.input(ROWS * inter));
-    let dgate_up = one.output(Element::Activation, 2 * ROWS * inter);
+    let dgate_up = one.output(BufferKind::Activation, 2 * ROWS * inter);
     let op = SwiGluBackward { gate_up, dout, inter, dgate_up };
     one.time(&mut group, span(1, 1), Op::SwiGluBackward(op));
 
     let weight = span(1, hidden);
     let mut one = One::default();
     let x = one.input(ROWS * hidden);
-    let y = one.output(Element::Activation, ROWS * hidden);
-    let rstd = one.output(Element::Float, ROWS);
+    let y = one.output(BufferKind::Activation, ROWS * hidden);
+    let rstd = one.output(BufferKind::Float, ROWS);
     let op = RmsNorm { x, add: None, weight, eps: 1e-6, y, rstd };
     one.time(&mut group, weight, Op::RmsNorm(op));
     let mut one = One::default();
     let (x, rstd, dy) = (one.input(ROWS * hidden), one.input(ROWS), one.input(ROWS * hidden));
-    let dx = one.output(Element::Activation, ROWS * hidden);
+    let dx = one.output(BufferKind::Activation, ROWS * hidden);
     let op = RmsNormBackward { x, rstd, weight, dy, dsum: None, dx };
     one.time(&mut group, weight, Op::RmsNormBackward(op));
 
@@ -187,10 +187,10 @@ fn operations(c: &mut Criterion) {
     let mut one = One::default();
     let x = one.input(ROWS * hidden);
     let targets = one.index((0..ROWS as u32).map(|row| row * 61 % vocab as u32).collect());
-    let (nll, argmax) = (one.output(Element::Float, ROWS), one.output(Element::Index, ROWS));
-    let dx = Some(one.output(Element::Activation, ROWS * hidden));
-    let op = HeadLoss { x, w, targets, rows: ROWS, nll, argmax, dx };
-    one.time(&mut group, w, Op::HeadLoss(op));
+    let (nll, argmax) = (one.output(BufferKind::Float, ROWS), one.output(BufferKind::Index, ROWS));
+    let dx = Some(one.output(BufferKind::Activation, ROWS * hidden));
+    let op = FusedLinearCrossEntropy { x, w, targets, rows: ROWS, nll, argmax, dx };
+    one.time(&mut group, w, Op::FusedLinearCrossEntropy(op));
 
     let len = Layout::new(&config).len;
     let mut one = One::default();
@@ -218,7 +218,7 @@ fn step(c: &mut Criterion) {
     let optimizer = Optimizer {
         adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
         muon: None,
-        decay: 0.1,
+        weight_decay: 0.1,
         max_grad_norm: 1.0,
     };
     let mut group = c.benchmark_group("step");
@@ -235,7 +235,11 @@ fn step(c: &mut Criterion) {
             group.bench_function(format!("batch {batch}/{dtype}"), |b| {
                 b.iter(|| {
                     count += 1;
-                    let rates = Rates { learning_rate: 1e-4, muon_learning_rate: 0.0, step: count };
+                    let rates = StepHyperparams {
+                        learning_rate: 1e-4,
+                        muon_learning_rate: 0.0,
+                        step: count,
+                    };
                     engine.step(&micro, rates).expect("complete inputs")
                 });
             });

@@ -4,7 +4,7 @@
 use super::memory::Memory;
 use super::{Arena, Feed, Loaded, Need, Session};
 use crate::error::error;
-use crate::llama::{Buffer, Element, Plan, Program, Use};
+use crate::llama::{Buffer, BufferKind, BufferRole, Plan, Program};
 use crate::model::Layout;
 
 /// Numbers a host backend computes in.
@@ -143,14 +143,14 @@ pub(super) fn check_feed(program: &Program, feed: &Feed) -> anyhow::Result<()> {
         .buffers
         .iter()
         .enumerate()
-        .filter(|(_, info)| info.usage == Use::Input)
+        .filter(|(_, info)| info.role == BufferRole::Input)
         .map(|(at, _)| at)
         .collect();
     let given = indices.map(|i| (i, true)).chain(floats.map(|f| (f, false)));
     for ((buffer, len), index) in given {
         let info = program.info(buffer);
         anyhow::ensure!(
-            info.len == len && (info.element == Element::Index) == index,
+            info.len == len && (info.kind == BufferKind::Index) == index,
             "input {} has {} elements, not {len}",
             info.name,
             info.len

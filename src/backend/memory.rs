@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::{Arena, Need};
-use crate::llama::{Buffer, Element, Plan, Program};
+use crate::llama::{Buffer, BufferKind, Plan, Program};
 use crate::model::Layout;
 
 /// The buffers of the running program, in one allocation.
@@ -77,7 +77,7 @@ impl<R: Copy + Default> Memory<R> {
         for (info, &offset) in program.buffers.iter().zip(&plan.offsets) {
             let range = offset..offset + info.len;
             let (floats, indices) =
-                if info.element == Element::Index { (0..0, range) } else { (range, 0..0) };
+                if info.kind == BufferKind::Index { (0..0, range) } else { (range, 0..0) };
             self.floats.ranges.push(floats);
             self.indices.ranges.push(indices);
         }

@@ -15,8 +15,8 @@ use std::time::Instant;
 
 use crate::device::host_memory;
 use crate::dtype::Dtype;
-use crate::llama::step::Micro;
-use crate::llama::{Buffer, Program, Rates};
+use crate::llama::step::MicroBatch;
+use crate::llama::{Buffer, Program, StepHyperparams};
 use crate::model::Layout;
 use crate::tokens::{Batch, Windows};
 
@@ -89,7 +89,7 @@ pub struct Feed<'a> {
     pub floats: Vec<(Buffer, Cow<'a, [f32]>)>,
     /// What each token's loss counts in the gradient: 1 / counted tokens of the whole step.
     pub loss_scale: f64,
-    pub rates: Rates,
+    pub rates: StepHyperparams,
 }
 
 /// A model in a backend's memory, and the programs made ready for it.
@@ -145,7 +145,7 @@ pub trait Queue {
     /// drawn there. Says whether they fit.
     fn hold(&mut self, windows: &Windows) -> anyhow::Result<bool>;
     /// Makes a program ready; `norm` is where it leaves that of all gradients, if it ends a step.
-    fn load(&mut self, micro: Micro, norm: Option<Buffer>) -> anyhow::Result<Loaded>;
+    fn load(&mut self, micro: MicroBatch, norm: Option<Buffer>) -> anyhow::Result<Loaded>;
     /// Asks for runs, in order. Returns before they are done.
     fn push(&mut self, runs: &[Run]) -> anyhow::Result<()>;
     /// Waits for all runs that were asked for since the last time, and tells of each.
@@ -159,7 +159,7 @@ pub struct Run<'a> {
     pub data: Data<'a>,
     /// What each token's loss counts in the gradient: 1 / counted tokens of the whole step.
     pub loss_scale: f64,
-    pub rates: Rates,
+    pub rates: StepHyperparams,
 }
 
 /// What a run trains on: as many windows as its program has.

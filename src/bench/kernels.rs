@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::check::{Case, Size, cases, operations};
 use crate::backend::Backend;
+use crate::llama::ops::name_matches;
 use crate::llama::{Cost, Op};
 
 /// One operation at one shape.
@@ -40,7 +41,7 @@ pub fn time(
     mut tell: impl FnMut(&Row),
 ) -> anyhow::Result<Vec<Row>> {
     let chosen: Vec<&str> =
-        operations().filter(|name| only.is_none_or(|only| name.contains(only))).collect();
+        operations().filter(|name| only.is_none_or(|only| name_matches(name, only))).collect();
     if chosen.is_empty() {
         return Err(crate::error::error(
             format!("no operation is called {}, in --only", only.unwrap_or_default()),

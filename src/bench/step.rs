@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::backend::{Arena, Backend};
-use crate::llama::{AdamW, Cost, Optimizer, Program, Rates, append_update, step};
+use crate::llama::{AdamW, Cost, Optimizer, Program, StepHyperparams, append_update, step};
 use crate::model::{Config, Layout, RopeScaling};
 use crate::random::{Philox, Stream};
 use crate::tokens::{Batch, IGNORE};
@@ -129,7 +129,7 @@ pub fn time(
     let optimizer = Optimizer {
         adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
         muon: None,
-        decay: 0.1,
+        weight_decay: 0.1,
         max_grad_norm: 1.0,
     };
     let mut engine = Engine::new(backend, config, &optimizer, batch, context)?;
@@ -150,7 +150,10 @@ pub fn time(
             .map(|step| {
                 let windows = random_windows(batch, context, config.vocab_size, step as u32);
                 let step = step as u64 + 1;
-                Ok((vec![windows], Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step }))
+                Ok((
+                    vec![windows],
+                    StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step },
+                ))
             })
             .collect();
         if round == warmup {

@@ -87,7 +87,7 @@ struct Step {
     fresh: usize,
     ids: Buffer,
     start: Buffer,
-    column: Buffer,
+    position: Buffer,
     logits: Buffer,
 }
 
@@ -125,7 +125,7 @@ impl Generator {
         }
         let program = |fresh| step::decoding(config, &layout, slots, fresh, capacity);
         let one = program(1);
-        let mut session = backend.open(&layout, Need { training: false, cache: one.cache })?;
+        let mut session = backend.open(&layout, Need { training: false, cache: one.cache_len })?;
         session.write(Arena::Parameters, weights)?;
         let one = Step::load(&mut *session, one, 1)?;
         let several = match fresh {
@@ -207,20 +207,20 @@ impl Generator {
         // written where a later token will be, and nothing sees it before.
         let mut ids = vec![0; windows * step.fresh];
         let mut start = vec![0; windows];
-        let mut column = vec![0; windows];
+        let mut position = vec![0; windows];
         for (slot, running) in self.slots.iter_mut().enumerate() {
             let Some(running) = running else { continue };
             let tokens = &running.tokens[running.cached..];
             let taken = tokens.len().min(step.fresh);
             ids[slot * step.fresh..][..taken].copy_from_slice(&tokens[..taken]);
             start[slot] = running.cached as u32;
-            column[slot] = taken as u32 - 1;
+            position[slot] = taken as u32 - 1;
             running.cached += taken;
         }
         let indices = vec![
             (step.ids, ids.as_slice()),
             (step.start, start.as_slice()),
-            (step.column, column.as_slice()),
+            (step.position, position.as_slice()),
         ];
         self.session.run(step.program, &Feed { indices, ..Feed::default() })?;
         let logits = self.session.floats(step.program, step.logits)?;
@@ -296,7 +296,7 @@ impl Running {
 
 impl Step {
     fn load(session: &mut dyn Session, decoding: Decoding, fresh: usize) -> anyhow::Result<Self> {
-        let Decoding { program, ids, start, column, logits, .. } = decoding;
-        Ok(Self { program: session.load(program)?, fresh, ids, start, column, logits })
+        let Decoding { program, ids, start, position, logits, .. } = decoding;
+        Ok(Self { program: session.load(program)?, fresh, ids, start, position, logits })
     }
 }

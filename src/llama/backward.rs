@@ -1,19 +1,25 @@
-//! The backward pass: the forward's operations in reverse, each with its own derivative.
+//! The backward pass: the forward's ops in reverse.
 
-use super::forward::{Builder, Saved, SavedNorm};
+use super::buffer::Buffer;
+use super::forward::{Builder, SavedActivations, SavedNorm};
 use super::ops::{
-    AttentionBackward, EmbedBackward, LinearBackwardInput, LinearBackwardWeight, Op,
+    AttentionBackward, EmbeddingBackward, LinearBackwardInput, LinearBackwardWeight, Op,
     RmsNormBackward, RopeBackward, SwiGluBackward,
 };
-use super::program::Buffer;
 use crate::model::Span;
 
 impl Builder<'_> {
-    /// From the gradient of the final norm's output to every parameter's.
-    pub fn backward(&mut self, saved: &Saved, ids: Buffer, first_key: Buffer, dy: Buffer) {
+    /// Gradients of all parameters from `dy`, the gradient of the final norm's output.
+    pub fn backward(
+        &mut self,
+        saved: &SavedActivations,
+        ids: Buffer,
+        first_key: Buffer,
+        dy: Buffer,
+    ) {
         let shape = self.shape;
-        // `dx` is the gradient of the sum that a norm read: of the residual stream at that point,
-        // and so of both of its terms.
+        // `dx` is the gradient of the residual stream at a norm's input, and so of both terms of the
+        // sum there.
         let mut dx = self.norm_backward(saved.final_norm, self.layout.final_norm, dy, None);
         for (layer, (block, kept)) in self.layout.blocks.iter().zip(&saved.blocks).enumerate().rev()
         {
@@ -39,7 +45,7 @@ impl Builder<'_> {
                 v: kept.v,
                 first_key,
                 out: kept.attended,
-                lse: kept.lse.expect("windows keep their log-sum-exp"),
+                lse: kept.lse.expect("the forward over sequences saves its log-sum-exp"),
                 dout: dattended,
                 shape,
                 dq,
@@ -61,10 +67,10 @@ impl Builder<'_> {
         }
         self.scope.clear();
         let table = self.layout.embedding;
-        self.p.ops.push(Op::EmbedBackward(EmbedBackward { ids, dout: dx, table }));
+        self.p.ops.push(Op::EmbeddingBackward(EmbeddingBackward { ids, dout: dx, table }));
     }
 
-    /// Both derivatives of `y = x wT`; returns dx.
+    /// Both gradients of `y = x wT`; returns dx.
     fn linear_backward(&mut self, dy: Buffer, x: Buffer, w: Span, name: &str) -> Buffer {
         let rows = self.rows();
         self.p.ops.push(Op::LinearBackwardWeight(LinearBackwardWeight { dy, x, w, rows }));

@@ -1,31 +1,33 @@
-//! The forward pass: embedding, blocks, final norm. What the backward needs is handed on.
+//! The forward pass: embedding, blocks, final norm. It returns the activations that backward reads.
 
+use super::buffer::{Buffer, BufferKind, BufferRole};
 use super::ops::{
-    Add, Attention, CachedAttention, Embed, Heads, Linear, Op, RmsNorm, Rope, SwiGlu,
+    Attention, AttentionDecode, AttentionShape, Embedding, Linear, Op, ResidualAdd, RmsNorm, Rope,
+    SwiGlu,
 };
-use super::program::{Buffer, Element, Program, Use};
+use super::program::Program;
 use crate::model::{Config, Layout, Span};
 
-/// A program under construction for one model and one shape of windows.
+/// Builder of a program for one model and one batch shape.
 pub(super) struct Builder<'a> {
     pub p: Program,
     pub config: &'a Config,
     pub layout: &'a Layout,
-    pub shape: Heads,
-    /// The prefix of the names of buffers: `layer 3 `.
+    pub shape: AttentionShape,
+    /// Prefix of buffer names: `layer 3 `.
     pub scope: String,
 }
 
-/// Where attention finds its keys.
+/// The source of attention's keys and values.
 #[derive(Clone, Copy)]
-pub(super) enum Keys {
-    /// In the windows themselves, from this first column on.
-    Window { first_key: Buffer },
-    /// In the cache, of so many columns, after what `start` says is there.
+pub(super) enum KeySource {
+    /// The sequences themselves, from position `first_key` on.
+    Sequence { first_key: Buffer },
+    /// The KV cache of `capacity` positions, of which `start` are filled.
     Cache { start: Buffer, capacity: usize },
 }
 
-/// What one block hands to its backward.
+/// Activations of one block that its backward reads.
 pub(super) struct SavedBlock {
     pub attention_norm: SavedNorm,
     pub q: Buffer,
@@ -40,22 +42,23 @@ pub(super) struct SavedBlock {
 
 #[derive(Clone, Copy)]
 pub(super) struct SavedNorm {
-    /// The sum that was normalised.
+    /// The sum that was normalized.
     pub x: Buffer,
     pub rstd: Buffer,
     pub y: Buffer,
 }
 
-pub(super) struct Saved {
+/// Activations that backward reads.
+pub(super) struct SavedActivations {
     pub blocks: Vec<SavedBlock>,
     pub final_norm: SavedNorm,
 }
 
 impl<'a> Builder<'a> {
-    pub fn new(config: &'a Config, layout: &'a Layout, windows: usize, context: usize) -> Self {
-        let shape = Heads {
-            windows,
-            context,
+    pub fn new(config: &'a Config, layout: &'a Layout, batch: usize, seq_len: usize) -> Self {
+        let shape = AttentionShape {
+            batch,
+            seq_len,
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
@@ -67,33 +70,40 @@ impl<'a> Builder<'a> {
         self.shape.rows()
     }
 
-    /// A buffer of the network, `[rows, width]`.
+    /// An activation, `[rows, width]`.
     pub fn activation(&mut self, name: &str, width: usize) -> Buffer {
         let name = format!("{}{name}", self.scope);
-        self.p.buffer(name, Element::Activation, self.rows() * width, Use::Temporary)
+        self.p.buffer(name, BufferKind::Activation, self.rows() * width, BufferRole::Temporary)
     }
 
     /// A statistic in f32.
     pub fn statistic(&mut self, name: &str, len: usize) -> Buffer {
-        self.p.buffer(format!("{}{name}", self.scope), Element::Float, len, Use::Temporary)
+        self.p.buffer(
+            format!("{}{name}", self.scope),
+            BufferKind::Float,
+            len,
+            BufferRole::Temporary,
+        )
     }
 
-    /// An index for each of `len` rows, given by the caller.
+    /// `len` indices, given by the caller.
     pub fn index(&mut self, name: &str, len: usize) -> Buffer {
-        self.p.buffer(name, Element::Index, len, Use::Input)
+        self.p.buffer(name, BufferKind::Index, len, BufferRole::Input)
     }
 
-    fn embed(&mut self, ids: Buffer) -> Buffer {
+    fn embedding(&mut self, ids: Buffer) -> Buffer {
         let out = self.activation("embedded", self.config.hidden_size);
-        self.p.ops.push(Op::Embed(Embed { ids, table: self.layout.embedding, out }));
+        self.p.ops.push(Op::Embedding(Embedding { ids, table: self.layout.embedding, out }));
         out
     }
 
-    /// The norm of `x`, or of `x + residual`.
+    /// RMSNorm of `x`, or of `x + residual`.
     fn norm(&mut self, x: Buffer, residual: Option<Buffer>, weight: Span, name: &str) -> SavedNorm {
         let hidden = self.config.hidden_size;
-        let add = residual
-            .map(|residual| Add { residual, sum: self.activation(&format!("{name} sum"), hidden) });
+        let add = residual.map(|residual| ResidualAdd {
+            residual,
+            sum: self.activation(&format!("{name} sum"), hidden),
+        });
         let y = self.activation(name, hidden);
         let rstd = self.statistic(&format!("{name} rstd"), self.rows());
         let eps = self.config.rms_norm_eps;
@@ -124,11 +134,11 @@ impl<'a> Builder<'a> {
         out
     }
 
-    /// Everything up to the head.
-    pub fn forward(&mut self, ids: Buffer, keys: Keys) -> Saved {
+    /// Everything up to the LM head.
+    pub fn forward(&mut self, ids: Buffer, keys: KeySource) -> SavedActivations {
         let mut blocks = Vec::with_capacity(self.layout.blocks.len());
         let mut residual = None;
-        let mut x = self.embed(ids);
+        let mut x = self.embedding(ids);
         for (layer, block) in self.layout.blocks.iter().enumerate() {
             self.scope = format!("layer {layer} ");
             let attention_norm = self.norm(x, residual, block.input_norm, "attention norm");
@@ -156,29 +166,29 @@ impl<'a> Builder<'a> {
         }
         self.scope.clear();
         let final_norm = self.norm(x, residual, self.layout.final_norm, "final norm");
-        Saved { blocks, final_norm }
+        SavedActivations { blocks, final_norm }
     }
 
     fn attend(
         &mut self,
         qkv: Buffer,
-        keys: Keys,
+        keys: KeySource,
         layer: usize,
     ) -> (Buffer, Buffer, Buffer, Buffer, Option<Buffer>) {
         let shape = self.shape;
         match keys {
-            Keys::Window { first_key } => {
-                let [q, k, v] = self.rope(qkv, None, shape.context);
+            KeySource::Sequence { first_key } => {
+                let [q, k, v] = self.rope(qkv, None, shape.seq_len);
                 let out = self.activation("attended", shape.q_width());
                 let lse = self.statistic("log-sum-exp", shape.rows() * shape.heads);
                 self.p.ops.push(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }));
                 (q, k, v, out, Some(lse))
             }
-            Keys::Cache { start, capacity } => {
+            KeySource::Cache { start, capacity } => {
                 let [q, k, v] = self.rope(qkv, Some(start), capacity);
                 let out = self.activation("attended", shape.q_width());
-                let plane = shape.windows * shape.kv_width() * capacity;
-                self.p.ops.push(Op::CachedAttention(CachedAttention {
+                let plane = shape.batch * shape.kv_width() * capacity;
+                self.p.ops.push(Op::AttentionDecode(AttentionDecode {
                     q,
                     k,
                     v,

@@ -1,10 +1,11 @@
-//! Llama as programs: the training step, the evaluation and the decoding, each a flat list of typed
-//! operations over named buffers, written once and executed by any backend.
+//! Llama as programs: training step, evaluation and decoding, each a flat list of typed ops over named
+//! buffers, built once and executed by any backend.
 //!
-//! [`step::training`] and its siblings build them; [`Program::plan`] lays out their memory;
-//! [`ops::Op`] says what each operation computes and what it costs.
+//! [`step::training`], [`step::evaluation`] and [`step::decoding`] build them; [`Program::plan`] plans
+//! their memory; [`ops::Op`] defines each op and its cost.
 
 mod backward;
+mod buffer;
 mod forward;
 pub mod ops;
 mod plan;
@@ -12,8 +13,9 @@ mod program;
 pub mod step;
 mod update;
 
+pub use buffer::{Buffer, BufferInfo, BufferKind, BufferRole};
 pub use ops::{Cost, Op};
 pub use plan::{BytePlan, Plan};
-pub use program::{Buffer, BufferInfo, Element, Program, Use};
-pub use step::{Decoding, Evaluation, Micro};
-pub use update::{AdamW, Muon, Optimizer, Rates, append_update, update};
+pub use program::Program;
+pub use step::{Decoding, Evaluation, MicroBatch};
+pub use update::{AdamW, Muon, Optimizer, StepHyperparams, append_update, update};

@@ -1,30 +1,31 @@
-//! The operations, at the grain at which kernels fuse.
+//! Ops, at the granularity at which kernels fuse.
 //!
-//! Shapes: `rows` is windows x context; `hidden`, `inter` (the MLP's width) and `vocab` are the
-//! model's. Activations are assigned (=); parameter gradients accumulate (+=) at the parameter's
-//! own place in the gradient arena. Sums are taken in f32 or better.
+//! Shapes: `rows` is batch x seq_len; `hidden`, `inter` (the MLP's width) and `vocab` are the model's.
+//! Activations are assigned (=); parameter gradients accumulate (+=) at the parameter's offset in the
+//! gradient arena. Sums accumulate in f32 or better.
 //!
-//! `flops`, `bytes` and `exponentials` count useful work: the two-byte activations of mixed
-//! precision, each read or written once.
+//! [`Op::cost`] counts useful work: the two-byte activations of mixed precision, each read or written
+//! once.
 
-use super::program::Buffer;
+use super::buffer::Buffer;
 use crate::model::Span;
 
-/// The shape of an attention: `windows` windows of `context` columns.
+/// The shape of an attention: `batch` sequences of `seq_len` positions, grouped-query (GQA) if
+/// `kv_heads` is below `heads`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    pub windows: usize,
-    pub context: usize,
+pub struct AttentionShape {
+    pub batch: usize,
+    pub seq_len: usize,
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
 }
 
-impl Heads {
+impl AttentionShape {
     pub fn rows(&self) -> usize {
-        self.windows * self.context
+        self.batch * self.seq_len
     }
-    /// The width of one row of the joined q, k and v.
+    /// Width of one row of the joined q, k and v.
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
@@ -34,28 +35,28 @@ impl Heads {
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
-    /// How many query heads read one key/value head.
+    /// Query heads per key/value head.
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
     /// Query-key pairs under the causal mask.
     fn pairs(&self) -> usize {
-        self.windows * self.heads * self.context * (self.context + 1) / 2
+        self.batch * self.heads * self.seq_len * (self.seq_len + 1) / 2
     }
 }
 
 /// `out[r] = table[ids[r]]`.
 #[derive(Clone, Debug)]
-pub struct Embed {
+pub struct Embedding {
     pub ids: Buffer,
     pub table: Span,
     /// `[rows, hidden]`
     pub out: Buffer,
 }
 
-/// `d table[ids[r]] += dout[r]`, in the order of the rows.
+/// `dtable[ids[r]] += dout[r]`, in the order of the rows.
 #[derive(Clone, Debug)]
-pub struct EmbedBackward {
+pub struct EmbeddingBackward {
     pub ids: Buffer,
     pub dout: Buffer,
     pub table: Span,
@@ -67,8 +68,8 @@ pub struct EmbedBackward {
 pub struct RmsNorm {
     /// `[rows, hidden]`
     pub x: Buffer,
-    /// What is added first, and where the sum goes.
-    pub add: Option<Add>,
+    /// The residual that is added first.
+    pub add: Option<ResidualAdd>,
     pub weight: Span,
     pub eps: f64,
     /// `[rows, hidden]`
@@ -77,15 +78,16 @@ pub struct RmsNorm {
     pub rstd: Buffer,
 }
 
+/// The addition fused into [`RmsNorm`]: `sum = x + residual`.
 #[derive(Clone, Copy, Debug)]
-pub struct Add {
+pub struct ResidualAdd {
     pub residual: Buffer,
     pub sum: Buffer,
 }
 
 /// `g = dy * weight`, `dx = dsum + rstd * (g - n * mean(g * n))` with `n = x * rstd`;
-/// `dweight += sum over rows of dy * n`. `x` is the normalised sum, `dsum` the gradient that reaches
-/// it past the norm.
+/// `dweight += sum over rows of dy * n`. `x` is the sum that was normalized, `dsum` its gradient from
+/// the residual stream.
 #[derive(Clone, Debug)]
 pub struct RmsNormBackward {
     pub x: Buffer,
@@ -96,7 +98,7 @@ pub struct RmsNormBackward {
     pub dx: Buffer,
 }
 
-/// `y = x wT`: `[rows, in]` by `[out, in]`.
+/// `y = x wT`: `[rows, in]` times `[out, in]` transposed.
 #[derive(Clone, Debug)]
 pub struct Linear {
     pub x: Buffer,
@@ -123,50 +125,50 @@ pub struct LinearBackwardWeight {
     pub rows: usize,
 }
 
-/// Splits the joined rows `[rows, qkv_width]` into `q [windows, heads, context, head_dim]` and
-/// `k`, `v [windows, kv_heads, context, head_dim]`, turning each pair `(i, i + head_dim/2)` of q and
+/// Splits the joined rows `[rows, qkv_width]` into `q [batch, heads, seq_len, head_dim]` and
+/// `k`, `v [batch, kv_heads, seq_len, head_dim]`, and rotates each pair `(i, i + head_dim/2)` of q and
 /// k by `position * frequencies[i]` radians. Su et al. 2021, in Hugging Face's half-split form.
 #[derive(Clone, Debug)]
 pub struct Rope {
     pub qkv: Buffer,
-    /// Where each window's first column stands; `None`: at 0.
+    /// Position of the first row of each sequence, `[batch]`; 0 if `None`.
     pub start: Option<Buffer>,
-    /// One past the last position that can come up.
+    /// Upper bound of the positions, exclusive.
     pub positions: usize,
-    /// Radians a position, `[head_dim / 2]`.
+    /// Radians per position, `[head_dim / 2]`.
     pub frequencies: Vec<f64>,
-    pub shape: Heads,
+    pub shape: AttentionShape,
     pub q: Buffer,
     pub k: Buffer,
     pub v: Buffer,
 }
 
-/// The way back: turns dq and dk by the opposite angle and joins them with dv.
+/// Backward of [`Rope`]: rotates dq and dk by the opposite angle and joins them with dv.
 #[derive(Clone, Debug)]
 pub struct RopeBackward {
     pub dq: Buffer,
     pub dk: Buffer,
     pub dv: Buffer,
     pub frequencies: Vec<f64>,
-    pub shape: Heads,
+    pub shape: AttentionShape,
     pub dqkv: Buffer,
 }
 
-/// `out = softmax(q kT / sqrt(head_dim)) v` over the columns `first_key..=column`; a row that sees
-/// none yields 0 with a log-sum-exp of 0. `out` is `[rows, heads * head_dim]`, token-major.
+/// `out = softmax(q kT / sqrt(head_dim)) v` over the positions `first_key..=position`; a row that sees
+/// none yields 0 with a log-sum-exp of 0. `out` is `[rows, heads * head_dim]`.
 #[derive(Clone, Debug)]
 pub struct Attention {
     pub q: Buffer,
     pub k: Buffer,
     pub v: Buffer,
     pub first_key: Buffer,
-    pub shape: Heads,
+    pub shape: AttentionShape,
     pub out: Buffer,
-    /// Of the scaled scores, natural logarithm: `[windows, heads, context]`.
+    /// Log-sum-exp of the scaled scores, natural logarithm: `[batch, heads, seq_len]`.
     pub lse: Buffer,
 }
 
-/// With `p = exp(s - lse)`: `dv = pT dout`, `ds = p * (dout vT - rowsum(dout * out))`,
+/// Backward of [`Attention`]. With `p = exp(s - lse)`: `dv = pT dout`, `ds = p * (dout vT - rowsum(dout * out))`,
 /// `dq = ds k / sqrt(head_dim)`, `dk = dsT q / sqrt(head_dim)`; a key/value head sums over its
 /// query heads. Dao et al. 2022.
 #[derive(Clone, Debug)]
@@ -178,25 +180,27 @@ pub struct AttentionBackward {
     pub out: Buffer,
     pub lse: Buffer,
     pub dout: Buffer,
-    pub shape: Heads,
+    pub shape: AttentionShape,
     pub dq: Buffer,
     pub dk: Buffer,
     pub dv: Buffer,
 }
 
-/// Attention over a cache: appends k and v at columns `start..start + context` of each window's
-/// cache, then lets column `start + t` see the columns `0..=start + t`.
+/// Attention over a KV cache: appends k and v at positions `start..start + seq_len` of each sequence's
+/// cache, then lets position `start + t` see the positions `0..=start + t`.
 #[derive(Clone, Debug)]
-pub struct CachedAttention {
+pub struct AttentionDecode {
     pub q: Buffer,
     pub k: Buffer,
     pub v: Buffer,
     pub start: Buffer,
-    pub shape: Heads,
-    /// Where this layer's keys, then its values, begin in the cache arena:
-    /// `[windows, kv_heads, capacity, head_dim]` each.
+    pub shape: AttentionShape,
+    /// Offset of this layer's keys in the cache arena, of `batch * kv_heads * capacity * head_dim`
+    /// elements in the backend's own order.
     pub keys: usize,
+    /// Offset of this layer's values, as many.
     pub values: usize,
+    /// Positions per sequence that the cache holds.
     pub capacity: usize,
     pub out: Buffer,
 }
@@ -209,6 +213,7 @@ pub struct SwiGlu {
     pub out: Buffer,
 }
 
+/// `dgate_up` from `dout`; recomputes the activation.
 #[derive(Clone, Debug)]
 pub struct SwiGluBackward {
     pub gate_up: Buffer,
@@ -217,12 +222,12 @@ pub struct SwiGluBackward {
     pub dgate_up: Buffer,
 }
 
-/// The head and the cross-entropy in one: with `z = x wT`, `nll = log-sum-exp(z) - z[target]` (0
-/// where the target is ignored) and `argmax` of z. With `dx`, also the gradient of
+/// LM head and cross-entropy in one op: with logits `z = x wT`, `nll = log-sum-exp(z) - z[target]` (0
+/// if the target is ignored) and `argmax` of z. With `dx`, also the gradient of
 /// `loss_scale * sum(nll)`: `dx = loss_scale * (softmax(z) - onehot) w` and
-/// `dw += loss_scale * (softmax(z) - onehot)T x`. The logits of a whole batch never exist.
+/// `dw += loss_scale * (softmax(z) - onehot)T x`. The logits of a whole batch are never materialized.
 #[derive(Clone, Debug)]
-pub struct HeadLoss {
+pub struct FusedLinearCrossEntropy {
     /// `[rows, hidden]`
     pub x: Buffer,
     pub w: Span,
@@ -230,24 +235,24 @@ pub struct HeadLoss {
     pub rows: usize,
     /// `[rows]`
     pub nll: Buffer,
-    /// `[rows]`; the first of equal largest logits.
+    /// `[rows]`; the lowest id among equal largest logits.
     pub argmax: Buffer,
     pub dx: Option<Buffer>,
 }
 
-/// Picks one row of each window: `out[w] = x[w * context + column[w]]`.
+/// One row of each sequence: `out[b] = x[b * seq_len + position[b]]`.
 #[derive(Clone, Debug)]
-pub struct PickRows {
+pub struct GatherRows {
     pub x: Buffer,
-    pub column: Buffer,
-    pub windows: usize,
-    pub context: usize,
+    pub position: Buffer,
+    pub batch: usize,
+    pub seq_len: usize,
     pub out: Buffer,
 }
 
 /// Sets the gradient arena to zero.
 #[derive(Clone, Debug)]
-pub struct ZeroGradients;
+pub struct ZeroGrad;
 
 /// `norm = sqrt(sum of squares of the gradient arena)`, summed in f64 in a fixed order.
 #[derive(Clone, Debug)]
@@ -257,9 +262,9 @@ pub struct GradNorm {
 }
 
 /// One AdamW step on ranges of the arena, gradients scaled by
-/// `clip = min(1, max_grad_norm / (norm + 1e-6))`. Nothing happens where the norm is not finite.
+/// `clip = min(1, max_grad_norm / (norm + 1e-6))`. Without effect if the norm is not finite.
 ///
-/// `p -= lr * decay * p`, `m += (1 - beta1) (g - m)`, `v = beta2 v + (1 - beta2) g^2`,
+/// `p -= lr * weight_decay * p`, `m += (1 - beta1) (g - m)`, `v = beta2 v + (1 - beta2) g^2`,
 /// `p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`. Loshchilov & Hutter 2019,
 /// in PyTorch's arithmetic.
 #[derive(Clone, Debug)]
@@ -269,20 +274,20 @@ pub struct AdamWStep {
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
-    /// Where to step, and the decay there.
+    /// Ranges of the arena and the weight decay of each.
     pub ranges: Vec<(std::ops::Range<usize>, f64)>,
 }
 
-/// One Muon step on matrices of one shape: `m = momentum m + g`, `u = g + momentum m`, u made orthogonal by five
-/// Newton-Schulz iterations, `w -= lr * decay * w`, `w -= lr * sqrt(max(1, rows / cols)) * u`.
-/// Jordan et al. 2024.
+/// One Muon step on matrices of one shape: `m = momentum m + g`, `u = g + momentum m`, u orthogonalized
+/// by five Newton-Schulz iterations, `w -= lr * weight_decay * w`,
+/// `w -= lr * sqrt(max(1, rows / cols)) * u`. Jordan et al. 2024.
 #[derive(Clone, Debug)]
 pub struct MuonStep {
     pub norm: Buffer,
     pub max_grad_norm: f64,
     pub momentum: f64,
-    pub decay: f64,
-    /// One or more.
+    pub weight_decay: f64,
+    /// At least one.
     pub matrices: Vec<Span>,
 }
 
@@ -293,11 +298,11 @@ impl MuonStep {
     }
 }
 
-/// Every kind of operation.
+/// One op of a program.
 #[derive(Clone, Debug)]
 pub enum Op {
-    Embed(Embed),
-    EmbedBackward(EmbedBackward),
+    Embedding(Embedding),
+    EmbeddingBackward(EmbeddingBackward),
     RmsNorm(RmsNorm),
     RmsNormBackward(RmsNormBackward),
     Linear(Linear),
@@ -307,25 +312,42 @@ pub enum Op {
     RopeBackward(RopeBackward),
     Attention(Attention),
     AttentionBackward(AttentionBackward),
-    CachedAttention(CachedAttention),
+    AttentionDecode(AttentionDecode),
     SwiGlu(SwiGlu),
     SwiGluBackward(SwiGluBackward),
-    HeadLoss(HeadLoss),
-    PickRows(PickRows),
-    ZeroGradients(ZeroGradients),
+    FusedLinearCrossEntropy(FusedLinearCrossEntropy),
+    GatherRows(GatherRows),
+    ZeroGrad(ZeroGrad),
     GradNorm(GradNorm),
     AdamWStep(AdamWStep),
     MuonStep(MuonStep),
 }
 
-/// What an operation has to do at least, for floors and shares of them.
+/// Least work of an op, for roofline floors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// Floating-point operations of products; a multiply-add is two.
+    /// Floating-point operations of matmuls; a multiply-add counts two.
     pub flops: usize,
-    /// Bytes read and written, at two bytes an activation or weight and four a gradient.
+    /// Bytes read and written, at two per activation or weight and four per gradient.
     pub bytes: usize,
     pub exponentials: usize,
+}
+
+/// The former name of an op that was renamed, which `--only` still accepts.
+pub fn former_name(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "embedding_backward" => "embed_backward",
+        "attention_decode" => "cached_attention",
+        "fused_linear_cross_entropy" => "head_loss",
+        "gather_rows" => "pick_rows",
+        "zero_grad" => "zero_gradients",
+        _ => return None,
+    })
+}
+
+/// True if an op's name, or the one it had before, contains `only`.
+pub fn name_matches(name: &str, only: &str) -> bool {
+    name.contains(only) || former_name(name).is_some_and(|former| former.contains(only))
 }
 
 impl std::ops::AddAssign for Cost {
@@ -337,11 +359,11 @@ impl std::ops::AddAssign for Cost {
 }
 
 impl Op {
-    /// Its name in tables and profiles.
+    /// Name in tables, profiles and `laam check --only`.
     pub fn name(&self) -> &'static str {
         match self {
-            Op::Embed(_) => "embed",
-            Op::EmbedBackward(_) => "embed_backward",
+            Op::Embedding(_) => "embedding",
+            Op::EmbeddingBackward(_) => "embedding_backward",
             Op::RmsNorm(_) => "rms_norm",
             Op::RmsNormBackward(_) => "rms_norm_backward",
             Op::Linear(_) => "linear",
@@ -351,23 +373,23 @@ impl Op {
             Op::RopeBackward(_) => "rope_backward",
             Op::Attention(_) => "attention",
             Op::AttentionBackward(_) => "attention_backward",
-            Op::CachedAttention(_) => "cached_attention",
+            Op::AttentionDecode(_) => "attention_decode",
             Op::SwiGlu(_) => "swiglu",
             Op::SwiGluBackward(_) => "swiglu_backward",
-            Op::HeadLoss(_) => "head_loss",
-            Op::PickRows(_) => "pick_rows",
-            Op::ZeroGradients(_) => "zero_gradients",
+            Op::FusedLinearCrossEntropy(_) => "fused_linear_cross_entropy",
+            Op::GatherRows(_) => "gather_rows",
+            Op::ZeroGrad(_) => "zero_grad",
             Op::GradNorm(_) => "grad_norm",
             Op::AdamWStep(_) => "adamw",
             Op::MuonStep(_) => "muon",
         }
     }
 
-    /// The buffers it reads.
+    /// The buffers that the op reads.
     pub fn reads(&self) -> Vec<Buffer> {
         match self {
-            Op::Embed(o) => vec![o.ids],
-            Op::EmbedBackward(o) => vec![o.ids, o.dout],
+            Op::Embedding(o) => vec![o.ids],
+            Op::EmbeddingBackward(o) => vec![o.ids, o.dout],
             Op::RmsNorm(o) => [o.x].into_iter().chain(o.add.map(|add| add.residual)).collect(),
             Op::RmsNormBackward(o) => [o.x, o.rstd, o.dy].into_iter().chain(o.dsum).collect(),
             Op::Linear(o) => vec![o.x],
@@ -377,21 +399,21 @@ impl Op {
             Op::RopeBackward(o) => vec![o.dq, o.dk, o.dv],
             Op::Attention(o) => vec![o.q, o.k, o.v, o.first_key],
             Op::AttentionBackward(o) => vec![o.q, o.k, o.v, o.first_key, o.out, o.lse, o.dout],
-            Op::CachedAttention(o) => vec![o.q, o.k, o.v, o.start],
+            Op::AttentionDecode(o) => vec![o.q, o.k, o.v, o.start],
             Op::SwiGlu(o) => vec![o.gate_up],
             Op::SwiGluBackward(o) => vec![o.gate_up, o.dout],
-            Op::HeadLoss(o) => vec![o.x, o.targets],
-            Op::PickRows(o) => vec![o.x, o.column],
-            Op::ZeroGradients(_) | Op::GradNorm(_) => vec![],
+            Op::FusedLinearCrossEntropy(o) => vec![o.x, o.targets],
+            Op::GatherRows(o) => vec![o.x, o.position],
+            Op::ZeroGrad(_) | Op::GradNorm(_) => vec![],
             Op::AdamWStep(o) => vec![o.norm],
             Op::MuonStep(o) => vec![o.norm],
         }
     }
 
-    /// The buffers it assigns.
+    /// The buffers that the op assigns.
     pub fn writes(&self) -> Vec<Buffer> {
         match self {
-            Op::Embed(o) => vec![o.out],
+            Op::Embedding(o) => vec![o.out],
             Op::RmsNorm(o) => [o.y, o.rstd].into_iter().chain(o.add.map(|add| add.sum)).collect(),
             Op::RmsNormBackward(o) => vec![o.dx],
             Op::Linear(o) => vec![o.y],
@@ -400,43 +422,43 @@ impl Op {
             Op::RopeBackward(o) => vec![o.dqkv],
             Op::Attention(o) => vec![o.out, o.lse],
             Op::AttentionBackward(o) => vec![o.dq, o.dk, o.dv],
-            Op::CachedAttention(o) => vec![o.out],
+            Op::AttentionDecode(o) => vec![o.out],
             Op::SwiGlu(o) => vec![o.out],
             Op::SwiGluBackward(o) => vec![o.dgate_up],
-            Op::HeadLoss(o) => [o.nll, o.argmax].into_iter().chain(o.dx).collect(),
-            Op::PickRows(o) => vec![o.out],
+            Op::FusedLinearCrossEntropy(o) => [o.nll, o.argmax].into_iter().chain(o.dx).collect(),
+            Op::GatherRows(o) => vec![o.out],
             Op::GradNorm(o) => vec![o.norm],
-            Op::EmbedBackward(_)
+            Op::EmbeddingBackward(_)
             | Op::LinearBackwardWeight(_)
-            | Op::ZeroGradients(_)
+            | Op::ZeroGrad(_)
             | Op::AdamWStep(_)
             | Op::MuonStep(_) => vec![],
         }
     }
 
-    /// What it costs; `len` gives the length of a buffer and `arena` that of the gradients.
+    /// Cost of the op, given the length of each buffer and that of the gradient arena.
     pub fn cost(&self, len: impl Fn(Buffer) -> usize, arena: usize) -> Cost {
-        let product = |rows: usize, w: &Span| 2 * rows * w.len();
+        let gemm = |rows: usize, w: &Span| 2 * rows * w.len();
         match self {
-            Op::Embed(o) => Cost { bytes: 4 * len(o.out) + 4 * len(o.ids), ..Cost::default() },
-            Op::EmbedBackward(o) => Cost { bytes: 10 * len(o.dout), ..Cost::default() },
+            Op::Embedding(o) => Cost { bytes: 4 * len(o.out) + 4 * len(o.ids), ..Cost::default() },
+            Op::EmbeddingBackward(o) => Cost { bytes: 10 * len(o.dout), ..Cost::default() },
             Op::RmsNorm(o) => {
                 let planes = if o.add.is_some() { 4 } else { 2 };
                 Cost { bytes: 2 * planes * len(o.y) + 4 * len(o.rstd), ..Cost::default() }
             }
             Op::RmsNormBackward(o) => Cost { bytes: 8 * len(o.dx), ..Cost::default() },
             Op::Linear(o) => Cost {
-                flops: product(o.rows, &o.w),
+                flops: gemm(o.rows, &o.w),
                 bytes: 2 * (len(o.x) + len(o.y) + o.w.len()),
                 exponentials: 0,
             },
             Op::LinearBackwardInput(o) => Cost {
-                flops: product(o.rows, &o.w),
+                flops: gemm(o.rows, &o.w),
                 bytes: 2 * (len(o.dy) + len(o.dx) + o.w.len()),
                 exponentials: 0,
             },
             Op::LinearBackwardWeight(o) => Cost {
-                flops: product(o.rows, &o.w),
+                flops: gemm(o.rows, &o.w),
                 bytes: 2 * (len(o.dy) + len(o.x)) + 8 * o.w.len(),
                 exponentials: 0,
             },
@@ -452,10 +474,10 @@ impl Op {
                 bytes: 4 * (len(o.q) + len(o.k) + len(o.v) + len(o.out)) + 4 * len(o.lse),
                 exponentials: o.shape.pairs(),
             },
-            Op::CachedAttention(o) => {
-                // Counted at a full cache: what is there is known only when it runs.
+            Op::AttentionDecode(o) => {
+                // Counted with a full cache: how full it is depends on the run.
                 let pairs = o.shape.rows() * o.shape.heads * o.capacity;
-                let cached = 2 * o.shape.windows * o.shape.kv_width() * o.capacity;
+                let cached = 2 * o.shape.batch * o.shape.kv_width() * o.capacity;
                 Cost {
                     flops: 4 * o.shape.head_dim * pairs,
                     bytes: 2 * (len(o.q) + len(o.k) + len(o.v) + len(o.out) + cached),
@@ -466,24 +488,24 @@ impl Op {
             Op::SwiGluBackward(o) => {
                 Cost { flops: 0, bytes: 10 * len(o.dout), exponentials: len(o.dout) }
             }
-            Op::HeadLoss(o) => {
-                // With the gradient: the logits, dx and dw, three products.
-                let products = if o.dx.is_some() { 3 } else { 1 };
+            Op::FusedLinearCrossEntropy(o) => {
+                // With the gradient, three GEMMs: the logits, dx and dw.
+                let gemms = if o.dx.is_some() { 3 } else { 1 };
                 let gradient = o.dx.map_or(0, |dx| 2 * len(dx) + 8 * o.w.len());
                 Cost {
-                    flops: products * product(o.rows, &o.w),
+                    flops: gemms * gemm(o.rows, &o.w),
                     bytes: 2 * (len(o.x) + o.w.len()) + 12 * o.rows + gradient,
                     exponentials: o.rows * o.w.rows,
                 }
             }
-            Op::PickRows(o) => Cost { bytes: 4 * len(o.out), ..Cost::default() },
-            Op::ZeroGradients(_) | Op::GradNorm(_) => Cost { bytes: 4 * arena, ..Cost::default() },
+            Op::GatherRows(o) => Cost { bytes: 4 * len(o.out), ..Cost::default() },
+            Op::ZeroGrad(_) | Op::GradNorm(_) => Cost { bytes: 4 * arena, ..Cost::default() },
             Op::AdamWStep(o) => {
                 let stepped: usize = o.ranges.iter().map(|(range, _)| range.len()).sum();
                 Cost { bytes: 30 * stepped, ..Cost::default() }
             }
             Op::MuonStep(o) => {
-                // Five iterations of three products, the wide side shared.
+                // Five iterations of three GEMMs over the larger dimension.
                 let ((rows, cols), count) = (o.shape(), o.matrices.len());
                 let (small, large) = (rows.min(cols), rows.max(cols));
                 Cost {
@@ -493,5 +515,25 @@ impl Op {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::name_matches;
+
+    #[test]
+    fn ops_are_found_by_their_former_names() {
+        for (name, former) in [
+            ("embedding", "embed"),
+            ("embedding_backward", "embed_backward"),
+            ("attention_decode", "cached_attention"),
+            ("fused_linear_cross_entropy", "head_loss"),
+            ("gather_rows", "pick_rows"),
+            ("zero_grad", "zero_gradients"),
+        ] {
+            assert!(name_matches(name, former) && name_matches(name, name), "{name}");
+        }
+        assert!(!name_matches("attention", "cached_attention"));
     }
 }

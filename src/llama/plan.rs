@@ -1,63 +1,62 @@
-//! Where each buffer of a program lies in one block of memory, so that buffers whose lives do not
-//! overlap share it.
+//! The memory plan: offsets of a program's buffers in one block, shared by buffers whose live ranges do
+//! not overlap.
 
-use super::program::{Buffer, BufferInfo, Element, Program, Use};
+use super::buffer::{Buffer, BufferInfo, BufferKind, BufferRole};
+use super::program::Program;
 
-/// The offsets of a program's buffers and the memory they need in all.
-///
-/// Floating-point buffers and index buffers lie in two blocks of their own. Offsets and lengths
-/// count elements; a block of mixed precision is planned at its widest element.
+/// The memory plan of a host backend: floating-point buffers and index buffers in a block each.
+/// Offsets and lengths count elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// The offset of each buffer, by its place in the program.
+    /// Offset of each buffer, in the order of the program.
     pub offsets: Vec<usize>,
-    /// The length of the block of floating-point buffers.
+    /// Length of the block of floating-point buffers.
     pub floats: usize,
-    /// The length of the block of index buffers.
+    /// Length of the block of index buffers.
     pub indices: usize,
 }
 
-/// Buffers start at multiples of this many elements.
-const ALIGN: usize = 64;
+/// Alignment of buffers in a [`Plan`], in elements.
+const ALIGN_ELEMENTS: usize = 64;
 
-/// The same in bytes, in one block: what a card's memory holds.
+/// The memory plan of a device: all buffers in one block, offsets in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BytePlan {
-    /// The offset of each buffer, by its place in the program.
+    /// Offset of each buffer, in the order of the program.
     pub offsets: Vec<usize>,
-    /// The length of the block.
+    /// Length of the block.
     pub bytes: usize,
 }
 
-/// Buffers start at multiples of this many bytes, as a card's allocations do.
+/// Alignment of buffers in a [`BytePlan`], in bytes.
 const ALIGN_BYTES: usize = 256;
 
 impl Program {
-    /// Lays out the buffers in elements.
+    /// Plans memory in elements.
     pub fn plan(&self) -> Plan {
-        let block = |info: &BufferInfo| usize::from(info.element == Element::Index);
-        let len = |info: &BufferInfo| info.len.next_multiple_of(ALIGN);
-        let (offsets, [floats, indices]) = self.arrange(block, len);
+        let block = |info: &BufferInfo| usize::from(info.kind == BufferKind::Index);
+        let len = |info: &BufferInfo| info.len.next_multiple_of(ALIGN_ELEMENTS);
+        let (offsets, [floats, indices]) = self.assign_offsets(block, len);
         Plan { offsets, floats, indices }
     }
 
-    /// Lays out the buffers in bytes, for activations of `activation` bytes.
+    /// Plans memory in bytes, for activations of `activation` bytes per element.
     pub fn byte_plan(&self, activation: usize) -> BytePlan {
         let len = |info: &BufferInfo| {
-            (info.len * info.element.size(activation)).next_multiple_of(ALIGN_BYTES)
+            (info.len * info.kind.size(activation)).next_multiple_of(ALIGN_BYTES)
         };
-        let (offsets, [bytes]) = self.arrange(|_| 0, len);
+        let (offsets, [bytes]) = self.assign_offsets(|_| 0, len);
         BytePlan { offsets, bytes }
     }
 
-    /// The longest first, each at the lowest offset of its block that is free during its life
-    /// (greedy by size; Pisarchyk & Lee 2020). Returns the offsets and the lengths of the blocks.
-    fn arrange<const BLOCKS: usize>(
+    /// Greedy by size (Pisarchyk & Lee 2020): the longest buffer first, each at the lowest offset of
+    /// its block that is free during its live range. Returns offsets and block lengths.
+    fn assign_offsets<const BLOCKS: usize>(
         &self,
         block: impl Fn(&BufferInfo) -> usize,
         len: impl Fn(&BufferInfo) -> usize,
     ) -> (Vec<usize>, [usize; BLOCKS]) {
-        let lives = self.lives();
+        let live = self.live_ranges();
         let blocks: Vec<usize> = self.buffers.iter().map(block).collect();
         let lens: Vec<usize> = self.buffers.iter().map(len).collect();
         let mut order: Vec<usize> = (0..self.buffers.len()).collect();
@@ -71,7 +70,7 @@ impl Program {
                 .iter()
                 .filter(|&&other| blocks[other] == blocks[buffer])
                 .filter(|&&other| {
-                    lives[other].0 <= lives[buffer].1 && lives[buffer].0 <= lives[other].1
+                    live[other].0 <= live[buffer].1 && live[buffer].0 <= live[other].1
                 })
                 .map(|&other| (offsets[other], lens[other]))
                 .collect();
@@ -90,52 +89,52 @@ impl Program {
         (offsets, totals)
     }
 
-    /// The first and last operation during which each buffer's content matters. An input matters
-    /// from the start, an output to the end.
-    fn lives(&self) -> Vec<(usize, usize)> {
+    /// First and last op of each buffer's live range. An input is live from the start, an output to
+    /// the end.
+    fn live_ranges(&self) -> Vec<(usize, usize)> {
         let end = self.ops.len();
-        let mut lives: Vec<(usize, usize)> = vec![(end, 0); self.buffers.len()];
+        let mut ranges: Vec<(usize, usize)> = vec![(end, 0); self.buffers.len()];
         for (at, op) in self.ops.iter().enumerate() {
             for Buffer(buffer) in op.reads().into_iter().chain(op.writes()) {
-                lives[buffer] = (lives[buffer].0.min(at), lives[buffer].1.max(at));
+                ranges[buffer] = (ranges[buffer].0.min(at), ranges[buffer].1.max(at));
             }
         }
-        for (life, info) in lives.iter_mut().zip(&self.buffers) {
-            match info.usage {
-                Use::Input => life.0 = 0,
-                Use::Output => life.1 = end,
-                Use::Temporary => {}
+        for (range, info) in ranges.iter_mut().zip(&self.buffers) {
+            match info.role {
+                BufferRole::Input => range.0 = 0,
+                BufferRole::Output => range.1 = end,
+                BufferRole::Temporary => {}
             }
         }
-        lives
+        ranges
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::llama::ops::{SwiGlu, ZeroGradients};
+    use crate::llama::ops::{SwiGlu, ZeroGrad};
 
-    /// A chain a -> b -> c -> d: b and d never live at once with the buffer two before them.
+    /// In the chain a -> b -> c -> d, no buffer is live at once with the one two before it.
     #[test]
-    fn buffers_share_memory_only_when_their_lives_do_not_overlap() {
+    fn buffers_share_memory_only_if_their_live_ranges_are_disjoint() {
         let mut p = Program::default();
         let names = ["a", "b", "c", "d"];
         let chain: Vec<Buffer> = names
             .iter()
             .map(|&name| {
-                let usage = if name == "a" { Use::Input } else { Use::Temporary };
-                p.buffer(name, Element::Activation, 100, usage)
+                let role = if name == "a" { BufferRole::Input } else { BufferRole::Temporary };
+                p.buffer(name, BufferKind::Activation, 100, role)
             })
             .collect();
         for pair in chain.windows(2) {
             p.ops.push(Op::SwiGlu(SwiGlu { gate_up: pair[0], inter: 1, out: pair[1] }));
         }
-        p.ops.push(Op::ZeroGradients(ZeroGradients));
+        p.ops.push(Op::ZeroGrad(ZeroGrad));
         let plan = p.plan();
         assert_eq!(plan.floats, 2 * 128);
         for pair in plan.offsets.windows(2) {
-            assert_ne!(pair[0], pair[1], "neighbours live at once");
+            assert_ne!(pair[0], pair[1], "neighbors are live at once");
         }
     }
 

@@ -1,28 +1,28 @@
-//! The programs: part of a training step, an evaluation, and decoding.
+//! The programs: a micro-batch of a training step, an evaluation, and decoding.
 
-use super::forward::{Builder, Keys};
-use super::ops::{HeadLoss, Linear, Op, PickRows};
-use super::program::{Buffer, Element, Program, Use};
+use super::buffer::{Buffer, BufferKind, BufferRole};
+use super::forward::{Builder, KeySource, SavedActivations};
+use super::ops::{FusedLinearCrossEntropy, GatherRows, Linear, Op};
+use super::program::Program;
 use crate::model::{Config, Layout};
-use crate::tokens::Batch;
 
-/// Forward and backward of a few windows; gradients accumulate.
+/// Forward and backward of a micro-batch; gradients accumulate.
 #[derive(Clone, Debug)]
-pub struct Micro {
+pub struct MicroBatch {
     pub program: Program,
-    pub batch: BatchInputs,
+    pub inputs: BatchInputs,
     pub losses: Losses,
 }
 
-/// Forward of a few windows.
+/// Forward of a batch.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
     pub program: Program,
-    pub batch: BatchInputs,
+    pub inputs: BatchInputs,
     pub losses: Losses,
 }
 
-/// Where a program wants its batch, each `[windows, context]`.
+/// The input buffers of a batch, each `[batch, seq_len]`.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchInputs {
     pub ids: Buffer,
@@ -31,108 +31,107 @@ pub struct BatchInputs {
 }
 
 impl BatchInputs {
-    /// A batch as the program's inputs.
-    pub fn feed<'a>(&self, batch: &'a Batch) -> Vec<(Buffer, &'a [u32])> {
-        vec![
-            (self.ids, batch.ids.as_slice()),
-            (self.targets, batch.targets.as_slice()),
-            (self.first_key, batch.first_key.as_slice()),
-        ]
+    /// Binds a batch's ids, targets and first keys to the buffers.
+    pub fn bind<'a>(&self, [ids, targets, first_key]: [&'a [u32]; 3]) -> Vec<(Buffer, &'a [u32])> {
+        vec![(self.ids, ids), (self.targets, targets), (self.first_key, first_key)]
     }
 }
 
-/// Where a program leaves each position's loss and best guess, `[windows, context]`.
+/// The output buffers of a batch, each `[batch, seq_len]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Losses {
+    /// Negative log-likelihood of the target; 0 if it is ignored.
     pub nll: Buffer,
+    /// The most probable token.
     pub argmax: Buffer,
 }
 
-/// New tokens of a few windows against their cache.
+/// Prefill or decode of a batch with a KV cache.
 #[derive(Clone, Debug)]
 pub struct Decoding {
     pub program: Program,
-    /// `[windows, context]`: the new tokens, padded on the right with anything.
+    /// `[batch, seq_len]`: the new tokens, right-padded with any id.
     pub ids: Buffer,
-    /// `[windows]`: how many tokens of each window the cache holds already.
+    /// `[batch]`: tokens of each sequence in the cache already.
     pub start: Buffer,
-    /// `[windows]`: which of the new columns the logits are wanted for.
-    pub column: Buffer,
-    /// `[windows, vocab]`
+    /// `[batch]`: the new position of each sequence whose logits are returned.
+    pub position: Buffer,
+    /// `[batch, vocab]`
     pub logits: Buffer,
-    /// The length of the cache arena it needs.
-    pub cache: usize,
+    /// Length of the cache arena in elements.
+    pub cache_len: usize,
 }
 
 fn head(b: &mut Builder, x: Buffer, targets: Buffer, gradient: bool) -> (Losses, Option<Buffer>) {
     let rows = b.rows();
-    let nll = b.p.buffer("nll", Element::Float, rows, Use::Output);
-    let argmax = b.p.buffer("argmax", Element::Index, rows, Use::Output);
+    let nll = b.p.buffer("nll", BufferKind::Float, rows, BufferRole::Output);
+    let argmax = b.p.buffer("argmax", BufferKind::Index, rows, BufferRole::Output);
     let dx = gradient.then(|| b.activation("d final norm", b.config.hidden_size));
     let w = b.layout.head;
-    b.p.ops.push(Op::HeadLoss(HeadLoss { x, w, targets, rows, nll, argmax, dx }));
+    let op = FusedLinearCrossEntropy { x, w, targets, rows, nll, argmax, dx };
+    b.p.ops.push(Op::FusedLinearCrossEntropy(op));
     (Losses { nll, argmax }, dx)
 }
 
-fn windows_forward<'a>(
+fn batch_forward<'a>(
     config: &'a Config,
     layout: &'a Layout,
-    windows: usize,
-    context: usize,
-) -> (Builder<'a>, BatchInputs, super::forward::Saved) {
-    let mut b = Builder::new(config, layout, windows, context);
+    batch: usize,
+    seq_len: usize,
+) -> (Builder<'a>, BatchInputs, SavedActivations) {
+    let mut b = Builder::new(config, layout, batch, seq_len);
     let rows = b.rows();
     let ids = b.index("ids", rows);
     let targets = b.index("targets", rows);
     let first_key = b.index("first key", rows);
-    let saved = b.forward(ids, Keys::Window { first_key });
+    let saved = b.forward(ids, KeySource::Sequence { first_key });
     (b, BatchInputs { ids, targets, first_key }, saved)
 }
 
-/// Forward and backward of `windows` windows of `context` tokens.
-pub fn training(config: &Config, layout: &Layout, windows: usize, context: usize) -> Micro {
-    let (mut b, batch, saved) = windows_forward(config, layout, windows, context);
-    let (losses, dx) = head(&mut b, saved.final_norm.y, batch.targets, true);
-    let dx = dx.expect("the gradient was asked for");
-    b.backward(&saved, batch.ids, batch.first_key, dx);
-    Micro { program: b.p, batch, losses }
+/// Forward and backward of `batch` sequences of `seq_len` tokens.
+pub fn training(config: &Config, layout: &Layout, batch: usize, seq_len: usize) -> MicroBatch {
+    let (mut b, inputs, saved) = batch_forward(config, layout, batch, seq_len);
+    let (losses, dx) = head(&mut b, saved.final_norm.y, inputs.targets, true);
+    let dx = dx.expect("gradients were requested");
+    b.backward(&saved, inputs.ids, inputs.first_key, dx);
+    MicroBatch { program: b.p, inputs, losses }
 }
 
-/// Forward of `windows` windows of `context` tokens.
-pub fn evaluation(config: &Config, layout: &Layout, windows: usize, context: usize) -> Evaluation {
-    let (mut b, batch, saved) = windows_forward(config, layout, windows, context);
-    let (losses, _) = head(&mut b, saved.final_norm.y, batch.targets, false);
-    Evaluation { program: b.p, batch, losses }
+/// Forward of `batch` sequences of `seq_len` tokens.
+pub fn evaluation(config: &Config, layout: &Layout, batch: usize, seq_len: usize) -> Evaluation {
+    let (mut b, inputs, saved) = batch_forward(config, layout, batch, seq_len);
+    let (losses, _) = head(&mut b, saved.final_norm.y, inputs.targets, false);
+    Evaluation { program: b.p, inputs, losses }
 }
 
-/// `fresh` new tokens of each of `windows` windows, against a cache of `capacity` columns.
+/// `seq_len` new tokens of each of `batch` sequences, with a KV cache of `capacity` positions.
 pub fn decoding(
     config: &Config,
     layout: &Layout,
-    windows: usize,
-    fresh: usize,
+    batch: usize,
+    seq_len: usize,
     capacity: usize,
 ) -> Decoding {
-    // Whole vectors on any machine.
+    // A multiple of every SIMD width.
     let capacity = capacity.next_multiple_of(64);
-    let mut b = Builder::new(config, layout, windows, fresh);
-    let ids = b.index("ids", windows * fresh);
-    let start = b.index("start", windows);
-    let column = b.index("column", windows);
-    let saved = b.forward(ids, Keys::Cache { start, capacity });
+    let mut b = Builder::new(config, layout, batch, seq_len);
+    let ids = b.index("ids", batch * seq_len);
+    let start = b.index("start", batch);
+    let position = b.index("position", batch);
+    let saved = b.forward(ids, KeySource::Cache { start, capacity });
 
     let hidden = config.hidden_size;
-    let last = b.p.buffer("last", Element::Activation, windows * hidden, Use::Temporary);
-    b.p.ops.push(Op::PickRows(PickRows {
+    let last = b.p.buffer("last", BufferKind::Activation, batch * hidden, BufferRole::Temporary);
+    b.p.ops.push(Op::GatherRows(GatherRows {
         x: saved.final_norm.y,
-        column,
-        windows,
-        context: fresh,
+        position,
+        batch,
+        seq_len,
         out: last,
     }));
     let w = layout.head;
-    let logits = b.p.buffer("logits", Element::Float, windows * w.rows, Use::Output);
-    b.p.ops.push(Op::Linear(Linear { x: last, w, y: logits, rows: windows }));
-    let cache = 2 * layout.blocks.len() * windows * b.shape.kv_width() * capacity;
-    Decoding { program: b.p, ids, start, column, logits, cache }
+    let logits = b.p.buffer("logits", BufferKind::Float, batch * w.rows, BufferRole::Output);
+    b.p.ops.push(Op::Linear(Linear { x: last, w, y: logits, rows: batch }));
+    let cache_len = 2 * layout.blocks.len() * batch * b.shape.kv_width() * capacity;
+    Decoding { program: b.p, ids, start, position, logits, cache_len }
 }

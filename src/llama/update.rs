@@ -1,10 +1,11 @@
 //! The update: gradient norm, clipping, AdamW or Muon.
 
-use super::ops::{AdamWStep, GradNorm, MuonStep, Op, ZeroGradients};
-use super::program::{Buffer, Element, Program, Use};
+use super::buffer::{Buffer, BufferKind, BufferRole};
+use super::ops::{AdamWStep, GradNorm, MuonStep, Op, ZeroGrad};
+use super::program::Program;
 use crate::model::{Kind, Layout, Span};
 
-/// AdamW's constants.
+/// Hyperparameters of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
     pub beta1: f64,
@@ -12,43 +13,43 @@ pub struct AdamW {
     pub epsilon: f64,
 }
 
-/// Muon's constants.
+/// Hyperparameters of Muon.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Muon {
     pub momentum: f64,
 }
 
-/// What turns gradients into steps.
+/// The optimizer and its constant hyperparameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Optimizer {
     pub adamw: AdamW,
-    /// For the matrices inside the blocks; AdamW takes the rest.
+    /// Muon for the matrices inside the blocks; AdamW for the rest, or for all if `None`.
     pub muon: Option<Muon>,
-    /// Decoupled decay of matrices and embeddings; norms have none.
-    pub decay: f64,
+    /// Decoupled weight decay of matrices and embeddings; norms have none.
+    pub weight_decay: f64,
     pub max_grad_norm: f64,
 }
 
-/// What changes from step to step.
+/// Hyperparameters that change from step to step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Rates {
+pub struct StepHyperparams {
     pub learning_rate: f64,
     pub muon_learning_rate: f64,
-    /// The number of this update, from 1, for Adam's bias correction.
+    /// Number of this update, from 1, for Adam's bias correction.
     pub step: u64,
 }
 
-/// The update of all parameters, and where the norm of the gradients (before clipping) is left.
-/// The gradients are zero afterwards.
+/// The update of all parameters, which leaves zero gradients. Also returns the buffer of the gradient
+/// norm before clipping.
 pub fn update(layout: &Layout, optimizer: &Optimizer) -> (Program, Buffer) {
     let mut p = Program::default();
     let norm = append_update(&mut p, layout, optimizer);
     (p, norm)
 }
 
-/// The same at the end of a program: a whole step in one.
+/// Appends the update to a program. Returns the buffer of the gradient norm.
 pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) -> Buffer {
-    let norm = p.buffer("gradient norm", Element::Float, 1, Use::Output);
+    let norm = p.buffer("gradient norm", BufferKind::Float, 1, BufferRole::Output);
     p.ops.push(Op::GradNorm(GradNorm { norm }));
 
     let by_muon = |kind| optimizer.muon.is_some() && kind == Kind::Matrix;
@@ -57,7 +58,7 @@ pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) ->
         .iter()
         .filter(|parameter| !by_muon(parameter.kind))
         .map(|parameter| {
-            let decay = if parameter.kind == Kind::Norm { 0.0 } else { optimizer.decay };
+            let decay = if parameter.kind == Kind::Norm { 0.0 } else { optimizer.weight_decay };
             (parameter.span.range(), decay)
         })
         .collect();
@@ -66,7 +67,7 @@ pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) ->
     p.ops.push(Op::AdamWStep(AdamWStep { norm, max_grad_norm, beta1, beta2, epsilon, ranges }));
 
     if let Some(Muon { momentum }) = optimizer.muon {
-        // Those of one shape together: on a device, one launch does the same to all of them.
+        // Matrices of one shape form one op, which is one batched launch on a device.
         let mut shapes: Vec<Vec<Span>> = Vec::new();
         for parameter in layout.parameters.iter().filter(|parameter| by_muon(parameter.kind)) {
             let w = parameter.span;
@@ -76,10 +77,11 @@ pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) ->
             }
         }
         for matrices in shapes {
-            let decay = optimizer.decay;
-            p.ops.push(Op::MuonStep(MuonStep { norm, max_grad_norm, momentum, decay, matrices }));
+            let weight_decay = optimizer.weight_decay;
+            let op = MuonStep { norm, max_grad_norm, momentum, weight_decay, matrices };
+            p.ops.push(Op::MuonStep(op));
         }
     }
-    p.ops.push(Op::ZeroGradients(ZeroGradients));
+    p.ops.push(Op::ZeroGrad(ZeroGrad));
     norm
 }

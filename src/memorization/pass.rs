@@ -50,9 +50,9 @@ pub fn pass(
             let made = step::evaluation(config, &layout, some.len(), context);
             programs.push((some.len(), session.load(made.program.clone())?, made));
         }
-        let (_, program, Evaluation { batch: inputs, losses, .. }) =
+        let (_, program, Evaluation { inputs, losses, .. }) =
             programs.last().expect("it was made above");
-        let indices = inputs.feed(&drawn);
+        let indices = inputs.bind(drawn.arrays());
         session.run(*program, &Feed { indices, ..Feed::default() })?;
         let nll = session.floats(*program, losses.nll)?;
         let argmax = session.indices(*program, losses.argmax)?;

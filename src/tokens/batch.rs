@@ -25,6 +25,11 @@ impl Batch {
         self.targets.iter().filter(|&&target| target != IGNORE).count()
     }
 
+    /// Ids, targets and first keys, for the inputs of a program.
+    pub fn arrays(&self) -> [&[u32]; 3] {
+        [&self.ids, &self.targets, &self.first_key]
+    }
+
     /// The windows `from..to` as a batch of their own.
     #[must_use]
     pub fn slice(&self, from: usize, to: usize) -> Batch {

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::backend::{Arena, Backend, Data, Feed, Loaded, Need, Ran, Run, Session};
 use crate::llama::step::{self, BatchInputs, Losses};
-use crate::llama::{Buffer, Optimizer, Rates, append_update};
+use crate::llama::{Buffer, Optimizer, StepHyperparams, append_update};
 use crate::model::{Config, Layout};
 use crate::tokens::{Batch, IGNORE, Windows};
 
@@ -33,13 +33,13 @@ pub struct Engine {
 pub struct Step {
     /// The numbers of the windows of each of its batches.
     pub batches: Vec<Vec<usize>>,
-    pub rates: Rates,
+    pub rates: StepHyperparams,
 }
 
 struct Micro {
     windows: usize,
     program: Loaded,
-    batch: BatchInputs,
+    inputs: BatchInputs,
     losses: Losses,
     /// Where the last of a step, which ends with the update, leaves the norm of all gradients.
     norm: Option<Buffer>,
@@ -153,7 +153,7 @@ impl Engine {
     /// Steps on batches as they come: the next ones are asked for while a device is at work.
     pub fn feed(
         &mut self,
-        steps: impl Iterator<Item = anyhow::Result<(Vec<Batch>, Rates)>>,
+        steps: impl Iterator<Item = anyhow::Result<(Vec<Batch>, StepHyperparams)>>,
     ) -> anyhow::Result<Vec<Outcome>> {
         let mut counts = Vec::new();
         let mut told = Vec::new();
@@ -173,7 +173,7 @@ impl Engine {
     }
 
     /// Forward and backward of every batch, then one update by their joint mean loss.
-    pub fn step(&mut self, batches: &[Batch], rates: Rates) -> anyhow::Result<Outcome> {
+    pub fn step(&mut self, batches: &[Batch], rates: StepHyperparams) -> anyhow::Result<Outcome> {
         if self.is_apart() {
             let counted = self.push(batches, rates)?;
             return Ok(outcomes(self.ran()?, &[counted])[0]);
@@ -185,7 +185,7 @@ impl Engine {
         for (at, part) in parts.iter().enumerate() {
             let micro = self.micro(part.windows, at + 1 == parts.len())?;
             let micro = &self.micros[micro];
-            let indices = micro.batch.feed(part);
+            let indices = micro.inputs.bind(part.arrays());
             let feed = Feed { indices, loss_scale, rates, ..Feed::default() };
             self.session.run(micro.program, &feed)?;
             let nll = self.session.floats(micro.program, micro.losses.nll)?;
@@ -201,7 +201,7 @@ impl Engine {
     }
 
     /// Asks a queue for a step, and tells how many targets count in it.
-    fn push(&mut self, batches: &[Batch], rates: Rates) -> anyhow::Result<usize> {
+    fn push(&mut self, batches: &[Batch], rates: StepHyperparams) -> anyhow::Result<usize> {
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let loss_scale = loss_scale(counted);
         let parts = self.parts(batches);
@@ -264,12 +264,12 @@ impl Engine {
         let mut micro = step::training(&self.config, &self.layout, windows, self.context);
         // One program rather than two: on a device, one launch and one wait.
         let norm = last.then(|| append_update(&mut micro.program, &self.layout, &self.optimizer));
-        let (batch, losses) = (micro.batch, micro.losses);
+        let (inputs, losses) = (micro.inputs, micro.losses);
         let program = match self.session.queue() {
             Some(queue) => queue.load(micro, norm)?,
             None => self.session.load(micro.program)?,
         };
-        self.micros.push(Micro { windows, program, batch, losses, norm });
+        self.micros.push(Micro { windows, program, inputs, losses, norm });
         Ok(self.micros.len() - 1)
     }
 
@@ -281,12 +281,12 @@ impl Engine {
             if !self.evaluations.iter().any(|micro| micro.windows == part.windows) {
                 let eval = step::evaluation(&self.config, &self.layout, part.windows, self.context);
                 let program = self.session.load(eval.program)?;
-                let (windows, batch, losses) = (part.windows, eval.batch, eval.losses);
-                self.evaluations.push(Micro { windows, program, batch, losses, norm: None });
+                let (windows, inputs, losses) = (part.windows, eval.inputs, eval.losses);
+                self.evaluations.push(Micro { windows, program, inputs, losses, norm: None });
             }
             let eval = self.evaluations.iter().find(|micro| micro.windows == part.windows);
             let eval = eval.expect("it was made above");
-            let indices = eval.batch.feed(&part);
+            let indices = eval.inputs.bind(part.arrays());
             self.session.run(eval.program, &Feed { indices, ..Feed::default() })?;
             guesses.extend(self.session.indices(eval.program, eval.losses.argmax)?);
         }

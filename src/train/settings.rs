@@ -249,7 +249,7 @@ impl Settings {
                 epsilon: self.adam_epsilon,
             },
             muon: (self.optimizer == Method::Muon).then_some(Muon { momentum: self.muon_momentum }),
-            decay: self.decay_rate,
+            weight_decay: self.decay_rate,
             // As with the Trainer, 0 is no clipping.
             max_grad_norm: if self.max_grad_norm == 0.0 {
                 f64::INFINITY

@@ -10,7 +10,7 @@ use super::{Engine, EventFile, Metrics, MetricsFile, Outcome, Schedule, Settings
 use crate::backend::{Arena, Backend};
 use crate::dtype::Dtype;
 use crate::error::{Hint, error};
-use crate::llama::Rates;
+use crate::llama::StepHyperparams;
 use crate::memorization::verbatim;
 use crate::model::{Config, Provenance, initialize};
 use crate::tokens::{Sampler, Windows};
@@ -300,7 +300,7 @@ impl<'a> Trainer<'a> {
         let settings = self.job.settings;
         let step = self.state.step + later;
         let factor = schedule.factor(step);
-        let rates = Rates {
+        let rates = StepHyperparams {
             learning_rate: settings.learning_rate * factor,
             muon_learning_rate: settings.muon_learning_rate * factor,
             step: step + 1,

@@ -5,9 +5,11 @@ use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend, Feed, Loaded, Need, Session};
 use laam::bench::check::{Selection, Size, check};
 use laam::dtype::Dtype;
-use laam::llama::ops::{Attention, HeadLoss, Heads};
+use laam::llama::ops::{Attention, AttentionShape, FusedLinearCrossEntropy};
 use laam::llama::step::{self, BatchInputs};
-use laam::llama::{AdamW, Element, Muon, Op, Optimizer, Program, Rates, Use, update};
+use laam::llama::{
+    AdamW, BufferKind, BufferRole, Muon, Op, Optimizer, Program, StepHyperparams, update,
+};
 use laam::model::{Config, Layout, RopeScaling, Span};
 use laam::random::{Philox, Stream};
 use laam::tokens::{Batch, IGNORE};
@@ -103,7 +105,7 @@ fn batch(windows: usize, context: usize, vocab: usize) -> Batch {
 
 pub fn feed<'a>(inputs: &BatchInputs, batch: &'a Batch) -> Feed<'a> {
     Feed {
-        indices: inputs.feed(batch),
+        indices: inputs.bind(batch.arrays()),
         loss_scale: 1.0 / batch.counted().max(1) as f64,
         ..Feed::default()
     }
@@ -135,7 +137,7 @@ fn train_once(backend: &dyn Backend, config: &Config, batch: &Batch) -> Outcome 
     // Twice: stale outputs and gradients of the first run must not leak into the second.
     for _ in 0..2 {
         session.write(Arena::Gradients, &vec![0.0; layout.len]).unwrap();
-        session.run(program, &feed(&micro.batch, batch)).unwrap();
+        session.run(program, &feed(&micro.inputs, batch)).unwrap();
     }
     Outcome {
         nll: session.floats(program, micro.losses.nll).unwrap(),
@@ -245,21 +247,22 @@ fn gradients_in_bf16_are_as_close_to_f64_as_those_of_plain_loops() {
 #[test]
 fn attention_holds_scores_in_the_hundreds() {
     for head_dim in [2, 4, 8, 16] {
-        let shape = Heads { windows: 2, context: 45, heads: 6, kv_heads: 2, head_dim };
+        let shape = AttentionShape { batch: 2, seq_len: 45, heads: 6, kv_heads: 2, head_dim };
         let (wide, narrow) = (shape.rows() * shape.q_width(), shape.rows() * shape.kv_width());
         let mut program = Program::default();
         let mut floats = Vec::new();
         for (sequence, (len, size)) in
             [(wide, 15.0), (narrow, 15.0), (narrow, 1.0)].into_iter().enumerate()
         {
-            let buffer = program.buffer("", Element::Activation, len, Use::Input);
+            let buffer = program.buffer("", BufferKind::Activation, len, BufferRole::Input);
             let mut values = vec![0.0; len];
             Philox::new(4, Stream::Test).fill_normal(sequence as u32, size, &mut values);
             floats.push((buffer, values));
         }
-        let first_key = program.buffer("", Element::Index, shape.rows(), Use::Input);
-        let out = program.buffer("", Element::Activation, wide, Use::Output);
-        let lse = program.buffer("", Element::Float, shape.rows() * shape.heads, Use::Output);
+        let first_key = program.buffer("", BufferKind::Index, shape.rows(), BufferRole::Input);
+        let out = program.buffer("", BufferKind::Activation, wide, BufferRole::Output);
+        let lse =
+            program.buffer("", BufferKind::Float, shape.rows() * shape.heads, BufferRole::Output);
         let [q, k, v] = [0, 1, 2].map(|at| floats[at].0);
         program.ops.push(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }));
         let zeros = vec![0; shape.rows()];
@@ -333,13 +336,22 @@ fn what_is_left_to_learn_survives_rounding() {
     let x: Vec<f32> = targets.iter().flat_map(word).map(|w| 0.5 * w).collect();
 
     let mut program = Program::default();
-    let mut input = |element, len| program.buffer("", element, len, Use::Input);
-    let (x_in, targets_in) = (input(Element::Activation, x.len()), input(Element::Index, rows));
-    let mut output = |element, len| program.buffer("", element, len, Use::Output);
-    let (nll, argmax) = (output(Element::Float, rows), output(Element::Index, rows));
-    let dx = output(Element::Activation, x.len());
-    let head = HeadLoss { x: x_in, w, targets: targets_in, rows, nll, argmax, dx: Some(dx) };
-    program.ops.push(Op::HeadLoss(head));
+    let mut input = |element, len| program.buffer("", element, len, BufferRole::Input);
+    let (x_in, targets_in) =
+        (input(BufferKind::Activation, x.len()), input(BufferKind::Index, rows));
+    let mut output = |element, len| program.buffer("", element, len, BufferRole::Output);
+    let (nll, argmax) = (output(BufferKind::Float, rows), output(BufferKind::Index, rows));
+    let dx = output(BufferKind::Activation, x.len());
+    let head = FusedLinearCrossEntropy {
+        x: x_in,
+        w,
+        targets: targets_in,
+        rows,
+        nll,
+        argmax,
+        dx: Some(dx),
+    };
+    program.ops.push(Op::FusedLinearCrossEntropy(head));
     let feed = Feed {
         indices: vec![(targets_in, &targets)],
         floats: vec![(x_in, x.as_slice().into())],
@@ -370,7 +382,7 @@ fn logits(
     start: &[u32],
     column: &[u32],
 ) -> Vec<f32> {
-    let indices = vec![(decoding.ids, ids), (decoding.start, start), (decoding.column, column)];
+    let indices = vec![(decoding.ids, ids), (decoding.start, start), (decoding.position, column)];
     session.run(program, &Feed { indices, ..Feed::default() }).unwrap();
     session.floats(program, decoding.logits).unwrap()
 }
@@ -386,7 +398,7 @@ fn decoding_against_a_cache_equals_one_pass() {
             let text = batch(2, 23, config.vocab_size);
             let windows = |n: usize| step::decoding(&config, &layout, 2, n, 40);
             let (whole, prefill, single) = (windows(23), windows(9), windows(1));
-            let need = Need { training: false, cache: whole.cache };
+            let need = Need { training: false, cache: whole.cache_len };
             let mut session = backend.open(&layout, need).unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             let [a, b, c] = [&whole, &prefill, &single]
@@ -418,7 +430,7 @@ fn updates_equal_the_references() {
         let optimizer = Optimizer {
             adamw: AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8 },
             muon,
-            decay: 0.1,
+            weight_decay: 0.1,
             max_grad_norm: 1.0,
         };
         let after = |backend: &dyn Backend| {
@@ -431,7 +443,7 @@ fn updates_equal_the_references() {
                 let mut gradients = vec![0.0; layout.len];
                 Philox::new(8, Stream::Test).fill_normal(step as u32, 0.3, &mut gradients);
                 session.write(Arena::Gradients, &gradients).unwrap();
-                let rates = Rates { learning_rate: 1e-2, muon_learning_rate: 2e-2, step };
+                let rates = StepHyperparams { learning_rate: 1e-2, muon_learning_rate: 2e-2, step };
                 session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
                 assert!(
                     session.floats(program, norm).unwrap()[0] > 1.0,
@@ -459,7 +471,7 @@ fn an_update_with_a_gradient_that_is_not_finite_changes_nothing() {
     let layout = Layout::new(&config);
     let adamw = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
     let muon = Some(Muon { momentum: 0.95 });
-    let optimizer = Optimizer { adamw, muon, decay: 0.1, max_grad_norm: 1.0 };
+    let optimizer = Optimizer { adamw, muon, weight_decay: 0.1, max_grad_norm: 1.0 };
     for backend in [&Reference::F32 as &dyn Backend, &cpu(2)] {
         let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
         session.write(Arena::Parameters, &weights(&layout)).unwrap();
@@ -468,7 +480,7 @@ fn an_update_with_a_gradient_that_is_not_finite_changes_nothing() {
         session.write(Arena::Gradients, &gradients).unwrap();
         let (program, norm) = update(&layout, &optimizer);
         let program = session.load(program).unwrap();
-        let rates = Rates { learning_rate: 1e-2, muon_learning_rate: 2e-2, step: 1 };
+        let rates = StepHyperparams { learning_rate: 1e-2, muon_learning_rate: 2e-2, step: 1 };
         session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
         assert!(session.floats(program, norm).unwrap()[0].is_nan());
         assert_eq!(
@@ -485,13 +497,13 @@ fn an_update_with_a_gradient_that_is_not_finite_changes_nothing() {
 fn a_step_holds_the_memory_that_was_planned() {
     let config = config(18, 3, 2, false);
     let adamw = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
-    let optimizer = Optimizer { adamw, muon: None, decay: 0.1, max_grad_norm: 1.0 };
+    let optimizer = Optimizer { adamw, muon: None, weight_decay: 0.1, max_grad_norm: 1.0 };
     // More windows than go through at once: the last ones are fewer.
     let (windows, context) = (130, 64);
     let backend = cpu(2);
     let mut engine = Engine::new(&backend, &config, &optimizer, windows, context).unwrap();
     engine.write(Arena::Parameters, &weights(engine.layout())).unwrap();
-    let rates = Rates { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 };
+    let rates = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 };
     engine.step(&[batch(windows, context, config.vocab_size)], rates).unwrap();
     let planned = Footprint::new(&backend, &config, windows, context);
     assert_eq!(planned.windows_at_once, 64);
@@ -516,11 +528,11 @@ fn evaluation_says_what_training_says() {
             let evaluation = step::evaluation(&config, &layout, 3, 37);
             let train = session.load(training.program).unwrap();
             let evaluate = session.load(evaluation.program).unwrap();
-            session.run(train, &feed(&training.batch, &batch)).unwrap();
+            session.run(train, &feed(&training.inputs, &batch)).unwrap();
             let nll = session.floats(train, training.losses.nll).unwrap();
             let argmax = session.indices(train, training.losses.argmax).unwrap();
             let gradients = session.read(Arena::Gradients).unwrap();
-            session.run(evaluate, &feed(&evaluation.batch, &batch)).unwrap();
+            session.run(evaluate, &feed(&evaluation.inputs, &batch)).unwrap();
             let what = format!("{}, heads of {head_dim}", backend.name());
             assert!(nll == session.floats(evaluate, evaluation.losses.nll).unwrap(), "{what}: nll");
             assert_eq!(
@@ -561,7 +573,7 @@ fn the_best_guess_is_the_first_of_equals() {
         session.write(Arena::Parameters, &arena).unwrap();
         let evaluation = step::evaluation(&config, &layout, 2, 9);
         let program = session.load(evaluation.program).unwrap();
-        session.run(program, &feed(&evaluation.batch, &batch)).unwrap();
+        session.run(program, &feed(&evaluation.inputs, &batch)).unwrap();
         let guesses = session.indices(program, evaluation.losses.argmax).unwrap();
         let first = |&guess: &u32| guess < 300 && guess % 2 == 0;
         assert!(guesses.iter().all(first), "{}: {guesses:?}", backend.name());
@@ -582,7 +594,7 @@ fn gradients_add_up() {
                 let micro = step::training(&config, &layout, part.windows, part.context);
                 let program = session.load(micro.program).unwrap();
                 let feed = Feed {
-                    indices: micro.batch.feed(part),
+                    indices: micro.inputs.bind(part.arrays()),
                     loss_scale: 1.0 / both.counted() as f64,
                     ..Feed::default()
                 };

@@ -35,7 +35,7 @@ fn logits_equal_those_of_transformers() {
             let pads = case["left_pads"][window].as_u64().expect("a number") as usize;
             let ids = &batch.ids[window * batch.context..][pads..=column];
             let decoding = step::decoding(&config, &layout, 1, ids.len(), ids.len());
-            let need = Need { training: false, cache: decoding.cache };
+            let need = Need { training: false, cache: decoding.cache_len };
             let mut session = backend.open(&layout, need).unwrap();
             let weights = trainer::weights(&case, &config, &layout);
             session.write(Arena::Parameters, &weights).unwrap();
@@ -44,7 +44,7 @@ fn logits_equal_those_of_transformers() {
             let indices = vec![
                 (decoding.ids, ids),
                 (decoding.start, [0].as_slice()),
-                (decoding.column, last.as_slice()),
+                (decoding.position, last.as_slice()),
             ];
             session.run(program, &Feed { indices, ..Feed::default() }).unwrap();
             let ours = session.floats(program, decoding.logits).unwrap();

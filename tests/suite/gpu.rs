@@ -12,7 +12,7 @@ use laam::corpus::Document;
 use laam::device::sim::Sim;
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
-use laam::llama::{AdamW, Muon, Optimizer, Rates};
+use laam::llama::{AdamW, Muon, Optimizer, StepHyperparams};
 use laam::model::{Config, RopeScaling, initialize};
 use laam::random::{Philox, Stream};
 use laam::tokenizer::Style;
@@ -51,7 +51,7 @@ fn plain_paths_are_right_where_there_are_fast_ones() {
         let plain =
             Options { plain_head: true, attention: Attention::Plain, ..Options::new(dtype) };
         let Some(backend) = open(plain, 2) else { return };
-        for only in ["head_loss", "attention"] {
+        for only in ["fused_linear_cross_entropy", "attention"] {
             let selection = Selection { only: Some(only), size: Size::Small, seed: 1 };
             let rows = check(&backend, &selection, |_| {}).unwrap();
             let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
@@ -106,7 +106,7 @@ pub fn engine(backend: &dyn Backend, config: &Config, muon: bool) -> Engine {
     let optimizer = Optimizer {
         adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
         muon: muon.then_some(Muon { momentum: 0.95 }),
-        decay: 0.1,
+        weight_decay: 0.1,
         max_grad_norm: 1.0,
     };
     let context = config.max_position_embeddings;
@@ -123,7 +123,7 @@ pub fn steps(
     numbers: RangeInclusive<u64>,
 ) -> (Vec<f64>, Vec<f64>) {
     let one = |step| {
-        let rates = Rates { learning_rate: 1e-3, muon_learning_rate: 2e-2, step };
+        let rates = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 2e-2, step };
         let outcome = engine.step(&[batch(step, config)], rates).unwrap();
         (outcome.loss, outcome.grad_norm)
     };
@@ -254,8 +254,11 @@ pub fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
         .map(|step: usize| {
             let length = if step == 10 { 2 } else { 3 };
             let numbers = (0..length).map(|at| (7 * step + 5 * at) % windows.len()).collect();
-            let rates =
-                Rates { learning_rate: 1e-3, muon_learning_rate: 2e-2, step: step as u64 + 1 };
+            let rates = StepHyperparams {
+                learning_rate: 1e-3,
+                muon_learning_rate: 2e-2,
+                step: step as u64 + 1,
+            };
             Step { batches: vec![numbers], rates }
         })
         .collect();

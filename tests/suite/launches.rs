@@ -199,16 +199,21 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             Dtype::F32,
             Slip::Launch("rms_norm_backward_weight", |launch| less_one(&mut launch.args[2])),
         ),
-        ("half of a sort", "embed_backward", Dtype::F32, Slip::Forgotten("embedding_sort_scatter")),
+        (
+            "half of a sort",
+            "embedding_backward",
+            Dtype::F32,
+            Slip::Forgotten("embedding_sort_scatter"),
+        ),
         (
             "segments not joined",
-            "embed_backward",
+            "embedding_backward",
             Dtype::F32,
             Slip::Forgotten("embedding_backward_combine"),
         ),
         (
-            "a column too far",
-            "pick_rows",
+            "a position too far",
+            "gather_rows",
             Dtype::Bf16,
             Slip::Launch("gather_rows", |launch| less_one(&mut launch.args[4])),
         ),
@@ -236,19 +241,19 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
         ("delta forgotten", "attention_backward", Dtype::F32, Slip::Forgotten("attention_delta")),
         (
             "fresh keys in the place of values",
-            "cached_attention",
+            "attention_decode",
             Dtype::F32,
             Slip::Launch("attention_decode", |launch| launch.args.swap(1, 2)),
         ),
         (
             "the last word not looked at",
-            "head_loss",
+            "fused_linear_cross_entropy",
             Dtype::F32,
             Slip::Launch("cross_entropy", |launch| less_one(&mut launch.args[7])),
         ),
         (
             "a part of the vocabulary not joined",
-            "head_loss",
+            "fused_linear_cross_entropy",
             Dtype::Bf16,
             Slip::Launch("lce_combine", |launch| {
                 let last = launch.args.len() - 1;
@@ -262,7 +267,7 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             Dtype::Bf16,
             Slip::Matmul(|product| product.accumulate = false),
         ),
-        ("gradients not cleared", "zero_gradients", Dtype::F32, Slip::NotFilled),
+        ("gradients not cleared", "zero_grad", Dtype::F32, Slip::NotFilled),
         (
             "a share of the norm left out",
             "grad_norm",

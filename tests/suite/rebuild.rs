@@ -11,7 +11,7 @@ use laam::backend::cpu::Cpu;
 use laam::corpus::Document;
 use laam::dtype::Dtype;
 use laam::generate::Generator;
-use laam::llama::{AdamW, Muon, Optimizer, Rates};
+use laam::llama::{AdamW, Muon, Optimizer, StepHyperparams};
 use laam::memorization::rebuild::rebuild;
 use laam::memorization::regenerate::{End, Regenerator, Sink};
 use laam::model::{Checkpoint, Config, CorpusRecord, Provenance, initialize, load, save};
@@ -100,7 +100,7 @@ fn train() -> Trained {
     let optimizer = Optimizer {
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8 },
         muon: Some(Muon { momentum: 0.95 }),
-        decay: 0.0,
+        weight_decay: 0.0,
         max_grad_norm: 1.0,
     };
     let all: Vec<usize> = (0..windows.len()).collect();
@@ -110,7 +110,8 @@ fn train() -> Trained {
     engine.write(Arena::Parameters, &fresh).unwrap();
     for step in 1..=400 {
         let rise = (step as f64 / 10.0).min(1.0);
-        let rates = Rates { learning_rate: 1e-2 * rise, muon_learning_rate: 0.02 * rise, step };
+        let rates =
+            StepHyperparams { learning_rate: 1e-2 * rise, muon_learning_rate: 0.02 * rise, step };
         let loss = engine.step(std::slice::from_ref(&batch), rates).unwrap().loss;
         if step % 10 == 0 && loss < 0.1 {
             let guesses = engine.guesses(&batch).unwrap();
@@ -122,7 +123,7 @@ fn train() -> Trained {
         }
     }
     // A step with rates of zero changes nothing and measures the loss.
-    let still = Rates { learning_rate: 0.0, muon_learning_rate: 0.0, step: 401 };
+    let still = StepHyperparams { learning_rate: 0.0, muon_learning_rate: 0.0, step: 401 };
     let loss = engine.step(&[batch], still).unwrap().loss;
     let provenance = Provenance {
         corpus: CorpusRecord {

@@ -6,7 +6,7 @@
 use laam::backend::cpu::Cpu;
 use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend};
-use laam::llama::{AdamW, Optimizer, Rates};
+use laam::llama::{AdamW, Optimizer, StepHyperparams};
 use laam::model::{Config, Layout, RopeScaling};
 use laam::tokens::{Batch, IGNORE};
 use laam::train::{Decline, Engine, Schedule};
@@ -104,7 +104,7 @@ fn follow(backend: &dyn Backend, case: &Value) {
             epsilon: number(case, "adam_epsilon"),
         },
         muon: None,
-        decay: number(case, "weight_decay"),
+        weight_decay: number(case, "weight_decay"),
         max_grad_norm: number(case, "max_grad_norm"),
     };
     let schedule = Schedule {
@@ -124,7 +124,7 @@ fn follow(backend: &dyn Backend, case: &Value) {
         let micros = which.as_array().expect("micro-batches");
         let batches: Vec<Batch> = micros.iter().map(|which| windows(case, which)).collect();
         let learning_rate = number(case, "learning_rate") * schedule.factor(k as u64);
-        let rates = Rates { learning_rate, muon_learning_rate: 0.0, step: k as u64 + 1 };
+        let rates = StepHyperparams { learning_rate, muon_learning_rate: 0.0, step: k as u64 + 1 };
         let outcome = engine.step(&batches, rates).unwrap();
 
         let off = |ours: f64, name: &str| (ours / number(step, name) - 1.0).abs();

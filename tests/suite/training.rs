@@ -13,7 +13,7 @@ use laam::backend::cpu::Cpu;
 use laam::corpus::{Corpus, Options, Source};
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
-use laam::llama::Rates;
+use laam::llama::StepHyperparams;
 use laam::model::{Checkpoint, Layout, Provenance, initialize, load, load_config, save};
 use laam::tokenizer::{Style, Tokenizer};
 use laam::tokens::{Kind, Order, Sampler, TokenFile, Windows};
@@ -699,7 +699,7 @@ fn metrics_tell_what_the_engine_did() {
             batches.push(windows.draw(&sampler.next(4)).unwrap());
         }
         tokens += batches.iter().map(|batch| 48 * batch.windows as u64).sum::<u64>();
-        let rates = Rates { learning_rate, muon_learning_rate: 0.0, step };
+        let rates = StepHyperparams { learning_rate, muon_learning_rate: 0.0, step };
         let outcome = engine.step(&batches, rates).unwrap();
         losses.push(outcome.loss);
         if step % 3 == 0 || step == total {

@@ -1,6 +1,6 @@
 //! Flash-style attention for heads of any width, vectorised across keys.
 //!
-//! A task is one key/value head of one window with the query heads that share it. It turns keys and
+//! A task is one key/value head of one sequence with the query heads that share it. It turns keys and
 //! values on their side once (`[head_dim, columns]`), so that a vector holds one component of
 //! many keys and a head of 2 components costs no more padding than one of 128. Four query rows go
 //! together: each load of keys serves all four. A row's scores, at most `columns` of them, stay
@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use super::super::memory::Memory;
 use super::lanes::{exp, padded};
-use crate::llama::ops::{Attention, AttentionBackward, CachedAttention, Heads};
+use crate::llama::ops::{Attention, AttentionBackward, AttentionDecode, AttentionShape};
 
 /// Query rows that go together.
 const ROWS: usize = 4;
@@ -35,34 +35,34 @@ fn group(rows: &[Row]) -> [Row; ROWS] {
     })
 }
 
-/// Queries of every head that shares a key/value head: `[group, context, head_dim]`.
-fn rows(shape: &Heads, seen: impl Fn(usize) -> Range<usize>) -> Vec<Row> {
+/// Queries of every head that shares a key/value head: `[group, seq_len, head_dim]`.
+fn rows(shape: &AttentionShape, seen: impl Fn(usize) -> Range<usize>) -> Vec<Row> {
     let d = shape.head_dim;
-    (0..shape.group() * shape.context)
-        .map(|row| Row { at: row * d..(row + 1) * d, seen: seen(row % shape.context) })
+    (0..shape.group() * shape.seq_len)
+        .map(|row| Row { at: row * d..(row + 1) * d, seen: seen(row % shape.seq_len) })
         .collect()
 }
 
 /// What a causal row sees from its first visible key on.
-fn causal(first_key: &[u32], column: usize) -> Range<usize> {
-    (first_key[column] as usize).min(column + 1)..column + 1
+fn causal(first_key: &[u32], position: usize) -> Range<usize> {
+    (first_key[position] as usize).min(position + 1)..position + 1
 }
 
 /// `[columns, d]` on its side: `[d, stride]`, zero beyond the columns.
 fn turned(rows: &[f32], d: usize, stride: usize) -> Vec<f32> {
     let mut out = vec![0.0; d * stride];
-    for (column, row) in rows.chunks(d).enumerate() {
+    for (position, row) in rows.chunks(d).enumerate() {
         for (c, &value) in row.iter().enumerate() {
-            out[c * stride + column] = value;
+            out[c * stride + position] = value;
         }
     }
     out
 }
 
 fn turn_back(sideways: &[f32], stride: usize, rows: &mut [f32], d: usize) {
-    for (column, row) in rows.chunks_mut(d).enumerate() {
+    for (position, row) in rows.chunks_mut(d).enumerate() {
         for (c, value) in row.iter_mut().enumerate() {
-            *value = sideways[c * stride + column];
+            *value = sideways[c * stride + position];
         }
     }
 }
@@ -71,20 +71,20 @@ pub(super) fn forward(arch: Arch, o: &Attention, memory: &mut Memory<f32>) {
     let shape = o.shape;
     let [q, k, v, out, lse] = memory.floats.get([o.q, o.k, o.v, o.out, o.lse]);
     let first_key = memory.indices.one(o.first_key);
-    let (d, context) = (shape.head_dim, shape.context);
-    let queries = shape.group() * context;
-    let stride = padded(context);
+    let (d, seq_len) = (shape.head_dim, shape.seq_len);
+    let queries = shape.group() * seq_len;
+    let stride = padded(seq_len);
     let heads: Vec<Vec<f32>> = q
         .par_chunks(queries * d)
-        .zip(k.par_chunks(context * d).zip(v.par_chunks(context * d)))
+        .zip(k.par_chunks(seq_len * d).zip(v.par_chunks(seq_len * d)))
         .zip(lse.par_chunks_mut(queries))
         .enumerate()
         .map(|(task, ((q, (k, v)), lse))| {
-            let first_key = &first_key[task / shape.kv_heads * context..][..context];
+            let first_key = &first_key[task / shape.kv_heads * seq_len..][..seq_len];
             let mut out = vec![0.0; queries * d];
             arch.dispatch(Forward {
                 q,
-                rows: &rows(&shape, |column| causal(first_key, column)),
+                rows: &rows(&shape, |position| causal(first_key, position)),
                 keys: &turned(k, d, stride),
                 values: &turned(v, d, stride),
                 d,
@@ -98,46 +98,46 @@ pub(super) fn forward(arch: Arch, o: &Attention, memory: &mut Memory<f32>) {
     join_heads(&shape, &heads, out);
 }
 
-/// From `[group, context, head_dim]` a task to rows of all heads side by side.
-fn join_heads(shape: &Heads, heads: &[Vec<f32>], out: &mut [f32]) {
+/// From `[group, seq_len, head_dim]` a task to rows of all heads side by side.
+fn join_heads(shape: &AttentionShape, heads: &[Vec<f32>], out: &mut [f32]) {
     let d = shape.head_dim;
     out.par_chunks_mut(shape.q_width()).with_min_len(64).enumerate().for_each(|(row, out)| {
-        let (window, column) = (row / shape.context, row % shape.context);
+        let (sequence, position) = (row / shape.seq_len, row % shape.seq_len);
         for (head, out) in out.chunks_mut(d).enumerate() {
-            let task = &heads[window * shape.kv_heads + head / shape.group()];
-            let at = (head % shape.group() * shape.context + column) * d;
+            let task = &heads[sequence * shape.kv_heads + head / shape.group()];
+            let at = (head % shape.group() * shape.seq_len + position) * d;
             out.copy_from_slice(&task[at..at + d]);
         }
     });
 }
 
-pub(super) fn cached(arch: Arch, o: &CachedAttention, memory: &mut Memory<f32>) {
+pub(super) fn cached(arch: Arch, o: &AttentionDecode, memory: &mut Memory<f32>) {
     let shape = o.shape;
-    let (d, context, capacity) = (shape.head_dim, shape.context, o.capacity);
+    let (d, seq_len, capacity) = (shape.head_dim, shape.seq_len, o.capacity);
     assert_eq!(capacity, padded(capacity), "a cache's capacity is whole vectors");
-    let plane = shape.windows * shape.kv_width() * capacity;
+    let plane = shape.batch * shape.kv_width() * capacity;
     let [keys, values] = memory
         .cache
         .get_disjoint_mut([o.keys..o.keys + plane, o.values..o.values + plane])
         .expect("a layer's keys and values lie apart");
     let [q, k, v, out] = memory.floats.get([o.q, o.k, o.v, o.out]);
     let start = memory.indices.one(o.start);
-    let queries = shape.group() * context;
-    // One token of one window is too little to wake another thread for.
+    let queries = shape.group() * seq_len;
+    // One token of one sequence is too little to wake another thread for.
     let tasks_at_least = 1 + (1 << 15) / (queries * capacity * d);
     let heads: Vec<Vec<f32>> = keys
         .par_chunks_mut(d * capacity)
         .zip(values.par_chunks_mut(d * capacity))
         .zip(q.par_chunks(queries * d))
-        .zip(k.par_chunks(context * d).zip(v.par_chunks(context * d)))
+        .zip(k.par_chunks(seq_len * d).zip(v.par_chunks(seq_len * d)))
         .enumerate()
         .with_min_len(tasks_at_least)
         .map(|(task, (((keys, values), q), (k, v)))| {
             let start = start[task / shape.kv_heads] as usize;
             for (cache, fresh) in [(&mut *keys, k), (&mut *values, v)] {
-                for (column, row) in fresh.chunks(d).enumerate() {
+                for (position, row) in fresh.chunks(d).enumerate() {
                     for (c, &value) in row.iter().enumerate() {
-                        cache[c * capacity + start + column] = value;
+                        cache[c * capacity + start + position] = value;
                     }
                 }
             }
@@ -145,7 +145,7 @@ pub(super) fn cached(arch: Arch, o: &CachedAttention, memory: &mut Memory<f32>) 
             let mut lse = vec![0.0; queries];
             arch.dispatch(Forward {
                 q,
-                rows: &rows(&shape, |column| 0..start + column + 1),
+                rows: &rows(&shape, |position| 0..start + position + 1),
                 keys,
                 values,
                 d,
@@ -161,25 +161,25 @@ pub(super) fn cached(arch: Arch, o: &CachedAttention, memory: &mut Memory<f32>) 
 
 pub(super) fn backward(arch: Arch, o: &AttentionBackward, memory: &mut Memory<f32>) {
     let shape = o.shape;
-    let (d, context) = (shape.head_dim, shape.context);
-    let queries = shape.group() * context;
+    let (d, seq_len) = (shape.head_dim, shape.seq_len);
+    let queries = shape.group() * seq_len;
     let [q, k, v, out, lse, dout, dq, dk, dv] =
         memory.floats.get([o.q, o.k, o.v, o.out, o.lse, o.dout, o.dq, o.dk, o.dv]);
     let (out, dout) = (&*out, &*dout);
     let first_key = memory.indices.one(o.first_key);
-    let stride = padded(context);
+    let stride = padded(seq_len);
     dq.par_chunks_mut(queries * d)
-        .zip(dk.par_chunks_mut(context * d).zip(dv.par_chunks_mut(context * d)))
+        .zip(dk.par_chunks_mut(seq_len * d).zip(dv.par_chunks_mut(seq_len * d)))
         .zip(q.par_chunks(queries * d).zip(lse.par_chunks(queries)))
-        .zip(k.par_chunks(context * d).zip(v.par_chunks(context * d)))
+        .zip(k.par_chunks(seq_len * d).zip(v.par_chunks(seq_len * d)))
         .enumerate()
         .for_each(|(task, (((dq, (dk, dv)), (q, lse)), (k, v)))| {
-            let (window, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-            let first_key = &first_key[window * context..][..context];
+            let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
+            let first_key = &first_key[sequence * seq_len..][..seq_len];
             let (mut dout_heads, mut delta) = (vec![0.0; queries * d], vec![0.0; queries]);
             for row in 0..queries {
-                let (head, column) = (kv_head * shape.group() + row / context, row % context);
-                let at = (window * context + column) * shape.q_width() + head * d;
+                let (head, position) = (kv_head * shape.group() + row / seq_len, row % seq_len);
+                let at = (sequence * seq_len + position) * shape.q_width() + head * d;
                 let dout = &dout[at..at + d];
                 dout_heads[row * d..(row + 1) * d].copy_from_slice(dout);
                 delta[row] = dout.iter().zip(&out[at..at + d]).map(|(a, b)| a * b).sum();
@@ -190,7 +190,7 @@ pub(super) fn backward(arch: Arch, o: &AttentionBackward, memory: &mut Memory<f3
                 dout: &dout_heads,
                 lse,
                 delta: &delta,
-                rows: &rows(&shape, |column| causal(first_key, column)),
+                rows: &rows(&shape, |position| causal(first_key, position)),
                 keys: &turned(k, d, stride),
                 values: &turned(v, d, stride),
                 d,
@@ -343,7 +343,7 @@ impl<S: Simd> Tiles<S> {
         }
     }
 
-    /// The chunks that hold a column that any of the rows sees.
+    /// The chunks that hold a position that any of the rows sees.
     fn chunks(&self, rows: &[Row; ROWS]) -> Range<usize> {
         let seeing = || rows.iter().filter(|row| !row.seen.is_empty());
         let start = seeing().map(|row| row.seen.start).min().unwrap_or(0);

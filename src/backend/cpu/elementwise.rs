@@ -5,12 +5,12 @@ use rayon::prelude::*;
 
 use super::super::memory::Memory;
 use super::lanes;
-use crate::llama::ops::{Embed, EmbedBackward, PickRows, SwiGlu, SwiGluBackward};
+use crate::llama::ops::{Embedding, EmbeddingBackward, GatherRows, SwiGlu, SwiGluBackward};
 
 /// Rows that one task takes.
 const ROWS: usize = 64;
 
-pub(super) fn embed(o: &Embed, memory: &mut Memory<f32>) {
+pub(super) fn embedding(o: &Embedding, memory: &mut Memory<f32>) {
     let table = &memory.parameters[o.table.range()];
     let hidden = o.table.cols;
     let [out] = memory.floats.get([o.out]);
@@ -24,7 +24,7 @@ pub(super) fn embed(o: &Embed, memory: &mut Memory<f32>) {
 }
 
 /// One thread, in the order of the rows: a few additions a token.
-pub(super) fn embed_backward(o: &EmbedBackward, memory: &mut Memory<f32>) {
+pub(super) fn embedding_backward(o: &EmbeddingBackward, memory: &mut Memory<f32>) {
     let hidden = o.table.cols;
     let dtable = &mut memory.gradients[o.table.range()];
     let rows = memory.floats.one(o.dout).chunks(hidden);
@@ -35,12 +35,12 @@ pub(super) fn embed_backward(o: &EmbedBackward, memory: &mut Memory<f32>) {
     }
 }
 
-pub(super) fn pick_rows(o: &PickRows, memory: &mut Memory<f32>) {
+pub(super) fn gather_rows(o: &GatherRows, memory: &mut Memory<f32>) {
     let [x, out] = memory.floats.get([o.x, o.out]);
-    let width = out.len() / o.windows;
-    for (window, &column) in memory.indices.one(o.column).iter().enumerate() {
-        let row = window * o.context + column as usize;
-        out[window * width..][..width].copy_from_slice(&x[row * width..][..width]);
+    let width = out.len() / o.batch;
+    for (sequence, &position) in memory.indices.one(o.position).iter().enumerate() {
+        let row = sequence * o.seq_len + position as usize;
+        out[sequence * width..][..width].copy_from_slice(&x[row * width..][..width]);
     }
 }
 

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use super::super::memory::Memory;
 use super::lanes::exp;
 use super::product::{Threads, View, product};
-use crate::llama::ops::HeadLoss;
+use crate::llama::ops::FusedLinearCrossEntropy;
 use crate::tokens::IGNORE;
 
 /// Words of the vocabulary a task takes.
@@ -33,18 +33,18 @@ struct Peak {
 }
 
 /// Rows that go together.
-fn block_rows(o: &HeadLoss) -> usize {
+fn block_rows(o: &FusedLinearCrossEntropy) -> usize {
     (BLOCK / o.w.rows).clamp(16, 512).min(o.rows)
 }
 
 /// Floats that a block's logits take.
-pub(super) fn workspace(o: &HeadLoss) -> usize {
+pub(super) fn workspace(o: &FusedLinearCrossEntropy) -> usize {
     block_rows(o) * o.w.rows
 }
 
 pub(super) fn loss(
     arch: Arch,
-    o: &HeadLoss,
+    o: &FusedLinearCrossEntropy,
     memory: &mut Memory<f32>,
     scale: f32,
     logits: &mut Vec<f32>,

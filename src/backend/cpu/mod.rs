@@ -23,7 +23,7 @@ mod update;
 mod tiles {
     use super::super::memory::Memory;
     use crate::llama::Op;
-    use crate::llama::ops::HeadLoss;
+    use crate::llama::ops::FusedLinearCrossEntropy;
 
     pub(super) enum Tiles {}
 
@@ -41,7 +41,7 @@ mod tiles {
         }
     }
 
-    pub(super) fn head_workspace(_: &HeadLoss) -> usize {
+    pub(super) fn head_workspace(_: &FusedLinearCrossEntropy) -> usize {
         0
     }
 }
@@ -138,8 +138,8 @@ impl Backend for Cpu {
 
     fn workspace(&self, program: &Program) -> usize {
         let of = |op: &Op| match op {
-            Op::HeadLoss(o) if self.in_bf16() => tiles::head_workspace(o),
-            Op::HeadLoss(o) => 4 * head::workspace(o),
+            Op::FusedLinearCrossEntropy(o) if self.in_bf16() => tiles::head_workspace(o),
+            Op::FusedLinearCrossEntropy(o) => 4 * head::workspace(o),
             _ => 0,
         };
         program.ops.iter().map(of).max().unwrap_or(0)
@@ -190,8 +190,8 @@ fn one(
         return;
     }
     match op {
-        Op::Embed(o) => elementwise::embed(o, memory),
-        Op::EmbedBackward(o) => elementwise::embed_backward(o, memory),
+        Op::Embedding(o) => elementwise::embedding(o, memory),
+        Op::EmbeddingBackward(o) => elementwise::embedding_backward(o, memory),
         Op::RmsNorm(o) => norm::forward(arch, o, memory),
         Op::RmsNormBackward(o) => norm::backward(arch, o, memory),
         Op::Linear(o) => product::linear(arch, o, memory),
@@ -201,12 +201,14 @@ fn one(
         Op::RopeBackward(o) => rope.backward(o, memory),
         Op::Attention(o) => attention::forward(arch, o, memory),
         Op::AttentionBackward(o) => attention::backward(arch, o, memory),
-        Op::CachedAttention(o) => attention::cached(arch, o, memory),
+        Op::AttentionDecode(o) => attention::cached(arch, o, memory),
         Op::SwiGlu(o) => elementwise::swiglu(arch, o, memory),
         Op::SwiGluBackward(o) => elementwise::swiglu_backward(arch, o, memory),
-        Op::HeadLoss(o) => head::loss(arch, o, memory, feed.loss_scale as f32, logits),
-        Op::PickRows(o) => elementwise::pick_rows(o, memory),
-        Op::ZeroGradients(_) => memory.gradients.fill(0.0),
+        Op::FusedLinearCrossEntropy(o) => {
+            head::loss(arch, o, memory, feed.loss_scale as f32, logits)
+        }
+        Op::GatherRows(o) => elementwise::gather_rows(o, memory),
+        Op::ZeroGrad(_) => memory.gradients.fill(0.0),
         Op::GradNorm(o) => update::grad_norm(o, memory),
         Op::AdamWStep(o) => update::adamw(arch, o, memory, &feed.rates),
         Op::MuonStep(o) => update::muon(o, memory, &feed.rates),

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::super::memory::Memory;
-use crate::llama::ops::{Heads, Rope, RopeBackward};
+use crate::llama::ops::{AttentionShape, Rope, RopeBackward};
 
 /// Cosines and sines by position, computed once in f64 and kept.
 #[derive(Default)]
@@ -31,24 +31,24 @@ impl Table {
     }
 
     pub fn forward(&mut self, o: &Rope, memory: &mut Memory<f32>) {
-        let Heads { windows, context, heads, kv_heads, head_dim } = o.shape;
-        let zeros = vec![0; windows];
+        let AttentionShape { batch, seq_len, heads, kv_heads, head_dim } = o.shape;
+        let zeros = vec![0; batch];
         let start = o.start.map_or(zeros.as_slice(), |start| memory.indices.one(start));
-        let furthest = start.iter().max().map_or(0, |&start| start as usize) + context;
+        let furthest = start.iter().max().map_or(0, |&start| start as usize) + seq_len;
         self.reach(&o.frequencies, furthest);
         let table = &*self;
         let [qkv, q, k, v] = memory.floats.get([o.qkv, o.q, o.k, o.v]);
         let (qkv, width) = (&*qkv, o.shape.qkv_width());
-        // A task is one head of one window: where its component lies in a joined row, and whether
+        // A task is one head of one sequence: where its component lies in a joined row, and whether
         // it turns.
         let split = |out: &mut [f32], count: usize, first: usize, turns: bool| {
-            out.par_chunks_mut(context * head_dim).enumerate().for_each(|(task, out)| {
-                let (window, head) = (task / count, task % count);
-                for (column, out) in out.chunks_mut(head_dim).enumerate() {
-                    let row = (window * context + column) * width + (first + head) * head_dim;
+            out.par_chunks_mut(seq_len * head_dim).enumerate().for_each(|(task, out)| {
+                let (sequence, head) = (task / count, task % count);
+                for (position, out) in out.chunks_mut(head_dim).enumerate() {
+                    let row = (sequence * seq_len + position) * width + (first + head) * head_dim;
                     let given = &qkv[row..row + head_dim];
                     if turns {
-                        turn(given, table.at(start[window] as usize + column), 1.0, out);
+                        turn(given, table.at(start[sequence] as usize + position), 1.0, out);
                     } else {
                         out.copy_from_slice(given);
                     }
@@ -61,13 +61,13 @@ impl Table {
     }
 
     pub fn backward(&mut self, o: &RopeBackward, memory: &mut Memory<f32>) {
-        let Heads { context, heads, kv_heads, head_dim, .. } = o.shape;
-        self.reach(&o.frequencies, context);
+        let AttentionShape { seq_len, heads, kv_heads, head_dim, .. } = o.shape;
+        self.reach(&o.frequencies, seq_len);
         let table = &*self;
         let [dq, dk, dv, dqkv] = memory.floats.get([o.dq, o.dk, o.dv, o.dqkv]);
         let (dq, dk, dv) = (&*dq, &*dk, &*dv);
         dqkv.par_chunks_mut(o.shape.qkv_width()).enumerate().for_each(|(row, joined)| {
-            let (window, column) = (row / context, row % context);
+            let (sequence, position) = (row / seq_len, row % seq_len);
             for (at, out) in joined.chunks_mut(head_dim).enumerate() {
                 let (given, count, head) = if at < heads {
                     (dq, heads, at)
@@ -76,9 +76,9 @@ impl Table {
                 } else {
                     (dv, kv_heads, at - heads - kv_heads)
                 };
-                let given = &given[((window * count + head) * context + column) * head_dim..];
+                let given = &given[((sequence * count + head) * seq_len + position) * head_dim..];
                 if at < heads + kv_heads {
-                    turn(&given[..head_dim], table.at(column), -1.0, out);
+                    turn(&given[..head_dim], table.at(position), -1.0, out);
                 } else {
                     out.copy_from_slice(&given[..head_dim]);
                 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::super::memory::Memory;
 use super::product::{Threads, View, product};
-use crate::llama::Rates;
+use crate::llama::StepHyperparams;
 use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
 
 /// Elements that one task takes.
@@ -34,7 +34,7 @@ fn clip(norm: f32, max_grad_norm: f64) -> Option<f32> {
     norm.is_finite().then(|| (max_grad_norm as f32 / (norm + 1e-6)).min(1.0))
 }
 
-pub(super) fn adamw(arch: Arch, o: &AdamWStep, memory: &mut Memory<f32>, rates: &Rates) {
+pub(super) fn adamw(arch: Arch, o: &AdamWStep, memory: &mut Memory<f32>, rates: &StepHyperparams) {
     let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
     let t = rates.step as f64;
     let step_size = (rates.learning_rate / (1.0 - o.beta1.powf(t))) as f32;
@@ -62,13 +62,13 @@ pub(super) fn adamw(arch: Arch, o: &AdamWStep, memory: &mut Memory<f32>, rates: 
     }
 }
 
-pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, rates: &Rates) {
+pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, rates: &StepHyperparams) {
     let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
     let momentum = o.momentum as f32;
     let (rows, cols) = o.shape();
     let scale = (rows as f64 / cols as f64).max(1.0).sqrt();
     let step = (rates.muon_learning_rate * scale) as f32;
-    let shrink = (1.0 - rates.muon_learning_rate * o.decay) as f32;
+    let shrink = (1.0 - rates.muon_learning_rate * o.weight_decay) as f32;
     for w in &o.matrices {
         let gradient = &memory.gradients[w.range()];
         let update: Vec<f32> = memory.first_moment[w.range()]

@@ -4,7 +4,7 @@ use super::Attention as Way;
 use super::launcher::{Launcher, Shape, int, scratch, sizes};
 use crate::device::Arg;
 use crate::dtype::Dtype;
-use crate::llama::ops::{Attention, AttentionBackward, CachedAttention, Heads};
+use crate::llama::ops::{Attention, AttentionBackward, AttentionDecode, AttentionShape};
 
 /// The longest head the kernels take.
 pub(super) const MOST_HEAD_DIM: usize = 256;
@@ -32,7 +32,7 @@ enum Path {
 
 impl Path {
     /// The fastest there is of those that are asked for.
-    fn of(shape: &Heads, dtype: Dtype, way: Way) -> Path {
+    fn of(shape: &AttentionShape, dtype: Dtype, way: Way) -> Path {
         match shape.head_dim {
             _ if way == Way::Plain => Path::Plain,
             2 | 4 if dtype != Dtype::F32 && way == Way::Auto => Path::NarrowMma,
@@ -42,7 +42,7 @@ impl Path {
         }
     }
 
-    fn family(self, pass: Pass, shape: &Heads) -> String {
+    fn family(self, pass: Pass, shape: &AttentionShape) -> String {
         let d = shape.head_dim;
         let name = match pass {
             Pass::Forward => "",
@@ -59,11 +59,11 @@ impl Path {
         }
     }
 
-    fn launch(self, pass: Pass, shape: &Heads) -> Shape {
+    fn launch(self, pass: Pass, shape: &AttentionShape) -> Shape {
         let d = shape.head_dim;
         let heads = if pass == Pass::BackwardKv { shape.kv_heads } else { shape.heads };
         // Runs of so many rows of a head, one after another.
-        let runs = |rows: usize| shape.windows * heads * shape.context.div_ceil(rows);
+        let runs = |rows: usize| shape.batch * heads * shape.seq_len.div_ceil(rows);
         match self {
             Path::Plain => {
                 let (own, tile) = (16, 32);
@@ -111,7 +111,7 @@ impl Path {
         self,
         l: &mut Launcher,
         pass: Pass,
-        shape: &Heads,
+        shape: &AttentionShape,
         mut args: Vec<Arg>,
     ) -> anyhow::Result<()> {
         args.extend(sizes(shape));
@@ -128,17 +128,17 @@ const BUSY: usize = 2 * 4 * 132;
 
 /// Rows that a lane of the narrow path owns: several make the most of a load, one makes the most
 /// warps. By the shape alone, so that every card takes the same sums.
-fn rows_a_lane(pass: Pass, shape: &Heads) -> usize {
+fn rows_a_lane(pass: Pass, shape: &AttentionShape) -> usize {
     let several = if pass != Pass::Forward && shape.head_dim == 8 { 2 } else { 4 };
     // The pass to k and v has a warp for every query head too.
-    let warps = shape.windows * shape.heads * shape.context.div_ceil(32 * several);
+    let warps = shape.batch * shape.heads * shape.seq_len.div_ceil(32 * several);
     if warps < BUSY { 1 } else { several }
 }
 
 /// Blocks of 16 rows that a warp of the narrow path on tensor cores owns, by the same rule.
-fn blocks_a_warp(pass: Pass, shape: &Heads) -> usize {
+fn blocks_a_warp(pass: Pass, shape: &AttentionShape) -> usize {
     let several = if pass == Pass::BackwardKv && shape.head_dim == 2 { 8 } else { 4 };
-    let warps = shape.windows * shape.heads * shape.context.div_ceil(16 * several);
+    let warps = shape.batch * shape.heads * shape.seq_len.div_ceil(16 * several);
     if warps < BUSY { 1 } else { several }
 }
 
@@ -154,7 +154,7 @@ pub(super) fn workspace(o: &AttentionBackward) -> usize {
 
 pub(super) fn backward(l: &mut Launcher, o: &AttentionBackward) -> anyhow::Result<()> {
     let shape = &o.shape;
-    let Heads { windows, context, heads, head_dim, .. } = *shape;
+    let AttentionShape { batch, seq_len, heads, head_dim, .. } = *shape;
     let rows = shape.rows() * heads;
     let delta = l.take(4 * rows);
     let width = head_dim.next_power_of_two().min(32);
@@ -164,8 +164,8 @@ pub(super) fn backward(l: &mut Launcher, o: &AttentionBackward) -> anyhow::Resul
         l.at(o.out).into(),
         l.at(o.dout).into(),
         delta.into(),
-        int(windows),
-        int(context),
+        int(batch),
+        int(seq_len),
         int(heads),
         int(head_dim),
     ];
@@ -183,7 +183,7 @@ pub(super) fn backward(l: &mut Launcher, o: &AttentionBackward) -> anyhow::Resul
     path.run(l, Pass::BackwardKv, shape, args)
 }
 
-pub(super) fn cached(l: &mut Launcher, o: &CachedAttention) -> anyhow::Result<()> {
+pub(super) fn cached(l: &mut Launcher, o: &AttentionDecode) -> anyhow::Result<()> {
     let mut args: Vec<Arg> = [o.q, o.k, o.v, o.start].map(|buffer| l.at(buffer).into()).to_vec();
     let cache = |offset: usize| l.arenas.cache.plus(offset * l.dtype.size());
     args.extend([Arg::from(cache(o.keys)), cache(o.values).into(), l.at(o.out).into()]);
@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn narrow_heads_take_tensor_cores_in_two_byte_numbers_unless_told_otherwise() {
         let path = |head_dim, dtype, way| {
-            let shape = Heads { windows: 1, context: 9, heads: 2, kv_heads: 1, head_dim };
+            let shape = AttentionShape { batch: 1, seq_len: 9, heads: 2, kv_heads: 1, head_dim };
             Path::of(&shape, dtype, way)
         };
         for head_dim in [2, 4] {

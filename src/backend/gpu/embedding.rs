@@ -3,7 +3,7 @@
 use super::launcher::{Launcher, Shape, int, scratch};
 use crate::device::Address;
 use crate::dtype::Dtype;
-use crate::llama::ops::{Embed, EmbedBackward, PickRows};
+use crate::llama::ops::{Embedding, EmbeddingBackward, GatherRows};
 
 /// Ids are sorted by two digits of nine bits.
 pub(super) const MOST_VOCAB: usize = 1 << 18;
@@ -32,7 +32,7 @@ fn full(dtype: Dtype) -> usize {
     16 / dtype.size()
 }
 
-pub(super) fn forward(l: &mut Launcher, o: &Embed) -> anyhow::Result<()> {
+pub(super) fn forward(l: &mut Launcher, o: &Embedding) -> anyhow::Result<()> {
     let (rows, hidden) = (l.len(o.ids), o.table.cols);
     let args =
         [l.at(o.ids).into(), l.weight(o.table).into(), l.at(o.out).into(), int(rows), int(hidden)];
@@ -45,11 +45,11 @@ fn pieces(rows: usize, hidden: usize) -> [usize; 4] {
     [4 * rows, 4 * rows, counts, 4 * 2 * hidden * rows.div_ceil(CHUNK)]
 }
 
-pub(super) fn workspace(o: &EmbedBackward, rows: usize) -> usize {
+pub(super) fn workspace(o: &EmbeddingBackward, rows: usize) -> usize {
     scratch(pieces(rows, o.table.cols))
 }
 
-pub(super) fn backward(l: &mut Launcher, o: &EmbedBackward) -> anyhow::Result<()> {
+pub(super) fn backward(l: &mut Launcher, o: &EmbeddingBackward) -> anyhow::Result<()> {
     let (rows, hidden) = (l.len(o.ids), o.table.cols);
     let [one, other, counts, partials] = pieces(rows, hidden).map(|bytes| l.take(bytes));
     let ids = l.at(o.ids);
@@ -84,15 +84,15 @@ pub(super) fn backward(l: &mut Launcher, o: &EmbedBackward) -> anyhow::Result<()
     l.launch("embedding_backward_combine", shape, &args)
 }
 
-pub(super) fn pick_rows(l: &mut Launcher, o: &PickRows) -> anyhow::Result<()> {
-    let hidden = l.len(o.out) / o.windows;
+pub(super) fn gather_rows(l: &mut Launcher, o: &GatherRows) -> anyhow::Result<()> {
+    let hidden = l.len(o.out) / o.batch;
     let args = [
         l.at(o.x).into(),
-        l.at(o.column).into(),
+        l.at(o.position).into(),
         l.at(o.out).into(),
-        int(o.windows),
-        int(o.context),
+        int(o.batch),
+        int(o.seq_len),
         int(hidden),
     ];
-    l.typed("gather_rows", Shape::linear(o.windows.min(BLOCKS), 256), &args)
+    l.typed("gather_rows", Shape::linear(o.batch.min(BLOCKS), 256), &args)
 }

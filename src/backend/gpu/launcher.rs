@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use super::Options;
 use crate::device::{Address, Arg, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
-use crate::llama::ops::Heads;
-use crate::llama::{Buffer, BytePlan, Element, Program, Rates};
+use crate::llama::ops::AttentionShape;
+use crate::llama::{Buffer, BufferKind, BytePlan, Program, StepHyperparams};
 use crate::model::Span;
 
 /// The flat arrays of a model in a device's memory.
@@ -39,7 +39,7 @@ impl Control {
         Self { at }
     }
     /// As `Record` in `kernels/step_queue.cu` has it; `begin` is where a run's windows stand in the queue.
-    pub fn bytes(rates: &Rates, loss_scale: f64, begin: u32) -> [u8; Self::BYTES] {
+    pub fn bytes(rates: &StepHyperparams, loss_scale: f64, begin: u32) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[0..8].copy_from_slice(&rates.learning_rate.to_le_bytes());
         bytes[8..16].copy_from_slice(&rates.muon_learning_rate.to_le_bytes());
@@ -124,9 +124,9 @@ impl Launcher<'_> {
 
     /// The type of a buffer's numbers.
     pub fn dtype_of(&self, buffer: Buffer) -> Dtype {
-        match self.program.info(buffer).element {
-            Element::Activation => self.dtype,
-            Element::Float | Element::Index => Dtype::F32,
+        match self.program.info(buffer).kind {
+            BufferKind::Activation => self.dtype,
+            BufferKind::Float | BufferKind::Index => Dtype::F32,
         }
     }
 
@@ -214,9 +214,9 @@ impl Launcher<'_> {
 }
 
 /// The shape of an attention as the last arguments of a launch.
-pub(super) fn sizes(shape: &Heads) -> [Arg; 5] {
-    let Heads { windows, context, heads, kv_heads, head_dim } = *shape;
-    [windows, context, heads, kv_heads, head_dim].map(int)
+pub(super) fn sizes(shape: &AttentionShape) -> [Arg; 5] {
+    let AttentionShape { batch, seq_len, heads, kv_heads, head_dim } = *shape;
+    [batch, seq_len, heads, kv_heads, head_dim].map(int)
 }
 
 /// As an argument; shapes beyond it are refused when a program is loaded.

@@ -4,16 +4,16 @@ use super::Options;
 use super::launcher::{Launcher, Shape, int, scratch};
 use crate::device::{Address, Arg, Matrix};
 use crate::dtype::Dtype;
-use crate::llama::ops::HeadLoss;
+use crate::llama::ops::FusedLinearCrossEntropy;
 
-pub(super) fn workspace(o: &HeadLoss, options: Options) -> usize {
+pub(super) fn workspace(o: &FusedLinearCrossEntropy, options: Options) -> usize {
     match TwoPass::of(o, options.dtype, options.plain_head) {
         Some(passes) => scratch(passes.scratch(o)),
         None => scratch(plain_scratch(o, options.dtype)),
     }
 }
 
-pub(super) fn loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
+pub(super) fn loss(l: &mut Launcher, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
     match TwoPass::of(o, l.dtype, l.options.plain_head) {
         Some(passes) => passes.loss(l, o),
         None => plain_loss(l, o),
@@ -24,12 +24,12 @@ pub(super) fn loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
 const LOGITS: usize = 1 << 26;
 
 /// Rows of a chunk of the plain path.
-fn chunk(o: &HeadLoss) -> usize {
+fn chunk(o: &FusedLinearCrossEntropy) -> usize {
     (LOGITS / o.w.rows).clamp(1, o.rows)
 }
 
 /// Logits and, unless it takes their memory, as in f32, their gradient.
-fn plain_scratch(o: &HeadLoss, dtype: Dtype) -> [usize; 2] {
+fn plain_scratch(o: &FusedLinearCrossEntropy, dtype: Dtype) -> [usize; 2] {
     let logits = chunk(o) * o.w.rows;
     let separate = o.dx.is_some() && dtype != Dtype::F32;
     [4 * logits, if separate { dtype.size() * logits } else { 0 }]
@@ -37,7 +37,7 @@ fn plain_scratch(o: &HeadLoss, dtype: Dtype) -> [usize; 2] {
 
 /// The plain path: logits of some rows at a time in memory, by a product; their gradient in the
 /// numbers of the next two products.
-fn plain_loss(l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
+fn plain_loss(l: &mut Launcher, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
     let (vocab, hidden, most) = (o.w.rows, o.w.cols, chunk(o));
     let dtype = l.dtype;
     let [logits, gradient] = plain_scratch(o, dtype).map(|bytes| l.take(bytes));
@@ -118,7 +118,7 @@ impl Split {
 impl TwoPass {
     /// The one rule of what takes the two passes: two-byte numbers, at most 256 wide, and not told
     /// otherwise.
-    fn of(o: &HeadLoss, dtype: Dtype, plain: bool) -> Option<TwoPass> {
+    fn of(o: &FusedLinearCrossEntropy, dtype: Dtype, plain: bool) -> Option<TwoPass> {
         let (vocab, hidden) = (o.w.rows, o.w.cols);
         if plain || dtype == Dtype::F32 || hidden > MOST_HIDDEN {
             return None;
@@ -132,14 +132,14 @@ impl TwoPass {
     }
 
     /// What the kernels hand each other (their `Scratch`), and the parts of pass 2.
-    fn scratch(&self, o: &HeadLoss) -> [usize; 2] {
+    fn scratch(&self, o: &FusedLinearCrossEntropy) -> [usize; 2] {
         let gradient = if o.dx.is_some() { self.width } else { 0 };
         let between = 4 * self.padded + self.words.parts * self.padded * (3 + gradient);
         let parts = if o.dx.is_some() && self.rows.parts > 1 { self.rows.parts } else { 0 };
         [4 * between, 4 * parts * o.w.len()]
     }
 
-    fn loss(&self, l: &mut Launcher, o: &HeadLoss) -> anyhow::Result<()> {
+    fn loss(&self, l: &mut Launcher, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
         let TwoPass { width, padded, words, rows } = *self;
         let (vocab, hidden) = (o.w.rows, o.w.cols);
         let [between, parts] = self.scratch(o).map(|bytes| l.take(bytes));

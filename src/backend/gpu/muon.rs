@@ -128,7 +128,7 @@ fn some(
         offsets.into(),
         (len as u64).into(),
         rates.into(),
-        o.decay.into(),
+        o.weight_decay.into(),
         (rows as f64 / cols as f64).max(1.0).sqrt().into(),
     ];
     l.typed("muon_update", shape, &args)

@@ -138,7 +138,7 @@ fn scale_bytes(scale: f32, good: u32) -> [u8; 8] {
 
 /// A run on its way into the list.
 pub(super) struct Waiting<'a> {
-    pub rates: &'a crate::llama::Rates,
+    pub rates: &'a crate::llama::StepHyperparams,
     pub loss_scale: f64,
     /// Empty where the host has brought the batch.
     pub windows: &'a [usize],

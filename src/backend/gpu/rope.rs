@@ -2,7 +2,7 @@
 
 use super::launcher::{Launcher, Shape, sizes};
 use crate::device::{Address, Arg};
-use crate::llama::ops::{Heads, Rope, RopeBackward};
+use crate::llama::ops::{AttentionShape, Rope, RopeBackward};
 
 /// Blocks at most: enough to fill any card.
 const BLOCKS: usize = 4096;
@@ -16,9 +16,9 @@ pub(super) fn table(positions: usize, frequencies: &[f64]) -> Vec<u8> {
 }
 
 /// 32 pieces of a head's columns by 8 heads.
-fn shape(heads: &Heads) -> Shape {
-    let strips = (heads.context * heads.head_dim / 2).div_ceil(32);
-    let grid = (heads.windows * strips).min(BLOCKS);
+fn shape(heads: &AttentionShape) -> Shape {
+    let strips = (heads.seq_len * heads.head_dim / 2).div_ceil(32);
+    let grid = (heads.batch * strips).min(BLOCKS);
     Shape { grid: [grid, 1, 1], block: [32, 8, 1], shared: 0 }
 }
 

@@ -16,7 +16,7 @@ use super::{
 use crate::device::{Address, Device, Graph};
 use crate::dtype::Dtype;
 use crate::error::error;
-use crate::llama::step::Micro;
+use crate::llama::step::MicroBatch;
 use crate::llama::{Buffer, BytePlan, Op, Program};
 use crate::model::Layout;
 use crate::tokens::Windows;
@@ -87,10 +87,10 @@ pub(super) fn workspace(program: &Program, arena: usize, options: Options) -> us
 
 fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize {
     match op {
-        Op::EmbedBackward(o) => embedding::workspace(o, program.info(o.ids).len),
+        Op::EmbeddingBackward(o) => embedding::workspace(o, program.info(o.ids).len),
         Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, options.dtype),
         Op::AttentionBackward(o) => attention::workspace(o),
-        Op::HeadLoss(o) => lm_head::workspace(o, options),
+        Op::FusedLinearCrossEntropy(o) => lm_head::workspace(o, options),
         Op::GradNorm(_) => update::norm_workspace(arena),
         Op::AdamWStep(_) => update::adamw_workspace(),
         Op::MuonStep(o) => muon::workspace(o),
@@ -101,8 +101,8 @@ fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize 
 /// Asks for the kernels of one operation.
 fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
     match op {
-        Op::Embed(o) => embedding::forward(l, o),
-        Op::EmbedBackward(o) => embedding::backward(l, o),
+        Op::Embedding(o) => embedding::forward(l, o),
+        Op::EmbeddingBackward(o) => embedding::backward(l, o),
         Op::RmsNorm(o) => norm::forward(l, o),
         Op::RmsNormBackward(o) => norm::backward(l, o),
         Op::Linear(o) => matmul::linear(l, o),
@@ -112,12 +112,12 @@ fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
         Op::RopeBackward(o) => rope::backward(l, o),
         Op::Attention(o) => attention::forward(l, o),
         Op::AttentionBackward(o) => attention::backward(l, o),
-        Op::CachedAttention(o) => attention::cached(l, o),
+        Op::AttentionDecode(o) => attention::cached(l, o),
         Op::SwiGlu(o) => swiglu::forward(l, o),
         Op::SwiGluBackward(o) => swiglu::backward(l, o),
-        Op::HeadLoss(o) => lm_head::loss(l, o),
-        Op::PickRows(o) => embedding::pick_rows(l, o),
-        Op::ZeroGradients(_) => update::zero_gradients(l),
+        Op::FusedLinearCrossEntropy(o) => lm_head::loss(l, o),
+        Op::GatherRows(o) => embedding::gather_rows(l, o),
+        Op::ZeroGrad(_) => update::zero_grad(l),
         Op::GradNorm(o) => update::grad_norm(l, o),
         Op::AdamWStep(o) => update::adamw(l, o),
         Op::MuonStep(o) => muon::step(l, o),
@@ -197,7 +197,7 @@ impl Model {
     }
 
     fn dtype_of(&self, Loaded(program): Loaded, buffer: Buffer) -> Dtype {
-        let element = self.programs[program].program.info(buffer).element;
+        let element = self.programs[program].program.info(buffer).kind;
         if element.size(2) == 2 { self.options.dtype } else { Dtype::F32 }
     }
 
@@ -352,7 +352,7 @@ impl Model {
         let bits = |frequencies: &[f64]| frequencies.iter().map(|f| f.to_bits()).collect();
         let key = match op {
             Op::Rope(o) => Table::Rope(o.positions, bits(&o.frequencies)),
-            Op::RopeBackward(o) => Table::Rope(o.shape.context, bits(&o.frequencies)),
+            Op::RopeBackward(o) => Table::Rope(o.shape.seq_len, bits(&o.frequencies)),
             Op::AdamWStep(o) => Table::Places(update::table(o)),
             Op::MuonStep(o) => Table::Places(muon::table(o)),
             _ => return Ok(None),
@@ -379,7 +379,7 @@ impl Model {
 /// The kernels count rows and columns in 32 bits, with a sign.
 fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
     let most = i32::MAX as usize;
-    let rows = program.buffers.iter().filter(|info| info.element.size(2) == 4);
+    let rows = program.buffers.iter().filter(|info| info.kind.size(2) == 4);
     let rows = rows.map(|info| info.len).max().unwrap_or(0);
     if rows > most || arenas.len / Layout::ALIGN > most {
         return Err(error(
@@ -390,8 +390,8 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
     for op in &program.ops {
         let (what, size, most) = match op {
             Op::Attention(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
-            Op::CachedAttention(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
-            Op::EmbedBackward(o) => ("a vocabulary", o.table.rows, embedding::MOST_VOCAB),
+            Op::AttentionDecode(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
+            Op::EmbeddingBackward(o) => ("a vocabulary", o.table.rows, embedding::MOST_VOCAB),
             _ => continue,
         };
         if size > most {
@@ -547,9 +547,9 @@ impl Queue for Model {
         Ok(fits)
     }
 
-    fn load(&mut self, micro: Micro, norm: Option<Buffer>) -> anyhow::Result<Loaded> {
+    fn load(&mut self, micro: MicroBatch, norm: Option<Buffer>) -> anyhow::Result<Loaded> {
         self.ready_queue()?;
-        let ends = Ends { batch: micro.batch, nll: micro.losses.nll, norm };
+        let ends = Ends { batch: micro.inputs, nll: micro.losses.nll, norm };
         let loaded = Session::load(self, micro.program)?;
         self.programs[loaded.0].ends = Some(ends);
         Ok(loaded)
@@ -575,7 +575,7 @@ impl Queue for Model {
             let times = match &run.data {
                 Data::Batch(batch) => {
                     let ends = self.programs[program.0].ends.expect("it was loaded for the queue");
-                    self.feed_indices(program, &ends.batch.feed(batch))?;
+                    self.feed_indices(program, &ends.batch.bind(batch.arrays()))?;
                     1
                 }
                 Data::Windows(_) => {

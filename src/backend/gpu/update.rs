@@ -13,7 +13,7 @@ const CHUNK: usize = 4096;
 /// Bytes of `Rates` in `kernels/adamw.cu`.
 const RATES: usize = 24;
 
-pub(super) fn zero_gradients(l: &mut Launcher) -> anyhow::Result<()> {
+pub(super) fn zero_grad(l: &mut Launcher) -> anyhow::Result<()> {
     l.device.memset(l.arenas.gradients, 0, 4 * l.arenas.len)
 }
 

@@ -7,25 +7,33 @@ use num_traits::Float;
 use super::super::host::Real;
 use super::super::memory::Memory;
 use super::{Plain, add_scaled, dot, real};
-use crate::llama::ops::{Attention, AttentionBackward, CachedAttention, Heads, Rope, RopeBackward};
+use crate::llama::ops::{
+    Attention, AttentionBackward, AttentionDecode, AttentionShape, Rope, RopeBackward,
+};
 
-/// Where one row of one head lies in `[windows, heads, context, head_dim]`.
-fn place(shape: &Heads, heads: usize, window: usize, head: usize, column: usize) -> Range<usize> {
-    let row = (window * heads + head) * shape.context + column;
+/// Where one row of one head lies in `[batch, heads, seq_len, head_dim]`.
+fn place(
+    shape: &AttentionShape,
+    heads: usize,
+    sequence: usize,
+    head: usize,
+    position: usize,
+) -> Range<usize> {
+    let row = (sequence * heads + head) * shape.seq_len + position;
     row * shape.head_dim..(row + 1) * shape.head_dim
 }
 
-/// Every (window, query head, column) with the columns it sees.
+/// Every (sequence, query head, position) with the columns it sees.
 fn queries(
-    shape: Heads,
+    shape: AttentionShape,
     first_key: &[u32],
 ) -> impl Iterator<Item = (usize, usize, usize, Range<usize>)> {
-    (0..shape.windows * shape.heads * shape.context).map(move |at| {
-        let column = at % shape.context;
-        let head = at / shape.context % shape.heads;
-        let window = at / shape.context / shape.heads;
-        let first = first_key[window * shape.context + column] as usize;
-        (window, head, column, first.min(column + 1)..column + 1)
+    (0..shape.batch * shape.heads * shape.seq_len).map(move |at| {
+        let position = at % shape.seq_len;
+        let head = at / shape.seq_len % shape.heads;
+        let sequence = at / shape.seq_len / shape.heads;
+        let first = first_key[sequence * shape.seq_len + position] as usize;
+        (sequence, head, position, first.min(position + 1)..position + 1)
     })
 }
 
@@ -42,15 +50,15 @@ fn rotate<R: Float>(head: &mut [R], angle: impl Fn(usize) -> f64) {
 
 impl Plain {
     pub(super) fn rope<R: Real + Float>(&self, o: &Rope, memory: &mut Memory<R>) {
-        let Heads { windows, context, heads, kv_heads, head_dim } = o.shape;
+        let AttentionShape { batch, seq_len, heads, kv_heads, head_dim } = o.shape;
         let start: Vec<usize> = match o.start {
             Some(start) => memory.indices.one(start).iter().map(|&s| s as usize).collect(),
-            None => vec![0; windows],
+            None => vec![0; batch],
         };
         let [qkv, q, k, v] = memory.floats.get([o.qkv, o.q, o.k, o.v]);
         for (row, joined) in qkv.chunks(o.shape.qkv_width()).enumerate() {
-            let (window, column) = (row / context, row % context);
-            let angle = |i: usize| (start[window] + column) as f64 * o.frequencies[i];
+            let (sequence, position) = (row / seq_len, row % seq_len);
+            let angle = |i: usize| (start[sequence] + position) as f64 * o.frequencies[i];
             for (at, given) in joined.chunks(head_dim).enumerate() {
                 let mut turned = given.to_vec();
                 if at < heads + kv_heads {
@@ -63,16 +71,16 @@ impl Plain {
                 } else {
                     (&mut *v, kv_heads, at - heads - kv_heads)
                 };
-                out[place(&o.shape, count, window, head, column)].copy_from_slice(&turned);
+                out[place(&o.shape, count, sequence, head, position)].copy_from_slice(&turned);
             }
         }
     }
 
     pub(super) fn rope_backward<R: Real + Float>(&self, o: &RopeBackward, memory: &mut Memory<R>) {
-        let Heads { context, heads, kv_heads, head_dim, .. } = o.shape;
+        let AttentionShape { seq_len, heads, kv_heads, head_dim, .. } = o.shape;
         let [dq, dk, dv, dqkv] = memory.floats.get([o.dq, o.dk, o.dv, o.dqkv]);
         for (row, joined) in dqkv.chunks_mut(o.shape.qkv_width()).enumerate() {
-            let (window, column) = (row / context, row % context);
+            let (sequence, position) = (row / seq_len, row % seq_len);
             for (at, out) in joined.chunks_mut(head_dim).enumerate() {
                 let (given, count, head) = if at < heads {
                     (&*dq, heads, at)
@@ -81,9 +89,9 @@ impl Plain {
                 } else {
                     (&*dv, kv_heads, at - heads - kv_heads)
                 };
-                out.copy_from_slice(&given[place(&o.shape, count, window, head, column)]);
+                out.copy_from_slice(&given[place(&o.shape, count, sequence, head, position)]);
                 if at < heads + kv_heads {
-                    rotate(out, |i| -(column as f64) * o.frequencies[i]);
+                    rotate(out, |i| -(position as f64) * o.frequencies[i]);
                 }
             }
         }
@@ -94,13 +102,14 @@ impl Plain {
         let scale = real::<R>((shape.head_dim as f64).sqrt().recip());
         let [q, k, v, out, lse] = memory.floats.get([o.q, o.k, o.v, o.out, o.lse]);
         let first_key = memory.indices.one(o.first_key);
-        for (window, head, column, keys) in queries(shape, first_key) {
-            let q = &q[place(&shape, shape.heads, window, head, column)];
-            let key = |j| place(&shape, shape.kv_heads, window, head / shape.group(), j);
+        for (sequence, head, position, keys) in queries(shape, first_key) {
+            let q = &q[place(&shape, shape.heads, sequence, head, position)];
+            let key = |j| place(&shape, shape.kv_heads, sequence, head / shape.group(), j);
             let scores: Vec<R> = keys.clone().map(|j| dot(q, &k[key(j)]) * scale).collect();
-            let at = (window * shape.context + column) * shape.q_width() + head * shape.head_dim;
+            let at =
+                (sequence * shape.seq_len + position) * shape.q_width() + head * shape.head_dim;
             let out = &mut out[at..][..shape.head_dim];
-            let lse = &mut lse[(window * shape.heads + head) * shape.context + column];
+            let lse = &mut lse[(sequence * shape.heads + head) * shape.seq_len + position];
             *lse = self.softmax(&scores, keys.map(|j| &v[key(j)]), out);
         }
     }
@@ -141,14 +150,15 @@ impl Plain {
         dk.fill(R::zero());
         dv.fill(R::zero());
         let first_key = memory.indices.one(o.first_key);
-        for (window, head, column, keys) in queries(shape, first_key) {
-            let query = place(&shape, shape.heads, window, head, column);
-            let at = (window * shape.context + column) * shape.q_width() + head * shape.head_dim;
+        for (sequence, head, position, keys) in queries(shape, first_key) {
+            let query = place(&shape, shape.heads, sequence, head, position);
+            let at =
+                (sequence * shape.seq_len + position) * shape.q_width() + head * shape.head_dim;
             let row = at..at + shape.head_dim;
-            let lse = lse[(window * shape.heads + head) * shape.context + column];
+            let lse = lse[(sequence * shape.heads + head) * shape.seq_len + position];
             let delta = dot(&dout[row.clone()], &out[row.clone()]);
             for j in keys {
-                let key = place(&shape, shape.kv_heads, window, head / shape.group(), j);
+                let key = place(&shape, shape.kv_heads, sequence, head / shape.group(), j);
                 let p = (dot(&q[query.clone()], &k[key.clone()]) * scale - lse).exp();
                 let dp = dot(&dout[row.clone()], &v[key.clone()]);
                 let ds = self.round(p * (dp - delta)) * scale;
@@ -159,36 +169,36 @@ impl Plain {
         }
     }
 
-    pub(super) fn cached_attention<R: Real + Float>(
+    pub(super) fn attention_decode<R: Real + Float>(
         &self,
-        o: &CachedAttention,
+        o: &AttentionDecode,
         memory: &mut Memory<R>,
     ) {
-        let Heads { windows, context, heads, kv_heads, head_dim } = o.shape;
+        let AttentionShape { batch, seq_len, heads, kv_heads, head_dim } = o.shape;
         let scale = real::<R>((head_dim as f64).sqrt().recip());
-        let cached = |window: usize, head: usize, column: usize| {
-            let row = (window * kv_heads + head) * o.capacity + column;
+        let cached = |sequence: usize, head: usize, position: usize| {
+            let row = (sequence * kv_heads + head) * o.capacity + position;
             row * head_dim..(row + 1) * head_dim
         };
-        let plane = windows * o.shape.kv_width() * o.capacity;
+        let plane = batch * o.shape.kv_width() * o.capacity;
         let [keys, values] = memory
             .cache
             .get_disjoint_mut([o.keys..o.keys + plane, o.values..o.values + plane])
             .expect("a layer's keys and values lie apart");
         let [q, k, v, out] = memory.floats.get([o.q, o.k, o.v, o.out]);
-        for (window, &start) in memory.indices.one(o.start).iter().enumerate() {
-            for (head, column) in (0..kv_heads).flat_map(|h| (0..context).map(move |c| (h, c))) {
-                let fresh = place(&o.shape, kv_heads, window, head, column);
-                let kept = cached(window, head, start as usize + column);
+        for (sequence, &start) in memory.indices.one(o.start).iter().enumerate() {
+            for (head, position) in (0..kv_heads).flat_map(|h| (0..seq_len).map(move |c| (h, c))) {
+                let fresh = place(&o.shape, kv_heads, sequence, head, position);
+                let kept = cached(sequence, head, start as usize + position);
                 keys[kept.clone()].copy_from_slice(&k[fresh.clone()]);
                 values[kept].copy_from_slice(&v[fresh]);
             }
-            for (head, column) in (0..heads).flat_map(|h| (0..context).map(move |c| (h, c))) {
-                let q = &q[place(&o.shape, heads, window, head, column)];
-                let key = |j| cached(window, head / o.shape.group(), j);
-                let seen = 0..start as usize + column + 1;
+            for (head, position) in (0..heads).flat_map(|h| (0..seq_len).map(move |c| (h, c))) {
+                let q = &q[place(&o.shape, heads, sequence, head, position)];
+                let key = |j| cached(sequence, head / o.shape.group(), j);
+                let seen = 0..start as usize + position + 1;
                 let scores: Vec<R> = seen.clone().map(|j| dot(q, &keys[key(j)]) * scale).collect();
-                let at = (window * context + column) * o.shape.q_width() + head * head_dim;
+                let at = (sequence * seq_len + position) * o.shape.q_width() + head * head_dim;
                 let out = &mut out[at..][..head_dim];
                 self.softmax(&scores, seen.map(|j| &values[key(j)]), out);
             }

@@ -6,13 +6,13 @@ use super::super::host::Real;
 use super::super::memory::Memory;
 use super::{Plain, add_scaled, dot, real};
 use crate::llama::ops::{
-    Embed, EmbedBackward, HeadLoss, Linear, LinearBackwardInput, LinearBackwardWeight, PickRows,
-    RmsNorm, RmsNormBackward, SwiGlu, SwiGluBackward,
+    Embedding, EmbeddingBackward, FusedLinearCrossEntropy, GatherRows, Linear, LinearBackwardInput,
+    LinearBackwardWeight, RmsNorm, RmsNormBackward, SwiGlu, SwiGluBackward,
 };
 use crate::tokens::IGNORE;
 
 impl Plain {
-    pub(super) fn embed<R: Real + Float>(&self, o: &Embed, memory: &mut Memory<R>) {
+    pub(super) fn embedding<R: Real + Float>(&self, o: &Embedding, memory: &mut Memory<R>) {
         let table = self.weight(&memory.parameters, o.table);
         let [out] = memory.floats.get([o.out]);
         for (row, &id) in out.chunks_mut(o.table.cols).zip(memory.indices.one(o.ids)) {
@@ -20,9 +20,9 @@ impl Plain {
         }
     }
 
-    pub(super) fn embed_backward<R: Real + Float>(
+    pub(super) fn embedding_backward<R: Real + Float>(
         &self,
-        o: &EmbedBackward,
+        o: &EmbeddingBackward,
         memory: &mut Memory<R>,
     ) {
         let dtable = &mut memory.gradients[o.table.range()];
@@ -142,9 +142,9 @@ impl Plain {
         }
     }
 
-    pub(super) fn head_loss<R: Real + Float>(
+    pub(super) fn fused_linear_cross_entropy<R: Real + Float>(
         &self,
-        o: &HeadLoss,
+        o: &FusedLinearCrossEntropy,
         memory: &mut Memory<R>,
         loss_scale: f64,
     ) {
@@ -188,13 +188,13 @@ impl Plain {
         }
     }
 
-    pub(super) fn pick_rows<R: Real + Float>(&self, o: &PickRows, memory: &mut Memory<R>) {
-        let columns = memory.indices.one(o.column);
+    pub(super) fn gather_rows<R: Real + Float>(&self, o: &GatherRows, memory: &mut Memory<R>) {
+        let positions = memory.indices.one(o.position);
         let [x, out] = memory.floats.get([o.x, o.out]);
-        let width = out.len() / o.windows;
-        for (window, &column) in columns.iter().enumerate() {
-            let row = window * o.context + column as usize;
-            out[window * width..][..width].copy_from_slice(&x[row * width..][..width]);
+        let width = out.len() / o.batch;
+        for (sequence, &position) in positions.iter().enumerate() {
+            let row = sequence * o.seq_len + position as usize;
+            out[sequence * width..][..width].copy_from_slice(&x[row * width..][..width]);
         }
     }
 }

@@ -19,7 +19,7 @@ use super::host::{Execute, Host, Real};
 use super::memory::Memory;
 use super::{Backend, Feed, Need, Session};
 use crate::dtype::Dtype;
-use crate::llama::{Element, Op, Program};
+use crate::llama::{BufferKind, Op, Program};
 use crate::model::{Layout, Span};
 
 /// The arithmetic of the loops.
@@ -112,8 +112,8 @@ impl Plain {
         feed: &Feed,
     ) {
         match op {
-            Op::Embed(o) => self.embed(o, memory),
-            Op::EmbedBackward(o) => self.embed_backward(o, memory),
+            Op::Embedding(o) => self.embedding(o, memory),
+            Op::EmbeddingBackward(o) => self.embedding_backward(o, memory),
             Op::RmsNorm(o) => self.rms_norm(o, memory),
             Op::RmsNormBackward(o) => self.rms_norm_backward(o, memory),
             Op::Linear(o) => self.linear(o, memory),
@@ -123,19 +123,21 @@ impl Plain {
             Op::RopeBackward(o) => self.rope_backward(o, memory),
             Op::Attention(o) => self.attention(o, memory),
             Op::AttentionBackward(o) => self.attention_backward(o, memory),
-            Op::CachedAttention(o) => self.cached_attention(o, memory),
+            Op::AttentionDecode(o) => self.attention_decode(o, memory),
             Op::SwiGlu(o) => self.swiglu(o, memory),
             Op::SwiGluBackward(o) => self.swiglu_backward(o, memory),
-            Op::HeadLoss(o) => self.head_loss(o, memory, feed.loss_scale),
-            Op::PickRows(o) => self.pick_rows(o, memory),
-            Op::ZeroGradients(_) => memory.gradients.fill(R::zero()),
+            Op::FusedLinearCrossEntropy(o) => {
+                self.fused_linear_cross_entropy(o, memory, feed.loss_scale)
+            }
+            Op::GatherRows(o) => self.gather_rows(o, memory),
+            Op::ZeroGrad(_) => memory.gradients.fill(R::zero()),
             Op::GradNorm(o) => self.grad_norm(o, memory),
             Op::AdamWStep(o) => self.adamw(o, memory, &feed.rates),
             Op::MuonStep(o) => self.muon(o, memory, &feed.rates),
         }
         if self.rounding.is_some() {
             for buffer in op.writes() {
-                if program.info(buffer).element == Element::Activation {
+                if program.info(buffer).kind == BufferKind::Activation {
                     let [values] = memory.floats.get([buffer]);
                     for value in values {
                         *value = self.round(*value);

@@ -4,11 +4,11 @@ use super::super::host::Host;
 use super::super::{Feed, Loaded, Need, Session};
 use super::Plain;
 use crate::llama::ops::{
-    Add, Attention, AttentionBackward, Embed, EmbedBackward, HeadLoss, Heads, Linear,
-    LinearBackwardInput, LinearBackwardWeight, RmsNorm, RmsNormBackward, Rope, RopeBackward,
-    SwiGlu, SwiGluBackward,
+    Attention, AttentionBackward, AttentionShape, Embedding, EmbeddingBackward,
+    FusedLinearCrossEntropy, Linear, LinearBackwardInput, LinearBackwardWeight, ResidualAdd,
+    RmsNorm, RmsNormBackward, Rope, RopeBackward, SwiGlu, SwiGluBackward,
 };
-use crate::llama::{Buffer, Element, Op, Program, Use};
+use crate::llama::{Buffer, BufferKind, BufferRole, Op, Program};
 use crate::model::{Layout, Span};
 use crate::random::{Philox, Stream};
 use crate::tokens::IGNORE;
@@ -47,7 +47,7 @@ impl Pair {
     }
 
     fn float(&mut self, name: &str, len: usize) -> Buffer {
-        self.program.buffer(name, Element::Activation, len, Use::Output)
+        self.program.buffer(name, BufferKind::Activation, len, BufferRole::Output)
     }
 
     fn input(&mut self, name: &str, len: usize) -> (Buffer, Buffer) {
@@ -67,7 +67,7 @@ impl Pair {
     }
 
     fn index(&mut self, name: &str, values: Vec<u32>) -> Buffer {
-        let buffer = self.program.buffer(name, Element::Index, values.len(), Use::Output);
+        let buffer = self.program.buffer(name, BufferKind::Index, values.len(), BufferRole::Output);
         self.indices.push((buffer, values));
         buffer
     }
@@ -199,7 +199,8 @@ fn fill(sequence: usize, out: &mut [f64]) {
 /// cancellation leaves 1e-11 / 1e-5.
 const BOUND: f64 = 1e-6;
 
-const SHAPE: Heads = Heads { windows: 2, context: 5, heads: 6, kv_heads: 2, head_dim: 4 };
+const SHAPE: AttentionShape =
+    AttentionShape { batch: 2, seq_len: 5, heads: 6, kv_heads: 2, head_dim: 4 };
 
 #[test]
 fn embed() {
@@ -207,8 +208,8 @@ fn embed() {
     let table = pair.weight(7, 3);
     let ids = pair.index("ids", vec![1, 6, 1, 0, 1]);
     let (out, dout) = pair.output("out", 15);
-    pair.forward = vec![Op::Embed(Embed { ids, table, out })];
-    pair.backward = vec![Op::EmbedBackward(EmbedBackward { ids, dout, table })];
+    pair.forward = vec![Op::Embedding(Embedding { ids, table, out })];
+    pair.backward = vec![Op::EmbeddingBackward(EmbeddingBackward { ids, dout, table })];
     assert!(pair.error() < BOUND);
 }
 
@@ -226,7 +227,7 @@ fn rms_norm_with_and_without_a_residual() {
             let residual = pair.float("residual", 28);
             pair.constants.push(residual);
             let (sum, dsum) = pair.output("sum", 28);
-            norm.add = Some(Add { residual, sum });
+            norm.add = Some(ResidualAdd { residual, sum });
             (back.x, back.dsum) = (sum, Some(dsum));
         }
         pair.forward = vec![Op::RmsNorm(norm)];
@@ -270,7 +271,7 @@ fn rope() {
     pair.forward = vec![Op::Rope(Rope {
         qkv,
         start: None,
-        positions: shape.context,
+        positions: shape.seq_len,
         frequencies,
         shape,
         q,
@@ -285,7 +286,7 @@ fn attention_with_rows_that_see_nothing() {
     let mut pair = Pair::new();
     let shape = SHAPE;
     let rows = shape.rows();
-    // Causal; left-padded by two; the last column of the first window starts a new document.
+    // Causal; left-padded by two; the last position of the first sequence starts a new document.
     let first_key = pair.index("first key", vec![0, 0, 0, 0, 4, 5, 5, 2, 2, 2]);
     let (q, dq) = pair.input("q", rows * shape.q_width());
     let (k, dk) = pair.input("k", rows * shape.kv_width());
@@ -320,7 +321,7 @@ fn swiglu() {
 }
 
 #[test]
-fn head_loss_with_ignored_targets() {
+fn fused_linear_cross_entropy_with_ignored_targets() {
     let mut pair = Pair::new();
     let w = pair.weight(9, 3);
     let targets = pair.index("targets", vec![4, IGNORE, 8, 0]);
@@ -328,8 +329,9 @@ fn head_loss_with_ignored_targets() {
     let (nll, _) = pair.output("nll", 4);
     let argmax = pair.index("argmax", vec![0; 4]);
     pair.output_gradient = Some(LOSS_SCALE);
-    let head = HeadLoss { x, w, targets, rows: 4, nll, argmax, dx: None };
-    pair.forward = vec![Op::HeadLoss(head.clone())];
-    pair.backward = vec![Op::HeadLoss(HeadLoss { dx: Some(dx), ..head })];
+    let head = FusedLinearCrossEntropy { x, w, targets, rows: 4, nll, argmax, dx: None };
+    pair.forward = vec![Op::FusedLinearCrossEntropy(head.clone())];
+    pair.backward =
+        vec![Op::FusedLinearCrossEntropy(FusedLinearCrossEntropy { dx: Some(dx), ..head })];
     assert!(pair.error() < BOUND);
 }

@@ -5,7 +5,7 @@ use num_traits::Float;
 use super::super::host::Real;
 use super::super::memory::Memory;
 use super::{Plain, dot, real};
-use crate::llama::Rates;
+use crate::llama::StepHyperparams;
 use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
 
 /// What gradients are scaled by, or `None` where an update must not happen.
@@ -25,7 +25,7 @@ impl Plain {
         &self,
         o: &AdamWStep,
         memory: &mut Memory<R>,
-        rates: &Rates,
+        rates: &StepHyperparams,
     ) {
         let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
         let t = rates.step as f64;
@@ -50,7 +50,7 @@ impl Plain {
         &self,
         o: &MuonStep,
         memory: &mut Memory<R>,
-        rates: &Rates,
+        rates: &StepHyperparams,
     ) {
         let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
         let momentum = real::<R>(o.momentum);
@@ -64,7 +64,8 @@ impl Plain {
             let update = orthogonalise(&update, w.rows, w.cols);
             let scale = (w.rows as f64 / w.cols as f64).max(1.0).sqrt();
             for (i, u) in w.range().zip(update) {
-                let p = memory.parameters[i] * real(1.0 - rates.muon_learning_rate * o.decay);
+                let p =
+                    memory.parameters[i] * real(1.0 - rates.muon_learning_rate * o.weight_decay);
                 memory.parameters[i] = p - real::<R>(rates.muon_learning_rate * scale) * u;
             }
         }

@@ -7,11 +7,12 @@ use crate::backend::reference::Reference;
 use crate::backend::{Arena, Backend, Feed, Need};
 use crate::dtype::Dtype;
 use crate::llama::ops::{
-    AdamWStep, Add, Attention, AttentionBackward, CachedAttention, Embed, EmbedBackward, GradNorm,
-    HeadLoss, Heads, Linear, LinearBackwardInput, LinearBackwardWeight, MuonStep, PickRows,
-    RmsNorm, RmsNormBackward, Rope, RopeBackward, SwiGlu, SwiGluBackward, ZeroGradients,
+    AdamWStep, Attention, AttentionBackward, AttentionDecode, AttentionShape, Embedding,
+    EmbeddingBackward, FusedLinearCrossEntropy, GatherRows, GradNorm, Linear, LinearBackwardInput,
+    LinearBackwardWeight, MuonStep, ResidualAdd, RmsNorm, RmsNormBackward, Rope, RopeBackward,
+    SwiGlu, SwiGluBackward, ZeroGrad,
 };
-use crate::llama::{Buffer, Element, Op, Program, Rates, Use};
+use crate::llama::{Buffer, BufferKind, BufferRole, Op, Program, StepHyperparams};
 use crate::model::{Layout, Span};
 use crate::tokens::IGNORE;
 
@@ -54,7 +55,7 @@ pub(in crate::bench) struct Case {
     pub indices: Vec<(Buffer, Vec<u32>)>,
     pub arenas: Vec<(Arena, Vec<f32>)>,
     pub outputs: Vec<Output>,
-    pub rates: Rates,
+    pub rates: StepHyperparams,
 }
 
 pub(in crate::bench) enum Output {
@@ -66,8 +67,8 @@ pub(in crate::bench) enum Output {
 type Make = fn(&mut Vec<Case>, &mut Draw, Size, Dtype);
 
 const MAKERS: [(&str, Make); 20] = [
-    ("embed", embed),
-    ("embed_backward", embed_backward),
+    ("embedding", embedding),
+    ("embedding_backward", embedding_backward),
     ("rms_norm", rms_norm),
     ("rms_norm_backward", rms_norm_backward),
     ("linear", linear),
@@ -77,12 +78,12 @@ const MAKERS: [(&str, Make); 20] = [
     ("rope_backward", rope_backward),
     ("attention", attention),
     ("attention_backward", attention_backward),
-    ("cached_attention", cached_attention),
+    ("attention_decode", attention_decode),
     ("swiglu", swiglu),
     ("swiglu_backward", swiglu_backward),
-    ("head_loss", head_loss),
-    ("pick_rows", pick_rows),
-    ("zero_gradients", zero_gradients),
+    ("fused_linear_cross_entropy", fused_linear_cross_entropy),
+    ("gather_rows", gather_rows),
+    ("zero_grad", zero_grad),
     ("grad_norm", grad_norm),
     ("adamw", adamw),
     ("muon", muon),
@@ -144,7 +145,7 @@ impl Build {
             indices: Vec::new(),
             arenas: Vec::new(),
             outputs: Vec::new(),
-            rates: Rates::default(),
+            rates: StepHyperparams::default(),
         };
         Build { case }
     }
@@ -152,25 +153,26 @@ impl Build {
     /// An input of activations of size one.
     fn input(&mut self, draw: &mut Draw, name: &str, len: usize) -> Buffer {
         let values = draw.activations(len, 1.0);
-        self.given(name, Element::Activation, values)
+        self.given(name, BufferKind::Activation, values)
     }
 
-    fn given(&mut self, name: &str, element: Element, values: Vec<f32>) -> Buffer {
-        let buffer = self.case.program.buffer(name, element, values.len(), Use::Input);
+    fn given(&mut self, name: &str, element: BufferKind, values: Vec<f32>) -> Buffer {
+        let buffer = self.case.program.buffer(name, element, values.len(), BufferRole::Input);
         self.case.floats.push((buffer, values));
         buffer
     }
 
     fn index(&mut self, name: &str, values: Vec<u32>) -> Buffer {
-        let buffer = self.case.program.buffer(name, Element::Index, values.len(), Use::Input);
+        let buffer =
+            self.case.program.buffer(name, BufferKind::Index, values.len(), BufferRole::Input);
         self.case.indices.push((buffer, values));
         buffer
     }
 
-    fn output(&mut self, name: &str, element: Element, len: usize) -> Buffer {
-        let buffer = self.case.program.buffer(name, element, len, Use::Output);
+    fn output(&mut self, name: &str, element: BufferKind, len: usize) -> Buffer {
+        let buffer = self.case.program.buffer(name, element, len, BufferRole::Output);
         self.case.outputs.push(match element {
-            Element::Index => Output::Indices(buffer),
+            BufferKind::Index => Output::Indices(buffer),
             _ => Output::Floats(buffer),
         });
         buffer
@@ -200,7 +202,7 @@ impl Build {
     }
 }
 
-fn embed(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+fn embedding(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [(1, 1, 1), (7, 13, 5), (37, 100, 64), (65, 300, 36)],
         [(4096, 32768, 64)],
@@ -211,12 +213,12 @@ fn embed(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         let mut b = Build::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), false);
         b.weights(draw, table, 1.0);
         let ids = b.index("ids", draw.indices(rows, vocab));
-        let out = b.output("out", Element::Activation, rows * hidden);
-        b.finish(Op::Embed(Embed { ids, table, out }), cases);
+        let out = b.output("out", BufferKind::Activation, rows * hidden);
+        b.finish(Op::Embedding(Embedding { ids, table, out }), cases);
     }
 }
 
-fn embed_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+fn embedding_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [(1, 1, 1), (7, 3, 5), (200, 40, 64), (65, 300, 36), (515, 2, 8), (1500, 700, 4)],
         [(32768, 32768, 64)],
@@ -228,7 +230,7 @@ fn embed_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) 
         b.accumulates(draw, table);
         let ids = b.index("ids", draw.indices(rows, vocab));
         let dout = b.input(draw, "dout", rows * hidden);
-        b.finish(Op::EmbedBackward(EmbedBackward { ids, dout, table }), cases);
+        b.finish(Op::EmbeddingBackward(EmbeddingBackward { ids, dout, table }), cases);
     }
 }
 
@@ -248,12 +250,12 @@ fn rms_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
             let mut b = Build::new(format!("{rows} x {hidden}{with}"), (layout, weight), false);
             b.weights(draw, weight, 1.0);
             let x = b.input(draw, "x", rows * hidden);
-            let add = adds.then(|| Add {
+            let add = adds.then(|| ResidualAdd {
                 residual: b.input(draw, "residual", rows * hidden),
-                sum: b.output("sum", Element::Activation, rows * hidden),
+                sum: b.output("sum", BufferKind::Activation, rows * hidden),
             });
-            let y = b.output("y", Element::Activation, rows * hidden);
-            let rstd = b.output("rstd", Element::Float, rows);
+            let y = b.output("y", BufferKind::Activation, rows * hidden);
+            let rstd = b.output("rstd", BufferKind::Float, rows);
             b.finish(Op::RmsNorm(RmsNorm { x, add, weight, eps: 1e-5, y, rstd }), cases);
         }
     }
@@ -272,11 +274,11 @@ fn rms_norm_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtyp
                 1.0 / (squares / hidden as f32 + 1e-5).sqrt()
             };
             let rstd = values.chunks(hidden).map(rstd).collect();
-            let rstd = b.given("rstd", Element::Float, rstd);
-            let x = b.given("x", Element::Activation, values);
+            let rstd = b.given("rstd", BufferKind::Float, rstd);
+            let x = b.given("x", BufferKind::Activation, values);
             let dy = b.input(draw, "dy", rows * hidden);
             let dsum = past.then(|| b.input(draw, "dsum", rows * hidden));
-            let dx = b.output("dx", Element::Activation, rows * hidden);
+            let dx = b.output("dx", BufferKind::Activation, rows * hidden);
             b.accumulates(draw, weight);
             let op = RmsNormBackward { x, rstd, weight, dy, dsum, dx };
             b.finish(Op::RmsNormBackward(op), cases);
@@ -299,7 +301,7 @@ fn linear(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
         b.weights(draw, w, 1.0);
         let x = b.input(draw, "x", rows * inner);
-        let y = b.output("y", Element::Activation, rows * out);
+        let y = b.output("y", BufferKind::Activation, rows * out);
         b.finish(Op::Linear(Linear { x, w, y, rows }), cases);
     }
 }
@@ -310,7 +312,7 @@ fn linear_backward_input(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: 
         let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
         b.weights(draw, w, 1.0);
         let dy = b.input(draw, "dy", rows * out);
-        let dx = b.output("dx", Element::Activation, rows * inner);
+        let dx = b.output("dx", BufferKind::Activation, rows * inner);
         b.finish(Op::LinearBackwardInput(LinearBackwardInput { dy, w, dx, rows }), cases);
     }
 }
@@ -326,13 +328,19 @@ fn linear_backward_weight(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _:
     }
 }
 
-fn heads(windows: usize, context: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
-    Heads { windows, context, heads, kv_heads, head_dim }
+fn heads(
+    batch: usize,
+    seq_len: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+) -> AttentionShape {
+    AttentionShape { batch, seq_len, heads, kv_heads, head_dim }
 }
 
-fn describe(shape: &Heads) -> String {
-    let Heads { windows, context, heads, kv_heads, head_dim } = shape;
-    format!("{windows} x {context}, {heads}/{kv_heads} heads of {head_dim}")
+fn describe(shape: &AttentionShape) -> String {
+    let AttentionShape { batch, seq_len, heads, kv_heads, head_dim } = shape;
+    format!("{batch} x {seq_len}, {heads}/{kv_heads} heads of {head_dim}")
 }
 
 /// `theta^(-2i/d)`, as models have it.
@@ -340,7 +348,7 @@ fn frequencies(head_dim: usize) -> Vec<f64> {
     (0..head_dim / 2).map(|i| 1e4f64.powf(-2.0 * i as f64 / head_dim as f64)).collect()
 }
 
-fn ropes(size: Size) -> Vec<Heads> {
+fn ropes(size: Size) -> Vec<AttentionShape> {
     size.shapes(
         [
             heads(1, 1, 1, 1, 2),
@@ -368,12 +376,12 @@ fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
             let mut b = Build::new(format!("{}{with}", describe(&shape)), none, false);
             let qkv = b.input(draw, "qkv", shape.rows() * shape.qkv_width());
             let start =
-                starts.then(|| b.index("start", draw.indices(shape.windows, 8192 - shape.context)));
-            let q = b.output("q", Element::Activation, shape.rows() * shape.q_width());
-            let k = b.output("k", Element::Activation, shape.rows() * shape.kv_width());
-            let v = b.output("v", Element::Activation, shape.rows() * shape.kv_width());
+                starts.then(|| b.index("start", draw.indices(shape.batch, 8192 - shape.seq_len)));
+            let q = b.output("q", BufferKind::Activation, shape.rows() * shape.q_width());
+            let k = b.output("k", BufferKind::Activation, shape.rows() * shape.kv_width());
+            let v = b.output("v", BufferKind::Activation, shape.rows() * shape.kv_width());
             let frequencies = frequencies(shape.head_dim);
-            let positions = if starts { 8192 } else { shape.context };
+            let positions = if starts { 8192 } else { shape.seq_len };
             let op = Rope { qkv, start, positions, frequencies, shape, q, k, v };
             b.finish(Op::Rope(op), cases);
         }
@@ -386,14 +394,14 @@ fn rope_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         let dq = b.input(draw, "dq", shape.rows() * shape.q_width());
         let dk = b.input(draw, "dk", shape.rows() * shape.kv_width());
         let dv = b.input(draw, "dv", shape.rows() * shape.kv_width());
-        let dqkv = b.output("dqkv", Element::Activation, shape.rows() * shape.qkv_width());
+        let dqkv = b.output("dqkv", BufferKind::Activation, shape.rows() * shape.qkv_width());
         let frequencies = frequencies(shape.head_dim);
         let op = RopeBackward { dq, dk, dv, frequencies, shape, dqkv };
         b.finish(Op::RopeBackward(op), cases);
     }
 }
 
-fn attentions(size: Size) -> Vec<Heads> {
+fn attentions(size: Size) -> Vec<AttentionShape> {
     size.shapes(
         [
             heads(1, 1, 1, 1, 2),
@@ -434,20 +442,20 @@ fn attentions(size: Size) -> Vec<Heads> {
     )
 }
 
-/// The first visible column of each row: causal, left-padded, or a second document; plainly causal
+/// The first visible position of each row: causal, left-padded, or a second document; plainly causal
 /// where it is timed.
-fn masks(draw: &mut Draw, shape: &Heads, size: Size) -> Vec<u32> {
+fn masks(draw: &mut Draw, shape: &AttentionShape, size: Size) -> Vec<u32> {
     if size == Size::Timed {
         return vec![0; shape.rows()];
     }
-    let edges = draw.indices(shape.windows, shape.context);
+    let edges = draw.indices(shape.batch, shape.seq_len);
     let of = |at: usize| {
-        let (window, column) = (at / shape.context, (at % shape.context) as u32);
-        let edge = edges[window];
-        match window % 3 {
-            1 if column < edge => shape.context as u32,
+        let (sequence, position) = (at / shape.seq_len, (at % shape.seq_len) as u32);
+        let edge = edges[sequence];
+        match sequence % 3 {
+            1 if position < edge => shape.seq_len as u32,
             1 => edge,
-            2 if column >= edge => edge,
+            2 if position >= edge => edge,
             _ => 0,
         }
     };
@@ -455,7 +463,7 @@ fn masks(draw: &mut Draw, shape: &Heads, size: Size) -> Vec<u32> {
 }
 
 /// Attention's inputs and the mask.
-fn attends(b: &mut Build, draw: &mut Draw, shape: &Heads, size: Size) -> [Buffer; 4] {
+fn attends(b: &mut Build, draw: &mut Draw, shape: &AttentionShape, size: Size) -> [Buffer; 4] {
     let q = b.input(draw, "q", shape.rows() * shape.q_width());
     let k = b.input(draw, "k", shape.rows() * shape.kv_width());
     let v = b.input(draw, "v", shape.rows() * shape.kv_width());
@@ -467,8 +475,8 @@ fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for shape in attentions(size) {
         let mut b = Build::new(describe(&shape), alone(1, 1), false);
         let [q, k, v, first_key] = attends(&mut b, draw, &shape, size);
-        let out = b.output("out", Element::Activation, shape.rows() * shape.q_width());
-        let lse = b.output("lse", Element::Float, shape.rows() * shape.heads);
+        let out = b.output("out", BufferKind::Activation, shape.rows() * shape.q_width());
+        let lse = b.output("lse", BufferKind::Float, shape.rows() * shape.heads);
         b.finish(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }), cases);
     }
 }
@@ -485,23 +493,28 @@ fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, dtype:
             forward(&b.case, [q, k, v, first_key], &shape)
         };
         let out = dtype.decode(&dtype.encode(&out));
-        let out = b.given("out", Element::Activation, out);
-        let lse = b.given("lse", Element::Float, lse);
+        let out = b.given("out", BufferKind::Activation, out);
+        let lse = b.given("lse", BufferKind::Float, lse);
         let dout = b.input(draw, "dout", shape.rows() * shape.q_width());
-        let dq = b.output("dq", Element::Activation, shape.rows() * shape.q_width());
-        let dk = b.output("dk", Element::Activation, shape.rows() * shape.kv_width());
-        let dv = b.output("dv", Element::Activation, shape.rows() * shape.kv_width());
+        let dq = b.output("dq", BufferKind::Activation, shape.rows() * shape.q_width());
+        let dk = b.output("dk", BufferKind::Activation, shape.rows() * shape.kv_width());
+        let dv = b.output("dv", BufferKind::Activation, shape.rows() * shape.kv_width());
         let op = AttentionBackward { q, k, v, first_key, out, lse, dout, shape, dq, dk, dv };
         b.finish(Op::AttentionBackward(op), cases);
     }
 }
 
 /// What the forward leaves for the backward, in f64.
-fn forward(case: &Case, [q, k, v, first_key]: [Buffer; 4], shape: &Heads) -> (Vec<f32>, Vec<f32>) {
+fn forward(
+    case: &Case,
+    [q, k, v, first_key]: [Buffer; 4],
+    shape: &AttentionShape,
+) -> (Vec<f32>, Vec<f32>) {
     let mut program = case.program.clone();
     let rows = shape.rows();
-    let out = program.buffer("out", Element::Activation, rows * shape.q_width(), Use::Output);
-    let lse = program.buffer("lse", Element::Float, rows * shape.heads, Use::Output);
+    let out =
+        program.buffer("out", BufferKind::Activation, rows * shape.q_width(), BufferRole::Output);
+    let lse = program.buffer("lse", BufferKind::Float, rows * shape.heads, BufferRole::Output);
     program.ops.push(Op::Attention(Attention { q, k, v, first_key, shape: *shape, out, lse }));
     let reference = Reference::F64;
     let feed = Feed {
@@ -519,8 +532,8 @@ fn forward(case: &Case, [q, k, v, first_key]: [Buffer; 4], shape: &Heads) -> (Ve
 }
 
 /// Two operations: one that fills the cache, whose layout is the backend's own affair, and one that
-/// goes on from there, each window from another column.
-fn cached_attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+/// goes on from there, each sequence from another position.
+fn attention_decode(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [
             (heads(1, 1, 1, 1, 2), 1, 64),
@@ -534,15 +547,15 @@ fn cached_attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype
         [(heads(64, 1, 32, 4, 2), 511, 512), (heads(16, 1, 12, 4, 64), 1023, 1024)],
     );
     for (shape, before, capacity) in shapes {
-        let plane = shape.windows * shape.kv_width() * capacity;
+        let plane = shape.batch * shape.kv_width() * capacity;
         let what = format!("{} after {before} of {capacity}", describe(&shape));
         let mut b = Build::new(what, alone(1, 1), false);
         // The second of two layers.
         b.case.need.cache = 4 * plane;
         let (keys, values) = (2 * plane, 3 * plane);
-        let first = Heads { context: before, ..shape };
-        let zeros = vec![0; shape.windows];
-        let starts = draw.indices(shape.windows, before + 1);
+        let first = AttentionShape { seq_len: before, ..shape };
+        let zeros = vec![0; shape.batch];
+        let starts = draw.indices(shape.batch, before + 1);
         let [filled, attended] =
             [("before", first, zeros), ("", shape, starts)].map(|(name, shape, starts)| {
                 let name = |what: &str| format!("{what} {name}").trim_end().to_string();
@@ -551,11 +564,11 @@ fn cached_attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype
                 let v = b.input(draw, &name("v"), shape.rows() * shape.kv_width());
                 let start = b.index(&name("start"), starts);
                 let len = shape.rows() * shape.q_width();
-                let out = b.output(&name("out"), Element::Activation, len);
-                CachedAttention { q, k, v, start, shape, keys, values, capacity, out }
+                let out = b.output(&name("out"), BufferKind::Activation, len);
+                AttentionDecode { q, k, v, start, shape, keys, values, capacity, out }
             });
-        b.case.program.ops.push(Op::CachedAttention(filled));
-        b.finish(Op::CachedAttention(attended), cases);
+        b.case.program.ops.push(Op::AttentionDecode(filled));
+        b.finish(Op::AttentionDecode(attended), cases);
     }
 }
 
@@ -572,8 +585,8 @@ fn swiglu(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, inter) in gates(size) {
         let mut b = Build::new(format!("{rows} x {inter}"), alone(1, 1), false);
         let gate_up = draw.activations(2 * rows * inter, 3.0);
-        let gate_up = b.given("gate_up", Element::Activation, gate_up);
-        let out = b.output("out", Element::Activation, rows * inter);
+        let gate_up = b.given("gate_up", BufferKind::Activation, gate_up);
+        let out = b.output("out", BufferKind::Activation, rows * inter);
         b.finish(Op::SwiGlu(SwiGlu { gate_up, inter, out }), cases);
     }
 }
@@ -582,14 +595,14 @@ fn swiglu_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype)
     for (rows, inter) in gates(size) {
         let mut b = Build::new(format!("{rows} x {inter}"), alone(1, 1), false);
         let gate_up = draw.activations(2 * rows * inter, 3.0);
-        let gate_up = b.given("gate_up", Element::Activation, gate_up);
+        let gate_up = b.given("gate_up", BufferKind::Activation, gate_up);
         let dout = b.input(draw, "dout", rows * inter);
-        let dgate_up = b.output("dgate_up", Element::Activation, 2 * rows * inter);
+        let dgate_up = b.output("dgate_up", BufferKind::Activation, 2 * rows * inter);
         b.finish(Op::SwiGluBackward(SwiGluBackward { gate_up, dout, inter, dgate_up }), cases);
     }
 }
 
-fn head_loss(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+fn fused_linear_cross_entropy(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [
             (1, 1, 1),
@@ -622,28 +635,28 @@ fn head_loss(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
             let targets =
                 targets.map(|(target, ignored)| if ignored == 0 { IGNORE } else { target });
             let targets = b.index("targets", targets.collect());
-            let nll = b.output("nll", Element::Float, rows);
-            let argmax = b.output("argmax", Element::Index, rows);
-            let dx = gradient.then(|| b.output("dx", Element::Activation, rows * hidden));
+            let nll = b.output("nll", BufferKind::Float, rows);
+            let argmax = b.output("argmax", BufferKind::Index, rows);
+            let dx = gradient.then(|| b.output("dx", BufferKind::Activation, rows * hidden));
             if gradient {
                 b.accumulates(draw, w);
             }
-            let op = HeadLoss { x, w, targets, rows, nll, argmax, dx };
-            b.finish(Op::HeadLoss(op), cases);
+            let op = FusedLinearCrossEntropy { x, w, targets, rows, nll, argmax, dx };
+            b.finish(Op::FusedLinearCrossEntropy(op), cases);
         }
     }
 }
 
-fn pick_rows(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
-    for (windows, context, hidden) in
+fn gather_rows(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+    for (batch, seq_len, hidden) in
         size.shapes([(1, 1, 1), (3, 7, 5), (9, 4, 64)], [], [(64, 4, 64)])
     {
-        let shape = format!("{windows} x {context} x {hidden}");
+        let shape = format!("{batch} x {seq_len} x {hidden}");
         let mut b = Build::new(shape, alone(1, 1), false);
-        let x = b.input(draw, "x", windows * context * hidden);
-        let column = b.index("column", draw.indices(windows, context));
-        let out = b.output("out", Element::Activation, windows * hidden);
-        b.finish(Op::PickRows(PickRows { x, column, windows, context, out }), cases);
+        let x = b.input(draw, "x", batch * seq_len * hidden);
+        let position = b.index("position", draw.indices(batch, seq_len));
+        let out = b.output("out", BufferKind::Activation, batch * hidden);
+        b.finish(Op::GatherRows(GatherRows { x, position, batch, seq_len, out }), cases);
     }
 }
 
@@ -652,12 +665,12 @@ fn lengths(size: Size) -> Vec<usize> {
     size.shapes([1, 63, 1000, 20_011], [4_662_336], [4_662_336, 124_000_000])
 }
 
-fn zero_gradients(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+fn zero_grad(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for len in lengths(size) {
         let (layout, span) = alone(1, len);
         let mut b = Build::new(format!("{len}"), (layout, span), true);
         b.accumulates(draw, span);
-        b.finish(Op::ZeroGradients(ZeroGradients), cases);
+        b.finish(Op::ZeroGrad(ZeroGrad), cases);
     }
 }
 
@@ -666,7 +679,7 @@ fn grad_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         let (layout, span) = alone(1, len);
         let mut b = Build::new(format!("{len}"), (layout, span), true);
         b.accumulates(draw, span);
-        let norm = b.output("norm", Element::Float, 1);
+        let norm = b.output("norm", BufferKind::Float, 1);
         b.finish(Op::GradNorm(GradNorm { norm }), cases);
     }
 }
@@ -689,9 +702,9 @@ fn update(b: &mut Build, draw: &mut Draw, second: bool) -> Buffer {
     if second {
         b.case.outputs.push(Output::Arena(Arena::SecondMoment, whole));
     }
-    b.case.rates = Rates { learning_rate: 0.03, muon_learning_rate: 0.2, step: 7 };
+    b.case.rates = StepHyperparams { learning_rate: 0.03, muon_learning_rate: 0.2, step: 7 };
     // Above the clip's bound of 1.
-    b.given("norm", Element::Float, vec![1.7])
+    b.given("norm", BufferKind::Float, vec![1.7])
 }
 
 fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
@@ -720,7 +733,7 @@ fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         let matrices = vec![place(2), place(0)];
         let mut b = Build::new(format!("2 of {rows} x {cols}"), alone(3 * rows, cols), true);
         let norm = update(&mut b, draw, false);
-        let op = MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, decay: 0.1, matrices };
+        let op = MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, weight_decay: 0.1, matrices };
         b.finish(Op::MuonStep(op), cases);
     }
 }

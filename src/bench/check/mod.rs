@@ -15,6 +15,7 @@ use crate::backend::reference::Reference;
 use crate::backend::{Arena, Backend, Feed};
 use crate::dtype::Dtype;
 use crate::error::error;
+use crate::llama::ops::name_matches;
 
 pub(super) use cases::Case;
 pub use cases::{Size, operations};
@@ -50,7 +51,7 @@ pub fn check(
     mut tell: impl FnMut(&Row),
 ) -> anyhow::Result<Vec<Row>> {
     let dtype = backend.compute_dtype();
-    let chosen = |name: &str| selection.only.is_none_or(|only| name.contains(only));
+    let chosen = |name: &str| selection.only.is_none_or(|only| name_matches(name, only));
     if !operations().any(chosen) {
         return Err(error(
             format!("no operation is called {}, in --only", selection.only.unwrap_or_default()),
@@ -207,7 +208,7 @@ impl Case {
 
     fn dtype_of(&self, output: &Output, dtype: Dtype) -> Dtype {
         match output {
-            Output::Floats(buffer) if self.program.info(*buffer).element.size(2) == 2 => dtype,
+            Output::Floats(buffer) if self.program.info(*buffer).kind.size(2) == 2 => dtype,
             Output::Arena(Arena::Cache, _) => dtype,
             _ => Dtype::F32,
         }

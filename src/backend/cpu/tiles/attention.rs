@@ -1,6 +1,6 @@
 //! Attention for heads of 2, 4, 6 or 8 components, in f32: at such widths the exponentials are the work.
 //!
-//! A task is one key/value head of one window with the query heads that share it; keys and values lie on
+//! A task is one key/value head of one sequence with the query heads that share it; keys and values lie on
 //! their side, so that a vector holds one component of sixteen keys. Four query rows go together. Where no
 //! score can be large, which the longest query and the longest key tell, softmax needs no maximum, and
 //! scores, exponentials and both sums are one pass in registers; else a pass for the maxima comes first.
@@ -20,16 +20,16 @@ use rayon::prelude::*;
 
 use super::super::super::memory::Memory;
 use super::lines::{Line, exp2};
-use crate::llama::ops::{Attention, AttentionBackward, Heads};
+use crate::llama::ops::{Attention, AttentionBackward, AttentionShape};
 
 /// Query rows that go together.
 const ROWS: usize = 4;
-/// Scores to base 2 up to which softmax needs no maximum: neither their powers nor the sum of a context's
+/// Scores to base 2 up to which softmax needs no maximum: neither their powers nor the sum of a sequence's
 /// leave f32, and the largest is far above where it ends.
 const SMALL: f32 = 60.0;
 
 /// Whether these kernels are for heads of this width.
-pub(super) fn takes(shape: &Heads) -> bool {
+pub(super) fn takes(shape: &AttentionShape) -> bool {
     matches!(shape.head_dim, 2 | 4 | 6 | 8)
 }
 
@@ -39,15 +39,15 @@ pub(super) unsafe fn forward(o: &Attention, memory: &mut Memory<f32>) {
     let shape = o.shape;
     let [q, k, v, out, lse] = memory.floats.get([o.q, o.k, o.v, o.out, o.lse]);
     let first_key = memory.indices.one(o.first_key);
-    let (d, context) = (shape.head_dim, shape.context);
-    let queries = shape.group() * context;
+    let (d, seq_len) = (shape.head_dim, shape.seq_len);
+    let queries = shape.group() * seq_len;
     let heads: Vec<Vec<f32>> = q
         .par_chunks(queries * d)
-        .zip(k.par_chunks(context * d).zip(v.par_chunks(context * d)))
+        .zip(k.par_chunks(seq_len * d).zip(v.par_chunks(seq_len * d)))
         .zip(lse.par_chunks_mut(queries))
         .enumerate()
         .map(|(task, ((q, (k, v)), lse))| {
-            let first_key = &first_key[task / shape.kv_heads * context..][..context];
+            let first_key = &first_key[task / shape.kv_heads * seq_len..][..seq_len];
             let mut out = vec![0.0; queries * d];
             let head = Head { q, k, v, first_key, group: shape.group() };
             // SAFETY: the caller's.
@@ -62,13 +62,13 @@ pub(super) unsafe fn forward(o: &Attention, memory: &mut Memory<f32>) {
             out
         })
         .collect();
-    // From `[context, group, head_dim]` a task to rows of all heads side by side.
+    // From `[seq_len, group, head_dim]` a task to rows of all heads side by side.
     let width = shape.group() * d;
     out.par_chunks_mut(shape.q_width()).with_min_len(64).enumerate().for_each(|(row, out)| {
-        let (window, column) = (row / context, row % context);
+        let (sequence, position) = (row / seq_len, row % seq_len);
         for (kv_head, out) in out.chunks_mut(width).enumerate() {
-            let head = &heads[window * shape.kv_heads + kv_head];
-            out.copy_from_slice(&head[column * width..][..width]);
+            let head = &heads[sequence * shape.kv_heads + kv_head];
+            out.copy_from_slice(&head[position * width..][..width]);
         }
     });
 }
@@ -81,21 +81,21 @@ pub(super) unsafe fn backward(o: &AttentionBackward, memory: &mut Memory<f32>) {
         memory.floats.get([o.q, o.k, o.v, o.out, o.lse, o.dout, o.dq, o.dk, o.dv]);
     let (out, dout) = (&*out, &*dout);
     let first_key = memory.indices.one(o.first_key);
-    let (d, context) = (shape.head_dim, shape.context);
-    let queries = shape.group() * context;
+    let (d, seq_len) = (shape.head_dim, shape.seq_len);
+    let queries = shape.group() * seq_len;
     let width = shape.group() * d;
     dq.par_chunks_mut(queries * d)
-        .zip(dk.par_chunks_mut(context * d).zip(dv.par_chunks_mut(context * d)))
+        .zip(dk.par_chunks_mut(seq_len * d).zip(dv.par_chunks_mut(seq_len * d)))
         .zip(q.par_chunks(queries * d).zip(lse.par_chunks(queries)))
-        .zip(k.par_chunks(context * d).zip(v.par_chunks(context * d)))
+        .zip(k.par_chunks(seq_len * d).zip(v.par_chunks(seq_len * d)))
         .enumerate()
         .for_each(|(task, (((dq, (dk, dv)), (q, lse)), (k, v)))| {
-            let (window, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-            let first_key = &first_key[window * context..][..context];
-            // `[context, group]`, as this task's rows go.
+            let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
+            let first_key = &first_key[sequence * seq_len..][..seq_len];
+            // `[seq_len, group]`, as this task's rows go.
             let (mut douts, mut deltas) = (Vec::new(), Vec::new());
-            for column in 0..context {
-                let at = (window * context + column) * shape.q_width() + kv_head * width;
+            for position in 0..seq_len {
+                let at = (sequence * seq_len + position) * shape.q_width() + kv_head * width;
                 let (dout, out) = (&dout[at..at + width], &out[at..at + width]);
                 douts.extend_from_slice(dout);
                 deltas.extend(dout.chunks(d).zip(out.chunks(d)).map(|(dout, out)| {
@@ -118,18 +118,18 @@ pub(super) unsafe fn backward(o: &AttentionBackward, memory: &mut Memory<f32>) {
 
 /// What a task reads.
 struct Head<'a> {
-    /// `[group, context, head_dim]`
+    /// `[group, seq_len, head_dim]`
     q: &'a [f32],
-    /// `[context, head_dim]`
+    /// `[seq_len, head_dim]`
     k: &'a [f32],
     v: &'a [f32],
-    /// `[context]`
+    /// `[seq_len]`
     first_key: &'a [u32],
     group: usize,
 }
 
-/// What the backward reads besides: the forward's `[group, context]` log-sum-exp, and
-/// `[context, group]` of the output's gradient and its product with the output.
+/// What the backward reads besides: the forward's `[group, seq_len]` log-sum-exp, and
+/// `[seq_len, group]` of the output's gradient and its product with the output.
 struct Given<'a> {
     lse: &'a [f32],
     dout: &'a [f32],
@@ -137,12 +137,12 @@ struct Given<'a> {
 }
 
 impl Head<'_> {
-    /// How many query rows there are. They go by columns: all heads of a column see the same keys.
+    /// How many query rows there are. They go by columns: all heads of a position see the same keys.
     fn rows(&self) -> usize {
         self.first_key.len() * self.group
     }
 
-    /// Where a row lies in `[group, context]`.
+    /// Where a row lies in `[group, seq_len]`.
     fn place(&self, row: usize) -> usize {
         row % self.group * self.first_key.len() + row / self.group
     }
@@ -154,8 +154,8 @@ impl Head<'_> {
 
     /// The keys that a row sees.
     fn seen(&self, row: usize) -> (usize, usize) {
-        let column = row / self.group;
-        ((self.first_key[column] as usize).min(column + 1), column + 1)
+        let position = row / self.group;
+        ((self.first_key[position] as usize).min(position + 1), position + 1)
     }
 
     /// Four rows from `row` on. Those past the last are the last once more.
@@ -192,9 +192,9 @@ impl Group {
 fn turned<const D: usize>(rows: &[f32]) -> Vec<Line> {
     let lines = (rows.len() / D).div_ceil(16);
     let mut out = vec![Line::ZERO; D * lines];
-    for (column, row) in rows.chunks_exact(D).enumerate() {
+    for (position, row) in rows.chunks_exact(D).enumerate() {
         for (c, &value) in row.iter().enumerate() {
-            out[c * lines + column / 16].floats_mut()[column % 16] = value;
+            out[c * lines + position / 16].floats_mut()[position % 16] = value;
         }
     }
     out
@@ -202,9 +202,9 @@ fn turned<const D: usize>(rows: &[f32]) -> Vec<Line> {
 
 fn turn_back<const D: usize>(sideways: &[Line], rows: &mut [f32]) {
     let lines = sideways.len() / D;
-    for (column, row) in rows.chunks_exact_mut(D).enumerate() {
+    for (position, row) in rows.chunks_exact_mut(D).enumerate() {
         for (c, value) in row.iter_mut().enumerate() {
-            *value = sideways[c * lines + column / 16].floats()[column % 16];
+            *value = sideways[c * lines + position / 16].floats()[position % 16];
         }
     }
 }

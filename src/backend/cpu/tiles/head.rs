@@ -24,7 +24,7 @@ use super::super::super::memory::Memory;
 use super::lines::{
     Line, STRIP, dot, exp2, load, pack_lanes, pack_pairs, pack_rows, row, store, width, zipped,
 };
-use crate::llama::ops::HeadLoss;
+use crate::llama::ops::FusedLinearCrossEntropy;
 use crate::tokens::IGNORE;
 
 /// Words of the vocabulary a task takes.
@@ -61,7 +61,7 @@ struct Share {
 
 /// Bytes that a head takes beside its buffers, the same for any number of threads but for what each
 /// keeps in its cache.
-pub(super) fn workspace(o: &HeadLoss) -> usize {
+pub(super) fn workspace(o: &FusedLinearCrossEntropy) -> usize {
     let (segments, width) = (o.w.rows.div_ceil(SEGMENT), width(o.w.cols));
     let rows = o.rows.next_multiple_of(STRIP).min(STRIPS * STRIP);
     let words = 2 * 2 * segments * SEGMENT * width;
@@ -72,7 +72,12 @@ pub(super) fn workspace(o: &HeadLoss) -> usize {
 impl Head {
     /// # Safety
     /// The processor has AVX-512 with bfloat16.
-    pub unsafe fn loss(&mut self, o: &HeadLoss, memory: &mut Memory<f32>, scale: f32) {
+    pub unsafe fn loss(
+        &mut self,
+        o: &FusedLinearCrossEntropy,
+        memory: &mut Memory<f32>,
+        scale: f32,
+    ) {
         let (vocab, hidden) = (o.w.rows, o.w.cols);
         let (width, segments) = (width(hidden), vocab.div_ceil(SEGMENT));
         let w = &memory.parameters[o.w.range()];

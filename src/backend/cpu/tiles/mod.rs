@@ -12,7 +12,7 @@ mod product;
 use super::super::memory::Memory;
 use super::few::MOST as FEW;
 use crate::llama::Op;
-use crate::llama::ops::HeadLoss;
+use crate::llama::ops::FusedLinearCrossEntropy;
 
 /// Proof that the processor has what the kernels need, and what they keep from step to step.
 pub(super) struct Tiles {
@@ -46,7 +46,9 @@ impl Tiles {
         // SAFETY: `detect` is the only way to a value of this type.
         unsafe {
             match op {
-                Op::HeadLoss(o) if self.bf16 => self.head.loss(o, memory, loss_scale),
+                Op::FusedLinearCrossEntropy(o) if self.bf16 => {
+                    self.head.loss(o, memory, loss_scale)
+                }
                 Op::Linear(o) if self.bf16 => {
                     self.products.linear(o, memory);
                 }
@@ -72,6 +74,6 @@ impl Tiles {
 }
 
 /// Bytes that a head takes beside its buffers.
-pub(super) fn head_workspace(o: &HeadLoss) -> usize {
+pub(super) fn head_workspace(o: &FusedLinearCrossEntropy) -> usize {
     head::workspace(o)
 }
