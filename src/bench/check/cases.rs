@@ -44,7 +44,8 @@ impl Size {
     }
 }
 
-/// One operation, what it reads, and what it leaves.
+/// One operation, its inputs and its outputs.
+#[derive(Clone)]
 pub(in crate::bench) struct Case {
     pub operation: &'static str,
     pub shape: String,
@@ -58,8 +59,11 @@ pub(in crate::bench) struct Case {
     pub rates: StepHyperparams,
 }
 
+#[derive(Clone)]
 pub(in crate::bench) enum Output {
     Floats(Buffer),
+    /// Logarithms of what is computed.
+    Logarithms(Buffer),
     Indices(Buffer),
     Arena(Arena, Range<usize>),
 }
@@ -175,6 +179,13 @@ impl Build {
             BufferKind::Index => Output::Indices(buffer),
             _ => Output::Floats(buffer),
         });
+        buffer
+    }
+
+    /// A loss or a log-sum-exp for each row.
+    fn logarithms(&mut self, name: &str, len: usize) -> Buffer {
+        let buffer = self.case.program.buffer(name, BufferKind::Float, len, BufferRole::Output);
+        self.case.outputs.push(Output::Logarithms(buffer));
         buffer
     }
 
@@ -476,7 +487,7 @@ fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         let mut b = Build::new(describe(&shape), alone(1, 1), false);
         let [q, k, v, first_key] = attends(&mut b, draw, &shape, size);
         let out = b.output("out", BufferKind::Activation, shape.rows() * shape.q_width());
-        let lse = b.output("lse", BufferKind::Float, shape.rows() * shape.heads);
+        let lse = b.logarithms("lse", shape.rows() * shape.heads);
         b.finish(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }), cases);
     }
 }
@@ -635,7 +646,7 @@ fn fused_linear_cross_entropy(cases: &mut Vec<Case>, draw: &mut Draw, size: Size
             let targets =
                 targets.map(|(target, ignored)| if ignored == 0 { IGNORE } else { target });
             let targets = b.index("targets", targets.collect());
-            let nll = b.output("nll", BufferKind::Float, rows);
+            let nll = b.logarithms("nll", rows);
             let argmax = b.output("argmax", BufferKind::Index, rows);
             let dx = gradient.then(|| b.output("dx", BufferKind::Activation, rows * hidden));
             if gradient {
