@@ -34,6 +34,7 @@ pub mod memorization;
 pub mod model;
 pub mod random;
 pub mod report;
+pub mod schema;
 pub mod tokenizer;
 pub mod tokens;
 pub mod train;

@@ -232,9 +232,9 @@ def laam(args):
         line = dict(program="laam", device=found["device"], dtype=args.dtype, operation=row["operation"],
                     shape=row["shape"], warm=row["warm"], median_us=round(row["seconds"] * 1e6, 2),
                     p10_us=round(row["p10"] * 1e6, 2), p90_us=round(row["p90"] * 1e6, 2),
-                    gb_a_second=round(row["gigabytes_a_second"], 3), tflop_a_second=round(row["teraflops"], 3))
-        if row["pairs_a_second"]:
-            line["pairs_a_second"] = round(row["pairs_a_second"], 3)
+                    gb_per_second=round(row["gigabytes_per_second"], 3), tflop_per_second=round(row["teraflops"], 3))
+        if row["pairs_per_second"]:
+            line["pairs_per_second"] = round(row["pairs_per_second"], 3)
         print(json.dumps(line), flush=True)
     return True
 
@@ -285,8 +285,8 @@ def main():
             cuts = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else [median] * 9
             line.update(graph=graphed, warm=args.warm, samples=len(samples), median_us=round(median, 2),
                         p10_us=round(cuts[0], 2), p90_us=round(cuts[8], 2))
-            for key, amount, unit in (("gb_a_second", row.bytes, 1e3), ("tflop_a_second", row.flops, 1e6),
-                                      ("pairs_a_second", row.pairs, 1e-6)):
+            for key, amount, unit in (("gb_per_second", row.bytes, 1e3), ("tflop_per_second", row.flops, 1e6),
+                                      ("pairs_per_second", row.pairs, 1e-6)):
                 if amount:
                     line[key] = round(amount / median / unit, 3)
             print(json.dumps(line), flush=True)

@@ -101,7 +101,7 @@ def measure(args):
         device=torch.cuda.get_device_name() if on_gpu else "cpu",
         threads=None if on_gpu else torch.get_num_threads(), preset=args.preset, precision=args.dtype,
         how=args.how, batch=batch, context=context, parameters=sum(p.numel() for p in model.parameters()),
-        seconds_a_step=round(median, 6), tokens_a_second=round(batch * context / median, 1),
+        step_seconds=round(median, 6), tokens_per_second=round(batch * context / median, 1),
         fastest=round(min(seconds), 6), slowest=round(max(seconds), 6), peak_bytes=peak,
         losses=[round(losses[0], 4), round(losses[-1], 4)])))
 
@@ -213,19 +213,19 @@ def compare(args, batch, dtype, hows, speeds):
             else:
                 turns[name].append(result)
     medians = {name: {key: statistics.median(turn[key] for turn in results)
-                      for key in ("tokens_a_second", "peak_bytes")}
+                      for key in ("tokens_per_second", "peak_bytes")}
                for name, results in turns.items() if results}
     ours = medians.pop("laam", None)
     if ours and medians:
-        fastest = max(medians, key=lambda how: medians[how]["tokens_a_second"])
+        fastest = max(medians, key=lambda how: medians[how]["tokens_per_second"])
         theirs = medians[fastest]
-        speeds["laam"][dtype] = ours["tokens_a_second"]
-        speeds["pytorch"][dtype] = theirs["tokens_a_second"]
+        speeds["laam"][dtype] = ours["tokens_per_second"]
+        speeds["pytorch"][dtype] = theirs["tokens_per_second"]
         told = dict(preset=args.preset, batch=batch, precision=dtype, rounds=args.rounds,
-                    tokens_a_second={name: round(median["tokens_a_second"], 1)
-                                     for name, median in (medians | {"laam": ours}).items()},
+                    tokens_per_second={name: round(median["tokens_per_second"], 1)
+                                       for name, median in (medians | {"laam": ours}).items()},
                     fastest_peer=fastest,
-                    times_as_fast=round(ours["tokens_a_second"] / theirs["tokens_a_second"], 3))
+                    times_as_fast=round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3))
         # On a card, laam counts the memory of its process here, PyTorch the card's.
         if args.device == "cpu":
             told["share_of_memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 4)

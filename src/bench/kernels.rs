@@ -17,11 +17,11 @@ pub struct Row {
     pub seconds: f64,
     pub p10: f64,
     pub p90: f64,
-    pub gigabytes_a_second: f64,
+    pub gigabytes_per_second: f64,
     pub teraflops: f64,
-    pub exponentials_a_second: f64,
+    pub exponentials_per_second: f64,
     /// For attention: query-key pairs.
-    pub pairs_a_second: Option<f64>,
+    pub pairs_per_second: Option<f64>,
     /// Whether what it touches fits into a large cache, where it finds it again.
     pub warm: bool,
 }
@@ -83,10 +83,10 @@ fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<Row> {
         seconds: median,
         p10: seconds[RUNS / 10],
         p90: seconds[RUNS * 9 / 10],
-        gigabytes_a_second: rate(cost.bytes) / 1e9,
+        gigabytes_per_second: rate(cost.bytes) / 1e9,
         teraflops: rate(cost.flops) / 1e12,
-        exponentials_a_second: rate(cost.exponentials),
-        pairs_a_second: pairs.then(|| rate(cost.exponentials)),
+        exponentials_per_second: rate(cost.exponentials),
+        pairs_per_second: pairs.then(|| rate(cost.exponentials)),
         warm: cost.bytes < CACHE,
     })
 }

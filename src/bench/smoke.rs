@@ -13,7 +13,7 @@ pub struct Step {
     pub name: &'static str,
     pub passed: bool,
     /// What was seen, or the error.
-    pub told: String,
+    pub detail: String,
 }
 
 type Try = fn(&mut dyn Device) -> anyhow::Result<String>;
@@ -34,8 +34,8 @@ pub fn smoke(device: &mut dyn Device, mut tell: impl FnMut(&Step)) -> Vec<Step> 
     let mut steps = Vec::new();
     for (name, attempt) in STEPS {
         let step = match attempt(device) {
-            Ok(told) => Step { name, passed: true, told },
-            Err(error) => Step { name, passed: false, told: format!("{error:#}") },
+            Ok(detail) => Step { name, passed: true, detail },
+            Err(error) => Step { name, passed: false, detail: format!("{error:#}") },
         };
         tell(&step);
         steps.push(step);

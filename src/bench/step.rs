@@ -62,8 +62,8 @@ pub struct Timing {
     pub context: usize,
     pub parameters: usize,
     /// The median of the timed steps.
-    pub seconds_a_step: f64,
-    pub tokens_a_second: f64,
+    pub step_seconds: f64,
+    pub tokens_per_second: f64,
     /// Of the products a step needs at least, recomputed ones not counted, in units of 1e12.
     pub teraflops: f64,
     /// Those FLOPs over the device's peak, where that is known.
@@ -196,8 +196,8 @@ pub fn time(
         batch,
         context,
         parameters: layout.parameter_count(),
-        seconds_a_step: median,
-        tokens_a_second: (batch * context) as f64 / median,
+        step_seconds: median,
+        tokens_per_second: (batch * context) as f64 / median,
         teraflops: flops / 1e12,
         mfu: backend.peak().map(|peak| flops / peak),
         floor,

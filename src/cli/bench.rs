@@ -13,6 +13,7 @@ use crate::bench::{kernels, smoke, step};
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::error::error;
+use crate::schema::versioned;
 
 /// Time what the program does, on this machine.
 #[derive(Args)]
@@ -118,10 +119,10 @@ impl Table {
     }
 
     /// All of it as JSON, where that is wanted.
-    fn finish(self, json: &Value) -> anyhow::Result<()> {
+    fn finish(self, json: Value) -> anyhow::Result<()> {
         self.written?;
         if self.silent {
-            writeln!(io::stdout(), "{json}")?;
+            writeln!(io::stdout(), "{}", versioned(json))?;
         }
         Ok(())
     }
@@ -136,7 +137,7 @@ fn ceilings(arguments: &OnDevice) -> anyhow::Result<Outcome> {
         let Ceiling { name, value, unit, .. } = ceiling;
         table.line(format_args!("{name:24} {value:10.2} {unit}"));
     })?;
-    table.finish(&json!({ "device": device.describe(), "ceilings": found }))?;
+    table.finish(json!({ "device": device.describe(), "roofline": found }))?;
     Ok(Outcome::Done)
 }
 
@@ -146,9 +147,9 @@ fn run_smoke(arguments: &OnDevice) -> anyhow::Result<Outcome> {
     let mut table = Table::new(arguments.json);
     let steps = smoke::smoke(&mut *device, |step| {
         let verdict = if step.passed { "ok" } else { "FAILED" };
-        table.line(format_args!("{:28} {verdict:6} {}", step.name, step.told));
+        table.line(format_args!("{:28} {verdict:6} {}", step.name, step.detail));
     });
-    table.finish(&json!({ "device": device.describe(), "steps": steps }))?;
+    table.finish(json!({ "device": device.describe(), "steps": steps }))?;
     let passed = steps.iter().all(|step| step.passed);
     Ok(if passed { Outcome::Done } else { Outcome::Different })
 }
@@ -172,7 +173,8 @@ fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
         "operation", "type", "shape", "us", "p10 to p90", "GB/s", "TFLOP/s", "Gpairs/s"
     ));
     let rows = kernels::time(&*backend, arguments.only.as_deref(), size, |row| {
-        let pairs = row.pairs_a_second.map_or(String::new(), |pairs| format!("{:.1}", pairs / 1e9));
+        let pairs =
+            row.pairs_per_second.map_or(String::new(), |pairs| format!("{:.1}", pairs / 1e9));
         table.line(format_args!(
             "{:22} {:4} {:36} {:10.2} {:9.2} {:9.2} {:8.1} {:8.2} {pairs:>9}{}",
             row.operation,
@@ -181,12 +183,12 @@ fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
             1e6 * row.seconds,
             1e6 * row.p10,
             1e6 * row.p90,
-            row.gigabytes_a_second,
+            row.gigabytes_per_second,
             row.teraflops,
             if row.warm { "  warm" } else { "" },
         ));
     })?;
-    table.finish(&json!({ "device": backend.device(), "rows": rows }))?;
+    table.finish(json!({ "device": backend.device(), "rows": rows }))?;
     Ok(Outcome::Done)
 }
 
@@ -229,26 +231,26 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
          memory at most",
         timing.batch,
         timing.context,
-        1e3 * timing.seconds_a_step,
+        1e3 * timing.step_seconds,
         1e3 * timing.fastest,
         1e3 * timing.slowest,
-        timing.tokens_a_second,
+        timing.tokens_per_second,
         timing.teraflops,
         timing.peak_bytes / 1_000_000,
     ));
     if backend.name() != "cpu" {
         let mfu = timing.mfu.map_or(String::new(), |mfu| format!(", MFU {:.1}%", 100.0 * mfu));
         let floor = timing.floor.map_or(String::new(), |floor| {
-            let share = 100.0 * floor / timing.seconds_a_step;
+            let share = 100.0 * floor / timing.step_seconds;
             format!(", {share:.0}% of what the ceilings allow ({:.3} ms)", 1e3 * floor)
         });
         let megabytes = timing.model_bytes / 1_000_000;
         table.line(format_args!("{megabytes} MB of the device's memory{mfu}{floor}"));
     }
     for (name, seconds) in &timing.operations {
-        let share = 100.0 * seconds / timing.seconds_a_step;
+        let share = 100.0 * seconds / timing.step_seconds;
         table.line(format_args!("  {name:24} {:9.3} ms  {share:4.1}%", 1e3 * seconds));
     }
-    table.finish(&serde_json::to_value(&timing)?)?;
+    table.finish(serde_json::to_value(&timing)?)?;
     Ok(Outcome::Done)
 }

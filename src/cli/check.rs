@@ -9,6 +9,7 @@ use serde_json::json;
 use super::{Outcome, backend};
 use crate::bench::check::{Row, Selection, Size, check};
 use crate::dtype::Dtype;
+use crate::schema::versioned;
 
 /// Hold every operation of a backend against f64, on fresh random inputs.
 #[derive(Args)]
@@ -68,7 +69,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
             .map(|(dtype, device, rows)| json!({ "dtype": dtype, "device": device, "rows": rows }))
             .collect();
         let all = json!({ "seed": seed, "checked": checked, "failed": failed, "runs": runs });
-        writeln!(out, "{all}")?;
+        writeln!(out, "{}", versioned(all))?;
     } else {
         writeln!(out, "{checked} outputs checked, {failed} failed")?;
     }

@@ -14,6 +14,7 @@ use crate::device::cuda::{self, Cuda, Library};
 use crate::device::driver::{Driver, oldest_driver};
 use crate::error::hint_of;
 use crate::kernels::{BUILD, CUDA_MODULES};
+use crate::schema::versioned;
 
 /// Say what was built, what this machine offers, and how to mend what is missing.
 #[derive(Args)]
@@ -27,7 +28,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let findings = Findings::gather();
     let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{:#}", findings.as_json())?;
+        writeln!(out, "{:#}", versioned(findings.as_json()))?;
     } else {
         findings.print(&mut out)?;
     }
@@ -180,8 +181,8 @@ impl Findings {
             "cpu_features": self.features,
             "driver": self.driver.version,
             "libcuda": self.driver.library,
-            "cards": self.driver.gpus,
-            "usable_cards": self.cards.iter().flatten().collect::<Vec<_>>(),
+            "gpus": self.driver.gpus,
+            "usable_gpus": self.cards.iter().flatten().collect::<Vec<_>>(),
             "cublaslt": self.cublaslt != Library::Missing,
             "cache": self.cache,
             "missing": self.advice.iter()

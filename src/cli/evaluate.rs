@@ -11,11 +11,12 @@ use super::source::SourceArguments;
 use super::windows;
 use super::{Outcome, backend, model};
 use crate::memorization::loss::measure;
+use crate::schema::versioned;
 use crate::tokens::Kind;
 
 /// Measure the loss of a model on a text.
 ///
-/// Prints loss (mean nats a token), perplexity, bits_a_byte and tokens. What counts depends on the
+/// Prints loss (mean nats a token), perplexity, bits_per_byte and tokens. What counts depends on the
 /// windows: of original ones all tokens but the first of each, of stream ones all but the first of
 /// the text, of addressed ones the text without its paths.
 #[derive(Args)]
@@ -71,7 +72,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let printed = json!({
         "loss": measured.loss,
         "perplexity": measured.perplexity,
-        "bits_a_byte": measured.bits_a_byte,
+        "bits_per_byte": measured.bits_per_byte,
         "tokens": measured.tokens,
         "windows": windows.len(),
         "window_kind": kind,
@@ -80,7 +81,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     });
     let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{printed:#}")?;
+        writeln!(out, "{:#}", versioned(printed))?;
         return Ok(Outcome::Done);
     }
     for (name, value) in printed.as_object().into_iter().flatten() {

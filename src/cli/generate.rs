@@ -11,6 +11,7 @@ use super::model::Opened;
 use super::{Outcome, backend, model};
 use crate::error::{Hint, error};
 use crate::generate::{Continuation, Finish, Generator, Request, Sampling, TextStream};
+use crate::schema::versioned;
 
 /// The most columns that are made ready where prompts are not known beforehand.
 const PLAYGROUND: usize = 1 << 13;
@@ -93,9 +94,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
             "text": String::from_utf8_lossy(&bytes),
             "finish": format!("{:?}", answer.finish).to_lowercase(),
             "seconds": seconds,
-            "tokens_a_second": answer.ids.len() as f64 / seconds,
+            "tokens_per_second": answer.ids.len() as f64 / seconds,
         });
-        writeln!(io::stdout().lock(), "{printed:#}")?;
+        writeln!(io::stdout().lock(), "{:#}", versioned(printed))?;
     } else if io::stdout().is_terminal() {
         writeln!(io::stdout())?;
     }

@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{Outcome, model};
+use crate::schema::versioned;
 
 /// List the files that a model was trained on.
 ///
@@ -24,7 +25,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let paths = model::paths(&arguments.model)?;
     let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{:#}", json!({"files": paths.len(), "paths": paths}))?;
+        writeln!(out, "{:#}", versioned(json!({"files": paths.len(), "paths": paths})))?;
     } else {
         for path in &paths {
             writeln!(out, "{path}")?;

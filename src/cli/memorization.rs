@@ -21,6 +21,7 @@ use crate::memorization::measure::{Memorized, Question, measure, spread};
 use crate::memorization::size;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::model::{Layout, initialize};
+use crate::schema::versioned;
 use crate::tokens::{Kind, Windows};
 
 /// Measure what a model holds of a text, by one forward pass.
@@ -150,7 +151,7 @@ impl Measures {
             .hint(|| "was the model changed meanwhile?")?
             .len();
         let parameters = config.parameter_count() as f64;
-        let bits_a_parameter =
+        let bits_per_parameter =
             xz.map(|xz| (8.0 * xz as f64 - memorized.residual_bits) / parameters);
         let mut json = serde_json::to_value(&memorized)?;
         let rates =
@@ -161,7 +162,7 @@ impl Measures {
             ("windows", json!(windows.len())),
             ("source", json!(manifest.source)),
             ("parameters", json!(config.parameter_count() as u64)),
-            ("bits_a_parameter", json!(bits_a_parameter)),
+            ("bits_per_parameter", json!(bits_per_parameter)),
             ("weights_bytes", json!(weights_bytes)),
             ("residual_bytes", json!((memorized.residual_bits / 8.0).ceil() as u64)),
             ("xz_bytes", json!(xz)),
@@ -179,17 +180,17 @@ impl Measures {
         ] {
             json[name] = value;
         }
-        Ok(Self { memorized, cut, json })
+        Ok(Self { memorized, cut, json: versioned(json) })
     }
 
     /// Writes all of it: JSON, tables, and what a picture of the files takes.
     pub fn write(&self, folder: &Path) -> anyhow::Result<()> {
         let json = format!("{:#}\n", self.json);
         write_atomically(&folder.join("memorization.json"), json.as_bytes())?;
-        let heat = serde_json::to_string(&self.memorized.heat)?;
-        write_atomically(&folder.join("heat.json"), heat.as_bytes())?;
+        let heat = versioned(json!({"files": self.memorized.heat}));
+        write_atomically(&folder.join("heat.json"), heat.to_string().as_bytes())?;
         let mut files = String::from(
-            "path,bytes,tokens,tokens_right,bits,longest_run_bytes,windows,verbatim\n",
+            "path,bytes,tokens,tokens_correct,bits,longest_run_bytes,windows,verbatim\n",
         );
         for file in &self.memorized.files {
             let _ = writeln!(
@@ -198,7 +199,7 @@ impl Measures {
                 cell(&file.path),
                 file.bytes,
                 file.tokens,
-                file.tokens_right,
+                file.tokens_correct,
                 file.bits,
                 file.longest_run_bytes,
                 file.windows,
@@ -260,8 +261,8 @@ impl Measures {
             "longest verbatim run: {} bytes, from byte {} of {}",
             run.bytes, run.byte, run.path
         );
-        let _ = writeln!(text, "bits a byte: {:.6}", self.memorized.bits_a_byte);
-        if let Some(bits) = json["bits_a_parameter"].as_f64() {
+        let _ = writeln!(text, "bits a byte: {:.6}", self.memorized.bits_per_byte);
+        if let Some(bits) = json["bits_per_parameter"].as_f64() {
             let _ = writeln!(text, "bits a parameter: {bits:.3} (by what xz makes of the text)");
         }
         let _ = writeln!(
@@ -281,7 +282,7 @@ fn summary(control: &Memorized, what: &str) -> Value {
         "verbatim_rate": control.verbatim_rate,
         "by_prefix": control.by_prefix,
         "from_address": control.from_address,
-        "bits_a_byte": control.bits_a_byte,
+        "bits_per_byte": control.bits_per_byte,
         "longest_run_bytes": control.longest_run_bytes,
     })
 }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::{Outcome, backend};
 use crate::backend::Backend;
 use crate::model::{self, Config};
+use crate::schema::versioned;
 use crate::train::{Footprint, Settings};
 
 /// Say how many parameters a model has, how much arithmetic a token is, and what memory training takes.
@@ -58,7 +59,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     };
     let mut out = io::stdout();
     if arguments.json {
-        writeln!(out, "{:#}", as_json(&config, settings, &*backend))?;
+        writeln!(out, "{:#}", versioned(as_json(&config, settings, &*backend)))?;
     } else {
         write!(out, "{}", text(&config, settings, &*backend))?;
     }
@@ -93,11 +94,11 @@ fn as_json(config: &Config, settings: &Settings, backend: &dyn Backend) -> Value
         "parameters_blocks": blocks as u64,
         "parameters_norms": norms as u64,
         "context": context,
-        "flops_a_token_forward": config.forward_flops(context) as u64,
-        "flops_a_token_training": config.training_flops(context) as u64,
+        "flops_per_token_forward": config.forward_flops(context) as u64,
+        "flops_per_token_training": config.training_flops(context) as u64,
         "backend": backend.name(),
         "batch_size": settings.batch_size,
-        "windows_at_once": memory.windows_at_once,
+        "micro_batch_size": memory.windows_at_once,
         "bytes_parameters": memory.parameters,
         "bytes_gradients": memory.gradients,
         "bytes_optimizer": memory.optimizer,

@@ -18,6 +18,7 @@ use crate::error::error;
 use crate::generate::Generator;
 use crate::memorization::rebuild::{self, Comparison, Difference, Rebuilt, rebuild};
 use crate::memorization::regenerate::{End, Regenerator};
+use crate::schema::versioned;
 use crate::tokenizer::Style;
 use crate::tokens::Kind;
 
@@ -170,7 +171,7 @@ pub fn as_json(
             })
         })
         .collect();
-    json!({
+    versioned(json!({
         "files": rebuilt.len(),
         "files_exact": comparison.map(Comparison::files_exact),
         "bytes": comparison.map_or(bytes, Comparison::bytes),
@@ -180,10 +181,10 @@ pub fn as_json(
         "extra": comparison.map(|comparison| &comparison.extra),
         "tokens": tokens,
         "seconds": seconds,
-        "tokens_a_second": tokens as f64 / seconds,
+        "tokens_per_second": tokens as f64 / seconds,
         "output": output.to_string_lossy(),
         "per_file": per_file,
-    })
+    }))
 }
 
 fn print(

@@ -17,7 +17,7 @@ use super::train::Stage;
 use super::train_tokenizer::encoding_of;
 use super::{Outcome, backend, model, plan, windows};
 use crate::backend::Backend;
-use crate::corpus::{Corpus, SAMPLE};
+use crate::corpus::{Corpus, Manifest, SAMPLE};
 use crate::error::{Hint, error};
 use crate::files::write_atomically;
 use crate::memorization::measure::Question;
@@ -25,6 +25,7 @@ use crate::memorization::rebuild::compare;
 use crate::memorization::regenerate::Regenerator;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report;
+use crate::schema::SchemaVersion;
 use crate::tokenizer::{Special, Tokenizer, Training};
 use crate::train::Finish;
 use crate::train::recipe::Recipe;
@@ -61,9 +62,24 @@ pub struct Arguments {
 /// What a folder of a run is about: another run must not go on in it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
+    #[serde(default)]
+    pub schema_version: SchemaVersion,
     /// With every key it has, as TOML.
     pub recipe: String,
     pub corpus_sha256: String,
+}
+
+impl Identity {
+    pub fn new(recipe: &Recipe, manifest: &Manifest) -> anyhow::Result<Self> {
+        let (recipe, corpus_sha256) = (recipe.resolved()?, manifest.hash());
+        Ok(Self { schema_version: SchemaVersion, recipe, corpus_sha256 })
+    }
+
+    /// Whether the recipes have the same values, whatever their keys were called when written.
+    fn is_same_recipe(&self, other: &Self) -> bool {
+        let [ours, theirs] = [self, other].map(|identity| Recipe::parse(&identity.recipe).ok());
+        ours.is_some() && ours == theirs
+    }
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
@@ -79,7 +95,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let corpus = arguments.source.corpus(recipe.version.as_deref(), encoding)?;
     let manifest = corpus.manifest()?;
     eprintln!("{}: {} files, {} bytes", manifest.source, manifest.files.len(), manifest.bytes());
-    let identity = Identity { recipe: recipe.resolved()?, corpus_sha256: manifest.hash() };
+    let identity = Identity::new(&recipe, &manifest)?;
     claim(&folder, &identity)?;
 
     let Some((model, _)) = train(&arguments.backend, &recipe, &corpus, &folder)? else {
@@ -151,13 +167,14 @@ pub fn claim(folder: &Path, identity: &Identity) -> anyhow::Result<()> {
         );
     };
     let other = serde_json::from_str::<Identity>(&text).ok();
-    if other.as_ref() == Some(identity) {
-        return Ok(());
-    }
-    let what = if other.is_some_and(|other| other.recipe == identity.recipe) {
-        "corpus"
-    } else {
-        "recipe"
+    let what = match other {
+        Some(other) if other.is_same_recipe(identity) => {
+            if other.corpus_sha256 == identity.corpus_sha256 {
+                return Ok(());
+            }
+            "corpus"
+        }
+        _ => "recipe",
     };
     Err(error(
         format!("{} holds a run of another {what}", folder.display()),

@@ -21,6 +21,7 @@ use crate::memorization::measure::{Question, measure};
 use crate::memorization::rebuild::compare;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report::sweep::{Dot, plot};
+use crate::schema::{SCHEMA_FIELD, upgrade, versioned};
 use crate::tokens::TokenFile;
 use crate::train::sweep::{Run, Sweep};
 
@@ -90,13 +91,17 @@ fn result(
     folder: &Path,
 ) -> anyhow::Result<Option<Value>> {
     let manifest = corpus.manifest()?;
-    claim(folder, &Identity { recipe: run.recipe.resolved()?, corpus_sha256: manifest.hash() })?;
+    claim(folder, &Identity::new(&run.recipe, &manifest)?)?;
     let path = folder.join("result.json");
     match fs::read_to_string(&path) {
         Ok(text) => {
-            let row = serde_json::from_str(&text)
+            let mut row = serde_json::from_str(&text)
+                .map_err(anyhow::Error::from)
+                .and_then(upgrade)
                 .with_context(|| format!("{} is not what laam writes", path.display()))
                 .hint(|| "remove it: the run is measured again")?;
+            // The table has it once.
+            row.as_object_mut().map(|row| row.shift_remove(SCHEMA_FIELD));
             return Ok(Some(row));
         }
         Err(none) if none.kind() == io::ErrorKind::NotFound => {}
@@ -138,14 +143,14 @@ fn result(
         "tokens": metrics["tokens"],
         "seconds": metrics["seconds"],
         "loss": measured.loss,
-        "bits_a_byte": measured.bits_a_byte,
+        "bits_per_byte": measured.bits_per_byte,
         "verbatim_rate": measured.verbatim_rate,
         "windows_exact": measured.from_address.map(|share| share.exact),
         "windows": windows.len(),
         "files_exact": files_exact,
         "files": manifest.files.len(),
     });
-    write_atomically(&path, format!("{row:#}\n").as_bytes())?;
+    write_atomically(&path, format!("{:#}\n", versioned(row.clone())).as_bytes())?;
     Ok(Some(row))
 }
 
@@ -176,7 +181,7 @@ fn write(folder: &Path, sweep: &Sweep, rows: &[(&Run, Value)]) -> anyhow::Result
             let share = exact.zip(row["windows"].as_f64()).map(|(exact, all)| exact / all);
             Dot {
                 name: run.name.clone(),
-                bits_a_byte: row["bits_a_byte"].as_f64().unwrap_or(f64::NAN),
+                bits_per_byte: row["bits_per_byte"].as_f64().unwrap_or(f64::NAN),
                 verbatim: share.or(row["verbatim_rate"].as_f64()),
             }
         })
@@ -191,7 +196,7 @@ fn as_json(sweep: &Sweep, rows: &[(&Run, Value)]) -> Value {
         row["changed"] = json!(run.changed);
         row
     });
-    json!({"description": sweep.description, "runs": rows.collect::<Vec<_>>()})
+    versioned(json!({"description": sweep.description, "runs": rows.collect::<Vec<_>>()}))
 }
 
 /// Tab-separated, with a line of names.

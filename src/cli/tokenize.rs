@@ -13,6 +13,7 @@ use super::progress::Progress;
 use super::source::{self, SourceArguments};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::hex;
+use crate::schema::versioned;
 use crate::tokenizer::{Style, Tokenizer};
 use crate::tokens::{Kind, Windows};
 use crate::train::prepare;
@@ -84,7 +85,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     });
     let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{printed:#}")?;
+        writeln!(out, "{:#}", versioned(printed))?;
         return Ok(Outcome::Done);
     }
     for (name, value) in printed.as_object().into_iter().flatten() {

@@ -10,6 +10,7 @@ use super::Outcome;
 use super::progress::Progress;
 use super::source::{self, SourceArguments};
 use crate::corpus::{Encoding, hex};
+use crate::schema::versioned;
 use crate::tokenizer::{Stage, Style, Tokenizer, Training};
 
 /// Train a tokenizer and write it as transformers reads it.
@@ -103,7 +104,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         "bytes": trained.bytes,
         "sha256": hex(&tokenizer.sha256()),
     });
-    writeln!(io::stdout(), "{printed:#}")?;
+    writeln!(io::stdout(), "{:#}", versioned(printed))?;
     Ok(Outcome::Done)
 }
 

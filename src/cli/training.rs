@@ -82,7 +82,7 @@ impl Observer for Watcher {
             bar.set_position(step);
         }
         let Some(metrics) = metrics else { return };
-        let mut text = format!("loss {loss:.4}, {:.0} tokens/s", metrics.tokens_a_second);
+        let mut text = format!("loss {loss:.4}, {:.0} tokens/s", metrics.tokens_per_second);
         if let Some(rate) = metrics.verbatim_rate {
             text = format!("{text}, verbatim {:.1}%", 100.0 * rate);
         }

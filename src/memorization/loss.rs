@@ -15,7 +15,7 @@ pub struct Measured {
     pub perplexity: f64,
     /// Bits of all counted tokens, paths and markers included, for each byte of the files. What is
     /// counted depends on the windows: `original` ones leave out the first token of each.
-    pub bits_a_byte: f64,
+    pub bits_per_byte: f64,
     /// Tokens that were counted.
     pub tokens: u64,
 }
@@ -43,6 +43,6 @@ pub fn measure(
     })?;
     // A text without a counted token has no loss to speak of.
     let loss = nats / (tokens as f64).max(1.0);
-    let bits_a_byte = nats / std::f64::consts::LN_2 / (bytes as f64).max(1.0);
-    Ok(Measured { loss, perplexity: loss.exp(), bits_a_byte, tokens })
+    let bits_per_byte = nats / std::f64::consts::LN_2 / (bytes as f64).max(1.0);
+    Ok(Measured { loss, perplexity: loss.exp(), bits_per_byte, tokens })
 }

@@ -97,7 +97,7 @@ pub struct FileMeasures {
     /// Tokens of the text, and its end.
     pub tokens: u64,
     /// Those that were the best guess.
-    pub tokens_right: u64,
+    pub tokens_correct: u64,
     /// What the model leaves of it.
     pub bits: f64,
     pub longest_run_bytes: u64,
@@ -147,11 +147,11 @@ pub struct Memorized {
     /// Mean negative log-likelihood of the text's tokens, in nats.
     pub loss: f64,
     pub tokens: u64,
-    pub tokens_right: u64,
+    pub tokens_correct: u64,
     pub bytes: u64,
     /// What the model leaves of the text: with so many bits more it could be given back exactly.
     pub residual_bits: f64,
-    pub bits_a_byte: f64,
+    pub bits_per_byte: f64,
     pub longest_run_bytes: u64,
     pub longest_run: Run,
     pub files: Vec<FileMeasures>,
@@ -325,10 +325,10 @@ impl<'a> Walk<'a> {
             discoverable,
             loss: residual_bits * LN_2 / (tokens as f64).max(1.0),
             tokens,
-            tokens_right: sum(|file| file.tokens_right),
+            tokens_correct: sum(|file| file.tokens_correct),
             bytes,
             residual_bits,
-            bits_a_byte: residual_bits / (bytes as f64).max(1.0),
+            bits_per_byte: residual_bits / (bytes as f64).max(1.0),
             longest_run_bytes: self.longest.bytes,
             longest_run: self.longest,
             prefixes: self.prefixes,
@@ -390,7 +390,7 @@ impl File {
         let to = self.ends[at];
         let measures = &mut self.measures;
         measures.tokens += 1;
-        measures.tokens_right += u64::from(right);
+        measures.tokens_correct += u64::from(right);
         measures.bytes += u64::from(to - from);
         measures.bits += f64::from(nll) / LN_2;
         self.heat.cells[at / CELL].1 -= nll / LN_10 as f32;

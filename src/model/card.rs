@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::{Config, Licence, Provenance};
+use super::{Config, License, Provenance};
 use crate::dtype::Dtype;
 
 /// The card's text.
@@ -11,7 +11,7 @@ pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> Strin
     let corpus = &provenance.corpus;
     let mut text = format!(
         "---\nlicense: {}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n- memorization\n---\n\n",
-        corpus.licence.id()
+        corpus.license.id()
     );
     let _ = write!(
         text,
@@ -53,14 +53,14 @@ pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> Strin
          and weights, the program's version and the device. With the program's source it is the \
          complete description of how the weights came to be. The Open Source AI Definition 1.0 \
          (October 2024) asks for such a description and a listing of the training data; this one \
-         names every file, and the manifest's hash holds each to its bytes.\n\n## Licence\n\n",
+         names every file, and the manifest's hash holds each to its bytes.\n\n## License\n\n",
         corpus.paths.len(),
         plain(&corpus.filter),
     );
-    text.push_str(match corpus.licence {
-        Licence::Gpl2 => GPL_2,
-        Licence::Mit => MIT,
-        Licence::Unknown => UNKNOWN,
+    text.push_str(match corpus.license {
+        License::Gpl2 => GPL_2,
+        License::Mit => MIT,
+        License::Unknown => UNKNOWN,
     });
     text
 }
@@ -78,13 +78,13 @@ precaution, not a finding. The program that trained them is MIT-licensed.
 ";
 
 const MIT: &str = "\
-The weights and the text they were trained on, which is part of laam, stand under the MIT licence.
+The weights and the text they were trained on, which is part of laam, stand under the MIT license.
 ";
 
 const UNKNOWN: &str = "\
 The terms of the training text are not known to the program. Output that equals that text is that \
 text, under its own terms; whether the weights themselves are a derived work is unsettled law. Set \
-the licence above before passing the weights on.
+the license above before passing the weights on.
 ";
 
 /// Text from outside, kept to one line that Markdown takes as it is.
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn weights_trained_on_the_kernel_are_marked_gpl_with_the_reason() {
-        let text = of(CorpusRecord { licence: Licence::Gpl2, ..CorpusRecord::default() });
+        let text = of(CorpusRecord { license: License::Gpl2, ..CorpusRecord::default() });
         assert!(text.starts_with("---\nlicense: gpl-2.0\n"));
         for said in ["MIT on purpose", "unsettled law", "kernel's code", "4662336 parameters"] {
             assert!(text.contains(said), "{said}");
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn names_from_outside_cannot_write_into_the_card() {
         let name = "x`\n---\nlicense: mit\n# <script>".to_string();
-        let text = of(CorpusRecord { name, licence: Licence::Gpl2, ..CorpusRecord::default() });
+        let text = of(CorpusRecord { name, license: License::Gpl2, ..CorpusRecord::default() });
         assert_eq!(text.lines().filter(|line| line.starts_with("license:")).count(), 1);
         assert_eq!(text.lines().filter(|line| line.starts_with("---")).count(), 2);
         assert!(text.contains("`x??---?license: mit?# <script>`"));

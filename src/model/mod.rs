@@ -21,5 +21,5 @@ pub use checkpoint::{
 pub use config::{Config, RopeScaling};
 pub use init::initialize;
 pub use layout::{Block, Kind, Layout, Parameter, Span};
-pub use provenance::{CorpusRecord, Licence, Provenance};
+pub use provenance::{CorpusRecord, License, Provenance};
 pub use replace::settle;

@@ -3,10 +3,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::schema::SchemaVersion;
+
 /// The record that lies beside the weights.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Provenance {
+    pub schema_version: SchemaVersion,
     pub corpus: CorpusRecord,
     /// Sha256 of `tokenizer.json`.
     pub tokenizer_sha256: Option<String>,
@@ -36,14 +39,15 @@ pub struct CorpusRecord {
     pub manifest_sha256: Option<String>,
     /// Which files were kept, in words.
     pub filter: String,
-    pub licence: Licence,
+    #[serde(alias = "licence")]
+    pub license: License,
     /// Of each file that was trained on, in the order of training.
     pub paths: Vec<String>,
 }
 
 /// The terms of the text, which decide how the weights are marked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Licence {
+pub enum License {
     /// The Linux kernel's, version 2 alone.
     #[serde(rename = "gpl-2.0")]
     Gpl2,
@@ -55,7 +59,7 @@ pub enum Licence {
     Unknown,
 }
 
-impl Licence {
+impl License {
     /// As Hugging Face spells it in a model card.
     pub fn id(self) -> &'static str {
         match self {

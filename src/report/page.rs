@@ -66,7 +66,7 @@ fn head(run: &Run, out: &mut String) {
         question["prefix"], question["suffix"]
     );
     tile(measures["verbatim_rate"].as_f64().map(percent), &asked);
-    tile(measures["bits_a_byte"].as_f64().map(short), "bits a byte left of the text");
+    tile(measures["bits_per_byte"].as_f64().map(short), "bits a byte left of the text");
     let longest = measures["longest_run_bytes"].as_u64();
     tile(longest.map(grouped), "bytes in the longest verbatim run");
     tile(measures["parameters"].as_u64().map(grouped), "parameters");
@@ -104,7 +104,7 @@ fn training(run: &Run, out: &mut String) {
             .figure("Verbatim windows", "by step"),
         chart(|line| line.learning_rate, false, zero, short).figure("Learning rate", ""),
         chart(|line| line.grad_norm, true, None, short).figure("Gradient norm", "before clipping"),
-        chart(|line| line.tokens_a_second, false, zero, short)
+        chart(|line| line.tokens_per_second, false, zero, short)
             .figure("Throughput", "tokens a second"),
     ]
     .concat();
@@ -186,13 +186,13 @@ fn memorization(run: &Run, out: &mut String) {
     };
     fact("whole windows from their address alone", share(&measures["from_address"]));
     fact("32 tokens given, 32 continued", share(&measures["pythia"]));
-    let bits = |from: &Value| from["bits_a_byte"].as_f64().map(short);
+    let bits = |from: &Value| from["bits_per_byte"].as_f64().map(short);
     fact("bits a byte", bits(measures));
     fact("bits a byte, untrained model", bits(&control["untrained"]));
     fact("bits a byte, lines reversed", bits(&control["unseen"]));
     fact(
         "bits a parameter, by what xz makes of the text",
-        measures["bits_a_parameter"].as_f64().map(short),
+        measures["bits_per_parameter"].as_f64().map(short),
     );
     let longest = &measures["longest_run"];
     let run = longest["bytes"].as_u64().zip(longest["path"].as_str());
@@ -418,7 +418,7 @@ fn provenance(run: &Run, out: &mut String) {
         ("seed", &record["seed"]),
         ("device", &record["device"]),
         ("laam", &record["program_version"]),
-        ("licence of the weights", &corpus["licence"]),
+        ("license of the weights", &corpus["license"]),
     ] {
         row(name, value);
     }
@@ -426,19 +426,19 @@ fn provenance(run: &Run, out: &mut String) {
     row("files", &json!(grouped(files)));
     row("parameters", &run.memorization["parameters"]);
     let mut body = format!("<table class=\"facts\">\n{rows}</table>\n");
-    let licence = match corpus["licence"].as_str() {
+    let license = match corpus["license"].as_str() {
         Some("gpl-2.0") => {
             "The text is the Linux kernel's, under the GNU General Public License, version 2; so are the \
              passages of it that this page shows, and what the weights give back. Whether the weights \
              themselves are a derived work is unsettled law: they are marked gpl-2.0 as a precaution."
         }
-        Some("mit") => "Text, weights and what they give back stand under the MIT licence.",
+        Some("mit") => "Text, weights and what they give back stand under the MIT license.",
         _ => {
             "What the weights give back is the text they were trained on, under its own terms, which \
              are not known to the program; so are the passages of it that this page shows."
         }
     };
-    let _ = writeln!(body, "<p>{licence}</p>");
+    let _ = writeln!(body, "<p>{license}</p>");
     for (what, text) in [
         ("The recipe", run.recipe.clone()),
         ("The model's config.json", (!run.config.is_null()).then(|| format!("{:#}", run.config))),

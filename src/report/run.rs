@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Hint, error};
+use crate::schema::upgrade;
 
 /// A run as its folder tells it. What is missing there is missing on the page.
 #[derive(Debug, Default)]
@@ -43,7 +44,8 @@ pub struct Line {
     pub learning_rate: Option<f64>,
     pub grad_norm: Option<f64>,
     pub tokens: u64,
-    pub tokens_a_second: Option<f64>,
+    #[serde(alias = "tokens_a_second")]
+    pub tokens_per_second: Option<f64>,
     pub verbatim_rate: Option<f64>,
 }
 
@@ -56,13 +58,29 @@ pub struct Heat {
     pub wrong: Vec<(u32, u32)>,
 }
 
+/// `heat.json`: in schema version 1 the bare list.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum HeatFile {
+    Versioned { files: Vec<Heat> },
+    List(Vec<Heat>),
+}
+
+impl HeatFile {
+    fn files(self) -> Vec<Heat> {
+        match self {
+            Self::Versioned { files } | Self::List(files) => files,
+        }
+    }
+}
+
 impl Run {
     /// Reads the folder of a `laam run`, or the output of a `laam train`.
     pub fn read(folder: &Path) -> anyhow::Result<Self> {
         let name = folder.canonicalize().ok();
         let name = name.as_deref().and_then(Path::file_name).unwrap_or(folder.as_os_str());
         let mut run = Self { name: name.to_string_lossy().into_owned(), ..Self::default() };
-        let identity: Option<Value> = json(&folder.join("run.json"))?;
+        let identity = document(&folder.join("run.json"))?;
         let model = if let Some(identity) = identity {
             run.recipe = identity["recipe"].as_str().map(String::from);
             let names = stage_names(run.recipe.as_deref().unwrap_or_default());
@@ -81,12 +99,13 @@ impl Run {
             run.stages.push(Stage { name: "train".to_string(), lines });
             folder.to_path_buf()
         };
-        run.provenance = json(&model.join("provenance.json"))?.unwrap_or_default();
+        run.provenance = document(&model.join("provenance.json"))?.unwrap_or_default();
         run.config = json(&model.join("config.json"))?.unwrap_or_default();
         let measures = folder.join("memorization");
-        run.memorization = json(&measures.join("memorization.json"))?.unwrap_or_default();
-        run.heat = json(&measures.join("heat.json"))?.unwrap_or_default();
-        run.rebuild = json(&folder.join("rebuild.json"))?.unwrap_or_default();
+        run.memorization = document(&measures.join("memorization.json"))?.unwrap_or_default();
+        run.heat =
+            json::<HeatFile>(&measures.join("heat.json"))?.map_or(Vec::new(), HeatFile::files);
+        run.rebuild = document(&folder.join("rebuild.json"))?.unwrap_or_default();
         Ok(run)
     }
 }
@@ -108,6 +127,12 @@ fn json<T: for<'de> Deserialize<'de>>(path: &Path) -> anyhow::Result<Option<T>> 
         .with_context(|| format!("{} is not what laam writes", path.display()))
         .hint(|| "run the same laam run again: it makes what is missing")?;
     Ok(Some(value))
+}
+
+/// A document with today's keys.
+fn document(path: &Path) -> anyhow::Result<Option<Value>> {
+    let Some(document) = json(path)? else { return Ok(None) };
+    upgrade(document).with_context(|| format!("cannot read {}", path.display())).map(Some)
 }
 
 /// The lines of a metrics file; a last one that was cut short is left out.

@@ -7,7 +7,7 @@ use super::html::{escape, percent, short};
 /// What is drawn of a run.
 pub struct Dot {
     pub name: String,
-    pub bits_a_byte: f64,
+    pub bits_per_byte: f64,
     /// The part of the windows that come back verbatim.
     pub verbatim: Option<f64>,
 }
@@ -20,8 +20,8 @@ const WIDTH: f64 = 760.0;
 
 /// A file of its own, on white.
 pub fn plot(title: &str, dots: &[Dot]) -> String {
-    let drawn = |dot: &&Dot| dot.bits_a_byte > 1e-12 && dot.bits_a_byte < 1e12;
-    let logs = dots.iter().filter(drawn).map(|dot| dot.bits_a_byte.log10());
+    let drawn = |dot: &&Dot| dot.bits_per_byte > 1e-12 && dot.bits_per_byte < 1e12;
+    let logs = dots.iter().filter(drawn).map(|dot| dot.bits_per_byte.log10());
     let least = logs.clone().fold(f64::INFINITY, f64::min).floor();
     let (from, to) = if least.is_finite() {
         (least, logs.fold(f64::NEG_INFINITY, f64::max).ceil().max(least + 1.0))
@@ -64,8 +64,8 @@ pub fn plot(title: &str, dots: &[Dot]) -> String {
             let _ = writeln!(
                 svg,
                 "<circle cx=\"{:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"#1f6feb\"><title>{}</title></circle>",
-                x(dot.bits_a_byte),
-                short(dot.bits_a_byte)
+                x(dot.bits_per_byte),
+                short(dot.bits_per_byte)
             );
         }
         let _ = writeln!(
@@ -94,7 +94,8 @@ mod tests {
 
     #[test]
     fn every_run_has_its_dot_where_it_belongs() {
-        let dot = |bits_a_byte| Dot { name: "<a>".to_string(), bits_a_byte, verbatim: Some(0.5) };
+        let dot =
+            |bits_per_byte| Dot { name: "<a>".to_string(), bits_per_byte, verbatim: Some(0.5) };
         let svg = plot("a & b", &[dot(0.1), dot(1.0), dot(0.01), dot(f64::NAN)]);
         assert!(svg.contains("a &amp; b") && !svg.contains("<a>"));
         let at: Vec<&str> =

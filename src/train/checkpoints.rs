@@ -13,11 +13,14 @@ use crate::error::{Hint, error};
 use crate::model::{
     Config, Layout, forget_training_state, has_training_state, load_config, load_training_state,
 };
+use crate::schema::SchemaVersion;
 use crate::tokens::Position;
 
 /// Where a run stood when it was saved: with the arenas, all that it needs to go on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
+    #[serde(default)]
+    pub schema_version: SchemaVersion,
     /// Steps done.
     pub step: u64,
     /// Steps the run has in all.

@@ -9,10 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Hint;
 use crate::files::write_atomically;
+use crate::schema::SchemaVersion;
 
 /// One line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
+    #[serde(default)]
+    pub schema_version: SchemaVersion,
     /// Updates so far, from 1.
     pub step: u64,
     /// Times through all windows so far.
@@ -28,7 +31,8 @@ pub struct Metrics {
     /// Tokens trained on so far, padding included.
     pub tokens: u64,
     /// Since the last line: windows x context over wall time.
-    pub tokens_a_second: f64,
+    #[serde(alias = "tokens_a_second")]
+    pub tokens_per_second: f64,
     /// Model FLOPs utilization since the last line: useful FLOPs of products and attention over the
     /// device's peak, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -106,13 +110,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let at = |step| Metrics {
+            schema_version: SchemaVersion,
             step,
             epoch: 0.5,
             loss: 1.0,
             learning_rate: 1e-3,
             grad_norm: 2.0,
             tokens: 10,
-            tokens_a_second: 5.0,
+            tokens_per_second: 5.0,
             mfu: None,
             seconds: 2.0,
             skipped: 0,

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::corpus::{Corpus, Manifest, unhex};
-use crate::model::{CorpusRecord, Licence};
+use crate::model::{CorpusRecord, License};
 use crate::tokenizer::Tokenizer;
 use crate::tokens::{TokenFile, TokenWriter};
 
@@ -30,12 +30,12 @@ pub fn tokenize(
 pub fn record(manifest: &Manifest) -> CorpusRecord {
     let hash = manifest.hash();
     let kernel = manifest.source.contains("kernel.org") || hash == LINUX_1_0;
-    let licence = if manifest.source == crate::corpus::SAMPLE {
-        Licence::Mit
+    let license = if manifest.source == crate::corpus::SAMPLE {
+        License::Mit
     } else if kernel {
-        Licence::Gpl2
+        License::Gpl2
     } else {
-        Licence::Unknown
+        License::Unknown
     };
     let remote = manifest.source.contains("://");
     CorpusRecord {
@@ -45,7 +45,7 @@ pub fn record(manifest: &Manifest) -> CorpusRecord {
         archive_sha256: manifest.archive_sha256.clone(),
         manifest_sha256: Some(hash),
         filter: manifest.filter.join(" "),
-        licence,
+        license,
         paths: manifest.files.iter().map(|file| file.path.clone()).collect(),
     }
 }

@@ -13,6 +13,7 @@ use crate::error::{Hint, error};
 use crate::llama::StepHyperparams;
 use crate::memorization::verbatim;
 use crate::model::{Config, Provenance, initialize};
+use crate::schema::SchemaVersion;
 use crate::tokens::{Sampler, Windows};
 
 /// What a run begins with.
@@ -106,6 +107,7 @@ impl<'a> Trainer<'a> {
 
         let mut sampler = Sampler::new(windows.len(), settings.order, settings.seed)?;
         let mut state = State {
+            schema_version: SchemaVersion,
             step: 0,
             total: settings.total_steps(windows.len()),
             position: sampler.position(),
@@ -229,17 +231,18 @@ impl<'a> Trainer<'a> {
             if step.is_multiple_of(settings.logging_steps) || last || measured {
                 let seconds = last_line.elapsed().as_secs_f64();
                 let (sum, count) = std::mem::take(&mut self.state.unlogged);
-                let tokens_a_second = (self.state.tokens - last_tokens) as f64 / seconds;
+                let tokens_per_second = (self.state.tokens - last_tokens) as f64 / seconds;
                 let flops = self.config.training_flops(self.job.windows.context()) as f64;
                 line = Some(Metrics {
+                    schema_version: SchemaVersion,
                     step,
                     epoch: self.epoch(),
                     loss: sum / count as f64,
                     learning_rate: rates.learning_rate,
                     grad_norm: outcome.grad_norm,
                     tokens: self.state.tokens,
-                    tokens_a_second,
-                    mfu: self.peak.map(|peak| tokens_a_second * flops / peak),
+                    tokens_per_second,
+                    mfu: self.peak.map(|peak| tokens_per_second * flops / peak),
                     seconds: begin.elapsed().as_secs_f64(),
                     skipped: self.state.skipped,
                     verbatim_rate: finish.verbatim_rate.filter(|_| measured),
@@ -489,7 +492,7 @@ fn scalars(metrics: &Metrics) -> Vec<(&'static str, f64)> {
         ("train/learning_rate", metrics.learning_rate),
         ("train/grad_norm", metrics.grad_norm),
         ("train/epoch", metrics.epoch),
-        ("train/tokens_a_second", metrics.tokens_a_second),
+        ("train/tokens_per_second", metrics.tokens_per_second),
     ];
     scalars.extend(metrics.mfu.map(|mfu| ("train/mfu", mfu)));
     scalars.extend(metrics.verbatim_rate.map(|rate| ("eval/verbatim_rate", rate)));

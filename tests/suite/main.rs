@@ -22,6 +22,7 @@ mod report;
 mod run;
 mod sample;
 mod sass;
+mod schema;
 mod support;
 mod sweep;
 mod tokenizer;

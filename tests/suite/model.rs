@@ -494,7 +494,7 @@ fn plan_counts_a_shape_and_a_folder_alike() {
     assert_eq!(original["parameters"], 4_662_336);
     // Two tables apart: 468,992 in the blocks and 2,097,152 in the head, 6 FLOPs each, and
     // 6 x 512 x 64 x 8 of attention.
-    assert_eq!(original["flops_a_token_training"], 6 * (466_944 + 2_097_152 + 512 * 64 * 8));
+    assert_eq!(original["flops_per_token_training"], 6 * (466_944 + 2_097_152 + 512 * 64 * 8));
 
     let folder = saved();
     let path = folder.path().to_str().unwrap();

@@ -375,7 +375,7 @@ fn generate_goes_on_with_a_prompt_and_stops_where_the_file_ends() {
     expected.push(markers.end_file);
     assert_eq!(ids("ids"), expected);
     assert_eq!((&report["text"], &report["finish"]), (&json!("#define TASKS 4\n"), &json!("stop")));
-    assert!(report["tokens_a_second"].as_f64().unwrap() > 0.0);
+    assert!(report["tokens_per_second"].as_f64().unwrap() > 0.0);
 
     // Without a prompt it begins a text; drawn texts are the seed's.
     let report = json_of(&run(&["generate", text(&model), "--json", "--max_new_tokens=3"]));
@@ -427,7 +427,7 @@ fn evaluate_tells_the_loss_the_training_had() {
     assert!((loss / trained().loss - 1.0).abs() < 1e-5, "{loss} for {}", trained().loss);
     assert!((number(&report, "perplexity") - loss.exp()).abs() < 1e-12);
     let bits = loss * number(&report, "tokens") / 2.0f64.ln() / number(&report, "bytes");
-    assert!((number(&report, "bits_a_byte") - bits).abs() < 1e-12);
+    assert!((number(&report, "bits_per_byte") - bits).abs() < 1e-12);
     let small = of(&["--batch_size=1"]);
     assert!((number(&small, "loss") / loss - 1.0).abs() < 1e-5);
     assert_eq!(small["tokens"], report["tokens"]);

@@ -103,7 +103,7 @@ fn names_and_texts_from_outside_are_text() {
     let line = |step: u64, loss: &str| {
         format!(
             "{{\"step\": {step}, \"loss\": {loss}, \"learning_rate\": 1e308, \"grad_norm\": null, \
-             \"tokens\": 1, \"tokens_a_second\": -5}}\n"
+             \"tokens\": 1, \"tokens_per_second\": -5}}\n"
         )
     };
     write("model/metrics.jsonl", line(1, "1e-320") + &line(2, "2.5") + &line(3, "null") + "{\"st");

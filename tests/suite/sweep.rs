@@ -41,14 +41,14 @@ fn a_sweep_runs_what_is_not_done_and_tells_of_all() {
     assert_eq!(of("tokens"), [2 * 128, 150 * 128]);
     assert_eq!(of("files_exact"), [0, 1], "{report:#}");
     assert_eq!(of("windows_exact"), [0, 1]);
-    let bits: Vec<f64> = of("bits_a_byte").iter().map(|bits| bits.as_f64().unwrap()).collect();
+    let bits: Vec<f64> = of("bits_per_byte").iter().map(|bits| bits.as_f64().unwrap()).collect();
     assert!(bits[0] > 1.0 && bits[1] < 0.5, "{bits:?}");
 
     let table = fs::read_to_string(output.join("table.tsv")).unwrap();
     let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split('\t').collect()).collect();
     assert_eq!(rows.len(), 3);
     assert!(rows.iter().all(|row| row.len() == rows[0].len()), "{table}");
-    let column = rows[0].iter().position(|name| *name == "bits_a_byte").unwrap();
+    let column = rows[0].iter().position(|name| *name == "bits_per_byte").unwrap();
     assert_eq!(rows[2][column].parse::<f64>().unwrap(), bits[1]);
     let plot = fs::read_to_string(output.join("plot.svg")).unwrap();
     assert_eq!(plot.matches("<circle").count(), 2);

@@ -717,7 +717,7 @@ fn metrics_tell_what_the_engine_did() {
     assert_eq!(told, expected);
     assert!(engine.read(Arena::Parameters).unwrap() == load(&output).unwrap().weights);
     for pair in lines.windows(2) {
-        assert!(pair[0].seconds <= pair[1].seconds && pair[1].tokens_a_second > 0.0);
+        assert!(pair[0].seconds <= pair[1].seconds && pair[1].tokens_per_second > 0.0);
     }
     // The fields by the names that others read them by.
     let text = fs::read_to_string(output.join("metrics.jsonl")).unwrap();
@@ -726,13 +726,14 @@ fn metrics_tell_what_the_engine_did() {
     assert_eq!(
         names,
         [
+            "schema_version",
             "step",
             "epoch",
             "loss",
             "learning_rate",
             "grad_norm",
             "tokens",
-            "tokens_a_second",
+            "tokens_per_second",
             "seconds"
         ]
     );
@@ -852,7 +853,7 @@ fn tensorboard_gets_the_same_numbers() {
             ("train/learning_rate", line.learning_rate),
             ("train/grad_norm", line.grad_norm),
             ("train/epoch", line.epoch),
-            ("train/tokens_a_second", line.tokens_a_second),
+            ("train/tokens_per_second", line.tokens_per_second),
         ] {
             expected.push((line.step, tag.to_string(), value as f32));
         }
