@@ -11,8 +11,8 @@ use super::{Address, Device, Event, Graph, Launch, Matmul, Matrix, launch};
 use crate::error::error;
 use crate::kernels::{BUILD, CudaModule};
 
-/// Warp instructions per block after which a kernel counts as hung: minutes of simulation.
-const MAX_INSTRUCTIONS_PER_BLOCK: u64 = 1 << 32;
+/// Warp instructions per launch after which a kernel counts as hung: minutes of simulation.
+const MAX_INSTRUCTIONS_PER_LAUNCH: u64 = 1 << 32;
 
 /// A simulated device in this machine's memory.
 pub struct Sim {
@@ -35,7 +35,7 @@ enum SimOp {
 }
 
 impl Sim {
-    /// A device that runs kernels with `options`, except for their instruction limit.
+    /// A device whose kernels run as `options` say; their limit on instructions is the device's own.
     pub fn new(options: Options) -> anyhow::Result<Sim> {
         if let Err(why) = BUILD.cuda {
             return Err(error(
@@ -46,7 +46,7 @@ impl Sim {
         Ok(Sim {
             memory: Memory::new(),
             sizes: HashMap::new(),
-            options: Options { budget: MAX_INSTRUCTIONS_PER_BLOCK, ..options },
+            options: Options { max_instructions: MAX_INSTRUCTIONS_PER_LAUNCH, ..options },
             capture: None,
             graphs: Vec::new(),
             events: Vec::new(),

@@ -31,7 +31,7 @@ fn main() {
     ];
     for (heads, tokens, threads, check) in cases {
         let case = Flash::new(heads, tokens);
-        let options = Options { threads, check, schedule: Schedule::Greedy, ..Options::default() };
+        let options = Options { threads, check, schedule: Schedule::InOrder, ..Options::default() };
         let mut best = f64::INFINITY;
         let mut count = 0;
         for _ in 0..5 {

@@ -241,12 +241,12 @@ fn parse(arguments: &[String]) -> Result<Arguments, Failure> {
             "--block" => config.block = shape(flag, value)?,
             "--shared" => config.shared = number(flag, value)?,
             "--threads" => options.threads = number(flag, value)?,
-            "--budget" => options.budget = number(flag, value)?,
+            "--budget" => options.max_instructions = number(flag, value)?,
             _ => {
                 options.schedule = match value.as_str() {
-                    "greedy" => Schedule::Greedy,
-                    "reverse" => Schedule::Reverse,
-                    seed => Schedule::Priorities(number(flag, seed)?),
+                    "greedy" => Schedule::InOrder,
+                    "reverse" => Schedule::ReverseOrder,
+                    seed => Schedule::Random(number(flag, seed)?),
                 };
             }
         }
@@ -310,11 +310,11 @@ fn list(module: &Module, out: &mut String) {
         }
         let _ = writeln!(
             out,
-            "  registers  {} declared (virtual: a card's count is in the SASS)",
+            "  registers  {} declared (virtual: a GPU's count is in the SASS)",
             kernel.registers()
         );
         let _ = writeln!(out, "  shared     {} bytes static", kernel.static_shared());
-        let _ = writeln!(out, "  local      {} bytes a thread", kernel.local_bytes());
+        let _ = writeln!(out, "  local      {} bytes per thread", kernel.local_bytes());
         let mut mix: Vec<_> = kernel.instruction_mix().into_iter().collect();
         mix.sort_by_key(|&(name, count)| (std::cmp::Reverse(count), name));
         let total: u64 = mix.iter().map(|(_, count)| count).sum();

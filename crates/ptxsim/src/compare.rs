@@ -5,8 +5,8 @@
 
 use half::{bf16, f16};
 
-use crate::lanes::{Form, Lanes, Reg, Regs, Slots, lanes};
 use crate::math::flush;
+use crate::registers::{Form, Lanes, Reg, Regs, Slots, lanes};
 
 /// A comparison of two registers into a predicate, `lt` and `s32` given.
 pub(crate) fn predicate(comparison: &str, ftz: bool, ty: &str) -> Option<Form> {

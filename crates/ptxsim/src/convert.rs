@@ -2,9 +2,9 @@
 
 use half::{bf16, f16};
 
-use crate::lanes::{File, Form, Lanes, Reg, Regs, Slots, packed};
-use crate::lanes::{WARP, lanes};
 use crate::math::{flush, saturate};
+use crate::registers::{File, Form, Lanes, Reg, Regs, Slots, packed};
+use crate::registers::{WARP, lanes};
 use crate::round::{Round, bf16_nearest, bf16_to_f32, to_bf16, to_f16, to_f32, to_tf32};
 
 /// A scalar type of the PTX ISA.
@@ -277,7 +277,7 @@ impl Convert {
             _ => regs.r32[slots.s[0] as usize].map(u64::from),
         };
         let mut out = [0; WARP];
-        for lane in crate::lanes::lanes_of(mask) {
+        for lane in crate::registers::lanes_of(mask) {
             out[lane] = self.apply(source[lane]);
         }
         match to {

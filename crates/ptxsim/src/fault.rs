@@ -1,4 +1,4 @@
-//! What stopped a kernel, told as a person would want to read it.
+//! Faults: what stopped a kernel, and where.
 
 use std::fmt;
 
@@ -23,7 +23,7 @@ pub enum FaultKind {
     MissingLanes,
     /// Arguments that do not fit the kernel's parameters.
     Arguments,
-    /// A launch no card would accept.
+    /// A launch no GPU would accept.
     Launch,
     /// `trap`, or a failed device-side `assert`.
     Trap,
@@ -88,7 +88,7 @@ pub struct Site {
     pub ptx_line: u32,
     /// The opcode there.
     pub opcode: String,
-    /// The CUDA source line, where the PTX names it.
+    /// The CUDA source line, if the PTX names it.
     pub source: Option<SourceLine>,
 }
 
@@ -140,13 +140,13 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// A fault as the place that finds it knows it: the warp adds kernel, block and lines.
+/// A fault as the instruction that finds it knows it; kernel, block and lines are added later.
 #[derive(Debug)]
 pub(crate) struct Stop {
     pub kind: FaultKind,
     pub message: String,
     pub lane: usize,
-    /// The instruction at fault where it is not the one being executed.
+    /// The instruction at fault, if it is not the one being executed.
     pub at: Option<Place>,
     pub other: Option<Access>,
 }

@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 
-use crate::lanes::{File, Form, Lanes, Reg, Regs, Slots, WARP, lanes};
 use crate::math::{self, canonical, flush, saturate};
+use crate::registers::{File, Form, Lanes, Reg, Regs, Slots, WARP, lanes};
 use crate::round::{NAN_F16, NAN_F32, Round, odd, to_bf16, to_f16, to_f32, two_sum};
 
 /// The modifiers of a floating-point opcode, sorted out.

@@ -1,6 +1,6 @@
-//! Integer, logic, shift and bit-field instructions: one line a form.
+//! Integer, logic, shift and bit-field instructions: one line per form.
 
-use crate::lanes::{Form, Lanes, Reg, Regs, Slots, lanes};
+use crate::registers::{Form, Lanes, Reg, Regs, Slots, lanes};
 
 /// The form of an integer opcode, `add.s32` given as `("add", ["s32"])`.
 pub(crate) fn form(name: &str, mods: &[&str]) -> Option<Form> {
@@ -84,7 +84,7 @@ fn arithmetic(name: &str, mods: &[&str]) -> Option<Form> {
             (i64::from(a) * i64::from(b)).wrapping_add(c)
         }),
 
-        // Division by zero is unspecified; cards give all ones, and the dividend as remainder.
+        // Division by zero is unspecified; GPUs give all ones, and the dividend as remainder.
         ("div", ["u16"]) => lanes!(|a: u16, b: u16| -> u16 { a.checked_div(b).unwrap_or(!0) }),
         ("div", ["u32"]) => lanes!(|a: u32, b: u32| -> u32 { a.checked_div(b).unwrap_or(!0) }),
         ("div", ["u64"]) => lanes!(|a: u64, b: u64| -> u64 { a.checked_div(b).unwrap_or(!0) }),
@@ -313,7 +313,7 @@ fn carry(name: &str, mods: &[&str]) -> Option<Form> {
             }
             let file = <$ty as Reg>::FILE;
             let src: &'static [_] =
-                const { &[<$ty as Reg>::FILE, <$ty as Reg>::FILE, crate::lanes::File::Pred] };
+                const { &[<$ty as Reg>::FILE, <$ty as Reg>::FILE, crate::registers::File::Pred] };
             Some(Form { run, dst: file, src })
         }};
     }

@@ -1,25 +1,33 @@
-//! The public face: modules, kernels and launches.
+//! Modules, kernels and launches.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use crate::decode::{self, Decoded, Param, SharedLayout};
+use crate::code::{Code, Decoded, GlobalVariable, Param, SharedLayout};
+use crate::config::{Arg, Config, Options, Stats};
+use crate::decode;
 use crate::fault::{Fault, FaultKind};
 use crate::mem::Memory;
 use crate::parse::ParseError;
-use crate::sched::Launch;
+use crate::sched;
+use crate::state::Launch;
 
-/// The most shared memory a block can have on any card (227 KiB, on compute capability 9.0).
+/// Most shared memory of a block on any GPU, in bytes: 227 KiB, on compute capability 9.0.
 const MAX_SHARED: u64 = 227 << 10;
-const DEFAULT_BUDGET: u64 = 1 << 28;
 
 struct Inner {
     id: u64,
     decoded: Decoded,
-    /// By function; empty for those that are no entries.
-    layouts: Vec<SharedLayout>,
-    atomics: Vec<bool>,
+    /// By function, computed when an entry is first asked for it.
+    entries: Vec<OnceLock<Entry>>,
+}
+
+/// What an entry and all it calls need.
+struct Entry {
+    layout: SharedLayout,
+    /// It has atomics on memory that blocks share.
+    atomics: bool,
 }
 
 /// A PTX module, decoded once and ready to launch from any thread.
@@ -40,18 +48,9 @@ impl Module {
     pub fn from_ptx(text: &str) -> Result<Module, ParseError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let decoded = decode::decode(text)?;
-        let entries = || decoded.functions.iter().enumerate();
-        let layouts =
-            entries()
-                .map(|(index, code)| {
-                    if code.entry { decoded.shared_layout(index) } else { SharedLayout::default() }
-                })
-                .collect();
-        let atomics = entries()
-            .map(|(index, code)| code.entry && decoded.has_global_atomics(index))
-            .collect();
+        let entries = decoded.functions.iter().map(|_| OnceLock::new()).collect();
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Ok(Module { inner: Arc::new(Inner { id, decoded, layouts, atomics }) })
+        Ok(Module { inner: Arc::new(Inner { id, decoded, entries }) })
     }
 
     /// The kernel of a name.
@@ -82,9 +81,16 @@ impl Module {
 }
 
 impl Inner {
+    fn entry(&self, index: usize) -> &Entry {
+        self.entries[index].get_or_init(|| Entry {
+            layout: self.decoded.shared_layout(index),
+            atomics: self.decoded.has_global_atomics(index),
+        })
+    }
+
     fn variables(&self, memory: &Memory) -> Arc<[u64]> {
         memory.variables(self.id, |memory| {
-            let place = |variable: &decode::GlobalVariable| {
+            let place = |variable: &GlobalVariable| {
                 if variable.shared {
                     return 0;
                 }
@@ -111,152 +117,8 @@ impl std::fmt::Debug for Kernel {
         write!(f, "Kernel({})", self.name())
     }
 }
-
-/// The shape of a launch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Config {
-    /// Blocks along x, y and z.
-    pub grid: [u32; 3],
-    /// Threads of a block along x, y and z.
-    pub block: [u32; 3],
-    /// Bytes of dynamic shared memory.
-    pub shared: u32,
-}
-
-impl Config {
-    /// A launch along x alone, without dynamic shared memory.
-    pub fn linear(grid: u32, block: u32) -> Config {
-        Config { grid: [grid, 1, 1], block: [block, 1, 1], shared: 0 }
-    }
-}
-
-/// One argument: its bytes, as the kernel's parameter holds them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Arg(Vec<u8>);
-
-impl Arg {
-    /// An argument of any type, a struct passed by value say.
-    pub fn bytes(bytes: &[u8]) -> Arg {
-        Arg(bytes.to_vec())
-    }
-
-    /// The bytes the kernel will see.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-macro_rules! arg_from {
-    ($($ty:ty),*) => {$(
-        impl From<$ty> for Arg {
-            fn from(value: $ty) -> Arg {
-                Arg(value.to_le_bytes().to_vec())
-            }
-        }
-    )*};
-}
-arg_from!(u8, i8, u16, i16, u32, i32, u64, i64, f32, f64);
-
-/// Which warp runs when several could, and in which order blocks run.
-///
-/// A warp runs until a barrier stops it: warps that take turns hide missing barriers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Schedule {
-    /// The first that can, by index.
-    #[default]
-    Greedy,
-    /// The last that can; blocks from the last to the first.
-    Reverse,
-    /// By priorities drawn from a seed, anew after each barrier; blocks shuffled.
-    Priorities(u64),
-}
-
-fn mix(mut x: u64) -> u64 {
-    x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ x >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ x >> 31
-}
-
-impl Schedule {
-    /// Warps by priority.
-    pub(crate) fn order(self, warps: usize, salt: u32) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..warps).collect();
-        match self {
-            Schedule::Greedy => {}
-            Schedule::Reverse => order.reverse(),
-            Schedule::Priorities(seed) => {
-                let seed = mix(seed.wrapping_add(u64::from(salt) << 32));
-                order.sort_by_key(|&warp| mix(seed ^ (warp as u64 + 1)));
-            }
-        }
-        order
-    }
-
-    /// The block that runs at a position.
-    pub(crate) fn block(self, position: usize, total: usize) -> usize {
-        match self {
-            Schedule::Greedy => position,
-            Schedule::Reverse => total - 1 - position,
-            Schedule::Priorities(seed) => {
-                // A step that shares no factor with the count visits every block once.
-                let mut step = mix(seed) as usize % total | 1;
-                while gcd(step, total) != 1 {
-                    step += 2;
-                }
-                let start = mix(seed ^ 0x5EED) as usize % total;
-                ((start as u128 + position as u128 * step as u128) % total as u128) as usize
-            }
-        }
-    }
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
-/// What is looked for beyond plain faults.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Check {
-    /// Bounds, alignment, never-written memory, barriers and the like: always on.
-    #[default]
-    Faults,
-    /// Data races as well. Slow, and on one thread: for small shapes.
-    Races,
-}
-
-/// How a launch is carried out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Order of warps and blocks.
-    pub schedule: Schedule,
-    /// What is checked.
-    pub check: Check,
-    /// Threads of the host that run blocks. Results do not depend on it.
-    pub threads: usize,
-    /// Warp instructions a block may execute before it is taken for hung.
-    pub budget: u64,
-}
-
-impl Default for Options {
-    fn default() -> Options {
-        let (schedule, check) = (Schedule::Greedy, Check::Faults);
-        Options { schedule, check, threads: 1, budget: DEFAULT_BUDGET }
-    }
-}
-
-/// Counts of what a launch executed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Instructions, one for all the lanes of a warp.
-    pub warp_instructions: u64,
-    /// Instructions, one for each active lane.
-    pub thread_instructions: u64,
-    /// Warp instructions by opcode.
-    pub by_opcode: BTreeMap<String, u64>,
-}
-
 impl Kernel {
-    fn code(&self) -> &decode::Code {
+    fn code(&self) -> &Code {
         &self.module.decoded.functions[self.index]
     }
 
@@ -270,14 +132,14 @@ impl Kernel {
         &self.code().params
     }
 
-    /// Registers the PTX declares: virtual ones, many more than a card would use.
+    /// Registers the PTX declares: virtual ones, many more than a GPU uses.
     pub fn registers(&self) -> u32 {
         self.code().registers
     }
 
     /// Bytes of static shared memory.
     pub fn static_shared(&self) -> usize {
-        self.module.layouts[self.index].static_bytes as usize
+        self.module.entry(self.index).layout.static_bytes as usize
     }
 
     /// Bytes of local memory a thread has in this kernel itself.
@@ -321,7 +183,7 @@ impl Kernel {
         options: &Options,
     ) -> Result<Stats, Box<Fault>> {
         let code = self.code();
-        let layout = &self.module.layouts[self.index];
+        let Entry { layout, atomics } = self.module.entry(self.index);
         self.check_shape(config, layout)?;
         if args.len() != code.params.len() {
             let message = format!("{} given, {} wanted", args.len(), code.params.len());
@@ -329,17 +191,17 @@ impl Kernel {
         }
         let mut params = vec![0; code.param_bytes as usize];
         for (index, (arg, param)) in args.iter().zip(&code.params).enumerate() {
-            if arg.0.len() != param.size {
+            if arg.as_bytes().len() != param.size {
                 let message = format!(
                     "argument {index} has {} bytes, parameter `{}` (.{}) has {}",
-                    arg.0.len(),
+                    arg.as_bytes().len(),
                     param.name,
                     param.ty,
                     param.size
                 );
                 return self.refuse(FaultKind::Arguments, message);
             }
-            params[param.offset..param.offset + param.size].copy_from_slice(&arg.0);
+            params[param.offset..param.offset + param.size].copy_from_slice(arg.as_bytes());
         }
         let mut addresses = self.module.variables(memory).to_vec();
         for (index, variable) in self.module.decoded.variables.iter().enumerate() {
@@ -360,9 +222,9 @@ impl Kernel {
             params,
             table: &table,
             addresses,
-            serial: self.module.atomics[self.index],
+            serial: *atomics,
         };
-        launch.run()
+        sched::run(&launch)
     }
 
     fn check_shape(&self, config: &Config, layout: &SharedLayout) -> Result<(), Box<Fault>> {
@@ -396,21 +258,5 @@ impl Kernel {
             return refuse(format!("{total} bytes of shared memory: at most {MAX_SHARED}"));
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_schedule_visits_each_block_once() {
-        for schedule in [Schedule::Greedy, Schedule::Reverse, Schedule::Priorities(7)] {
-            for total in [1, 2, 6, 15, 64] {
-                let mut seen: Vec<_> = (0..total).map(|at| schedule.block(at, total)).collect();
-                seen.sort_unstable();
-                assert_eq!(seen, (0..total).collect::<Vec<_>>(), "{schedule:?}");
-            }
-        }
     }
 }

@@ -31,44 +31,46 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! The way of a module: `parse` makes a syntax tree, `decode` (with `catalogue`, `forms`, `int`, `float`,
-//! `convert`, `compare`, `cfg`) makes code for `warp`, which executes 32 lanes at a time with
-//! `access`, `cross`, `tensor` and `async_ops`; `sched` runs the warps of blocks, and `race`
-//! watches. `README.md` says what is modelled and what is not.
+//! Pipeline: `parse` makes a syntax tree; `decode`, with `decoder` and `decode_ops`, makes `code`
+//! of it, whose instructions (`op`) run forms from `int`, `float`, `convert` and `compare`; `exec`
+//! executes it on the `state` of a warp, 32 lanes at a time; `sched` runs the warps of blocks, and
+//! `race` watches. Imports go one way, which a test checks. `README.md` says what is modelled.
 #![warn(missing_docs)]
 // What a lane does must fold into the loop over the lanes to be vectorised with it.
 #![allow(clippy::inline_always)]
 // Bit fields read best in the ISA's own manner, shifts before masks.
 #![allow(clippy::precedence)]
 
-mod access;
-mod async_ops;
 mod catalogue;
 mod cfg;
+mod code;
 mod compare;
+mod config;
 mod convert;
-mod cross;
+mod copies;
 mod decode;
+mod decode_ops;
+mod decoder;
+mod exec;
 mod fault;
 mod float;
-mod forms;
 mod int;
-mod lanes;
 mod launch;
 mod math;
 mod mem;
 mod op;
 mod parse;
 mod race;
+mod registers;
 mod round;
 mod sched;
 mod shared;
-mod tensor;
-mod warp;
+mod state;
 
 pub use catalogue::{form_of, forms};
-pub use decode::Param;
+pub use code::Param;
+pub use config::{Arg, Check, Config, Options, Schedule, Stats};
 pub use fault::{Fault, FaultKind, Site, SourceLine};
-pub use launch::{Arg, Check, Config, Kernel, Module, Options, Schedule, Stats};
+pub use launch::{Kernel, Module};
 pub use mem::{Memory, MemoryError};
 pub use parse::ParseError;

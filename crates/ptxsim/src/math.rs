@@ -1,6 +1,6 @@
 //! Stand-ins for the approximate functions of the hardware.
 //!
-//! The bits a card returns are not documented, only error bounds; these stay inside those bounds
+//! The bits a GPU returns are not documented, only error bounds; these stay inside those bounds
 //! and treat special values as the PTX ISA says. They are written in plain f32 arithmetic so that
 //! a loop over the lanes vectorises and every host gives the same bits.
 

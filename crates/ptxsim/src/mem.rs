@@ -85,7 +85,7 @@ impl Bytes {
 /// One allocation.
 pub(crate) struct Buffer {
     data: Bytes,
-    /// A byte of ones for every byte written; absent where all of it was from the start.
+    /// A byte of ones for every byte written; absent if all of it was from the start.
     written: Option<Bytes>,
     /// The host wrote the whole buffer since.
     complete: AtomicBool,
@@ -134,7 +134,7 @@ pub(crate) struct Table {
     freed: usize,
 }
 
-/// Why an address is not to be accessed.
+/// Why an address must not be accessed.
 pub(crate) enum Miss {
     Freed { base: u64, len: u64 },
     Outside { nearest: Option<(u64, u64)> },

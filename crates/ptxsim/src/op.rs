@@ -1,7 +1,8 @@
 //! Decoded instructions: operands are register slots, constants included.
 
 use crate::convert::{Convert, Scalar};
-use crate::lanes::{Exec, File, Slots};
+use crate::mem::{LOCAL_WINDOW, SHARED_WINDOW, WINDOW_SIZE};
+use crate::registers::{File, LaneFn, Slots};
 
 /// No register: a destination nobody reads, or an operand left out.
 pub(crate) const NONE: u32 = u32::MAX;
@@ -24,6 +25,17 @@ pub(crate) enum Space {
     KernelParam,
     /// Parameters of a device function, and of the calls it makes.
     FrameParam,
+}
+
+/// The space a generic address lies in.
+pub(crate) fn window(address: u64) -> Space {
+    if address.wrapping_sub(SHARED_WINDOW) < WINDOW_SIZE {
+        Space::Shared
+    } else if address.wrapping_sub(LOCAL_WINDOW) < WINDOW_SIZE {
+        Space::Local
+    } else {
+        Space::Global
+    }
 }
 
 /// A base register and a constant.
@@ -188,11 +200,11 @@ pub(crate) enum Callee {
 #[derive(Clone)]
 pub(crate) enum Op {
     /// From registers to a register.
-    Alu(Exec, Slots),
+    Alu(LaneFn, Slots),
     Convert(Box<Convert>, Slots, [File; 2]),
     /// `setp` in full: a comparison, combined with a predicate, into two.
     SetP {
-        run: Exec,
+        run: LaneFn,
         slots: Slots,
         q: u32,
         combine: BoolOp,

@@ -51,7 +51,7 @@ pub(crate) struct Function<'a> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Space {
+pub(crate) enum StateSpace {
     Reg,
     Param,
     Local,
@@ -64,7 +64,7 @@ pub(crate) enum Space {
 pub(crate) struct Variable<'a> {
     pub name: &'a str,
     pub line: u32,
-    pub space: Space,
+    pub space: StateSpace,
     pub ty: &'a str,
     pub align: Option<u64>,
     /// Elements in all, vectors and array dimensions multiplied; None for `name[]`.
@@ -91,11 +91,15 @@ pub(crate) struct Location {
 
 #[derive(Debug)]
 pub(crate) enum Statement<'a> {
-    Open,
+    /// `{`, and its line.
+    Open(u32),
     Close,
     Label(&'a str, u32),
     Variable(Variable<'a>),
-    Loc { at: Location, inlined_at: Option<Location> },
+    Loc {
+        at: Location,
+        inlined_at: Option<Location>,
+    },
     BranchTargets(Vec<&'a str>),
     Instruction(Instruction<'a>),
 }
@@ -490,15 +494,15 @@ impl<'a> Parser<'a> {
         }
     }
 
-    fn space(&mut self) -> Result<Space> {
+    fn space(&mut self) -> Result<StateSpace> {
         let line = self.line;
         Ok(match self.word()? {
-            ".reg" => Space::Reg,
-            ".param" => Space::Param,
-            ".local" => Space::Local,
-            ".shared" => Space::Shared,
-            ".global" => Space::Global,
-            ".const" => Space::Const,
+            ".reg" => StateSpace::Reg,
+            ".param" => StateSpace::Param,
+            ".local" => StateSpace::Local,
+            ".shared" => StateSpace::Shared,
+            ".global" => StateSpace::Global,
+            ".const" => StateSpace::Const,
             other => return error(line, format!("expected a state space, found `{other}`")),
         })
     }
@@ -517,7 +521,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    fn variable(&mut self, space: Space, external: bool) -> Result<Variable<'a>> {
+    fn variable(&mut self, space: StateSpace, external: bool) -> Result<Variable<'a>> {
         let mut variable = Variable {
             name: "",
             line: self.line,
@@ -647,7 +651,7 @@ impl<'a> Parser<'a> {
             match self.token {
                 Token::Punct(b'{') => {
                     depth += 1;
-                    body.push(Statement::Open);
+                    body.push(Statement::Open(line));
                     self.advance()?;
                 }
                 Token::Punct(b'}') => {

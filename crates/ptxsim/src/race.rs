@@ -12,10 +12,17 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::fault::{Access, Place};
-use crate::lanes::{WARP, lanes_of};
+use crate::registers::{WARP, lanes_of};
 
 /// Bytes of global memory whose cells are kept together.
 const PAGE: u64 = 512;
+
+/// Records the detector may hold, of some 24 bytes each.
+const MAX_RECORDS: usize = 1 << 26;
+/// Warps of other blocks whose times a warp may know.
+const MAX_KNOWN_WARPS: usize = 1 << 18;
+/// Records that cost as much to look at as an instruction to execute.
+const RECORDS_PER_INSTRUCTION: u64 = 64;
 
 /// The thread at work, by warp of its block and lane, and its instruction.
 #[derive(Clone, Copy)]
@@ -27,14 +34,14 @@ pub(crate) struct Who {
 
 /// Some of memory: an offset in shared memory or a global address.
 #[derive(Clone, Copy)]
-pub(crate) struct Range {
+pub(crate) struct ByteRange {
     pub shared: bool,
     pub at: u64,
     pub size: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum WriteKind {
     Plain,
     /// Atomic, volatile or relaxed: does not race with its like.
     Strong,
@@ -43,18 +50,18 @@ pub(crate) enum Kind {
 }
 
 #[derive(Clone, Copy)]
-struct Write {
+struct WriteRecord {
     /// Warp of the whole grid.
     warp: u32,
     lane: u8,
     bytes: u8,
-    kind: Kind,
+    kind: WriteKind,
     time: u32,
     place: Place,
 }
 
 #[derive(Clone, Copy)]
-struct Read {
+struct ReadRecord {
     warp: u32,
     lanes: u32,
     bytes: u8,
@@ -65,8 +72,8 @@ struct Read {
 
 #[derive(Clone, Default)]
 struct Cell {
-    write: Option<Write>,
-    reads: Vec<Read>,
+    write: Option<WriteRecord>,
+    reads: Vec<ReadRecord>,
 }
 
 /// Latest times known, by warp of the block and by warp of other blocks.
@@ -106,6 +113,11 @@ pub(crate) struct Race {
     global: HashMap<u64, Vec<Cell>>,
     /// What atomics left at each location.
     handed_on: HashMap<(bool, u64), BTreeMap<u32, u32>>,
+    /// Records looked at since they were last counted as work.
+    cost: u64,
+    /// Records held, of some 24 bytes each.
+    held: usize,
+    full: bool,
 }
 
 /// The earlier access of a race.
@@ -124,7 +136,20 @@ impl Race {
             shared: Vec::new(),
             global: HashMap::new(),
             handed_on: HashMap::new(),
+            cost: 0,
+            held: 0,
+            full: false,
         }
+    }
+
+    /// Work done since the last call, in warp instructions.
+    pub fn take_cost(&mut self) -> u64 {
+        std::mem::take(&mut self.cost) / RECORDS_PER_INSTRUCTION
+    }
+
+    /// Whether more is to be remembered than there is room for.
+    pub fn is_full(&self) -> bool {
+        self.full || self.held > MAX_RECORDS
     }
 
     /// A new block begins, knowing nothing of the others.
@@ -156,7 +181,7 @@ impl Race {
         clock.known.own[warp] >= time
     }
 
-    fn cells(range: Range) -> impl Iterator<Item = (u64, u8)> {
+    fn cells(range: ByteRange) -> impl Iterator<Item = (u64, u8)> {
         let (first, end) = (range.at, range.at + range.size);
         (first / 2..end.div_ceil(2)).map(move |cell| {
             let low = u8::from(cell * 2 >= first);
@@ -169,10 +194,11 @@ impl Race {
         if shared {
             return &mut self.shared[cell as usize];
         }
-        let page = self
-            .global
-            .entry(cell * 2 / PAGE)
-            .or_insert_with(|| vec![Cell::default(); PAGE as usize / 2]);
+        let held = &mut self.held;
+        let page = self.global.entry(cell * 2 / PAGE).or_insert_with(|| {
+            *held += PAGE as usize;
+            vec![Cell::default(); PAGE as usize / 2]
+        });
         &mut page[(cell % (PAGE / 2)) as usize]
     }
 
@@ -182,9 +208,9 @@ impl Race {
         Access { place, block, thread }
     }
 
-    fn conflict_with_write(&self, who: Who, write: &Write, strong: bool) -> Option<Conflict> {
-        let in_flight = write.kind == Kind::InFlight;
-        let quiet = write.kind == Kind::Strong && strong
+    fn conflict_with_write(&self, who: Who, write: &WriteRecord, strong: bool) -> Option<Conflict> {
+        let in_flight = write.kind == WriteKind::InFlight;
+        let quiet = write.kind == WriteKind::Strong && strong
             || !in_flight && self.ordered(who, write.warp, write.lane.into(), write.time);
         (!quiet).then(|| Conflict {
             earlier: self.access(write.warp, write.lane.into(), write.place),
@@ -198,7 +224,7 @@ impl Race {
     }
 
     /// A read; gives the write it races with.
-    pub fn read(&mut self, who: Who, range: Range, strong: bool) -> Result<(), Box<Conflict>> {
+    pub fn read(&mut self, who: Who, range: ByteRange, strong: bool) -> Result<(), Box<Conflict>> {
         let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
         for (index, bytes) in Self::cells(range) {
             let mut cell = std::mem::take(self.cell(range.shared, index));
@@ -206,9 +232,11 @@ impl Race {
                 .write
                 .filter(|write| write.bytes & bytes != 0)
                 .and_then(|write| self.conflict_with_write(who, &write, strong));
-            let same = |read: &&mut Read| {
+            let same = |read: &&mut ReadRecord| {
                 (read.warp, read.time, read.bytes, read.strong) == (warp, time, bytes, strong)
             };
+            let before = cell.reads.len();
+            self.cost += before as u64;
             if let Some(read) = cell.reads.iter_mut().find(same) {
                 read.lanes |= 1 << who.lane;
             } else {
@@ -220,8 +248,9 @@ impl Race {
                             .all(|lane| self.ordered(who, read.warp, lane, read.time))
                 });
                 let lanes = 1 << who.lane;
-                cell.reads.push(Read { warp, lanes, bytes, strong, time, place: who.place });
+                cell.reads.push(ReadRecord { warp, lanes, bytes, strong, time, place: who.place });
             }
+            self.held = (self.held + cell.reads.len()).saturating_sub(before);
             *self.cell(range.shared, index) = cell;
             if let Some(conflict) = conflict {
                 return Err(Box::new(conflict));
@@ -231,14 +260,21 @@ impl Race {
     }
 
     /// A write; gives the access it races with.
-    pub fn write(&mut self, who: Who, range: Range, kind: Kind) -> Result<(), Box<Conflict>> {
+    pub fn write(
+        &mut self,
+        who: Who,
+        range: ByteRange,
+        kind: WriteKind,
+    ) -> Result<(), Box<Conflict>> {
         let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
-        let strong = kind == Kind::Strong;
+        let strong = kind == WriteKind::Strong;
         for (index, bytes) in Self::cells(range) {
             let cell = std::mem::take(self.cell(range.shared, index));
             let overlapping = cell.write.filter(|write| write.bytes & bytes != 0);
             let mut conflict =
                 overlapping.and_then(|write| self.conflict_with_write(who, &write, strong));
+            self.cost += cell.reads.len() as u64;
+            self.held = self.held.saturating_sub(cell.reads.len());
             for read in &cell.reads {
                 if conflict.is_some() || read.bytes & bytes == 0 || read.strong && strong {
                     continue;
@@ -255,28 +291,29 @@ impl Race {
                 return Err(Box::new(conflict));
             }
             let lane = who.lane as u8;
-            let write = Some(Write { warp, lane, bytes, kind, time, place: who.place });
+            let write = Some(WriteRecord { warp, lane, bytes, kind, time, place: who.place });
             *self.cell(range.shared, index) = Cell { write, reads: Vec::new() };
         }
         Ok(())
     }
 
     /// An asynchronous copy has landed: from now on it is a plain write of the thread that waited.
-    pub fn land(&mut self, who: Who, range: Range) {
+    pub fn land(&mut self, who: Who, range: ByteRange) {
         let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
         for (index, bytes) in Self::cells(range) {
             let lane = who.lane as u8;
-            let kind = Kind::Plain;
-            let write = Some(Write { warp, lane, bytes, kind, time, place: who.place });
+            let kind = WriteKind::Plain;
+            let write = Some(WriteRecord { warp, lane, bytes, kind, time, place: who.place });
             *self.cell(range.shared, index) = Cell { write, reads: Vec::new() };
         }
     }
 
     /// An atomic hands on what its warp's last fence covered and learns what others left there.
-    pub fn atomic(&mut self, who: Who, range: Range) -> Result<(), Box<Conflict>> {
-        self.write(who, range, Kind::Strong)?;
+    pub fn atomic(&mut self, who: Who, range: ByteRange) -> Result<(), Box<Conflict>> {
+        self.write(who, range, WriteKind::Strong)?;
         let (block, count) = (self.block, self.warps_per_block);
         let location = self.handed_on.entry((range.shared, range.at)).or_default();
+        let before = location.len();
         let clock = &mut self.warps[who.warp];
         if let Some(fenced) = &clock.fenced {
             let own = fenced.own.iter().enumerate();
@@ -286,6 +323,7 @@ impl Race {
                 *known = time.max(*known);
             }
         }
+        self.cost += location.len() as u64;
         for (&warp, &time) in &*location {
             let known = if warp / count == block {
                 &mut clock.known.own[(warp % count) as usize]
@@ -294,11 +332,14 @@ impl Race {
             };
             *known = time.max(*known);
         }
+        self.held += location.len().saturating_sub(before);
+        self.full |= clock.known.others.len() > MAX_KNOWN_WARPS;
         Ok(())
     }
 
     pub fn fence(&mut self, warp: usize) {
         let clock = &mut self.warps[warp];
+        self.cost += clock.known.others.len() as u64;
         clock.known.own[warp] = clock.time;
         clock.fenced = Some(clock.known.clone());
         clock.time += 1;
@@ -328,6 +369,7 @@ impl Race {
         let mut fenced: Option<Known> = None;
         for &(warp, _) in arrived {
             let clock = &mut self.warps[warp];
+            self.cost += clock.known.others.len() as u64;
             // The arrival itself was the end of a time, see `arrive`.
             all.join(&clock.known);
             if let Some(own) = &clock.fenced {
@@ -370,8 +412,8 @@ mod tests {
         Who { warp, lane, place: PLACE }
     }
 
-    fn shared(at: u64, size: u64) -> Range {
-        Range { shared: true, at, size }
+    fn shared(at: u64, size: u64) -> ByteRange {
+        ByteRange { shared: true, at, size }
     }
 
     fn race() -> Race {
@@ -383,7 +425,7 @@ mod tests {
     #[test]
     fn a_barrier_orders_and_nothing_else_does() {
         let mut race = race();
-        assert!(race.write(who(0, 0), shared(0, 4), Kind::Plain).is_ok());
+        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain).is_ok());
         assert!(race.read(who(1, 0), shared(0, 4), false).is_err());
         for warp in [0, 1] {
             race.arrive(warp);
@@ -391,14 +433,14 @@ mod tests {
         race.barrier(&[(0, true), (1, true)]);
         assert!(race.read(who(1, 0), shared(0, 4), false).is_ok());
         // The read must be over before the next write.
-        assert!(race.write(who(0, 0), shared(0, 4), Kind::Plain).is_err());
+        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain).is_err());
     }
 
     #[test]
     fn arriving_without_waiting_learns_nothing() {
         let mut race = race();
-        assert!(race.write(who(0, 0), shared(0, 4), Kind::Plain).is_ok());
-        assert!(race.write(who(1, 0), shared(8, 4), Kind::Plain).is_ok());
+        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain).is_ok());
+        assert!(race.write(who(1, 0), shared(8, 4), WriteKind::Plain).is_ok());
         race.arrive(0);
         race.arrive(1);
         race.barrier(&[(0, false), (1, true)]);
@@ -409,7 +451,7 @@ mod tests {
     #[test]
     fn lanes_need_a_warp_sync_that_names_both() {
         let mut race = race();
-        assert!(race.write(who(0, 3), shared(0, 4), Kind::Plain).is_ok());
+        assert!(race.write(who(0, 3), shared(0, 4), WriteKind::Plain).is_ok());
         race.sync_warp(0, 0b0011);
         assert!(race.read(who(0, 0), shared(0, 4), false).is_err());
         race.sync_warp(0, 0b1011);
@@ -420,17 +462,17 @@ mod tests {
     #[test]
     fn neighbouring_bytes_do_not_race() {
         let mut race = race();
-        assert!(race.write(who(0, 0), shared(0, 1), Kind::Plain).is_ok());
-        assert!(race.write(who(0, 1), shared(1, 1), Kind::Plain).is_ok());
-        assert!(race.write(who(0, 2), shared(1, 1), Kind::Plain).is_err());
+        assert!(race.write(who(0, 0), shared(0, 1), WriteKind::Plain).is_ok());
+        assert!(race.write(who(0, 1), shared(1, 1), WriteKind::Plain).is_ok());
+        assert!(race.write(who(0, 2), shared(1, 1), WriteKind::Plain).is_err());
     }
 
     #[test]
     fn fences_and_atomics_order_blocks() {
-        let global = |at| Range { shared: false, at, size: 4 };
+        let global = |at| ByteRange { shared: false, at, size: 4 };
         for fenced in [true, false] {
             let mut race = race();
-            assert!(race.write(who(0, 0), global(64), Kind::Plain).is_ok());
+            assert!(race.write(who(0, 0), global(64), WriteKind::Plain).is_ok());
             if fenced {
                 race.fence(0);
             }

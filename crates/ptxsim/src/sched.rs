@@ -1,192 +1,140 @@
 //! Blocks and their warps: who runs next, barriers, deadlocks, and blocks on several threads.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use crate::decode::{Decoded, SharedLayout};
-use crate::fault::{Access, Exec, Fault, FaultKind, Place, Site, SourceLine, Stop, stop};
-use crate::lanes::{FULL, Reg, WARP};
-use crate::launch::{Config, Options, Schedule, Stats};
-use crate::mem::Table;
+use crate::config::{Check, Schedule, Stats};
+use crate::fault::{Access, Exec, Fault, FaultKind, Place, Stop, stop};
 use crate::op::{BarrierMode, NONE};
-use crate::parse::Location;
 use crate::race::Race;
+use crate::registers::{FULL, Reg, WARP};
 use crate::shared::Shared;
-use crate::warp::{Arrival, Warp, Yield};
+use crate::state::{Arrival, Block, Launch, Warp, Yield};
 
 /// Warp instructions after which another warp gets its turn even without a barrier: a warp that
 /// spins on what another must write would spin for ever.
 const SLICE: u64 = 1 << 16;
+/// Most host threads of a launch.
+const MAX_THREADS: usize = 256;
+/// Registers and local memory of the blocks that run at once, in bytes.
+const MAX_RESIDENT: u64 = 1 << 30;
 
-/// All that the blocks of a launch have in common.
-pub(crate) struct Launch<'a> {
-    pub module: &'a Decoded,
-    pub entry: usize,
-    pub layout: &'a SharedLayout,
-    pub config: Config,
-    pub options: Options,
-    pub params: Vec<u8>,
-    pub table: &'a Table,
-    /// Address of each module variable, or its offset in shared memory.
-    pub addresses: Vec<u64>,
-    /// Blocks must run in order, one by one.
-    pub serial: bool,
+/// Runs every block of a launch.
+///
+/// Blocks are handed out in order, so all before a faulting one have been started: the first
+/// fault in that order is the same for any number of threads. A block may spend all of
+/// `max_instructions`, and so may the blocks up to it together.
+pub(crate) fn run(launch: &Launch) -> Result<Stats, Box<Fault>> {
+    let total = launch.config.grid.iter().map(|&n| n as usize).product::<usize>();
+    let races = launch.options.check == Check::Races;
+    let resident = (MAX_RESIDENT / launch.block_bytes().max(1)) as usize;
+    let most = if races || launch.serial { 1 } else { resident.clamp(1, MAX_THREADS) };
+    let threads = launch.options.threads.clamp(1, total.clamp(1, most));
+    let next = AtomicUsize::new(0);
+    let progress = Mutex::new(Progress::default());
+    let lowest = AtomicUsize::new(usize::MAX);
+    let work = || {
+        let mut race = races.then(|| Race::new(launch.warps_per_block()));
+        let mut tally = Tally::new(launch);
+        loop {
+            let position = next.fetch_add(1, Ordering::Relaxed);
+            if position >= total || position > lowest.load(Ordering::Relaxed) {
+                return tally;
+            }
+            let index = launch.options.schedule.block(position, total) as u32;
+            let result = run_block(launch, index, race.as_mut(), &mut tally);
+            let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+            match result {
+                Ok(spent) => progress.finish(launch, position, index, spent),
+                Err(fault) => progress.fail(position, fault),
+            }
+            if let Some((position, _)) = progress.fault {
+                lowest.store(position, Ordering::Relaxed);
+            }
+        }
+    };
+    let mut tally = Tally::new(launch);
+    if threads == 1 {
+        tally = work();
+    } else {
+        std::thread::scope(|scope| {
+            // This thread works too, so that a machine without threads to give gets on.
+            let spawn = |_| std::thread::Builder::new().spawn_scoped(scope, work).ok();
+            let handles: Vec<_> = (1..threads).map_while(spawn).collect();
+            tally.add(&work());
+            for handle in handles {
+                match handle.join() {
+                    Ok(part) => tally.add(&part),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+        });
+    }
+    match progress.into_inner().unwrap_or_else(PoisonError::into_inner).fault {
+        Some((_, fault)) => Err(fault),
+        None => Ok(tally.stats(launch)),
+    }
 }
 
-impl Launch<'_> {
-    pub fn threads_per_block(&self) -> u32 {
-        self.config.block.iter().product()
-    }
+/// What the blocks of a launch have spent, and the first fault, by position in the schedule.
+#[derive(Default)]
+struct Progress {
+    /// Blocks before this position are counted.
+    counted: usize,
+    spent: u64,
+    /// Index and cost of blocks that finished before an earlier one.
+    early: BTreeMap<usize, (u32, u64)>,
+    fault: Option<(usize, Box<Fault>)>,
+}
 
-    pub fn warps_per_block(&self) -> usize {
-        self.threads_per_block().div_ceil(WARP as u32) as usize
-    }
-
-    fn block_index(&self, linear: u32) -> [u32; 3] {
-        let [x, y, _] = self.config.grid;
-        [linear % x, linear / x % y, linear / x / y]
-    }
-
-    fn thread_index(&self, linear: u32) -> [u32; 3] {
-        let [x, y, _] = self.config.block;
-        [linear % x, linear / x % y, linear / x / y]
-    }
-
-    /// A buffer as a person knows it: by the parameter that points to it.
-    pub fn describe(&self, base: u64, len: u64) -> String {
-        let variable = self.addresses.iter().position(|&address| address == base);
-        if let Some(index) = variable.filter(|&index| !self.module.variables[index].shared) {
-            return format!("variable `{}` ({len} bytes)", self.module.variables[index].name);
+impl Progress {
+    fn fail(&mut self, position: usize, fault: Box<Fault>) {
+        if self.fault.as_ref().is_none_or(|(before, _)| position < *before) {
+            self.fault = Some((position, fault));
         }
-        let params = &self.module.functions[self.entry].params;
-        let named = params.iter().enumerate().find(|(_, param)| {
-            let bytes = self.params.get(param.offset..param.offset + 8);
-            param.size == 8
-                && bytes.is_some_and(|bytes| {
-                    let value = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
-                    value.wrapping_sub(base) < len.max(1)
-                })
-        });
-        match named {
-            Some((index, _)) => {
-                format!("the buffer of {len} bytes that argument {index} points to")
+    }
+
+    fn finish(&mut self, launch: &Launch, position: usize, index: u32, spent: u64) {
+        self.early.insert(position, (index, spent));
+        while let Some((index, spent)) = self.early.remove(&self.counted) {
+            self.spent = self.spent.saturating_add(spent);
+            if self.spent > launch.options.max_instructions {
+                self.fail(self.counted, launch.over_budget(index));
+                return;
             }
-            None => format!("a buffer of {len} bytes at {base:#x}"),
+            self.counted += 1;
         }
     }
+}
 
-    fn site(&self, access: Access) -> Site {
-        let code = &self.module.functions[access.place.function as usize];
-        let origin = code.origins[access.place.pc as usize];
-        let line = |location: Location| {
-            let file = self.module.files.get(&location.file);
-            (file.cloned().unwrap_or_else(|| format!("file {}", location.file)), location.line)
-        };
-        let source = code.locations.get(origin.location as usize).filter(|(at, _)| at.line > 0);
-        let source = source.map(|&(at, inlined)| {
-            let (file, number) = line(at);
-            SourceLine { file, line: number, inlined_into: inlined.map(line) }
-        });
-        Site {
-            block: self.block_index(access.block),
-            thread: self.thread_index(access.thread),
-            ptx_line: origin.line,
-            opcode: self.module.opcodes[origin.opcode as usize].clone(),
-            source,
-        }
+/// Runs a block and gives what it spent.
+fn run_block(
+    launch: &Launch,
+    linear: u32,
+    mut race: Option<&mut Race>,
+    tally: &mut Tally,
+) -> Result<u64, Box<Fault>> {
+    let shared = Shared::new(launch.layout, launch.config.shared as usize);
+    if let Some(race) = &mut race {
+        race.start_block(linear, shared.len());
     }
-
-    fn fault(&self, block: u32, warp: &Warp, stop: Stop) -> Box<Fault> {
-        let thread = (warp.index * WARP + stop.lane) as u32;
-        let place = stop.at.unwrap_or(warp.place());
-        Box::new(Fault {
-            kind: stop.kind,
-            message: stop.message,
-            kernel: self.module.functions[self.entry].name.clone(),
-            site: Some(self.site(Access { place, block, thread })),
-            other: stop.other.map(|access| self.site(access)),
-            waiting: Vec::new(),
-        })
-    }
-
-    /// Runs every block.
-    pub fn run(&self) -> Result<Stats, Box<Fault>> {
-        let total = self.config.grid.iter().map(|&n| n as usize).product::<usize>();
-        let race = self.options.check == crate::launch::Check::Races;
-        let serial = race || self.serial;
-        let threads = if serial { 1 } else { self.options.threads.clamp(1, total.max(1)) };
-        let next = AtomicUsize::new(0);
-        // Blocks are handed out in order, so all before a faulting one have been started: the
-        // first fault in that order is the same for any number of threads.
-        let first_fault: Mutex<Option<(usize, Box<Fault>)>> = Mutex::new(None);
-        let lowest = AtomicUsize::new(usize::MAX);
-        let work = || {
-            let mut race = race.then(|| Race::new(self.warps_per_block()));
-            let mut stats = Tally::new(self);
-            loop {
-                let position = next.fetch_add(1, Ordering::Relaxed);
-                if position >= total || position > lowest.load(Ordering::Relaxed) {
-                    return stats;
-                }
-                let index = self.options.schedule.block(position, total) as u32;
-                if let Err(fault) = self.run_block(index, race.as_mut(), &mut stats) {
-                    let mut first = first_fault.lock().unwrap_or_else(PoisonError::into_inner);
-                    if first.as_ref().is_none_or(|(before, _)| position < *before) {
-                        *first = Some((position, fault));
-                        lowest.store(position, Ordering::Relaxed);
-                    }
-                }
-            }
-        };
-        let mut tally = Tally::new(self);
-        if threads == 1 {
-            tally = work();
-        } else {
-            std::thread::scope(|scope| {
-                let handles: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-                for handle in handles {
-                    match handle.join() {
-                        Ok(part) => tally.add(&part),
-                        Err(panic) => std::panic::resume_unwind(panic),
-                    }
-                }
-            });
-        }
-        match first_fault.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some((_, fault)) => Err(fault),
-            None => Ok(tally.stats(self)),
-        }
-    }
-
-    fn run_block(
-        &self,
-        linear: u32,
-        mut race: Option<&mut Race>,
-        tally: &mut Tally,
-    ) -> Result<(), Box<Fault>> {
-        let shared = Shared::new(self.layout, self.config.shared as usize);
-        if let Some(race) = &mut race {
-            race.start_block(linear, shared.len());
-        }
-        let index = self.block_index(linear);
-        let mut block = Block {
-            launch: self,
-            linear,
-            index,
-            shared,
-            race,
-            counts: std::mem::take(&mut tally.counts),
-            thread_instructions: 0,
-            spent: 0,
-        };
-        let mut warps: Vec<Warp> =
-            (0..self.warps_per_block()).map(|warp| Warp::new(self, index, warp)).collect();
-        let result = block.run(&mut warps);
-        tally.counts = std::mem::take(&mut block.counts);
-        tally.thread_instructions += block.thread_instructions;
-        result
-    }
+    let mut block = Block {
+        launch,
+        linear,
+        index: launch.block_index(linear),
+        shared,
+        race,
+        counts: std::mem::take(&mut tally.counts),
+        thread_instructions: 0,
+        spent: 0,
+        resident: 0,
+        in_flight: 0,
+    };
+    let result = block.run();
+    tally.counts = std::mem::take(&mut block.counts);
+    tally.thread_instructions += block.thread_instructions;
+    result.map(|()| block.spent)
 }
 
 /// Instruction counts of one simulator thread.
@@ -236,19 +184,6 @@ impl Tally {
     }
 }
 
-/// A block at work.
-pub(crate) struct Block<'l, 'r> {
-    pub launch: &'l Launch<'l>,
-    linear: u32,
-    pub index: [u32; 3],
-    pub shared: Shared,
-    pub race: Option<&'r mut Race>,
-    /// Executions of each instruction, by function.
-    pub counts: Vec<Vec<u64>>,
-    pub thread_instructions: u64,
-    spent: u64,
-}
-
 #[derive(Default)]
 struct Barrier {
     /// Warps that are here, and whether each waits.
@@ -266,27 +201,15 @@ enum State {
 }
 
 impl Block<'_, '_> {
-    /// Makes sure a function's instructions have counters.
-    pub fn count_function(&mut self, function: u32) {
-        let counts = &mut self.counts[function as usize];
-        counts.resize(self.launch.module.functions[function as usize].instrs.len(), 0);
-    }
-
-    /// Accounts for instructions executed.
-    pub fn spend(&mut self, instructions: u64) -> Exec<()> {
-        self.spent += instructions;
-        let budget = self.launch.options.budget;
-        if self.spent > budget {
-            let message = format!(
-                "the block has executed more than {budget} warp instructions: an endless loop, \
-                 or a wait for something that cannot happen"
-            );
-            return stop(FaultKind::Budget, 0, message);
+    fn run(&mut self) -> Result<(), Box<Fault>> {
+        let mut warps = Vec::new();
+        for warp in 0..self.launch.warps_per_block() {
+            match Warp::new(self, warp) {
+                Ok(warp) => warps.push(warp),
+                Err(stop) => return Err(self.launch.refuse_block(self.linear, *stop)),
+            }
         }
-        Ok(())
-    }
-
-    fn run(&mut self, warps: &mut [Warp]) -> Result<(), Box<Fault>> {
+        let warps = &mut warps[..];
         let mut order = self.launch.options.schedule.order(warps.len(), self.linear);
         let mut states = vec![State::Ready; warps.len()];
         let mut barriers: [Barrier; 16] = Default::default();
@@ -301,8 +224,8 @@ impl Block<'_, '_> {
             };
             let index = order[turn];
             let warp = &mut warps[index];
-            let slice = SLICE
-                .min(self.launch.options.budget - self.spent.min(self.launch.options.budget) + 1);
+            let left = self.launch.options.max_instructions.saturating_sub(self.spent);
+            let slice = SLICE.min(left.saturating_add(1));
             let outcome = warp.run(self, slice).and_then(|outcome| {
                 if matches!(outcome, Yield::Exited) {
                     warp.wait_copies(self, None, FULL)?;
@@ -331,9 +254,9 @@ impl Block<'_, '_> {
             }
             for barrier in &mut barriers {
                 if self.complete(barrier, warps, &mut states) {
-                    round += 1;
+                    round = u32::wrapping_add(round, 1);
                     let seed = self.linear ^ round << 16;
-                    if let Schedule::Priorities(_) = self.launch.options.schedule {
+                    if let Schedule::Random(_) = self.launch.options.schedule {
                         order = self.launch.options.schedule.order(warps.len(), seed);
                     }
                 }

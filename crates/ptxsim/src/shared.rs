@@ -1,6 +1,6 @@
 //! Shared memory of one block.
 
-use crate::decode::{Decoded, SharedLayout};
+use crate::code::{Decoded, SharedLayout};
 
 const WRITTEN: u8 = 1;
 /// Destination of a copy that has not landed.

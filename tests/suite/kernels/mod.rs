@@ -135,10 +135,10 @@ pub fn run(module: &Module, entry: &str, config: Config, pieces: &[Piece]) -> Ve
 pub fn run_all(module: &Module, memory: &[Piece], launches: &[Launch]) -> Vec<Vec<u8>> {
     let mut before: Option<Vec<Vec<u8>>> = None;
     for (schedule, check) in [
-        (Schedule::Greedy, Check::Races),
-        (Schedule::Reverse, Check::Races),
-        (Schedule::Priorities(1), Check::Faults),
-        (Schedule::Priorities(2), Check::Faults),
+        (Schedule::InOrder, Check::Races),
+        (Schedule::ReverseOrder, Check::Races),
+        (Schedule::Random(1), Check::Faults),
+        (Schedule::Random(2), Check::Faults),
     ] {
         let device = Memory::new();
         let mut written = Vec::new();

@@ -5,7 +5,7 @@
 // filled by cp.async. Rows of a tile are 128 bytes; their 16-byte chunks are swizzled by row so
 // that ldmatrix reads without bank conflicts.
 //
-// The macros named BUG_* plant the errors that the known-bug suite must catch.
+// Each macro named MUTANT_* makes a mutant that the mutation tests must kill.
 #include <cuda_bf16.h>
 #include <stdint.h>
 
@@ -23,14 +23,14 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from) {
 }
 
 __device__ __forceinline__ void commit() {
-#ifndef BUG_MISSING_COMMIT
+#ifndef MUTANT_MISSING_COMMIT
     asm volatile("cp.async.commit_group;");
 #endif
 }
 
 template <int PENDING>
 __device__ __forceinline__ void wait() {
-#ifndef BUG_MISSING_WAIT
+#ifndef MUTANT_MISSING_WAIT
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
 #endif
 }
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&d)[4], uint32_t addres
 }
 
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&d)[4], uint32_t address) {
-#ifdef BUG_DROPPED_TRANS
+#ifdef MUTANT_DROPPED_TRANS
     load_matrix_x4(d, address);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -55,7 +55,7 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&d)[4], uint
 
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
-#ifdef BUG_SWAPPED_OPERANDS
+#ifdef MUTANT_SWAPPED_OPERANDS
     const uint32_t swapped = b0;
     b0 = b1;
     b1 = swapped;
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(128)
         } else {
             wait<0>();
         }
-#ifndef BUG_MISSING_BARRIER_BEFORE_USE
+#ifndef MUTANT_MISSING_BARRIER_BEFORE_USE
         __syncthreads();
 #endif
 
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(128)
                 multiply_add(scores[2 * j + 1], query[i], b[2], b[3]);
             }
         }
-#ifdef BUG_EARLY_RELEASE
+#ifdef MUTANT_EARLY_RELEASE
         __syncthreads();
 #endif
         if (tile == tiles - 1) {
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(128)
                 multiply_add(out[2 * j + 1], weights[i], b[2], b[3]);
             }
         }
-#if !defined(BUG_MISSING_BARRIER_AFTER_USE) && !defined(BUG_EARLY_RELEASE)
+#if !defined(MUTANT_MISSING_BARRIER_AFTER_USE) && !defined(MUTANT_EARLY_RELEASE)
         __syncthreads();
 #endif
     }

@@ -1,5 +1,5 @@
 // out[i] = sum over tiles of in[tile, i] and its block neighbours, through shared memory: small
-// kernels, each with the errors that the known-bug suite plants by macro.
+// kernels, each with its mutants, selected by macro.
 #include <stdint.h>
 
 constexpr int THREADS = 128;
@@ -9,25 +9,25 @@ constexpr int THREADS = 128;
 extern "C" __global__ void block_sum(const float* __restrict__ in, float* __restrict__ out) {
     __shared__ float partial[THREADS / 32];
     float value = in[blockIdx.x * THREADS + threadIdx.x];
-#ifdef BUG_SHUFFLE_DIVERGED
+#ifdef MUTANT_SHUFFLE_DIVERGED
     if (threadIdx.x % 32 < 16)
 #endif
     for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
-#ifdef BUG_SHARED_BY_ONE
+#ifdef MUTANT_SHARED_BY_ONE
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32 + 1] = value;
 #else
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
 #endif
-#ifdef BUG_DEADLOCK
+#ifdef MUTANT_DEADLOCK
     // Only some warps come, but the barrier counts on all.
     if (threadIdx.x / 32 < 2) asm volatile("bar.sync 1, 128;" ::: "memory");
     __syncthreads();
-#elif !defined(BUG_UNORDERED_SHARED)
+#elif !defined(MUTANT_UNORDERED_SHARED)
     __syncthreads();
 #endif
     float total = 0;
     for (int i = 0; i < THREADS / 32; ++i) total += partial[i];
-#ifdef BUG_GLOBAL_BY_ONE
+#ifdef MUTANT_GLOBAL_BY_ONE
     out[blockIdx.x * THREADS + threadIdx.x + 1] = total;
 #else
     out[blockIdx.x * THREADS + threadIdx.x] = total;
@@ -43,19 +43,19 @@ extern "C" __global__ void grid_sum(const float* __restrict__ in, float* partial
     float value = in[blockIdx.x * 32 + threadIdx.x];
     for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
     if (threadIdx.x == 0) {
-#if defined(BUG_UNORDERED_REDUCTION)
+#if defined(MUTANT_UNORDERED_REDUCTION)
         *total += value;
-#elif defined(BUG_ATOMIC_REDUCTION)
+#elif defined(MUTANT_ATOMIC_REDUCTION)
         atomicAdd(total, value);
 #else
         partial[blockIdx.x] = value;
-#ifndef BUG_MISSING_FENCE
+#ifndef MUTANT_MISSING_FENCE
         __threadfence();
 #endif
         last = atomicAdd(&arrived, 1) == gridDim.x - 1;
 #endif
     }
-#if !defined(BUG_UNORDERED_REDUCTION) && !defined(BUG_ATOMIC_REDUCTION)
+#if !defined(MUTANT_UNORDERED_REDUCTION) && !defined(MUTANT_ATOMIC_REDUCTION)
     __syncthreads();
     if (last && threadIdx.x == 0) {
         __threadfence();
@@ -70,11 +70,11 @@ extern "C" __global__ void grid_sum(const float* __restrict__ in, float* partial
 // A warp transposes 32 values through shared memory: lanes need a __syncwarp to see each other.
 extern "C" __global__ void warp_reverse(const float* __restrict__ in, float* __restrict__ out) {
     __shared__ float line[32];
-#ifdef BUG_UNINITIALISED
+#ifdef MUTANT_UNINITIALISED
     if (threadIdx.x != 7)
 #endif
     line[threadIdx.x] = in[threadIdx.x];
-#ifndef BUG_MISSING_SYNCWARP
+#ifndef MUTANT_MISSING_SYNCWARP
     __syncwarp();
 #endif
     out[threadIdx.x] = line[31 - threadIdx.x];

@@ -1,4 +1,4 @@
-//! The faults that are no known-bug twin of a kernel: each with the place it names.
+//! Faults beyond the mutation tests, each with the place it names.
 
 use ptxsim::{Arg, Config, Fault, FaultKind, Memory, Options};
 
@@ -29,7 +29,7 @@ ret; }}"
 }
 
 fn fault(body: &str, threads: u32) -> Fault {
-    let options = Options { budget: 100_000, ..Options::default() };
+    let options = Options { max_instructions: 100_000, ..Options::default() };
     *launch(body, &Config::linear(1, threads), &options).expect_err(body)
 }
 

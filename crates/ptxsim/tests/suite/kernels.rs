@@ -19,12 +19,12 @@ const F32: f64 = 1.0 / 16_777_216.0;
 pub fn settings() -> Vec<Options> {
     let with = |schedule, check| Options { schedule, check, ..Options::default() };
     let mut list = vec![
-        with(Schedule::Greedy, Check::Faults),
-        with(Schedule::Reverse, Check::Faults),
-        with(Schedule::Greedy, Check::Races),
-        with(Schedule::Reverse, Check::Races),
+        with(Schedule::InOrder, Check::Faults),
+        with(Schedule::ReverseOrder, Check::Faults),
+        with(Schedule::InOrder, Check::Races),
+        with(Schedule::ReverseOrder, Check::Races),
     ];
-    list.extend((1..=3).map(|seed| with(Schedule::Priorities(seed), Check::Faults)));
+    list.extend((1..=3).map(|seed| with(Schedule::Random(seed), Check::Faults)));
     list
 }
 

@@ -377,7 +377,7 @@ pub fn barriers_of_a_block() {
         return;
     }
     let kernel = load(text).kernel("k").unwrap();
-    for schedule in [Schedule::Greedy, Schedule::Reverse] {
+    for schedule in [Schedule::InOrder, Schedule::ReverseOrder] {
         let memory = Memory::new();
         let out = memory.alloc_uninit(256);
         let options = Options { schedule, ..Options::default() };

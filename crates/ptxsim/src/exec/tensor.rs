@@ -8,13 +8,12 @@ use half::f16;
 
 use crate::fault::{Exec, FaultKind, stop};
 use crate::float::Small;
-use crate::lanes::{FULL, Lanes, Reg, Regs, WARP, halves, packed};
 use crate::mem::SHARED_WINDOW;
 use crate::op::{Address, Mma, MmaType};
-use crate::race::Range;
+use crate::race::ByteRange;
+use crate::registers::{FULL, Lanes, Reg, Regs, WARP, halves, packed};
 use crate::round::bf16_to_f32;
-use crate::sched::Block;
-use crate::warp::Warp;
+use crate::state::{Block, Warp};
 
 const M: usize = 16;
 const N: usize = 8;
@@ -65,7 +64,7 @@ impl Warp {
                     }
                     Err(trouble) => return block.shared_trouble(lane, at, &trouble),
                 }
-                self.race_read(block, lane, Range { shared: true, at, size: 16 }, false)?;
+                self.race_read(block, lane, ByteRange { shared: true, at, size: 16 }, false)?;
             }
             let values = fragment(&if transpose { transposed(&rows) } else { rows });
             u32::put(self.regs_mut(), register, &values, FULL);

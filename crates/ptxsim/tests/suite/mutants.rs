@@ -1,4 +1,4 @@
-//! The known-bug suite: each planted error is caught by a setting that these tests run, and the
+//! Mutation tests: each mutant of a kernel is killed by a setting that these tests run, and the
 //! same kernel without it passes all of them.
 
 use std::collections::BTreeSet;
@@ -88,9 +88,9 @@ impl Case for Reverse {
     }
 }
 
-/// How a bug came to light.
+/// How a mutant was killed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Caught {
+enum Killed {
     Fault(String),
     WrongNumbers,
     OtherBits,
@@ -102,19 +102,19 @@ fn findings(
     entry: &str,
     defines: &[&str],
     case: &dyn Case,
-) -> Option<Vec<(Options, Caught)>> {
+) -> Option<Vec<(Options, Killed)>> {
     let module = nvcc::module(file, defines)?;
     let kernel = module.kernel(entry).expect("the entry is there");
     let mut found = Vec::new();
     let mut bits: Option<Vec<u8>> = None;
     for options in settings() {
         match case.run(&kernel, &options) {
-            Err(fault) => found.push((options, Caught::Fault(format!("{:?}", fault.kind)))),
+            Err(fault) => found.push((options, Killed::Fault(format!("{:?}", fault.kind)))),
             Ok((bytes, _)) => {
                 if case.wrong(&bytes).is_some() {
-                    found.push((options, Caught::WrongNumbers));
+                    found.push((options, Killed::WrongNumbers));
                 } else if bits.as_ref().is_some_and(|bits| *bits != bytes) {
-                    found.push((options, Caught::OtherBits));
+                    found.push((options, Killed::OtherBits));
                 }
                 bits.get_or_insert(bytes);
             }
@@ -123,25 +123,25 @@ fn findings(
     Some(found)
 }
 
-/// The clean twin passes; the planted bug is caught, and by these means.
-fn check(file: &str, entry: &str, case: &dyn Case, bugs: &[(&str, &[Caught])]) {
+/// The original passes; each mutant is killed, and by these means.
+fn check(file: &str, entry: &str, case: &dyn Case, mutants: &[(&str, &[Killed])]) {
     let Some(clean) = findings(file, entry, &[], case) else { return };
-    assert!(clean.is_empty(), "{entry} without a bug: {clean:?}");
-    for (bug, wanted) in bugs {
-        let Some(found) = findings(file, entry, &[bug], case) else { return };
-        let means: BTreeSet<Caught> = found.iter().map(|(_, caught)| caught.clone()).collect();
-        let wanted: BTreeSet<Caught> = wanted.iter().cloned().collect();
-        assert!(!found.is_empty(), "{bug} is not caught");
-        assert_eq!(means, wanted, "{bug}: {found:#?}");
+    assert!(clean.is_empty(), "{entry} without a mutation: {clean:?}");
+    for (mutant, wanted) in mutants {
+        let Some(found) = findings(file, entry, &[mutant], case) else { return };
+        let means: BTreeSet<Killed> = found.iter().map(|(_, killed)| killed.clone()).collect();
+        let wanted: BTreeSet<Killed> = wanted.iter().cloned().collect();
+        assert!(!found.is_empty(), "{mutant} survived");
+        assert_eq!(means, wanted, "{mutant}: {found:#?}");
     }
 }
 
-fn by(kind: FaultKind) -> Caught {
-    Caught::Fault(format!("{kind:?}"))
+fn by(kind: FaultKind) -> Killed {
+    Killed::Fault(format!("{kind:?}"))
 }
 
 #[test]
-fn pipeline_bugs_are_caught() {
+fn pipeline_mutants_are_killed() {
     // Five tiles of keys for two stages in the last block.
     let case = Flash::new(1, 320);
     check(
@@ -149,60 +149,63 @@ fn pipeline_bugs_are_caught() {
         "flash_forward",
         &case,
         &[
-            ("BUG_MISSING_WAIT", &[by(FaultKind::AsyncInFlight)]),
-            ("BUG_MISSING_COMMIT", &[by(FaultKind::AsyncInFlight)]),
+            ("MUTANT_MISSING_WAIT", &[by(FaultKind::AsyncInFlight)]),
+            ("MUTANT_MISSING_COMMIT", &[by(FaultKind::AsyncInFlight)]),
             (
-                "BUG_MISSING_BARRIER_BEFORE_USE",
+                "MUTANT_MISSING_BARRIER_BEFORE_USE",
                 &[by(FaultKind::AsyncInFlight), by(FaultKind::Race)],
             ),
-            ("BUG_MISSING_BARRIER_AFTER_USE", &[by(FaultKind::AsyncInFlight), by(FaultKind::Race)]),
-            ("BUG_EARLY_RELEASE", &[by(FaultKind::AsyncInFlight), by(FaultKind::Race)]),
-            ("BUG_DROPPED_TRANS", &[Caught::WrongNumbers]),
-            ("BUG_SWAPPED_OPERANDS", &[Caught::WrongNumbers]),
+            (
+                "MUTANT_MISSING_BARRIER_AFTER_USE",
+                &[by(FaultKind::AsyncInFlight), by(FaultKind::Race)],
+            ),
+            ("MUTANT_EARLY_RELEASE", &[by(FaultKind::AsyncInFlight), by(FaultKind::Race)]),
+            ("MUTANT_DROPPED_TRANS", &[Killed::WrongNumbers]),
+            ("MUTANT_SWAPPED_OPERANDS", &[Killed::WrongNumbers]),
         ],
     );
 }
 
 #[test]
-fn block_reduction_bugs_are_caught() {
+fn block_reduction_mutants_are_killed() {
     check(
         "pipeline.cu",
         "block_sum",
         &BlockSum,
         &[
-            ("BUG_SHUFFLE_DIVERGED", &[by(FaultKind::MissingLanes)]),
-            ("BUG_SHARED_BY_ONE", &[by(FaultKind::OutOfBounds)]),
-            ("BUG_GLOBAL_BY_ONE", &[by(FaultKind::OutOfBounds)]),
-            ("BUG_DEADLOCK", &[by(FaultKind::Deadlock)]),
-            ("BUG_UNORDERED_SHARED", &[by(FaultKind::Uninitialized), by(FaultKind::Race)]),
+            ("MUTANT_SHUFFLE_DIVERGED", &[by(FaultKind::MissingLanes)]),
+            ("MUTANT_SHARED_BY_ONE", &[by(FaultKind::OutOfBounds)]),
+            ("MUTANT_GLOBAL_BY_ONE", &[by(FaultKind::OutOfBounds)]),
+            ("MUTANT_DEADLOCK", &[by(FaultKind::Deadlock)]),
+            ("MUTANT_UNORDERED_SHARED", &[by(FaultKind::Uninitialized), by(FaultKind::Race)]),
         ],
     );
 }
 
 #[test]
-fn grid_reduction_bugs_are_caught() {
+fn grid_reduction_mutants_are_killed() {
     check(
         "pipeline.cu",
         "grid_sum",
         &GridSum,
         &[
-            ("BUG_UNORDERED_REDUCTION", &[by(FaultKind::Race), Caught::OtherBits]),
+            ("MUTANT_UNORDERED_REDUCTION", &[by(FaultKind::Race), Killed::OtherBits]),
             // No race, but its result depends on the order of the blocks.
-            ("BUG_ATOMIC_REDUCTION", &[Caught::OtherBits]),
-            ("BUG_MISSING_FENCE", &[by(FaultKind::Race)]),
+            ("MUTANT_ATOMIC_REDUCTION", &[Killed::OtherBits]),
+            ("MUTANT_MISSING_FENCE", &[by(FaultKind::Race)]),
         ],
     );
 }
 
 #[test]
-fn warp_bugs_are_caught() {
+fn warp_mutants_are_killed() {
     check(
         "pipeline.cu",
         "warp_reverse",
         &Reverse,
         &[
-            ("BUG_MISSING_SYNCWARP", &[by(FaultKind::Race)]),
-            ("BUG_UNINITIALISED", &[by(FaultKind::Uninitialized)]),
+            ("MUTANT_MISSING_SYNCWARP", &[by(FaultKind::Race)]),
+            ("MUTANT_UNINITIALISED", &[by(FaultKind::Uninitialized)]),
         ],
     );
 }
@@ -210,9 +213,10 @@ fn warp_bugs_are_caught() {
 /// A fault in a kernel names the line of the CUDA source, and a race both lines.
 #[test]
 fn faults_name_the_source_line() {
-    let Some(module) = nvcc::module("pipeline.cu", &["BUG_MISSING_SYNCWARP"]) else { return };
+    let Some(module) = nvcc::module("pipeline.cu", &["MUTANT_MISSING_SYNCWARP"]) else { return };
     let kernel = module.kernel("warp_reverse").unwrap();
-    let options = Options { check: Check::Races, schedule: Schedule::Greedy, ..Options::default() };
+    let options =
+        Options { check: Check::Races, schedule: Schedule::InOrder, ..Options::default() };
     let fault = Reverse.run(&kernel, &options).unwrap_err();
     let text = include_str!("../kernels/pipeline.cu");
     let line_of =

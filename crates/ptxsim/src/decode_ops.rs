@@ -1,13 +1,13 @@
 //! What each opcode decodes to, beyond the register-to-register forms of `int` and `float`.
 
 use crate::convert::{self, Conversion, Scalar};
-use crate::decode::{Decoder, UNUSED};
-use crate::lanes::{File, Slots};
+use crate::decoder::{Decoder, UNUSED};
 use crate::op::{
     Address, Atomic, AtomicOp, AtomicType, BarrierMode, BoolOp, Call, CopyAsync, Mma, MmaType,
     NONE, Op, ReduxOp, ShuffleMode, Space, Transfer, VoteMode,
 };
 use crate::parse::{Operand, Result};
+use crate::registers::{File, Slots};
 use crate::{compare, float, int};
 
 /// Predicate slot of the carry flag.
@@ -490,8 +490,7 @@ fn branch<'a>(d: &mut Decoder<'a, '_>, mods: &[&str], operands: &[Operand<'a>]) 
         return unknown(d, "bra", mods);
     }
     let [Operand::Name(label, 0)] = operands else { return d.fail("expected a label") };
-    d.emit_branch(Op::Branch { target: 0, join: 0 }, vec![label]);
-    Ok(())
+    d.emit_branch(Op::Branch { target: 0, join: 0 }, vec![label])
 }
 
 fn branch_index<'a>(d: &mut Decoder<'a, '_>, operands: &[Operand<'a>]) -> Result<()> {
@@ -502,8 +501,7 @@ fn branch_index<'a>(d: &mut Decoder<'a, '_>, operands: &[Operand<'a>]) -> Result
     let Some(labels) = d.branch_table(table) else {
         return d.fail(format!("`{table}` is not a table of branch targets"));
     };
-    d.emit_branch(Op::BranchIndex { index, targets: Box::default(), join: 0 }, labels);
-    Ok(())
+    d.emit_branch(Op::BranchIndex { index, targets: Box::default(), join: 0 }, labels)
 }
 
 fn call<'a>(d: &mut Decoder<'a, '_>, operands: &[Operand<'a>]) -> Result<()> {

@@ -4,51 +4,16 @@
 //! thread ends), so that a missing wait or commit is always seen. Hopper's bulk copies and
 //! mbarriers belong here too, once a kernel needs them.
 
-use std::collections::VecDeque;
-
-use crate::fault::{Exec, FaultKind, Place, Stop, stop};
-use crate::lanes::{WARP, lanes_of};
+use crate::copies::Copy;
+use crate::fault::{Exec, FaultKind, Stop, stop};
 use crate::mem::SHARED_WINDOW;
 use crate::op::{CopyAsync, NONE};
-use crate::race::{Kind, Range, Who};
-use crate::sched::Block;
-use crate::warp::Warp;
+use crate::race::{ByteRange, Who, WriteKind};
+use crate::registers::{WARP, lanes_of};
+use crate::state::{Block, Warp};
 
-#[derive(Clone, Copy)]
-struct Copy {
-    to: u64,
-    from: u64,
-    size: u8,
-    /// Bytes that come from memory; zeros follow.
-    taken: u8,
-    /// Number of the thread's group, once committed.
-    group: Option<u32>,
-    /// Where it was issued.
-    place: Place,
-}
-
-/// The copies of a warp that have not landed, by thread and in order.
-#[derive(Default)]
-pub(crate) struct Copies {
-    pending: Box<[VecDeque<Copy>; WARP]>,
-    committed: [u32; WARP],
-}
-
-impl Copies {
-    /// `cp.async.commit_group`: even an empty group counts.
-    pub fn commit(&mut self, mask: u32) {
-        for lane in lanes_of(mask) {
-            let group = self.committed[lane];
-            for copy in self.pending[lane].iter_mut().rev() {
-                if copy.group.is_some() {
-                    break;
-                }
-                copy.group = Some(group);
-            }
-            self.committed[lane] += 1;
-        }
-    }
-}
+/// Copies of a block that may be in flight: far above what fits its shared memory.
+const MAX_IN_FLIGHT: usize = 1 << 20;
 
 impl Warp {
     pub fn copy_async(&mut self, block: &mut Block, copy: &CopyAsync, mask: u32) -> Exec<()> {
@@ -83,17 +48,22 @@ impl Warp {
             if taken[lane] > 0 {
                 let bytes = u64::from(taken[lane]);
                 block.check_global(&mut self.hint, lane, from, bytes)?;
-                let range = Range { shared: false, at: from, size: bytes };
+                let range = ByteRange { shared: false, at: from, size: bytes };
                 self.race_read(block, lane, range, false)?;
             }
-            let range = Range { shared: true, at: to, size: size.into() };
+            let range = ByteRange { shared: true, at: to, size: size.into() };
             if let Err(trouble) = block.shared.take_off(to, size.into()) {
                 return block.shared_trouble(lane, to, &trouble);
             }
-            self.race_write(block, lane, range, Kind::InFlight)?;
+            self.race_write(block, lane, range, WriteKind::InFlight)?;
             let taken = taken[lane] as u8;
             let copy = Copy { to, from, size, taken, group: None, place };
             self.copies.pending[lane].push_back(copy);
+            block.in_flight += 1;
+            if block.in_flight > MAX_IN_FLIGHT {
+                let message = format!("more than {MAX_IN_FLIGHT} copies of the block in flight");
+                return stop(FaultKind::Budget, lane, message);
+            }
         }
         Ok(())
     }
@@ -103,13 +73,14 @@ impl Warp {
         for lane in lanes_of(mask) {
             let due = match keep {
                 None => None,
-                Some(keep) => Some(self.copies.committed[lane].saturating_sub(keep)),
+                Some(keep) => Some(self.copies.committed[lane].saturating_sub(keep.into())),
             };
             while let Some(copy) = self.copies.pending[lane].front().copied() {
                 if due.is_some_and(|due| copy.group.is_none_or(|group| group >= due)) {
                     break;
                 }
                 self.copies.pending[lane].pop_front();
+                block.in_flight -= 1;
                 self.land(block, lane, copy)?;
             }
         }
@@ -135,13 +106,13 @@ impl Warp {
             at += step;
         }
         if taken > 0 {
-            let range = Range { shared: false, at: copy.from, size: copy.taken.into() };
+            let range = ByteRange { shared: false, at: copy.from, size: copy.taken.into() };
             self.race_read(block, lane, range, false).map_err(blame)?;
         }
         block.shared.land(copy.to, &bytes[..usize::from(copy.size)]);
         if let Some(race) = &mut block.race {
             let who = Who { warp: self.index, lane, place: copy.place };
-            race.land(who, Range { shared: true, at: copy.to, size: copy.size.into() });
+            race.land(who, ByteRange { shared: true, at: copy.to, size: copy.size.into() });
         }
         Ok(())
     }

@@ -1,39 +1,11 @@
 //! Instructions that look across the lanes of a warp.
 
 use crate::fault::{Exec, FaultKind, stop};
-use crate::lanes::{Lanes, Reg, WARP, lanes_of};
 use crate::op::{NONE, Op, ReduxOp, ShuffleMode, VoteMode};
-use crate::warp::{Warp, lane_list};
+use crate::registers::{Lanes, Reg, WARP, lanes_of};
+use crate::state::Warp;
 
 impl Warp {
-    /// Splits the executing lanes by the member mask each names, and checks that all the lanes a
-    /// mask names are there with it. Lanes that have exited are not waited for.
-    pub fn member_groups(&self, named: &Lanes<u32>, mask: u32, what: &str) -> Exec<Vec<u32>> {
-        let mut groups = Vec::with_capacity(1);
-        let mut left = mask;
-        while left != 0 {
-            let lane = left.trailing_zeros() as usize;
-            let members = named[lane];
-            let together =
-                lanes_of(left).filter(|&other| named[other] == members).fold(0, |m, l| m | 1 << l);
-            if members >> lane & 1 == 0 {
-                let message = format!("the {what}'s mask {members:#010x} lacks the lane itself");
-                return stop(FaultKind::MissingLanes, lane, message);
-            }
-            let wanted = members & self.live;
-            if wanted & !together != 0 {
-                let message = format!(
-                    "the {what} names lanes {}, which are not executing it with that mask",
-                    lane_list(wanted & !together)
-                );
-                return stop(FaultKind::MissingLanes, lane, message);
-            }
-            groups.push(together);
-            left &= !together;
-        }
-        Ok(groups)
-    }
-
     pub fn cross_lane(&mut self, op: &Op, mask: u32) -> Exec<()> {
         match *op {
             Op::Shuffle { mode, d, p, a, b, c, mask: named } => {

@@ -1,27 +1,15 @@
 //! Loads, stores and atomics of a warp, in every state space.
 
 use crate::convert::Scalar;
-use crate::fault::{Exec, FaultKind, Stop, stop};
+use crate::fault::{Exec, FaultKind, stop};
 use crate::float::Small;
-use crate::lanes::{FULL, Lanes, Reg, WARP, halves, lanes_of, packed};
 use crate::math::canonical;
-use crate::mem::{Buffer, LOCAL_WINDOW, Miss, SHARED_WINDOW, WINDOW_SIZE};
-use crate::op::{Address, Atomic, AtomicOp, AtomicType, NONE, Space, Transfer};
-use crate::race::{Conflict, Kind, Range, Who};
-use crate::sched::Block;
+use crate::mem::{Buffer, LOCAL_WINDOW, Miss, SHARED_WINDOW};
+use crate::op::{Atomic, AtomicOp, AtomicType, NONE, Space, Transfer, window};
+use crate::race::{ByteRange, WriteKind};
+use crate::registers::{FULL, Lanes, Reg, WARP, halves, lanes_of, packed};
 use crate::shared::{self, Trouble};
-use crate::warp::Warp;
-
-/// The space a generic address lies in.
-pub(crate) fn window(address: u64) -> Space {
-    if address.wrapping_sub(SHARED_WINDOW) < WINDOW_SIZE {
-        Space::Shared
-    } else if address.wrapping_sub(LOCAL_WINDOW) < WINDOW_SIZE {
-        Space::Local
-    } else {
-        Space::Global
-    }
-}
+use crate::state::{Block, Warp};
 
 /// The elements of a transfer, as register bits.
 type Elements = [Lanes<u64>; 4];
@@ -69,11 +57,27 @@ impl Block<'_, '_> {
 
     /// Loads aligned bytes of global memory for a lane, `size` at most 8.
     pub fn load_global(&self, hint: &mut usize, lane: usize, at: u64, size: u64) -> Exec<u64> {
+        self.update_global(hint, lane, at, size, |_| None)
+    }
+
+    /// Loads as [`Block::load_global`] does, and stores what `update` makes of it.
+    fn update_global(
+        &self,
+        hint: &mut usize,
+        lane: usize,
+        at: u64,
+        size: u64,
+        update: impl FnOnce(u64) -> Option<u64>,
+    ) -> Exec<u64> {
         let (buffer, offset) = self.global(hint, lane, at, size)?;
         if !buffer.is_written(offset, size as usize) {
             return self.unwritten_global(lane, at);
         }
-        Ok(buffer.load(offset, size as usize))
+        let old = buffer.load(offset, size as usize);
+        if let Some(new) = update(old) {
+            buffer.store(offset, size as usize, new);
+        }
+        Ok(old)
     }
 
     fn unwritten_global<T>(&self, lane: usize, at: u64) -> Exec<T> {
@@ -139,62 +143,7 @@ fn check_alignment(lane: usize, at: u64, size: u64) -> Exec<()> {
     stop(FaultKind::Misaligned, lane, format!("{at:#x} is not a multiple of {size} bytes"))
 }
 
-// The result is always wanted as the error of an `Exec`, which is boxed.
-#[allow(clippy::unnecessary_box_returns)]
-pub(crate) fn race_stop(lane: usize, conflict: &Conflict, writes: bool) -> Box<Stop> {
-    let message = match (writes, conflict.was_write, conflict.in_flight) {
-        (_, _, true) => "touches the destination of an asynchronous copy still in flight",
-        (true, true, _) => "writes where another thread wrote, and nothing orders the two",
-        (true, false, _) => "writes where another thread reads, and nothing orders the two",
-        (false, ..) => "reads what another thread wrote, and nothing orders the two",
-    };
-    Box::new(Stop {
-        kind: FaultKind::Race,
-        message: message.to_owned(),
-        lane,
-        at: None,
-        other: Some(conflict.earlier),
-    })
-}
-
 impl Warp {
-    /// The addresses of an operand, lane by lane.
-    pub fn addresses(&self, address: Address) -> Lanes<u64> {
-        let regs = self.regs();
-        if address.wide {
-            regs.r64[address.base as usize].map(|base| base.wrapping_add_signed(address.offset))
-        } else {
-            let offset = address.offset as u32;
-            regs.r32[address.base as usize].map(|base| u64::from(base.wrapping_add(offset)))
-        }
-    }
-
-    fn who(&self, lane: usize) -> Who {
-        Who { warp: self.index, lane, place: self.place() }
-    }
-
-    pub fn race_read(
-        &self,
-        block: &mut Block,
-        lane: usize,
-        range: Range,
-        strong: bool,
-    ) -> Exec<()> {
-        let who = self.who(lane);
-        match block.race.as_deref_mut().map(|race| race.read(who, range, strong)) {
-            Some(Err(conflict)) => Err(race_stop(lane, &conflict, false)),
-            _ => Ok(()),
-        }
-    }
-
-    pub fn race_write(&self, block: &mut Block, lane: usize, range: Range, kind: Kind) -> Exec<()> {
-        let who = self.who(lane);
-        match block.race.as_deref_mut().map(|race| race.write(who, range, kind)) {
-            Some(Err(conflict)) => Err(race_stop(lane, &conflict, true)),
-            _ => Ok(()),
-        }
-    }
-
     /// Splits lanes with generic addresses by the space each points into.
     fn by_space(
         space: Space,
@@ -225,12 +174,30 @@ impl Warp {
                 Space::Global | Space::Generic => {
                     self.load_global(block, transfer, &at, mask, &mut out)?;
                 }
-                Space::Shared => self.load_shared(block, transfer, &at, mask, &mut out)?,
-                Space::Local => self.load_local(transfer, &at, mask, &mut out)?,
-                Space::KernelParam => {
-                    load_bytes(&block.launch.params, transfer, &at, mask, &mut out)?;
+                Space::Shared => {
+                    let read = |lane, at, size| block.load_shared(lane, at, size);
+                    gather(transfer, &at, mask, &mut out, check_alignment, read)?;
                 }
-                Space::FrameParam => self.load_params(transfer, &at, mask, &mut out)?,
+                Space::Local => {
+                    let check = |lane, at, total| self.check_local_read(lane, at, total);
+                    let read = |lane, at, size| Ok(read_words(&self.local, lane, at, size));
+                    gather(transfer, &at, mask, &mut out, check, read)?;
+                }
+                Space::KernelParam => {
+                    load_kernel_param(&block.launch.params, transfer, &at, mask, &mut out)?;
+                }
+                Space::FrameParam => {
+                    let params = &self.frame.params;
+                    let check = |lane, at, total| check_param(lane, at, total, params.len() * 4);
+                    let read = |lane, at, size| Ok(read_words(params, lane, at, size));
+                    gather(transfer, &at, mask, &mut out, check, read)?;
+                }
+            }
+            if block.race.is_some() && is_watched(space) {
+                for lane in lanes_of(mask) {
+                    let range = transfer_range(transfer, space, at[lane]);
+                    self.race_read(block, lane, range, transfer.strong)?;
+                }
             }
         }
         let shift = 64 - 8 * u32::from(transfer.size);
@@ -282,86 +249,15 @@ impl Warp {
                 values[lane] = buffer.load(offset, size);
             }
         }
-        if block.race.is_some() {
-            for lane in lanes_of(mask) {
-                let range = Range { shared: false, at: at[lane], size: total };
-                self.race_read(block, lane, range, transfer.strong)?;
-            }
-        }
         Ok(())
     }
 
-    fn load_shared(
-        &mut self,
-        block: &mut Block,
-        transfer: &Transfer,
-        at: &Lanes<u64>,
-        mask: u32,
-        out: &mut Elements,
-    ) -> Exec<()> {
-        let (size, count) = (usize::from(transfer.size), usize::from(transfer.count));
-        let total = (size * count) as u64;
-        for lane in lanes_of(mask) {
-            check_alignment(lane, at[lane], total)?;
-            for (i, values) in out.iter_mut().take(count).enumerate() {
-                values[lane] = block.load_shared(lane, at[lane] + (i * size) as u64, size)?;
-            }
-        }
-        if block.race.is_some() {
-            for lane in lanes_of(mask) {
-                let range = Range { shared: true, at: at[lane], size: total };
-                self.race_read(block, lane, range, transfer.strong)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn local_word(&self, lane: usize, at: u64, total: u64) -> Exec<usize> {
-        check_alignment(lane, at, total)?;
-        let bytes = self.local.len() as u64 * 4;
-        if at.checked_add(total).is_none_or(|end| end > bytes) {
-            let message = format!("local address {at:#x}: the thread has {bytes} bytes");
-            return stop(FaultKind::OutOfBounds, lane, message);
-        }
-        Ok((at / 4) as usize)
-    }
-
-    fn load_local(
-        &mut self,
-        transfer: &Transfer,
-        at: &Lanes<u64>,
-        mask: u32,
-        out: &mut Elements,
-    ) -> Exec<()> {
-        let (size, count) = (usize::from(transfer.size), usize::from(transfer.count));
-        for lane in lanes_of(mask) {
-            let word = self.local_word(lane, at[lane], (size * count) as u64)?;
-            for word in word..word + (size * count).div_ceil(4) {
-                if self.local_written[word] >> lane & 1 == 0 {
-                    let message = format!("nothing has written byte {} of local memory", word * 4);
-                    return stop(FaultKind::Uninitialized, lane, message);
-                }
-            }
-            for (i, values) in out.iter_mut().take(count).enumerate() {
-                values[lane] = read_words(&self.local, lane, at[lane] as usize + i * size, size);
-            }
-        }
-        Ok(())
-    }
-
-    fn load_params(
-        &mut self,
-        transfer: &Transfer,
-        at: &Lanes<u64>,
-        mask: u32,
-        out: &mut Elements,
-    ) -> Exec<()> {
-        let (size, count) = (usize::from(transfer.size), usize::from(transfer.count));
-        let params = self.frame_params();
-        for lane in lanes_of(mask) {
-            check_param(lane, at[lane], size * count, params.len() * 4)?;
-            for (i, values) in out.iter_mut().take(count).enumerate() {
-                values[lane] = read_words(params, lane, at[lane] as usize + i * size, size);
+    fn check_local_read(&self, lane: usize, at: u64, total: u64) -> Exec<()> {
+        check_local(lane, at, total, self.local.len() * 4)?;
+        for word in at as usize / 4..(at + total).div_ceil(4) as usize {
+            if self.local_written[word] >> lane & 1 == 0 {
+                let message = format!("nothing has written byte {} of local memory", word * 4);
+                return stop(FaultKind::Uninitialized, lane, message);
             }
         }
         Ok(())
@@ -395,42 +291,36 @@ impl Warp {
                     self.hint = hint;
                 }
                 Space::Shared => {
-                    for lane in lanes_of(mask) {
-                        check_alignment(lane, at[lane], total)?;
-                        for (i, values) in values.iter().enumerate() {
-                            let at = at[lane] + (i * size) as u64;
-                            block.store_shared(lane, at, size, values[lane])?;
-                        }
-                    }
+                    let write = |lane, at, value| block.store_shared(lane, at, size, value);
+                    scatter(transfer, &at, mask, values, check_alignment, write)?;
                 }
                 Space::Local => {
-                    for lane in lanes_of(mask) {
-                        let word = self.local_word(lane, at[lane], total)?;
-                        for word in word..word + (total as usize).div_ceil(4) {
+                    let bytes = self.local.len() * 4;
+                    let check = |lane, at, total| check_local(lane, at, total, bytes);
+                    let write = |lane: usize, at: u64, value| {
+                        for word in at as usize / 4..(at as usize + size).div_ceil(4) {
                             self.local_written[word] |= 1 << lane;
                         }
-                        for (i, values) in values.iter().enumerate() {
-                            let at = at[lane] as usize + i * size;
-                            write_words(&mut self.local, lane, at, size, values[lane]);
-                        }
-                    }
+                        write_words(&mut self.local, lane, at, size, value);
+                        Ok(())
+                    };
+                    scatter(transfer, &at, mask, values, check, write)?;
                 }
                 Space::FrameParam | Space::KernelParam => {
-                    let params = self.frame_params();
-                    for lane in lanes_of(mask) {
-                        check_param(lane, at[lane], total as usize, params.len() * 4)?;
-                        for (i, values) in values.iter().enumerate() {
-                            let at = at[lane] as usize + i * size;
-                            write_words(params, lane, at, size, values[lane]);
-                        }
-                    }
+                    let params = &mut self.frame.params;
+                    let bytes = params.len() * 4;
+                    let check = |lane, at, total| check_param(lane, at, total, bytes);
+                    let write = |lane, at, value| {
+                        write_words(params, lane, at, size, value);
+                        Ok(())
+                    };
+                    scatter(transfer, &at, mask, values, check, write)?;
                 }
             }
-            if block.race.is_some() && matches!(space, Space::Global | Space::Shared) {
-                let kind = if transfer.strong { Kind::Strong } else { Kind::Plain };
-                let shared = space == Space::Shared;
+            if block.race.is_some() && is_watched(space) {
+                let kind = if transfer.strong { WriteKind::Strong } else { WriteKind::Plain };
                 for lane in distinct_writes(&at, values, mask) {
-                    let range = Range { shared, at: at[lane], size: total };
+                    let range = transfer_range(transfer, space, at[lane]);
                     self.race_write(block, lane, range, kind)?;
                 }
             }
@@ -460,34 +350,26 @@ impl Warp {
         }
         for (space, mask) in Self::by_space(atomic.space, &mut at, mask) {
             for lane in lanes_of(mask) {
-                check_alignment(lane, at[lane], size)?;
-                let (at, shared) = (at[lane], space == Space::Shared);
-                match space {
+                let at = at[lane];
+                check_alignment(lane, at, size)?;
+                let update = |old| apply(atomic, old, b[lane], c[lane]);
+                old[lane] = match space {
                     Space::Shared => {
-                        old[lane] = block.load_shared(lane, at, size as usize)?;
-                        let new = apply(atomic, old[lane], b[lane], c[lane]);
-                        block.store_shared(lane, at, size as usize, new)?;
+                        let old = block.load_shared(lane, at, size as usize)?;
+                        block.store_shared(lane, at, size as usize, update(old))?;
+                        old
                     }
                     Space::Global => {
-                        let mut hint = self.hint;
-                        old[lane] = block.load_global(&mut hint, lane, at, size)?;
-                        let new = apply(atomic, old[lane], b[lane], c[lane]);
-                        let (buffer, offset) = block.global(&mut hint, lane, at, size)?;
-                        buffer.store(offset, size as usize, new);
-                        self.hint = hint;
+                        let update = |old| Some(update(old));
+                        block.update_global(&mut self.hint, lane, at, size, update)?
                     }
                     _ => {
                         let message = "an atomic on local memory";
                         return stop(FaultKind::InvalidOperand, lane, message);
                     }
-                }
-                let who = self.who(lane);
-                let range = Range { shared, at, size };
-                if let Some(Err(conflict)) =
-                    block.race.as_deref_mut().map(|race| race.atomic(who, range))
-                {
-                    return Err(race_stop(lane, &conflict, true));
-                }
+                };
+                let shared = space == Space::Shared;
+                self.race_atomic(block, lane, ByteRange { shared, at, size })?;
             }
         }
         if atomic.d != NONE {
@@ -499,6 +381,57 @@ impl Warp {
         }
         Ok(())
     }
+}
+
+/// Spaces that races are watched in.
+fn is_watched(space: Space) -> bool {
+    matches!(space, Space::Global | Space::Shared)
+}
+
+fn transfer_range(transfer: &Transfer, space: Space, at: u64) -> ByteRange {
+    let size = u64::from(transfer.size) * u64::from(transfer.count);
+    ByteRange { shared: space == Space::Shared, at, size }
+}
+
+/// Reads the elements of a load, lane by lane: `check` sees the whole access of a lane, `read`
+/// gets each element.
+#[inline(always)]
+fn gather(
+    transfer: &Transfer,
+    at: &Lanes<u64>,
+    mask: u32,
+    out: &mut Elements,
+    check: impl Fn(usize, u64, u64) -> Exec<()>,
+    read: impl Fn(usize, u64, usize) -> Exec<u64>,
+) -> Exec<()> {
+    let (size, count) = (usize::from(transfer.size), usize::from(transfer.count));
+    for lane in lanes_of(mask) {
+        check(lane, at[lane], (size * count) as u64)?;
+        for (i, values) in out.iter_mut().take(count).enumerate() {
+            values[lane] = read(lane, at[lane] + (i * size) as u64, size)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the elements of a store, lane by lane, as [`gather`] reads them.
+#[inline(always)]
+fn scatter(
+    transfer: &Transfer,
+    at: &Lanes<u64>,
+    mask: u32,
+    values: &[Lanes<u64>],
+    check: impl Fn(usize, u64, u64) -> Exec<()>,
+    mut write: impl FnMut(usize, u64, u64) -> Exec<()>,
+) -> Exec<()> {
+    let size = u64::from(transfer.size);
+    for lane in lanes_of(mask) {
+        check(lane, at[lane], size * values.len() as u64)?;
+        for (i, values) in values.iter().enumerate() {
+            write(lane, at[lane] + i as u64 * size, values[lane])?;
+        }
+    }
+    Ok(())
 }
 
 /// Lanes of a store, less those that write what another lane writes to the same place.
@@ -515,45 +448,49 @@ fn distinct_writes(
     lanes_of(mask).filter(|&lane| !repeated(lane)).collect::<Vec<_>>().into_iter()
 }
 
-fn check_param(lane: usize, at: u64, size: usize, len: usize) -> Exec<()> {
-    check_alignment(lane, at, size as u64)?;
-    if at.checked_add(size as u64).is_none_or(|end| end > len as u64) {
-        let message = format!("parameter byte {at}: there are {len}");
+fn check_local(lane: usize, at: u64, size: u64, bytes: usize) -> Exec<()> {
+    check_alignment(lane, at, size)?;
+    if at.checked_add(size).is_none_or(|end| end > bytes as u64) {
+        let message = format!("local address {at:#x}: the thread has {bytes} bytes");
         return stop(FaultKind::OutOfBounds, lane, message);
     }
     Ok(())
 }
 
-fn load_bytes(
+fn check_param(lane: usize, at: u64, size: u64, bytes: usize) -> Exec<()> {
+    check_alignment(lane, at, size)?;
+    if at.checked_add(size).is_none_or(|end| end > bytes as u64) {
+        let message = format!("parameter byte {at}: there are {bytes}");
+        return stop(FaultKind::OutOfBounds, lane, message);
+    }
+    Ok(())
+}
+
+fn load_kernel_param(
     bytes: &[u8],
     transfer: &Transfer,
     at: &Lanes<u64>,
     mask: u32,
     out: &mut Elements,
 ) -> Exec<()> {
-    let (size, count) = (usize::from(transfer.size), usize::from(transfer.count));
     let uniform = mask == FULL && at[1..].iter().all(|&other| other == at[0]);
-    for lane in lanes_of(mask) {
-        check_param(lane, at[lane], size * count, bytes.len())?;
-        for (i, values) in out.iter_mut().take(count).enumerate() {
-            let at = at[lane] as usize + i * size;
-            let mut value = [0; 8];
-            value[..size].copy_from_slice(&bytes[at..at + size]);
-            let value = u64::from_le_bytes(value);
-            if uniform {
-                values.fill(value);
-            } else {
-                values[lane] = value;
-            }
-        }
-        if uniform {
-            break;
+    let check = |lane, at, total| check_param(lane, at, total, bytes.len());
+    let read = |_, at: u64, size: usize| {
+        let mut value = [0; 8];
+        value[..size].copy_from_slice(&bytes[at as usize..at as usize + size]);
+        Ok(u64::from_le_bytes(value))
+    };
+    gather(transfer, at, if uniform { 1 } else { mask }, out, check, read)?;
+    if uniform {
+        for values in out.iter_mut().take(transfer.count.into()) {
+            *values = [values[0]; WARP];
         }
     }
     Ok(())
 }
 
-fn read_words(words: &[Lanes<u32>], lane: usize, at: usize, size: usize) -> u64 {
+fn read_words(words: &[Lanes<u32>], lane: usize, at: u64, size: usize) -> u64 {
+    let at = at as usize;
     let low = u64::from(words[at / 4][lane] >> (at % 4 * 8));
     match size {
         8 => low | u64::from(words[at / 4 + 1][lane]) << 32,
@@ -562,7 +499,8 @@ fn read_words(words: &[Lanes<u32>], lane: usize, at: usize, size: usize) -> u64 
     }
 }
 
-fn write_words(words: &mut [Lanes<u32>], lane: usize, at: usize, size: usize, value: u64) {
+fn write_words(words: &mut [Lanes<u32>], lane: usize, at: u64, size: usize, value: u64) {
+    let at = at as usize;
     let word = &mut words[at / 4][lane];
     match size {
         8 => {

@@ -3,209 +3,29 @@
 //! The lanes of a warp share a program counter until a branch parts them; each part then runs to
 //! the branch's immediate post-dominator, where the stack has the whole waiting.
 
-use std::fmt::Write;
+mod async_copies;
+mod memory_ops;
+mod tensor;
+mod warp_collectives;
 
-use crate::async_ops::Copies;
 use crate::cfg::END;
-use crate::decode::{Code, MaskOf, Source, Special};
-use crate::fault::{Exec, FaultKind, Place, stop};
-use crate::lanes::{FULL, File, Lanes, Reg, Regs, UNDEFINED, WARP, lanes_of};
-use crate::op::{BarrierMode, BoolOp, Call, Callee, NONE, Op, ParamSlot};
-use crate::sched::{Block, Launch};
+use crate::code::Code;
+use crate::fault::{Exec, FaultKind, stop};
+use crate::op::{BarrierMode, BoolOp, Call, Callee, NONE, Op, ParamSlot, window};
+use crate::registers::{Lanes, Reg, WARP, lanes_of};
+use crate::state::{Arrival, Block, Waiting, Warp, Yield};
 
 /// Calls nested deeper than this are taken for endless recursion.
 const MAX_FRAMES: usize = 128;
 
-/// Lanes that wait for the part of the warp that runs to come to `join`.
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    pc: u32,
-    mask: u32,
-    join: u32,
-}
-
-/// One activation of a function.
-struct Frame {
-    function: u32,
-    pc: u32,
-    /// Lanes that execute.
-    mask: u32,
-    join: u32,
-    stack: Vec<Waiting>,
-    /// Lanes that have returned.
-    returned: u32,
-    regs: Regs,
-    /// Parameters of the function and of its calls, by word.
-    params: Vec<Lanes<u32>>,
-    local_base: u32,
-}
-
-/// Why a warp stopped running for now.
-pub(crate) enum Yield {
-    Exited,
-    /// Its turn is over.
-    Slice,
-    Barrier(Arrival),
-}
-
-pub(crate) struct Arrival {
-    pub mode: BarrierMode,
-    pub id: u32,
-    /// Threads named by the instruction.
-    pub count: Option<u32>,
-    /// Destination and predicate of `bar.red`.
-    pub d: u32,
-    pub votes: u32,
-    pub mask: u32,
-}
-
-pub(crate) struct Warp {
-    pub index: usize,
-    /// Lanes that exist and have not exited.
-    pub live: u32,
-    pub thread: [Lanes<u32>; 3],
-    frame: Frame,
-    callers: Vec<Frame>,
-    /// Local memory, a word of each lane side by side.
-    pub local: Vec<Lanes<u32>>,
-    /// Lanes that have written each word.
-    pub local_written: Vec<u32>,
-    pub copies: Copies,
-    executed: u64,
-    /// Index of the buffer found last.
-    pub hint: usize,
-}
-
 impl Warp {
-    pub fn new(launch: &Launch, block: [u32; 3], index: usize) -> Warp {
-        let [x, y, _] = launch.config.block;
-        let linear: Lanes<u32> = std::array::from_fn(|lane| (index * WARP + lane) as u32);
-        let threads = launch.threads_per_block();
-        let live = linear
-            .iter()
-            .enumerate()
-            .fold(0, |live, (lane, &thread)| live | u32::from(thread < threads) << lane);
-        let thread = [
-            linear.map(|thread| thread % x),
-            linear.map(|thread| thread / x % y),
-            linear.map(|thread| thread / x / y),
-        ];
-        let mut warp = Warp {
-            index,
-            live,
-            thread,
-            frame: Frame {
-                function: 0,
-                pc: 0,
-                mask: 0,
-                join: END,
-                stack: Vec::new(),
-                returned: 0,
-                regs: Regs::default(),
-                params: Vec::new(),
-                local_base: 0,
-            },
-            callers: Vec::new(),
-            local: Vec::new(),
-            local_written: Vec::new(),
-            copies: Copies::default(),
-            executed: 0,
-            hint: 0,
-        };
-        warp.frame = warp.enter(launch, block, launch.entry as u32, live);
-        warp
-    }
-
-    /// A fresh frame; its local memory starts where what is there ends.
-    fn enter(&mut self, launch: &Launch, block: [u32; 3], function: u32, mask: u32) -> Frame {
-        let code = &launch.module.functions[function as usize];
-        let local_base = self.local.len() as u32 * 4;
-        let words = self.local.len() + code.local_bytes.div_ceil(4) as usize;
-        self.local.resize(words, [UNDEFINED; WARP]);
-        self.local_written.resize(words, 0);
-        let undefined = u64::from(UNDEFINED) << 32 | u64::from(UNDEFINED);
-        let [preds, r32, r64] = code.slots.map(|count| count as usize);
-        let mut regs = Regs {
-            r32: vec![[UNDEFINED; WARP]; r32],
-            r64: vec![[undefined; WARP]; r64],
-            pred: vec![0; preds],
-        };
-        regs.pred[0] = FULL;
-        for &(file, slot, source) in &code.constants {
-            let value = match source {
-                Source::Const(value) => [value; WARP],
-                Source::Variable(index, offset) => {
-                    [launch.addresses[index as usize].wrapping_add_signed(offset); WARP]
-                }
-                Source::Local(offset) => [u64::from(local_base).wrapping_add_signed(offset); WARP],
-                Source::Special(special) => self.special(launch, block, special).map(u64::from),
-            };
-            match file {
-                File::R32 => regs.r32[slot as usize] = value.map(|value| value as u32),
-                File::R64 => regs.r64[slot as usize] = value,
-                File::Pred => regs.pred[slot as usize] = if value[0] == 0 { 0 } else { FULL },
-            }
-        }
-        let params = vec![[UNDEFINED; WARP]; code.param_bytes.div_ceil(4) as usize];
-        let (pc, join, stack) = (0, END, Vec::new());
-        Frame { function, pc, mask, join, stack, returned: 0, regs, params, local_base }
-    }
-
-    fn special(&self, launch: &Launch, block: [u32; 3], special: Special) -> Lanes<u32> {
-        let config = launch.config;
-        let one = match special {
-            Special::Thread(axis) => return self.thread[usize::from(axis)],
-            Special::Lane => return std::array::from_fn(|lane| lane as u32),
-            Special::LaneMask(kind) => {
-                return std::array::from_fn(|lane| {
-                    let bit = 1u32 << lane;
-                    match kind {
-                        MaskOf::Equal => bit,
-                        MaskOf::Less => bit - 1,
-                        MaskOf::LessEqual => bit - 1 | bit,
-                        MaskOf::Greater => !(bit - 1 | bit),
-                        MaskOf::GreaterEqual => !(bit - 1),
-                    }
-                });
-            }
-            Special::BlockSize(axis) => config.block[usize::from(axis)],
-            Special::Block(axis) => block[usize::from(axis)],
-            Special::GridSize(axis) => config.grid[usize::from(axis)],
-            Special::Warp => self.index as u32,
-            Special::Warps => launch.warps_per_block() as u32,
-            Special::DynamicShared => config.shared,
-            Special::TotalShared => config.shared + launch.layout.static_bytes as u32,
-            Special::Zero => 0,
-            Special::One => 1,
-        };
-        [one; WARP]
-    }
-
-    pub fn regs(&self) -> &Regs {
-        &self.frame.regs
-    }
-
-    pub fn regs_mut(&mut self) -> &mut Regs {
-        &mut self.frame.regs
-    }
-
-    /// Parameters of the frame, by word.
-    pub fn frame_params(&mut self) -> &mut Vec<Lanes<u32>> {
-        &mut self.frame.params
-    }
-
-    /// The instruction being executed.
-    pub fn place(&self) -> Place {
-        Place { function: self.frame.function, pc: self.frame.pc }
-    }
-
     /// Executes until a barrier, the end, or the end of the slice.
     pub fn run(&mut self, block: &mut Block<'_, '_>, slice: u64) -> Exec<Yield> {
         let launch = block.launch;
         let mut code = &launch.module.functions[self.frame.function as usize];
         let until = self.executed + slice;
         loop {
-            if self.frame.pc == self.frame.join && !self.resume(&mut code, launch) {
+            if self.frame.pc == self.frame.join && !self.resume(block, &mut code) {
                 return Ok(Yield::Exited);
             }
             let pc = self.frame.pc as usize;
@@ -237,7 +57,8 @@ impl Warp {
     }
 
     /// Goes on with lanes that wait; false when there are none left in any frame.
-    fn resume<'l>(&mut self, code: &mut &'l Code, launch: &'l Launch) -> bool {
+    fn resume<'l>(&mut self, block: &mut Block<'l, '_>, code: &mut &'l Code) -> bool {
+        let launch = block.launch;
         loop {
             let gone = !self.live | self.frame.returned;
             if let Some(next) = self.frame.stack.pop() {
@@ -253,6 +74,7 @@ impl Warp {
             }
             let Some(mut caller) = self.callers.pop() else { return false };
             let returned = self.frame.returned & self.live;
+            block.resident -= code.frame_bytes();
             let words = self.frame.local_base as usize / 4;
             self.local.truncate(words);
             self.local_written.truncate(words);
@@ -364,7 +186,7 @@ impl Warp {
             Op::Unpack { a, wide, parts, count } => self.unpack(*a, *wide, parts, *count, mask),
             Op::InWindow { d, a, space } => {
                 let address = self.frame.regs.r64[*a as usize];
-                let inside = address.map(|address| crate::access::window(address) == *space);
+                let inside = address.map(|address| window(address) == *space);
                 bool::put(&mut self.frame.regs, *d, &inside, mask);
             }
             Op::Clock { d, wide } => {
@@ -473,7 +295,9 @@ impl Warp {
         }
         let launch = block.launch;
         block.count_function(function);
-        let mut frame = self.enter(launch, block.index, function, mask);
+        let bytes = call.arguments.iter().chain(&call.results).map(|slot| u64::from(slot.size));
+        block.spend(bytes.sum())?;
+        let mut frame = self.enter(block, function, mask)?;
         *code = &launch.module.functions[function as usize];
         for (from, to) in call.arguments.iter().zip(&code.formals) {
             copy_param(&self.frame.params, *from, &mut frame.params, *to, mask);
@@ -484,8 +308,8 @@ impl Warp {
 
     fn set_predicates(
         &mut self,
-        run: crate::lanes::Exec,
-        slots: crate::lanes::Slots,
+        run: crate::registers::LaneFn,
+        slots: crate::registers::Slots,
         q: u32,
         combine: BoolOp,
         c: u32,
@@ -563,39 +387,6 @@ impl Warp {
         let votes = if p == NONE { 0 } else { regs.pred[p as usize] & mask };
         Ok(Yield::Barrier(Arrival { mode, id, count, d, votes, mask }))
     }
-
-    /// Refuses a warp-wide instruction that lanes are missing from.
-    pub fn require_converged(&self, mask: u32, wanted: u32, what: &str) -> Exec<()> {
-        let missing = wanted & !mask;
-        if missing == 0 {
-            return Ok(());
-        }
-        let exited = missing & !self.live;
-        let mut message = format!(
-            "the {what} needs lanes {} of warp {}, which are not executing it",
-            lane_list(missing),
-            self.index
-        );
-        if exited != 0 {
-            let lanes = lane_list(exited);
-            let _ = write!(message, " (lanes {lanes} have exited or never existed)");
-        }
-        stop(FaultKind::MissingLanes, mask.trailing_zeros() as usize, message)
-    }
-}
-
-/// Lanes as a person writes them: `0-3, 7`.
-pub(crate) fn lane_list(mask: u32) -> String {
-    let lanes: Vec<usize> = lanes_of(mask).collect();
-    let mut parts = Vec::new();
-    for run in lanes.chunk_by(|a, b| a + 1 == *b) {
-        match run {
-            [one] => parts.push(one.to_string()),
-            [first, .., last] => parts.push(format!("{first}-{last}")),
-            [] => {}
-        }
-    }
-    parts.join(", ")
 }
 
 fn copy_param(

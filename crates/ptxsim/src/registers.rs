@@ -8,7 +8,7 @@ pub(crate) const WARP: usize = 32;
 /// A mask with every lane in it.
 pub(crate) const FULL: u32 = !0;
 
-/// One value a lane.
+/// One value per lane.
 pub(crate) type Lanes<T> = [T; WARP];
 
 /// What an undefined register or an undefined result reads as: NaN as a float, far out of any
@@ -20,7 +20,7 @@ pub(crate) const UNDEFINED: u32 = 0xFFFF_DEAD;
 pub(crate) struct Regs {
     pub r32: Vec<Lanes<u32>>,
     pub r64: Vec<Lanes<u64>>,
-    /// One bit a lane.
+    /// One bit per lane.
     pub pred: Vec<u32>,
 }
 
@@ -40,12 +40,12 @@ pub(crate) struct Slots {
 }
 
 /// Executes one register-to-register instruction for the lanes of a mask.
-pub(crate) type Exec = fn(&mut Regs, &Slots, u32);
+pub(crate) type LaneFn = fn(&mut Regs, &Slots, u32);
 
 /// An instruction form: what runs it, and the files its operands live in.
 #[derive(Clone, Copy)]
 pub(crate) struct Form {
-    pub run: Exec,
+    pub run: LaneFn,
     pub dst: File,
     pub src: &'static [File],
 }
