@@ -1,9 +1,9 @@
 //! Flash-style attention for heads of any width, vectorised across keys.
 //!
 //! A task is one key/value head of one sequence with the query heads that share it. It turns keys and
-//! values on their side once (`[head_dim, columns]`), so that a vector holds one component of
+//! values on their side once (`[head_dim, position]`), so that a vector holds one component of
 //! many keys and a head of 2 components costs no more padding than one of 128. Four query rows go
-//! together: each load of keys serves all four. A row's scores, at most `columns` of them, stay
+//! together: each load of keys serves all four. A row's scores, at most `position` of them, stay
 //! in cache; the scores of a whole head never exist, and the backward recomputes them.
 //!
 //! Everything is made of three steps over four rows: scores `q kT`, weighted sums `p v`, and
@@ -15,13 +15,13 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::memory::Memory;
-use super::lanes::{exp, padded};
+use super::simd::{exp, padded};
 use crate::llama::ops::{Attention, AttentionBackward, AttentionDecode, AttentionShape};
 
 /// Query rows that go together.
 const ROWS: usize = 4;
 
-/// One query row: where its components lie in its buffer, and which columns it sees.
+/// One query row: where its components lie in its buffer, and which position it sees.
 #[derive(Clone, Default)]
 struct Row {
     at: Range<usize>,
@@ -48,8 +48,8 @@ fn causal(first_key: &[u32], position: usize) -> Range<usize> {
     (first_key[position] as usize).min(position + 1)..position + 1
 }
 
-/// `[columns, d]` on its side: `[d, stride]`, zero beyond the columns.
-fn turned(rows: &[f32], d: usize, stride: usize) -> Vec<f32> {
+/// `[position, d]` on its side: `[d, stride]`, zero beyond the position.
+fn transpose(rows: &[f32], d: usize, stride: usize) -> Vec<f32> {
     let mut out = vec![0.0; d * stride];
     for (position, row) in rows.chunks(d).enumerate() {
         for (c, &value) in row.iter().enumerate() {
@@ -59,10 +59,10 @@ fn turned(rows: &[f32], d: usize, stride: usize) -> Vec<f32> {
     out
 }
 
-fn turn_back(sideways: &[f32], stride: usize, rows: &mut [f32], d: usize) {
+fn untranspose(transposed: &[f32], stride: usize, rows: &mut [f32], d: usize) {
     for (position, row) in rows.chunks_mut(d).enumerate() {
         for (c, value) in row.iter_mut().enumerate() {
-            *value = sideways[c * stride + position];
+            *value = transposed[c * stride + position];
         }
     }
 }
@@ -85,8 +85,8 @@ pub(super) fn forward(arch: Arch, o: &Attention, memory: &mut Memory<f32>) {
             arch.dispatch(Forward {
                 q,
                 rows: &rows(&shape, |position| causal(first_key, position)),
-                keys: &turned(k, d, stride),
-                values: &turned(v, d, stride),
+                keys: &transpose(k, d, stride),
+                values: &transpose(v, d, stride),
                 d,
                 stride,
                 out: &mut out,
@@ -191,20 +191,20 @@ pub(super) fn backward(arch: Arch, o: &AttentionBackward, memory: &mut Memory<f3
                 lse,
                 delta: &delta,
                 rows: &rows(&shape, |position| causal(first_key, position)),
-                keys: &turned(k, d, stride),
-                values: &turned(v, d, stride),
+                keys: &transpose(k, d, stride),
+                values: &transpose(v, d, stride),
                 d,
                 stride,
                 dq,
                 dkeys: &mut dkeys,
                 dvalues: &mut dvalues,
             });
-            turn_back(&dkeys, stride, dk, d);
-            turn_back(&dvalues, stride, dv, d);
+            untranspose(&dkeys, stride, dk, d);
+            untranspose(&dvalues, stride, dv, d);
         });
 }
 
-/// `[rows, d]` queries against sideways keys and values.
+/// `[rows, d]` queries against transposed keys and values.
 struct Forward<'a> {
     q: &'a [f32],
     rows: &'a [Row],
@@ -317,7 +317,7 @@ impl WithSimd for Backward<'_> {
     }
 }
 
-/// The three steps over four rows of `stride` columns, in chunks of one vector.
+/// The three steps over four rows of `stride` position, in chunks of one vector.
 struct Tiles<S: Simd> {
     d: usize,
     stride: usize,
@@ -358,8 +358,8 @@ impl<S: Simd> Tiles<S> {
         let [q0, q1, q2, q3] = std::array::from_fn(|r| &q[r * self.d..(r + 1) * self.d]);
         for chunk in chunks {
             let mut sums = [s.splat_f32s(0.0); ROWS];
-            let columns = keys[chunk..].iter().step_by(self.vectors);
-            for ((((&key, &q0), &q1), &q2), &q3) in columns.zip(q0).zip(q1).zip(q2).zip(q3) {
+            let components = keys[chunk..].iter().step_by(self.vectors);
+            for ((((&key, &q0), &q1), &q2), &q3) in components.zip(q0).zip(q1).zip(q2).zip(q3) {
                 sums[0] = s.mul_add_f32s(s.splat_f32s(q0), key, sums[0]);
                 sums[1] = s.mul_add_f32s(s.splat_f32s(q1), key, sums[1]);
                 sums[2] = s.mul_add_f32s(s.splat_f32s(q2), key, sums[2]);
@@ -371,7 +371,7 @@ impl<S: Simd> Tiles<S> {
         }
     }
 
-    /// Sets the columns a row does not see to minus infinity.
+    /// Sets the position a row does not see to minus infinity.
     fn hide(&self, rows: &[Row; ROWS], chunks: Range<usize>, scores: &mut [f32]) {
         let (start, end) = (chunks.start * S::F32_LANES, chunks.end * S::F32_LANES);
         for (row, scores) in rows.iter().zip(scores.chunks_mut(self.stride)) {

@@ -4,7 +4,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::memory::Memory;
-use super::lanes;
+use super::simd;
 use crate::llama::ops::{Embedding, EmbeddingBackward, GatherRows, SwiGlu, SwiGluBackward};
 
 /// Rows that one task takes.
@@ -142,5 +142,5 @@ fn slopes<S: Simd>(s: S, gate: S::f32s, up: S::f32s, dout: S::f32s) -> (S::f32s,
 #[inline(always)]
 fn sigmoid<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     let one = s.splat_f32s(1.0);
-    s.div_f32s(one, s.add_f32s(one, lanes::exp(s, s.neg_f32s(x))))
+    s.div_f32s(one, s.add_f32s(one, simd::exp(s, s.neg_f32s(x))))
 }

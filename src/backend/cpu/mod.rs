@@ -1,47 +1,51 @@
-//! f32 at the speed of the processor's vector units, chosen when the program starts: AVX-512, AVX2,
-//! NEON, or plain; and bfloat16 products where the processor has them.
+//! f32 kernels at the SIMD width that the processor has: AVX-512, AVX2, NEON, or scalar code; and
+//! bfloat16 matmuls on processors with bfloat16 dot products.
 //!
-//! Work is cut into pieces whose number and order depend on shapes alone, never on how many threads
-//! there are, so that results are the same bits at any `--threads`. Each file is one family of
-//! operations; [`product`] and [`lanes`] are what they share. [`tiles`] does the costliest ones once more
-//! for processors with AVX-512 and its bfloat16 products.
+//! Work is split into tasks whose number and order depend on shapes alone, so that results are bitwise the
+//! same for any number of threads. Each file is one family of operations; [`matmul`] and [`simd`] are what
+//! they share. [`avx512`] has faster kernels of the costliest operations for processors with AVX-512 and its
+//! bfloat16 dot products.
 
 mod attention;
-mod elementwise;
-mod few;
-mod head;
-mod lanes;
-mod norm;
-mod product;
-mod rope;
 #[cfg(target_arch = "x86_64")]
-mod tiles;
+mod avx512;
+mod elementwise;
+mod fused_linear_cross_entropy;
+mod matmul;
+mod norm;
+mod rope;
+mod simd;
+mod small_m_gemm;
 mod update;
 
-/// On other processors there is no such thing.
+/// No kernels on other architectures.
 #[cfg(not(target_arch = "x86_64"))]
-mod tiles {
+mod avx512 {
     use super::super::memory::Memory;
     use crate::llama::Op;
     use crate::llama::ops::FusedLinearCrossEntropy;
 
-    pub(super) enum Tiles {}
+    pub(super) enum Avx512 {}
 
-    pub(super) fn found() -> bool {
-        false
+    impl Avx512 {
+        pub fn detect() -> Option<Self> {
+            None
+        }
     }
 
-    impl Tiles {
-        pub fn detect(_: bool) -> Option<Self> {
-            None
+    pub(super) struct Avx512Kernels(Avx512);
+
+    impl Avx512Kernels {
+        pub fn new(avx512: Avx512, _: bool) -> Self {
+            Self(avx512)
         }
 
         pub fn execute(&mut self, _: &Op, _: &mut Memory<f32>, _: f32) -> bool {
-            match *self {}
+            match self.0 {}
         }
     }
 
-    pub(super) fn head_workspace(_: &FusedLinearCrossEntropy) -> usize {
+    pub(super) fn cross_entropy_workspace(_: &FusedLinearCrossEntropy) -> usize {
         0
     }
 }
@@ -51,7 +55,7 @@ use std::time::Instant;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use self::tiles::Tiles;
+use self::avx512::{Avx512, Avx512Kernels};
 use super::host::{Execute, Host};
 use super::memory::Memory;
 use super::{Backend, Feed, Need, Session};
@@ -90,12 +94,16 @@ impl Cpu {
         Self { threads, bf16: true, kernels: CpuKernels::Auto }
     }
 
-    fn in_tiles(&self) -> bool {
-        self.kernels == CpuKernels::Auto && tiles::found()
+    /// The AVX-512 kernels' proof of support, if they are allowed.
+    fn avx512(&self) -> Option<Avx512> {
+        match self.kernels {
+            CpuKernels::Auto => Avx512::detect(),
+            CpuKernels::Portable => None,
+        }
     }
 
-    fn in_bf16(&self) -> bool {
-        self.bf16 && self.in_tiles()
+    fn has_bf16_matmuls(&self) -> bool {
+        self.bf16 && self.avx512().is_some()
     }
 }
 
@@ -108,65 +116,66 @@ impl Backend for Cpu {
         let threads = self.threads;
         format!(
             "cpu, {} in {}, {threads} thread{}",
-            lanes::name(),
-            if self.in_bf16() { "bf16 and f32" } else { "f32" },
+            simd::name(),
+            if self.has_bf16_matmuls() { "bf16 and f32" } else { "f32" },
             if threads == 1 { "" } else { "s" }
         )
     }
 
     fn compute_dtype(&self) -> Dtype {
-        if self.in_bf16() { Dtype::Bf16 } else { Dtype::F32 }
+        if self.has_bf16_matmuls() { Dtype::Bf16 } else { Dtype::F32 }
     }
 
     fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
         let pool = ThreadPoolBuilder::new().num_threads(self.threads).build()?;
-        let vector = Vector {
+        let executor = CpuExecutor {
             arch: pulp::Arch::new(),
             pool,
-            tiles: if self.in_tiles() { Tiles::detect(self.bf16) } else { None },
-            rope: rope::Table::default(),
-            head: Vec::new(),
+            avx512: self.avx512().map(|avx512| Avx512Kernels::new(avx512, self.bf16)),
+            rope: rope::RopeTable::default(),
+            logits: Vec::new(),
             seconds: BTreeMap::new(),
         };
-        Ok(Box::new(Host::new(layout, need, vector)))
+        Ok(Box::new(Host::new(layout, need, executor)))
     }
 
-    /// Some 4,096 tokens at a time: enough rows for the products, activations that stay small.
+    /// Some 4,096 tokens: enough rows for the matmuls, and small activations.
     fn micro_windows(&self, windows: usize, context: usize) -> usize {
         (4096 / context).clamp(1, windows)
     }
 
     fn workspace(&self, program: &Program) -> usize {
         let of = |op: &Op| match op {
-            Op::FusedLinearCrossEntropy(o) if self.in_bf16() => tiles::head_workspace(o),
-            Op::FusedLinearCrossEntropy(o) => 4 * head::workspace(o),
+            Op::FusedLinearCrossEntropy(o) if self.has_bf16_matmuls() => {
+                avx512::cross_entropy_workspace(o)
+            }
+            Op::FusedLinearCrossEntropy(o) => 4 * fused_linear_cross_entropy::workspace(o),
             _ => 0,
         };
         program.ops.iter().map(of).max().unwrap_or(0)
     }
 }
 
-/// Carries out one operation after another on a pool of threads.
-struct Vector {
+/// Runs operations one after another, each on a pool of threads.
+struct CpuExecutor {
     arch: pulp::Arch,
     pool: ThreadPool,
-    /// Where the processor runs them.
-    tiles: Option<Tiles>,
-    rope: rope::Table,
-    /// The head's tiles of logits, kept from step to step.
-    head: Vec<f32>,
+    avx512: Option<Avx512Kernels>,
+    rope: rope::RopeTable,
+    /// The fused linear cross-entropy's block of logits, kept between steps.
+    logits: Vec<f32>,
     /// By the name of the operation.
     seconds: BTreeMap<&'static str, f64>,
 }
 
-impl Execute<f32> for Vector {
+impl Execute<f32> for CpuExecutor {
     fn execute(&mut self, program: &Program, memory: &mut Memory<f32>, feed: &Feed) {
-        let Vector { arch, pool, tiles, rope, head, seconds } = self;
-        // Once a program: entering the pool costs microseconds, as much as a small operation.
+        let Self { arch, pool, avx512, rope, logits, seconds } = self;
+        // Once per program: entering the pool costs microseconds, as much as a small operation.
         pool.install(|| {
             for op in &program.ops {
                 let start = Instant::now();
-                one(*arch, tiles.as_mut(), rope, head, op, memory, feed);
+                execute_op(*arch, avx512.as_mut(), rope, logits, op, memory, feed);
                 *seconds.entry(op.name()).or_default() += start.elapsed().as_secs_f64();
             }
         });
@@ -177,16 +186,16 @@ impl Execute<f32> for Vector {
     }
 }
 
-fn one(
+fn execute_op(
     arch: pulp::Arch,
-    tiles: Option<&mut Tiles>,
-    rope: &mut rope::Table,
+    avx512: Option<&mut Avx512Kernels>,
+    rope: &mut rope::RopeTable,
     logits: &mut Vec<f32>,
     op: &Op,
     memory: &mut Memory<f32>,
     feed: &Feed,
 ) {
-    if tiles.is_some_and(|tiles| tiles.execute(op, memory, feed.loss_scale as f32)) {
+    if avx512.is_some_and(|avx512| avx512.execute(op, memory, feed.loss_scale as f32)) {
         return;
     }
     match op {
@@ -194,9 +203,9 @@ fn one(
         Op::EmbeddingBackward(o) => elementwise::embedding_backward(o, memory),
         Op::RmsNorm(o) => norm::forward(arch, o, memory),
         Op::RmsNormBackward(o) => norm::backward(arch, o, memory),
-        Op::Linear(o) => product::linear(arch, o, memory),
-        Op::LinearBackwardInput(o) => product::linear_backward_input(o, memory),
-        Op::LinearBackwardWeight(o) => product::linear_backward_weight(o, memory),
+        Op::Linear(o) => matmul::linear(arch, o, memory),
+        Op::LinearBackwardInput(o) => matmul::linear_backward_input(o, memory),
+        Op::LinearBackwardWeight(o) => matmul::linear_backward_weight(o, memory),
         Op::Rope(o) => rope.forward(o, memory),
         Op::RopeBackward(o) => rope.backward(o, memory),
         Op::Attention(o) => attention::forward(arch, o, memory),
@@ -205,7 +214,7 @@ fn one(
         Op::SwiGlu(o) => elementwise::swiglu(arch, o, memory),
         Op::SwiGluBackward(o) => elementwise::swiglu_backward(arch, o, memory),
         Op::FusedLinearCrossEntropy(o) => {
-            head::loss(arch, o, memory, feed.loss_scale as f32, logits)
+            fused_linear_cross_entropy::loss(arch, o, memory, feed.loss_scale as f32, logits)
         }
         Op::GatherRows(o) => elementwise::gather_rows(o, memory),
         Op::ZeroGrad(_) => memory.gradients.fill(0.0),

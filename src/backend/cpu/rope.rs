@@ -7,13 +7,13 @@ use crate::llama::ops::{AttentionShape, Rope, RopeBackward};
 
 /// Cosines and sines by position, computed once in f64 and kept.
 #[derive(Default)]
-pub(super) struct Table {
+pub(super) struct RopeTable {
     frequencies: Vec<f64>,
     /// `[positions, pairs]` of (cosine, sine).
     turns: Vec<(f32, f32)>,
 }
 
-impl Table {
+impl RopeTable {
     fn reach(&mut self, frequencies: &[f64], positions: usize) {
         if self.frequencies != frequencies {
             *self = Self { frequencies: frequencies.to_vec(), turns: Vec::new() };

@@ -4,7 +4,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::super::memory::Memory;
-use super::product::{Threads, View, product};
+use super::matmul::{MatmulThreads, MatrixView, matmul};
 use crate::llama::StepHyperparams;
 use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
 
@@ -98,18 +98,18 @@ fn orthogonalise(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     let (mut gram, mut square) = (vec![0.0; m * m], vec![0.0; m * m]);
     let mut next = vec![0.0; x.len()];
     for _ in 0..5 {
-        let view = View::new(&x, rows, cols);
+        let view = MatrixView::new(&x, rows, cols);
         let (left, right) =
             if tall { (view.transposed(), view) } else { (view, view.transposed()) };
-        product(&mut gram, false, left, right, Threads::All);
-        let a = View::new(&gram, m, m);
-        product(&mut square, false, a, a, Threads::All);
+        matmul(&mut gram, false, left, right, MatmulThreads::All);
+        let a = MatrixView::new(&gram, m, m);
+        matmul(&mut square, false, a, a, MatmulThreads::All);
         for (square, a) in square.iter_mut().zip(&gram) {
             *square = -4.775 * a + 2.0315 * *square;
         }
-        let b = View::new(&square, m, m);
+        let b = MatrixView::new(&square, m, m);
         let (left, right) = if tall { (view, b) } else { (b, view) };
-        product(&mut next, false, left, right, Threads::All);
+        matmul(&mut next, false, left, right, MatmulThreads::All);
         for (x, next) in x.iter_mut().zip(&next) {
             *x = 3.4445 * *x + next;
         }

@@ -13,8 +13,8 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::memory::Memory;
-use super::lanes::exp;
-use super::product::{Threads, View, product};
+use super::matmul::{MatmulThreads, MatrixView, matmul};
+use super::simd::exp;
 use crate::llama::ops::FusedLinearCrossEntropy;
 use crate::tokens::IGNORE;
 
@@ -75,8 +75,8 @@ pub(super) fn loss(
             .enumerate()
             .map(|(segment, (logits, w))| {
                 let width = w.len() / hidden;
-                let w = View::new(w, width, hidden).transposed();
-                product(logits, false, View::new(x, block, hidden), w, Threads::One);
+                let w = MatrixView::new(w, width, hidden).transposed();
+                matmul(logits, false, MatrixView::new(x, block, hidden), w, MatmulThreads::One);
                 let first = segment * SEGMENT;
                 let hit = |(row, &target): (usize, &u32)| {
                     let at = (target as usize).wrapping_sub(first);
@@ -139,10 +139,16 @@ fn gradient(
                 .collect();
             let mut scaled = x.to_vec();
             scale_rows(&mut scaled, &factor, hidden);
-            let e = View::new(exponentials, block, width);
-            product(dw, true, e.transposed(), View::new(&scaled, block, hidden), Threads::One);
+            let e = MatrixView::new(exponentials, block, width);
+            matmul(
+                dw,
+                true,
+                e.transposed(),
+                MatrixView::new(&scaled, block, hidden),
+                MatmulThreads::One,
+            );
             let mut share = scaled;
-            product(&mut share, false, e, View::new(w, width, hidden), Threads::One);
+            matmul(&mut share, false, e, MatrixView::new(w, width, hidden), MatmulThreads::One);
             scale_rows(&mut share, &factor, hidden);
             share
         })

@@ -10,20 +10,20 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// The most rows that go this way.
-pub(super) const MOST: usize = 64;
+pub(super) const MAX_SMALL_M: usize = 64;
 
 /// Rows of weights that one task takes.
 const TASK: usize = 256;
 
 /// `y = x wT`: x is `[rows, k]`, w `[n, k]`, y `[rows, n]`, all row-major.
-pub(super) fn product(arch: Arch, y: &mut [f32], x: &[f32], w: &[f32], rows: usize, k: usize) {
+pub(super) fn small_m_gemm(arch: Arch, y: &mut [f32], x: &[f32], w: &[f32], rows: usize, k: usize) {
     let n = w.len() / k;
-    assert!(rows <= MOST && x.len() == rows * k && w.len() == n * k && y.len() == rows * n);
+    assert!(rows <= MAX_SMALL_M && x.len() == rows * k && w.len() == n * k && y.len() == rows * n);
     let width = arch.dispatch(Lanes);
     let stride = rows.next_multiple_of(width);
-    let mut sideways = vec![0.0; k * stride];
+    let mut transposed = vec![0.0; k * stride];
     for (row, x) in x.chunks(k).enumerate() {
-        for (column, &value) in sideways.chunks_mut(stride).zip(x) {
+        for (column, &value) in transposed.chunks_mut(stride).zip(x) {
             column[row] = value;
         }
     }
@@ -43,7 +43,7 @@ pub(super) fn product(arch: Arch, y: &mut [f32], x: &[f32], w: &[f32], rows: usi
             // writing to all of them in turn would throw one another out of the cache.
             let pitch = TASK + width;
             let mut tile = vec![0.0; rows * pitch];
-            arch.dispatch(Task { x: &sideways, stride, w, k, tile: &mut tile, pitch });
+            arch.dispatch(Task { x: &transposed, stride, w, k, tile: &mut tile, pitch });
             for (out, row) in out.into_iter().zip(tile.chunks(pitch)) {
                 out.copy_from_slice(&row[..out.len()]);
             }
@@ -162,19 +162,19 @@ mod tests {
     #[test]
     fn a_rows_product_is_right_and_the_same_bits_in_any_company() {
         for (n, k) in [(1, 1), (7, 3), (300, 64), (1311, 36), (520, 77)] {
-            let (x, w) = (random(MOST * k, 0), random(n * k, 1));
-            let mut alone = vec![0.0; MOST * n];
+            let (x, w) = (random(MAX_SMALL_M * k, 0), random(n * k, 1));
+            let mut alone = vec![0.0; MAX_SMALL_M * n];
             for (y, x) in alone.chunks_mut(n).zip(x.chunks(k)) {
-                product(Arch::new(), y, x, &w, 1, k);
+                small_m_gemm(Arch::new(), y, x, &w, 1, k);
             }
             for (at, &y) in alone.iter().enumerate() {
                 let terms = x[at / n * k..][..k].iter().zip(&w[at % n * k..][..k]);
                 let exact: f64 = terms.map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
                 assert!((f64::from(y) - exact).abs() < 1e-5 * k as f64, "{n} x {k}: {y}, {exact}");
             }
-            for rows in [2, 5, 16, 17, 33, 48, 63, MOST] {
+            for rows in [2, 5, 16, 17, 33, 48, 63, MAX_SMALL_M] {
                 let mut together = vec![f32::NAN; rows * n];
-                product(Arch::new(), &mut together, &x[..rows * k], &w, rows, k);
+                small_m_gemm(Arch::new(), &mut together, &x[..rows * k], &w, rows, k);
                 assert!(together == alone[..rows * n], "{rows} rows of {k} by {n}");
             }
         }

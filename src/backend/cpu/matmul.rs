@@ -4,12 +4,12 @@ use gemm::Parallelism;
 use pulp::Arch;
 
 use super::super::memory::Memory;
-use super::few;
+use super::small_m_gemm;
 use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
 
 /// A matrix in a slice, by strides, so that a transpose is a view.
 #[derive(Clone, Copy)]
-pub(super) struct View<'a> {
+pub(super) struct MatrixView<'a> {
     data: &'a [f32],
     rows: usize,
     cols: usize,
@@ -17,7 +17,7 @@ pub(super) struct View<'a> {
     col_stride: usize,
 }
 
-impl<'a> View<'a> {
+impl<'a> MatrixView<'a> {
     /// `[rows, cols]`, row-major.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols);
@@ -37,20 +37,29 @@ impl<'a> View<'a> {
 
 /// Whether a product is one of many that run side by side, or may itself use every thread.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Threads {
+pub(super) enum MatmulThreads {
     One,
     All,
 }
 
 /// `out = a b`, or `out += a b`; out is `[a.rows, b.cols]`, row-major.
-pub(super) fn product(out: &mut [f32], accumulate: bool, a: View, b: View, threads: Threads) {
+pub(super) fn matmul(
+    out: &mut [f32],
+    accumulate: bool,
+    a: MatrixView,
+    b: MatrixView,
+    threads: MatmulThreads,
+) {
     assert_eq!(a.cols, b.rows);
     assert_eq!(out.len(), a.rows * b.cols);
     // Below this many multiplications waking another thread costs more than it brings.
     let large = a.rows * a.cols * b.cols > 1 << 20;
-    let parallelism =
-        if threads == Threads::All && large { Parallelism::Rayon(0) } else { Parallelism::None };
-    // SAFETY: `out`, `a.data` and `b.data` are slices that the strides stay inside of: `View::new`
+    let parallelism = if threads == MatmulThreads::All && large {
+        Parallelism::Rayon(0)
+    } else {
+        Parallelism::None
+    };
+    // SAFETY: `out`, `a.data` and `b.data` are slices that the strides stay inside of: `MatrixView::new`
     // checked rows * cols against the length, transposing swaps both sizes and strides, and out's
     // length was checked above. `out` is borrowed mutably, so it overlaps neither.
     unsafe {
@@ -80,22 +89,29 @@ pub(super) fn product(out: &mut [f32], accumulate: bool, a: View, b: View, threa
 
 pub(super) fn linear(arch: Arch, o: &Linear, memory: &mut Memory<f32>) {
     let [x, y] = memory.floats.get([o.x, o.y]);
-    if o.rows <= few::MOST {
-        return few::product(arch, y, x, &memory.parameters[o.w.range()], o.rows, o.w.cols);
+    if o.rows <= small_m_gemm::MAX_SMALL_M {
+        return small_m_gemm::small_m_gemm(
+            arch,
+            y,
+            x,
+            &memory.parameters[o.w.range()],
+            o.rows,
+            o.w.cols,
+        );
     }
-    let w = View::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
-    product(y, false, View::new(x, o.rows, o.w.cols), w.transposed(), Threads::All);
+    let w = MatrixView::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
+    matmul(y, false, MatrixView::new(x, o.rows, o.w.cols), w.transposed(), MatmulThreads::All);
 }
 
 pub(super) fn linear_backward_input(o: &LinearBackwardInput, memory: &mut Memory<f32>) {
     let [dy, dx] = memory.floats.get([o.dy, o.dx]);
-    let w = View::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
-    product(dx, false, View::new(dy, o.rows, o.w.rows), w, Threads::All);
+    let w = MatrixView::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
+    matmul(dx, false, MatrixView::new(dy, o.rows, o.w.rows), w, MatmulThreads::All);
 }
 
 pub(super) fn linear_backward_weight(o: &LinearBackwardWeight, memory: &mut Memory<f32>) {
     let [dy, x] = memory.floats.get([o.dy, o.x]);
     let dw = &mut memory.gradients[o.w.range()];
-    let dy = View::new(dy, o.rows, o.w.rows);
-    product(dw, true, dy.transposed(), View::new(x, o.rows, o.w.cols), Threads::All);
+    let dy = MatrixView::new(dy, o.rows, o.w.rows);
+    matmul(dw, true, dy.transposed(), MatrixView::new(x, o.rows, o.w.cols), MatmulThreads::All);
 }

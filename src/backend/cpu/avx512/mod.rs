@@ -1,0 +1,139 @@
+//! Kernels for processors with AVX-512 and its bfloat16 dot products (Cooper Lake, Sapphire Rapids, Zen 4 and
+//! later). The portable kernels of the parent module serve all other processors and operations.
+//!
+//! All `std::arch` code is here. [`vec`] holds the building blocks.
+
+/// Functions compiled for AVX-512 F, BW, DQ, VL and BF16, which only such functions may call safely.
+///
+/// Without this attribute intrinsics are calls, and the code is some 20 times slower.
+macro_rules! avx512 {
+    ($(
+        $(#[$attribute:meta])*
+        $vis:vis fn $name:ident $(<$(const $n:ident: $n_type:ty),+>)? ($($args:tt)*) $(-> $out:ty)?
+        $body:block
+    )*) => {$(
+        $(#[$attribute])*
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+        $vis fn $name $(<$(const $n: $n_type),+>)? ($($args)*) $(-> $out)? $body
+    )*};
+}
+
+/// Functions compiled like those of `avx512!` that any code may call: their first argument, an [`Avx512`],
+/// proves that the processor runs them.
+macro_rules! avx512_entry {
+    ($(
+        $(#[$attribute:meta])*
+        $vis:vis fn $name:ident $(<const $n:ident: $n_type:ty>)? (
+            $proof:ident: Avx512 $(, $arg:ident: $arg_type:ty)* $(,)?
+        ) $(-> $out:ty)?
+        $body:block
+    )*) => {$(
+        $(#[$attribute])*
+        #[inline]
+        $vis fn $name $(<const $n: $n_type>)? (
+            $proof: Avx512 $(, $arg: $arg_type)*
+        ) $(-> $out)? {
+            avx512!(
+                fn compiled $(<const $n: $n_type>)? (
+                    $proof: Avx512 $(, $arg: $arg_type)*
+                ) $(-> $out)? {
+                    let _ = $proof;
+                    $body
+                }
+            );
+            // SAFETY: only `Avx512::detect` makes an `Avx512`, after it found these features.
+            unsafe { compiled $(::<$n>)? ($proof $(, $arg)*) }
+        }
+    )*};
+}
+
+mod attention;
+mod fused_linear_cross_entropy;
+mod matmul;
+mod small_m_gemm;
+mod vec;
+
+use super::super::memory::Memory;
+use super::small_m_gemm::MAX_SMALL_M;
+use crate::llama::Op;
+use crate::llama::ops::FusedLinearCrossEntropy;
+
+/// Proof that the processor has AVX-512 F, BW, DQ, VL and BF16.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(());
+
+impl Avx512 {
+    pub fn detect() -> Option<Self> {
+        let detected = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bf16");
+        detected.then_some(Self(()))
+    }
+
+    /// The proof, or `None` after a line that says so.
+    #[cfg(test)]
+    fn detect_or_skip() -> Option<Self> {
+        let proof = Self::detect();
+        if proof.is_none() {
+            eprintln!("SKIPPED: this processor has no AVX-512 with bfloat16");
+        }
+        proof
+    }
+}
+
+/// The AVX-512 kernels, with the buffers that they keep between steps.
+pub(super) struct Avx512Kernels {
+    avx512: Avx512,
+    /// Matmuls round their operands to bfloat16.
+    bf16: bool,
+    cross_entropy: fused_linear_cross_entropy::CrossEntropyBuffers,
+    matmul: matmul::MatmulBuffers,
+}
+
+impl Avx512Kernels {
+    pub fn new(avx512: Avx512, bf16: bool) -> Self {
+        Self {
+            avx512,
+            bf16,
+            cross_entropy: fused_linear_cross_entropy::CrossEntropyBuffers::default(),
+            matmul: matmul::MatmulBuffers::default(),
+        }
+    }
+
+    /// Runs an operation, or returns false if there is no kernel for it here.
+    pub fn execute(&mut self, op: &Op, memory: &mut Memory<f32>, loss_scale: f32) -> bool {
+        let avx512 = self.avx512;
+        match op {
+            Op::FusedLinearCrossEntropy(o) if self.bf16 => {
+                self.cross_entropy.run(avx512, o, memory, loss_scale)
+            }
+            Op::Linear(o) if self.bf16 => self.matmul.linear(avx512, o, memory),
+            Op::Linear(o) if o.rows <= MAX_SMALL_M => {
+                let [x, y] = memory.floats.get([o.x, o.y]);
+                let w = &memory.parameters[o.w.range()];
+                small_m_gemm::small_m_gemm(avx512, y, x, w, o.rows, o.w.cols);
+            }
+            Op::LinearBackwardInput(o) if self.bf16 => {
+                self.matmul.backward_input(avx512, o, memory);
+            }
+            Op::LinearBackwardWeight(o) if self.bf16 => {
+                self.matmul.backward_weight(avx512, o, memory);
+            }
+            Op::Attention(o) if attention::supports(&o.shape) => {
+                attention::forward(avx512, o, memory);
+            }
+            Op::AttentionBackward(o) if attention::supports(&o.shape) => {
+                attention::backward(avx512, o, memory);
+            }
+            _ => return false,
+        }
+        true
+    }
+}
+
+/// Bytes that the fused linear cross-entropy needs beside the program's buffers.
+pub(super) fn cross_entropy_workspace(o: &FusedLinearCrossEntropy) -> usize {
+    fused_linear_cross_entropy::workspace(o)
+}
