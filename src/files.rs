@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint};
 
 /// A file in the making. Dropped without [`AtomicFile::commit`], it disappears.
 #[derive(Debug)]
@@ -24,12 +24,14 @@ impl AtomicFile {
         let advice = || "choose an output path that can be written";
         let name = target
             .file_name()
-            .with_context(|| format!("{} is not a file name", target.display()))
-            .hint(advice)?;
+            .with_context(|| {
+                format!("invalid output path {}: it has no file name", target.display())
+            })
+            .hint(ErrorKind::Data, advice)?;
         let folder = folder_of(target);
         fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make the folder {}", folder.display()))
-            .hint(advice)?;
+            .with_context(|| format!("cannot create the folder {}", folder.display()))
+            .hint(ErrorKind::Data, advice)?;
         // The process id keeps two writers of one target apart.
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
@@ -37,16 +39,17 @@ impl AtomicFile {
         let temporary = folder.join(hidden);
         let file = File::create(&temporary)
             .with_context(|| format!("cannot write {}", target.display()))
-            .hint(advice)?;
+            .hint(ErrorKind::Data, advice)?;
         let file = BufWriter::with_capacity(1 << 20, file);
         Ok(Self { target: target.to_path_buf(), temporary, file, committed: false })
     }
 
     /// Flushes the file to the disk and gives it its name.
     pub fn commit(mut self) -> anyhow::Result<()> {
-        self.finish()
-            .with_context(|| format!("cannot write {}", self.target.display()))
-            .hint(|| "is the disk full? What was there before is untouched")
+        self.finish().with_context(|| format!("cannot write {}", self.target.display())).hint(
+            ErrorKind::Data,
+            || "check that the disk has room; what was there before is untouched",
+        )
     }
 
     fn finish(&mut self) -> io::Result<()> {
@@ -87,9 +90,10 @@ impl Drop for AtomicFile {
 /// Writes a whole file at once.
 pub fn write_atomically(target: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let mut file = AtomicFile::create(target)?;
-    file.write_all(bytes)
-        .with_context(|| format!("cannot write {}", target.display()))
-        .hint(|| "is the disk full? What was there before is untouched")?;
+    file.write_all(bytes).with_context(|| format!("cannot write {}", target.display())).hint(
+        ErrorKind::Data,
+        || "check that the disk has room; what was there before is untouched",
+    )?;
     file.commit()
 }
 

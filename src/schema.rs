@@ -4,7 +4,7 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use crate::error::error;
+use crate::error;
 
 /// The version that is written.
 pub const SCHEMA_VERSION: u32 = 2;
@@ -43,7 +43,7 @@ fn check(version: u64) -> anyhow::Result<()> {
     if version <= u64::from(SCHEMA_VERSION) {
         return Ok(());
     }
-    Err(error(
+    Err(error::data(
         format!("{SCHEMA_FIELD} is {version}, this laam reads up to {SCHEMA_VERSION}"),
         "use the laam that wrote it, or a newer one",
     ))

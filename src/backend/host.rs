@@ -3,7 +3,7 @@
 
 use super::memory::Memory;
 use super::{Arena, Feed, Loaded, Need, Session};
-use crate::error::error;
+use crate::error;
 use crate::llama::{Buffer, BufferKind, BufferRole, Plan, Program};
 use crate::model::Layout;
 
@@ -111,13 +111,9 @@ impl<R: Real, E: Execute<R>> Session for Host<R, E> {
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
         let place = self.memory.arena_mut(arena);
         if place.len() != values.len() {
-            return Err(error(
-                format!(
-                    "{} values do not fill the {arena:?} arena of {}",
-                    values.len(),
-                    place.len()
-                ),
-                "give the weights or the training state of a model of this very shape",
+            return Err(error::checkpoint(
+                format!("{} values for the {arena:?} arena of {}", values.len(), place.len()),
+                "use weights or a training state of a model of the same shape",
             ));
         }
         for (place, value) in place.iter_mut().zip(values) {
@@ -149,16 +145,14 @@ pub(super) fn check_feed(program: &Program, feed: &Feed) -> anyhow::Result<()> {
     let given = indices.map(|i| (i, true)).chain(floats.map(|f| (f, false)));
     for ((buffer, len), index) in given {
         let info = program.info(buffer);
-        anyhow::ensure!(
-            info.len == len && (info.kind == BufferKind::Index) == index,
-            "input {} has {} elements, not {len}",
-            info.name,
-            info.len
-        );
+        if info.len != len || (info.kind == BufferKind::Index) != index {
+            let what = format!("input {} has {} elements, not {len}", info.name, info.len);
+            return Err(error::internal(what));
+        }
         missing.retain(|&at| at != buffer.0);
     }
     match missing.first() {
-        Some(&at) => anyhow::bail!("input {} was not given", program.buffers[at].name),
+        Some(&at) => Err(error::internal(format!("missing input {}", program.buffers[at].name))),
         None => Ok(()),
     }
 }

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::check::{Case, Size, cases, operations};
 use crate::backend::Backend;
+use crate::error;
 use crate::llama::ops::name_matches;
 use crate::llama::{Cost, Op};
 
@@ -43,9 +44,9 @@ pub fn time(
     let chosen: Vec<&str> =
         operations().filter(|name| only.is_none_or(|only| name_matches(name, only))).collect();
     if chosen.is_empty() {
-        return Err(crate::error::error(
-            format!("no operation is called {}, in --only", only.unwrap_or_default()),
-            format!("one of {}", operations().collect::<Vec<_>>().join(", ")),
+        return Err(error::config(
+            format!("unknown operation {}", only.unwrap_or_default()),
+            format!("use one of {}", operations().collect::<Vec<_>>().join(", ")),
         ));
     }
     let mut rows = Vec::new();

@@ -12,7 +12,7 @@ use crate::device::Device;
 use crate::device::cuda::{self, Cuda};
 use crate::device::sim::Sim;
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 use crate::kernels::BUILD;
 
 /// Where a model runs.
@@ -90,7 +90,7 @@ impl Arguments {
         profile: bool,
     ) -> anyhow::Result<Box<dyn Backend>> {
         if self.threads == Some(0) {
-            return Err(error("0 threads cannot work, in --threads", "give 1 or more"));
+            return Err(error::invalid("threads", 0, "at least 1"));
         }
         let kind = match self.backend {
             Kind::Auto if BUILD.cuda.is_ok() && cuda::count() > 0 => Kind::Cuda,
@@ -142,9 +142,9 @@ impl Arguments {
         match self.backend {
             Kind::Auto | Kind::Cuda => Ok(Box::new(Cuda::new(0)?)),
             Kind::Sim => Ok(Box::new(Sim::new(ptxsim::Options::default())?)),
-            Kind::Cpu | Kind::Reference => Err(error(
-                "the cpu and reference backends have no device, in --backend",
-                "use --backend cuda or sim",
+            Kind::Cpu | Kind::Reference => Err(error::config(
+                "the cpu and reference backends have no device",
+                "set `backend` to cuda or sim",
             )),
         }
     }

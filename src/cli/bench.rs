@@ -12,7 +12,7 @@ use crate::bench::check::Size;
 use crate::bench::{kernels, smoke, step};
 use crate::device::Device;
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 use crate::schema::versioned;
 
 /// Time what the program does, on this machine.
@@ -194,8 +194,8 @@ fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
 
 fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
     let mut config = step::preset(&arguments.preset).ok_or_else(|| {
-        error(
-            format!("there is no preset {}, in --preset", arguments.preset),
+        error::config(
+            format!("unknown `preset` {}", arguments.preset),
             format!("use one of {}", step::PRESETS.join(", ")),
         )
     })?;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{Outcome, backend, model};
-use crate::error::error;
+use crate::error;
 use crate::generate::Generator;
 use crate::memorization::regenerate::{End, Regenerator, Sink};
 use crate::tokens::Kind;
@@ -38,9 +38,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let opened = model::open(&arguments.model)?;
     let known = &opened.provenance.as_ref().map(|provenance| &provenance.corpus.paths);
     if known.is_some_and(|known| !known.is_empty() && !known.contains(&arguments.path)) {
-        return Err(error(
-            format!("{:?} is no file that the model was trained on", arguments.path),
-            format!("laam ls {} lists them", arguments.model.display()),
+        return Err(error::config(
+            format!("the model was not trained on a file {:?}", arguments.path),
+            format!("laam ls {} lists its files", arguments.model.display()),
         ));
     }
     let windows = arguments.windows.or(model::windows(opened.provenance.as_ref()));

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::model::Opened;
 use super::{Outcome, backend, model};
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 use crate::generate::{Continuation, Finish, Generator, Request, Sampling, TextStream};
 use crate::schema::versioned;
 
@@ -110,9 +110,8 @@ fn prompt(opened: &Opened, text: &str) -> anyhow::Result<Vec<u32>> {
         return Ok(ids);
     }
     let bos = opened.model.config.bos_token_id.or(opened.tokenizer.special().bos);
-    bos.map(|bos| vec![bos]).ok_or_else(|| {
-        error("the model names no token that begins a text", "give it something with --prompt")
-    })
+    bos.map(|bos| vec![bos])
+        .ok_or_else(|| error::config("the model has no token that begins a text", "set `prompt`"))
 }
 
 /// A model, answering.
@@ -178,7 +177,7 @@ impl Play<'_> {
                 return Ok(Outcome::Done);
             }
             let line = String::from_utf8(line)
-                .hint(|| "prompts are UTF-8 text, a line of at most 1 MiB each")?;
+                .hint(ErrorKind::Config, || "a prompt is a line of UTF-8 text of at most 1 MiB")?;
             let line = line.trim_end_matches(['\r', '\n']);
             let ids = prompt(self.opened, line)?;
             let mut out = io::stdout().lock();

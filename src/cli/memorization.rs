@@ -15,7 +15,7 @@ use super::windows::{self, Cut};
 use super::{Outcome, backend, model};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Document};
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint};
 use crate::files::write_atomically;
 use crate::memorization::measure::{Memorized, Question, measure, spread};
 use crate::memorization::size;
@@ -148,7 +148,7 @@ impl Measures {
         let weights = folder.join("model.safetensors");
         let weights_bytes = fs::metadata(&weights)
             .with_context(|| format!("cannot look at {}", weights.display()))
-            .hint(|| "was the model changed meanwhile?")?
+            .hint(ErrorKind::Checkpoint, || "the model may have changed meanwhile: run it again")?
             .len();
         let parameters = config.parameter_count() as f64;
         let bits_per_parameter =

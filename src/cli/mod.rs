@@ -29,9 +29,9 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::error::{error, hint_of};
+use crate::error::{self, hint_of, with_flags};
 
 /// Train a Llama on source code until it gives it back, and prove it.
 #[derive(Parser)]
@@ -74,37 +74,71 @@ pub enum Outcome {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    match run(std::env::args_os()) {
-        Ok(outcome) => ExitCode::from(outcome as u8),
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("laam: {}", one_line(&format!("{error:#}")));
-            if let Some(hint) = hint_of(&error) {
-                eprintln!("hint: {}", one_line(hint));
-            }
-            ExitCode::from(2)
-        }
+    match parse(std::env::args_os()) {
+        Ok(Some((command, spec))) => match run(command) {
+            Ok(outcome) => ExitCode::from(outcome as u8),
+            Err(error) => fail(&error, |field| flag(&spec, field)),
+        },
+        Ok(None) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, |_| None),
     }
 }
 
-fn run(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<Outcome> {
-    let arguments = match Arguments::try_parse_from(normalise(arguments)) {
-        Ok(arguments) => arguments,
+/// Prints an error; its exit code. `flag` names the flag of a field.
+fn fail(error: &anyhow::Error, flag: impl Fn(&str) -> Option<String>) -> ExitCode {
+    if is_broken_pipe(error) {
+        return ExitCode::SUCCESS;
+    }
+    let line = |text: &str| with_flags(&one_line(text), &flag);
+    eprintln!("laam: {}", line(&format!("{error:#}")));
+    if let Some(hint) = hint_of(error) {
+        eprintln!("hint: {}", line(hint));
+    }
+    ExitCode::from(2)
+}
+
+/// The flag of a subcommand that sets a field: `batch_size` is set by `--batch-size`.
+fn flag(spec: &clap::Command, field: &str) -> Option<String> {
+    let field = field.replace('_', "-");
+    let sets = |arg: &&clap::Arg| {
+        let aliases = arg.get_all_aliases().unwrap_or_default();
+        arg.get_long() == Some(&field) || aliases.contains(&field.as_str())
+    };
+    Some(format!("--{}", spec.get_arguments().find(sets)?.get_long()?))
+}
+
+/// The command that was given, with clap's description of its flags; none if help was printed.
+fn parse(
+    arguments: impl Iterator<Item = OsString>,
+) -> anyhow::Result<Option<(Command, clap::Command)>> {
+    let mut spec = Arguments::command();
+    let matches = match spec.try_get_matches_from_mut(normalise(arguments)) {
+        Ok(matches) => matches,
         // Help and version are data, not errors.
         Err(help) if !help.use_stderr() => {
             help.print()?;
-            return Ok(Outcome::Done);
+            return Ok(None);
         }
         // No subcommand at all: clap's message is the help itself.
         Err(help)
             if help.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
         {
             help.print()?;
-            return Err(error("no command was given", "laam run trains and proves the sample"));
+            return Err(error::config("no command", "laam run trains the sample and proves it"));
         }
         Err(bad) => return Err(usage_error(&bad)),
     };
-    match arguments.command {
+    let command = Arguments::from_arg_matches(&matches).map_err(|bad| usage_error(&bad))?.command;
+    let mut given = &matches;
+    while let Some((name, below)) = given.subcommand() {
+        spec = spec.find_subcommand(name).cloned().unwrap_or(spec);
+        given = below;
+    }
+    Ok(Some((command, spec)))
+}
+
+fn run(command: Command) -> anyhow::Result<Outcome> {
+    match command {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Cat(arguments) => cat::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
@@ -149,7 +183,7 @@ fn usage_error(bad: &clap::Error) -> anyhow::Error {
         .flat_map(str::lines)
         .find_map(|line| line.trim().strip_prefix("tip: "))
         .map_or_else(|| "see laam --help, or laam COMMAND --help".to_string(), String::from);
-    error(one_line(what), tip)
+    error::config(one_line(what), tip)
 }
 
 fn one_line(text: &str) -> String {
@@ -183,7 +217,6 @@ mod tests {
 
     #[test]
     fn the_arguments_are_well_formed() {
-        use clap::CommandFactory;
         Arguments::command().debug_assert();
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 
-use crate::error::error;
+use crate::error;
 use crate::memorization::rebuild::check_paths;
 use crate::model::{Model, Provenance, load, load_provenance};
 use crate::tokenizer::Tokenizer;
@@ -28,12 +28,12 @@ pub fn open(folder: &Path) -> anyhow::Result<Opened> {
     let tokenizer = Arc::new(Tokenizer::load(folder)?);
     let (ids, rows) = (tokenizer.vocab_size(), model.config.vocab_size);
     if ids > rows {
-        return Err(error(
+        return Err(error::checkpoint(
             format!(
                 "the tokenizer has {ids} tokens, the model only {rows}, in {}",
                 folder.display()
             ),
-            "the two do not belong together: copy the tokenizer the model was trained with",
+            "use the tokenizer that the model was trained with",
         ));
     }
     Ok(Opened { model, tokenizer, provenance: load_provenance(folder)? })
@@ -43,9 +43,9 @@ pub fn open(folder: &Path) -> anyhow::Result<Opened> {
 pub fn paths(folder: &Path) -> anyhow::Result<Vec<String>> {
     let paths = load_provenance(folder)?.unwrap_or_default().corpus.paths;
     if paths.is_empty() {
-        return Err(error(
-            format!("{} does not say which files its model holds", folder.display()),
-            "a provenance.json with the paths is part of every model that laam trains",
+        return Err(error::checkpoint(
+            format!("{} does not say which files the model was trained on", folder.display()),
+            "every model that laam trains has them in provenance.json",
         ));
     }
     check_paths(&paths)?;

@@ -14,7 +14,7 @@ use super::train_tokenizer::encoding_of;
 use super::{Outcome, backend, model, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Encoding, MIRROR, Version};
-use crate::error::error;
+use crate::error;
 use crate::generate::Generator;
 use crate::memorization::rebuild::{self, Comparison, Difference, Rebuilt, rebuild};
 use crate::memorization::regenerate::{End, Regenerator};
@@ -83,9 +83,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     };
     if let Some(comparison) = comparison.as_ref().filter(|c| c.extra.len() == rebuilt.len()) {
         let first = comparison.missing.first().map_or("nothing", String::as_str);
-        return Err(error(
-            format!("the originals hold none of the model's files: they have {first:?}, ..."),
-            format!("compare with what the model was trained on: it has {:?}, ...", paths[0]),
+        return Err(error::config(
+            format!("the originals have none of the model's files; they have {first:?}, ..."),
+            format!("set `compare` to what the model was trained on: {:?}, ...", paths[0]),
         ));
     }
     if arguments.json {
@@ -104,9 +104,9 @@ impl Arguments {
         let is_path = Path::new(source).exists();
         let is_kernel = !is_path && source.parse::<Version>().is_ok();
         if !is_path && !is_kernel && source != "sample" {
-            return Err(error(
-                format!("there is no {source:?}, in --compare"),
-                "give a folder, an archive, a kernel's version like v1.0/1.0, or sample",
+            return Err(error::config(
+                format!("invalid `compare` {source:?}: no such file or folder"),
+                "give a folder, an archive, a kernel version like v1.0/1.0, or sample",
             ));
         }
         SourceArguments {

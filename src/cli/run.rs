@@ -18,7 +18,7 @@ use super::train_tokenizer::encoding_of;
 use super::{Outcome, backend, model, plan, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Manifest, SAMPLE};
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 use crate::files::write_atomically;
 use crate::memorization::measure::Question;
 use crate::memorization::rebuild::compare;
@@ -176,9 +176,9 @@ pub fn claim(folder: &Path, identity: &Identity) -> anyhow::Result<()> {
         }
         _ => "recipe",
     };
-    Err(error(
-        format!("{} holds a run of another {what}", folder.display()),
-        "give another --output, or remove that folder",
+    Err(error::config(
+        format!("{} has a run of another {what}", folder.display()),
+        "choose another `output`, or remove that folder",
     ))
 }
 
@@ -256,22 +256,26 @@ fn compile_and_test(folder: &Path) -> anyhow::Result<String> {
         Err(cause) => return Err(cause).context("cannot run cc"),
     };
     if !compiled.status.success() {
-        return Err(error(
-            format!("cc refuses the rebuilt sample: {}", String::from_utf8_lossy(&compiled.stderr)),
-            "the files equal the originals, so it is the compiler: any C99 compiler will do",
+        return Err(error::data(
+            format!(
+                "cc does not compile the rebuilt sample: {}",
+                String::from_utf8_lossy(&compiled.stderr)
+            ),
+            "the files equal the originals, so check the compiler: it needs C99",
         ));
     }
     // By an absolute path: a relative one without a slash would be looked for elsewhere.
     let program = program.canonicalize().context("finding the compiled sample")?;
     let tested = Command::new(&program).arg("--test").output();
-    let tested = tested
-        .context("cannot run the compiled sample")
-        .hint(|| "is the output folder on a file system that forbids programs?")?;
+    let tested = tested.context("cannot run the compiled sample").hint(
+        ErrorKind::Data,
+        || "check whether the file system of the output folder allows programs",
+    )?;
     let said = String::from_utf8_lossy(&tested.stdout).trim().to_string();
     if !tested.status.success() {
-        return Err(error(
+        return Err(error::data(
             format!("the rebuilt sample fails its self-test: {said}"),
-            "the files equal the originals, so it is the compiler or this machine",
+            "the files equal the originals, so check the compiler and this machine",
         ));
     }
     Ok(format!("compiled with cc and run from what the weights gave back: {said}"))

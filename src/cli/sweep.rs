@@ -15,7 +15,7 @@ use super::source::SourceArguments;
 use super::train_tokenizer::encoding_of;
 use super::{Outcome, backend, model, windows};
 use crate::corpus::Corpus;
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint};
 use crate::files::write_atomically;
 use crate::memorization::measure::{Question, measure};
 use crate::memorization::rebuild::compare;
@@ -98,8 +98,8 @@ fn result(
             let mut row = serde_json::from_str(&text)
                 .map_err(anyhow::Error::from)
                 .and_then(upgrade)
-                .with_context(|| format!("{} is not what laam writes", path.display()))
-                .hint(|| "remove it: the run is measured again")?;
+                .with_context(|| format!("invalid {}", path.display()))
+                .hint(ErrorKind::Data, || "remove it: the run is then measured again")?;
             // The table has it once.
             row.as_object_mut().map(|row| row.shift_remove(SCHEMA_FIELD));
             return Ok(Some(row));
@@ -108,7 +108,7 @@ fn result(
         Err(cause) => {
             return Err(cause)
                 .with_context(|| format!("cannot read {}", path.display()))
-                .hint(|| "make it readable, or remove it");
+                .hint(ErrorKind::Data, || "make it readable, or remove it");
         }
     }
     let Some((model, finishes)) = train(backends, &run.recipe, corpus, folder)? else {
@@ -165,7 +165,7 @@ fn last_line(model: &Path) -> anyhow::Result<Value> {
     let path = model.join("metrics.jsonl");
     let text = fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))
-        .hint(|| "remove the run's folder: it is done again")?;
+        .hint(ErrorKind::Data, || "remove the folder of the run: it is then done again")?;
     let last = text.lines().rev().find_map(|line| serde_json::from_str(line).ok());
     Ok(last.unwrap_or_default())
 }

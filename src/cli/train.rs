@@ -13,7 +13,7 @@ use super::{Outcome, backend};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, hex};
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 use crate::model::{Config, Provenance, load};
 use crate::tokenizer::{Style, Tokenizer};
 use crate::tokens::Windows;
@@ -170,13 +170,13 @@ fn check_vocabulary(config: &Config, tokenizer: &Tokenizer, folder: &Path) -> an
     if config.vocab_size == tokenizer.vocab_size() {
         return Ok(());
     }
-    Err(error(
+    Err(error::config(
         format!(
-            "the tokenizer has {} tokens, the model in {} {}",
+            "the tokenizer has {} tokens, the model in {} has {}",
             tokenizer.vocab_size(),
             folder.display(),
             config.vocab_size
         ),
-        "give the tokenizer that lies in the model's folder",
+        "use the tokenizer in the model's folder",
     ))
 }

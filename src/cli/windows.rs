@@ -11,7 +11,7 @@ use super::model::{self, Opened};
 use super::source::{self, SourceArguments};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::{Corpus, Document, Manifest};
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 use crate::tokenizer::Style;
 use crate::tokens::{Kind, TokenFile, TokenWriter, Windows};
 use crate::train::prepare;
@@ -67,9 +67,9 @@ impl Cut {
     ) -> anyhow::Result<Self> {
         let context = opened.model.config.max_position_embeddings;
         if context > LONGEST {
-            return Err(error(
-                format!("windows of {context} tokens are too long, in the model's config.json"),
-                format!("set max_position_embeddings there to {LONGEST} or less"),
+            return Err(error::checkpoint(
+                format!("max_position_embeddings {context} is too large, in config.json"),
+                format!("set it to at most {LONGEST}"),
             ));
         }
         let windows = Windows::new(file, opened.tokenizer.clone(), kind, context, None)?;
@@ -91,8 +91,8 @@ impl Scratch {
         let made = (0..100).map(make).find(|made| !is_taken(made.as_ref().err()));
         made.unwrap_or_else(|| Err(io::ErrorKind::AlreadyExists.into()))
             .map(Self)
-            .with_context(|| format!("cannot make a folder in {}", place.display()))
-            .hint(|| "set TMPDIR to a folder that can be written")
+            .with_context(|| format!("cannot create a folder in {}", place.display()))
+            .hint(ErrorKind::Data, || "set TMPDIR to a writable folder")
     }
 }
 

@@ -19,7 +19,7 @@ use tar::{Archive, Entry, EntryType};
 use super::manifest::Reason;
 use super::names::{self, Fault, shown};
 use super::pass::{Flow, Intake};
-use crate::error::error;
+use crate::error;
 
 /// Memory an xz archive may ask for, in KiB: twice what `xz -9` makes need.
 const XZ_MEMORY_KIB: u32 = 129 << 10;
@@ -105,11 +105,11 @@ impl Reading {
     fn damaged(&self, why: &io::Error, path: &Path) -> anyhow::Error {
         let (packed, unpacked) = (self.packed.done.get(), self.unpacked.done.get());
         if packed == 0 {
-            return error(format!("{why}, {}", path.display()), super::SOURCE_HINT);
+            return error::data(format!("{why}, {}", path.display()), super::SOURCE_HINT);
         }
         if why.kind() == io::ErrorKind::OutOfMemory {
             let what = format!("needs more than {XZ_MEMORY_KIB} KiB of memory to unpack");
-            return error(
+            return error::data(
                 format!("{what}, {}", path.display()),
                 "if you trust it, unpack it and give the folder",
             );
@@ -119,12 +119,12 @@ impl Reading {
             None if unpacked <= 512 => "at its start: is it an archive?".to_string(),
             None => "at its end".to_string(),
         };
-        error(
+        error::data(
             format!(
-                "damaged or cut short ({why}) {near}, by byte {packed} of {} ({unpacked} unpacked)",
+                "archive damaged or cut short ({why}) {near}, by byte {packed} of {} ({unpacked} unpacked)",
                 path.display()
             ),
-            "get the archive again; .tar, .tar.gz and .tar.xz can be read",
+            "download it again; laam reads .tar, .tar.gz and .tar.xz",
         )
     }
 }
@@ -176,8 +176,11 @@ fn is_pax_sparse(entry: &mut Entry<'_, impl Read>) -> io::Result<bool> {
 }
 
 fn refuse(what: &str, path: &Path) -> Stop {
-    error(format!("{what}, {}", path.display()), "if you trust it, unpack it and give the folder")
-        .into()
+    error::data(
+        format!("{what}, {}", path.display()),
+        "if you trust it, unpack it and give the folder",
+    )
+    .into()
 }
 
 /// Undoes the packing that the first bytes tell of.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
-use crate::error::error;
+use crate::error;
 
 /// Bytes of a download. The largest kernel archive has 230 MB.
 const MOST: u64 = 2 << 30;
@@ -122,13 +122,13 @@ impl Download<'_> {
                     let gained = self.length().saturating_sub(before);
                     failures = if gained >= PROGRESS { 0 } else { failures + 1 };
                     if failures >= ATTEMPTS {
-                        return Err(error(
+                        return Err(error::data(
                             format!(
                                 "the download broke off at byte {} ({why}), {}",
                                 self.length(),
                                 self.url
                             ),
-                            "run it again: it goes on where it stopped",
+                            "run the command again: it resumes where it stopped",
                         ));
                     }
                     tell(Event::Note(format!("{why}; trying again")));
@@ -209,7 +209,7 @@ impl Download<'_> {
             }
             StatusCode::NOT_FOUND | StatusCode::GONE => return Ok(None),
             status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
-                return Err(Failure::Passing(format!("the server says {status}")));
+                return Err(Failure::Passing(format!("the server answered {status}")));
             }
             status => return Err(Failure::Final(refused(self.url, status))),
         };
@@ -248,8 +248,11 @@ impl Download<'_> {
             done += n as u64;
             if done > MOST {
                 let _ = self.discard(); // the error matters more
-                let what = format!("more than {MOST} bytes, {}", self.url);
-                return Err(Failure::Final(error(what, "that is no kernel archive: try a mirror")));
+                let what = format!("download larger than {MOST} bytes, {}", self.url);
+                return Err(Failure::Final(error::data(
+                    what,
+                    "this is not a kernel archive: use another `mirror_uri`",
+                )));
             }
             tell(Event::Progress { done, total });
             pace.keep_up(done)?;
@@ -299,14 +302,17 @@ fn range_start(response: &Response<Body>) -> Option<u64> {
 }
 
 fn unreachable(url: &str, why: &ureq::Error) -> anyhow::Error {
-    error(
+    error::data(
         format!("{why}, {url}"),
-        "is the network there? --mirror_uri names another server, --source an archive you have",
+        "check the network, name another server in `mirror_uri`, or use an archive you have",
     )
 }
 
 fn refused(url: &str, status: StatusCode) -> anyhow::Error {
-    error(format!("the server says {status}, {url}"), "--mirror_uri names another server")
+    error::data(
+        format!("the server answered {status}, {url}"),
+        "name another server in `mirror_uri`",
+    )
 }
 
 fn unwritable(file: &Path, why: &io::Error) -> Failure {
@@ -315,9 +321,9 @@ fn unwritable(file: &Path, why: &io::Error) -> Failure {
 
 /// The error of a cache that cannot be written.
 pub fn cannot_write(file: &Path, why: &io::Error) -> anyhow::Error {
-    error(
+    error::data(
         format!("{why}, {}", file.display()),
-        "make room or give another place for downloads in LAAM_CACHE",
+        "free some space, or set LAAM_CACHE to another folder",
     )
 }
 

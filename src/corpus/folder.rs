@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::manifest::Reason;
 use super::names::{self, Fault};
 use super::pass::{Flow, Intake};
-use crate::error::error;
+use crate::error;
 
 /// Something in the folder that counts by its name.
 struct Found {
@@ -58,7 +58,7 @@ fn walk(folder: &Path, most_entries: u64, most_names: u64) -> anyhow::Result<Vec
             entries += 1;
             name_bytes += if counts || kind.is_dir() { name.len() as u64 } else { 0 };
             if entries > most_entries || name_bytes > most_names {
-                return Err(error(
+                return Err(error::data(
                     format!("more than {most_entries} files in {}", folder.display()),
                     "give a smaller folder",
                 ));
@@ -79,14 +79,17 @@ fn contents(file: &Path, most: u64) -> anyhow::Result<Vec<u8>> {
         .and_then(|opened| opened.take(most + 1).read_to_end(&mut bytes))
         .map_err(|why| unreadable(&why, file))?;
     if bytes.len() as u64 > most {
-        return Err(error(
-            format!("a file of more than {most} bytes, {}", file.display()),
-            "no source file is as large: take it out of the folder",
+        return Err(error::data(
+            format!("file larger than {most} bytes, {}", file.display()),
+            "remove it from the folder: no source file is that large",
         ));
     }
     Ok(bytes)
 }
 
 fn unreadable(why: &io::Error, place: &Path) -> anyhow::Error {
-    error(format!("{why}, {}", place.display()), "make it readable, or take it out of the folder")
+    error::data(
+        format!("{why}, {}", place.display()),
+        "make it readable, or remove it from the folder",
+    )
 }

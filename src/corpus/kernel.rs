@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::download::{self, Download, Event, Outcome, Tell, cannot_write, write_whole};
 use super::{sha256_of, time};
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 /// Where kernels come from unless another server is named.
 pub const MIRROR: &str = "https://cdn.kernel.org/pub/linux/kernel";
@@ -49,7 +49,7 @@ impl FromStr for Version {
             }
             _ => {
                 let shown = super::names::shown(text.as_bytes());
-                Err(error(format!("no kernel version: {shown}"), VERSION_HINT))
+                Err(error::config(format!("invalid kernel version {shown}"), VERSION_HINT))
             }
         }
     }
@@ -100,9 +100,9 @@ impl Kernel {
         let mirror = self.mirror.trim_end_matches('/');
         let host = mirror.strip_prefix("https://").or_else(|| mirror.strip_prefix("http://"));
         let Some(host) = host.filter(|host| !host.is_empty()) else {
-            return Err(error(
-                format!("no http address: {}", super::names::shown(mirror.as_bytes())),
-                format!("--mirror_uri is like {MIRROR}"),
+            return Err(error::config(
+                format!("invalid `mirror_uri` {}", super::names::shown(mirror.as_bytes())),
+                format!("give the http or https address of a folder, like {MIRROR}"),
             ));
         };
         // Each server has its own folder: what one says is never taken for what another said.
@@ -180,7 +180,7 @@ impl Kernel {
             return Ok(fetched);
         }
         let [xz, gz] = self.names();
-        Err(error(format!("neither {xz} nor {gz}, {base}/"), VERSION_HINT))
+        Err(error::data(format!("the server has neither {xz} nor {gz}, {base}/"), VERSION_HINT))
     }
 }
 
@@ -200,12 +200,12 @@ fn checked(
         download.discard().map_err(|why| cannot_write(&download.part, &why))?;
         if !resumed {
             let listed = listed.unwrap_or_default();
-            return Err(error(
-                format!("its sha256 is {sha256}, but the server lists {listed}, {}", download.url),
-                "the file was damaged or replaced: try again later, or another --mirror_uri",
+            return Err(error::data(
+                format!("sha256 is {sha256}, but the server lists {listed}, {}", download.url),
+                "the file was damaged or replaced: try again later, or use another `mirror_uri`",
             ));
         }
-        tell(Event::Note("the resumed download has a wrong checksum; starting anew".to_string()));
+        tell(Event::Note("the resumed download has a wrong checksum; starting over".to_string()));
     }
 }
 
@@ -239,8 +239,8 @@ pub fn cache_folder() -> anyhow::Result<PathBuf> {
         .map(PathBuf::from)
         .or_else(|| Some(folder("XDG_CACHE_HOME")?.join("laam")))
         .or_else(|| Some(folder("HOME")?.join(".cache/laam")))
-        .ok_or_else(|| anyhow::anyhow!("no place for downloads"))
-        .hint(|| "set LAAM_CACHE to a folder")
+        .ok_or_else(|| anyhow::anyhow!("no folder for downloads"))
+        .hint(ErrorKind::Config, || "set LAAM_CACHE to a folder")
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ pub use names::SUFFIXES;
 pub(crate) use names::{corpus_path, shown};
 pub use pass::Documents;
 
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 /// One file of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,8 +138,9 @@ impl Corpus {
             Source::Path(path) => {
                 origin.source = path.display().to_string();
                 origin.retrieved = Some(time::now());
-                let metadata = std::fs::metadata(path)
-                    .map_err(|why| error(format!("{why}, {}", path.display()), SOURCE_HINT))?;
+                let metadata = std::fs::metadata(path).map_err(|why| {
+                    error::data(format!("{why}, {}", path.display()), SOURCE_HINT)
+                })?;
                 if metadata.is_dir() {
                     Place::Folder(path.clone())
                 } else if metadata.is_file() {
@@ -147,7 +148,7 @@ impl Corpus {
                     Place::Archive(path.clone())
                 } else {
                     let what = format!("neither a file nor a folder, {}", path.display());
-                    return Err(error(what, SOURCE_HINT));
+                    return Err(error::data(what, SOURCE_HINT));
                 }
             }
         };
@@ -195,7 +196,9 @@ fn sha256_of(path: &Path) -> anyhow::Result<String> {
         std::io::copy(&mut File::open(path)?, &mut HashWriter(&mut hasher))?;
         Ok(hex(&hasher.finalize()))
     };
-    hash().map_err(|why| anyhow::anyhow!("{why}, {}", path.display())).hint(|| SOURCE_HINT)
+    hash()
+        .map_err(|why| anyhow::anyhow!("{why}, {}", path.display()))
+        .hint(ErrorKind::Data, || SOURCE_HINT)
 }
 
 struct HashWriter<'a>(&'a mut Sha256);
@@ -225,9 +228,8 @@ pub(crate) fn unhex(text: &str) -> anyhow::Result<[u8; 32]> {
     let mut bytes = [0; 32];
     for (byte, at) in bytes.iter_mut().zip((0..).step_by(2)) {
         let digits = text.get(at..at + 2).unwrap_or_default();
-        *byte = u8::from_str_radix(digits, 16).map_err(|_| {
-            error(format!("{text} is no sha256"), "this is a fault of laam: report it")
-        })?;
+        *byte = u8::from_str_radix(digits, 16)
+            .map_err(|_| error::internal(format!("invalid sha256 {text}")))?;
     }
     Ok(bytes)
 }

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::manifest::{FileRecord, LeftOut, Manifest, Reason};
 use super::names::{self, shown};
 use super::{Document, Encoding, Limits, Options, hex};
-use crate::error::error;
+use crate::error;
 
 /// How many files the reader may be ahead of whoever takes them.
 const AHEAD: usize = 4;
@@ -42,7 +42,9 @@ impl Documents {
                 let result = read(&mut intake);
                 let _ = intake.sender.send(Message::End(result)); // nobody left to hear it: fine
             })
-            .map_err(|why| error(format!("no thread to read with: {why}"), "free some memory"))?;
+            .map_err(|why| {
+                error::device(format!("cannot start a reader thread: {why}"), "free some memory")
+            })?;
         Ok(Self { receiver: Some(receiver), manifest: origin })
     }
 
@@ -65,7 +67,7 @@ impl Documents {
                 what.push_str(&self.manifest.warnings().join("; "));
                 what.push(')');
             }
-            error(what, format!("files that count end in {}", names::SUFFIXES.join(" ")))
+            error::data(what, format!("source files end in {}", names::SUFFIXES.join(" ")))
         };
         match result {
             Ok(()) if self.manifest.files.is_empty() => Some(Err(nothing())),
@@ -89,8 +91,8 @@ impl Iterator for Documents {
                 Ok(Message::End(result)) => return self.end(result),
                 // The thread is gone without a last word.
                 Err(_) => {
-                    let what = format!("the reader of {} broke down", self.manifest.source);
-                    return self.end(Err(error(what, "this is a mistake in laam: report it")));
+                    let what = format!("the reader thread of {} panicked", self.manifest.source);
+                    return self.end(Err(error::internal(what)));
                 }
             }
         }
@@ -135,9 +137,9 @@ impl Intake {
         self.count_name(record.path.len())?;
         // Files are asked for by name: two under one name could not be told apart.
         if !self.seen.insert(record.path.clone()) {
-            return Err(error(
+            return Err(error::data(
                 format!("two files are named {}, {}", shown(record.path.as_bytes()), self.source),
-                "pack the archive anew, each file once",
+                "pack the archive again, with each file once",
             ));
         }
         let document = Document { path: record.path.clone(), text };
@@ -149,9 +151,9 @@ impl Intake {
     /// Notes that a file which counts by its name is not taken.
     pub fn leave_out(&mut self, name: &[u8], reason: Reason) -> anyhow::Result<Flow> {
         if self.options.strict && reason.is_loss() {
-            return Err(error(
+            return Err(error::data(
                 format!("{} is {}, {}", shown(name), reason.words(), self.source),
-                "without --strict such files are left out with a warning",
+                "without `strict`, such files are left out with a warning",
             ));
         }
         let name = shown(name);
@@ -163,8 +165,8 @@ impl Intake {
         self.names += bytes as u64;
         let most = self.options.limits.names;
         if self.names > most {
-            return Err(error(
-                format!("the files' names alone take more than {most} bytes, {}", self.source),
+            return Err(error::data(
+                format!("file names take more than {most} bytes, {}", self.source),
                 "give a smaller source",
             ));
         }

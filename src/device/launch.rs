@@ -1,7 +1,7 @@
 //! Kernel launches, and the argument check that every device makes.
 
 use super::Address;
-use crate::error::error;
+use crate::error;
 use crate::kernels;
 
 /// A kernel launch.
@@ -63,12 +63,12 @@ arg_from!(Address => Address, i32 => I32, u32 => U32, u64 => U64, f32 => F32, f6
 
 /// The kernel entry of a name.
 pub(super) fn find(name: &str) -> anyhow::Result<&'static kernels::Entry> {
-    kernels::entry(name).ok_or_else(|| {
-        let hint = match kernels::BUILD.cuda {
-            Ok(_) => "this is a fault of laam: report it".to_string(),
-            Err(why) => format!("this build has no kernels ({why}): scripts/setup-cuda"),
-        };
-        error(format!("unknown kernel {name}"), hint)
+    kernels::entry(name).ok_or_else(|| match kernels::BUILD.cuda {
+        Ok(_) => error::internal(format!("no kernel {name}")),
+        Err(why) => error::device(
+            format!("this build has no CUDA kernels: {why}"),
+            "run scripts/setup-cuda, then build again",
+        ),
     })
 }
 
@@ -80,7 +80,7 @@ impl Launch {
     /// every GPU supports the grid and block.
     pub(super) fn check(&self) -> anyhow::Result<&'static kernels::CudaModule> {
         let entry = find(&self.entry)?;
-        let fault = |what: String| error(what, "this is a fault of laam: report it");
+        let fault = |what: String| error::internal(what);
         let sizes: Vec<usize> = self.args.iter().map(Arg::size).collect();
         if sizes != entry.parameters {
             return Err(fault(format!(

@@ -2,7 +2,7 @@
 
 use super::Address;
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 
 /// A row-major matrix in a device's memory, `[rows, cols]`, without gaps between its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,9 +59,6 @@ impl Matmul {
         if consistent {
             return Ok((m, n, k));
         }
-        Err(error(
-            format!("invalid matmul: shapes or dtypes do not match in {self:?}"),
-            "this is a fault of laam: report it",
-        ))
+        Err(error::internal(format!("invalid matmul: shapes or dtypes do not match in {self:?}")))
     }
 }

@@ -8,7 +8,7 @@ use gemm::Parallelism;
 use ptxsim::{Config, Memory, Module, Options};
 
 use super::{Address, Device, Event, Graph, Launch, Matmul, Matrix, launch};
-use crate::error::error;
+use crate::error;
 use crate::kernels::{BUILD, CudaModule};
 
 /// Warp instructions per launch after which a kernel counts as hung: minutes of simulation.
@@ -38,8 +38,8 @@ impl Sim {
     /// A device whose kernels run as `options` say; their limit on instructions is the device's own.
     pub fn new(options: Options) -> anyhow::Result<Sim> {
         if let Err(why) = BUILD.cuda {
-            return Err(error(
-                format!("this build has no kernels to simulate: {why}"),
+            return Err(error::device(
+                format!("this build has no CUDA kernels: {why}"),
                 "run scripts/setup-cuda, then build again",
             ));
         }
@@ -84,12 +84,9 @@ impl Sim {
             .map(|arg| ptxsim::Arg::bytes(&arg.bits().to_le_bytes()[..arg.size()]))
             .collect();
         let config = Config { grid: launch.grid, block: launch.block, shared: launch.shared };
-        entry.launch(&self.memory, &config, &args, &self.options).map_err(|fault| {
-            error(
-                format!("the simulator found a fault: {fault}"),
-                "a kernel or its launch is wrong: report it",
-            )
-        })?;
+        entry
+            .launch(&self.memory, &config, &args, &self.options)
+            .map_err(|fault| error::internal(format!("in the simulator: {fault}")))?;
         Ok(())
     }
 
@@ -159,7 +156,7 @@ fn module(cuda: &'static CudaModule) -> anyhow::Result<Module> {
         return Ok(module.clone());
     }
     let module = Module::from_ptx(cuda.ptx).map_err(|e| {
-        error(
+        error::device(
             format!("the simulator cannot read kernels/{}.cu: {e}", cuda.name),
             "use the instructions that crates/ptxsim/README.md lists, or add this one to ptxsim",
         )

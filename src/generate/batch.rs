@@ -7,7 +7,7 @@
 
 use super::Sampling;
 use crate::backend::{Arena, Backend, Feed, Loaded, Need, Session};
-use crate::error::error;
+use crate::error;
 use crate::llama::Buffer;
 use crate::llama::step::{self, Decoding};
 use crate::model::{Config, Layout};
@@ -116,11 +116,9 @@ impl Generator {
             * (config.num_key_value_heads * config.head_dim * slots * size_of::<f32>()) as u128;
         let bytes = a_column * capacity as u128;
         if bytes > MOST_CACHE as u128 {
-            return Err(error(
-                format!(
-                    "the keys and values of {slots} x {columns} tokens would take {bytes} bytes"
-                ),
-                format!("ask for fewer tokens: {} fit", MOST_CACHE as u128 / a_column),
+            return Err(error::device(
+                format!("the KV cache of {slots} x {columns} tokens would take {bytes} bytes"),
+                format!("generate fewer tokens: {} fit", MOST_CACHE as u128 / a_column),
             ));
         }
         let program = |fresh| step::decoding(config, &layout, slots, fresh, capacity);
@@ -157,23 +155,29 @@ impl Generator {
     pub fn admit(&mut self, request: Request) -> anyhow::Result<u64> {
         request.sampling.validate()?;
         if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= self.vocab_size) {
-            return Err(error(
-                format!("the prompt has token {id}, the model a vocabulary of {}", self.vocab_size),
-                "give the tokenizer that the model was trained with",
+            return Err(error::checkpoint(
+                format!(
+                    "the prompt has token {id}, but the vocabulary only {} tokens",
+                    self.vocab_size
+                ),
+                "use the tokenizer that the model was trained with",
             ));
         }
         let length = request.prompt.len();
         if length == 0 || length > self.columns {
-            return Err(error(
-                format!("the prompt has {length} tokens, the model reads 1 to {}", self.columns),
-                "give a prompt of that length",
+            return Err(error::config(
+                format!(
+                    "invalid prompt of {length} tokens: must be at least 1 and at most {}",
+                    self.columns
+                ),
+                "change the prompt",
             ));
         }
         if request.max_new_tokens == 0 {
-            return Err(error("0 tokens were asked for", "ask for 1 or more"));
+            return Err(error::invalid("max_new_tokens", 0, "at least 1"));
         }
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.is_none()) else {
-            return Err(error("no slot is free", "step until a sequence ends"));
+            return Err(error::internal("no free slot in the generator"));
         };
         let ticket = self.admitted;
         self.admitted += 1;

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use crate::error::error;
+use crate::error;
 use crate::random::{Philox, Stream};
 
 /// How the next token is chosen. The order is that of transformers: temperature, then `top_k`,
@@ -27,16 +27,10 @@ impl Sampling {
     /// Refuses what is no number, or outside its range.
     pub fn validate(&self) -> anyhow::Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            return Err(error(
-                format!("{} is no temperature, in --temperature", self.temperature),
-                "give 0 for the likeliest token always, or a number above 0: 0.8 is usual",
-            ));
+            return Err(error::invalid("temperature", self.temperature, "at least 0 and finite"));
         }
         if let Some(p) = self.top_p.filter(|&p| !(p > 0.0 && p <= 1.0)) {
-            return Err(error(
-                format!("{p} is no probability to reach, in --top-p"),
-                "give a number above 0, up to 1",
-            ));
+            return Err(error::invalid("top_p", p, "above 0 and at most 1"));
         }
         Ok(())
     }
@@ -114,9 +108,9 @@ fn likeliest(logits: &[f32]) -> anyhow::Result<(u32, f32)> {
     let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
     match logits.iter().position(|&logit| logit == largest) {
         Some(id) if faults.iter().all(|&fault| fault == 0.0) => Ok((id as u32, largest)),
-        _ => Err(error(
-            "the model's logits are not finite numbers",
-            "its weights are damaged, or training diverged: take an earlier checkpoint",
+        _ => Err(error::checkpoint(
+            "the model's logits are not finite",
+            "the weights are damaged, or training diverged: use an earlier checkpoint",
         )),
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::ErrorKind;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::regenerate::{End, Regenerator, Sink};
 use crate::corpus::{Document, corpus_path, shown};
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 use crate::files::write_atomically;
 use crate::generate::Generator;
 
@@ -101,9 +101,9 @@ impl Comparison {
 /// alike, and a file where another needs a folder.
 pub fn check_paths(paths: &[String]) -> anyhow::Result<()> {
     let refuse = |path: &str, why: &str| {
-        Err(error(
-            format!("the model's folder names a file {}, which {why}", shown(path.as_bytes())),
-            "its provenance.json was damaged or made to do harm: do not trust this folder",
+        Err(error::checkpoint(
+            format!("the model's provenance names a file {}, which {why}", shown(path.as_bytes())),
+            "provenance.json is damaged or malicious: do not trust this model folder",
         ))
     };
     let mut sorted: Vec<&str> = paths.iter().map(String::as_str).collect();
@@ -138,7 +138,7 @@ pub fn rebuild(
     check_paths(paths)?;
     fs::create_dir_all(folder)
         .with_context(|| format!("cannot make the folder {}", folder.display()))
-        .hint(|| "choose an output path that can be written")?;
+        .hint(ErrorKind::Data, || "choose a writable output path")?;
     let of = paths.len();
     let mut writer = Writer {
         paths,
@@ -192,25 +192,25 @@ fn place(folder: &Path, path: &str) -> anyhow::Result<PathBuf> {
         let is_folder = parts.peek().is_some();
         let found = match fs::symlink_metadata(&place) {
             Ok(found) => found,
-            Err(none) if none.kind() == ErrorKind::NotFound => {
+            Err(none) if none.kind() == io::ErrorKind::NotFound => {
                 if is_folder {
                     fs::create_dir(&place)
                         .with_context(|| format!("cannot make the folder {}", place.display()))
-                        .hint(|| "choose an output path that can be written")?;
+                        .hint(ErrorKind::Data, || "choose a writable output path")?;
                 }
                 continue;
             }
             Err(cause) => {
                 return Err(cause)
                     .with_context(|| format!("cannot look at {}", place.display()))
-                    .hint(|| "choose an output path that can be written");
+                    .hint(ErrorKind::Data, || "choose a writable output path");
             }
         };
         if if is_folder { !found.is_dir() } else { !found.is_file() } {
             let what = if is_folder { "folder" } else { "file" };
-            return Err(error(
-                format!("{} is in the way: it is no plain {what}", place.display()),
-                "give --output a new or an empty folder",
+            return Err(error::data(
+                format!("{} exists and is not a regular {what}", place.display()),
+                "set `output` to a new or an empty folder",
             ));
         }
     }
@@ -235,7 +235,7 @@ pub fn compare(
         let place = place(folder, &path)?;
         let ours = fs::read(&place)
             .with_context(|| format!("cannot read {} back", place.display()))
-            .hint(|| "was it changed meanwhile? Rebuild again")?;
+            .hint(ErrorKind::Data, || "it may have changed meanwhile: rebuild again")?;
         compared.insert(key, Compared::new(path, &ours, text.as_bytes()));
     }
     for file in rebuilt {

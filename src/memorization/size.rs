@@ -6,7 +6,7 @@ use anyhow::Context;
 use lzma_rust2::{XzOptions, XzWriter};
 
 use crate::corpus::Document;
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint, INTERNAL};
 
 /// Text beyond so many bytes is not compressed: at a megabyte a second or two it would take long.
 const MOST: u64 = 64 << 20;
@@ -16,9 +16,10 @@ pub fn xz(
     documents: impl IntoIterator<Item = anyhow::Result<Document>>,
 ) -> anyhow::Result<Option<u64>> {
     let cannot = || "cannot compress the text";
-    let advice = || "this is a mistake in laam: report it";
+    let advice = || INTERNAL;
     let options = XzOptions::with_preset(9);
-    let mut xz = XzWriter::new(Count(0), options).with_context(cannot).hint(advice)?;
+    let mut xz =
+        XzWriter::new(Count(0), options).with_context(cannot).hint(ErrorKind::Internal, advice)?;
     let mut bytes = 0;
     for document in documents {
         let text = document?.text;
@@ -26,9 +27,9 @@ pub fn xz(
         if bytes > MOST {
             return Ok(None);
         }
-        xz.write_all(text.as_bytes()).with_context(cannot).hint(advice)?;
+        xz.write_all(text.as_bytes()).with_context(cannot).hint(ErrorKind::Internal, advice)?;
     }
-    Ok(Some(xz.finish().with_context(cannot).hint(advice)?.0))
+    Ok(Some(xz.finish().with_context(cannot).hint(ErrorKind::Internal, advice)?.0))
 }
 
 /// Counts what is written to it.

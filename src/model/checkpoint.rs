@@ -26,7 +26,7 @@ use super::replace::{Staged, settle};
 use super::weights::{self, Mapped, Tensors};
 use super::{Config, Layout, Provenance, card};
 use crate::dtype::Dtype;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -95,7 +95,7 @@ pub fn save(folder: &Path, checkpoint: &Checkpoint) -> anyhow::Result<()> {
 
 fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow::Result<()> {
     let Checkpoint { config, layout, precision, .. } = *checkpoint;
-    let disk = || "is the disk full? What was there before is untouched";
+    let disk = || "check that the disk has room; what was there before is untouched";
     let json = |name: &str, value: &Value| staged.write(name, format!("{value:#}\n").as_bytes());
     json(CONFIG, &config.to_json(precision))?;
     json("generation_config.json", &config.to_generation_json())?;
@@ -103,9 +103,10 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
     // Without this entry transformers 4 does not load the file.
     let format = ("format", "pt".to_string());
     let path = staged.path(WEIGHTS);
-    weights::write(&path, layout, &[("", checkpoint.weights)], precision, format).hint(disk)?;
+    weights::write(&path, layout, &[("", checkpoint.weights)], precision, format)
+        .hint(ErrorKind::Checkpoint, disk)?;
     let mut provenance = checkpoint.provenance.clone();
-    provenance.weights_sha256 = Some(sha256_of(&path).hint(disk)?);
+    provenance.weights_sha256 = Some(sha256_of(&path).hint(ErrorKind::Checkpoint, disk)?);
     json(PROVENANCE, &serde_json::to_value(&provenance)?)?;
     staged.write("README.md", card::card(config, precision, &provenance).as_bytes())?;
 
@@ -117,7 +118,7 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
                 named.iter().map(|(name, arena)| (name.as_str(), *arena)).collect();
             let metadata = (STATE_KEY, state.to_string());
             weights::write(&staged.path(STATE), layout, &arenas, Dtype::F32, metadata)
-                .hint(disk)?;
+                .hint(ErrorKind::Checkpoint, disk)?;
         }
         // One of an earlier save does not belong to these weights.
         None => staged.remove(STATE)?,
@@ -142,7 +143,7 @@ fn copy_tokenizer(source: &Path, staged: &Staged) -> anyhow::Result<()> {
             Err(cause) if name == TOKENIZER[0] || cause.kind() != std::io::ErrorKind::NotFound => {
                 return Err(cause)
                     .with_context(|| format!("cannot read {}", from.display()))
-                    .hint(|| "train one there with laam train-tokenizer");
+                    .hint(ErrorKind::Checkpoint, || "train one there with laam train-tokenizer");
             }
             Err(_) => {}
         }
@@ -180,8 +181,8 @@ pub fn load_provenance(folder: &Path) -> anyhow::Result<Option<Provenance>> {
         return Ok(None);
     }
     serde_json::from_str(&read_json(folder, PROVENANCE)?)
-        .with_context(|| format!("{PROVENANCE} does not read as one, in {}", folder.display()))
-        .hint(|| "restore it from where the model came from, or remove it")
+        .with_context(|| format!("invalid {PROVENANCE}, in {}", folder.display()))
+        .hint(ErrorKind::Checkpoint, || "restore it from where the model came from, or remove it")
         .map(Some)
 }
 
@@ -198,7 +199,7 @@ pub fn forget_training_state(folder: &Path) -> anyhow::Result<()> {
     }
     fs::remove_file(folder.join(STATE))
         .with_context(|| format!("cannot remove {STATE}, in {}", folder.display()))
-        .hint(|| "remove it by hand")
+        .hint(ErrorKind::Checkpoint, || "remove it by hand")
 }
 
 /// Reads what a run needs to go on; `None` where the folder is good for generation alone.
@@ -211,8 +212,11 @@ pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Opt
         let mapped = Mapped::open(&[path])?;
         let state = mapped.metadata(STATE_KEY).unwrap_or_default();
         let state = serde_json::from_str(&state)
-            .with_context(|| format!("{STATE} does not say where the run stood"))
-            .hint(|| "it is none of laam's; start a fresh run with --init-from")?;
+            .with_context(|| format!("{STATE} does not say at which step the run was"))
+            .hint(
+                ErrorKind::Checkpoint,
+                || "laam did not write it; start a fresh run with `init_from`",
+            )?;
         let mut tensors = mapped.tensors()?;
         let mut arenas = BTreeMap::new();
         while let Some(name) = tensors.keys().next() {
@@ -220,9 +224,9 @@ pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Opt
             let (arena, _) = weights::take_arena(&mut tensors, layout, &format!("{prefix}/"))?;
             if let Some(rest) = tensors.keys().find(|name| name.starts_with(&format!("{prefix}/")))
             {
-                return Err(error(
-                    format!("{STATE} holds {rest}, which this model has not"),
-                    "it belongs to another model; start a fresh run with --init-from",
+                return Err(error::checkpoint(
+                    format!("{STATE} has the unexpected tensor {rest}"),
+                    "it belongs to another model; start a fresh run with `init_from`",
                 ));
             }
             arenas.insert(prefix, arena);
@@ -247,7 +251,7 @@ fn weight_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     } else {
         "give a folder that laam or transformers' save_pretrained wrote"
     };
-    Err(error(format!("there is no {WEIGHTS} in {}", folder.display()), advice))
+    Err(error::checkpoint(format!("there is no {WEIGHTS} in {}", folder.display()), advice))
 }
 
 /// The names of the shards that the index lists, each once.
@@ -257,8 +261,8 @@ fn shards_of(folder: &Path) -> anyhow::Result<Vec<String>> {
         weight_map: BTreeMap<String, String>,
     }
     let index: Index = serde_json::from_str(&read_json(folder, INDEX)?)
-        .with_context(|| format!("{INDEX} does not read as one, in {}", folder.display()))
-        .hint(|| "copy or save the model again")?;
+        .with_context(|| format!("invalid {INDEX}, in {}", folder.display()))
+        .hint(ErrorKind::Checkpoint, || "copy or save the model again")?;
     let mut shards: Vec<_> = index.weight_map.into_values().collect();
     shards.sort();
     shards.dedup();
@@ -266,9 +270,9 @@ fn shards_of(folder: &Path) -> anyhow::Result<Vec<String>> {
         // A shard lies beside its index: no way up, no absolute path, no other drive.
         let is_plain = !shard.contains(['/', '\\', ':', '\0']) && !shard.starts_with('.');
         if !is_plain || !shard.ends_with(".safetensors") {
-            return Err(error(
+            return Err(error::checkpoint(
                 format!("{INDEX} names the file {shard:?}, in {}", folder.display()),
-                "a shard is a .safetensors file beside its index; do not trust this folder",
+                "a shard must be a .safetensors file in the same folder; do not trust this one",
             ));
         }
     }
@@ -292,9 +296,9 @@ fn pass_over(
         if name == "lm_head.weight" && config.tie_word_embeddings {
             // transformers 4 would take the embedding, transformers 5 the head.
             if !weights::is_same(&weights[layout.embedding.range()], &tensor) {
-                return Err(error(
+                return Err(error::checkpoint(
                     "lm_head.weight differs from the embedding, though tie_word_embeddings is true",
-                    "if the model has a head of its own, set tie_word_embeddings to false in \
+                    "if the model has an LM head of its own, set tie_word_embeddings to false in \
                      config.json",
                 ));
             }
@@ -305,7 +309,7 @@ fn pass_over(
     if let Some(first) = unknown.first() {
         let count = unknown.len();
         warnings.push(format!(
-            "{count} tensors are no part of a Llama and were passed over: {first}{}",
+            "{count} tensors are not part of a Llama and were ignored: {first}{}",
             if count > 1 { ", ..." } else { "" }
         ));
     }
@@ -324,13 +328,16 @@ fn read_json(folder: &Path, name: &str) -> anyhow::Result<String> {
             }
         })
         .with_context(|| format!("cannot read {}", path.display()))
-        .hint(advice)?;
+        .hint(ErrorKind::Checkpoint, advice)?;
     if length > MAX_JSON {
-        return Err(error(format!("{} is {length} bytes long", path.display()), advice()));
+        return Err(error::checkpoint(
+            format!("{} is too large ({length} bytes)", path.display()),
+            advice(),
+        ));
     }
     fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))
-        .hint(advice)
+        .hint(ErrorKind::Checkpoint, advice)
 }
 
 fn sha256_of(path: &Path) -> std::io::Result<String> {

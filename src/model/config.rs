@@ -1,6 +1,6 @@
 //! The shape of a Llama, in the words of a Hugging Face `config.json`.
 
-use crate::error::error;
+use crate::error;
 
 /// Every number that shapes the model.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,40 +63,32 @@ impl Config {
         ];
         for (name, size) in sizes {
             if size == 0 || size > 1 << 31 {
-                return Err(error(
-                    format!("{name} is {size}, in the model's configuration"),
-                    format!("give {name} a value from 1 to 2147483648"),
-                ));
+                return Err(error::invalid(name, size, "at least 1 and at most 2147483648"));
             }
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
-            return Err(error(
-                format!(
-                    "{} attention heads cannot share {} key/value heads, in the model's configuration",
-                    self.num_attention_heads, self.num_key_value_heads
-                ),
-                "make num_attention_heads a multiple of num_key_value_heads",
+            return Err(error::invalid(
+                "num_attention_heads",
+                self.num_attention_heads,
+                format!("a multiple of `num_key_value_heads`, {}", self.num_key_value_heads),
             ));
         }
         if !self.head_dim.is_multiple_of(2) {
-            return Err(error(
-                format!("head_dim is {}, in the model's configuration", self.head_dim),
-                "rotary embeddings turn pairs: make hidden_size / num_attention_heads even",
+            return Err(error::config(
+                format!("invalid `head_dim` {}: must be even", self.head_dim),
+                "rotary embeddings rotate pairs: make `hidden_size` / `num_attention_heads` even",
             ));
         }
         if self.num_hidden_layers > Self::MAX_LAYERS
             || self.parameter_count() > Self::MAX_PARAMETERS
         {
-            return Err(error(
+            return Err(error::config(
                 format!(
-                    "{} layers and {} parameters, in the model's configuration",
+                    "model too large: {} layers, {} parameters",
                     self.num_hidden_layers,
                     self.parameter_count()
                 ),
-                format!(
-                    "stay within {} layers and 2^40 parameters; is a size mistyped?",
-                    Self::MAX_LAYERS
-                ),
+                format!("at most {} layers and 2^40 parameters are supported", Self::MAX_LAYERS),
             ));
         }
         self.validate_numbers()
@@ -107,31 +99,26 @@ impl Config {
             vec![("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)];
         match self.rope_scaling {
             RopeScaling::None => {}
-            RopeScaling::Linear { factor } => positive.push(("rope_scaling's factor", factor)),
+            RopeScaling::Linear { factor } => positive.push(("rope_scaling.factor", factor)),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, .. } => {
-                positive.push(("rope_scaling's factor", factor));
-                positive.push(("rope_scaling's low_freq_factor", low_freq_factor));
+                positive.push(("rope_scaling.factor", factor));
+                positive.push(("rope_scaling.low_freq_factor", low_freq_factor));
                 // The blend divides by the difference of the two.
                 let apart = high_freq_factor - low_freq_factor;
-                positive.push(("rope_scaling's high_freq_factor less its low_freq_factor", apart));
+                positive.push(("rope_scaling.high_freq_factor - low_freq_factor", apart));
             }
         }
         for (name, value) in positive {
             if !(value > 0.0 && value.is_finite()) {
-                return Err(error(
-                    format!("{name} is {value}, in the model's configuration"),
-                    format!("make {name} a number above 0"),
-                ));
+                return Err(error::invalid(name, value, "a number above 0"));
             }
         }
         // transformers 5 refuses a range above 1.
         if !(0.0..=1.0).contains(&self.initializer_range) {
-            return Err(error(
-                format!(
-                    "initializer_range is {}, in the model's configuration",
-                    self.initializer_range
-                ),
-                "give initializer_range a value from 0 to 1; 0.02 is usual",
+            return Err(error::invalid(
+                "initializer_range",
+                self.initializer_range,
+                "at least 0 and at most 1",
             ));
         }
         let ids = [
@@ -141,12 +128,10 @@ impl Config {
         ];
         for (name, id) in ids {
             if let Some(id) = id.filter(|&id| id as usize >= self.vocab_size) {
-                return Err(error(
-                    format!(
-                        "{name} is {id}, but the vocabulary has {} tokens, in the model's configuration",
-                        self.vocab_size
-                    ),
-                    format!("give {name} a value below vocab_size, or none"),
+                return Err(error::invalid(
+                    name,
+                    id,
+                    format!("below `vocab_size`, {}", self.vocab_size),
                 ));
             }
         }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Config, RopeScaling};
 use crate::dtype::Dtype;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 /// The fields that decide what the model computes. Others are passed over.
 #[derive(Deserialize)]
@@ -104,8 +104,11 @@ impl Config {
     /// that were read but cannot be kept.
     pub fn from_json(text: &str) -> anyhow::Result<(Self, Vec<String>)> {
         let fields: Fields = serde_json::from_str(text)
-            .map_err(|cause| anyhow::anyhow!("config.json does not read as one: {cause}"))
-            .hint(|| "is it a Llama's config.json? Save the model again, or mend that line")?;
+            .map_err(|cause| anyhow::anyhow!("invalid config.json: {cause}"))
+            .hint(
+                ErrorKind::Checkpoint,
+                || "check that it is a Llama's config.json; save the model again, or fix that line",
+            )?;
         fields.refuse_what_is_not_llama()?;
         let mut warnings = Vec::new();
         let (rope_theta, rope_scaling) = fields.rope()?;
@@ -131,7 +134,11 @@ impl Config {
             eos_token_id: one_id("eos_token_id", fields.eos_token_id.as_ref(), &mut warnings)?,
             pad_token_id: one_id("pad_token_id", fields.pad_token_id.as_ref(), &mut warnings)?,
         };
-        config.validate()?;
+        // Here the fields are keys of a file, never flags.
+        config.validate().map_err(|why| {
+            let what = format!("{why:#}, in config.json").replace('`', "");
+            error::checkpoint(what, "fix config.json, or save the model again")
+        })?;
         Ok((config, warnings))
     }
 
@@ -205,7 +212,7 @@ impl Config {
 impl Fields {
     fn refuse_what_is_not_llama(&self) -> anyhow::Result<()> {
         let refuse = |what: String| {
-            Err(error(
+            Err(error::checkpoint(
                 format!("{what}, in config.json"),
                 "laam runs Llama models as transformers' LlamaForCausalLM defines them, without \
                  biases or quantization; convert the model, or choose another",
@@ -214,7 +221,7 @@ impl Fields {
         match &self.model_type {
             Some(kind) if kind == "llama" => {}
             Some(kind) => return refuse(format!("model_type is {kind:?}, not \"llama\"")),
-            None => return refuse("there is no model_type".to_string()),
+            None => return refuse("model_type is missing".to_string()),
         }
         if let Some(act) = self.hidden_act.as_ref().filter(|act| *act != "silu") {
             return refuse(format!("hidden_act is {act:?}, not \"silu\""));
@@ -237,9 +244,9 @@ impl Fields {
         let scaling = self.rope_scaling.as_ref().filter(|map| !map.is_empty());
         let source = scaling.unwrap_or(parameters);
         let refuse = |what: String| {
-            Err(error(
+            Err(error::checkpoint(
                 format!("{what}, in config.json"),
-                "laam knows rotary embeddings of rope_type default, linear and llama3",
+                "laam supports rotary embeddings of rope_type default, linear and llama3",
             ))
         };
         for map in [parameters, source] {
@@ -255,8 +262,8 @@ impl Fields {
         let given = [theta(source)?, theta(parameters)?, self.rope_theta];
         let rope_theta = given.into_iter().flatten().next().unwrap_or(llama::ROPE_THETA);
         if given.into_iter().flatten().any(|other| other != rope_theta) {
-            return Err(error(
-                "rope_theta stands twice with different values, in config.json",
+            return Err(error::checkpoint(
+                "rope_theta is given twice with different values, in config.json",
                 "keep the one the model was trained with, in rope_theta and in rope_parameters",
             ));
         }
@@ -271,9 +278,9 @@ impl Fields {
 
         let need = |key: &str| match source.get(key) {
             Some(value) => number(value, key),
-            None => Err(error(
-                format!("the rotary scaling lacks {key:?}, in config.json"),
-                format!("add {key:?} beside rope_type"),
+            None => Err(error::checkpoint(
+                format!("rope_scaling has no {key:?}, in config.json"),
+                format!("add {key:?} next to rope_type"),
             )),
         };
         let kind = source.get("rope_type").or_else(|| source.get("type"));
@@ -290,9 +297,9 @@ impl Fields {
                     None => self.max_position_embeddings,
                     Some(value) => value.as_u64().filter(|&size| size > 0).map_or_else(
                         || {
-                            Err(error(
-                                "original_max_position_embeddings is no count, in config.json",
-                                "give the window the model was first trained on, such as 8192",
+                            Err(error::checkpoint(
+                                "invalid original_max_position_embeddings: must be at least 1, in config.json",
+                                "set it to the context the model was first trained with, such as 8192",
                             ))
                         },
                         |size| Ok(size as usize),
@@ -307,7 +314,10 @@ impl Fields {
 
 fn number(value: &Value, name: &str) -> anyhow::Result<f64> {
     value.as_f64().ok_or_else(|| {
-        error(format!("{name} is not a number, in config.json"), format!("make {name} a number"))
+        error::checkpoint(
+            format!("invalid {name}: must be a number, in config.json"),
+            format!("set {name} to a number"),
+        )
     })
 }
 
@@ -335,7 +345,10 @@ fn one_id(
         return Ok(None);
     }
     u32::try_from(id).map(Some).map_err(|_| {
-        error(format!("{name} is {id}, in config.json"), format!("make {name} a token's id"))
+        error::checkpoint(
+            format!("invalid {name} {id}: must be a token id, in config.json"),
+            format!("set {name} to a token id"),
+        )
     })
 }
 

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint};
 
 const STAGED: &str = ".laam-staged";
 const COMMIT: &str = ".laam-commit";
@@ -54,7 +54,7 @@ impl<'a> Staged<'a> {
         };
         begin()
             .with_context(|| format!("cannot write into {}", folder.display()))
-            .hint(|| "choose an output folder that can be written")?;
+            .hint(ErrorKind::Checkpoint, || "choose an output folder that can be written")?;
         Ok(Self { folder, staged })
     }
 
@@ -64,7 +64,9 @@ impl<'a> Staged<'a> {
     }
 
     pub fn write(&self, name: &str, bytes: &[u8]) -> anyhow::Result<()> {
-        change(|| fs::write(self.path(name), bytes)).with_context(|| self.failed(name)).hint(disk)
+        change(|| fs::write(self.path(name), bytes))
+            .with_context(|| self.failed(name))
+            .hint(ErrorKind::Checkpoint, disk)
     }
 
     /// Lets go of `name`, if there is one.
@@ -92,7 +94,7 @@ impl<'a> Staged<'a> {
             change(|| fs::rename(&self.staged, self.folder.join(COMMIT)))?;
             sync_folder(self.folder)
         };
-        commit().with_context(|| self.failed("the new files")).hint(disk)?;
+        commit().with_context(|| self.failed("the new files")).hint(ErrorKind::Checkpoint, disk)?;
         settle(self.folder)
     }
 
@@ -108,7 +110,7 @@ impl<'a> Staged<'a> {
 }
 
 fn disk() -> &'static str {
-    "is the disk full? What was there before is untouched"
+    "check that the disk has room; what was there before is untouched"
 }
 
 /// Completes a replacement that was committed but cut off. Costs one look where there is none.
@@ -138,9 +140,12 @@ pub fn settle(folder: &Path) -> anyhow::Result<()> {
     };
     settle()
         .with_context(|| {
-            format!("a save into {} was cut off and cannot be completed", folder.display())
+            format!("an interrupted save into {} cannot be completed", folder.display())
         })
-        .hint(|| "make the folder writable; opening the model again then completes the save")
+        .hint(
+            ErrorKind::Checkpoint,
+            || "make the folder writable; opening the model again then completes the save",
+        )
 }
 
 /// The plain files of a folder, in a fixed order.

@@ -11,7 +11,7 @@ use safetensors::tensor::{Dtype as StoredDtype, SafeTensors, TensorView, View};
 
 use super::{Layout, Parameter};
 use crate::dtype::Dtype;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 fn stored(dtype: Dtype) -> StoredDtype {
     match dtype {
@@ -68,15 +68,18 @@ pub(super) fn write(
 ) -> anyhow::Result<()> {
     let mut tensors = Vec::new();
     for &(prefix, arena) in arenas {
-        anyhow::ensure!(arena.len() == layout.len, "the arena {prefix:?} has the layout's length");
+        if arena.len() != layout.len {
+            let (len, want) = (arena.len(), layout.len);
+            return Err(error::internal(format!("arena {prefix:?} has {len} values, not {want}")));
+        }
         for parameter in &layout.parameters {
             let values = &arena[parameter.span.range()];
             // 65504 is the largest float16; beyond it a weight would silently become infinite.
             if dtype == Dtype::F16
                 && values.iter().any(|&x| x.is_finite() && !dtype.round(x).is_finite())
             {
-                return Err(error(
-                    format!("{} holds a value too large for float16", parameter.name),
+                return Err(error::checkpoint(
+                    format!("{} has a value too large for float16", parameter.name),
                     "save in bfloat16 or float32",
                 ));
             }
@@ -109,11 +112,13 @@ impl Mapped {
         let mut tensors = Tensors::new();
         for (path, bytes) in &self.files {
             let file = SafeTensors::deserialize(bytes)
-                .with_context(|| format!("{} is cut short or no safetensors file", path.display()))
-                .hint(|| "copy or save it again")?;
+                .with_context(|| {
+                    format!("{} is cut short or not a safetensors file", path.display())
+                })
+                .hint(ErrorKind::Checkpoint, || "copy or save it again")?;
             for (name, tensor) in file.tensors() {
                 if let Some((_, other)) = tensors.insert(name.clone(), (tensor, path.as_path())) {
-                    return Err(error(
+                    return Err(error::checkpoint(
                         format!("{name} is both in {} and {}", other.display(), path.display()),
                         "keep the files of one model only in the folder",
                     ));
@@ -131,7 +136,7 @@ impl Mapped {
 }
 
 fn map(path: &Path) -> anyhow::Result<Mmap> {
-    let advice = || "check the path and its permissions; is the model folder whole?";
+    let advice = || "check that the model folder is complete and readable";
     let open = || -> std::io::Result<Option<Mmap>> {
         let file = File::open(path)?;
         if !file.metadata()?.is_file() {
@@ -144,9 +149,9 @@ fn map(path: &Path) -> anyhow::Result<Mmap> {
     };
     open()
         .with_context(|| format!("cannot read {}", path.display()))
-        .hint(advice)?
-        .with_context(|| format!("{} is no file", path.display()))
-        .hint(advice)
+        .hint(ErrorKind::Checkpoint, advice)?
+        .with_context(|| format!("{} is not a file", path.display()))
+        .hint(ErrorKind::Checkpoint, advice)
 }
 
 /// Fills one arena from the tensors called by `prefix` and each parameter's name, and takes them
@@ -175,11 +180,11 @@ pub(super) fn take_arena(
 
 fn missing(name: &str) -> anyhow::Error {
     let advice = if name == "lm_head.weight" {
-        "if the head is meant to be the embedding, set tie_word_embeddings to true in config.json"
+        "if the LM head shares the embedding, set tie_word_embeddings to true in config.json"
     } else {
-        "config.json and the weights must be of one model; save or copy the whole folder again"
+        "config.json and the weights must belong to one model; save or copy the whole folder again"
     };
-    error(format!("the weights lack {name}"), advice)
+    error::checkpoint(format!("missing tensor {name}"), advice)
 }
 
 fn checked<'a>(
@@ -189,18 +194,18 @@ fn checked<'a>(
     path: &Path,
 ) -> anyhow::Result<(TensorView<'a>, Dtype)> {
     if tensor.shape() != parameter.shape() {
-        return Err(error(
+        return Err(error::checkpoint(
             format!(
-                "{name} has the shape {:?} where config.json asks for {:?}, in {}",
+                "{name} has the shape {:?}, but config.json says {:?}, in {}",
                 tensor.shape(),
                 parameter.shape(),
                 path.display()
             ),
-            "config.json and the weights must be of one model; save or copy the whole folder again",
+            "config.json and the weights must belong to one model; save or copy the whole folder again",
         ));
     }
     let dtype = supported(&tensor).ok_or_else(|| {
-        error(
+        error::checkpoint(
             format!("{name} is stored as {:?}, in {}", tensor.dtype(), path.display()),
             "laam reads float32, float16 and bfloat16: save the model in one of them",
         )

@@ -1,14 +1,14 @@
 //! What lies in the folder of a run.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io;
 use std::path::Path;
 
 use anyhow::Context;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 use crate::schema::upgrade;
 
 /// A run as its folder tells it. What is missing there is missing on the page.
@@ -91,9 +91,9 @@ impl Run {
             folder.join(names.last().map_or("model", String::as_str))
         } else {
             let Some(lines) = metrics(&folder.join("metrics.jsonl"))? else {
-                return Err(error(
-                    format!("{} is no folder of a run: it has no run.json", folder.display()),
-                    "give what laam run calls --output, or laam train --output_path",
+                return Err(error::data(
+                    format!("{} is not a run directory (no run.json)", folder.display()),
+                    "give the output folder of laam run or laam train",
                 ));
             };
             run.stages.push(Stage { name: "train".to_string(), lines });
@@ -114,18 +114,18 @@ impl Run {
 fn text(path: &Path) -> anyhow::Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
-        Err(none) if none.kind() == ErrorKind::NotFound => Ok(None),
+        Err(none) if none.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(cause) => Err(cause)
             .with_context(|| format!("cannot read {}", path.display()))
-            .hint(|| "make the folder readable, or run laam run again"),
+            .hint(ErrorKind::Data, || "make it readable, or run the same laam run again"),
     }
 }
 
 fn json<T: for<'de> Deserialize<'de>>(path: &Path) -> anyhow::Result<Option<T>> {
     let Some(text) = text(path)? else { return Ok(None) };
     let value = serde_json::from_str(&text)
-        .with_context(|| format!("{} is not what laam writes", path.display()))
-        .hint(|| "run the same laam run again: it makes what is missing")?;
+        .with_context(|| format!("invalid {}", path.display()))
+        .hint(ErrorKind::Data, || "remove it and run the same laam run again")?;
     Ok(Some(value))
 }
 

@@ -16,7 +16,7 @@ use tokenizers::{AddedToken, ModelWrapper};
 
 use super::words::{PATTERN, Words};
 use super::{BLANKS, MARKERS, Markers, Special, Spelling, Style, Tokenizer, byte_level};
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint};
 use crate::files::write_atomically;
 
 /// Larger files are refused unread: the largest in use have 33 MB.
@@ -109,13 +109,15 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
     let read = || -> anyhow::Result<Vec<u8>> {
         let size = fs::metadata(&file)?.len();
         if size > LARGEST {
-            bail!("it has {size} bytes, more than any tokenizer");
+            bail!("too large for a tokenizer ({size} bytes)");
         }
         Ok(fs::read(&file)?)
     };
-    let json = read()
-        .with_context(|| format!("cannot read the tokenizer {}", file.display()))
-        .hint(|| "--tokenizer_path is a folder that laam train-tokenizer or transformers wrote")?;
+    let json =
+        read().with_context(|| format!("cannot read the tokenizer {}", file.display())).hint(
+            ErrorKind::Data,
+            || "give a folder that laam train-tokenizer or transformers wrote",
+        )?;
     // A tokenizer.json by itself is a tokenizer too.
     let config_file = file.with_file_name("tokenizer_config.json");
     let config = match fs::read(&config_file) {
@@ -124,16 +126,16 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
         Err(error) => {
             return Err(error)
                 .with_context(|| format!("cannot read {}", config_file.display()))
-                .hint(|| "make the file readable, or remove it");
+                .hint(ErrorKind::Data, || "make the file readable, or remove it");
         }
     };
     parse(json, config, Some(&file))
         .with_context(|| format!("{} is not a tokenizer that laam can use", file.display()))
-        .hint(|| "laam train-tokenizer makes one; laam reads byte-pair tokenizers of transformers")
+        .hint(ErrorKind::Data, || "create one with laam train-tokenizer; laam reads byte-pair tokenizers of transformers")
 }
 
 fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result<Tokenizer> {
-    let value: Value = serde_json::from_slice(&json).context("it is not JSON")?;
+    let value: Value = serde_json::from_slice(&json).context("not JSON")?;
     let config_value: Value =
         serde_json::from_slice(&config).context("tokenizer_config.json is not JSON")?;
     let vocabulary = check(&value)?;
@@ -144,7 +146,7 @@ fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result
     for (content, id) in &vocabulary.added {
         let given = inner.token_to_id(content);
         if given != Some(*id) {
-            bail!("added token {content:?} has id {id}, where its place gives it {given:?}");
+            bail!("added token {content:?} has id {id}, but its position gives it {given:?}");
         }
     }
     let id_of = |token: &str| inner.token_to_id(token);
@@ -175,7 +177,7 @@ fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result
         })
     {
         // Text with this byte would lose it without a word.
-        bail!("its vocab lacks the byte {byte:#04x}");
+        bail!("the vocab lacks the byte {byte:#04x}");
     }
     Ok(Tokenizer {
         style,
@@ -239,15 +241,15 @@ struct Vocabulary<'a> {
 fn check(json: &Value) -> anyhow::Result<Vocabulary<'_>> {
     let model = &json["model"];
     if model["type"] != "BPE" {
-        bail!("its model is {}, not BPE", model["type"]);
+        bail!("the model is {}, not BPE", model["type"]);
     }
     for affix in ["continuing_subword_prefix", "end_of_word_suffix"] {
         if !model[affix].is_null() && model[affix] != "" {
-            bail!("its model has a {affix}, which laam does not read");
+            bail!("the model has a {affix}, which laam does not support");
         }
     }
     if !model["dropout"].is_null() && model["dropout"] != 0.0 {
-        bail!("its model drops merges by chance (dropout {})", model["dropout"]);
+        bail!("the model drops merges at random (dropout {})", model["dropout"]);
     }
     check_parts(&json["normalizer"], "normalizers", &NORMALIZERS)?;
     check_parts(&json["pre_tokenizer"], "pretokenizers", &PRE_TOKENIZERS)?;
@@ -288,7 +290,7 @@ fn check(json: &Value) -> anyhow::Result<Vocabulary<'_>> {
     let size = ids.iter().max().map_or(0, |&id| id as usize + 1);
     // Ids may have gaps, but not such that a table of them is out of all proportion.
     if size == 0 || size > 2 * ids.len() + 65_536 {
-        bail!("it has {} tokens, with ids up to {}", ids.len(), size.saturating_sub(1));
+        bail!("{} tokens, but ids up to {}", ids.len(), size.saturating_sub(1));
     }
     Ok(Vocabulary { model: vocab, added, size })
 }
@@ -312,10 +314,10 @@ fn check_parts(part: &Value, list: &str, known: &[&str]) -> anyhow::Result<()> {
     for part in parts {
         let kind = &part["type"];
         if !kind.as_str().is_some_and(|kind| known.contains(&kind)) {
-            bail!("laam does not read its {kind} (among its {list})");
+            bail!("unsupported {kind}, in {list}");
         }
         if kind == "Replace" && part["pattern"]["String"] == "" {
-            bail!("it replaces nothing by something, everywhere");
+            bail!("a Replace with an empty pattern, in {list}");
         }
     }
     Ok(())

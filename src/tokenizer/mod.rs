@@ -23,7 +23,7 @@ use tokenizers::{AddedToken, Model};
 pub use train::{Stage, Trained, Training};
 
 use crate::corpus::Document;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 /// How text becomes tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -141,9 +141,9 @@ impl Tokenizer {
     /// no documents.
     pub fn markers(&self) -> anyhow::Result<Markers> {
         self.markers.ok_or_else(|| {
-            error(
+            error::data(
                 format!("the tokenizer{} has no document markers ({})", self.at(), MARKERS[0]),
-                "laam train-tokenizer makes one that has; this one serves for generate alone",
+                "create one with laam train-tokenizer; this one works for laam generate only",
             )
         })
     }
@@ -159,13 +159,13 @@ impl Tokenizer {
         if self.style == Some(Style::Exact) {
             let mut ids = self.encode_header(&document.path, None)?;
             self.encode_words(&document.text, &mut ids)
-                .hint(|| format!("leave out {}", document.path))?;
+                .hint(ErrorKind::Data, || format!("leave out {}", document.path))?;
             ids.push(markers.end_file);
             return Ok(ids);
         }
         // Here markers are read from the text, as the first LaaM did.
         self.encode_text(&train::format_document(document))
-            .hint(|| format!("leave out {}", document.path))
+            .hint(ErrorKind::Data, || format!("leave out {}", document.path))
     }
 
     /// What precedes a document's text: `<|start_file|><|start_header|>PATH<|end_header|>`, or with a
@@ -201,7 +201,10 @@ impl Tokenizer {
     fn encode_by_the_crate(&self, text: &str, specials: bool) -> anyhow::Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, specials);
         let encoding = encoding.map_err(|error| anyhow!("cannot encode text: {error}"));
-        Ok(encoding.hint(|| format!("is the tokenizer{} sound?", self.at()))?.get_ids().to_vec())
+        Ok(encoding
+            .hint(ErrorKind::Data, || format!("check the tokenizer{}", self.at()))?
+            .get_ids()
+            .to_vec())
     }
 
     fn encode_words(&self, text: &str, ids: &mut Vec<u32>) -> anyhow::Result<()> {
@@ -212,9 +215,9 @@ impl Tokenizer {
                 continue;
             }
             if word.len() > LONGEST_WORD {
-                return Err(error(
-                    format!("a word of {} bytes is too long to be merged", word.len()),
-                    "such a file is hardly source code: leave it out",
+                return Err(error::data(
+                    format!("a word of {} bytes is too long to be tokenized", word.len()),
+                    "leave the file out: this is not source code",
                 ));
             }
             let from = ids.len();
@@ -236,15 +239,17 @@ impl Tokenizer {
     /// The bytes of the text that the ids stand for, markers spelled out.
     pub fn decode_bytes(&self, ids: &[u32]) -> anyhow::Result<Vec<u8>> {
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
-            return Err(error(
+            return Err(error::data(
                 format!("id {id} is not in the vocabulary of {}{}", self.vocab_size, self.at()),
-                "the model and the tokenizer do not belong together",
+                "use the tokenizer that the model was trained with",
             ));
         }
         let Some(spelling) = &self.spelling else {
             let text = self.inner.decode(ids, false);
             let text = text.map_err(|error| anyhow!("cannot decode: {error}"));
-            return Ok(text.hint(|| format!("is the tokenizer{} sound?", self.at()))?.into_bytes());
+            return Ok(text
+                .hint(ErrorKind::Data, || format!("check the tokenizer{}", self.at()))?
+                .into_bytes());
         };
         Ok(ids.iter().filter_map(|&id| spelling.of(id)).flatten().copied().collect())
     }

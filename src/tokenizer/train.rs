@@ -16,7 +16,7 @@ use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer
 use super::words::Words;
 use super::{MARKERS, Style, Tokenizer, byte_level, folder};
 use crate::corpus::Document;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 /// What to train.
 #[derive(Clone, Debug)]
@@ -76,17 +76,18 @@ impl Tokenizer {
         let least = specials.len() + 256;
         // Ids are stored in files as u32, and a vocabulary beyond this is a slip of the pen.
         if training.vocab_size < least || training.vocab_size > 1 << 24 {
-            return Err(error(
-                format!("cannot train a vocabulary of {}", training.vocab_size),
-                format!("--vocab_size {least} (all bytes and the markers) or more, up to 16777216"),
+            return Err(error::invalid(
+                "vocab_size",
+                training.vocab_size,
+                format!("at least {least} (all bytes and the markers) and at most 16777216"),
             ));
         }
         let mut counter = Counter::new(training.style);
         counter.read(documents, &mut progress)?;
         if counter.bytes == 0 {
-            return Err(error(
-                "there is no text to train a tokenizer on",
-                "check --source: it must hold .c, .h, .S or .txt files",
+            return Err(error::data(
+                "the corpus has no text to train a tokenizer on",
+                "check `source`: it must hold .c, .h, .S or .txt files",
             ));
         }
         let (documents, bytes) = (counter.documents, counter.bytes);
@@ -211,7 +212,7 @@ impl Counter {
                 ByteLevel::default()
                     .pre_tokenize(&mut words)
                     .map_err(|error| anyhow!("{error}"))
-                    .hint(|| format!("leave out {}", document.path))?;
+                    .hint(ErrorKind::Data, || format!("leave out {}", document.path))?;
                 for (word, ..) in words.get_splits(OffsetReferential::Original, OffsetType::Byte) {
                     each(&byte_level::bytes(word));
                 }

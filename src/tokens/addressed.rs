@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use crate::error::error;
+use crate::error;
 use crate::tokenizer::Tokenizer;
 
 /// What writes addresses: a tokenizer and the length of a window's input.
@@ -35,14 +35,13 @@ impl Frame {
     pub fn prefix(&self, path: &str, chunk: usize) -> anyhow::Result<Prefix> {
         let ids = self.tokenizer.encode_header(path, Some(chunk))?;
         if ids.len() > self.context {
-            return Err(error(
+            return Err(error::data(
                 format!(
-                    "the address of {path:?} chunk {chunk} has {} tokens: a window of {} inputs has \
-                     no room for its text",
+                    "the address of {path:?} chunk {chunk} has {} tokens, but the window only {}",
                     ids.len(),
                     self.context
                 ),
-                "a larger --max_position_embeddings, a larger vocabulary, or shorter paths",
+                "increase `max_position_embeddings` or `vocab_size`, or shorten the paths",
             ));
         }
         let room = self.context + 1 - ids.len();

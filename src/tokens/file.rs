@@ -35,7 +35,7 @@ use anyhow::{Context, bail};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 pub(super) const MAGIC: [u8; 8] = *b"LAAMTOKS";
 pub(super) const VERSION: u32 = 1;
@@ -94,13 +94,13 @@ impl Header {
         let u32_at = |at: usize| u32::from_le_bytes(fixed(&bytes[at..at + 4]));
         let u64_at = |at: usize| u64::from_le_bytes(fixed(&bytes[at..at + 8]));
         if bytes[..8] != MAGIC {
-            bail!("it does not begin like one");
+            bail!("it does not begin with LAAMTOKS");
         }
         if u32_at(8) != VERSION {
-            bail!("its version is {}, and this program reads version {VERSION}", u32_at(8));
+            bail!("its version is {}, but this program reads version {VERSION}", u32_at(8));
         }
         if Sha256::digest(&bytes[..CHECKED])[..HEADER - CHECKED] != bytes[CHECKED..] {
-            bail!("its header is damaged: the header's check does not fit");
+            bail!("its header is damaged (wrong checksum)");
         }
         let header = Self {
             id_bytes: u32_at(12),
@@ -113,11 +113,11 @@ impl Header {
             body_sha256: fixed(&bytes[112..144]),
         };
         if !matches!(header.id_bytes, 2 | 4) {
-            bail!("its ids have {} bytes, not 2 or 4", header.id_bytes);
+            bail!("invalid id size {}: must be 2 or 4 bytes", header.id_bytes);
         }
         let empty = (header.tokens == 0, header.documents == 0);
         if u32_at(44) != 0 || empty.0 != empty.1 || header.length() != Some(u64_at(144)) {
-            bail!("its header contradicts itself");
+            bail!("its header is inconsistent");
         }
         Ok(header)
     }
@@ -150,28 +150,28 @@ impl TokenFile {
     /// Opens a token file. Takes microseconds, whatever its size.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         let cannot = |why: anyhow::Error| {
-            error(
+            error::data(
                 format!("{} is not a token file that laam can use: {why}", path.display()),
-                "laam tokenize makes one",
+                "create one with laam tokenize",
             )
         };
         let file = File::open(path).map_err(|why| cannot(why.into()))?;
         let metadata = file.metadata().map_err(|why| cannot(why.into()))?;
         if !metadata.is_file() || metadata.len() < HEADER as u64 {
-            return Err(cannot(anyhow::anyhow!("it is too short for a header")));
+            return Err(cannot(anyhow::anyhow!("too short for a header")));
         }
         // SAFETY: the map is only read, as plain bytes. Were the file to shrink while it is mapped,
         // reading would end the process; laam itself replaces token files by renaming alone,
         // which leaves a mapped one as it is.
         let map = unsafe { Mmap::map(&file) }.map_err(|why| cannot(why.into()))?;
         let Some(bytes) = map.first_chunk() else {
-            return Err(cannot(anyhow::anyhow!("it is too short for a header")));
+            return Err(cannot(anyhow::anyhow!("too short for a header")));
         };
         let header = Header::parse(bytes).map_err(cannot)?;
         if header.length() != Some(map.len() as u64) {
             let meant = header.length().unwrap_or_default();
             return Err(cannot(anyhow::anyhow!(
-                "it has {} bytes of {meant}: it was cut off, or something was added",
+                "it has {} bytes, but its header says {meant}",
                 map.len()
             )));
         }
@@ -197,9 +197,9 @@ impl TokenFile {
     }
 
     fn damaged(&self, why: impl std::fmt::Display) -> anyhow::Error {
-        error(
+        error::data(
             format!("{} is damaged: {why}", self.path.display()),
-            "make it again with laam tokenize",
+            "create it again with laam tokenize",
         )
     }
 
@@ -292,16 +292,17 @@ impl TokenFile {
         };
         hash()
             .with_context(|| format!("cannot read {}", self.path.display()))
-            .hint(|| "make it again with laam tokenize")
+            .hint(ErrorKind::Data, || "create it again with laam tokenize")
     }
 
     /// Reads and checks everything.
     pub fn verify(&self) -> anyhow::Result<()> {
         if Sha256::digest(&self.map[HEADER..])[..] != self.header.body_sha256 {
-            return Err(self.damaged("its sha256 is not the one in its header"));
+            return Err(self.damaged("its sha256 differs from the one in its header"));
         }
         for document in 0..self.documents() {
-            self.document(document).hint(|| "make it again with laam tokenize")?;
+            self.document(document)
+                .hint(ErrorKind::Data, || "create it again with laam tokenize")?;
         }
         let mut ids = vec![0; 1 << 16];
         for from in (0..self.tokens()).step_by(ids.len()) {

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::error;
+use crate::error;
 use crate::random::{Philox, Stream};
 
 /// How an epoch goes through the windows.
@@ -48,12 +48,12 @@ impl Sampler {
     pub fn resume(windows: usize, order: Order, position: Position) -> anyhow::Result<Self> {
         let windows = windows as u64;
         if windows == 0 {
-            return Err(error("there is no window to train on", "give a corpus with more text"));
+            return Err(error::data("no window to train on", "give a corpus with more text"));
         }
         if position.cursor >= windows {
-            return Err(error(
+            return Err(error::data(
                 format!("the run stopped at window {} of {windows}", position.cursor),
-                "resume with the corpus, tokenizer and context that the run began with",
+                "resume with the corpus, tokenizer and `max_position_embeddings` that the run began with",
             ));
         }
         Ok(Self { windows, order, position })

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::addressed::Frame;
 use super::{Batch, IGNORE, TokenFile};
-use crate::error::error;
+use crate::error;
 use crate::tokenizer::Tokenizer;
 
 /// How a token file is cut into windows.
@@ -88,16 +88,16 @@ impl Windows {
     ) -> anyhow::Result<Self> {
         let pad = tokenizer.markers()?.pad;
         if file.header().tokenizer_sha256 != tokenizer.sha256() {
-            return Err(error(
+            return Err(error::data(
                 format!("{} was made with another tokenizer", file.path().display()),
-                "make it again with laam tokenize, or give the tokenizer it was made with",
+                "create it again with laam tokenize, or use the tokenizer it was made with",
             ));
         }
         let stride = stride.unwrap_or(context);
         if context < 2 || u32::try_from(context).is_err() || stride == 0 || stride > context {
-            return Err(error(
-                format!("windows of {context} tokens every {stride} cannot be"),
-                "--max_position_embeddings is 2 or more, --stride from 1 to as much",
+            return Err(error::config(
+                format!("invalid windows: {context} tokens, stride {stride}"),
+                "`max_position_embeddings` must be at least 2, and `stride` from 1 to that",
             ));
         }
         let frame = Frame::new(tokenizer, context);
@@ -105,7 +105,7 @@ impl Windows {
         let mut windows = Self { file, kind, context, stride, pad, frame, count, firsts, starts };
         windows.cut()?;
         if windows.count == 0 {
-            return Err(error(
+            return Err(error::data(
                 format!("{} has too few tokens for a window", windows.file.path().display()),
                 "give a corpus with more text",
             ));
@@ -221,9 +221,9 @@ impl Windows {
         for prefix in &prefixes {
             end += prefix.len();
             address_starts.push(u32::try_from(end).map_err(|_| {
-                error(
+                error::data(
                     format!("the addresses of {} windows have too many tokens", self.count),
-                    "a larger --max_position_embeddings, or --windows stream",
+                    "increase `max_position_embeddings`, or set `windows` to stream",
                 )
             })?);
         }

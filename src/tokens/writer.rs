@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::file::{HEADER, Header};
 use crate::corpus::Document;
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint};
 use crate::files::AtomicFile;
 use crate::tokenizer::Tokenizer;
 
@@ -39,7 +39,9 @@ impl<'t> TokenWriter<'t> {
         tokenizer.markers()?;
         let mut file = AtomicFile::create(target)?;
         // The header is known at the end.
-        file.write_all(&[0; HEADER]).with_context(|| cannot(target)).hint(|| FULL)?;
+        file.write_all(&[0; HEADER])
+            .with_context(|| cannot(target))
+            .hint(ErrorKind::Data, || FULL)?;
         let header = Header {
             id_bytes: if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 },
             tokens: 0,
@@ -126,7 +128,10 @@ impl<'t> TokenWriter<'t> {
                 bytes.extend(ids.iter().flat_map(|&id| id.to_le_bytes()));
             }
             self.body.update(&bytes);
-            self.file.write_all(&bytes).with_context(|| cannot(&self.target)).hint(|| FULL)?;
+            self.file
+                .write_all(&bytes)
+                .with_context(|| cannot(&self.target))
+                .hint(ErrorKind::Data, || FULL)?;
         }
         Ok(())
     }
@@ -134,7 +139,9 @@ impl<'t> TokenWriter<'t> {
     /// Writes the document table and the header, and gives the file its name. `corpus_sha256` is
     /// the hash of the manifest of what was written.
     pub fn finish(mut self, corpus_sha256: [u8; 32]) -> anyhow::Result<Header> {
-        self.finish_file(corpus_sha256).with_context(|| cannot(&self.target)).hint(|| FULL)?;
+        self.finish_file(corpus_sha256)
+            .with_context(|| cannot(&self.target))
+            .hint(ErrorKind::Data, || FULL)?;
         self.file.commit()?;
         Ok(self.header)
     }

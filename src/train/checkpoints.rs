@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Settings;
 use crate::backend::Arena;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 use crate::model::{
     Config, Layout, forget_training_state, has_training_state, load_config, load_training_state,
 };
@@ -106,7 +106,7 @@ pub fn replace_other_run(output: &Path, saved: &Path) -> anyhow::Result<()> {
 fn remove(folder: &Path) -> anyhow::Result<()> {
     fs::remove_dir_all(folder)
         .with_context(|| format!("cannot remove {}", folder.display()))
-        .hint(|| "remove it by hand")
+        .hint(ErrorKind::Checkpoint, || "remove it by hand")
 }
 
 /// The furthest state that lies in a folder: of a checkpoint, or of the finished model. Checkpoints
@@ -137,19 +137,22 @@ pub fn latest(output: &Path, note: &mut dyn FnMut(String)) -> anyhow::Result<Opt
 
 /// The state in one folder; `None` where there is none: a save that was cut off leaves nothing else.
 fn read(folder: &Path) -> anyhow::Result<Option<Saved>> {
-    const ADVICE: &str = "remove the folder: --resume then goes on from an older one";
+    const ADVICE: &str = "remove the folder: `resume` then takes an older checkpoint";
     if !has_training_state(folder)? {
         return Ok(None);
     }
     let (config, _) = load_config(folder)?;
     let Some(saved) = load_training_state(folder, &Layout::new(&config))? else { return Ok(None) };
     let state: State = serde_json::from_value(saved.state)
-        .with_context(|| format!("the training state in {} is not laam's", folder.display()))
-        .hint(|| ADVICE)?;
+        .with_context(|| format!("invalid training state in {}", folder.display()))
+        .hint(ErrorKind::Checkpoint, || ADVICE)?;
     let mut by_name = saved.arenas;
     let arenas: Option<Vec<_>> = ARENAS.iter().map(|(name, _)| by_name.remove(*name)).collect();
     let arenas = arenas.ok_or_else(|| {
-        error(format!("the training state in {} lacks an arena", folder.display()), ADVICE)
+        error::checkpoint(
+            format!("the training state in {} has an arena missing", folder.display()),
+            ADVICE,
+        )
     })?;
     Ok(Some(Saved { folder: folder.to_path_buf(), config, state, arenas }))
 }

@@ -1,7 +1,7 @@
 //! The memory of a training run, from its programs' plans, before anything is allocated.
 
 use crate::backend::Backend;
-use crate::error::error;
+use crate::error;
 use crate::llama::{Program, step};
 use crate::model::{Config, Layout};
 
@@ -65,12 +65,12 @@ pub fn check_memory(
         return Ok(());
     }
     let giga = |bytes: u128| bytes as f64 / 1e9;
-    Err(error(
+    Err(error::device(
         format!(
             "training takes {:.1} GB of memory, this machine has {:.1}",
             giga(needed),
             giga(there)
         ),
-        "a smaller model, or a smaller --max_position_embeddings; laam plan shows what takes it",
+        "make the model or `max_position_embeddings` smaller; laam plan shows what takes the memory",
     ))
 }

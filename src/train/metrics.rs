@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint};
 use crate::files::write_atomically;
 use crate::schema::SchemaVersion;
 
@@ -67,7 +67,7 @@ impl MetricsFile {
     /// Opens the file and drops every line after step `resumed` (all of them at 0), and a last line
     /// that a crash cut short: what a resumed run says again is not said twice.
     pub fn open(path: &Path, resumed: u64) -> anyhow::Result<Self> {
-        let advice = || "choose a path that can be written, by --output-path or --metrics";
+        let advice = || "choose a writable path with `output_path` or `metrics`";
         let mut kept = Vec::new();
         if resumed > 0 && path.exists() {
             let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
@@ -87,7 +87,7 @@ impl MetricsFile {
             .append(true)
             .open(path)
             .with_context(|| format!("cannot write {}", path.display()))
-            .hint(advice)?;
+            .hint(ErrorKind::Data, advice)?;
         Ok(Self { file, path: path.display().to_string() })
     }
 
@@ -97,7 +97,10 @@ impl MetricsFile {
         self.file
             .write_all(line.as_bytes())
             .with_context(|| format!("cannot write {}", self.path))
-            .hint(|| "is the disk full? laam train --resume goes on from the last checkpoint")
+            .hint(
+                ErrorKind::Data,
+                || "check that the disk has room; `resume` continues from the last checkpoint",
+            )
     }
 }
 

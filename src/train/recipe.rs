@@ -20,7 +20,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use super::Settings;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 use crate::tokenizer::Style;
 
 /// The recipes that come with the program.
@@ -86,34 +86,37 @@ impl Recipe {
         let path = Path::new(name);
         if path.extension().is_none_or(|extension| extension != "toml") {
             let names = BUILT_IN.map(|(name, _)| name).join(", ");
-            return Err(error(
-                format!("there is no recipe {name}"),
+            return Err(error::config(
+                format!("unknown recipe {name}"),
                 format!("use one of {names}, or the path of a .toml file"),
             ));
         }
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the recipe {name}"))
-            .hint(|| "give the path of a .toml file that can be read")?;
+            .hint(ErrorKind::Config, || "give the path of a readable .toml file")?;
         Self::parse(&text).with_context(|| format!("recipe {name}"))
     }
 
     /// Reads and checks a recipe.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         let advice = || "see docs/recipes.md, and laam train --help for a stage's keys";
-        let recipe: Self = toml::from_str(text).hint(advice)?;
+        let recipe: Self = toml::from_str(text).hint(ErrorKind::Config, advice)?;
         if recipe.stages.is_empty() {
-            return Err(error("it has no [[stage]]", advice()));
+            return Err(error::config("no [[stage]]", advice()));
         }
         for (at, stage) in recipe.stages.iter().enumerate() {
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
             if stage.name.is_empty() || !stage.name.chars().all(plain) {
-                return Err(error(
-                    format!("{:?} does not name a stage", stage.name),
-                    "use letters, digits, - and _: the name becomes a folder's",
+                return Err(error::config(
+                    format!("invalid stage name {:?}", stage.name),
+                    "use letters, digits, - and _: the name becomes the name of a folder",
                 ));
             }
             if recipe.stages[..at].iter().any(|other| other.name == stage.name) {
-                return Err(error(format!("two stages are called {}", stage.name), "rename one"));
+                return Err(error::config(
+                    format!("two stages are called {}", stage.name),
+                    "rename one",
+                ));
             }
             stage.settings.validate().with_context(|| format!("stage {}", stage.name))?;
         }
@@ -169,7 +172,7 @@ mod tests {
         assert!(with(head).contains("stage"));
         let stage = |keys: &str| with(&format!("{head}[[stage]]\n{keys}"));
         assert!(stage("name = 'a'\nbatchsize = 3").contains("batchsize"));
-        assert!(stage("name = 'a'\nbatch_size = 0").contains("batch-size"));
+        assert!(stage("name = 'a'\nbatch_size = 0").contains("batch_size"));
         assert!(stage("name = '../a'").contains("../a"));
         assert!(stage("name = 'a'\n[[stage]]\nname = 'a'").contains("two stages"));
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Decline, Schedule};
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 use crate::llama::{AdamW, Muon, Optimizer};
 use crate::model::{Config, RopeScaling};
 use crate::tokenizer::Special;
@@ -146,10 +146,6 @@ impl Default for Settings {
 impl Settings {
     /// Refuses what no run can do.
     pub fn validate(&self) -> anyhow::Result<()> {
-        let refuse = |name: &str, value: &dyn std::fmt::Display, range: &str| {
-            let name = name.replace('_', "-");
-            Err(error(format!("{value} is no {name}, in --{name}"), format!("give {range}")))
-        };
         for (name, value) in [
             ("batch_size", self.batch_size as u64),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
@@ -161,7 +157,7 @@ impl Settings {
             ("stride", self.stride.unwrap_or(1) as u64),
         ] {
             if value == 0 {
-                return refuse(name, &value, "1 or more");
+                return Err(error::invalid(name, value, "at least 1"));
             }
         }
         for (name, value, open_end) in [
@@ -177,34 +173,39 @@ impl Settings {
             ("muon_momentum", self.muon_momentum, 1.0),
         ] {
             if !(value >= 0.0 && value < open_end) {
-                return refuse(name, &value, &format!("a number from 0 to below {open_end}"));
+                let range = if open_end.is_finite() {
+                    "at least 0 and below 1"
+                } else {
+                    "at least 0 and finite"
+                };
+                return Err(error::invalid(name, value, range));
             }
         }
         if self.max_steps.is_none() && self.epochs == 0.0 {
-            return refuse("epochs", &self.epochs, "more than 0");
+            return Err(error::invalid("epochs", self.epochs, "more than 0"));
         }
         // A weight without a gradient would be 0 / 0.
         if self.adam_epsilon == 0.0 {
-            return refuse("adam_epsilon", &self.adam_epsilon, "more than 0");
+            return Err(error::invalid("adam_epsilon", self.adam_epsilon, "more than 0"));
         }
         for (name, value) in [
             ("wsd_decay", self.wsd_decay),
             ("stop_at_verbatim", self.stop_at_verbatim.unwrap_or(1.0)),
         ] {
             if !(0.0..=1.0).contains(&value) {
-                return refuse(name, &value, "a part from 0 to 1");
+                return Err(error::invalid(name, value, "at least 0 and at most 1"));
             }
         }
         if self.stop_at_verbatim.is_some() && self.eval_steps.is_none() {
-            return Err(error(
-                "the verbatim rate is never measured, for --stop-at-verbatim",
-                "say by --eval-steps how often to measure it",
+            return Err(error::config(
+                "`stop_at_verbatim` without `eval_steps`: the verbatim rate is never measured",
+                "set `eval_steps` to the steps between two measurements",
             ));
         }
         if self.stride.is_some() && self.windows != Kind::Stream {
-            return Err(error(
-                "only stream windows have a stride, in --stride",
-                "give --windows stream, or no --stride",
+            return Err(error::config(
+                "`stride` without stream windows",
+                "set `windows` to stream, or remove `stride`",
             ));
         }
         Ok(())
@@ -214,9 +215,12 @@ impl Settings {
     pub fn config(&self, vocab_size: usize, special: Special) -> anyhow::Result<Config> {
         let heads = self.num_attention_heads.max(1);
         if self.head_dim.is_none() && !self.hidden_size.is_multiple_of(heads) {
-            return Err(error(
-                format!("hidden size {} does not divide into {heads} heads", self.hidden_size),
-                "make --hidden-size a multiple of --num-attention-heads, or give --head-dim",
+            return Err(error::config(
+                format!(
+                    "invalid `hidden_size` {}: must be a multiple of `num_attention_heads`, {heads}",
+                    self.hidden_size
+                ),
+                "change one of the two, or set `head_dim`",
             ));
         }
         let config = Config {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
-use anyhow::anyhow;
+use crate::error;
 use serde_json::Value;
 
 use super::checkpoints;
@@ -92,7 +92,7 @@ impl Writer {
         match self.thread.take().map(JoinHandle::join) {
             None => Ok(()),
             Some(Ok(written)) => written,
-            Some(Err(_)) => Err(anyhow!("the thread that writes checkpoints panicked")),
+            Some(Err(_)) => Err(error::internal("the checkpoint writer thread panicked")),
         }
     }
 }

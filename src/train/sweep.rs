@@ -25,7 +25,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use super::recipe::Recipe;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 
 /// More runs than these are a mistake.
 const MOST: usize = 10_000;
@@ -66,15 +66,15 @@ impl Sweep {
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the sweep {}", path.display()))
-            .hint(|| "give the path of a .toml file that can be read")?;
+            .hint(ErrorKind::Config, || "give the path of a .toml file that can be read")?;
         let folder = path.parent().unwrap_or(Path::new("."));
         Self::parse(&text, folder).with_context(|| format!("sweep {}", path.display()))
     }
 
     /// Reads and checks a sweep. Recipes in files are looked for in `folder`.
     pub fn parse(text: &str, folder: &Path) -> anyhow::Result<Self> {
-        let advice = || "see laam sweep --help for what it can have";
-        let file: File = toml::from_str(text).hint(advice)?;
+        let advice = || "see laam sweep --help for the keys of a sweep";
+        let file: File = toml::from_str(text).hint(ErrorKind::Config, advice)?;
         let is_file = Path::new(&file.recipe).extension().is_some_and(|suffix| suffix == "toml");
         let recipe = if is_file {
             Recipe::find(&folder.join(&file.recipe).to_string_lossy())?
@@ -102,10 +102,13 @@ impl Sweep {
         }
         for (at, run) in runs.iter().enumerate() {
             if run.name.is_empty() {
-                return Err(error("a run has no name", "use letters, digits and -"));
+                return Err(error::config("a run has no name", "use letters, digits and -"));
             }
             if runs[..at].iter().any(|other| other.name == run.name) {
-                return Err(error(format!("two runs are {}", run.name), "take one of them out"));
+                return Err(error::config(
+                    format!("two runs are called {}", run.name),
+                    "rename one",
+                ));
             }
         }
         Ok(Self { description: file.description, runs })
@@ -117,15 +120,15 @@ fn combinations(grid: &Table) -> anyhow::Result<Vec<Table>> {
     let mut all = vec![Table::new()];
     for (key, values) in grid {
         let Some(values) = values.as_array().filter(|values| !values.is_empty()) else {
-            return Err(error(
-                format!("{key} has no list of values, in [grid]"),
-                format!("write {key} = [1, 2]; a single value belongs into [set]"),
+            return Err(error::config(
+                format!("invalid {key}: must be a list of values, in [grid]"),
+                format!("write {key} = [1, 2]; a single value belongs in [set]"),
             ));
         };
         if all.len().saturating_mul(values.len()) > MOST {
-            return Err(error(
+            return Err(error::config(
                 format!("the grid has more than {MOST} combinations"),
-                "take some values out",
+                "remove some values",
             ));
         }
         let with = |table: &Table, value: &Value| {

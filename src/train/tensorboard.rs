@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 
-use crate::error::Hint;
+use crate::error::{ErrorKind, Hint};
 
 /// An event file, open for more scalars.
 pub struct EventFile {
@@ -28,7 +28,7 @@ impl EventFile {
         let create = || fs::create_dir_all(folder).and_then(|()| File::create(&path));
         let file = create()
             .with_context(|| format!("cannot write {}", path.display()))
-            .hint(|| "choose a folder that can be written, by --tensorboard")?;
+            .hint(ErrorKind::Data, || "choose a writable folder with `tensorboard`")?;
         let mut events = Self { file };
         let mut event = Vec::new();
         double(&mut event, 1, now);

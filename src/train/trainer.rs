@@ -9,7 +9,7 @@ use super::snapshot::{Place, Snapshot, Writer};
 use super::{Engine, EventFile, Metrics, MetricsFile, Outcome, Schedule, Settings, Step};
 use crate::backend::{Arena, Backend};
 use crate::dtype::Dtype;
-use crate::error::{Hint, error};
+use crate::error::{self, ErrorKind, Hint};
 use crate::llama::StepHyperparams;
 use crate::memorization::verbatim;
 use crate::model::{Config, Provenance, initialize};
@@ -144,9 +144,10 @@ impl<'a> Trainer<'a> {
                 engine.write(*arena, values)?;
             }
             let restored = engine.restore(&saved.state.backend);
-            notes.extend(
-                restored.hint(|| "remove the checkpoint: --resume then takes an older one")?,
-            );
+            notes.extend(restored.hint(
+                ErrorKind::Checkpoint,
+                || "remove the checkpoint: `resume` then takes an older one",
+            )?);
             state = State { settings: state.settings, ..saved.state };
             sampler = Sampler::resume(windows.len(), settings.order, state.position)?;
         } else {
@@ -364,9 +365,9 @@ impl<'a> Trainer<'a> {
             observer.note(&format!("step {}: gradients not finite, no update", state.step));
         }
         if self.lost == HOPELESS {
-            return Err(error(
+            return Err(error::config(
                 format!("no finite gradient in {HOPELESS} steps, at step {}", state.step),
-                "lower --learning-rate, or raise --warmup-steps",
+                "lower `learning_rate`, or raise `warmup_steps`",
             ));
         }
         Ok(())
@@ -473,16 +474,16 @@ fn check_resumable(saved: &checkpoints::Saved, now: &State) -> anyhow::Result<()
         let differing =
             then.as_object().into_iter().flatten().find(|(key, value)| now[*key] != **value);
         differing.map_or_else(String::new, |(key, value)| {
-            format!("--{} was {value}, not {}", key.replace('_', "-"), now[key])
+            format!("`{key}` was {value}, not {}", now[key])
         })
     } else if saved.state.tokens_sha256 != now.tokens_sha256 {
-        "its corpus or tokenizer was another".to_string()
+        "it was trained on a different corpus or tokenizer".to_string()
     } else {
         return Ok(());
     };
-    Err(error(
+    Err(error::config(
         format!("the run in {} cannot be resumed: {what}", saved.folder.display()),
-        "resume with the flags it began with, or start anew from its weights with --init-from",
+        "resume with the settings it began with, or start a new run from its weights with `init_from`",
     ))
 }
 

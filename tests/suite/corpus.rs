@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use laam::corpus::{Corpus, Document, Encoding, Manifest, Options, Reason, Source};
+use laam::error::{ErrorKind, kind_of};
 
 use crate::support::linux;
 
@@ -103,7 +104,7 @@ fn what_is_not_utf8_is_left_out_or_refused_or_read_as_latin1() {
     let strict = Options { strict: true, ..Options::default() };
     let why = read(folder.path(), strict).unwrap_err();
     assert_eq!(format!("{why:#}"), format!("b.c is not UTF-8, {}", folder.path().display()));
-    assert!(laam::error::hint_of(&why).is_some());
+    assert_eq!(kind_of(&why), Some(ErrorKind::Data));
 
     let latin1 = Options { encoding: Encoding::Latin1, ..Options::default() };
     let (documents, manifest) = read(folder.path(), latin1).unwrap();
@@ -118,7 +119,7 @@ fn a_source_without_source_files_is_an_error() {
     write_files(folder.path(), &["Makefile", "a.o"]);
     for path in [folder.path(), &folder.path().join("Makefile"), &folder.path().join("none")] {
         let why = read(path, Options::default()).unwrap_err();
-        assert!(laam::error::hint_of(&why).is_some(), "{why:#}");
+        assert_eq!(kind_of(&why), Some(ErrorKind::Data), "{why:#}");
         assert!(format!("{why:#}").contains(&folder.path().display().to_string()), "{why:#}");
     }
 }

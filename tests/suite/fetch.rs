@@ -452,7 +452,7 @@ fn nobody_there_is_an_error_at_once() {
     let mirror = format!("http://127.0.0.1:{port}");
     Trial::new(&mirror).fails(&mirror);
     for mirror in ["", "kernel.org", "ftp://kernel.org", "https://", "file:///etc"] {
-        Trial::new(mirror).fails("no http address");
+        Trial::new(mirror).fails("invalid `mirror_uri`");
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use laam::dtype::Dtype;
-use laam::error::hint_of;
+use laam::error::{ErrorKind, hint_of, kind_of};
 use laam::llama::step;
 use laam::model::{
     self, Checkpoint, Config, Kind, Layout, Provenance, RopeScaling, Span, TrainingState,
@@ -156,7 +156,7 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
             fs::create_dir(f.join("config.json")).unwrap();
         }),
         ("no model.safetensors", |f| fs::remove_file(f.join("model.safetensors")).unwrap()),
-        ("is no file", |f| {
+        ("is not a file", |f| {
             fs::remove_file(f.join("model.safetensors")).unwrap();
             fs::create_dir(f.join("model.safetensors")).unwrap();
         }),
@@ -172,7 +172,7 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
                 h["model.norm.weight"]["shape"] = json!([1_u64 << 62, 1_u64 << 62]);
             });
         }),
-        ("lack model.norm.weight", |f| {
+        ("missing tensor model.norm.weight", |f| {
             edit_header(f, |h| {
                 let tensor = h.as_object_mut().unwrap().remove("model.norm.weight").unwrap();
                 h["model.norms.weight"] = tensor;
@@ -180,7 +180,7 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
         }),
         ("stored as I32", |f| edit_header(f, |h| h["model.norm.weight"]["dtype"] = json!("I32"))),
         ("[6, 2]", |f| edit_header(f, |h| h["model.norm.weight"]["shape"] = json!([6, 2]))),
-        ("lack model.layers.2", |f| edit_config(f, "num_hidden_layers", json!(3))),
+        ("missing tensor model.layers.2", |f| edit_config(f, "num_hidden_layers", json!(3))),
         ("has the shape [41, 12]", |f| edit_config(f, "vocab_size", json!(2_000_000_000))),
         ("lm_head.weight differs", |f| edit_config(f, "tie_word_embeddings", json!(true))),
         ("names the file", |f| shard_as(f, "../model-1.safetensors")),
@@ -188,7 +188,7 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
         ("names the file", |f| shard_as(f, "..\\model-1.safetensors")),
         ("names the file", |f| shard_as(f, "passwd")),
         ("missing.safetensors", |f| shard_as(f, "missing.safetensors")),
-        ("index.json does not read", |f| {
+        ("invalid model.safetensors.index.json", |f| {
             shard_as(f, "model-1.safetensors");
             fs::write(f.join("model.safetensors.index.json"), "{\"weight_map\": 3}").unwrap();
         }),
@@ -203,11 +203,12 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
         spoil(folder.path());
         let error = model::load(folder.path()).expect_err(said);
         let hint = hint_of(&error).unwrap_or_else(|| panic!("{said}: no hint: {error:#}"));
+        assert_eq!(kind_of(&error), Some(ErrorKind::Checkpoint), "{said}: {error:#}");
         let text = format!("{error:#} {}", hint.replace("pickle", "pytorch"));
         assert!(text.contains(said), "{said}: {text}");
     }
     let nowhere = model::load(Path::new("no/such/folder")).unwrap_err();
-    assert!(hint_of(&nowhere).is_some());
+    assert_eq!(kind_of(&nowhere), Some(ErrorKind::Checkpoint));
 }
 
 #[test]
@@ -230,7 +231,7 @@ fn every_bad_training_state_is_refused_with_a_hint() {
         let folder = saved();
         spoil(folder.path());
         let error = model::load_training_state(folder.path(), &layout).unwrap_err();
-        assert!(hint_of(&error).is_some(), "spoiler {number}: {error:#}");
+        assert_eq!(kind_of(&error), Some(ErrorKind::Checkpoint), "spoiler {number}: {error:#}");
         model::load(folder.path()).expect("the weights are none the worse");
     }
 }

@@ -486,7 +486,7 @@ fn what_cannot_be_resumed_is_named() {
         ("--windows stream", "--windows was \"original\", not \"stream\""),
         ("--tie_word_embeddings", "--tie-word-embeddings was false, not true"),
         ("--max_steps 21", "--max-steps was 20, not 21"),
-        ("--limit 3", "its corpus or tokenizer was another"),
+        ("--limit 3", "different corpus or tokenizer"),
     ] {
         let flags = if changed.starts_with("--max_steps") {
             CRASHED.replace("--max_steps 20", changed)

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::device::{Address, Device, Graph};
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 use crate::llama::step::MicroBatch;
 use crate::llama::{Buffer, BytePlan, Op, Program};
 use crate::model::Layout;
@@ -382,22 +382,22 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
     let rows = program.buffers.iter().filter(|info| info.kind.size(2) == 4);
     let rows = rows.map(|info| info.len).max().unwrap_or(0);
     if rows > most || arenas.len / Layout::ALIGN > most {
-        return Err(error(
-            format!("{rows} rows at once are more than the kernels count"),
-            "a smaller --batch_size, or more --gradient_accumulation_steps",
+        return Err(error::config(
+            format!("micro-batch too large: {rows} rows exceed the kernels' 32-bit index"),
+            "decrease `batch_size`, or increase `gradient_accumulation_steps`",
         ));
     }
     for op in &program.ops {
         let (what, size, most) = match op {
-            Op::Attention(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
-            Op::AttentionDecode(o) => ("a head_dim", o.shape.head_dim, attention::MOST_HEAD_DIM),
-            Op::EmbeddingBackward(o) => ("a vocabulary", o.table.rows, embedding::MOST_VOCAB),
+            Op::Attention(o) => ("`head_dim`", o.shape.head_dim, attention::MOST_HEAD_DIM),
+            Op::AttentionDecode(o) => ("`head_dim`", o.shape.head_dim, attention::MOST_HEAD_DIM),
+            Op::EmbeddingBackward(o) => ("`vocab_size`", o.table.rows, embedding::MOST_VOCAB),
             _ => continue,
         };
         if size > most {
-            return Err(error(
-                format!("{what} of {size} is more than the kernels take, {most}"),
-                "use --backend cpu for this model",
+            return Err(error::config(
+                format!("invalid {what} {size}: the kernels support at most {most}"),
+                "set `backend` to cpu for this model",
             ));
         }
     }
@@ -469,9 +469,9 @@ impl Session for Model {
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
         let (at, len, dtype) = self.arena(arena);
         if values.len() != len {
-            return Err(error(
-                format!("{} values do not fill the {arena:?} arena of {len}", values.len()),
-                "give the weights or the training state of a model of this very shape",
+            return Err(error::checkpoint(
+                format!("{} values for the {arena:?} arena of {len}", values.len()),
+                "use weights or a training state of a model of the same shape",
             ));
         }
         if len == 0 {
@@ -516,7 +516,7 @@ impl Session for Model {
         }
         let State { loss_scale, choices } = serde_json::from_value(state.clone())?;
         if let Some(scale) = loss_scale {
-            anyhow::ensure!(scale.0.is_normal() && scale.0 > 0.0, "a loss scale of {}", scale.0);
+            anyhow::ensure!(scale.0.is_normal() && scale.0 > 0.0, "invalid loss scale {}", scale.0);
             self.ready_queue()?;
             let queue = self.queue.as_mut().expect("it is ready");
             queue.rescale(&mut *self.device, scale)?;
@@ -567,7 +567,9 @@ impl Queue for Model {
             .collect();
         let queue = self.queue.as_mut().expect("the programs were loaded for it");
         let drawn = waiting.iter().any(|run| !run.windows.is_empty());
-        anyhow::ensure!(queue.held.is_some() || !drawn, "no windows are held to draw from");
+        if drawn && queue.held.is_none() {
+            return Err(error::internal("a step draws windows, but none are on the device"));
+        }
         queue.push(&mut *self.device, &waiting)?;
         let mut at = 0;
         while let Some(run) = runs.get(at) {

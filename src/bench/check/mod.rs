@@ -17,7 +17,7 @@ use self::cases::Output;
 use crate::backend::reference::Reference;
 use crate::backend::{Arena, Backend, Feed};
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 use crate::llama::ops::name_matches;
 use crate::random::{Philox, Stream};
 
@@ -57,9 +57,9 @@ pub fn check(
     let dtype = backend.compute_dtype();
     let chosen = |name: &str| selection.only.is_none_or(|only| name_matches(name, only));
     if !operations().any(chosen) {
-        return Err(error(
-            format!("no operation is called {}, in --only", selection.only.unwrap_or_default()),
-            format!("one of {}", operations().collect::<Vec<_>>().join(", ")),
+        return Err(error::config(
+            format!("unknown operation {}", selection.only.unwrap_or_default()),
+            format!("use one of {}", operations().collect::<Vec<_>>().join(", ")),
         ));
     }
     let mut rows = Vec::new();

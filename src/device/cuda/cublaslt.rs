@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::super::{Address, Matmul, Matrix};
 use super::libraries::{self, Library};
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 
 /// A cuBLASLt handle, its workspace, and the plans made so far.
 pub(super) struct CublasLt {
@@ -86,7 +86,7 @@ impl CublasLt {
 
     pub fn new(workspace: Address) -> anyhow::Result<CublasLt> {
         if libraries::cublaslt() == Library::Missing {
-            return Err(error(
+            return Err(error::device(
                 "cuBLASLt was not found: libcublasLt.so.13 or .12",
                 "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
             ));
@@ -300,7 +300,7 @@ fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
 }
 
 fn failed(what: &str, why: CublasError) -> anyhow::Error {
-    error(
+    error::device(
         format!("{what}: cuBLASLt returned {why}"),
         "laam doctor shows which libraries were found",
     )

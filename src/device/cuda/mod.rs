@@ -21,7 +21,7 @@ use self::cublaslt::{CublasLt, PinnedPlans};
 use super::driver::oldest_driver;
 use super::{Address, Arg, Device, Event, Graph, Launch, Matmul, launch};
 use crate::dtype::Dtype;
-use crate::error::error;
+use crate::error;
 use crate::kernels::{self, BUILD};
 
 pub use libraries::{Library, cublaslt};
@@ -74,21 +74,21 @@ impl Cuda {
     /// The GPU with this ordinal, from 0.
     pub fn new(ordinal: usize) -> anyhow::Result<Cuda> {
         let nvcc = BUILD.cuda.map_err(|why| {
-            error(
+            error::device(
                 format!("this build has no CUDA kernels: {why}"),
-                "run scripts/setup-cuda, then build again; or use --backend cpu",
+                "run scripts/setup-cuda, then build again; or set `backend` to cpu",
             )
         })?;
         if !libraries::driver() {
-            return Err(error(
+            return Err(error::device(
                 "no NVIDIA driver: libcuda.so.1 was not found",
-                "install the driver; in a container, pass the GPU in; or use --backend cpu",
+                "install the driver; in a container, pass the GPU in; or set `backend` to cpu",
             ));
         }
         result::init().map_err(|e| failed("initializing the driver", e))?;
         let driver = driver_version().map_err(|e| failed("querying the driver", e))?;
         if driver / 1000 < nvcc.major() {
-            return Err(error(
+            return Err(error::device(
                 format!(
                     "the driver supports CUDA {}.{}, but the kernels were built with {}",
                     driver / 1000,
@@ -103,9 +103,9 @@ impl Cuda {
         }
         let gpus = count();
         if ordinal >= gpus {
-            return Err(error(
+            return Err(error::device(
                 format!("no GPU {ordinal}: the driver shows {gpus}"),
-                "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu",
+                "check nvidia-smi and CUDA_VISIBLE_DEVICES, or set `backend` to cpu",
             ));
         }
         let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", e))?;
@@ -121,9 +121,9 @@ impl Cuda {
         let (name, capability, sms, max_shared) =
             about().map_err(|e| failed("querying the GPU", e))?;
         if capability < (8, 0) {
-            return Err(error(
+            return Err(error::device(
                 format!("{name} has compute capability {}.{}", capability.0, capability.1),
-                "the kernels need 8.0 (Ampere) or newer; use --backend cpu",
+                "the kernels need 8.0 (Ampere) or newer; set `backend` to cpu",
             ));
         }
         let stream = context.new_stream().map_err(|e| failed("creating a stream", e))?;
@@ -174,12 +174,12 @@ impl Cuda {
         let function = self.functions.get_mut(entry).expect("it was put there");
         if shared > function.shared {
             if shared > self.max_shared {
-                return Err(error(
+                return Err(error::device(
                     format!(
                         "kernel {entry} needs {shared} bytes of shared memory, but the GPU has {}",
                         self.max_shared
                     ),
-                    "this shape is too large for this GPU: report it",
+                    "this shape is too large for this GPU; set `backend` to cpu",
                 ));
             }
             let attribute =
@@ -207,10 +207,10 @@ fn failed(what: &str, driver: DriverError) -> anyhow::Error {
     use sys::CUresult as R;
     let hint = match driver.0 {
         R::CUDA_ERROR_OUT_OF_MEMORY => {
-            "the GPU's memory is full: look at nvidia-smi; a smaller batch_size or model takes less"
+            "GPU memory is full: check nvidia-smi, decrease `batch_size`, or train a smaller model"
         }
         R::CUDA_ERROR_NO_DEVICE | R::CUDA_ERROR_INVALID_DEVICE => {
-            "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu"
+            "check nvidia-smi and CUDA_VISIBLE_DEVICES, or set `backend` to cpu"
         }
         R::CUDA_ERROR_NO_BINARY_FOR_GPU
         | R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
@@ -228,7 +228,7 @@ fn failed(what: &str, driver: DriverError) -> anyhow::Error {
         }
         _ => "laam doctor shows what was found of the driver and the GPU",
     };
-    error(format!("{what}: {driver}"), hint)
+    error::device(format!("{what}: {driver}"), hint)
 }
 
 impl Device for Cuda {
@@ -352,7 +352,7 @@ impl Device for Cuda {
             .stream
             .end_capture(sys::CUgraphInstantiate_flags(0))
             .map_err(|e| failed("instantiating a graph", e))?
-            .ok_or_else(|| error("the driver captured no graph", "report it"))?;
+            .ok_or_else(|| error::internal("stream capture gave no graph"))?;
         graph.upload().map_err(|e| failed("uploading a graph", e))?;
         self.graphs.push(graph);
         Ok(Graph(self.graphs.len() - 1))
@@ -373,7 +373,7 @@ impl Device for Cuda {
         // The only call of this program that drivers before CUDA 12.8 lack.
         let driver = driver_version().map_err(|e| failed("querying the driver", e))?;
         if driver < 12_080 {
-            return Err(error(
+            return Err(error::device(
                 "this driver cannot time events",
                 "update it to one for CUDA 12.8 or newer",
             ));
