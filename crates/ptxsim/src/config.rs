@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::profile::AccessProfile;
+
 /// Default limit on the warp instructions of a launch.
 const MAX_INSTRUCTIONS: u64 = 1 << 28;
 
@@ -117,6 +119,16 @@ pub enum Check {
     Races,
 }
 
+/// The GPU whose tensor-core arithmetic is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Arch {
+    /// Compute capability 9.0.
+    #[default]
+    H100,
+    /// Compute capability 8.0.
+    A100,
+}
+
 /// How a launch is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -129,12 +141,23 @@ pub struct Options {
     /// Warp instructions the whole launch may execute before it is taken for hung. Setting up a
     /// block and a call counts as one per 4 KiB of registers, parameters and memory.
     pub max_instructions: u64,
+    /// The GPU whose tensor cores `mma` computes as.
+    pub arch: Arch,
+    /// Whether bank conflicts and sectors are counted, into [`Stats::profile`].
+    pub profile: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
         let (schedule, check) = (Schedule::InOrder, Check::Faults);
-        Options { schedule, check, threads: 1, max_instructions: MAX_INSTRUCTIONS }
+        Options {
+            schedule,
+            check,
+            threads: 1,
+            max_instructions: MAX_INSTRUCTIONS,
+            arch: Arch::H100,
+            profile: false,
+        }
     }
 }
 
@@ -147,6 +170,8 @@ pub struct Stats {
     pub thread_instructions: u64,
     /// Warp instructions by opcode.
     pub by_opcode: BTreeMap<String, u64>,
+    /// Memory accesses by instruction, in the order of the code, with [`Options::profile`].
+    pub profile: Vec<AccessProfile>,
 }
 
 #[cfg(test)]

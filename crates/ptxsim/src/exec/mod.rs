@@ -26,6 +26,7 @@ impl Warp {
         let until = self.executed + slice;
         loop {
             if self.frame.pc == self.frame.join && !self.resume(block, &mut code) {
+                block.spent = block.spent.saturating_add(self.executed - (until - slice));
                 return Ok(Yield::Exited);
             }
             let pc = self.frame.pc as usize;
@@ -228,7 +229,7 @@ impl Warp {
                 self.load_matrix(block, *address, *generic, *transpose, *count, d, mask)?;
             }
             Op::MoveMatrix { d, a } => self.move_matrix(*d, *a, mask)?,
-            Op::Mma(mma) => self.mma(mma, mask)?,
+            Op::Mma(mma) => self.mma(block, mma, mask)?,
             Op::CopyAsync(copy) => self.copy_async(block, copy, mask)?,
             Op::CommitGroup => self.copies.commit(mask),
             Op::WaitGroup(pending) => self.wait_copies(block, Some(*pending), mask)?,
