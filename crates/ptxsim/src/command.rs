@@ -1,44 +1,55 @@
-//! The command: arguments, the listing, the run.
+//! The command: its arguments, the listing, the run.
 
 use std::fmt::Write;
+use std::io::Read;
 
 use half::{bf16, f16};
-use ptxsim::{Arg, Check, Config, FaultKind, Kernel, Memory, Module, Options, Schedule};
+use ptxsim::{
+    AccessProfile, AccessSpace, Arch, Arg, Check, Config, FaultKind, Kernel, Memory, Module,
+    Options, Schedule,
+};
 
 const USAGE: &str = "\
-Usage: ptxsim FILE.ptx                 list the kernels of a file
-       ptxsim FILE.ptx ENTRY [OPTIONS] run one on generated buffers
+Usage: ptxsim FILE.ptx                      list the kernels of a file
+       ptxsim FILE.ptx ENTRY [OPTIONS]      run one
+       ptxsim race FILE.ptx ENTRY [OPTIONS] run one and look for data races, as --race does
 
-  --arg KIND          one for each parameter, in order:
-                        u32=5, f32=0.5, s64=-1 ...    a value
-                        f32[1024]=random              a buffer of random numbers in [-1, 1)
-                        u32[64]=zero | iota | 7       a buffer of zeros, of 0 1 2 ..., of sevens
-                        bf16[4096]=uninit             a buffer that must be written first
-                      types: u8 s8 u16 s16 u32 s32 u64 s64 f16 bf16 f32 f64
-  --grid X[,Y[,Z]]    blocks (1)
-  --block X[,Y[,Z]]   threads of a block (32)
-  --shared BYTES      dynamic shared memory (0)
-  --schedule S        greedy (default), reverse, or a seed for random priorities
-  --race              look for data races too
-  --threads N         threads of this machine (1)
-  --budget N          warp instructions a block may execute
+  --arg KIND            one for each parameter, in order:
+                          u32=5, f32=0.5, s64=-1 ...    a value
+                          f32[1024]=random              a buffer of random numbers in [-1, 1)
+                          u32[64]=zero | iota | 7       a buffer of zeros, of 0 1 2 ..., of sevens
+                          bf16[4096]=uninit             a buffer that must be written first
+                          f32[1024]=@FILE, f32=@FILE    raw little-endian values from a file
+                        types: u8 s8 u16 s16 u32 s32 u64 s64 f16 bf16 f32 f64
+  --dump INDEX=FILE     write the buffer of argument INDEX (from 0) to a file after the run
+  --grid X[,Y[,Z]]      blocks (1)
+  --block X[,Y[,Z]]     threads per block (32)
+  --shared BYTES        dynamic shared memory (0)
+  --arch h100|a100      tensor-core arithmetic of this GPU (h100)
+  --schedule S          in-order (default), reverse, or a seed for random priorities
+  --race                look for data races too
+  --profile             count bank conflicts and uncoalesced accesses per instruction
+  --threads N           host threads (1)
+  --max-instructions N  warp instructions the launch may execute (268435456)
 ";
 
 /// What went wrong, and perhaps what to do.
-pub struct Failure {
+pub struct CommandError {
     pub what: String,
     pub hint: Option<String>,
 }
 
-fn failure<T>(what: impl Into<String>, hint: impl Into<String>) -> Result<T, Failure> {
-    Err(Failure { what: what.into(), hint: Some(hint.into()) })
+fn failure<T>(what: impl Into<String>, hint: impl Into<String>) -> Result<T, CommandError> {
+    Err(CommandError { what: what.into(), hint: Some(hint.into()) })
 }
 
-/// Largest buffer an argument may ask for.
-const MAX_BUFFER: usize = 1 << 32;
+/// Bytes that the buffers of all arguments may take together.
+const MAX_BUFFER_BYTES: usize = 1 << 30;
+/// Bytes of the largest PTX file that is read.
+const MAX_PTX_BYTES: u64 = 1 << 28;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Type {
+enum ElementType {
     Int { bytes: usize, signed: bool },
     F16,
     Bf16,
@@ -46,9 +57,9 @@ enum Type {
     F64,
 }
 
-impl Type {
-    fn of(name: &str) -> Option<Type> {
-        let int = |bytes, signed| Some(Type::Int { bytes, signed });
+impl ElementType {
+    fn of(name: &str) -> Option<ElementType> {
+        let int = |bytes, signed| Some(ElementType::Int { bytes, signed });
         match name {
             "u8" => int(1, false),
             "s8" => int(1, true),
@@ -58,36 +69,36 @@ impl Type {
             "s32" => int(4, true),
             "u64" => int(8, false),
             "s64" => int(8, true),
-            "f16" => Some(Type::F16),
-            "bf16" => Some(Type::Bf16),
-            "f32" => Some(Type::F32),
-            "f64" => Some(Type::F64),
+            "f16" => Some(ElementType::F16),
+            "bf16" => Some(ElementType::Bf16),
+            "f32" => Some(ElementType::F32),
+            "f64" => Some(ElementType::F64),
             _ => None,
         }
     }
 
     fn bytes(self) -> usize {
         match self {
-            Type::Int { bytes, .. } => bytes,
-            Type::F16 | Type::Bf16 => 2,
-            Type::F32 => 4,
-            Type::F64 => 8,
+            ElementType::Int { bytes, .. } => bytes,
+            ElementType::F16 | ElementType::Bf16 => 2,
+            ElementType::F32 => 4,
+            ElementType::F64 => 8,
         }
     }
 
     /// A number in this type, integers wrapping.
     fn encode(self, value: f64, integer: i128) -> Vec<u8> {
         match self {
-            Type::Int { bytes, .. } => integer.to_le_bytes()[..bytes].to_vec(),
-            Type::F16 => f16::from_f64(value).to_le_bytes().to_vec(),
-            Type::Bf16 => bf16::from_f64(value).to_le_bytes().to_vec(),
-            Type::F32 => (value as f32).to_le_bytes().to_vec(),
-            Type::F64 => value.to_le_bytes().to_vec(),
+            ElementType::Int { bytes, .. } => integer.to_le_bytes()[..bytes].to_vec(),
+            ElementType::F16 => f16::from_f64(value).to_le_bytes().to_vec(),
+            ElementType::Bf16 => bf16::from_f64(value).to_le_bytes().to_vec(),
+            ElementType::F32 => (value as f32).to_le_bytes().to_vec(),
+            ElementType::F64 => value.to_le_bytes().to_vec(),
         }
     }
 
     fn parse(self, text: &str) -> Option<Vec<u8>> {
-        if let Type::Int { bytes, signed } = self {
+        if let ElementType::Int { bytes, signed } = self {
             let value: i128 = text.parse().ok()?;
             let bits = 8 * bytes as u32;
             let (low, high) =
@@ -102,32 +113,32 @@ impl Type {
         word[..bytes.len()].copy_from_slice(bytes);
         let bits = u64::from_le_bytes(word);
         match self {
-            Type::Int { bytes, signed: true } => {
+            ElementType::Int { bytes, signed: true } => {
                 let shift = 64 - 8 * bytes as u32;
                 ((bits << shift) as i64 >> shift).to_string()
             }
-            Type::Int { .. } => bits.to_string(),
-            Type::F16 => f16::from_bits(bits as u16).to_string(),
-            Type::Bf16 => bf16::from_bits(bits as u16).to_string(),
-            Type::F32 => f32::from_bits(bits as u32).to_string(),
-            Type::F64 => f64::from_bits(bits).to_string(),
+            ElementType::Int { .. } => bits.to_string(),
+            ElementType::F16 => f16::from_bits(bits as u16).to_string(),
+            ElementType::Bf16 => bf16::from_bits(bits as u16).to_string(),
+            ElementType::F32 => f32::from_bits(bits as u32).to_string(),
+            ElementType::F64 => f64::from_bits(bits).to_string(),
         }
     }
 }
 
-/// A generated argument.
-struct Given {
+/// An `--arg`.
+struct CommandArg {
     text: String,
-    ty: Type,
+    ty: ElementType,
     /// Elements of a buffer; None for a value.
     count: Option<usize>,
     value: String,
 }
 
-impl Given {
-    fn parse(text: &str) -> Result<Given, Failure> {
-        let hint = "an argument is like u32=5 or f32[1024]=random";
-        let bad = || failure(format!("`--arg {text}` makes no sense"), hint);
+impl CommandArg {
+    fn parse(text: &str) -> Result<CommandArg, CommandError> {
+        let hint = "an argument is like u32=5, f32[1024]=random or f32[1024]=@FILE";
+        let bad = || failure(format!("invalid `--arg {text}`"), hint);
         let Some((kind, value)) = text.split_once('=') else { return bad() };
         let (name, count) = match kind.split_once('[') {
             None => (kind, None),
@@ -137,21 +148,31 @@ impl Given {
                 (name, Some(count))
             }
         };
-        let Some(ty) = Type::of(name) else { return bad() };
-        if count.is_some_and(|count| count > MAX_BUFFER / ty.bytes()) {
-            return failure(format!("`--arg {text}` asks for more than {MAX_BUFFER} bytes"), hint);
-        }
+        let Some(ty) = ElementType::of(name) else { return bad() };
         let known = count.is_some() && matches!(value, "random" | "zero" | "iota" | "uninit");
-        if !known && ty.parse(value).is_none() {
-            return failure(format!("`{value}` in `--arg {text}` is no {name}"), hint);
+        if !known && !value.starts_with('@') && ty.parse(value).is_none() {
+            return failure(format!("`{value}` in `--arg {text}` is not a valid {name}"), hint);
         }
-        Ok(Given { text: text.to_owned(), ty, count, value: value.to_owned() })
+        Ok(CommandArg { text: text.to_owned(), ty, count, value: value.to_owned() })
+    }
+
+    /// Bytes of the buffer or the value.
+    fn bytes(&self) -> usize {
+        self.count.unwrap_or(1).saturating_mul(self.ty.bytes())
     }
 
     /// The argument, and the address of its buffer.
-    fn make(&self, memory: &Memory, seed: u64) -> (Arg, Option<u64>) {
+    fn make(&self, memory: &Memory, seed: u64) -> Result<(Arg, Option<u64>), CommandError> {
+        if let Some(path) = self.value.strip_prefix('@') {
+            let bytes = self.read(path)?;
+            if self.count.is_none() {
+                return Ok((Arg::bytes(&bytes), None));
+            }
+            let address = memory.alloc(&bytes);
+            return Ok((Arg::from(address), Some(address)));
+        }
         let Some(count) = self.count else {
-            return (Arg::bytes(&self.ty.parse(&self.value).unwrap_or_default()), None);
+            return Ok((Arg::bytes(&self.ty.parse(&self.value).unwrap_or_default()), None));
         };
         let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let mut random = || {
@@ -161,8 +182,8 @@ impl Given {
             x ^ x >> 31
         };
         let address = match self.value.as_str() {
-            "uninit" => memory.alloc_uninit(count * self.ty.bytes()),
-            "zero" => memory.alloc_zeroed(count * self.ty.bytes()),
+            "uninit" => memory.alloc_uninit(self.bytes()),
+            "zero" => memory.alloc_zeroed(self.bytes()),
             "random" => {
                 let element = |_| {
                     let bits = random();
@@ -177,24 +198,52 @@ impl Given {
             }
             value => memory.alloc(&self.ty.parse(value).unwrap_or_default().repeat(count)),
         };
-        (Arg::from(address), Some(address))
+        Ok((Arg::from(address), Some(address)))
+    }
+
+    /// The raw contents of a file, which must be as long as the argument.
+    fn read(&self, path: &str) -> Result<Vec<u8>, CommandError> {
+        let wanted = self.bytes();
+        let hint = format!("`{}` takes {wanted} bytes: raw little-endian values", self.text);
+        let bytes = match read_file(path, wanted as u64 + 1) {
+            Ok(bytes) => bytes,
+            Err(error) => return failure(format!("cannot read {path}: {error}"), hint),
+        };
+        if bytes.len() != wanted {
+            let more = if bytes.len() > wanted { "more than " } else { "" };
+            let held = bytes.len().min(wanted);
+            return failure(format!("{path} holds {more}{held} bytes"), hint);
+        }
+        Ok(bytes)
     }
 }
 
-struct Arguments {
+/// The first bytes of a regular file.
+fn read_file(path: &str, limit: u64) -> std::io::Result<Vec<u8>> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::other("not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+struct CommandLine {
     file: String,
     entry: Option<String>,
     config: Config,
     options: Options,
-    given: Vec<Given>,
+    args: Vec<CommandArg>,
+    /// Arguments to write after the run, and the files they go to.
+    dumps: Vec<(usize, String)>,
 }
 
-fn shape(flag: &str, text: &str) -> Result<[u32; 3], Failure> {
+fn shape(flag: &str, text: &str) -> Result<[u32; 3], CommandError> {
     let mut shape = [1; 3];
     let parts: Vec<_> = text.split(',').collect();
     for (size, part) in shape.iter_mut().zip(&parts) {
         let Ok(value) = part.parse() else {
-            return failure(format!("`{flag} {text}` is no shape"), format!("as in {flag} 8,4"));
+            return failure(format!("invalid `{flag} {text}`"), format!("as in {flag} 8,4"));
         };
         *size = value;
     }
@@ -204,72 +253,122 @@ fn shape(flag: &str, text: &str) -> Result<[u32; 3], Failure> {
     Ok(shape)
 }
 
-fn number<T: std::str::FromStr>(flag: &str, text: &str) -> Result<T, Failure> {
+fn number<T: std::str::FromStr>(flag: &str, text: &str) -> Result<T, CommandError> {
     match text.parse() {
         Ok(value) => Ok(value),
-        Err(_) => failure(format!("`{flag} {text}` is no number in range"), "see ptxsim --help"),
+        Err(_) => failure(
+            format!("invalid `{flag} {text}`: must be a whole number in range"),
+            "see ptxsim --help",
+        ),
     }
 }
 
-fn parse(arguments: &[String]) -> Result<Arguments, Failure> {
+fn dump(text: &str) -> Result<(usize, String), CommandError> {
+    let parts = text.split_once('=').filter(|(_, file)| !file.is_empty());
+    match parts.and_then(|(index, file)| Some((index.parse().ok()?, file.to_owned()))) {
+        Some(dump) => Ok(dump),
+        None => failure(format!("invalid `--dump {text}`"), "as in --dump 0=out.bin"),
+    }
+}
+
+fn schedule(flag: &str, text: &str) -> Result<Schedule, CommandError> {
+    Ok(match text {
+        "in-order" | "in_order" | "greedy" => Schedule::InOrder,
+        "reverse" => Schedule::ReverseOrder,
+        seed => Schedule::Random(number(flag, seed)?),
+    })
+}
+
+fn arch(flag: &str, text: &str) -> Result<Arch, CommandError> {
+    match text {
+        "h100" => Ok(Arch::H100),
+        "a100" => Ok(Arch::A100),
+        _ => failure(format!("invalid `{flag} {text}`"), "the architectures are h100 and a100"),
+    }
+}
+
+fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
     let mut names = Vec::new();
-    let mut config = Config::linear(1, 32);
-    let mut options = Options::default();
-    let mut given = Vec::new();
+    let mut line = CommandLine {
+        file: String::new(),
+        entry: None,
+        config: Config::linear(1, 32),
+        options: Options::default(),
+        args: Vec::new(),
+        dumps: Vec::new(),
+    };
+    let options = &mut line.options;
     let mut list = arguments.iter();
     while let Some(argument) = list.next() {
         if !argument.starts_with("--") {
             names.push(argument.clone());
             continue;
         }
-        if argument == "--race" {
-            options.check = Check::Races;
-            continue;
-        }
-        let known =
-            ["--arg", "--grid", "--block", "--shared", "--schedule", "--threads", "--budget"];
-        let flag = argument.as_str();
-        if !known.contains(&flag) {
-            return failure(format!("unknown option `{flag}`"), "see ptxsim --help");
-        }
-        let Some(value) = list.next() else {
-            return failure(format!("`{flag}` needs a value"), "see ptxsim --help");
+        let flag = argument.replace('_', "-");
+        let flag = flag.as_str();
+        let mut value = || match list.next() {
+            Some(value) => Ok(value.as_str()),
+            None => failure(format!("`{flag}` needs a value"), "see ptxsim --help"),
         };
         match flag {
-            "--arg" => given.push(Given::parse(value)?),
-            "--grid" => config.grid = shape(flag, value)?,
-            "--block" => config.block = shape(flag, value)?,
-            "--shared" => config.shared = number(flag, value)?,
-            "--threads" => options.threads = number(flag, value)?,
-            "--budget" => options.max_instructions = number(flag, value)?,
-            _ => {
-                options.schedule = match value.as_str() {
-                    "greedy" => Schedule::InOrder,
-                    "reverse" => Schedule::ReverseOrder,
-                    seed => Schedule::Random(number(flag, seed)?),
-                };
-            }
+            "--race" => options.check = Check::Races,
+            "--profile" => options.profile = true,
+            "--arg" => line.args.push(CommandArg::parse(value()?)?),
+            "--dump" => line.dumps.push(dump(value()?)?),
+            "--grid" => line.config.grid = shape(flag, value()?)?,
+            "--block" => line.config.block = shape(flag, value()?)?,
+            "--shared" => line.config.shared = number(flag, value()?)?,
+            "--threads" => options.threads = number(flag, value()?)?,
+            "--max-instructions" | "--budget" => options.max_instructions = number(flag, value()?)?,
+            "--arch" => options.arch = arch(flag, value()?)?,
+            "--schedule" => options.schedule = schedule(flag, value()?)?,
+            _ => return failure(format!("unknown option `{argument}`"), "see ptxsim --help"),
         }
     }
-    let mut names = names.into_iter();
-    let Some(file) = names.next() else {
-        return failure("no file given", "ptxsim FILE.ptx lists its kernels; see ptxsim --help");
-    };
-    let entry = names.next();
-    if let Some(extra) = names.next() {
-        return failure(format!("what is `{extra}`?"), "ptxsim FILE.ptx [ENTRY] [OPTIONS]");
+    if names.len() > 1 && names[0] == "race" {
+        names.remove(0);
+        options.check = Check::Races;
     }
-    Ok(Arguments { file, entry, config, options, given })
+    let mut names = names.into_iter();
+    match names.next() {
+        Some(file) => line.file = file,
+        None => {
+            let hint = "ptxsim FILE.ptx lists its kernels; see ptxsim --help";
+            return failure("no file given", hint);
+        }
+    }
+    line.entry = names.next();
+    if let Some(extra) = names.next() {
+        return failure(format!("unexpected `{extra}`"), "ptxsim FILE.ptx [ENTRY] [OPTIONS]");
+    }
+    for &(index, ref file) in &line.dumps {
+        let what = match line.args.get(index) {
+            None => format!("there are {} arguments, numbered from 0", line.args.len()),
+            Some(arg) if arg.count.is_none() => format!("argument {index} is a value"),
+            Some(_) => continue,
+        };
+        let hint = "INDEX is that of a buffer, such as --arg f32[1024]=zero";
+        return failure(format!("invalid `--dump {index}={file}`: {what}"), hint);
+    }
+    let bytes = line.args.iter().fold(0, |bytes: usize, arg| bytes.saturating_add(arg.bytes()));
+    if bytes > MAX_BUFFER_BYTES {
+        let hint = "run a smaller shape";
+        return failure(format!("the arguments take more than {MAX_BUFFER_BYTES} bytes"), hint);
+    }
+    Ok(line)
 }
 
-pub fn run(arguments: &[String], out: &mut String) -> Result<(), Failure> {
+pub fn run(arguments: &[String], out: &mut String) -> Result<(), CommandError> {
     if arguments.is_empty() || arguments.iter().any(|a| a == "--help" || a == "-h") {
         out.push_str(USAGE);
         return Ok(());
     }
-    let arguments = parse(arguments)?;
-    let file = &arguments.file;
-    let text = match std::fs::read_to_string(file) {
+    let line = parse(arguments)?;
+    let file = &line.file;
+    let read = read_file(file, MAX_PTX_BYTES).and_then(|bytes| {
+        String::from_utf8(bytes).map_err(|_| std::io::Error::other("not UTF-8 text"))
+    });
+    let text = match read {
         Ok(text) => text,
         Err(error) => {
             let hint = "nvcc -ptx -lineinfo -arch=compute_80 kernel.cu writes a PTX file";
@@ -283,18 +382,19 @@ pub fn run(arguments: &[String], out: &mut String) -> Result<(), Failure> {
             return failure(format!("{file}: {error}"), hint);
         }
     };
-    let Some(entry) = &arguments.entry else {
+    let Some(entry) = &line.entry else {
         list(&module, out);
         return Ok(());
     };
     let Some(kernel) = module.kernel(entry) else {
         let names: Vec<_> = module.kernels().map(|kernel| kernel.name().to_owned()).collect();
-        return failure(
-            format!("{file} has no kernel `{entry}`"),
-            format!("it has: {}", names.join(", ")),
-        );
+        let hint = match &names[..] {
+            [] => "it has no kernels".to_owned(),
+            names => format!("it has: {}", names.join(", ")),
+        };
+        return failure(format!("{file} has no kernel `{entry}`"), hint);
     };
-    launch(&kernel, &arguments, out)
+    launch(&kernel, &line, out)
 }
 
 fn list(module: &Module, out: &mut String) {
@@ -325,20 +425,20 @@ fn list(module: &Module, out: &mut String) {
     }
 }
 
-fn launch(kernel: &Kernel, arguments: &Arguments, out: &mut String) -> Result<(), Failure> {
+fn launch(kernel: &Kernel, line: &CommandLine, out: &mut String) -> Result<(), CommandError> {
     let memory = Memory::new();
-    let made: Vec<_> = arguments
-        .given
-        .iter()
-        .zip(1..)
-        .map(|(given, seed)| (given, given.make(&memory, seed)))
-        .collect();
-    let args: Vec<Arg> = made.iter().map(|(_, (arg, _))| arg.clone()).collect();
+    let mut args = Vec::new();
+    let mut buffers = Vec::new();
+    for (arg, seed) in line.args.iter().zip(1..) {
+        let (value, address) = arg.make(&memory, seed)?;
+        args.push(value);
+        buffers.push((arg, address));
+    }
     let start = std::time::Instant::now();
-    let stats = match kernel.launch(&memory, &arguments.config, &args, &arguments.options) {
+    let stats = match kernel.launch(&memory, &line.config, &args, &line.options) {
         Ok(stats) => stats,
         Err(fault) => {
-            return Err(Failure { what: fault.to_string(), hint: hint(kernel, fault.kind) });
+            return Err(CommandError { what: fault.to_string(), hint: hint(kernel, fault.kind) });
         }
     };
     let seconds = start.elapsed().as_secs_f64();
@@ -355,30 +455,74 @@ fn launch(kernel: &Kernel, arguments: &Arguments, out: &mut String) -> Result<()
     for (name, count) in mix {
         let _ = writeln!(out, "  {count:>12}  {name}");
     }
-    for (index, (given, (_, address))) in made.iter().enumerate() {
-        let (Some(address), Some(count)) = (*address, given.count) else { continue };
-        let size = given.ty.bytes();
-        match memory.read_vec(address, count * size) {
+    if line.options.profile {
+        profile(&stats.profile, out);
+    }
+    for (index, (arg, address)) in buffers.iter().enumerate() {
+        let Some(address) = *address else { continue };
+        let size = arg.ty.bytes();
+        let bytes = memory.read_vec(address, arg.bytes());
+        for (_, path) in line.dumps.iter().filter(|(dumped, _)| *dumped == index) {
+            let bytes = match &bytes {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    let hint = "the kernel must write all of a buffer made with =uninit";
+                    return failure(format!("cannot dump argument {index}: {error}"), hint);
+                }
+            };
+            if let Err(error) = std::fs::write(path, bytes) {
+                let hint = "--dump INDEX=FILE takes a file in a folder that can be written to";
+                return failure(format!("cannot write {path}: {error}"), hint);
+            }
+        }
+        let told = match &bytes {
             Ok(bytes) => {
                 let digest = bytes.iter().fold(0xCBF2_9CE4_8422_2325u64, |hash, &byte| {
                     (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3)
                 });
-                let shown: Vec<_> =
-                    bytes.chunks_exact(size).take(4).map(|value| given.ty.decode(value)).collect();
-                let more = if count > 4 { " ..." } else { "" };
-                let _ = writeln!(
-                    out,
-                    "argument {index}  {}  digest {digest:016x}  {}{more}",
-                    given.text,
-                    shown.join(" ")
-                );
+                let shown = bytes.chunks_exact(size).take(4).map(|value| arg.ty.decode(value));
+                let shown = shown.collect::<Vec<_>>().join(" ");
+                let more = if bytes.len() > 4 * size { " ..." } else { "" };
+                format!("digest {digest:016x}  {shown}{more}")
             }
-            Err(error) => {
-                let _ = writeln!(out, "argument {index}  {}  {error}", given.text);
-            }
-        }
+            Err(error) => error.to_string(),
+        };
+        let _ = writeln!(out, "argument {index}  {}  {told}", arg.text);
     }
     Ok(())
+}
+
+/// The table of `--profile`: what costs most beyond the ideal first.
+fn profile(profile: &[AccessProfile], out: &mut String) {
+    let mut rows: Vec<_> = profile.iter().collect();
+    rows.sort_by_key(|row| (std::cmp::Reverse(row.transactions - row.ideal), row.ptx_line));
+    let _ = writeln!(
+        out,
+        "\nmemory    requests         bytes  transactions         ideal  per request  instruction"
+    );
+    for row in rows {
+        let space = match row.space {
+            AccessSpace::Global => "global",
+            AccessSpace::Shared => "shared",
+        };
+        let source = row.source.as_ref().map_or(String::new(), |source| format!("  {source}"));
+        let _ = writeln!(
+            out,
+            "{space}  {:>10}  {:>12}  {:>12}  {:>12}  {:>11.2}  `{}`, PTX line {}{source}",
+            row.requests,
+            row.bytes,
+            row.transactions,
+            row.ideal,
+            row.transactions as f64 / row.requests as f64,
+            row.opcode,
+            row.ptx_line,
+        );
+    }
+    let _ = writeln!(
+        out,
+        "transactions: 32-byte sectors of global memory, passes through the banks of shared \
+         memory\n"
+    );
 }
 
 fn hint(kernel: &Kernel, kind: FaultKind) -> Option<String> {
@@ -399,7 +543,8 @@ fn hint(kernel: &Kernel, kind: FaultKind) -> Option<String> {
             "shared memory and buffers made with =uninit must be written before they are read"
                 .into()
         }
-        FaultKind::Budget => "raise it with --budget if the kernel is only long".into(),
+        FaultKind::Budget => "raise it with --max-instructions if the kernel is only long".into(),
+        FaultKind::Capacity => "run a smaller shape".into(),
         FaultKind::MissingLanes => {
             "all lanes that the mask names must come to the same instruction".into()
         }
