@@ -75,8 +75,9 @@ pub(crate) fn reconvergence<'a>(
         .collect()
 }
 
-/// Immediate post-dominators, by Cooper, Harvey and Kennedy's iteration over the reversed graph
-/// from the exit. Blocks from which the exit cannot be reached get the exit itself.
+/// Immediate post-dominators: dominators of the reversed graph from the exit, by Lengauer and
+/// Tarjan's algorithm with path compression. Blocks from which the exit cannot be reached get the
+/// exit itself.
 fn post_dominators(successors: &[Vec<usize>]) -> Vec<usize> {
     let exit = successors.len();
     let mut predecessors = vec![Vec::new(); exit + 1];
@@ -85,56 +86,79 @@ fn post_dominators(successors: &[Vec<usize>]) -> Vec<usize> {
             predecessors[next].push(block);
         }
     }
-    // Post-order over the reversed graph, without recursion.
-    let mut number = vec![usize::MAX; exit + 1];
-    let mut order = Vec::new();
-    let mut seen = vec![false; exit + 1];
+    // Depth-first order of the reversed graph, without recursion.
+    let mut parent = vec![exit; exit + 1];
+    let mut order = vec![exit];
+    let mut forest = Forest {
+        ancestor: vec![None; exit + 1],
+        label: (0..=exit).collect(),
+        semi: vec![usize::MAX; exit + 1],
+    };
+    forest.semi[exit] = 0;
     let mut stack = vec![(exit, 0)];
-    seen[exit] = true;
     while let Some((block, next)) = stack.pop() {
         if let Some(&before) = predecessors[block].get(next) {
             stack.push((block, next + 1));
-            if !seen[before] {
-                seen[before] = true;
+            if forest.semi[before] == usize::MAX {
+                forest.semi[before] = order.len();
+                parent[before] = block;
+                order.push(before);
                 stack.push((before, 0));
             }
-        } else {
-            number[block] = order.len();
-            order.push(block);
         }
     }
-    let mut post = vec![usize::MAX; exit + 1];
-    post[exit] = exit;
-    let mut changed = true;
-    while changed {
-        changed = false;
-        for &block in order.iter().rev().filter(|&&block| block != exit) {
-            let mut best = usize::MAX;
-            for &next in &successors[block] {
-                if post[next] == usize::MAX {
-                    continue;
-                }
-                if best == usize::MAX {
-                    best = next;
-                    continue;
-                }
-                let mut other = next;
-                while best != other {
-                    while number[best] < number[other] {
-                        best = post[best];
-                    }
-                    while number[other] < number[best] {
-                        other = post[other];
-                    }
-                }
+    let mut buckets = vec![Vec::new(); exit + 1];
+    let mut post = vec![exit; exit + 1];
+    for &block in order[1..].iter().rev() {
+        for &next in &successors[block] {
+            if forest.semi[next] == usize::MAX {
+                continue;
             }
-            if post[block] != best {
-                post[block] = best;
-                changed = true;
-            }
+            let least = forest.evaluate(next);
+            forest.semi[block] = forest.semi[block].min(forest.semi[least]);
+        }
+        buckets[order[forest.semi[block]]].push(block);
+        forest.ancestor[block] = Some(parent[block]);
+        for other in std::mem::take(&mut buckets[parent[block]]) {
+            let least = forest.evaluate(other);
+            let below = forest.semi[least] < forest.semi[other];
+            post[other] = if below { least } else { parent[block] };
         }
     }
-    post.iter().map(|&block| block.min(exit)).collect()
+    for &block in &order[1..] {
+        if post[block] != order[forest.semi[block]] {
+            post[block] = post[post[block]];
+        }
+    }
+    post
+}
+
+/// Linked part of the depth-first tree, with the semidominators found so far.
+struct Forest {
+    ancestor: Vec<Option<usize>>,
+    label: Vec<usize>,
+    semi: Vec<usize>,
+}
+
+impl Forest {
+    /// The block of least semidominator on the way from a block up to its root, which is left out.
+    fn evaluate(&mut self, block: usize) -> usize {
+        let mut path = Vec::new();
+        let mut at = block;
+        while let Some(above) = self.ancestor[at] {
+            path.push((at, above));
+            at = above;
+        }
+        // The last one lies under the root, and has nothing above it to compare with.
+        let Some((_, root)) = path.pop() else { return block };
+        for (at, above) in path.into_iter().rev() {
+            if self.semi[self.label[above]] < self.semi[self.label[at]] {
+                self.label[at] = self.label[above];
+            }
+            self.ancestor[at] = Some(root);
+        }
+        self.label[block]
+    }
 }
 
 #[cfg(test)]
@@ -153,6 +177,43 @@ mod tests {
         };
         let joins = reconvergence(6, flow);
         assert_eq!(joins, [(0, 4), (1, 4), (4, 5)]);
+    }
+
+    /// Blocks of the exit's own tree by definition: every path from a block to the exit passes its
+    /// post-dominators.
+    #[test]
+    fn post_dominators_lie_on_every_path_to_the_exit() {
+        let mut state = 1u64;
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % below
+        };
+        for _ in 0..2000 {
+            let exit = 1 + random(8);
+            let graph: Vec<Vec<usize>> =
+                (0..exit).map(|_| (0..1 + random(2)).map(|_| random(exit + 1)).collect()).collect();
+            let reaches = |from: usize, without: usize| {
+                let (mut seen, mut stack) = (vec![false; exit + 1], vec![from]);
+                while let Some(at) = stack.pop() {
+                    if at != without && !std::mem::replace(&mut seen[at], true) && at < exit {
+                        stack.extend(&graph[at]);
+                    }
+                }
+                seen[exit]
+            };
+            let post = post_dominators(&graph);
+            for block in 0..exit {
+                // The nearest post-dominator is the one that all others post-dominate.
+                let all: Vec<usize> = (0..=exit)
+                    .filter(|&other| other != block && (other == exit || !reaches(block, other)))
+                    .collect();
+                let nearest = all.iter().copied().find(|&near| {
+                    all.iter().all(|&far| far == near || far == exit || !reaches(near, far))
+                });
+                let wanted = if reaches(block, usize::MAX) { nearest.unwrap() } else { exit };
+                assert_eq!(post[block], wanted, "{block} in {graph:?}");
+            }
+        }
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! What each opcode decodes to, beyond the register-to-register forms of `int` and `float`.
 
+use crate::compare;
 use crate::convert::{self, Conversion, Scalar};
 use crate::decoder::{Decoder, UNUSED};
+use crate::float;
+use crate::int;
 use crate::op::{
     Address, Atomic, AtomicOp, AtomicType, BarrierMode, BoolOp, Call, CopyAsync, Mma, MmaType,
     NONE, Op, ReduxOp, ShuffleMode, Space, Transfer, VoteMode,
 };
 use crate::parse::{Operand, Result};
 use crate::registers::{File, Slots};
-use crate::{compare, float, int};
 
 /// Predicate slot of the carry flag.
 const CARRY: u32 = 1;

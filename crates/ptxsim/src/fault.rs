@@ -29,6 +29,8 @@ pub enum FaultKind {
     Trap,
     /// More instructions than the launch allowed: most likely an endless loop.
     Budget,
+    /// More than the simulator keeps track of: copies in flight, accesses to watch for races.
+    Capacity,
     /// Calls nested too deeply.
     StackOverflow,
     /// An operand outside what the instruction defines.
@@ -50,6 +52,7 @@ impl fmt::Display for FaultKind {
             FaultKind::Launch => "impossible launch",
             FaultKind::Trap => "trap",
             FaultKind::Budget => "instruction budget exceeded",
+            FaultKind::Capacity => "simulator capacity exceeded",
             FaultKind::StackOverflow => "stack overflow",
             FaultKind::InvalidOperand => "invalid operand",
         })
@@ -152,7 +155,7 @@ pub(crate) struct Stop {
 }
 
 /// An instruction of a module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Place {
     pub function: u32,
     pub pc: u32,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::code::{Code, Decoded, GlobalVariable, Param, SharedLayout};
-use crate::config::{Arg, Config, Options, Stats};
+use crate::config::{Arg, Check, Config, Options, Stats};
 use crate::decode;
 use crate::fault::{Fault, FaultKind};
 use crate::mem::Memory;
@@ -184,7 +184,11 @@ impl Kernel {
     ) -> Result<Stats, Box<Fault>> {
         let code = self.code();
         let Entry { layout, atomics } = self.module.entry(self.index);
-        self.check_shape(config, layout)?;
+        self.check_shape(config, options, layout)?;
+        let mut options = *options;
+        if options.check == Check::Races {
+            options.max_instructions = options.max_instructions.min(u32::MAX.into());
+        }
         if args.len() != code.params.len() {
             let message = format!("{} given, {} wanted", args.len(), code.params.len());
             return self.refuse(FaultKind::Arguments, message);
@@ -218,7 +222,7 @@ impl Kernel {
             entry: self.index,
             layout,
             config: *config,
-            options: *options,
+            options,
             params,
             table: &table,
             addresses,
@@ -227,10 +231,16 @@ impl Kernel {
         sched::run(&launch)
     }
 
-    fn check_shape(&self, config: &Config, layout: &SharedLayout) -> Result<(), Box<Fault>> {
+    fn check_shape(
+        &self,
+        config: &Config,
+        options: &Options,
+        layout: &SharedLayout,
+    ) -> Result<(), Box<Fault>> {
         let code = self.code();
         let Config { grid, block, shared } = *config;
-        let volume = |shape: [u32; 3]| shape.iter().map(|&n| u64::from(n)).product::<u64>();
+        let volume =
+            |shape: [u32; 3]| shape.iter().fold(1, |all, &n| u64::saturating_mul(all, n.into()));
         let refuse = |message: String| self.refuse(FaultKind::Launch, message);
         if volume(block) == 0 || block[0] > 1024 || block[1] > 1024 || block[2] > 64 {
             return refuse(format!("a block of {block:?} threads"));
@@ -243,6 +253,11 @@ impl Kernel {
         }
         if grid.iter().try_fold(1u32, |all, &n| all.checked_mul(n)).is_none() {
             return refuse(format!("a grid of {grid:?} blocks: more than 2^32 are not modelled"));
+        }
+        // The race detector numbers the warps of a grid in 32 bits, and so their times.
+        let warps = volume(grid).saturating_mul(volume(block).div_ceil(32));
+        if options.check == Check::Races && warps > u64::from(u32::MAX) {
+            return refuse(format!("a grid of {grid:?} blocks: too many to watch for races"));
         }
         if code.required_block.is_some_and(|required| required != block) {
             return refuse(format!(

@@ -43,8 +43,11 @@ macro_rules! access {
 
 impl Bytes {
     fn filled(len: usize, byte: u8) -> Bytes {
-        let word = u64::from_ne_bytes([byte; 8]);
-        let words = (0..len.div_ceil(8)).map(|_| AtomicU64::new(word)).collect();
+        // Zeros come from the system without being touched.
+        let words = vec![u64::from_ne_bytes([byte; 8]); len.div_ceil(8)].into_boxed_slice();
+        // SAFETY: AtomicU64 has the size, alignment and bit validity of u64, so the allocation
+        // keeps its layout.
+        let words = unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) };
         Bytes { words, len }
     }
 
@@ -331,6 +334,9 @@ impl Memory {
 
     /// Bytes as a vector; see [`Memory::read`].
     pub fn read_vec(&self, address: u64, len: usize) -> Result<Vec<u8>, MemoryError> {
+        if len > 0 {
+            self.with(address, len, |_, _| ())?;
+        }
         let mut bytes = vec![0; len];
         self.read(address, &mut bytes)?;
         Ok(bytes)
@@ -358,6 +364,7 @@ mod tests {
         let b = memory.alloc_uninit(16);
         assert_eq!(memory.read_vec(a + 1, 2).unwrap(), [2, 3]);
         assert!(memory.read_vec(a, 4).is_err());
+        assert!(memory.read_vec(a, usize::MAX).is_err());
         assert!(memory.read_vec(b, 1).unwrap_err().to_string().contains("never written"));
         memory.write(b + 4, &[7; 4]).unwrap();
         assert_eq!(memory.read_vec(b + 4, 4).unwrap(), [7; 4]);

@@ -7,7 +7,8 @@
 //! another thread whose time it does not know.
 //!
 //! Cells are of two bytes. Each remembers its last write and the reads since that no later read
-//! replaces. Writes of the same value by several lanes of one instruction are let pass.
+//! replaces. A write of what is there already does not race with the write before it: several
+//! warps, or lanes of one instruction, may write the same value to one place.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -115,8 +116,9 @@ pub(crate) struct Race {
     handed_on: HashMap<(bool, u64), BTreeMap<u32, u32>>,
     /// Records looked at since they were last counted as work.
     cost: u64,
-    /// Records held, of some 24 bytes each.
+    /// Records held, of some 24 bytes each, and how many may be.
     held: usize,
+    room: usize,
     full: bool,
 }
 
@@ -138,6 +140,7 @@ impl Race {
             handed_on: HashMap::new(),
             cost: 0,
             held: 0,
+            room: MAX_RECORDS,
             full: false,
         }
     }
@@ -149,7 +152,7 @@ impl Race {
 
     /// Whether more is to be remembered than there is room for.
     pub fn is_full(&self) -> bool {
-        self.full || self.held > MAX_RECORDS
+        self.full || self.held > self.room
     }
 
     /// A new block begins, knowing nothing of the others.
@@ -259,20 +262,23 @@ impl Race {
         Ok(())
     }
 
-    /// A write; gives the access it races with.
+    /// A write; gives the access it races with. One that leaves the bytes as they were (`same`)
+    /// does not race with the write before it.
     pub fn write(
         &mut self,
         who: Who,
         range: ByteRange,
         kind: WriteKind,
+        same: bool,
     ) -> Result<(), Box<Conflict>> {
         let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
         let strong = kind == WriteKind::Strong;
         for (index, bytes) in Self::cells(range) {
             let cell = std::mem::take(self.cell(range.shared, index));
             let overlapping = cell.write.filter(|write| write.bytes & bytes != 0);
-            let mut conflict =
-                overlapping.and_then(|write| self.conflict_with_write(who, &write, strong));
+            let mut conflict = overlapping
+                .and_then(|write| self.conflict_with_write(who, &write, strong))
+                .filter(|conflict| !same || conflict.in_flight);
             self.cost += cell.reads.len() as u64;
             self.held = self.held.saturating_sub(cell.reads.len());
             for read in &cell.reads {
@@ -310,7 +316,7 @@ impl Race {
 
     /// An atomic hands on what its warp's last fence covered and learns what others left there.
     pub fn atomic(&mut self, who: Who, range: ByteRange) -> Result<(), Box<Conflict>> {
-        self.write(who, range, WriteKind::Strong)?;
+        self.write(who, range, WriteKind::Strong, false)?;
         let (block, count) = (self.block, self.warps_per_block);
         let location = self.handed_on.entry((range.shared, range.at)).or_default();
         let before = location.len();
@@ -425,7 +431,7 @@ mod tests {
     #[test]
     fn a_barrier_orders_and_nothing_else_does() {
         let mut race = race();
-        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain).is_ok());
+        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_ok());
         assert!(race.read(who(1, 0), shared(0, 4), false).is_err());
         for warp in [0, 1] {
             race.arrive(warp);
@@ -433,14 +439,14 @@ mod tests {
         race.barrier(&[(0, true), (1, true)]);
         assert!(race.read(who(1, 0), shared(0, 4), false).is_ok());
         // The read must be over before the next write.
-        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain).is_err());
+        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_err());
     }
 
     #[test]
     fn arriving_without_waiting_learns_nothing() {
         let mut race = race();
-        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain).is_ok());
-        assert!(race.write(who(1, 0), shared(8, 4), WriteKind::Plain).is_ok());
+        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_ok());
+        assert!(race.write(who(1, 0), shared(8, 4), WriteKind::Plain, false).is_ok());
         race.arrive(0);
         race.arrive(1);
         race.barrier(&[(0, false), (1, true)]);
@@ -451,7 +457,7 @@ mod tests {
     #[test]
     fn lanes_need_a_warp_sync_that_names_both() {
         let mut race = race();
-        assert!(race.write(who(0, 3), shared(0, 4), WriteKind::Plain).is_ok());
+        assert!(race.write(who(0, 3), shared(0, 4), WriteKind::Plain, false).is_ok());
         race.sync_warp(0, 0b0011);
         assert!(race.read(who(0, 0), shared(0, 4), false).is_err());
         race.sync_warp(0, 0b1011);
@@ -460,11 +466,40 @@ mod tests {
     }
 
     #[test]
+    fn the_same_value_may_be_written_twice_but_not_read_unordered() {
+        let mut race = race();
+        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_ok());
+        assert!(race.write(who(1, 0), shared(0, 4), WriteKind::Plain, true).is_ok());
+        assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_err());
+        assert!(race.read(who(0, 1), shared(0, 4), false).is_err());
+        assert!(race.write(who(0, 0), shared(8, 4), WriteKind::InFlight, false).is_ok());
+        assert!(race.write(who(1, 0), shared(8, 4), WriteKind::Plain, true).is_err());
+    }
+
+    #[test]
+    fn records_are_bounded() {
+        let mut race = race();
+        race.room = 8 * PAGE as usize;
+        let global = |at| ByteRange { shared: false, at, size: 4 };
+        for page in 0..8 {
+            assert!(race.write(who(0, 0), global(page * PAGE), WriteKind::Plain, false).is_ok());
+            assert!(!race.is_full());
+        }
+        // Reads by ever more warps that nothing orders pile up on a cell, and are work to look at.
+        for block in 1..100 {
+            race.start_block(block, 0);
+            assert!(race.read(who(0, 0), global(PAGE / 2), false).is_ok());
+        }
+        assert!(race.is_full());
+        assert_eq!(race.take_cost(), 2 * (0..99).sum::<u64>() / RECORDS_PER_INSTRUCTION);
+    }
+
+    #[test]
     fn neighbouring_bytes_do_not_race() {
         let mut race = race();
-        assert!(race.write(who(0, 0), shared(0, 1), WriteKind::Plain).is_ok());
-        assert!(race.write(who(0, 1), shared(1, 1), WriteKind::Plain).is_ok());
-        assert!(race.write(who(0, 2), shared(1, 1), WriteKind::Plain).is_err());
+        assert!(race.write(who(0, 0), shared(0, 1), WriteKind::Plain, false).is_ok());
+        assert!(race.write(who(0, 1), shared(1, 1), WriteKind::Plain, false).is_ok());
+        assert!(race.write(who(0, 2), shared(1, 1), WriteKind::Plain, false).is_err());
     }
 
     #[test]
@@ -472,7 +507,7 @@ mod tests {
         let global = |at| ByteRange { shared: false, at, size: 4 };
         for fenced in [true, false] {
             let mut race = race();
-            assert!(race.write(who(0, 0), global(64), WriteKind::Plain).is_ok());
+            assert!(race.write(who(0, 0), global(64), WriteKind::Plain, false).is_ok());
             if fenced {
                 race.fence(0);
             }

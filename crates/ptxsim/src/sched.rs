@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::config::{Check, Schedule, Stats};
 use crate::fault::{Access, Exec, Fault, FaultKind, Place, Stop, stop};
 use crate::op::{BarrierMode, NONE};
+use crate::profile::Profile;
 use crate::race::Race;
 use crate::registers::{FULL, Reg, WARP};
 use crate::shared::Shared;
@@ -127,13 +128,15 @@ fn run_block(
         race,
         counts: std::mem::take(&mut tally.counts),
         thread_instructions: 0,
-        spent: 0,
+        profile: tally.profile.take(),
+        spent: launch.shared_cost(),
         resident: 0,
         in_flight: 0,
     };
     let result = block.run();
     tally.counts = std::mem::take(&mut block.counts);
     tally.thread_instructions += block.thread_instructions;
+    tally.profile = block.profile.take();
     result.map(|()| block.spent)
 }
 
@@ -141,17 +144,22 @@ fn run_block(
 struct Tally {
     counts: Vec<Vec<u64>>,
     thread_instructions: u64,
+    profile: Option<Profile>,
 }
 
 impl Tally {
     fn new(launch: &Launch) -> Tally {
         let mut counts = vec![Vec::new(); launch.module.functions.len()];
         counts[launch.entry] = vec![0; launch.module.functions[launch.entry].instrs.len()];
-        Tally { counts, thread_instructions: 0 }
+        let profile = launch.options.profile.then(Profile::default);
+        Tally { counts, thread_instructions: 0, profile }
     }
 
     fn add(&mut self, other: &Tally) {
         self.thread_instructions += other.thread_instructions;
+        if let (Some(mine), Some(theirs)) = (&mut self.profile, &other.profile) {
+            mine.add(theirs);
+        }
         for (mine, theirs) in self.counts.iter_mut().zip(&other.counts) {
             if mine.len() < theirs.len() {
                 mine.resize(theirs.len(), 0);
@@ -180,6 +188,7 @@ impl Tally {
                 .filter(|&(_, count)| count > 0)
                 .map(|(name, count)| (name.clone(), count))
                 .collect(),
+            profile: self.profile.map_or_else(Vec::new, |profile| launch.access_profile(&profile)),
         }
     }
 }

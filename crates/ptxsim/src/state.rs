@@ -4,12 +4,13 @@ use std::fmt::Write;
 
 use crate::cfg::END;
 use crate::code::{Decoded, MaskOf, SharedLayout, Source, Special};
-use crate::config::{Config, Options};
+use crate::config::{Check, Config, Options};
 use crate::copies::Copies;
 use crate::fault::{Access, Exec, Fault, FaultKind, Place, Site, SourceLine, Stop, stop};
 use crate::mem::Table;
 use crate::op::{Address, BarrierMode};
 use crate::parse::Location;
+use crate::profile::{AccessProfile, AccessSpace, Counts, Profile};
 use crate::race::{ByteRange, Conflict, Race, Who, WriteKind};
 use crate::registers::{FULL, File, Lanes, Regs, UNDEFINED, WARP, lanes_of};
 use crate::shared::Shared;
@@ -48,6 +49,14 @@ impl Launch<'_> {
     /// Bytes of registers, parameters and local memory that the warps of a block start with.
     pub fn block_bytes(&self) -> u64 {
         self.module.functions[self.entry].frame_bytes() * self.warps_per_block() as u64
+    }
+
+    /// Work of setting up a block's shared memory, in warp instructions.
+    pub fn shared_cost(&self) -> u64 {
+        let bytes = self.layout.dynamic_at + u64::from(self.config.shared);
+        // A byte has a state, and half a cell of the race detector.
+        let each = if self.options.check == Check::Races { 26 } else { 2 };
+        bytes * each / BYTES_PER_INSTRUCTION
     }
 
     pub fn block_index(&self, linear: u32) -> [u32; 3] {
@@ -112,6 +121,17 @@ impl Launch<'_> {
         Box::new(Fault { site: Some(site), other, ..self.fault_of(stop.kind, stop.message) })
     }
 
+    /// The profile with the lines of its instructions.
+    pub fn access_profile(&self, profile: &Profile) -> Vec<AccessProfile> {
+        let row = |(&(place, space), counts): (&(Place, AccessSpace), &Counts)| {
+            let Site { ptx_line, opcode, source, .. } =
+                self.site(Access { place, block: 0, thread: 0 });
+            let Counts { requests, bytes, transactions, ideal } = *counts;
+            AccessProfile { ptx_line, opcode, source, space, requests, bytes, transactions, ideal }
+        };
+        profile.by_place.iter().map(row).collect()
+    }
+
     /// A fault that no instruction is to blame for.
     fn fault_of(&self, kind: FaultKind, message: String) -> Fault {
         let kernel = self.module.functions[self.entry].name.clone();
@@ -146,6 +166,7 @@ pub(crate) struct Block<'l, 'r> {
     /// Executions of each instruction, by function.
     pub counts: Vec<Vec<u64>>,
     pub thread_instructions: u64,
+    pub profile: Option<Profile>,
     /// Counted against the launch's limit.
     pub spent: u64,
     /// Bytes of the frames of its warps.
@@ -413,10 +434,11 @@ impl Warp {
         lane: usize,
         range: ByteRange,
         kind: WriteKind,
+        same: bool,
     ) -> Exec<()> {
         let who = self.who(lane);
         let Some(race) = block.race.as_deref_mut() else { return Ok(()) };
-        let result = race.write(who, range, kind);
+        let result = race.write(who, range, kind, same);
         result.map_err(|conflict| race_stop(lane, &conflict, true))?;
         check_room(race, lane)
     }
@@ -427,6 +449,22 @@ impl Warp {
         let result = race.atomic(who, range);
         result.map_err(|conflict| race_stop(lane, &conflict, true))?;
         check_room(race, lane)
+    }
+
+    /// Counts an access for the profile, if there is one.
+    pub fn count_access(
+        &self,
+        block: &mut Block,
+        space: AccessSpace,
+        at: &Lanes<u64>,
+        mask: u32,
+        size: u64,
+    ) {
+        if let Some(profile) = &mut block.profile
+            && mask != 0
+        {
+            profile.count(self.place(), space, at, mask, size);
+        }
     }
 
     /// Splits the executing lanes by the member mask each names, and checks that all the lanes a
@@ -497,7 +535,7 @@ fn check_room(race: &Race, lane: usize) -> Exec<()> {
     }
     let message =
         "the accesses to watch for races exceed the detector's memory: run a smaller shape";
-    stop(FaultKind::Budget, lane, message)
+    stop(FaultKind::Capacity, lane, message)
 }
 
 // The result is always wanted as the error of an `Exec`, which is boxed.

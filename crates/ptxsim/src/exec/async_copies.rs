@@ -8,6 +8,7 @@ use crate::copies::Copy;
 use crate::fault::{Exec, FaultKind, Stop, stop};
 use crate::mem::SHARED_WINDOW;
 use crate::op::{CopyAsync, NONE};
+use crate::profile::AccessSpace;
 use crate::race::{ByteRange, Who, WriteKind};
 use crate::registers::{WARP, lanes_of};
 use crate::state::{Block, Warp};
@@ -32,6 +33,9 @@ impl Warp {
             }
         }
         let place = self.place();
+        let read = (0..WARP).fold(0, |read, lane| read | u32::from(taken[lane] > 0) << lane);
+        self.count_access(block, AccessSpace::Global, &from, mask & read, size.into());
+        self.count_access(block, AccessSpace::Shared, &to, mask, size.into());
         for lane in lanes_of(mask) {
             let to = if to[lane] >= SHARED_WINDOW { to[lane] - SHARED_WINDOW } else { to[lane] };
             let from = from[lane];
@@ -55,14 +59,14 @@ impl Warp {
             if let Err(trouble) = block.shared.take_off(to, size.into()) {
                 return block.shared_trouble(lane, to, &trouble);
             }
-            self.race_write(block, lane, range, WriteKind::InFlight)?;
+            self.race_write(block, lane, range, WriteKind::InFlight, false)?;
             let taken = taken[lane] as u8;
             let copy = Copy { to, from, size, taken, group: None, place };
             self.copies.pending[lane].push_back(copy);
             block.in_flight += 1;
             if block.in_flight > MAX_IN_FLIGHT {
                 let message = format!("more than {MAX_IN_FLIGHT} copies of the block in flight");
-                return stop(FaultKind::Budget, lane, message);
+                return stop(FaultKind::Capacity, lane, message);
             }
         }
         Ok(())

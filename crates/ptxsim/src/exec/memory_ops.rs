@@ -6,6 +6,7 @@ use crate::float::Small;
 use crate::math::canonical;
 use crate::mem::{Buffer, LOCAL_WINDOW, Miss, SHARED_WINDOW};
 use crate::op::{Atomic, AtomicOp, AtomicType, NONE, Space, Transfer, window};
+use crate::profile::AccessSpace;
 use crate::race::{ByteRange, WriteKind};
 use crate::registers::{FULL, Lanes, Reg, WARP, halves, lanes_of, packed};
 use crate::shared::{self, Trouble};
@@ -109,14 +110,18 @@ impl Block<'_, '_> {
         }
     }
 
-    fn load_shared(&self, lane: usize, at: u64, size: usize) -> Exec<u64> {
-        let result = match size {
+    #[inline]
+    fn read_shared(&self, at: u64, size: usize) -> Result<u64, Trouble> {
+        match size {
             1 => self.shared.load::<1>(at).map(|b| b[0].into()),
             2 => self.shared.load(at).map(|b| u16::from_le_bytes(b).into()),
             4 => self.shared.load(at).map(|b| u32::from_le_bytes(b).into()),
             _ => self.shared.load(at).map(u64::from_le_bytes),
-        };
-        match result {
+        }
+    }
+
+    fn load_shared(&self, lane: usize, at: u64, size: usize) -> Exec<u64> {
+        match self.read_shared(at, size) {
             Ok(value) => Ok(value),
             Err(trouble) => self.shared_trouble(lane, at, &trouble),
         }
@@ -193,6 +198,7 @@ impl Warp {
                     gather(transfer, &at, mask, &mut out, check, read)?;
                 }
             }
+            self.count_transfer(block, transfer, space, &at, mask);
             if block.race.is_some() && is_watched(space) {
                 for lane in lanes_of(mask) {
                     let range = transfer_range(transfer, space, at[lane]);
@@ -252,6 +258,22 @@ impl Warp {
         Ok(())
     }
 
+    fn count_transfer(
+        &self,
+        block: &mut Block,
+        transfer: &Transfer,
+        space: Space,
+        at: &Lanes<u64>,
+        mask: u32,
+    ) {
+        let size = u64::from(transfer.size) * u64::from(transfer.count);
+        match space {
+            Space::Global => self.count_access(block, AccessSpace::Global, at, mask, size),
+            Space::Shared => self.count_access(block, AccessSpace::Shared, at, mask, size),
+            _ => {}
+        }
+    }
+
     fn check_local_read(&self, lane: usize, at: u64, total: u64) -> Exec<()> {
         check_local(lane, at, total, self.local.len() * 4)?;
         for word in at as usize / 4..(at + total).div_ceil(4) as usize {
@@ -276,8 +298,12 @@ impl Warp {
                 regs.r32[register as usize].map(u64::from)
             };
         }
+        let kept = u64::MAX >> (64 - 8 * size);
         let values = &values[..count];
+        let races = block.race.is_some();
         for (space, mask) in Self::by_space(transfer.space, &mut at, mask) {
+            // Lanes that leave memory other than it was, for the race detector.
+            let mut changed = 0u32;
             match space {
                 Space::Global | Space::Generic => {
                     let mut hint = self.hint;
@@ -285,13 +311,23 @@ impl Warp {
                         check_alignment(lane, at[lane], total)?;
                         let (buffer, offset) = block.global(&mut hint, lane, at[lane], total)?;
                         for (i, values) in values.iter().enumerate() {
-                            buffer.store(offset + i * size, size, values[lane]);
+                            let (offset, value) = (offset + i * size, values[lane]);
+                            let same = races
+                                && buffer.is_written(offset, size)
+                                && buffer.load(offset, size) == value & kept;
+                            changed |= u32::from(!same) << lane;
+                            buffer.store(offset, size, value);
                         }
                     }
                     self.hint = hint;
                 }
                 Space::Shared => {
-                    let write = |lane, at, value| block.store_shared(lane, at, size, value);
+                    let write = |lane: usize, at, value| {
+                        let same = races
+                            && block.read_shared(at, size).is_ok_and(|old| old == value & kept);
+                        changed |= u32::from(!same) << lane;
+                        block.store_shared(lane, at, size, value)
+                    };
                     scatter(transfer, &at, mask, values, check_alignment, write)?;
                 }
                 Space::Local => {
@@ -317,11 +353,12 @@ impl Warp {
                     scatter(transfer, &at, mask, values, check, write)?;
                 }
             }
-            if block.race.is_some() && is_watched(space) {
+            self.count_transfer(block, transfer, space, &at, mask);
+            if races && is_watched(space) {
                 let kind = if transfer.strong { WriteKind::Strong } else { WriteKind::Plain };
-                for lane in distinct_writes(&at, values, mask) {
+                for lane in lanes_of(mask) {
                     let range = transfer_range(transfer, space, at[lane]);
-                    self.race_write(block, lane, range, kind)?;
+                    self.race_write(block, lane, range, kind, changed >> lane & 1 == 0)?;
                 }
             }
         }
@@ -349,6 +386,9 @@ impl Warp {
             race.fence(self.index);
         }
         for (space, mask) in Self::by_space(atomic.space, &mut at, mask) {
+            let counted =
+                if space == Space::Shared { AccessSpace::Shared } else { AccessSpace::Global };
+            self.count_access(block, counted, &at, mask, size);
             for lane in lanes_of(mask) {
                 let at = at[lane];
                 check_alignment(lane, at, size)?;
@@ -432,20 +472,6 @@ fn scatter(
         }
     }
     Ok(())
-}
-
-/// Lanes of a store, less those that write what another lane writes to the same place.
-fn distinct_writes(
-    at: &Lanes<u64>,
-    values: &[Lanes<u64>],
-    mask: u32,
-) -> impl Iterator<Item = usize> {
-    let repeated = |lane: usize| {
-        lanes_of(mask & ((1 << lane) - 1)).any(|before| {
-            at[before] == at[lane] && values.iter().all(|values| values[before] == values[lane])
-        })
-    };
-    lanes_of(mask).filter(|&lane| !repeated(lane)).collect::<Vec<_>>().into_iter()
 }
 
 fn check_local(lane: usize, at: u64, size: u64, bytes: usize) -> Exec<()> {
