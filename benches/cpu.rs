@@ -14,7 +14,7 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use laam::backend::cpu::{Cpu, CpuKernels};
-use laam::backend::{Arena, Backend, Feed, Need};
+use laam::backend::{Arena, Backend, Inputs, SessionSpec};
 use laam::bench::step::preset;
 use laam::dtype::Dtype;
 use laam::generate::{Generator, Request};
@@ -94,19 +94,20 @@ impl One {
             head: span,
             len: span.len().next_multiple_of(Layout::ALIGN),
         };
-        let feed = Feed {
+        let inputs = Inputs {
             indices: self.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
             floats: self.floats.iter().map(|(b, v)| (*b, Cow::from(v.as_slice()))).collect(),
             loss_scale: 1.0 / ROWS as f64,
-            rates: StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 },
+            hyperparams: StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 },
         };
         for (dtype, cpu) in backends() {
-            let mut session =
-                cpu.open(&layout, Need { training: true, cache: 0 }).expect("memory for it");
+            let mut session = cpu
+                .open(&layout, SessionSpec { training: true, cache_len: 0 })
+                .expect("memory for it");
             session.write(Arena::Parameters, &random(layout.len, 99)).expect("its length");
             let program = session.load(self.program.clone()).expect("a valid program");
             group.bench_function(format!("{name}/{dtype}"), |b| {
-                b.iter(|| session.run(program, &feed).expect("complete inputs"));
+                b.iter(|| session.run(program, &inputs).expect("complete inputs"));
             });
         }
     }
@@ -235,12 +236,12 @@ fn step(c: &mut Criterion) {
             group.bench_function(format!("batch {batch}/{dtype}"), |b| {
                 b.iter(|| {
                     count += 1;
-                    let rates = StepHyperparams {
+                    let hyperparams = StepHyperparams {
                         learning_rate: 1e-4,
                         muon_learning_rate: 0.0,
                         step: count,
                     };
-                    engine.step(&micro, rates).expect("complete inputs")
+                    engine.step(&micro, hyperparams).expect("complete inputs")
                 });
             });
         }

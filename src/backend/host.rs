@@ -1,13 +1,12 @@
-//! The session both host backends share: it holds memory and programs; what an operation does is
-//! the backend's.
+//! The session of both host backends: memory and programs. Each backend executes the ops.
 
 use super::memory::Memory;
-use super::{Arena, Feed, Loaded, Need, Session};
+use super::{Arena, Inputs, ProgramId, Session, SessionSpec};
 use crate::error;
 use crate::llama::{Buffer, BufferKind, BufferRole, Plan, Program};
 use crate::model::Layout;
 
-/// Numbers a host backend computes in.
+/// A floating-point type that a host backend computes in.
 pub trait Real: Copy + Default + Send + Sync + 'static {
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
@@ -31,70 +30,70 @@ impl Real for f64 {
     }
 }
 
-/// Carries out the operations of a program, whose inputs are in place.
+/// Executes the ops of a program after its inputs are in memory.
 pub(super) trait Execute<R>: Send {
-    fn execute(&mut self, program: &Program, memory: &mut Memory<R>, feed: &Feed);
+    fn execute(&mut self, program: &Program, memory: &mut Memory<R>, inputs: &Inputs);
 
-    /// Seconds spent in each kind of operation so far.
+    /// Seconds spent in each kind of op so far.
     fn profile(&self) -> Vec<(&'static str, f64)> {
         Vec::new()
     }
 }
 
 /// A session in host memory.
-pub(super) struct Host<R, E> {
+pub(super) struct HostSession<R, E> {
     pub memory: Memory<R>,
     pub executor: E,
     programs: Vec<(Program, Plan)>,
-    /// The program whose buffers lie in the block.
-    arranged: Option<usize>,
+    /// The program whose outputs are in the block.
+    current: Option<usize>,
 }
 
-impl<R: Real, E: Execute<R>> Host<R, E> {
-    pub fn new(layout: &Layout, need: Need, executor: E) -> Self {
-        Self { memory: Memory::new(layout, need), executor, programs: Vec::new(), arranged: None }
+impl<R: Real, E: Execute<R>> HostSession<R, E> {
+    pub fn new(layout: &Layout, spec: SessionSpec, executor: E) -> Self {
+        Self { memory: Memory::new(layout, spec), executor, programs: Vec::new(), current: None }
     }
 
-    fn assert_arranged(&self, Loaded(program): Loaded) {
-        assert_eq!(self.arranged, Some(program), "outputs are those of the program that ran last");
+    fn assert_current(&self, ProgramId(program): ProgramId) {
+        assert_eq!(self.current, Some(program), "only the program that ran last has outputs");
     }
 }
 
-impl<R: Real, E: Execute<R>> Session for Host<R, E> {
-    fn load(&mut self, program: Program) -> anyhow::Result<Loaded> {
+impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
+    fn load(&mut self, program: Program) -> anyhow::Result<ProgramId> {
         let plan = program.plan();
         self.memory.reserve(&plan);
         self.programs.push((program, plan));
-        Ok(Loaded(self.programs.len() - 1))
+        Ok(ProgramId(self.programs.len() - 1))
     }
 
-    fn run(&mut self, program: Loaded, feed: &Feed) -> anyhow::Result<()> {
-        let Loaded(at) = program;
+    fn run(&mut self, program: ProgramId, inputs: &Inputs) -> anyhow::Result<()> {
+        let ProgramId(at) = program;
         let (program, plan) = &self.programs[at];
-        check_feed(program, feed)?;
-        self.memory.arrange(program, plan);
-        self.arranged = Some(at);
-        for (buffer, values) in &feed.indices {
-            let [place] = self.memory.indices.get([*buffer]);
-            place.copy_from_slice(values);
+        check_inputs(program, inputs)?;
+        self.memory.assign(program, plan);
+        self.current = Some(at);
+        for (buffer, values) in &inputs.indices {
+            let [target] = self.memory.indices.get([*buffer]);
+            target.copy_from_slice(values);
         }
-        for (buffer, values) in &feed.floats {
-            let [place] = self.memory.floats.get([*buffer]);
-            for (place, value) in place.iter_mut().zip(values.iter()) {
-                *place = R::from_f32(*value);
+        for (buffer, values) in &inputs.floats {
+            let [target] = self.memory.floats.get([*buffer]);
+            for (target, value) in target.iter_mut().zip(values.iter()) {
+                *target = R::from_f32(*value);
             }
         }
-        self.executor.execute(program, &mut self.memory, feed);
+        self.executor.execute(program, &mut self.memory, inputs);
         Ok(())
     }
 
-    fn floats(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<f32>> {
-        self.assert_arranged(program);
+    fn floats(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<f32>> {
+        self.assert_current(program);
         Ok(self.memory.floats.one(buffer).iter().map(|value| value.to_f32()).collect())
     }
 
-    fn indices(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
-        self.assert_arranged(program);
+    fn indices(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
+        self.assert_current(program);
         Ok(self.memory.indices.one(buffer).to_vec())
     }
 
@@ -109,15 +108,15 @@ impl<R: Real, E: Execute<R>> Session for Host<R, E> {
     }
 
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
-        let place = self.memory.arena_mut(arena);
-        if place.len() != values.len() {
+        let target = self.memory.arena_mut(arena);
+        if target.len() != values.len() {
             return Err(error::checkpoint(
-                format!("{} values for the {arena:?} arena of {}", values.len(), place.len()),
+                format!("{} values for the {arena:?} arena of {}", values.len(), target.len()),
                 "use weights or a training state of a model of the same shape",
             ));
         }
-        for (place, value) in place.iter_mut().zip(values) {
-            *place = R::from_f32(*value);
+        for (target, value) in target.iter_mut().zip(values) {
+            *target = R::from_f32(*value);
         }
         Ok(())
     }
@@ -131,10 +130,10 @@ impl<R: Real, E: Execute<R>> Session for Host<R, E> {
     }
 }
 
-/// Every input is given once, at its full length: what is missing would be read as garbage.
-pub(super) fn check_feed(program: &Program, feed: &Feed) -> anyhow::Result<()> {
-    let indices = feed.indices.iter().map(|(buffer, values)| (*buffer, values.len()));
-    let floats = feed.floats.iter().map(|(buffer, values)| (*buffer, values.len()));
+/// Checks that every input is given at its full length.
+pub(super) fn check_inputs(program: &Program, inputs: &Inputs) -> anyhow::Result<()> {
+    let indices = inputs.indices.iter().map(|(buffer, values)| (*buffer, values.len()));
+    let floats = inputs.floats.iter().map(|(buffer, values)| (*buffer, values.len()));
     let mut missing: Vec<usize> = program
         .buffers
         .iter()

@@ -1,28 +1,28 @@
-//! The memory of a session on the host: flat arenas, and one block that the buffers of a program
-//! share by its plan.
+//! Memory of a host session: flat arenas, and one block that the buffers of a program share as its
+//! plan says.
 
 use std::ops::Range;
 
-use super::{Arena, Need};
+use super::{Arena, SessionSpec};
 use crate::llama::{Buffer, BufferKind, Plan, Program};
 use crate::model::Layout;
 
-/// The buffers of the running program, in one allocation.
-pub(super) struct Block<T> {
+/// The buffers of the current program, in one allocation.
+pub(super) struct BufferBlock<T> {
     data: Vec<T>,
-    /// The place of each buffer of the running program; empty for those of another type.
+    /// Range of each buffer of the current program; empty for buffers of the other element type.
     ranges: Vec<Range<usize>>,
 }
 
-impl<T: Copy + Default> Block<T> {
+impl<T: Copy + Default> BufferBlock<T> {
     fn new() -> Self {
         Self { data: Vec::new(), ranges: Vec::new() }
     }
 
-    /// Disjoint buffers, to read or to write.
+    /// Disjoint buffers for reading or writing.
     pub fn get<const N: usize>(&mut self, buffers: [Buffer; N]) -> [&mut [T]; N] {
         let ranges = buffers.map(|Buffer(buffer)| self.ranges[buffer].clone());
-        self.data.get_disjoint_mut(ranges).expect("a plan keeps an operation's buffers apart")
+        self.data.get_disjoint_mut(ranges).expect("a plan keeps an op's buffers disjoint")
     }
 
     pub fn fill(&mut self, value: T) {
@@ -34,33 +34,33 @@ impl<T: Copy + Default> Block<T> {
     }
 }
 
-/// Everything an operation can touch.
+/// Everything that an op can access.
 pub(super) struct Memory<R> {
     pub parameters: Vec<R>,
     pub gradients: Vec<R>,
     pub first_moment: Vec<R>,
     pub second_moment: Vec<R>,
     pub cache: Vec<R>,
-    pub floats: Block<R>,
-    pub indices: Block<u32>,
+    pub floats: BufferBlock<R>,
+    pub indices: BufferBlock<u32>,
 }
 
 impl<R: Copy + Default> Memory<R> {
-    pub fn new(layout: &Layout, need: Need) -> Self {
+    pub fn new(layout: &Layout, spec: SessionSpec) -> Self {
         let zeros = |len| vec![R::default(); len];
-        let trained = if need.training { layout.len } else { 0 };
+        let trained = if spec.training { layout.len } else { 0 };
         Self {
             parameters: zeros(layout.len),
             gradients: zeros(trained),
             first_moment: zeros(trained),
             second_moment: zeros(trained),
-            cache: zeros(need.cache),
-            floats: Block::new(),
-            indices: Block::new(),
+            cache: zeros(spec.cache_len),
+            floats: BufferBlock::new(),
+            indices: BufferBlock::new(),
         }
     }
 
-    /// Makes the block long enough for a plan.
+    /// Grows the block to the length of a plan.
     pub fn reserve(&mut self, plan: &Plan) {
         if self.floats.data.len() < plan.floats {
             self.floats.data.resize(plan.floats, R::default());
@@ -70,8 +70,8 @@ impl<R: Copy + Default> Memory<R> {
         }
     }
 
-    /// Lays the program's buffers over the block.
-    pub fn arrange(&mut self, program: &Program, plan: &Plan) {
+    /// Assigns the ranges of the program's buffers.
+    pub fn assign(&mut self, program: &Program, plan: &Plan) {
         self.floats.ranges.clear();
         self.indices.ranges.clear();
         for (info, &offset) in program.buffers.iter().zip(&plan.offsets) {

@@ -199,7 +199,7 @@ pub fn time(
         step_seconds: median,
         tokens_per_second: (batch * context) as f64 / median,
         teraflops: flops / 1e12,
-        mfu: backend.peak().map(|peak| flops / peak),
+        mfu: backend.peak_flops().map(|peak| flops / peak),
         floor,
         fastest: seconds[0],
         slowest: seconds[seconds.len() - 1],

@@ -108,7 +108,7 @@ impl Arguments {
                 Attention::Scalar => gpu::Attention::Scalar,
                 Attention::Plain => gpu::Attention::Plain,
             },
-            most_tokens: None,
+            max_resident_bytes: None,
         };
         Ok(match kind {
             Kind::Reference => Box::new(Reference::F32),

@@ -53,7 +53,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let windows = &cut.windows;
     let config = &opened.model.config;
     let batch = arguments.batch_size.map_or_else(
-        || backend.micro_windows(windows.len(), windows.context()),
+        || backend.micro_batch(windows.len(), windows.context()),
         |batch| (batch as usize).min(windows.len()),
     );
     let mut progress = (!arguments.quiet).then(|| Progress::new("evaluated"));

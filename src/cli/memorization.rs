@@ -116,7 +116,7 @@ impl Measures {
         let windows = &cut.windows;
         let config = &opened.model.config;
         let of = |weights: &[f32], windows: &Windows, numbers: &[usize], what: &str| {
-            let batch = backend.micro_windows(numbers.len(), windows.context());
+            let batch = backend.micro_batch(numbers.len(), windows.context());
             let mut progress = (!quiet).then(|| Progress::new(what));
             let (bytes, all) = (manifest.bytes(), windows.len());
             let told = |done: usize| {

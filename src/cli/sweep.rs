@@ -122,7 +122,7 @@ fn result(
     let config = &opened.model.config;
     let all: Vec<usize> = (0..windows.len()).collect();
     let question = Question { prefix: PREFIX, suffix: SUFFIX };
-    let batch = backend.micro_windows(windows.len(), windows.context());
+    let batch = backend.micro_batch(windows.len(), windows.context());
     let (weights, tokenizer) = (&opened.model.weights, &opened.tokenizer);
     let measured =
         measure(backend, config, weights, windows, tokenizer, &all, question, batch, |_| ())?;

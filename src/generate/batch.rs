@@ -6,7 +6,7 @@
 //! sequence and position.
 
 use super::Sampling;
-use crate::backend::{Arena, Backend, Feed, Loaded, Need, Session};
+use crate::backend::{Arena, Backend, Inputs, ProgramId, Session, SessionSpec};
 use crate::error;
 use crate::llama::Buffer;
 use crate::llama::step::{self, Decoding};
@@ -83,7 +83,7 @@ struct Running {
 
 /// A program that takes `fresh` tokens of each slot.
 struct Step {
-    program: Loaded,
+    program: ProgramId,
     fresh: usize,
     ids: Buffer,
     start: Buffer,
@@ -123,7 +123,8 @@ impl Generator {
         }
         let program = |fresh| step::decoding(config, &layout, slots, fresh, capacity);
         let one = program(1);
-        let mut session = backend.open(&layout, Need { training: false, cache: one.cache_len })?;
+        let mut session =
+            backend.open(&layout, SessionSpec { training: false, cache_len: one.cache_len })?;
         session.write(Arena::Parameters, weights)?;
         let one = Step::load(&mut *session, one, 1)?;
         let several = match fresh {
@@ -226,7 +227,7 @@ impl Generator {
             (step.start, start.as_slice()),
             (step.position, position.as_slice()),
         ];
-        self.session.run(step.program, &Feed { indices, ..Feed::default() })?;
+        self.session.run(step.program, &Inputs { indices, ..Inputs::default() })?;
         let logits = self.session.floats(step.program, step.logits)?;
 
         let mut events = Vec::with_capacity(windows);

@@ -1,6 +1,6 @@
 //! One forward pass over windows: what the model makes of every token, given the true ones before it.
 
-use crate::backend::{Arena, Backend, Feed, Loaded, Need};
+use crate::backend::{Arena, Backend, Inputs, ProgramId, SessionSpec};
 use crate::llama::step::{self, Evaluation};
 use crate::model::{Config, Layout};
 use crate::tokens::{IGNORE, Windows};
@@ -40,10 +40,10 @@ pub fn pass(
 ) -> anyhow::Result<()> {
     let layout = Layout::new(config);
     let context = windows.context();
-    let mut session = backend.open(&layout, Need::default())?;
+    let mut session = backend.open(&layout, SessionSpec::default())?;
     session.write(Arena::Parameters, weights)?;
     // One program for whole batches, one for the last.
-    let mut programs: Vec<(usize, Loaded, Evaluation)> = Vec::new();
+    let mut programs: Vec<(usize, ProgramId, Evaluation)> = Vec::new();
     for some in numbers.chunks(batch.max(1)) {
         let drawn = windows.draw(some)?;
         if programs.last().is_none_or(|(count, ..)| *count != some.len()) {
@@ -53,7 +53,7 @@ pub fn pass(
         let (_, program, Evaluation { inputs, losses, .. }) =
             programs.last().expect("it was made above");
         let indices = inputs.bind(drawn.arrays());
-        session.run(*program, &Feed { indices, ..Feed::default() })?;
+        session.run(*program, &Inputs { indices, ..Inputs::default() })?;
         let nll = session.floats(*program, losses.nll)?;
         let argmax = session.indices(*program, losses.argmax)?;
         for (at, &window) in some.iter().enumerate() {

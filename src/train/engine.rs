@@ -4,7 +4,9 @@ use std::borrow::Cow;
 
 use serde_json::Value;
 
-use crate::backend::{Arena, Backend, Data, Feed, Loaded, Need, Ran, Run, Session};
+use crate::backend::{
+    Arena, Backend, BatchSource, Inputs, ProgramId, RunResult, Session, SessionSpec, StepRun,
+};
 use crate::llama::step::{self, BatchInputs, Losses};
 use crate::llama::{Buffer, Optimizer, StepHyperparams, append_update};
 use crate::model::{Config, Layout};
@@ -17,7 +19,7 @@ pub struct Engine {
     session: Box<dyn Session>,
     context: usize,
     /// How many windows go through at once.
-    micro_windows: usize,
+    micro_batch: usize,
     optimizer: Optimizer,
     /// The programs for as many windows as were needed so far.
     micros: Vec<Micro>,
@@ -25,7 +27,7 @@ pub struct Engine {
     /// The session draws windows by their numbers.
     drawn: bool,
     /// What runs left that were asked about to make room for others.
-    ran: Vec<Ran>,
+    ran: Vec<RunResult>,
 }
 
 /// A step to come.
@@ -33,12 +35,12 @@ pub struct Engine {
 pub struct Step {
     /// The numbers of the windows of each of its batches.
     pub batches: Vec<Vec<usize>>,
-    pub rates: StepHyperparams,
+    pub hyperparams: StepHyperparams,
 }
 
 struct Micro {
     windows: usize,
-    program: Loaded,
+    program: ProgramId,
     inputs: BatchInputs,
     losses: Losses,
     /// Where the last of a step, which ends with the update, leaves the norm of all gradients.
@@ -74,8 +76,8 @@ impl Engine {
         context: usize,
     ) -> anyhow::Result<Self> {
         let layout = Layout::new(config);
-        let session = backend.open(&layout, Need { training: true, cache: 0 })?;
-        let micro_windows = backend.micro_windows(windows, context);
+        let session = backend.open(&layout, SessionSpec { training: true, cache_len: 0 })?;
+        let micro_batch = backend.micro_batch(windows, context);
         let config = config.clone();
         let (micros, evaluations) = (Vec::new(), Vec::new());
         Ok(Self {
@@ -83,7 +85,7 @@ impl Engine {
             layout,
             session,
             context,
-            micro_windows,
+            micro_batch,
             optimizer: *optimizer,
             micros,
             evaluations,
@@ -97,10 +99,10 @@ impl Engine {
     pub fn hold(&mut self, windows: &Windows, batch_size: usize) -> anyhow::Result<()> {
         if self.session.queue().is_some() {
             // First, so that what is still free is known.
-            self.micro(batch_size.min(self.micro_windows).min(windows.len()), true)?;
+            self.micro(batch_size.min(self.micro_batch).min(windows.len()), true)?;
         }
         if let Some(queue) = self.session.queue() {
-            self.drawn = queue.hold(windows)?;
+            self.drawn = queue.upload_dataset(windows)?;
         }
         Ok(())
     }
@@ -112,8 +114,8 @@ impl Engine {
 
     /// How many batches of at most `batch_size` windows can be asked for in one go.
     pub fn room(&mut self, batch_size: usize) -> usize {
-        let runs = batch_size.div_ceil(self.micro_windows);
-        self.session.queue().map_or(1, |queue| queue.room() / runs)
+        let runs = batch_size.div_ceil(self.micro_batch);
+        self.session.queue().map_or(1, |queue| queue.capacity() / runs)
     }
 
     /// Steps on windows by their numbers, one after another. What is asked of a device goes on there
@@ -124,17 +126,22 @@ impl Engine {
         }
         let mut counts = Vec::new();
         let mut runs = Vec::new();
-        for Step { batches, rates } in steps {
+        for Step { batches, hyperparams } in steps {
             let numbers = batches.iter().flatten();
             let counted =
                 numbers.map(|&window| windows.counted(window)).sum::<anyhow::Result<usize>>()?;
             let parts: Vec<&[usize]> =
-                batches.iter().flat_map(|batch| batch.chunks(self.micro_windows)).collect();
+                batches.iter().flat_map(|batch| batch.chunks(self.micro_batch)).collect();
             for (at, part) in parts.iter().enumerate() {
                 let program = self.micro(part.len(), at + 1 == parts.len())?;
                 let program = self.micros[program].program;
                 let loss_scale = loss_scale(counted);
-                runs.push(Run { program, data: Data::Windows(part), loss_scale, rates: *rates });
+                runs.push(StepRun {
+                    program,
+                    data: BatchSource::Windows(part),
+                    loss_scale,
+                    hyperparams: *hyperparams,
+                });
             }
             counts.push(counted);
         }
@@ -144,9 +151,9 @@ impl Engine {
 
     /// The same with windows drawn on this side, while the device is at work on those before.
     fn drawing_here(&mut self, windows: &Windows, steps: &[Step]) -> anyhow::Result<Vec<Outcome>> {
-        self.feed(steps.iter().map(|Step { batches, rates }| {
+        self.feed(steps.iter().map(|Step { batches, hyperparams }| {
             let drawn = batches.iter().map(|numbers| windows.draw(numbers));
-            Ok((drawn.collect::<anyhow::Result<_>>()?, *rates))
+            Ok((drawn.collect::<anyhow::Result<_>>()?, *hyperparams))
         }))
     }
 
@@ -158,11 +165,11 @@ impl Engine {
         let mut counts = Vec::new();
         let mut told = Vec::new();
         for step in steps {
-            let (batches, rates) = step?;
+            let (batches, hyperparams) = step?;
             if self.is_apart() {
-                counts.push(self.push(&batches, rates)?);
+                counts.push(self.push(&batches, hyperparams)?);
             } else {
-                told.push(self.step(&batches, rates)?);
+                told.push(self.step(&batches, hyperparams)?);
             }
         }
         if self.is_apart() { Ok(outcomes(self.ran()?, &counts)) } else { Ok(told) }
@@ -173,9 +180,13 @@ impl Engine {
     }
 
     /// Forward and backward of every batch, then one update by their joint mean loss.
-    pub fn step(&mut self, batches: &[Batch], rates: StepHyperparams) -> anyhow::Result<Outcome> {
+    pub fn step(
+        &mut self,
+        batches: &[Batch],
+        hyperparams: StepHyperparams,
+    ) -> anyhow::Result<Outcome> {
         if self.is_apart() {
-            let counted = self.push(batches, rates)?;
+            let counted = self.push(batches, hyperparams)?;
             return Ok(outcomes(self.ran()?, &[counted])[0]);
         }
         let counted: usize = batches.iter().map(Batch::counted).sum();
@@ -186,8 +197,8 @@ impl Engine {
             let micro = self.micro(part.windows, at + 1 == parts.len())?;
             let micro = &self.micros[micro];
             let indices = micro.inputs.bind(part.arrays());
-            let feed = Feed { indices, loss_scale, rates, ..Feed::default() };
-            self.session.run(micro.program, &feed)?;
+            let inputs = Inputs { indices, loss_scale, hyperparams, ..Inputs::default() };
+            self.session.run(micro.program, &inputs)?;
             let nll = self.session.floats(micro.program, micro.losses.nll)?;
             let counted = nll.iter().zip(&part.targets).filter(|&(_, &target)| target != IGNORE);
             let loss = counted.map(|(&nll, _)| f64::from(nll)).sum();
@@ -195,13 +206,13 @@ impl Engine {
                 Some(norm) => Some(f64::from(self.session.floats(micro.program, norm)?[0])),
                 None => None,
             };
-            ran.push(Ran { loss, norm });
+            ran.push(RunResult { loss, norm });
         }
         Ok(outcomes(ran, &[counted])[0])
     }
 
     /// Asks a queue for a step, and tells how many targets count in it.
-    fn push(&mut self, batches: &[Batch], rates: StepHyperparams) -> anyhow::Result<usize> {
+    fn push(&mut self, batches: &[Batch], hyperparams: StepHyperparams) -> anyhow::Result<usize> {
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let loss_scale = loss_scale(counted);
         let parts = self.parts(batches);
@@ -210,38 +221,38 @@ impl Engine {
         for (at, part) in parts.into_iter().enumerate() {
             let program = self.micro(part.windows, at == last)?;
             let program = self.micros[program].program;
-            let data = Data::Batch(part);
-            runs.push(Run { program, data, loss_scale, rates });
+            let data = BatchSource::Batch(part);
+            runs.push(StepRun { program, data, loss_scale, hyperparams });
         }
         self.ask(&runs)?;
         Ok(counted)
     }
 
     /// Asks the queue for runs, of which one step may have more than it has room for.
-    fn ask(&mut self, mut runs: &[Run]) -> anyhow::Result<()> {
+    fn ask(&mut self, mut runs: &[StepRun]) -> anyhow::Result<()> {
         let queue = self.session.queue().expect("the caller knows of one");
         while !runs.is_empty() {
-            if queue.room() == 0 {
-                self.ran.extend(queue.outcomes()?);
+            if queue.capacity() == 0 {
+                self.ran.extend(queue.drain()?);
             }
-            let (some, later) = runs.split_at(runs.len().min(queue.room()));
-            queue.push(some)?;
+            let (some, later) = runs.split_at(runs.len().min(queue.capacity()));
+            queue.enqueue(some)?;
             runs = later;
         }
         Ok(())
     }
 
     /// What all runs have left that were asked for since the last time.
-    fn ran(&mut self) -> anyhow::Result<Vec<Ran>> {
+    fn ran(&mut self) -> anyhow::Result<Vec<RunResult>> {
         let queue = self.session.queue().expect("the caller knows of one");
         let mut ran = std::mem::take(&mut self.ran);
-        ran.extend(queue.outcomes()?);
+        ran.extend(queue.drain()?);
         Ok(ran)
     }
 
     /// The windows of all batches, as many together as go through at once.
     fn parts<'a>(&self, batches: &'a [Batch]) -> Vec<Cow<'a, Batch>> {
-        let most = self.micro_windows;
+        let most = self.micro_batch;
         let part = |batch: &'a Batch, from: usize| {
             if batch.windows <= most {
                 return Cow::Borrowed(batch);
@@ -276,8 +287,8 @@ impl Engine {
     /// The best guess at every position of a batch, `[windows, context]`, without training.
     pub fn guesses(&mut self, batch: &Batch) -> anyhow::Result<Vec<u32>> {
         let mut guesses = Vec::with_capacity(batch.ids.len());
-        for from in (0..batch.windows).step_by(self.micro_windows) {
-            let part = batch.slice(from, (from + self.micro_windows).min(batch.windows));
+        for from in (0..batch.windows).step_by(self.micro_batch) {
+            let part = batch.slice(from, (from + self.micro_batch).min(batch.windows));
             if !self.evaluations.iter().any(|micro| micro.windows == part.windows) {
                 let eval = step::evaluation(&self.config, &self.layout, part.windows, self.context);
                 let program = self.session.load(eval.program)?;
@@ -287,7 +298,7 @@ impl Engine {
             let eval = self.evaluations.iter().find(|micro| micro.windows == part.windows);
             let eval = eval.expect("it was made above");
             let indices = eval.inputs.bind(part.arrays());
-            self.session.run(eval.program, &Feed { indices, ..Feed::default() })?;
+            self.session.run(eval.program, &Inputs { indices, ..Inputs::default() })?;
             guesses.extend(self.session.indices(eval.program, eval.losses.argmax)?);
         }
         Ok(guesses)
@@ -331,10 +342,10 @@ fn loss_scale(counted: usize) -> f64 {
 }
 
 /// The outcomes of steps, in which so many targets counted, from those of their runs.
-fn outcomes(ran: Vec<Ran>, counts: &[usize]) -> Vec<Outcome> {
+fn outcomes(ran: Vec<RunResult>, counts: &[usize]) -> Vec<Outcome> {
     let mut outcomes = Vec::with_capacity(counts.len());
     let mut sum = 0.0;
-    for Ran { loss, norm } in ran {
+    for RunResult { loss, norm } in ran {
         sum += loss;
         if let Some(grad_norm) = norm {
             let counted = counts[outcomes.len()];

@@ -24,16 +24,16 @@ impl Footprint {
     /// Of steps of `windows` windows of `context` tokens.
     pub fn new(backend: &dyn Backend, config: &Config, windows: usize, context: usize) -> Self {
         let layout = Layout::new(config);
-        let windows_at_once = backend.micro_windows(windows, context);
+        let windows_at_once = backend.micro_batch(windows, context);
         let program: Program = step::training(config, &layout, windows_at_once, context).program;
         let arena = 4 * layout.len;
         Self {
             windows_at_once,
-            parameters: arena + backend.copies(&layout),
+            parameters: arena + backend.shadow_weight_bytes(&layout),
             gradients: arena,
             optimizer: 2 * arena,
-            activations: backend.block(&program),
-            workspace: backend.workspace(&program),
+            activations: backend.activation_bytes(&program),
+            workspace: backend.workspace_bytes(&program),
         }
     }
 
@@ -52,7 +52,7 @@ pub fn check_memory(
 ) -> anyhow::Result<()> {
     let Some(there) = backend.memory().map(u128::from) else { return Ok(()) };
     // Sizes may be anything: a bound from below that cannot overflow, then the sum itself.
-    let rows = backend.micro_windows(windows, context) as u128 * context as u128;
+    let rows = backend.micro_batch(windows, context) as u128 * context as u128;
     let heads = config.num_attention_heads as u128 * config.head_dim as u128;
     let width = heads + config.hidden_size as u128 + 2 * config.intermediate_size as u128;
     let least = 16 * config.parameter_count() + 4 * rows.saturating_mul(width);

@@ -167,7 +167,7 @@ impl<'a> Trainer<'a> {
             writer: Writer::default(),
             looked_for_lost,
             precision,
-            peak: backend.peak(),
+            peak: backend.peak_flops(),
             pace: None,
             notes,
         })
@@ -214,7 +214,7 @@ impl<'a> Trainer<'a> {
         while self.state.step < self.state.total {
             let ahead = self.ahead();
             let steps: Vec<Step> = (0..ahead).map(|later| self.plan(&schedule, later)).collect();
-            let rates = steps.last().expect("at least one").rates;
+            let hyperparams = steps.last().expect("at least one").hyperparams;
             let outcome = self.take(&steps, observer)?;
             let step = self.state.step;
             let last = step == self.state.total;
@@ -239,7 +239,7 @@ impl<'a> Trainer<'a> {
                     step,
                     epoch: self.epoch(),
                     loss: sum / count as f64,
-                    learning_rate: rates.learning_rate,
+                    learning_rate: hyperparams.learning_rate,
                     grad_norm: outcome.grad_norm,
                     tokens: self.state.tokens,
                     tokens_per_second,
@@ -299,12 +299,12 @@ impl<'a> Trainer<'a> {
             .fold(most.min(total - step), u64::min)
     }
 
-    /// The step that comes after `later` others: its rates, and the next batches of this epoch.
+    /// The step that comes after `later` others: its hyperparams, and the next batches of this epoch.
     fn plan(&mut self, schedule: &Schedule, later: u64) -> Step {
         let settings = self.job.settings;
         let step = self.state.step + later;
         let factor = schedule.factor(step);
-        let rates = StepHyperparams {
+        let hyperparams = StepHyperparams {
             learning_rate: settings.learning_rate * factor,
             muon_learning_rate: settings.muon_learning_rate * factor,
             step: step + 1,
@@ -316,7 +316,7 @@ impl<'a> Trainer<'a> {
         {
             batches.push(self.sampler.next(settings.batch_size));
         }
-        Step { batches, rates }
+        Step { batches, hyperparams }
     }
 
     /// Takes some steps, and tells of all but the last, which is returned.

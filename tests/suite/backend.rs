@@ -2,7 +2,7 @@
 
 use laam::backend::cpu::{Cpu, CpuKernels};
 use laam::backend::reference::Reference;
-use laam::backend::{Arena, Backend, Feed, Loaded, Need, Session};
+use laam::backend::{Arena, Backend, Inputs, ProgramId, Session, SessionSpec};
 use laam::bench::check::{Selection, Size, check};
 use laam::dtype::Dtype;
 use laam::llama::ops::{Attention, AttentionShape, FusedLinearCrossEntropy};
@@ -103,11 +103,11 @@ fn batch(windows: usize, context: usize, vocab: usize) -> Batch {
     batch
 }
 
-pub fn feed<'a>(inputs: &BatchInputs, batch: &'a Batch) -> Feed<'a> {
-    Feed {
+pub fn feed<'a>(inputs: &BatchInputs, batch: &'a Batch) -> Inputs<'a> {
+    Inputs {
         indices: inputs.bind(batch.arrays()),
         loss_scale: 1.0 / batch.counted().max(1) as f64,
-        ..Feed::default()
+        ..Inputs::default()
     }
 }
 
@@ -129,8 +129,8 @@ struct Outcome {
 
 fn train_once(backend: &dyn Backend, config: &Config, batch: &Batch) -> Outcome {
     let layout = Layout::new(config);
-    let need = Need { training: true, cache: 0 };
-    let mut session = backend.open(&layout, need).unwrap();
+    let spec = SessionSpec { training: true, cache_len: 0 };
+    let mut session = backend.open(&layout, spec).unwrap();
     session.write(Arena::Parameters, &weights(&layout)).unwrap();
     let micro = step::training(config, &layout, batch.windows, batch.context);
     let program = session.load(micro.program).unwrap();
@@ -280,16 +280,16 @@ fn attention_holds_scores_in_the_hundreds() {
         let [q, k, v] = [0, 1, 2].map(|at| floats[at].0);
         program.ops.push(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }));
         let zeros = vec![0; shape.rows()];
-        let feed = Feed {
+        let inputs = Inputs {
             indices: vec![(first_key, &zeros)],
             floats: floats.iter().map(|(b, values)| (*b, values.as_slice().into())).collect(),
-            ..Feed::default()
+            ..Inputs::default()
         };
         let run = |backend: &dyn Backend| {
             let layout = Layout::new(&config(6, 2, 6, false));
-            let mut session = backend.open(&layout, Need::default()).unwrap();
+            let mut session = backend.open(&layout, SessionSpec::default()).unwrap();
             let program = session.load(program.clone()).unwrap();
-            session.run(program, &feed).unwrap();
+            session.run(program, &inputs).unwrap();
             [out, lse].map(|buffer| session.floats(program, buffer).unwrap())
         };
         let [exact, plain] = [Reference::F64, Reference::F32].map(|backend| run(&backend));
@@ -366,17 +366,18 @@ fn what_is_left_to_learn_survives_rounding() {
         dx: Some(dx),
     };
     program.ops.push(Op::FusedLinearCrossEntropy(head));
-    let feed = Feed {
+    let inputs = Inputs {
         indices: vec![(targets_in, &targets)],
         floats: vec![(x_in, x.as_slice().into())],
         loss_scale: 1.0,
-        ..Feed::default()
+        ..Inputs::default()
     };
     let gradients = |backend: &dyn Backend| {
-        let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+        let mut session =
+            backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
         session.write(Arena::Parameters, &words).unwrap();
         let program = session.load(program.clone()).unwrap();
-        session.run(program, &feed).unwrap();
+        session.run(program, &inputs).unwrap();
         [session.floats(program, dx).unwrap(), session.read(Arena::Gradients).unwrap()]
     };
     let exact = gradients(&Reference::F64);
@@ -391,13 +392,13 @@ fn what_is_left_to_learn_survives_rounding() {
 fn logits(
     session: &mut dyn Session,
     decoding: &step::Decoding,
-    program: Loaded,
+    program: ProgramId,
     ids: &[u32],
     start: &[u32],
     column: &[u32],
 ) -> Vec<f32> {
     let indices = vec![(decoding.ids, ids), (decoding.start, start), (decoding.position, column)];
-    session.run(program, &Feed { indices, ..Feed::default() }).unwrap();
+    session.run(program, &Inputs { indices, ..Inputs::default() }).unwrap();
     session.floats(program, decoding.logits).unwrap()
 }
 
@@ -412,8 +413,8 @@ fn decoding_against_a_cache_equals_one_pass() {
             let text = batch(2, 23, config.vocab_size);
             let windows = |n: usize| step::decoding(&config, &layout, 2, n, 40);
             let (whole, prefill, single) = (windows(23), windows(9), windows(1));
-            let need = Need { training: false, cache: whole.cache_len };
-            let mut session = backend.open(&layout, need).unwrap();
+            let spec = SessionSpec { training: false, cache_len: whole.cache_len };
+            let mut session = backend.open(&layout, spec).unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             let [a, b, c] = [&whole, &prefill, &single]
                 .map(|decoding| session.load(decoding.program.clone()).unwrap());
@@ -448,7 +449,8 @@ fn updates_equal_the_references() {
             max_grad_norm: 1.0,
         };
         let after = |backend: &dyn Backend| {
-            let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+            let mut session =
+                backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             let (program, norm) = update(&layout, &optimizer);
             let program = session.load(program).unwrap();
@@ -457,8 +459,9 @@ fn updates_equal_the_references() {
                 let mut gradients = vec![0.0; layout.len];
                 Philox::new(8, Stream::Test).fill_normal(step as u32, 0.3, &mut gradients);
                 session.write(Arena::Gradients, &gradients).unwrap();
-                let rates = StepHyperparams { learning_rate: 1e-2, muon_learning_rate: 2e-2, step };
-                session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
+                let hyperparams =
+                    StepHyperparams { learning_rate: 1e-2, muon_learning_rate: 2e-2, step };
+                session.run(program, &Inputs { hyperparams, ..Inputs::default() }).unwrap();
                 assert!(
                     session.floats(program, norm).unwrap()[0] > 1.0,
                     "clipping is part of the test"
@@ -487,15 +490,17 @@ fn an_update_with_a_gradient_that_is_not_finite_changes_nothing() {
     let muon = Some(Muon { momentum: 0.95 });
     let optimizer = Optimizer { adamw, muon, weight_decay: 0.1, max_grad_norm: 1.0 };
     for backend in [&Reference::F32 as &dyn Backend, &cpu(2)] {
-        let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+        let mut session =
+            backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
         session.write(Arena::Parameters, &weights(&layout)).unwrap();
         let mut gradients = weights(&layout);
         gradients[layout.blocks[1].down.offset] = f32::NAN;
         session.write(Arena::Gradients, &gradients).unwrap();
         let (program, norm) = update(&layout, &optimizer);
         let program = session.load(program).unwrap();
-        let rates = StepHyperparams { learning_rate: 1e-2, muon_learning_rate: 2e-2, step: 1 };
-        session.run(program, &Feed { rates, ..Feed::default() }).unwrap();
+        let hyperparams =
+            StepHyperparams { learning_rate: 1e-2, muon_learning_rate: 2e-2, step: 1 };
+        session.run(program, &Inputs { hyperparams, ..Inputs::default() }).unwrap();
         assert!(session.floats(program, norm).unwrap()[0].is_nan());
         assert_eq!(
             session.read(Arena::Parameters).unwrap(),
@@ -517,8 +522,8 @@ fn a_step_holds_the_memory_that_was_planned() {
     let backend = cpu(2);
     let mut engine = Engine::new(&backend, &config, &optimizer, windows, context).unwrap();
     engine.write(Arena::Parameters, &weights(engine.layout())).unwrap();
-    let rates = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 };
-    engine.step(&[batch(windows, context, config.vocab_size)], rates).unwrap();
+    let hyperparams = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 };
+    engine.step(&[batch(windows, context, config.vocab_size)], hyperparams).unwrap();
     let planned = Footprint::new(&backend, &config, windows, context);
     assert_eq!(planned.windows_at_once, 64);
     assert_eq!(engine.bytes(), planned.peak() - planned.workspace);
@@ -536,7 +541,8 @@ fn evaluation_says_what_training_says() {
             let config = config(heads, kv_heads, head_dim, tied);
             let layout = Layout::new(&config);
             let batch = batch(3, 37, config.vocab_size);
-            let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+            let mut session =
+                backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             let training = step::training(&config, &layout, 3, 37);
             let evaluation = step::evaluation(&config, &layout, 3, 37);
@@ -583,7 +589,7 @@ fn the_best_guess_is_the_first_of_equals() {
             let from = head.offset + twin * head.cols;
             arena.copy_within(from..from + head.cols, head.offset + word * head.cols);
         }
-        let mut session = backend.open(&layout, Need::default()).unwrap();
+        let mut session = backend.open(&layout, SessionSpec::default()).unwrap();
         session.write(Arena::Parameters, &arena).unwrap();
         let evaluation = step::evaluation(&config, &layout, 2, 9);
         let program = session.load(evaluation.program).unwrap();
@@ -602,17 +608,18 @@ fn gradients_add_up() {
         let layout = Layout::new(&config);
         let both = batch(4, 21, config.vocab_size);
         let gradients = |parts: &[Batch]| {
-            let mut session = backend.open(&layout, Need { training: true, cache: 0 }).unwrap();
+            let mut session =
+                backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             for part in parts {
                 let micro = step::training(&config, &layout, part.windows, part.context);
                 let program = session.load(micro.program).unwrap();
-                let feed = Feed {
+                let inputs = Inputs {
                     indices: micro.inputs.bind(part.arrays()),
                     loss_scale: 1.0 / both.counted() as f64,
-                    ..Feed::default()
+                    ..Inputs::default()
                 };
-                session.run(program, &feed).unwrap();
+                session.run(program, &inputs).unwrap();
             }
             session.read(Arena::Gradients).unwrap()
         };

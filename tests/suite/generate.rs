@@ -2,7 +2,7 @@
 
 use laam::backend::cpu::Cpu;
 use laam::backend::reference::Reference;
-use laam::backend::{Arena, Backend, Feed, Need};
+use laam::backend::{Arena, Backend, Inputs, SessionSpec};
 use laam::generate::{Finish, Generator, Request, Sampling};
 use laam::llama::step;
 use laam::model::{Config, Layout};
@@ -35,8 +35,8 @@ fn logits_equal_those_of_transformers() {
             let pads = case["left_pads"][window].as_u64().expect("a number") as usize;
             let ids = &batch.ids[window * batch.context..][pads..=column];
             let decoding = step::decoding(&config, &layout, 1, ids.len(), ids.len());
-            let need = Need { training: false, cache: decoding.cache_len };
-            let mut session = backend.open(&layout, need).unwrap();
+            let spec = SessionSpec { training: false, cache_len: decoding.cache_len };
+            let mut session = backend.open(&layout, spec).unwrap();
             let weights = trainer::weights(&case, &config, &layout);
             session.write(Arena::Parameters, &weights).unwrap();
             let program = session.load(decoding.program).unwrap();
@@ -46,7 +46,7 @@ fn logits_equal_those_of_transformers() {
                 (decoding.start, [0].as_slice()),
                 (decoding.position, last.as_slice()),
             ];
-            session.run(program, &Feed { indices, ..Feed::default() }).unwrap();
+            session.run(program, &Inputs { indices, ..Inputs::default() }).unwrap();
             let ours = session.floats(program, decoding.logits).unwrap();
             let theirs = row["logits"].as_array().expect("logits");
             assert_eq!(ours.len(), theirs.len());

@@ -123,8 +123,8 @@ pub fn steps(
     numbers: RangeInclusive<u64>,
 ) -> (Vec<f64>, Vec<f64>) {
     let one = |step| {
-        let rates = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 2e-2, step };
-        let outcome = engine.step(&[batch(step, config)], rates).unwrap();
+        let hyperparams = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 2e-2, step };
+        let outcome = engine.step(&[batch(step, config)], hyperparams).unwrap();
         (outcome.loss, outcome.grad_norm)
     };
     numbers.map(one).unzip()
@@ -254,12 +254,12 @@ pub fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
         .map(|step: usize| {
             let length = if step == 10 { 2 } else { 3 };
             let numbers = (0..length).map(|at| (7 * step + 5 * at) % windows.len()).collect();
-            let rates = StepHyperparams {
+            let hyperparams = StepHyperparams {
                 learning_rate: 1e-3,
                 muon_learning_rate: 2e-2,
                 step: step as u64 + 1,
             };
-            Step { batches: vec![numbers], rates }
+            Step { batches: vec![numbers], hyperparams }
         })
         .collect();
     (windows, config, steps)
@@ -269,8 +269,8 @@ pub fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
 fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
     for kind in [Kind::Original, Kind::Stream, Kind::Addressed] {
         let (windows, config, steps) = windows(kind);
-        let train = |most_tokens, mode, at_once: usize| {
-            let options = Options { most_tokens, mode, ..Options::new(Dtype::F32) };
+        let train = |max_resident_bytes, mode, at_once: usize| {
+            let options = Options { max_resident_bytes, mode, ..Options::new(Dtype::F32) };
             let backend = open(options, 2)?;
             let mut engine = engine(&backend, &config, false);
             engine.hold(&windows, 3).unwrap();
@@ -280,7 +280,7 @@ fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
                     outcomes.extend(engine.steps(&windows, steps).unwrap());
                 } else {
                     let batch = windows.draw(&steps[0].batches[0]).unwrap();
-                    outcomes.push(engine.step(&[batch], steps[0].rates).unwrap());
+                    outcomes.push(engine.step(&[batch], steps[0].hyperparams).unwrap());
                 }
             }
             Some((outcomes, engine.read(Arena::Parameters).unwrap()))
@@ -288,11 +288,11 @@ fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
         let Some(fed) = train(None, Mode::Eager, 1) else { return };
         assert!(fed.0.iter().all(|outcome| outcome.updated() && outcome.loss > 0.0));
         // Held on the device; held and recorded; brought by the host while the device works.
-        for (most_tokens, mode) in
+        for (max_resident_bytes, mode) in
             [(None, Mode::Eager), (None, Mode::Graphs), (Some(0), Mode::Graphs)]
         {
-            let other = train(most_tokens, mode, 13).unwrap();
-            assert!(other == fed, "{kind:?}, at most {most_tokens:?} bytes held, {mode:?}");
+            let other = train(max_resident_bytes, mode, 13).unwrap();
+            assert!(other == fed, "{kind:?}, at most {max_resident_bytes:?} bytes held, {mode:?}");
         }
     }
 }
@@ -303,12 +303,12 @@ fn a_step_may_have_more_batches_than_may_wait() {
     let (windows, config, steps) = windows(Kind::Stream);
     let Some(backend) = sim(Dtype::F32, Mode::Graphs, 2) else { return };
     let batches: Vec<_> = (0..260).map(|at| vec![at % windows.len()]).collect();
-    let rates = steps[0].rates;
+    let hyperparams = steps[0].hyperparams;
     let drawn: Vec<_> = batches.iter().map(|numbers| windows.draw(numbers).unwrap()).collect();
     let mut engines = [(); 2].map(|()| engine(&backend, &config, false));
     engines[0].hold(&windows, 1).unwrap();
-    let one = engines[0].steps(&windows, &[Step { batches, rates }]).unwrap();
-    let other = engines[1].step(&drawn, rates).unwrap();
+    let one = engines[0].steps(&windows, &[Step { batches, hyperparams }]).unwrap();
+    let other = engines[1].step(&drawn, hyperparams).unwrap();
     assert_eq!(one, [other]);
     let [one, other] = engines.map(|engine| engine.read(Arena::Parameters).unwrap());
     assert!(one == other);

@@ -110,9 +110,9 @@ fn train() -> Trained {
     engine.write(Arena::Parameters, &fresh).unwrap();
     for step in 1..=400 {
         let rise = (step as f64 / 10.0).min(1.0);
-        let rates =
+        let hyperparams =
             StepHyperparams { learning_rate: 1e-2 * rise, muon_learning_rate: 0.02 * rise, step };
-        let loss = engine.step(std::slice::from_ref(&batch), rates).unwrap().loss;
+        let loss = engine.step(std::slice::from_ref(&batch), hyperparams).unwrap().loss;
         if step % 10 == 0 && loss < 0.1 {
             let guesses = engine.guesses(&batch).unwrap();
             let right = |(guess, target): (&u32, &u32)| guess == target || *target == IGNORE;
@@ -122,7 +122,7 @@ fn train() -> Trained {
             }
         }
     }
-    // A step with rates of zero changes nothing and measures the loss.
+    // A step with hyperparams of zero changes nothing and measures the loss.
     let still = StepHyperparams { learning_rate: 0.0, muon_learning_rate: 0.0, step: 401 };
     let loss = engine.step(&[batch], still).unwrap().loss;
     let provenance = Provenance {

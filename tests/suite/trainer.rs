@@ -124,8 +124,9 @@ fn follow(backend: &dyn Backend, case: &Value) {
         let micros = which.as_array().expect("micro-batches");
         let batches: Vec<Batch> = micros.iter().map(|which| windows(case, which)).collect();
         let learning_rate = number(case, "learning_rate") * schedule.factor(k as u64);
-        let rates = StepHyperparams { learning_rate, muon_learning_rate: 0.0, step: k as u64 + 1 };
-        let outcome = engine.step(&batches, rates).unwrap();
+        let hyperparams =
+            StepHyperparams { learning_rate, muon_learning_rate: 0.0, step: k as u64 + 1 };
+        let outcome = engine.step(&batches, hyperparams).unwrap();
 
         let off = |ours: f64, name: &str| (ours / number(step, name) - 1.0).abs();
         let what = format!("{} on {}, step {k}", case["name"], backend.name());

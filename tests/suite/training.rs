@@ -699,8 +699,8 @@ fn metrics_tell_what_the_engine_did() {
             batches.push(windows.draw(&sampler.next(4)).unwrap());
         }
         tokens += batches.iter().map(|batch| 48 * batch.windows as u64).sum::<u64>();
-        let rates = StepHyperparams { learning_rate, muon_learning_rate: 0.0, step };
-        let outcome = engine.step(&batches, rates).unwrap();
+        let hyperparams = StepHyperparams { learning_rate, muon_learning_rate: 0.0, step };
+        let outcome = engine.step(&batches, hyperparams).unwrap();
         losses.push(outcome.loss);
         if step % 3 == 0 || step == total {
             let loss = losses.iter().sum::<f64>() / losses.len() as f64;

@@ -56,9 +56,9 @@ use std::time::Instant;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::avx512::{Avx512, Avx512Kernels};
-use super::host::{Execute, Host};
+use super::host::{Execute, HostSession};
 use super::memory::Memory;
-use super::{Backend, Feed, Need, Session};
+use super::{Backend, Inputs, Session, SessionSpec};
 use crate::dtype::Dtype;
 use crate::llama::{Op, Program};
 use crate::model::Layout;
@@ -76,7 +76,7 @@ pub struct Cpu {
 /// Which of the CPU's kernels run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuKernels {
-    /// The AVX-512 kernels if the processor has what they need, else the portable ones.
+    /// The AVX-512 kernels if the processor has what they spec, else the portable ones.
     #[default]
     Auto,
     /// The kernels that run on every processor, at its SIMD width.
@@ -126,7 +126,7 @@ impl Backend for Cpu {
         if self.has_bf16_matmuls() { Dtype::Bf16 } else { Dtype::F32 }
     }
 
-    fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
+    fn open(&self, layout: &Layout, spec: SessionSpec) -> anyhow::Result<Box<dyn Session>> {
         let pool = ThreadPoolBuilder::new().num_threads(self.threads).build()?;
         let executor = CpuExecutor {
             arch: pulp::Arch::new(),
@@ -136,15 +136,15 @@ impl Backend for Cpu {
             logits: Vec::new(),
             seconds: BTreeMap::new(),
         };
-        Ok(Box::new(Host::new(layout, need, executor)))
+        Ok(Box::new(HostSession::new(layout, spec, executor)))
     }
 
     /// Some 4,096 tokens: enough rows for the matmuls, and small activations.
-    fn micro_windows(&self, windows: usize, context: usize) -> usize {
-        (4096 / context).clamp(1, windows)
+    fn micro_batch(&self, batch: usize, seq_len: usize) -> usize {
+        (4096 / seq_len).clamp(1, batch)
     }
 
-    fn workspace(&self, program: &Program) -> usize {
+    fn workspace_bytes(&self, program: &Program) -> usize {
         let of = |op: &Op| match op {
             Op::FusedLinearCrossEntropy(o) if self.has_bf16_matmuls() => {
                 avx512::cross_entropy_workspace(o)
@@ -169,13 +169,13 @@ struct CpuExecutor {
 }
 
 impl Execute<f32> for CpuExecutor {
-    fn execute(&mut self, program: &Program, memory: &mut Memory<f32>, feed: &Feed) {
+    fn execute(&mut self, program: &Program, memory: &mut Memory<f32>, inputs: &Inputs) {
         let Self { arch, pool, avx512, rope, logits, seconds } = self;
         // Once per program: entering the pool costs microseconds, as much as a small operation.
         pool.install(|| {
             for op in &program.ops {
                 let start = Instant::now();
-                execute_op(*arch, avx512.as_mut(), rope, logits, op, memory, feed);
+                execute_op(*arch, avx512.as_mut(), rope, logits, op, memory, inputs);
                 *seconds.entry(op.name()).or_default() += start.elapsed().as_secs_f64();
             }
         });
@@ -193,9 +193,9 @@ fn execute_op(
     logits: &mut Vec<f32>,
     op: &Op,
     memory: &mut Memory<f32>,
-    feed: &Feed,
+    inputs: &Inputs,
 ) {
-    if avx512.is_some_and(|avx512| avx512.execute(op, memory, feed.loss_scale as f32)) {
+    if avx512.is_some_and(|avx512| avx512.execute(op, memory, inputs.loss_scale as f32)) {
         return;
     }
     match op {
@@ -214,12 +214,12 @@ fn execute_op(
         Op::SwiGlu(o) => elementwise::swiglu(arch, o, memory),
         Op::SwiGluBackward(o) => elementwise::swiglu_backward(arch, o, memory),
         Op::FusedLinearCrossEntropy(o) => {
-            fused_linear_cross_entropy::loss(arch, o, memory, feed.loss_scale as f32, logits)
+            fused_linear_cross_entropy::loss(arch, o, memory, inputs.loss_scale as f32, logits)
         }
         Op::GatherRows(o) => elementwise::gather_rows(o, memory),
         Op::ZeroGrad(_) => memory.gradients.fill(0.0),
         Op::GradNorm(o) => update::grad_norm(o, memory),
-        Op::AdamWStep(o) => update::adamw(arch, o, memory, &feed.rates),
-        Op::MuonStep(o) => update::muon(o, memory, &feed.rates),
+        Op::AdamWStep(o) => update::adamw(arch, o, memory, &inputs.hyperparams),
+        Op::MuonStep(o) => update::muon(o, memory, &inputs.hyperparams),
     }
 }

@@ -34,15 +34,20 @@ fn clip(norm: f32, max_grad_norm: f64) -> Option<f32> {
     norm.is_finite().then(|| (max_grad_norm as f32 / (norm + 1e-6)).min(1.0))
 }
 
-pub(super) fn adamw(arch: Arch, o: &AdamWStep, memory: &mut Memory<f32>, rates: &StepHyperparams) {
+pub(super) fn adamw(
+    arch: Arch,
+    o: &AdamWStep,
+    memory: &mut Memory<f32>,
+    hyperparams: &StepHyperparams,
+) {
     let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
-    let t = rates.step as f64;
-    let step_size = (rates.learning_rate / (1.0 - o.beta1.powf(t))) as f32;
+    let t = hyperparams.step as f64;
+    let step_size = (hyperparams.learning_rate / (1.0 - o.beta1.powf(t))) as f32;
     let correction = (1.0 - o.beta2.powf(t)).sqrt() as f32;
     let (keep, beta2, fresh) = ((1.0 - o.beta1) as f32, o.beta2 as f32, (1.0 - o.beta2) as f32);
     let epsilon = o.epsilon as f32;
     for (range, decay) in &o.ranges {
-        let shrink = (1.0 - rates.learning_rate * decay) as f32;
+        let shrink = (1.0 - hyperparams.learning_rate * decay) as f32;
         let range = range.clone();
         memory.parameters[range.clone()]
             .par_chunks_mut(CHUNK)
@@ -62,13 +67,13 @@ pub(super) fn adamw(arch: Arch, o: &AdamWStep, memory: &mut Memory<f32>, rates: 
     }
 }
 
-pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, rates: &StepHyperparams) {
+pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyperparams) {
     let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
     let momentum = o.momentum as f32;
     let (rows, cols) = o.shape();
     let scale = (rows as f64 / cols as f64).max(1.0).sqrt();
-    let step = (rates.muon_learning_rate * scale) as f32;
-    let shrink = (1.0 - rates.muon_learning_rate * o.weight_decay) as f32;
+    let step = (hyperparams.muon_learning_rate * scale) as f32;
+    let shrink = (1.0 - hyperparams.muon_learning_rate * o.weight_decay) as f32;
     for w in &o.matrices {
         let gradient = &memory.gradients[w.range()];
         let update: Vec<f32> = memory.first_moment[w.range()]

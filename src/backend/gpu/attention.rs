@@ -1,7 +1,7 @@
 //! Attention there, back, and over a cache: `kernels/attention*.cu`.
 
 use super::Attention as Way;
-use super::launcher::{Launcher, Shape, int, scratch, sizes};
+use super::launch_context::{LaunchContext, LaunchShape, int, scratch, sizes};
 use crate::device::Arg;
 use crate::dtype::Dtype;
 use crate::llama::ops::{Attention, AttentionBackward, AttentionDecode, AttentionShape};
@@ -59,7 +59,7 @@ impl Path {
         }
     }
 
-    fn launch(self, pass: Pass, shape: &AttentionShape) -> Shape {
+    fn launch(self, pass: Pass, shape: &AttentionShape) -> LaunchShape {
         let d = shape.head_dim;
         let heads = if pass == Pass::BackwardKv { shape.kv_heads } else { shape.heads };
         // Runs of so many rows of a head, one after another.
@@ -68,28 +68,30 @@ impl Path {
             Path::Plain => {
                 let (own, tile) = (16, 32);
                 let shared = 4 * (2 * own * d + 2 * tile * (d | 1));
-                Shape { shared, ..Shape::linear(runs(own), 128) }
+                LaunchShape { shared, ..LaunchShape::linear(runs(own), 128) }
             }
             Path::Narrow => {
                 let rows = rows_a_lane(pass, shape);
                 match pass {
                     // Each warp takes a run of its own.
                     Pass::Forward | Pass::BackwardQ => {
-                        Shape::linear(runs(32 * rows).div_ceil(4), 128)
+                        LaunchShape::linear(runs(32 * rows).div_ceil(4), 128)
                     }
                     Pass::BackwardKv => {
                         let most = if rows == 1 { 8 } else { 4 };
-                        Shape::linear(runs(32 * rows), 32 * shape.group().min(most))
+                        LaunchShape::linear(runs(32 * rows), 32 * shape.group().min(most))
                     }
                 }
             }
             Path::NarrowMma => {
                 let rows = 16 * blocks_a_warp(pass, shape);
                 match pass {
-                    Pass::Forward | Pass::BackwardQ => Shape::linear(runs(rows).div_ceil(4), 128),
+                    Pass::Forward | Pass::BackwardQ => {
+                        LaunchShape::linear(runs(rows).div_ceil(4), 128)
+                    }
                     Pass::BackwardKv => {
                         let most = if rows == 16 { 8 } else { 4 };
-                        Shape::linear(runs(rows), 32 * shape.group().min(most))
+                        LaunchShape::linear(runs(rows), 32 * shape.group().min(most))
                     }
                 }
             }
@@ -102,14 +104,14 @@ impl Path {
                 };
                 let statistics = if pass == Pass::BackwardKv { 24 * tile } else { 0 };
                 let shared = (planes * own + 4 * tile) * (2 * d + 16) + statistics;
-                Shape { shared, ..Shape::linear(runs(own), 128) }
+                LaunchShape { shared, ..LaunchShape::linear(runs(own), 128) }
             }
         }
     }
 
     fn run(
         self,
-        l: &mut Launcher,
+        ctx: &mut LaunchContext,
         pass: Pass,
         shape: &AttentionShape,
         mut args: Vec<Arg>,
@@ -119,7 +121,7 @@ impl Path {
             // Their names say head_dim.
             args.pop();
         }
-        l.typed(&self.family(pass, shape), self.launch(pass, shape), &args)
+        ctx.launch_for_dtype(&self.family(pass, shape), self.launch(pass, shape), &args)
     }
 }
 
@@ -142,55 +144,59 @@ fn blocks_a_warp(pass: Pass, shape: &AttentionShape) -> usize {
     if warps < BUSY { 1 } else { several }
 }
 
-pub(super) fn forward(l: &mut Launcher, o: &Attention) -> anyhow::Result<()> {
-    let args = [o.q, o.k, o.v, o.first_key, o.out, o.lse].map(|buffer| l.at(buffer).into());
-    let path = Path::of(&o.shape, l.dtype, l.options.attention);
-    path.run(l, Pass::Forward, &o.shape, args.to_vec())
+pub(super) fn forward(ctx: &mut LaunchContext, o: &Attention) -> anyhow::Result<()> {
+    let args = [o.q, o.k, o.v, o.first_key, o.out, o.lse].map(|buffer| ctx.ptr(buffer).into());
+    let path = Path::of(&o.shape, ctx.dtype, ctx.options.attention);
+    path.run(ctx, Pass::Forward, &o.shape, args.to_vec())
 }
 
 pub(super) fn workspace(o: &AttentionBackward) -> usize {
     scratch([4 * o.shape.rows() * o.shape.heads])
 }
 
-pub(super) fn backward(l: &mut Launcher, o: &AttentionBackward) -> anyhow::Result<()> {
+pub(super) fn backward(ctx: &mut LaunchContext, o: &AttentionBackward) -> anyhow::Result<()> {
     let shape = &o.shape;
     let AttentionShape { batch, seq_len, heads, head_dim, .. } = *shape;
     let rows = shape.rows() * heads;
-    let delta = l.take(4 * rows);
+    let delta = ctx.scratch_alloc(4 * rows);
     let width = head_dim.next_power_of_two().min(32);
     let at_once = 256 / width;
     let grid = [rows.div_ceil(at_once).min(4096), 1, 1];
     let args = [
-        l.at(o.out).into(),
-        l.at(o.dout).into(),
+        ctx.ptr(o.out).into(),
+        ctx.ptr(o.dout).into(),
         delta.into(),
         int(batch),
         int(seq_len),
         int(heads),
         int(head_dim),
     ];
-    l.typed("attention_delta", Shape { grid, block: [width, at_once, 1], shared: 0 }, &args)?;
+    ctx.launch_for_dtype(
+        "attention_delta",
+        LaunchShape { grid, block: [width, at_once, 1], shared: 0 },
+        &args,
+    )?;
 
-    let path = Path::of(shape, l.dtype, l.options.attention);
+    let path = Path::of(shape, ctx.dtype, ctx.options.attention);
     let mut inputs: Vec<Arg> =
-        [o.q, o.k, o.v, o.first_key, o.lse].map(|buffer| l.at(buffer).into()).to_vec();
-    inputs.extend([Arg::from(delta), l.at(o.dout).into()]);
+        [o.q, o.k, o.v, o.first_key, o.lse].map(|buffer| ctx.ptr(buffer).into()).to_vec();
+    inputs.extend([Arg::from(delta), ctx.ptr(o.dout).into()]);
     let mut args = inputs.clone();
-    args.push(l.at(o.dq).into());
-    path.run(l, Pass::BackwardQ, shape, args)?;
+    args.push(ctx.ptr(o.dq).into());
+    path.run(ctx, Pass::BackwardQ, shape, args)?;
     let mut args = inputs;
-    args.extend([Arg::from(l.at(o.dk)), l.at(o.dv).into()]);
-    path.run(l, Pass::BackwardKv, shape, args)
+    args.extend([Arg::from(ctx.ptr(o.dk)), ctx.ptr(o.dv).into()]);
+    path.run(ctx, Pass::BackwardKv, shape, args)
 }
 
-pub(super) fn cached(l: &mut Launcher, o: &AttentionDecode) -> anyhow::Result<()> {
-    let mut args: Vec<Arg> = [o.q, o.k, o.v, o.start].map(|buffer| l.at(buffer).into()).to_vec();
-    let cache = |offset: usize| l.arenas.cache.plus(offset * l.dtype.size());
-    args.extend([Arg::from(cache(o.keys)), cache(o.values).into(), l.at(o.out).into()]);
+pub(super) fn cached(ctx: &mut LaunchContext, o: &AttentionDecode) -> anyhow::Result<()> {
+    let mut args: Vec<Arg> = [o.q, o.k, o.v, o.start].map(|buffer| ctx.ptr(buffer).into()).to_vec();
+    let cache = |offset: usize| ctx.arenas.cache.plus(offset * ctx.dtype.size());
+    args.extend([Arg::from(cache(o.keys)), cache(o.values).into(), ctx.ptr(o.out).into()]);
     args.extend(sizes(&o.shape));
     args.push(int(o.capacity));
     let rows = o.shape.rows() * o.shape.heads;
-    l.typed("attention_decode", Shape::linear(rows, 128), &args)
+    ctx.launch_for_dtype("attention_decode", LaunchShape::linear(rows, 128), &args)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The embedding, its gradient, and rows picked out: `kernels/embedding.cu`, `kernels/gather_rows.cu`.
 
-use super::launcher::{Launcher, Shape, int, scratch};
+use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Address;
 use crate::dtype::Dtype;
 use crate::llama::ops::{Embedding, EmbeddingBackward, GatherRows};
@@ -17,11 +17,11 @@ const BLOCKS: usize = 4096;
 
 /// Blocks of (columns, rows at once) threads, for `rows` rows of `hidden` columns taken `full` at a
 /// time where they can be.
-fn shape(rows: usize, hidden: usize, full: usize) -> Shape {
+fn shape(rows: usize, hidden: usize, full: usize) -> LaunchShape {
     let pieces = if hidden.is_multiple_of(full) { hidden / full } else { hidden };
     let width = pieces.next_power_of_two().min(256);
     let at_once = 256 / width;
-    Shape {
+    LaunchShape {
         grid: [rows.div_ceil(at_once).min(BLOCKS), 1, 1],
         block: [width, at_once, 1],
         shared: 0,
@@ -32,11 +32,16 @@ fn full(dtype: Dtype) -> usize {
     16 / dtype.size()
 }
 
-pub(super) fn forward(l: &mut Launcher, o: &Embedding) -> anyhow::Result<()> {
-    let (rows, hidden) = (l.len(o.ids), o.table.cols);
-    let args =
-        [l.at(o.ids).into(), l.weight(o.table).into(), l.at(o.out).into(), int(rows), int(hidden)];
-    l.typed("embedding", shape(rows, hidden, full(l.dtype)), &args)
+pub(super) fn forward(ctx: &mut LaunchContext, o: &Embedding) -> anyhow::Result<()> {
+    let (rows, hidden) = (ctx.len(o.ids), o.table.cols);
+    let args = [
+        ctx.ptr(o.ids).into(),
+        ctx.weight_ptr(o.table).into(),
+        ctx.ptr(o.out).into(),
+        int(rows),
+        int(hidden),
+    ];
+    ctx.launch_for_dtype("embedding", shape(rows, hidden, full(ctx.dtype)), &args)
 }
 
 /// Two orders, the counts of each tile's digits, two partial sums a chunk.
@@ -49,50 +54,50 @@ pub(super) fn workspace(o: &EmbeddingBackward, rows: usize) -> usize {
     scratch(pieces(rows, o.table.cols))
 }
 
-pub(super) fn backward(l: &mut Launcher, o: &EmbeddingBackward) -> anyhow::Result<()> {
-    let (rows, hidden) = (l.len(o.ids), o.table.cols);
-    let [one, other, counts, partials] = pieces(rows, hidden).map(|bytes| l.take(bytes));
-    let ids = l.at(o.ids);
+pub(super) fn backward(ctx: &mut LaunchContext, o: &EmbeddingBackward) -> anyhow::Result<()> {
+    let (rows, hidden) = (ctx.len(o.ids), o.table.cols);
+    let [one, other, counts, partials] = pieces(rows, hidden).map(|bytes| ctx.scratch_alloc(bytes));
+    let ids = ctx.ptr(o.ids);
     let tiles = rows.div_ceil(TILE);
     let counts = if tiles > 1 { counts } else { Address::NULL };
     let passes: &[usize] = if o.table.rows <= DIGITS { &[0] } else { &[0, 9] };
     let mut order = Address::NULL;
     for &shift in passes {
-        let tiled = Shape::linear(tiles, DIGITS);
+        let tiled = LaunchShape::linear(tiles, DIGITS);
         if tiles > 1 {
             let args = [ids.into(), order.into(), counts.into(), int(rows), int(shift)];
-            l.launch("embedding_sort_histogram", tiled, &args)?;
+            ctx.launch("embedding_sort_histogram", tiled, &args)?;
         }
         let sorted = if order == one { other } else { one };
         let args = [ids.into(), order.into(), counts.into(), sorted.into(), int(rows), int(shift)];
-        l.launch("embedding_sort_scatter", tiled, &args)?;
+        ctx.launch("embedding_sort_scatter", tiled, &args)?;
         order = sorted;
     }
     let shape = shape(rows.div_ceil(CHUNK), hidden, 4);
-    let gradient = l.gradient(o.table);
+    let gradient = ctx.gradient_ptr(o.table);
     let args = [
         ids.into(),
         order.into(),
-        l.at(o.dout).into(),
+        ctx.ptr(o.dout).into(),
         gradient.into(),
         partials.into(),
         int(rows),
         int(hidden),
     ];
-    l.typed("embedding_backward", shape, &args)?;
+    ctx.launch_for_dtype("embedding_backward", shape, &args)?;
     let args = [ids.into(), order.into(), partials.into(), gradient.into(), int(rows), int(hidden)];
-    l.launch("embedding_backward_combine", shape, &args)
+    ctx.launch("embedding_backward_combine", shape, &args)
 }
 
-pub(super) fn gather_rows(l: &mut Launcher, o: &GatherRows) -> anyhow::Result<()> {
-    let hidden = l.len(o.out) / o.batch;
+pub(super) fn gather_rows(ctx: &mut LaunchContext, o: &GatherRows) -> anyhow::Result<()> {
+    let hidden = ctx.len(o.out) / o.batch;
     let args = [
-        l.at(o.x).into(),
-        l.at(o.position).into(),
-        l.at(o.out).into(),
+        ctx.ptr(o.x).into(),
+        ctx.ptr(o.position).into(),
+        ctx.ptr(o.out).into(),
         int(o.batch),
         int(o.seq_len),
         int(hidden),
     ];
-    l.typed("gather_rows", Shape::linear(o.batch.min(BLOCKS), 256), &args)
+    ctx.launch_for_dtype("gather_rows", LaunchShape::linear(o.batch.min(BLOCKS), 256), &args)
 }

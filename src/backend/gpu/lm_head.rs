@@ -1,7 +1,7 @@
 //! The head and its cross-entropy: `kernels/fused_linear_cross_entropy.cu`, `kernels/cross_entropy.cu`.
 
 use super::Options;
-use super::launcher::{Launcher, Shape, int, scratch};
+use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::{Address, Arg, Matrix};
 use crate::dtype::Dtype;
 use crate::llama::ops::FusedLinearCrossEntropy;
@@ -13,10 +13,10 @@ pub(super) fn workspace(o: &FusedLinearCrossEntropy, options: Options) -> usize 
     }
 }
 
-pub(super) fn loss(l: &mut Launcher, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
-    match TwoPass::of(o, l.dtype, l.options.plain_head) {
-        Some(passes) => passes.loss(l, o),
-        None => plain_loss(l, o),
+pub(super) fn loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
+    match TwoPass::of(o, ctx.dtype, ctx.options.plain_head) {
+        Some(passes) => passes.loss(ctx, o),
+        None => plain_loss(ctx, o),
     }
 }
 
@@ -37,10 +37,10 @@ fn plain_scratch(o: &FusedLinearCrossEntropy, dtype: Dtype) -> [usize; 2] {
 
 /// The plain path: logits of some rows at a time in memory, by a product; their gradient in the
 /// numbers of the next two products.
-fn plain_loss(l: &mut Launcher, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
+fn plain_loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
     let (vocab, hidden, most) = (o.w.rows, o.w.cols, chunk(o));
-    let dtype = l.dtype;
-    let [logits, gradient] = plain_scratch(o, dtype).map(|bytes| l.take(bytes));
+    let dtype = ctx.dtype;
+    let [logits, gradient] = plain_scratch(o, dtype).map(|bytes| ctx.scratch_alloc(bytes));
     let gradient = match o.dx {
         None => Address::NULL,
         Some(_) if dtype == Dtype::F32 => logits,
@@ -52,25 +52,30 @@ fn plain_loss(l: &mut Launcher, o: &FusedLinearCrossEntropy) -> anyhow::Result<(
         let part = |at: Address, dtype: Dtype| {
             Matrix::new(at.plus(first * hidden * dtype.size()), dtype, rows, hidden)
         };
-        let x = part(l.at(o.x), dtype);
-        l.matmul(x, l.weight_matrix(o.w).t(), Matrix::new(logits, Dtype::F32, rows, vocab), false)?;
+        let x = part(ctx.ptr(o.x), dtype);
+        ctx.matmul(
+            x,
+            ctx.weight_matrix(o.w).t(),
+            Matrix::new(logits, Dtype::F32, rows, vocab),
+            false,
+        )?;
         let args = [
             logits.into(),
-            l.at(o.targets).plus(4 * first).into(),
-            l.control.loss_scale().into(),
-            l.at(o.nll).plus(4 * first).into(),
-            l.at(o.argmax).plus(4 * first).into(),
+            ctx.ptr(o.targets).plus(4 * first).into(),
+            ctx.control.loss_scale().into(),
+            ctx.ptr(o.nll).plus(4 * first).into(),
+            ctx.ptr(o.argmax).plus(4 * first).into(),
             gradient.into(),
             int(rows),
             int(vocab),
             int(vocab),
             int(vocab),
         ];
-        l.typed("cross_entropy", Shape::linear(rows, threads), &args)?;
+        ctx.launch_for_dtype("cross_entropy", LaunchShape::linear(rows, threads), &args)?;
         if let Some(dx) = o.dx {
             let dlogits = Matrix::new(gradient, dtype, rows, vocab);
-            l.matmul(dlogits, l.weight_matrix(o.w), part(l.at(dx), dtype), false)?;
-            l.matmul(dlogits.t(), x, l.gradient_matrix(o.w), true)?;
+            ctx.matmul(dlogits, ctx.weight_matrix(o.w), part(ctx.ptr(dx), dtype), false)?;
+            ctx.matmul(dlogits.t(), x, ctx.gradient_matrix(o.w), true)?;
         }
     }
     Ok(())
@@ -139,13 +144,13 @@ impl TwoPass {
         [4 * between, 4 * parts * o.w.len()]
     }
 
-    fn loss(&self, l: &mut Launcher, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
+    fn loss(&self, ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
         let TwoPass { width, padded, words, rows } = *self;
         let (vocab, hidden) = (o.w.rows, o.w.cols);
-        let [between, parts] = self.scratch(o).map(|bytes| l.take(bytes));
+        let [between, parts] = self.scratch(o).map(|bytes| ctx.scratch_alloc(bytes));
         let [x, targets, nll, argmax] =
-            [o.x, o.targets, o.nll, o.argmax].map(|buffer| l.at(buffer));
-        let (w, scale) = (l.weight(o.w), l.control.loss_scale());
+            [o.x, o.targets, o.nll, o.argmax].map(|buffer| ctx.ptr(buffer));
+        let (w, scale) = (ctx.weight_ptr(o.w), ctx.control.loss_scale());
         let shape = [int(o.rows), int(vocab), int(hidden)];
         let block = [if width == MOST_HIDDEN { 256 } else { 128 }, 1, 1];
         let tiles = OWNED * (2 * width + 16);
@@ -156,34 +161,34 @@ impl TwoPass {
 
         let grid = [padded / OWNED, words.parts, 1];
         let gradient = i32::from(o.dx.is_some());
-        l.typed(
+        ctx.launch_for_dtype(
             &format!("lce_fwd_dx_{width}"),
-            Shape { grid, block, shared: tiles },
+            LaunchShape { grid, block, shared: tiles },
             &args(&[x, w, targets, between], &[int(words.size), gradient.into()]),
         )?;
-        let dx = o.dx.map_or(Address::NULL, |dx| l.at(dx));
-        l.typed(
+        let dx = o.dx.map_or(Address::NULL, |dx| ctx.ptr(dx));
+        ctx.launch_for_dtype(
             "lce_combine",
-            Shape { grid: [padded / 8, 1, 1], block: [32, 8, 1], shared: 0 },
+            LaunchShape { grid: [padded / 8, 1, 1], block: [32, 8, 1], shared: 0 },
             &args(&[w, targets, scale, between, nll, argmax, dx], &[int(width), int(words.parts)]),
         )?;
         if o.dx.is_none() {
             return Ok(());
         }
 
-        let dw = l.gradient(o.w);
+        let dw = ctx.gradient_ptr(o.w);
         let parts = if rows.parts > 1 { parts } else { Address::NULL };
         let grid = [vocab.div_ceil(OWNED), rows.parts, 1];
-        l.typed(
+        ctx.launch_for_dtype(
             &format!("lce_dw_{width}"),
-            Shape { grid, block, shared: tiles + 12 * OWNED },
+            LaunchShape { grid, block, shared: tiles + 12 * OWNED },
             &args(&[x, w, scale, between, dw, parts], &[int(rows.size)]),
         )?;
         if rows.parts > 1 {
             let count = o.w.len();
-            l.launch(
+            ctx.launch(
                 "lce_dw_combine",
-                Shape::linear(count.div_ceil(256).min(4096), 256),
+                LaunchShape::linear(count.div_ceil(256).min(4096), 256),
                 &[parts.into(), scale.into(), dw.into(), (count as u64).into(), int(rows.parts)],
             )?;
         }

@@ -1,16 +1,17 @@
-//! The kernels, launched with typed arguments over any [`Device`]. Names no vendor.
+//! The CUDA kernels, launched with typed arguments on any [`Device`].
 //!
-//! Activations and the weights that products read are kept in one type: f32, or bf16 under f32
-//! masters. Rounding points with bf16 are those of `Reference::mixed(Dtype::Bf16)`: weights as they
-//! are read, activations as they are written, what enters a second product inside attention and the
-//! head. Gradients of parameters, statistics, moments and masters are f32.
+//! Activations and the weights that matmuls read have the compute dtype: f32, or bf16 or f16 with f32
+//! master weights. Rounding points are those of `Reference::mixed`: weights as they are read,
+//! activations as they are written, operands of the second matmul inside attention and the LM head.
+//! Parameter gradients, statistics, moments and master weights are f32.
 //!
-//! [`session`] holds memory and programs; [`launcher`] is what every operation launches with; each
-//! other file is one family of operations: shapes of launches, scratch, order of kernels.
+//! [`session`] holds memory and programs; [`queue`] is the device-side step queue; [`launch_context`] is
+//! what ops launch kernels with; each other file is one family of ops: launch shapes, scratch memory,
+//! order of kernels.
 
 mod attention;
 mod embedding;
-mod launcher;
+mod launch_context;
 mod lm_head;
 mod matmul;
 mod muon;
@@ -23,7 +24,7 @@ mod update;
 
 use std::sync::Arc;
 
-use super::{Backend, Need, Session};
+use super::{Backend, Session, SessionSpec};
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::llama::Program;
@@ -32,56 +33,56 @@ use crate::model::Layout;
 /// Opens a device.
 pub type Open = Arc<dyn Fn() -> anyhow::Result<Box<dyn Device>> + Send + Sync>;
 
-/// How the kernels of a program are started.
+/// The way the kernels of a program are launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// One by one.
+    /// Kernel by kernel.
     Eager,
-    /// Recorded once, and replayed from then on.
+    /// Captured as a CUDA graph after the first run.
     Graphs,
-    /// One by one, every operation timed: slower as a whole.
+    /// Kernel by kernel with events around every op: slower as a whole.
     Profile,
 }
 
-/// Which kernels do attention.
+/// Choice of the attention kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attention {
-    /// The fastest for the shape.
+    /// The fastest kernel for the shape.
     Auto,
-    /// Those, but for heads of at most 8 components the ones without tensor cores.
+    /// `Auto`, without tensor cores if head_dim is at most 8.
     Scalar,
-    /// The ones for every shape.
+    /// The kernel that supports every shape.
     Plain,
 }
 
-/// How programs are carried out.
+/// Options of a GPU backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Of activations and of the weights that products read.
+    /// Compute dtype: that of activations and of the weights that matmuls read.
     pub dtype: Dtype,
     pub mode: Mode,
-    /// The head by products and logits in memory, whatever its shape.
+    /// LM head by matmuls and logits in memory, whatever the shape.
     pub plain_head: bool,
     pub attention: Attention,
-    /// Bytes of a token file that training keeps in the device's memory at most: half of what is free
-    /// by default. Larger ones are drawn by the host, a few steps ahead.
-    pub most_tokens: Option<u64>,
+    /// Limit of the token file in device memory, in bytes; half of the free memory by default. From a
+    /// larger file the host gathers batches, a few steps ahead.
+    pub max_resident_bytes: Option<u64>,
 }
 
 impl Options {
-    /// Kernels one by one, each by its fastest path.
+    /// Eager mode with the fastest kernels.
     pub fn new(dtype: Dtype) -> Options {
         Options {
             dtype,
             mode: Mode::Eager,
             plain_head: false,
             attention: Attention::Auto,
-            most_tokens: None,
+            max_resident_bytes: None,
         }
     }
 }
 
-/// The kernels on a device.
+/// The CUDA kernels on a device.
 pub struct Gpu {
     open: Open,
     options: Options,
@@ -92,7 +93,7 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// Opens a device once, to know what it is.
+    /// Opens a device once to query it.
     pub fn new(open: Open, options: Options) -> anyhow::Result<Gpu> {
         let device = open()?;
         let (_, memory) = device.memory()?;
@@ -113,33 +114,33 @@ impl Backend for Gpu {
         self.device.clone()
     }
 
-    fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
-        Ok(Box::new(session::Model::new((self.open)()?, self.options, layout, need)?))
+    fn open(&self, layout: &Layout, spec: SessionSpec) -> anyhow::Result<Box<dyn Session>> {
+        Ok(Box::new(session::GpuSession::new((self.open)()?, self.options, layout, spec)?))
     }
 
-    /// All of them: a card wants the work at once, and what it has no memory for is refused before.
-    fn micro_windows(&self, windows: usize, _context: usize) -> usize {
-        windows
+    /// The whole batch: large batches fill a GPU, and the memory plan is checked before.
+    fn micro_batch(&self, batch: usize, _seq_len: usize) -> usize {
+        batch
     }
 
     fn compute_dtype(&self) -> Dtype {
         self.options.dtype
     }
 
-    fn block(&self, program: &Program) -> usize {
+    fn activation_bytes(&self, program: &Program) -> usize {
         program.byte_plan(self.options.dtype.size()).bytes
     }
 
-    fn workspace(&self, program: &Program) -> usize {
-        // A training program has no update in it, which alone depends on the length of the arena.
+    fn workspace_bytes(&self, program: &Program) -> usize {
+        // A training program without its update does not depend on the length of the arena.
         session::workspace(program, 0, self.options)
     }
 
-    fn copies(&self, layout: &Layout) -> usize {
+    fn shadow_weight_bytes(&self, layout: &Layout) -> usize {
         if self.options.dtype == Dtype::F32 { 0 } else { layout.len * self.options.dtype.size() }
     }
 
-    fn peak(&self) -> Option<f64> {
+    fn peak_flops(&self) -> Option<f64> {
         self.peak
     }
 

@@ -3,7 +3,7 @@
 //! In f32 whatever the session's numbers are, as the other backends have it: the matrices are small
 //! beside the batch, and the update is not what mixed precision is for.
 
-use super::launcher::{Launcher, Shape, int, scratch};
+use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::{Address, Matrix};
 use crate::dtype::Dtype;
 use crate::llama::ops::MuonStep;
@@ -47,28 +47,28 @@ pub(super) fn table(o: &MuonStep) -> Vec<u8> {
     o.matrices.iter().flat_map(|w| (w.offset as u64).to_le_bytes()).collect()
 }
 
-pub(super) fn step(l: &mut Launcher, o: &MuonStep) -> anyhow::Result<()> {
-    let pieces = pieces(o).map(|bytes| l.take(bytes));
+pub(super) fn step(ctx: &mut LaunchContext, o: &MuonStep) -> anyhow::Result<()> {
+    let pieces = pieces(o).map(|bytes| ctx.scratch_alloc(bytes));
     let rates = pieces[0];
     let args = [
-        l.control.muon_learning_rate().into(),
-        l.at(o.norm).into(),
-        l.scaling.into(),
+        ctx.control.muon_learning_rate().into(),
+        ctx.ptr(o.norm).into(),
+        ctx.scaling.into(),
         rates.into(),
         (o.max_grad_norm as f32).into(),
     ];
-    l.launch("muon_step_params", Shape::linear(1, 1), &args)?;
+    ctx.launch("muon_step_params", LaunchShape::linear(1, 1), &args)?;
     let at_once = together(o);
     for first in (0..o.matrices.len()).step_by(at_once) {
         let batch = at_once.min(o.matrices.len() - first);
-        some(l, o, pieces, l.table().plus(8 * first), batch)?;
+        some(ctx, o, pieces, ctx.constant_table().plus(8 * first), batch)?;
     }
     Ok(())
 }
 
 /// The step of `batch` matrices, which begin where `offsets` says.
 fn some(
-    l: &mut Launcher,
+    ctx: &mut LaunchContext,
     o: &MuonStep,
     pieces: [Address; 6],
     offsets: Address,
@@ -77,10 +77,10 @@ fn some(
     let [rates, shares, x, bx, a, aa] = pieces;
     let (rows, cols) = o.shape();
     let (len, side) = (rows * cols, rows.min(cols));
-    let shape = Shape { grid: [blocks(len), batch, 1], block: [256, 1, 1], shared: 0 };
+    let shape = LaunchShape { grid: [blocks(len), batch, 1], block: [256, 1, 1], shared: 0 };
     let args = [
-        l.arenas.gradients.into(),
-        l.arenas.first_moment.into(),
+        ctx.arenas.gradients.into(),
+        ctx.arenas.first_moment.into(),
         x.into(),
         shares.into(),
         offsets.into(),
@@ -88,42 +88,42 @@ fn some(
         rates.into(),
         o.momentum.into(),
     ];
-    l.launch("muon_momentum", shape, &args)?;
+    ctx.launch("muon_momentum", shape, &args)?;
     let args = [x.into(), shares.into(), x.into(), (len as u64).into(), int(shape.grid[0])];
-    l.launch("muon_normalize", shape, &args)?;
+    ctx.launch("muon_normalize", shape, &args)?;
 
     let matrix = |at, rows, cols| Matrix::new(at, Dtype::F32, rows, cols);
     let (x_matrix, bx_matrix) = (matrix(x, rows, cols), matrix(bx, rows, cols));
     let (a_matrix, aa_matrix) = (matrix(a, side, side), matrix(aa, side, side));
-    let combine = |l: &mut Launcher, x: Address, y: Address, of: [f32; 2], len: usize| {
+    let combine = |ctx: &mut LaunchContext, x: Address, y: Address, of: [f32; 2], len: usize| {
         let count = batch * len;
         let args =
             [x.into(), y.into(), x.into(), of[0].into(), of[1].into(), (count as u64).into()];
-        l.launch("muon_axpby", Shape::linear(blocks(count), 256), &args)
+        ctx.launch("muon_axpby", LaunchShape::linear(blocks(count), 256), &args)
     };
     for _ in 0..ITERATIONS {
         // A tall matrix stands for its transpose; A is symmetric either way.
         let tall = rows > cols;
         if tall {
-            l.products(batch, x_matrix.t(), x_matrix, a_matrix)?;
+            ctx.batched_matmul(batch, x_matrix.t(), x_matrix, a_matrix)?;
         } else {
-            l.products(batch, x_matrix, x_matrix.t(), a_matrix)?;
+            ctx.batched_matmul(batch, x_matrix, x_matrix.t(), a_matrix)?;
         }
-        l.products(batch, a_matrix, a_matrix, aa_matrix)?;
+        ctx.batched_matmul(batch, a_matrix, a_matrix, aa_matrix)?;
         let [of_x, of_a, of_aa] = FACTORS;
-        combine(l, a, aa, [of_a, of_aa], side * side)?;
+        combine(ctx, a, aa, [of_a, of_aa], side * side)?;
         if tall {
-            l.products(batch, x_matrix, a_matrix, bx_matrix)?;
+            ctx.batched_matmul(batch, x_matrix, a_matrix, bx_matrix)?;
         } else {
-            l.products(batch, a_matrix, x_matrix, bx_matrix)?;
+            ctx.batched_matmul(batch, a_matrix, x_matrix, bx_matrix)?;
         }
-        combine(l, x, bx, [of_x, 1.0], len)?;
+        combine(ctx, x, bx, [of_x, 1.0], len)?;
     }
 
-    let copies = if l.dtype == Dtype::F32 { Address::NULL } else { l.arenas.weights };
+    let copies = if ctx.dtype == Dtype::F32 { Address::NULL } else { ctx.arenas.weights };
     let args = [
         x.into(),
-        l.arenas.parameters.into(),
+        ctx.arenas.parameters.into(),
         copies.into(),
         offsets.into(),
         (len as u64).into(),
@@ -131,5 +131,5 @@ fn some(
         o.weight_decay.into(),
         (rows as f64 / cols as f64).max(1.0).sqrt().into(),
     ];
-    l.typed("muon_update", shape, &args)
+    ctx.launch_for_dtype("muon_update", shape, &args)
 }

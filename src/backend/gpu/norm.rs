@@ -1,6 +1,6 @@
 //! RMSNorm there and back: `kernels/rms_norm.cu`.
 
-use super::launcher::{Launcher, Shape, int, scratch};
+use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Address;
 use crate::dtype::Dtype;
 use crate::llama::ops::{RmsNorm, RmsNormBackward};
@@ -18,27 +18,27 @@ fn block(hidden: usize, dtype: Dtype) -> (usize, usize) {
     (width, 256 / width)
 }
 
-pub(super) fn forward(l: &mut Launcher, o: &RmsNorm) -> anyhow::Result<()> {
-    let (rows, hidden) = (l.len(o.rstd), o.weight.cols);
-    let (width, at_once) = block(hidden, l.dtype);
+pub(super) fn forward(ctx: &mut LaunchContext, o: &RmsNorm) -> anyhow::Result<()> {
+    let (rows, hidden) = (ctx.len(o.rstd), o.weight.cols);
+    let (width, at_once) = block(hidden, ctx.dtype);
     let grid = rows.div_ceil(at_once).min(BLOCKS);
-    let shape = Shape { grid: [grid, 1, 1], block: [width, at_once, 1], shared: 0 };
+    let shape = LaunchShape { grid: [grid, 1, 1], block: [width, at_once, 1], shared: 0 };
     let (residual, sum) = match o.add {
-        Some(add) => (l.at(add.residual), l.at(add.sum)),
+        Some(add) => (ctx.ptr(add.residual), ctx.ptr(add.sum)),
         None => (Address::NULL, Address::NULL),
     };
     let args = [
-        l.at(o.x).into(),
+        ctx.ptr(o.x).into(),
         residual.into(),
-        l.weight(o.weight).into(),
+        ctx.weight_ptr(o.weight).into(),
         sum.into(),
-        l.at(o.y).into(),
-        l.at(o.rstd).into(),
+        ctx.ptr(o.y).into(),
+        ctx.ptr(o.rstd).into(),
         int(rows),
         int(hidden),
         (o.eps as f32).into(),
     ];
-    l.typed("rms_norm", shape, &args)
+    ctx.launch_for_dtype("rms_norm", shape, &args)
 }
 
 fn shares(rows: usize, at_once: usize) -> usize {
@@ -50,26 +50,29 @@ pub(super) fn workspace(o: &RmsNormBackward, rows: usize, dtype: Dtype) -> usize
     scratch([4 * shares(rows, at_once) * o.weight.cols])
 }
 
-pub(super) fn backward(l: &mut Launcher, o: &RmsNormBackward) -> anyhow::Result<()> {
-    let (rows, hidden) = (l.len(o.rstd), o.weight.cols);
-    let (width, at_once) = block(hidden, l.dtype);
+pub(super) fn backward(ctx: &mut LaunchContext, o: &RmsNormBackward) -> anyhow::Result<()> {
+    let (rows, hidden) = (ctx.len(o.rstd), o.weight.cols);
+    let (width, at_once) = block(hidden, ctx.dtype);
     let grid = shares(rows, at_once);
-    let partials = l.take(4 * grid * hidden);
-    let shape =
-        Shape { grid: [grid, 1, 1], block: [width, at_once, 1], shared: 4 * at_once * hidden };
+    let partials = ctx.scratch_alloc(4 * grid * hidden);
+    let shape = LaunchShape {
+        grid: [grid, 1, 1],
+        block: [width, at_once, 1],
+        shared: 4 * at_once * hidden,
+    };
     let args = [
-        l.at(o.x).into(),
-        l.at(o.rstd).into(),
-        l.weight(o.weight).into(),
-        l.at(o.dy).into(),
-        o.dsum.map_or(Address::NULL, |dsum| l.at(dsum)).into(),
-        l.at(o.dx).into(),
+        ctx.ptr(o.x).into(),
+        ctx.ptr(o.rstd).into(),
+        ctx.weight_ptr(o.weight).into(),
+        ctx.ptr(o.dy).into(),
+        o.dsum.map_or(Address::NULL, |dsum| ctx.ptr(dsum)).into(),
+        ctx.ptr(o.dx).into(),
         partials.into(),
         int(rows),
         int(hidden),
     ];
-    l.typed("rms_norm_backward", shape, &args)?;
-    let shape = Shape { grid: [hidden.div_ceil(32), 1, 1], block: [32, 8, 1], shared: 0 };
-    let args = [partials.into(), l.gradient(o.weight).into(), int(grid), int(hidden)];
-    l.launch("rms_norm_backward_weight", shape, &args)
+    ctx.launch_for_dtype("rms_norm_backward", shape, &args)?;
+    let shape = LaunchShape { grid: [hidden.div_ceil(32), 1, 1], block: [32, 8, 1], shared: 0 };
+    let args = [partials.into(), ctx.gradient_ptr(o.weight).into(), int(grid), int(hidden)];
+    ctx.launch("rms_norm_backward_weight", shape, &args)
 }

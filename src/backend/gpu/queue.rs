@@ -1,117 +1,120 @@
-//! Training without the host between steps: `kernels/step_queue.cu`, `kernels/gather_windows.cu`.
+//! The device-side step queue, which trains without host synchronization between steps: `kernels/step_queue.cu`, `kernels/gather_windows.cu`.
 //!
-//! Runs wait in a list in the device's memory, each with its rates and the numbers of its windows. A
-//! program that is run from there begins with the kernels that take the next entry and draw its
-//! windows from the token file, and ends with one that notes its loss and passes the turn on. All
-//! that changes from run to run is in memory, so one graph serves every run, and several runs in a row
-//! are one graph too.
+//! Pending runs are records in device memory: hyperparameters, loss scale, window indices. A queued
+//! program begins with the kernels that pop the next record and gather its windows from the token file,
+//! and ends with one that stores its loss and advances the cursor. Everything that changes from run to
+//! run is in device memory, so one graph serves every run, or several consecutive runs.
 
-use super::launcher::{Control, Launcher, Shape, int};
-use crate::backend::Ran;
+use super::launch_context::{Control, LaunchContext, LaunchShape, int};
+use crate::backend::RunResult;
 use crate::device::{Address, Arg, Device};
 use crate::dtype::Dtype;
 use crate::llama::Buffer;
 use crate::llama::step::BatchInputs;
 use crate::tokens::{Places, TokenFile, Windows};
 
-/// Runs that wait at most.
-pub(super) const ROOM: usize = 256;
-/// Bytes of `Outcome` in `kernels/step_queue.cu`.
-const OUTCOME: usize = 16;
-/// The scale f16 begins with, as PyTorch's GradScaler does.
-const FIRST_SCALE: f32 = 65536.0;
-/// Bytes of tokens that go to the device at once.
-const PIECE: usize = 1 << 24;
+/// Capacity of the queue, in runs.
+pub(super) const MAX_QUEUED_RUNS: usize = 256;
+/// Size of `Outcome` in `kernels/step_queue.cu`.
+const RESULT_BYTES: usize = 16;
+/// Initial loss scale of f16, that of PyTorch's GradScaler.
+const INITIAL_LOSS_SCALE: f32 = 65536.0;
+/// Bytes per upload of token ids.
+const UPLOAD_CHUNK_BYTES: usize = 1 << 24;
 
-/// Where a training program takes its batch, and what it leaves.
+/// Buffers of a training program that the queue reads and writes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Ends {
-    pub batch: BatchInputs,
+pub(super) struct ProgramIo {
+    pub inputs: BatchInputs,
     pub nll: Buffer,
     pub norm: Option<Buffer>,
 }
 
-/// The lists of waiting runs and of what they left.
-pub(super) struct Queue {
+/// Device memory of pending runs and their results.
+pub(super) struct DeviceQueue {
     records: Address,
     cursor: Address,
-    outcomes: Address,
-    /// Scale and good steps in a row; null where losses are not scaled.
+    results: Address,
+    /// Loss scale and consecutive good steps; null if losses are not scaled.
     pub scaling: Address,
-    /// Of each run that was asked for since the last outcomes: whether it ends a step.
-    ends: Vec<bool>,
-    pub held: Option<Held>,
+    /// For each run enqueued since the last drain: it ends a step.
+    ends_step: Vec<bool>,
+    pub resident: Option<ResidentTokens>,
 }
 
-impl Queue {
-    pub fn new(device: &mut dyn Device, dtype: Dtype) -> anyhow::Result<Queue> {
-        let records = device.alloc(ROOM * Control::BYTES)?;
+impl DeviceQueue {
+    pub fn new(device: &mut dyn Device, dtype: Dtype) -> anyhow::Result<DeviceQueue> {
+        let records = device.alloc(MAX_QUEUED_RUNS * Control::BYTES)?;
         let cursor = device.alloc(4)?;
         device.memset(cursor, 0, 4)?;
-        let outcomes = device.alloc(ROOM * OUTCOME)?;
+        let results = device.alloc(MAX_QUEUED_RUNS * RESULT_BYTES)?;
         let mut scaling = Address::NULL;
         let mut kernels = vec!["step_queue_pop", "step_queue_report"];
         if dtype == Dtype::F16 {
             scaling = device.alloc(8)?;
-            device.upload(scaling, &scale_bytes(FIRST_SCALE, 0))?;
+            device.upload(scaling, &scale_bytes(INITIAL_LOSS_SCALE, 0))?;
             kernels.push("loss_scale_update");
         }
-        // They may first be asked for while a graph is recorded.
+        // Their first launch may be during capture, which cannot load kernels.
         for kernel in kernels {
             device.load(kernel)?;
         }
-        Ok(Queue { records, cursor, outcomes, scaling, ends: Vec::new(), held: None })
+        Ok(DeviceQueue { records, cursor, results, scaling, ends_step: Vec::new(), resident: None })
     }
 
-    /// How many more runs it takes.
-    pub fn free(&self) -> usize {
-        ROOM - self.ends.len()
+    /// Number of runs that can be enqueued before the next drain.
+    pub fn capacity(&self) -> usize {
+        MAX_QUEUED_RUNS - self.ends_step.len()
     }
 
-    /// Puts runs at the end: their rates, loss scales, and windows where these are to be drawn.
-    pub fn push(&mut self, device: &mut dyn Device, runs: &[Waiting]) -> anyhow::Result<()> {
-        let first = self.ends.len();
-        assert!(runs.len() <= self.free(), "the caller asked for the outcomes before");
+    /// Uploads the records of runs, and the window indices of those whose batches the device gathers.
+    pub fn enqueue(&mut self, device: &mut dyn Device, runs: &[PendingRun]) -> anyhow::Result<()> {
+        let first = self.ends_step.len();
+        assert!(runs.len() <= self.capacity(), "the caller drains a full queue first");
         let mut records = Vec::with_capacity(runs.len() * Control::BYTES);
         let mut order: Vec<u32> = Vec::new();
-        let begins = self.held.as_ref().map_or(0, |held| held.pushed);
+        let begins = self.resident.as_ref().map_or(0, |resident| resident.enqueued);
         for run in runs {
             let begin = (begins + order.len()) as u32;
-            records.extend(Control::bytes(run.rates, run.loss_scale, begin));
+            records.extend(Control::bytes(run.hyperparams, run.loss_scale, begin));
             order.extend(run.windows.iter().map(|&window| window as u32));
-            self.ends.push(run.ends);
+            self.ends_step.push(run.ends_step);
         }
         device.upload(self.records.plus(first * Control::BYTES), &records)?;
-        if let Some(held) = self.held.as_mut().filter(|_| !order.is_empty()) {
-            assert!(begins + order.len() <= held.numbers, "as many windows as runs have at most");
-            device.upload(held.order.plus(4 * begins), bytemuck::cast_slice(&order))?;
-            held.pushed += order.len();
+        if let Some(resident) = self.resident.as_mut().filter(|_| !order.is_empty()) {
+            assert!(
+                begins + order.len() <= resident.capacity,
+                "no run has more windows than its program"
+            );
+            device.upload(resident.order.plus(4 * begins), bytemuck::cast_slice(&order))?;
+            resident.enqueued += order.len();
         }
         Ok(())
     }
 
-    /// What all that were pushed have left, and an empty list for the next.
-    pub fn outcomes(&mut self, device: &mut dyn Device) -> anyhow::Result<Vec<Ran>> {
-        let mut bytes = vec![0; self.ends.len() * OUTCOME];
+    /// Waits for all pending runs, returns their results and empties the queue.
+    pub fn drain(&mut self, device: &mut dyn Device) -> anyhow::Result<Vec<RunResult>> {
+        let mut bytes = vec![0; self.ends_step.len() * RESULT_BYTES];
         if bytes.is_empty() {
             return Ok(Vec::new());
         }
-        device.download(self.outcomes, &mut bytes)?;
+        device.download(self.results, &mut bytes)?;
         device.memset(self.cursor, 0, 4)?;
-        let ends = std::mem::take(&mut self.ends);
-        if let Some(held) = &mut self.held {
-            held.pushed = 0;
+        let ends_step = std::mem::take(&mut self.ends_step);
+        if let Some(resident) = &mut self.resident {
+            resident.enqueued = 0;
         }
-        let ran = bytes.as_chunks::<OUTCOME>().0.iter().zip(ends).map(|(bytes, ends)| {
-            let (loss, norm) = bytes.split_at(8);
-            let norm = f32::from_le_bytes([norm[0], norm[1], norm[2], norm[3]]);
-            let loss = f64::from_le_bytes(loss.try_into().expect("8 bytes"));
-            Ran { loss, norm: ends.then_some(f64::from(norm)) }
-        });
-        Ok(ran.collect())
+        let results =
+            bytes.as_chunks::<RESULT_BYTES>().0.iter().zip(ends_step).map(|(bytes, ends_step)| {
+                let (loss, norm) = bytes.split_at(8);
+                let norm = f32::from_le_bytes([norm[0], norm[1], norm[2], norm[3]]);
+                let loss = f64::from_le_bytes(loss.try_into().expect("8 bytes"));
+                RunResult { loss, norm: ends_step.then_some(f64::from(norm)) }
+            });
+        Ok(results.collect())
     }
 
-    /// Scale of the losses and good steps in a row, where losses are scaled.
+    /// Loss scale and consecutive good steps, if losses are scaled.
     pub fn scale(&self, device: &dyn Device) -> anyhow::Result<Option<(f32, u32)>> {
         if self.scaling == Address::NULL {
             return Ok(None);
@@ -122,7 +125,7 @@ impl Queue {
         Ok(Some((f32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]))))
     }
 
-    /// Goes on from what [`Queue::scale`] told.
+    /// Restores the [`DeviceQueue::scale`] of a checkpoint.
     pub fn rescale(&mut self, device: &mut dyn Device, scale: (f32, u32)) -> anyhow::Result<()> {
         if self.scaling == Address::NULL {
             return Ok(());
@@ -136,81 +139,88 @@ fn scale_bytes(scale: f32, good: u32) -> [u8; 8] {
     [a, b, c, d, e, f, g, h]
 }
 
-/// A run on its way into the list.
-pub(super) struct Waiting<'a> {
-    pub rates: &'a crate::llama::StepHyperparams,
+/// A run to be enqueued.
+pub(super) struct PendingRun<'a> {
+    pub hyperparams: &'a crate::llama::StepHyperparams,
     pub loss_scale: f64,
-    /// Empty where the host has brought the batch.
+    /// Window indices; empty if the host uploads the batch.
     pub windows: &'a [usize],
-    pub ends: bool,
+    pub ends_step: bool,
 }
 
-/// What a program run from the list begins with: its entry, and the windows of it.
+/// Kernels before a queued program: pop its record, gather its windows.
 pub(super) fn begin(
-    l: &mut Launcher,
-    queue: &Queue,
-    ends: &Ends,
-    draw: bool,
+    ctx: &mut LaunchContext,
+    queue: &DeviceQueue,
+    io: &ProgramIo,
+    gather: bool,
 ) -> anyhow::Result<()> {
-    let control = l.control.address();
+    let control = ctx.control.address();
     let args = [queue.records, queue.cursor, queue.scaling, control].map(Arg::from);
-    l.launch("step_queue_pop", Shape::linear(1, 1), &args)?;
-    match &queue.held {
-        Some(held) if draw => held.draw(l, ends),
+    ctx.launch("step_queue_pop", LaunchShape::linear(1, 1), &args)?;
+    match &queue.resident {
+        Some(resident) if gather => resident.gather(ctx, io),
         _ => Ok(()),
     }
 }
 
-/// What it ends with: its loss, and the next one's turn.
-pub(super) fn end(l: &mut Launcher, queue: &Queue, ends: &Ends) -> anyhow::Result<()> {
-    let norm = ends.norm.map_or(Address::NULL, |norm| l.at(norm));
+/// Kernels after a queued program: report its loss, advance the cursor.
+pub(super) fn end(
+    ctx: &mut LaunchContext,
+    queue: &DeviceQueue,
+    io: &ProgramIo,
+) -> anyhow::Result<()> {
+    let norm = io.norm.map_or(Address::NULL, |norm| ctx.ptr(norm));
     let args = [
-        l.at(ends.nll).into(),
-        l.at(ends.batch.targets).into(),
+        ctx.ptr(io.nll).into(),
+        ctx.ptr(io.inputs.targets).into(),
         norm.into(),
-        queue.outcomes.into(),
+        queue.results.into(),
         queue.cursor.into(),
-        int(l.len(ends.nll)),
+        int(ctx.len(io.nll)),
     ];
-    l.launch("step_queue_report", Shape::linear(1, 1024), &args)?;
+    ctx.launch("step_queue_report", LaunchShape::linear(1, 1024), &args)?;
     if norm == Address::NULL || queue.scaling == Address::NULL {
         return Ok(());
     }
-    l.launch("loss_scale_update", Shape::linear(1, 1), &[norm.into(), queue.scaling.into()])
+    ctx.launch("loss_scale_update", LaunchShape::linear(1, 1), &[norm.into(), queue.scaling.into()])
 }
 
-/// The windows of a token file in the device's memory.
-pub(super) struct Held {
+/// A token file in device memory.
+pub(super) struct ResidentTokens {
     kernel: String,
-    /// The first arguments of the kernel, up to the order.
+    /// First arguments of the kernel, up to `order`.
     source: Vec<Arg>,
-    /// The numbers of the windows of all waiting runs, room for so many, and how many there are.
+    /// Window indices of all pending runs.
     order: Address,
-    numbers: usize,
-    pushed: usize,
+    /// Length of `order`.
+    capacity: usize,
+    /// Indices in `order` so far.
+    enqueued: usize,
     context: usize,
     pad: u32,
     pub bytes: usize,
 }
 
-impl Held {
-    /// Brings them there, if they take at most `most` bytes. `windows_a_run` is the most a run draws.
+impl ResidentTokens {
+    /// Uploads a token file, or returns `None` if it takes more than `max_bytes`. A run gathers at most
+    /// `windows_per_run` windows.
     pub fn new(
         device: &mut dyn Device,
         windows: &Windows,
-        windows_a_run: usize,
-        most: u64,
-    ) -> anyhow::Result<Option<Held>> {
+        windows_per_run: usize,
+        max_bytes: u64,
+    ) -> anyhow::Result<Option<ResidentTokens>> {
         let file = windows.file();
         let width = file.header().id_bytes as usize;
         let places = windows.places()?;
-        let numbers = ROOM * windows_a_run;
-        let bytes = file.tokens() * width + size(&places) + 4 * numbers;
-        if bytes as u64 > most {
+        let capacity = MAX_QUEUED_RUNS * windows_per_run;
+        let bytes = file.tokens() * width + size(&places) + 4 * capacity;
+        if bytes as u64 > max_bytes {
             return Ok(None);
         }
         let tokens = device.alloc(file.tokens() * width)?;
-        send(device, file, tokens)?;
+        upload_tokens(device, file, tokens)?;
         let mut put = |bytes: &[u8]| -> anyhow::Result<Arg> {
             let at = device.alloc(bytes.len())?;
             device.upload(at, bytes)?;
@@ -239,21 +249,30 @@ impl Held {
         };
         let kernel = format!("gather_windows_{kind}_u{}", 8 * width);
         device.load(&kernel)?;
-        let order = device.alloc(4 * numbers)?;
+        let order = device.alloc(4 * capacity)?;
         let (context, pad) = (windows.context(), windows.pad());
-        Ok(Some(Held { kernel, source, order, numbers, pushed: 0, context, pad, bytes }))
+        Ok(Some(ResidentTokens {
+            kernel,
+            source,
+            order,
+            capacity,
+            enqueued: 0,
+            context,
+            pad,
+            bytes,
+        }))
     }
 
-    /// The windows of the run whose turn it is, into the inputs of its program.
-    fn draw(&self, l: &mut Launcher, ends: &Ends) -> anyhow::Result<()> {
-        let BatchInputs { ids, targets, first_key } = ends.batch;
-        let windows = l.len(ids) / self.context;
+    /// Gathers the windows of the current run into the inputs of its program.
+    fn gather(&self, ctx: &mut LaunchContext, io: &ProgramIo) -> anyhow::Result<()> {
+        let BatchInputs { ids, targets, first_key } = io.inputs;
+        let windows = ctx.len(ids) / self.context;
         let mut args = self.source.clone();
-        args.extend([self.order, l.control.begin()].map(Arg::from));
-        args.extend([ids, targets, first_key].map(|buffer| Arg::from(l.at(buffer))));
+        args.extend([self.order, ctx.control.begin()].map(Arg::from));
+        args.extend([ids, targets, first_key].map(|buffer| Arg::from(ctx.ptr(buffer))));
         args.extend([int(windows), int(self.context), self.pad.into()]);
         let grid = [self.context.div_ceil(256), windows.min(65_535), 1];
-        l.launch(&self.kernel, Shape { grid, block: [256, 1, 1], shared: 0 }, &args)
+        ctx.launch(&self.kernel, LaunchShape { grid, block: [256, 1, 1], shared: 0 }, &args)
     }
 }
 
@@ -267,12 +286,12 @@ fn size(places: &Places) -> usize {
     }
 }
 
-/// The ids as they are in the file, each checked on its way.
-fn send(device: &mut dyn Device, file: &TokenFile, to: Address) -> anyhow::Result<()> {
+/// Uploads the token ids in the file's width, each checked.
+fn upload_tokens(device: &mut dyn Device, file: &TokenFile, to: Address) -> anyhow::Result<()> {
     let width = file.header().id_bytes as usize;
-    let mut ids = vec![0; PIECE / 4];
+    let mut ids = vec![0; UPLOAD_CHUNK_BYTES / 4];
     for from in (0..file.tokens()).step_by(ids.len()) {
-        let ids = &mut ids[..(PIECE / 4).min(file.tokens() - from)];
+        let ids = &mut ids[..(UPLOAD_CHUNK_BYTES / 4).min(file.tokens() - from)];
         file.read(from, ids)?;
         let at = to.plus(from * width);
         if width == 2 {

@@ -1,6 +1,6 @@
 //! Rotary embedding with the split into heads, and back: `kernels/rope.cu`.
 
-use super::launcher::{Launcher, Shape, sizes};
+use super::launch_context::{LaunchContext, LaunchShape, sizes};
 use crate::device::{Address, Arg};
 use crate::llama::ops::{AttentionShape, Rope, RopeBackward};
 
@@ -16,23 +16,23 @@ pub(super) fn table(positions: usize, frequencies: &[f64]) -> Vec<u8> {
 }
 
 /// 32 pieces of a head's columns by 8 heads.
-fn shape(heads: &AttentionShape) -> Shape {
+fn shape(heads: &AttentionShape) -> LaunchShape {
     let strips = (heads.seq_len * heads.head_dim / 2).div_ceil(32);
     let grid = (heads.batch * strips).min(BLOCKS);
-    Shape { grid: [grid, 1, 1], block: [32, 8, 1], shared: 0 }
+    LaunchShape { grid: [grid, 1, 1], block: [32, 8, 1], shared: 0 }
 }
 
-pub(super) fn forward(l: &mut Launcher, o: &Rope) -> anyhow::Result<()> {
-    let start = o.start.map_or(Address::NULL, |start| l.at(start));
-    let mut args: Vec<Arg> = vec![l.at(o.qkv).into(), start.into(), l.table().into()];
-    args.extend([o.q, o.k, o.v].map(|buffer| Arg::from(l.at(buffer))));
+pub(super) fn forward(ctx: &mut LaunchContext, o: &Rope) -> anyhow::Result<()> {
+    let start = o.start.map_or(Address::NULL, |start| ctx.ptr(start));
+    let mut args: Vec<Arg> = vec![ctx.ptr(o.qkv).into(), start.into(), ctx.constant_table().into()];
+    args.extend([o.q, o.k, o.v].map(|buffer| Arg::from(ctx.ptr(buffer))));
     args.extend(sizes(&o.shape));
-    l.typed("rope", shape(&o.shape), &args)
+    ctx.launch_for_dtype("rope", shape(&o.shape), &args)
 }
 
-pub(super) fn backward(l: &mut Launcher, o: &RopeBackward) -> anyhow::Result<()> {
-    let mut args: Vec<Arg> = [o.dq, o.dk, o.dv].map(|buffer| Arg::from(l.at(buffer))).to_vec();
-    args.extend([Arg::from(l.table()), l.at(o.dqkv).into()]);
+pub(super) fn backward(ctx: &mut LaunchContext, o: &RopeBackward) -> anyhow::Result<()> {
+    let mut args: Vec<Arg> = [o.dq, o.dk, o.dv].map(|buffer| Arg::from(ctx.ptr(buffer))).to_vec();
+    args.extend([Arg::from(ctx.constant_table()), ctx.ptr(o.dqkv).into()]);
     args.extend(sizes(&o.shape));
-    l.typed("rope_backward", shape(&o.shape), &args)
+    ctx.launch_for_dtype("rope_backward", shape(&o.shape), &args)
 }

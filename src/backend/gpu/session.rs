@@ -1,15 +1,17 @@
-//! A model in a device's memory: arenas, one block for the buffers of programs, scratch, and the
-//! programs themselves, each recorded as a graph once it has run.
+//! A GPU session: arenas, one block for the buffers of programs, scratch memory, and the programs, each
+//! captured as a graph after its first run.
 
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::super::host::check_feed;
-use super::super::{Arena, Data, Feed, Loaded, Need, Queue, Ran, Run, Session};
-use super::launcher::{Arenas, Control, Launcher};
-use super::queue::{self, Ends, Held, Waiting};
+use super::super::host::check_inputs;
+use super::super::{
+    Arena, BatchSource, Inputs, ProgramId, RunResult, Session, SessionSpec, StepQueue, StepRun,
+};
+use super::launch_context::{Arenas, Control, LaunchContext};
+use super::queue::{self, PendingRun, ProgramIo, ResidentTokens};
 use super::{
     Mode, Options, attention, embedding, lm_head, matmul, muon, norm, rope, swiglu, update,
 };
@@ -21,66 +23,68 @@ use crate::llama::{Buffer, BytePlan, Op, Program};
 use crate::model::Layout;
 use crate::tokens::Windows;
 
-pub(super) struct Model {
+/// A model in a device's memory, and its programs.
+pub(super) struct GpuSession {
     device: Box<dyn Device>,
     options: Options,
     arenas: Arenas,
-    cache: usize,
+    cache_len: usize,
     control: Control,
-    block: Region,
-    scratch: Region,
-    programs: Vec<Ready>,
-    queue: Option<queue::Queue>,
-    tables: HashMap<Table, Address>,
-    /// The program whose buffers lie in the block.
-    arranged: Option<usize>,
+    block: DeviceBuffer,
+    scratch: DeviceBuffer,
+    programs: Vec<CompiledProgram>,
+    queue: Option<queue::DeviceQueue>,
+    tables: HashMap<ConstantTable, Address>,
+    /// The program whose outputs are in the block.
+    current: Option<usize>,
     seconds: BTreeMap<&'static str, f64>,
 }
 
-/// A piece of the device's memory that may have to grow.
+/// An allocation that can grow.
 #[derive(Clone, Copy)]
-struct Region {
+struct DeviceBuffer {
     at: Address,
     bytes: usize,
 }
 
-/// A program that can run.
-struct Ready {
+/// A loaded program.
+struct CompiledProgram {
     program: Program,
     plan: BytePlan,
-    /// What operations look up, by their place in the program.
+    /// Constant tables, by op index.
     tables: HashMap<usize, Address>,
-    /// Of a program for the queue.
-    ends: Option<Ends>,
-    /// Whether it ran since the last change of addresses: kernels are loaded and products planned
-    /// then, so that it can be recorded.
-    ran: bool,
-    graphs: HashMap<Way, Graph>,
+    /// Buffers that the step queue reads and writes; `None` for a program outside the queue.
+    io: Option<ProgramIo>,
+    /// It ran since the last change of addresses: kernels are loaded and matmuls planned, so that it
+    /// can be captured.
+    warm: bool,
+    graphs: HashMap<RunMode, Graph>,
 }
 
-/// What beside the arenas the next step depends on.
+/// State beside the arenas that the next step depends on.
 #[derive(PartialEq, Default, Serialize, Deserialize)]
-struct State {
-    /// Of f16: the scale, and the good steps since it last changed.
+struct GpuState {
+    /// Dynamic loss scale of f16, and the good steps since it last changed.
     loss_scale: Option<(f32, u32)>,
-    /// Of the device.
-    choices: Value,
+    /// The device's matmul algorithms.
+    #[serde(alias = "choices")]
+    matmul_plans: Value,
 }
 
-/// How a program is run.
+/// The way a program runs, which decides its graph.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Way {
-    /// By itself, its inputs brought by the host.
-    Fed,
-    /// From the queue: so many runs in a row, with or without drawing their windows.
-    Queued { draw: bool, times: usize },
+enum RunMode {
+    /// One run with inputs from the host.
+    Direct,
+    /// `runs` runs from the step queue; `gather` if the device gathers their batches.
+    Queued { gather: bool, runs: usize },
 }
 
-/// As many runs as one graph has where there are enough of them: what a launch costs the host
-/// matters where a run takes tenths of a millisecond.
-const ROW: usize = 8;
+/// Runs per graph, if as many are enqueued: the host's cost per graph launch matters if a run takes
+/// tenths of a millisecond.
+const STEPS_PER_GRAPH: usize = 8;
 
-/// Bytes of scratch that the hungriest operation of a program takes.
+/// Bytes of scratch memory of a program: those of its largest op.
 pub(super) fn workspace(program: &Program, arena: usize, options: Options) -> usize {
     program.ops.iter().map(|op| scratch(op, program, arena, options)).max().unwrap_or(0)
 }
@@ -98,38 +102,38 @@ fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize 
     }
 }
 
-/// Asks for the kernels of one operation.
-fn enqueue(l: &mut Launcher, op: &Op) -> anyhow::Result<()> {
+/// Launches the kernels of one op.
+fn launch_op(ctx: &mut LaunchContext, op: &Op) -> anyhow::Result<()> {
     match op {
-        Op::Embedding(o) => embedding::forward(l, o),
-        Op::EmbeddingBackward(o) => embedding::backward(l, o),
-        Op::RmsNorm(o) => norm::forward(l, o),
-        Op::RmsNormBackward(o) => norm::backward(l, o),
-        Op::Linear(o) => matmul::linear(l, o),
-        Op::LinearBackwardInput(o) => matmul::backward_input(l, o),
-        Op::LinearBackwardWeight(o) => matmul::backward_weight(l, o),
-        Op::Rope(o) => rope::forward(l, o),
-        Op::RopeBackward(o) => rope::backward(l, o),
-        Op::Attention(o) => attention::forward(l, o),
-        Op::AttentionBackward(o) => attention::backward(l, o),
-        Op::AttentionDecode(o) => attention::cached(l, o),
-        Op::SwiGlu(o) => swiglu::forward(l, o),
-        Op::SwiGluBackward(o) => swiglu::backward(l, o),
-        Op::FusedLinearCrossEntropy(o) => lm_head::loss(l, o),
-        Op::GatherRows(o) => embedding::gather_rows(l, o),
-        Op::ZeroGrad(_) => update::zero_grad(l),
-        Op::GradNorm(o) => update::grad_norm(l, o),
-        Op::AdamWStep(o) => update::adamw(l, o),
-        Op::MuonStep(o) => muon::step(l, o),
+        Op::Embedding(o) => embedding::forward(ctx, o),
+        Op::EmbeddingBackward(o) => embedding::backward(ctx, o),
+        Op::RmsNorm(o) => norm::forward(ctx, o),
+        Op::RmsNormBackward(o) => norm::backward(ctx, o),
+        Op::Linear(o) => matmul::linear(ctx, o),
+        Op::LinearBackwardInput(o) => matmul::backward_input(ctx, o),
+        Op::LinearBackwardWeight(o) => matmul::backward_weight(ctx, o),
+        Op::Rope(o) => rope::forward(ctx, o),
+        Op::RopeBackward(o) => rope::backward(ctx, o),
+        Op::Attention(o) => attention::forward(ctx, o),
+        Op::AttentionBackward(o) => attention::backward(ctx, o),
+        Op::AttentionDecode(o) => attention::cached(ctx, o),
+        Op::SwiGlu(o) => swiglu::forward(ctx, o),
+        Op::SwiGluBackward(o) => swiglu::backward(ctx, o),
+        Op::FusedLinearCrossEntropy(o) => lm_head::loss(ctx, o),
+        Op::GatherRows(o) => embedding::gather_rows(ctx, o),
+        Op::ZeroGrad(_) => update::zero_grad(ctx),
+        Op::GradNorm(o) => update::grad_norm(ctx, o),
+        Op::AdamWStep(o) => update::adamw(ctx, o),
+        Op::MuonStep(o) => muon::step(ctx, o),
     }
 }
 
-impl Model {
+impl GpuSession {
     pub fn new(
         mut device: Box<dyn Device>,
         options: Options,
         layout: &Layout,
-        need: Need,
+        spec: SessionSpec,
     ) -> anyhow::Result<Self> {
         let dtype = options.dtype;
         let mut zeros = |elements: usize, size: usize| -> anyhow::Result<Address> {
@@ -141,7 +145,7 @@ impl Model {
             Ok(at)
         };
         let len = layout.len;
-        let trained = if need.training { len } else { 0 };
+        let trained = if spec.training { len } else { 0 };
         let parameters = zeros(len, 4)?;
         let weights = if dtype == Dtype::F32 { parameters } else { zeros(len, dtype.size())? };
         let arenas = Arenas {
@@ -151,52 +155,56 @@ impl Model {
             gradients: zeros(trained, 4)?,
             first_moment: zeros(trained, 4)?,
             second_moment: zeros(trained, 4)?,
-            cache: zeros(need.cache, dtype.size())?,
+            cache: zeros(spec.cache_len, dtype.size())?,
         };
         let control = Control::new(zeros(Control::BYTES, 1)?);
-        let nothing = Region { at: Address::NULL, bytes: 0 };
+        let empty = DeviceBuffer { at: Address::NULL, bytes: 0 };
         Ok(Self {
             device,
             options,
             arenas,
-            cache: need.cache,
+            cache_len: spec.cache_len,
             control,
-            block: nothing,
-            scratch: nothing,
+            block: empty,
+            scratch: empty,
             programs: Vec::new(),
             queue: None,
             tables: HashMap::new(),
-            arranged: None,
+            current: None,
             seconds: BTreeMap::new(),
         })
     }
 
-    /// Makes a region long enough. What was recorded with its old place is forgotten.
-    fn grow(&mut self, which: fn(&mut Self) -> &mut Region, bytes: usize) -> anyhow::Result<()> {
-        let region = *which(self);
-        if region.bytes >= bytes {
+    /// Grows a buffer. Graphs that refer to its old address are dropped.
+    fn grow(
+        &mut self,
+        which: fn(&mut Self) -> &mut DeviceBuffer,
+        bytes: usize,
+    ) -> anyhow::Result<()> {
+        let buffer = *which(self);
+        if buffer.bytes >= bytes {
             return Ok(());
         }
-        if region.bytes > 0 {
-            self.device.free(region.at)?;
+        if buffer.bytes > 0 {
+            self.device.free(buffer.at)?;
         }
-        *which(self) = Region { at: Address::NULL, bytes: 0 };
+        *which(self) = DeviceBuffer { at: Address::NULL, bytes: 0 };
         let at = self.device.alloc(bytes)?;
-        *which(self) = Region { at, bytes };
+        *which(self) = DeviceBuffer { at, bytes };
         for ready in &mut self.programs {
-            ready.ran = false;
+            ready.warm = false;
             ready.graphs.clear();
         }
-        self.arranged = None;
+        self.current = None;
         Ok(())
     }
 
-    fn place(&self, Loaded(program): Loaded, buffer: Buffer) -> Address {
-        assert_eq!(self.arranged, Some(program), "outputs are those of the program that ran last");
+    fn ptr(&self, ProgramId(program): ProgramId, buffer: Buffer) -> Address {
+        assert_eq!(self.current, Some(program), "only the program that ran last has outputs");
         self.block.at.plus(self.programs[program].plan.offsets[buffer.0])
     }
 
-    fn dtype_of(&self, Loaded(program): Loaded, buffer: Buffer) -> Dtype {
+    fn dtype_of(&self, ProgramId(program): ProgramId, buffer: Buffer) -> Dtype {
         let element = self.programs[program].program.info(buffer).kind;
         if element.size(2) == 2 { self.options.dtype } else { Dtype::F32 }
     }
@@ -207,24 +215,25 @@ impl Model {
         Ok(into)
     }
 
-    /// Asks for every kernel of one run of a program, timing each operation if `timed`.
-    fn enqueue(&mut self, program: usize, way: Way, timed: bool) -> anyhow::Result<()> {
+    /// Launches every kernel of one run of a program, timing each op if `timed`.
+    fn launch_run(&mut self, program: usize, mode: RunMode, timed: bool) -> anyhow::Result<()> {
         let ready = &self.programs[program];
-        let queued = match (way, &self.queue, &ready.ends) {
-            (Way::Queued { draw, .. }, Some(queue), Some(ends)) => Some((queue, ends, draw)),
+        let queued = match (mode, &self.queue, &ready.io) {
+            (RunMode::Queued { gather, .. }, Some(queue), Some(io)) => Some((queue, io, gather)),
             _ => None,
         };
-        let mut pieces: Vec<Piece> = ready.program.ops.iter().enumerate().map(Piece::Op).collect();
-        if let Some((queue, ends, draw)) = queued {
-            pieces.insert(0, Piece::Begin(queue, ends, draw));
-            pieces.push(Piece::End(queue, ends));
+        let mut items: Vec<LaunchItem> =
+            ready.program.ops.iter().enumerate().map(LaunchItem::Op).collect();
+        if let Some((queue, io, gather)) = queued {
+            items.insert(0, LaunchItem::Begin(queue, io, gather));
+            items.push(LaunchItem::End(queue, io));
         }
         let mut events = Vec::new();
-        for piece in &pieces {
+        for item in &items {
             if timed {
                 events.push(self.device.record_event()?);
             }
-            let mut launcher = Launcher {
+            let mut ctx = LaunchContext {
                 device: &mut *self.device,
                 dtype: self.options.dtype,
                 options: self.options,
@@ -235,73 +244,77 @@ impl Model {
                 plan: &ready.plan,
                 block: self.block.at,
                 tables: &ready.tables,
-                op: if let Piece::Op((at, _)) = piece { *at } else { 0 },
+                op: if let LaunchItem::Op((at, _)) = item { *at } else { 0 },
                 scratch: self.scratch.at,
                 scratch_bytes: self.scratch.bytes,
                 scratch_used: 0,
             };
-            match piece {
-                Piece::Begin(queue, ends, draw) => queue::begin(&mut launcher, queue, ends, *draw)?,
-                Piece::Op((_, op)) => enqueue(&mut launcher, op)?,
-                Piece::End(queue, ends) => queue::end(&mut launcher, queue, ends)?,
+            match item {
+                LaunchItem::Begin(queue, io, gather) => queue::begin(&mut ctx, queue, io, *gather)?,
+                LaunchItem::Op((_, op)) => launch_op(&mut ctx, op)?,
+                LaunchItem::End(queue, io) => queue::end(&mut ctx, queue, io)?,
             }
         }
         if timed {
             events.push(self.device.record_event()?);
-            for (piece, pair) in pieces.iter().zip(events.windows(2)) {
+            for (item, pair) in items.iter().zip(events.windows(2)) {
                 let seconds = self.device.elapsed(pair[0], pair[1])?;
-                *self.seconds.entry(piece.name()).or_default() += seconds;
+                *self.seconds.entry(item.name()).or_default() += seconds;
             }
             self.device.clear_events();
         }
         Ok(())
     }
 
-    /// Brings the inputs of a run to the device.
-    fn feed(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<()> {
-        let Loaded(program) = loaded;
-        check_feed(&self.programs[program].program, feed)?;
-        self.feed_indices(loaded, &feed.indices)?;
-        for (buffer, values) in &feed.floats {
+    /// Uploads the inputs of a run.
+    fn upload_inputs(&mut self, loaded: ProgramId, inputs: &Inputs) -> anyhow::Result<()> {
+        let ProgramId(program) = loaded;
+        check_inputs(&self.programs[program].program, inputs)?;
+        self.upload_indices(loaded, &inputs.indices)?;
+        for (buffer, values) in &inputs.floats {
             let bytes = self.dtype_of(loaded, *buffer).encode(values);
-            self.device.upload(self.place(loaded, *buffer), &bytes)?;
+            self.device.upload(self.ptr(loaded, *buffer), &bytes)?;
         }
-        let control = Control::bytes(&feed.rates, feed.loss_scale, 0);
+        let control = Control::bytes(&inputs.hyperparams, inputs.loss_scale, 0);
         self.device.upload(self.control.address(), &control)
     }
 
-    fn feed_indices(&mut self, loaded: Loaded, indices: &[(Buffer, &[u32])]) -> anyhow::Result<()> {
-        self.arranged = Some(loaded.0);
+    fn upload_indices(
+        &mut self,
+        loaded: ProgramId,
+        indices: &[(Buffer, &[u32])],
+    ) -> anyhow::Result<()> {
+        self.current = Some(loaded.0);
         for (buffer, values) in indices {
-            self.device.upload(self.place(loaded, *buffer), bytemuck::cast_slice(values))?;
+            self.device.upload(self.ptr(loaded, *buffer), bytemuck::cast_slice(values))?;
         }
         Ok(())
     }
 
-    /// Carries a program out on the inputs that are there.
-    fn execute(&mut self, Loaded(program): Loaded, way: Way) -> anyhow::Result<()> {
-        self.arranged = Some(program);
-        let times = if let Way::Queued { times, .. } = way { times } else { 1 };
+    /// Executes a program whose inputs are in device memory.
+    fn execute(&mut self, ProgramId(program): ProgramId, mode: RunMode) -> anyhow::Result<()> {
+        self.current = Some(program);
+        let runs = if let RunMode::Queued { runs, .. } = mode { runs } else { 1 };
         if self.options.mode == Mode::Profile {
-            return (0..times).try_for_each(|_| self.enqueue(program, way, true));
+            return (0..runs).try_for_each(|_| self.launch_run(program, mode, true));
         }
         let ready = &self.programs[program];
-        if let Some(&graph) = ready.graphs.get(&way) {
+        if let Some(&graph) = ready.graphs.get(&mode) {
             return self.device.launch_graph(graph);
         }
-        // The first time one by one: loading a kernel or planning a product cannot be recorded.
-        if !(self.options.mode == Mode::Graphs && ready.ran) {
-            (0..times).try_for_each(|_| self.enqueue(program, way, false))?;
-            self.programs[program].ran = true;
+        // The first run is eager: loading a kernel or planning a matmul cannot be captured.
+        if !(self.options.mode == Mode::Graphs && ready.warm) {
+            (0..runs).try_for_each(|_| self.launch_run(program, mode, false))?;
+            self.programs[program].warm = true;
             return Ok(());
         }
         self.device.begin_capture()?;
-        let asked = (0..times).try_for_each(|_| self.enqueue(program, way, false));
-        // Also after an error: the stream must not be left recording.
+        let launched = (0..runs).try_for_each(|_| self.launch_run(program, mode, false));
+        // Also after an error: the stream must not stay in capture mode.
         let graph = self.device.end_capture();
-        asked?;
+        launched?;
         let graph = graph?;
-        self.programs[program].graphs.insert(way, graph);
+        self.programs[program].graphs.insert(mode, graph);
         self.device.launch_graph(graph)
     }
 
@@ -314,47 +327,48 @@ impl Model {
             Arena::Gradients => (gradients, trained, Dtype::F32),
             Arena::FirstMoment => (first_moment, trained, Dtype::F32),
             Arena::SecondMoment => (second_moment, trained, Dtype::F32),
-            Arena::Cache => (cache, self.cache, self.options.dtype),
+            Arena::Cache => (cache, self.cache_len, self.options.dtype),
         }
     }
 }
 
-/// A part of what one run asks for.
-enum Piece<'a> {
-    Begin(&'a queue::Queue, &'a Ends, bool),
-    /// And its place in the program.
+/// One part of a run.
+enum LaunchItem<'a> {
+    Begin(&'a queue::DeviceQueue, &'a ProgramIo, bool),
+    /// An op and its index in the program.
     Op((usize, &'a Op)),
-    End(&'a queue::Queue, &'a Ends),
+    End(&'a queue::DeviceQueue, &'a ProgramIo),
 }
 
-impl Piece<'_> {
+impl LaunchItem<'_> {
     fn name(&self) -> &'static str {
         match self {
-            Piece::Begin(..) => "draw",
-            Piece::Op((_, op)) => op.name(),
-            Piece::End(..) => "report",
+            LaunchItem::Begin(..) => "draw",
+            LaunchItem::Op((_, op)) => op.name(),
+            LaunchItem::End(..) => "report",
         }
     }
 }
 
-/// What an operation looks up: told apart by what it depends on, made once for all that share it.
+/// A table in device memory that ops read, identified by its content and shared by all ops with the
+/// same content.
 #[derive(PartialEq, Eq, Hash)]
-enum Table {
-    /// Positions, and the bits of each frequency.
+enum ConstantTable {
+    /// Number of positions, and the bits of each frequency.
     Rope(usize, Vec<u64>),
-    /// Places in the arenas, as the kernel of an update reads them.
-    Places(Vec<u8>),
+    /// Offsets into the arenas, in the layout that an update kernel reads.
+    Offsets(Vec<u8>),
 }
 
-impl Model {
-    /// The table of an operation that has one, in the device's memory.
-    fn table(&mut self, op: &Op) -> anyhow::Result<Option<Address>> {
+impl GpuSession {
+    /// Address of an op's constant table, if it has one.
+    fn constant_table(&mut self, op: &Op) -> anyhow::Result<Option<Address>> {
         let bits = |frequencies: &[f64]| frequencies.iter().map(|f| f.to_bits()).collect();
         let key = match op {
-            Op::Rope(o) => Table::Rope(o.positions, bits(&o.frequencies)),
-            Op::RopeBackward(o) => Table::Rope(o.shape.seq_len, bits(&o.frequencies)),
-            Op::AdamWStep(o) => Table::Places(update::table(o)),
-            Op::MuonStep(o) => Table::Places(muon::table(o)),
+            Op::Rope(o) => ConstantTable::Rope(o.positions, bits(&o.frequencies)),
+            Op::RopeBackward(o) => ConstantTable::Rope(o.shape.seq_len, bits(&o.frequencies)),
+            Op::AdamWStep(o) => ConstantTable::Offsets(update::table(o)),
+            Op::MuonStep(o) => ConstantTable::Offsets(muon::table(o)),
             _ => return Ok(None),
         };
         if let Some(address) = self.tables.get(&key) {
@@ -362,12 +376,12 @@ impl Model {
         }
         let made;
         let bytes = match &key {
-            Table::Rope(positions, bits) => {
+            ConstantTable::Rope(positions, bits) => {
                 let frequencies: Vec<f64> = bits.iter().map(|&bits| f64::from_bits(bits)).collect();
                 made = rope::table(*positions, &frequencies);
                 &made
             }
-            Table::Places(bytes) => bytes,
+            ConstantTable::Offsets(bytes) => bytes,
         };
         let address = self.device.alloc(bytes.len())?;
         self.device.upload(address, bytes)?;
@@ -376,14 +390,14 @@ impl Model {
     }
 }
 
-/// The kernels count rows and columns in 32 bits, with a sign.
+/// Checks the limits of the kernels: 32-bit signed indices, head_dim, vocabulary.
 fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
     let most = i32::MAX as usize;
     let rows = program.buffers.iter().filter(|info| info.kind.size(2) == 4);
     let rows = rows.map(|info| info.len).max().unwrap_or(0);
     if rows > most || arenas.len / Layout::ALIGN > most {
         return Err(error::config(
-            format!("micro-batch too large: {rows} rows exceed the kernels' 32-bit index"),
+            format!("micro-batch too large: {rows} elements exceed the kernels' 32-bit index"),
             "decrease `batch_size`, or increase `gradient_accumulation_steps`",
         ));
     }
@@ -404,8 +418,8 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
     Ok(())
 }
 
-impl Session for Model {
-    fn load(&mut self, program: Program) -> anyhow::Result<Loaded> {
+impl Session for GpuSession {
+    fn load(&mut self, program: Program) -> anyhow::Result<ProgramId> {
         check_sizes(&program, self.arenas)?;
         let plan = program.byte_plan(self.options.dtype.size());
         self.grow(|model| &mut model.block, plan.bytes)?;
@@ -413,39 +427,46 @@ impl Session for Model {
         self.grow(|model| &mut model.scratch, bytes)?;
         let mut tables = HashMap::new();
         for (at, op) in program.ops.iter().enumerate() {
-            if let Some(table) = self.table(op)? {
+            if let Some(table) = self.constant_table(op)? {
                 tables.insert(at, table);
             }
         }
         let graphs = HashMap::new();
-        self.programs.push(Ready { program, plan, tables, ends: None, ran: false, graphs });
-        Ok(Loaded(self.programs.len() - 1))
+        self.programs.push(CompiledProgram {
+            program,
+            plan,
+            tables,
+            io: None,
+            warm: false,
+            graphs,
+        });
+        Ok(ProgramId(self.programs.len() - 1))
     }
 
-    fn run(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<()> {
-        self.feed(loaded, feed)?;
-        self.execute(loaded, Way::Fed)
+    fn run(&mut self, loaded: ProgramId, inputs: &Inputs) -> anyhow::Result<()> {
+        self.upload_inputs(loaded, inputs)?;
+        self.execute(loaded, RunMode::Direct)
     }
 
-    fn time(&mut self, loaded: Loaded, feed: &Feed) -> anyhow::Result<f64> {
-        self.feed(loaded, feed)?;
+    fn time(&mut self, loaded: ProgramId, inputs: &Inputs) -> anyhow::Result<f64> {
+        self.upload_inputs(loaded, inputs)?;
         let start = self.device.record_event()?;
-        self.execute(loaded, Way::Fed)?;
+        self.execute(loaded, RunMode::Direct)?;
         let end = self.device.record_event()?;
         let seconds = self.device.elapsed(start, end)?;
         self.device.clear_events();
         Ok(seconds)
     }
 
-    fn floats(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<f32>> {
+    fn floats(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<f32>> {
         let dtype = self.dtype_of(program, buffer);
         let len = self.programs[program.0].program.info(buffer).len;
-        Ok(dtype.decode(&self.download(self.place(program, buffer), len * dtype.size())?))
+        Ok(dtype.decode(&self.download(self.ptr(program, buffer), len * dtype.size())?))
     }
 
-    fn indices(&self, program: Loaded, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
+    fn indices(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
         let len = self.programs[program.0].program.info(buffer).len;
-        let bytes = self.download(self.place(program, buffer), 4 * len)?;
+        let bytes = self.download(self.ptr(program, buffer), 4 * len)?;
         Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 
@@ -458,7 +479,7 @@ impl Session for Model {
     }
 
     fn poison(&mut self) -> anyhow::Result<()> {
-        for Region { at, bytes } in [self.block, self.scratch] {
+        for DeviceBuffer { at, bytes } in [self.block, self.scratch] {
             if bytes > 0 {
                 self.device.memset(at, 0xFF, bytes)?;
             }
@@ -494,120 +515,125 @@ impl Session for Model {
         let element = self.options.dtype.size();
         let copies = if weights == parameters { 0 } else { element * len };
         let trained = if gradients == Address::NULL { 0 } else { 3 * 4 * len };
-        let held = self.queue.as_ref().and_then(|queue| queue.held.as_ref());
-        let tokens = held.map_or(0, |held| held.bytes);
-        let regions = self.block.bytes + self.scratch.bytes;
-        4 * len + copies + trained + self.cache * element + tokens + regions
+        let resident = self.queue.as_ref().and_then(|queue| queue.resident.as_ref());
+        let tokens = resident.map_or(0, |resident| resident.bytes);
+        let buffers = self.block.bytes + self.scratch.bytes;
+        4 * len + copies + trained + self.cache_len * element + tokens + buffers
     }
 
-    fn queue(&mut self) -> Option<&mut dyn Queue> {
+    fn queue(&mut self) -> Option<&mut dyn StepQueue> {
         Some(self)
     }
 
     fn state(&self) -> anyhow::Result<Value> {
         let scale = self.queue.as_ref().map(|queue| queue.scale(&*self.device)).transpose()?;
-        let state = State { loss_scale: scale.flatten(), choices: self.device.matmul_plans() };
-        Ok(if state == State::default() { Value::Null } else { serde_json::to_value(state)? })
+        let state =
+            GpuState { loss_scale: scale.flatten(), matmul_plans: self.device.matmul_plans() };
+        Ok(if state == GpuState::default() { Value::Null } else { serde_json::to_value(state)? })
     }
 
     fn restore(&mut self, state: &Value) -> anyhow::Result<Option<String>> {
         if state.is_null() {
             return Ok(None);
         }
-        let State { loss_scale, choices } = serde_json::from_value(state.clone())?;
+        let GpuState { loss_scale, matmul_plans } = serde_json::from_value(state.clone())?;
         if let Some(scale) = loss_scale {
             anyhow::ensure!(scale.0.is_normal() && scale.0 > 0.0, "invalid loss scale {}", scale.0);
             self.ready_queue()?;
-            let queue = self.queue.as_mut().expect("it is ready");
+            let queue = self.queue.as_mut().expect("created above");
             queue.rescale(&mut *self.device, scale)?;
         }
-        Ok(if choices.is_null() { None } else { self.device.pin_matmul_plans(&choices) })
+        Ok(if matmul_plans.is_null() { None } else { self.device.pin_matmul_plans(&matmul_plans) })
     }
 }
 
-impl Queue for Model {
-    fn room(&self) -> usize {
-        self.queue.as_ref().map_or(queue::ROOM, queue::Queue::free)
+impl StepQueue for GpuSession {
+    fn capacity(&self) -> usize {
+        self.queue.as_ref().map_or(queue::MAX_QUEUED_RUNS, queue::DeviceQueue::capacity)
     }
 
-    fn hold(&mut self, windows: &Windows) -> anyhow::Result<bool> {
+    fn upload_dataset(&mut self, windows: &Windows) -> anyhow::Result<bool> {
         let queued = self.programs.iter().filter_map(|ready| {
-            ready.ends.map(|ends| ready.program.info(ends.batch.ids).len / windows.context())
+            ready.io.map(|io| ready.program.info(io.inputs.ids).len / windows.context())
         });
-        let windows_a_run = queued.max().unwrap_or(1);
+        let windows_per_run = queued.max().unwrap_or(1);
         let (free, _) = self.device.memory()?;
-        let most = self.options.most_tokens.unwrap_or(free / 2);
-        self.ready_queue()?.held = None;
-        let held = Held::new(&mut *self.device, windows, windows_a_run, most)?;
-        let fits = held.is_some();
-        self.ready_queue()?.held = held;
+        let max_bytes = self.options.max_resident_bytes.unwrap_or(free / 2);
+        self.ready_queue()?.resident = None;
+        let resident = ResidentTokens::new(&mut *self.device, windows, windows_per_run, max_bytes)?;
+        let fits = resident.is_some();
+        self.ready_queue()?.resident = resident;
         for ready in &mut self.programs {
             ready.graphs.clear();
         }
         Ok(fits)
     }
 
-    fn load(&mut self, micro: MicroBatch, norm: Option<Buffer>) -> anyhow::Result<Loaded> {
+    fn load(&mut self, micro: MicroBatch, norm: Option<Buffer>) -> anyhow::Result<ProgramId> {
         self.ready_queue()?;
-        let ends = Ends { batch: micro.inputs, nll: micro.losses.nll, norm };
+        let io = ProgramIo { inputs: micro.inputs, nll: micro.losses.nll, norm };
         let loaded = Session::load(self, micro.program)?;
-        self.programs[loaded.0].ends = Some(ends);
+        self.programs[loaded.0].io = Some(io);
         Ok(loaded)
     }
 
-    fn push(&mut self, runs: &[Run]) -> anyhow::Result<()> {
-        let waiting: Vec<_> = runs
+    fn enqueue(&mut self, runs: &[StepRun]) -> anyhow::Result<()> {
+        let pending: Vec<_> = runs
             .iter()
-            .map(|run| Waiting {
-                rates: &run.rates,
+            .map(|run| PendingRun {
+                hyperparams: &run.hyperparams,
                 loss_scale: run.loss_scale,
-                windows: if let Data::Windows(windows) = run.data { windows } else { &[] },
-                ends: self.programs[run.program.0].ends.is_some_and(|ends| ends.norm.is_some()),
+                windows: if let BatchSource::Windows(windows) = run.data { windows } else { &[] },
+                ends_step: self.programs[run.program.0].io.is_some_and(|io| io.norm.is_some()),
             })
             .collect();
-        let queue = self.queue.as_mut().expect("the programs were loaded for it");
-        let drawn = waiting.iter().any(|run| !run.windows.is_empty());
-        if drawn && queue.held.is_none() {
-            return Err(error::internal("a step draws windows, but none are on the device"));
+        let queue = self.queue.as_mut().expect("loading the programs created the queue");
+        let gathers = pending.iter().any(|run| !run.windows.is_empty());
+        if gathers && queue.resident.is_none() {
+            return Err(error::internal(
+                "a run gathers windows, but no token file is on the device",
+            ));
         }
-        queue.push(&mut *self.device, &waiting)?;
+        queue.enqueue(&mut *self.device, &pending)?;
         let mut at = 0;
         while let Some(run) = runs.get(at) {
             let program = run.program;
-            let times = match &run.data {
-                Data::Batch(batch) => {
-                    let ends = self.programs[program.0].ends.expect("it was loaded for the queue");
-                    self.feed_indices(program, &ends.batch.bind(batch.arrays()))?;
+            let count = match &run.data {
+                BatchSource::Batch(batch) => {
+                    let io =
+                        self.programs[program.0].io.expect("the program was loaded for the queue");
+                    self.upload_indices(program, &io.inputs.bind(batch.arrays()))?;
                     1
                 }
-                Data::Windows(_) => {
-                    let same =
-                        |run: &&Run| run.program == program && matches!(run.data, Data::Windows(_));
-                    let row = runs[at..].iter().take_while(same).count();
-                    if row >= ROW { ROW } else { 1 }
+                BatchSource::Windows(_) => {
+                    let is_same = |run: &&StepRun| {
+                        run.program == program && matches!(run.data, BatchSource::Windows(_))
+                    };
+                    let same = runs[at..].iter().take_while(is_same).count();
+                    if same >= STEPS_PER_GRAPH { STEPS_PER_GRAPH } else { 1 }
                 }
             };
-            let draw = matches!(run.data, Data::Windows(_));
-            self.execute(program, Way::Queued { draw, times })?;
-            at += times;
+            let gather = matches!(run.data, BatchSource::Windows(_));
+            self.execute(program, RunMode::Queued { gather, runs: count })?;
+            at += count;
         }
         Ok(())
     }
 
-    fn outcomes(&mut self) -> anyhow::Result<Vec<Ran>> {
+    fn drain(&mut self) -> anyhow::Result<Vec<RunResult>> {
         match &mut self.queue {
-            Some(queue) => queue.outcomes(&mut *self.device),
+            Some(queue) => queue.drain(&mut *self.device),
             None => Ok(Vec::new()),
         }
     }
 }
 
-impl Model {
-    /// The queue, made when it is first needed.
-    fn ready_queue(&mut self) -> anyhow::Result<&mut queue::Queue> {
+impl GpuSession {
+    /// The queue, created on first use.
+    fn ready_queue(&mut self) -> anyhow::Result<&mut queue::DeviceQueue> {
         if self.queue.is_none() {
-            self.queue = Some(queue::Queue::new(&mut *self.device, self.options.dtype)?);
+            self.queue = Some(queue::DeviceQueue::new(&mut *self.device, self.options.dtype)?);
         }
-        Ok(self.queue.as_mut().expect("it was made above"))
+        Ok(self.queue.as_mut().expect("created above"))
     }
 }

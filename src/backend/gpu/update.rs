@@ -1,6 +1,6 @@
 //! Norm of the gradients and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
-use super::launcher::{Launcher, Shape, int, scratch};
+use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Arg;
 use crate::dtype::Dtype;
 use crate::llama::ops::{AdamWStep, GradNorm};
@@ -13,8 +13,8 @@ const CHUNK: usize = 4096;
 /// Bytes of `Rates` in `kernels/adamw.cu`.
 const RATES: usize = 24;
 
-pub(super) fn zero_grad(l: &mut Launcher) -> anyhow::Result<()> {
-    l.device.memset(l.arenas.gradients, 0, 4 * l.arenas.len)
+pub(super) fn zero_grad(ctx: &mut LaunchContext) -> anyhow::Result<()> {
+    ctx.device.memset(ctx.arenas.gradients, 0, 4 * ctx.arenas.len)
 }
 
 fn blocks(len: usize) -> usize {
@@ -25,14 +25,14 @@ pub(super) fn norm_workspace(len: usize) -> usize {
     scratch([8 * blocks(len)])
 }
 
-pub(super) fn grad_norm(l: &mut Launcher, o: &GradNorm) -> anyhow::Result<()> {
-    let len = l.arenas.len;
+pub(super) fn grad_norm(ctx: &mut LaunchContext, o: &GradNorm) -> anyhow::Result<()> {
+    let len = ctx.arenas.len;
     let blocks = blocks(len);
-    let partials = l.take(8 * blocks);
-    let args = [l.arenas.gradients.into(), partials.into(), (len as u64).into()];
-    l.launch("grad_norm_partials", Shape::linear(blocks, 256), &args)?;
-    let args = [partials.into(), l.scaling.into(), l.at(o.norm).into(), int(blocks)];
-    l.launch("grad_norm", Shape::linear(1, 256), &args)
+    let partials = ctx.scratch_alloc(8 * blocks);
+    let args = [ctx.arenas.gradients.into(), partials.into(), (len as u64).into()];
+    ctx.launch("grad_norm_partials", LaunchShape::linear(blocks, 256), &args)?;
+    let args = [partials.into(), ctx.scaling.into(), ctx.ptr(o.norm).into(), int(blocks)];
+    ctx.launch("grad_norm", LaunchShape::linear(1, 256), &args)
 }
 
 /// The ranges cut into chunks: start, count, decay.
@@ -55,34 +55,34 @@ pub(super) fn adamw_workspace() -> usize {
     scratch([RATES])
 }
 
-pub(super) fn adamw(l: &mut Launcher, o: &AdamWStep) -> anyhow::Result<()> {
-    let rates = l.take(RATES);
+pub(super) fn adamw(ctx: &mut LaunchContext, o: &AdamWStep) -> anyhow::Result<()> {
+    let rates = ctx.scratch_alloc(RATES);
     let args = [
-        l.control.learning_rate().into(),
-        l.control.step().into(),
-        l.at(o.norm).into(),
-        l.scaling.into(),
+        ctx.control.learning_rate().into(),
+        ctx.control.step().into(),
+        ctx.ptr(o.norm).into(),
+        ctx.scaling.into(),
         rates.into(),
         (o.max_grad_norm as f32).into(),
         o.beta1.into(),
         o.beta2.into(),
     ];
-    l.launch("adamw_step_params", Shape::linear(1, 1), &args)?;
+    ctx.launch("adamw_step_params", LaunchShape::linear(1, 1), &args)?;
     let count = chunks(o).count();
     if count == 0 {
         return Ok(());
     }
-    let arenas = l.arenas;
+    let arenas = ctx.arenas;
     let mut args: Vec<Arg> = vec![
         arenas.gradients.into(),
         arenas.parameters.into(),
         arenas.first_moment.into(),
         arenas.second_moment.into(),
     ];
-    if l.dtype != Dtype::F32 {
+    if ctx.dtype != Dtype::F32 {
         args.push(arenas.weights.into());
     }
-    args.extend([Arg::from(l.table()), rates.into()]);
+    args.extend([Arg::from(ctx.constant_table()), rates.into()]);
     args.extend([o.beta1, o.beta2, o.epsilon].map(Arg::from));
-    l.typed("adamw", Shape::linear(count, 256), &args)
+    ctx.launch_for_dtype("adamw", LaunchShape::linear(count, 256), &args)
 }

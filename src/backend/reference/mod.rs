@@ -15,9 +15,9 @@ mod tests;
 
 use num_traits::Float;
 
-use super::host::{Execute, Host, Real};
+use super::host::{Execute, HostSession, Real};
 use super::memory::Memory;
-use super::{Backend, Feed, Need, Session};
+use super::{Backend, Inputs, Session, SessionSpec};
 use crate::dtype::Dtype;
 use crate::llama::{BufferKind, Op, Program};
 use crate::model::{Layout, Span};
@@ -57,20 +57,20 @@ impl Backend for Reference {
         format!("reference, plain loops in {:?}", self.arithmetic).to_lowercase()
     }
 
-    fn open(&self, layout: &Layout, need: Need) -> anyhow::Result<Box<dyn Session>> {
+    fn open(&self, layout: &Layout, spec: SessionSpec) -> anyhow::Result<Box<dyn Session>> {
         let plain = Plain { rounding: self.rounding };
         Ok(match self.arithmetic {
-            Arithmetic::F32 => Box::new(Host::<f32, _>::new(layout, need, plain)),
-            Arithmetic::F64 => Box::new(Host::<f64, _>::new(layout, need, plain)),
+            Arithmetic::F32 => Box::new(HostSession::<f32, _>::new(layout, spec, plain)),
+            Arithmetic::F64 => Box::new(HostSession::<f64, _>::new(layout, spec, plain)),
         })
     }
 
-    fn micro_windows(&self, windows: usize, _context: usize) -> usize {
-        windows
+    fn micro_batch(&self, batch: usize, _seq_len: usize) -> usize {
+        batch
     }
 
     /// It allocates as it goes: nobody trains on it.
-    fn workspace(&self, _program: &Program) -> usize {
+    fn workspace_bytes(&self, _program: &Program) -> usize {
         0
     }
 }
@@ -96,9 +96,9 @@ impl Plain {
 }
 
 impl<R: Real + Float> Execute<R> for Plain {
-    fn execute(&mut self, program: &Program, memory: &mut Memory<R>, feed: &Feed) {
+    fn execute(&mut self, program: &Program, memory: &mut Memory<R>, inputs: &Inputs) {
         for op in &program.ops {
-            self.one(op, program, memory, feed);
+            self.one(op, program, memory, inputs);
         }
     }
 }
@@ -109,7 +109,7 @@ impl Plain {
         op: &Op,
         program: &Program,
         memory: &mut Memory<R>,
-        feed: &Feed,
+        inputs: &Inputs,
     ) {
         match op {
             Op::Embedding(o) => self.embedding(o, memory),
@@ -127,13 +127,13 @@ impl Plain {
             Op::SwiGlu(o) => self.swiglu(o, memory),
             Op::SwiGluBackward(o) => self.swiglu_backward(o, memory),
             Op::FusedLinearCrossEntropy(o) => {
-                self.fused_linear_cross_entropy(o, memory, feed.loss_scale)
+                self.fused_linear_cross_entropy(o, memory, inputs.loss_scale)
             }
             Op::GatherRows(o) => self.gather_rows(o, memory),
             Op::ZeroGrad(_) => memory.gradients.fill(R::zero()),
             Op::GradNorm(o) => self.grad_norm(o, memory),
-            Op::AdamWStep(o) => self.adamw(o, memory, &feed.rates),
-            Op::MuonStep(o) => self.muon(o, memory, &feed.rates),
+            Op::AdamWStep(o) => self.adamw(o, memory, &inputs.hyperparams),
+            Op::MuonStep(o) => self.muon(o, memory, &inputs.hyperparams),
         }
         if self.rounding.is_some() {
             for buffer in op.writes() {

@@ -1,7 +1,7 @@
 //! Every backward held by central finite differences in f64, one operation at a time.
 
-use super::super::host::Host;
-use super::super::{Feed, Loaded, Need, Session};
+use super::super::host::HostSession;
+use super::super::{Inputs, ProgramId, Session, SessionSpec};
 use super::Plain;
 use crate::llama::ops::{
     Attention, AttentionBackward, AttentionShape, Embedding, EmbeddingBackward,
@@ -77,7 +77,7 @@ impl Pair {
     fn error(self) -> f64 {
         let mut machine = Machine::new(&self);
         machine.loss();
-        machine.host.run(machine.backward, &machine.feed).unwrap();
+        machine.host.run(machine.backward, &machine.inputs).unwrap();
         let by_input = self.inputs.iter().map(|&(x, dx)| {
             let places = (0..self.program.info(x).len).map(|i| Place::Float(x, i)).collect();
             (places, machine.host.memory.floats.one(dx).to_vec())
@@ -105,11 +105,11 @@ enum Place {
 }
 
 struct Machine {
-    host: Host<f64, Plain>,
-    forward: Loaded,
-    backward: Loaded,
+    host: HostSession<f64, Plain>,
+    forward: ProgramId,
+    backward: ProgramId,
     outputs: Vec<(Buffer, Buffer)>,
-    feed: Feed<'static>,
+    inputs: Inputs<'static>,
 }
 
 impl Machine {
@@ -122,16 +122,16 @@ impl Machine {
             head: Span { offset: 0, rows: 0, cols: 0 },
             len: pair.weight.map_or(0, |w| w.range().end),
         };
-        let need = Need { training: true, cache: 0 };
-        let mut host = Host::<f64, _>::new(&layout, need, Plain { rounding: None });
+        let spec = SessionSpec { training: true, cache_len: 0 };
+        let mut host = HostSession::<f64, _>::new(&layout, spec, Plain { rounding: None });
         // All buffers are outputs, so both programs lay them out alike in one block.
         let mut load =
             |ops: &[Op]| host.load(Program { ops: ops.to_vec(), ..pair.program.clone() }).unwrap();
         let (forward, backward) = (load(&pair.forward), load(&pair.backward));
-        let feed = Feed { loss_scale: LOSS_SCALE, ..Feed::default() };
+        let inputs = Inputs { loss_scale: LOSS_SCALE, ..Inputs::default() };
 
         let nothing = host.load(Program { ops: vec![], ..pair.program.clone() }).unwrap();
-        host.run(nothing, &feed).unwrap();
+        host.run(nothing, &inputs).unwrap();
         fill(0, &mut host.memory.parameters);
         for (sequence, &(x, dx)) in pair.inputs.iter().enumerate() {
             fill(1 + sequence, host.memory.floats.get([x])[0]);
@@ -150,11 +150,11 @@ impl Machine {
         for (buffer, values) in &pair.indices {
             host.memory.indices.get([*buffer])[0].copy_from_slice(values);
         }
-        Self { host, forward, backward, outputs: pair.outputs.clone(), feed }
+        Self { host, forward, backward, outputs: pair.outputs.clone(), inputs }
     }
 
     fn loss(&mut self) -> f64 {
-        self.host.run(self.forward, &self.feed).unwrap();
+        self.host.run(self.forward, &self.inputs).unwrap();
         let floats = &self.host.memory.floats;
         self.outputs.iter().map(|&(y, dy)| super::dot(floats.one(y), floats.one(dy))).sum()
     }

@@ -25,16 +25,16 @@ impl Plain {
         &self,
         o: &AdamWStep,
         memory: &mut Memory<R>,
-        rates: &StepHyperparams,
+        hyperparams: &StepHyperparams,
     ) {
         let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
-        let t = rates.step as f64;
-        let step_size = real::<R>(rates.learning_rate / (1.0 - o.beta1.powf(t)));
+        let t = hyperparams.step as f64;
+        let step_size = real::<R>(hyperparams.learning_rate / (1.0 - o.beta1.powf(t)));
         let correction = real::<R>((1.0 - o.beta2.powf(t)).sqrt());
         for (range, decay) in &o.ranges {
             for i in range.clone() {
                 let g = memory.gradients[i] * clip;
-                let p = memory.parameters[i] * real(1.0 - rates.learning_rate * decay);
+                let p = memory.parameters[i] * real(1.0 - hyperparams.learning_rate * decay);
                 let (m, v) = (memory.first_moment[i], memory.second_moment[i]);
                 let m = m + (g - m) * real(1.0 - o.beta1);
                 let v = v * real(o.beta2) + g * g * real(1.0 - o.beta2);
@@ -50,7 +50,7 @@ impl Plain {
         &self,
         o: &MuonStep,
         memory: &mut Memory<R>,
-        rates: &StepHyperparams,
+        hyperparams: &StepHyperparams,
     ) {
         let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
         let momentum = real::<R>(o.momentum);
@@ -64,9 +64,9 @@ impl Plain {
             let update = orthogonalise(&update, w.rows, w.cols);
             let scale = (w.rows as f64 / w.cols as f64).max(1.0).sqrt();
             for (i, u) in w.range().zip(update) {
-                let p =
-                    memory.parameters[i] * real(1.0 - rates.muon_learning_rate * o.weight_decay);
-                memory.parameters[i] = p - real::<R>(rates.muon_learning_rate * scale) * u;
+                let p = memory.parameters[i]
+                    * real(1.0 - hyperparams.muon_learning_rate * o.weight_decay);
+                memory.parameters[i] = p - real::<R>(hyperparams.muon_learning_rate * scale) * u;
             }
         }
     }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::draw::Draw;
 use crate::backend::reference::Reference;
-use crate::backend::{Arena, Backend, Feed, Need};
+use crate::backend::{Arena, Backend, Inputs, SessionSpec};
 use crate::dtype::Dtype;
 use crate::llama::ops::{
     AdamWStep, Attention, AttentionBackward, AttentionDecode, AttentionShape, Embedding,
@@ -50,13 +50,13 @@ pub(in crate::bench) struct Case {
     pub operation: &'static str,
     pub shape: String,
     pub layout: Layout,
-    pub need: Need,
+    pub spec: SessionSpec,
     pub program: Program,
     pub floats: Vec<(Buffer, Vec<f32>)>,
     pub indices: Vec<(Buffer, Vec<u32>)>,
     pub arenas: Vec<(Arena, Vec<f32>)>,
     pub outputs: Vec<Output>,
-    pub rates: StepHyperparams,
+    pub hyperparams: StepHyperparams,
 }
 
 #[derive(Clone)]
@@ -143,13 +143,13 @@ impl Build {
             operation: "",
             shape,
             layout,
-            need: Need { training, cache: 0 },
+            spec: SessionSpec { training, cache_len: 0 },
             program: Program::default(),
             floats: Vec::new(),
             indices: Vec::new(),
             arenas: Vec::new(),
             outputs: Vec::new(),
-            rates: StepHyperparams::default(),
+            hyperparams: StepHyperparams::default(),
         };
         Build { case }
     }
@@ -528,15 +528,15 @@ fn forward(
     let lse = program.buffer("lse", BufferKind::Float, rows * shape.heads, BufferRole::Output);
     program.ops.push(Op::Attention(Attention { q, k, v, first_key, shape: *shape, out, lse }));
     let reference = Reference::F64;
-    let feed = Feed {
+    let inputs = Inputs {
         indices: case.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
         floats: case.floats.iter().map(|(b, values)| (*b, values.as_slice().into())).collect(),
-        ..Feed::default()
+        ..Inputs::default()
     };
     let forward = || -> anyhow::Result<_> {
-        let mut session = reference.open(&case.layout, Need::default())?;
+        let mut session = reference.open(&case.layout, SessionSpec::default())?;
         let program = session.load(program)?;
-        session.run(program, &feed)?;
+        session.run(program, &inputs)?;
         Ok((session.floats(program, out)?, session.floats(program, lse)?))
     };
     forward().expect("the reference takes every case")
@@ -562,7 +562,7 @@ fn attention_decode(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype
         let what = format!("{} after {before} of {capacity}", describe(&shape));
         let mut b = Build::new(what, alone(1, 1), false);
         // The second of two layers.
-        b.case.need.cache = 4 * plane;
+        b.case.spec.cache_len = 4 * plane;
         let (keys, values) = (2 * plane, 3 * plane);
         let first = AttentionShape { seq_len: before, ..shape };
         let zeros = vec![0; shape.batch];
@@ -713,7 +713,7 @@ fn update(b: &mut Build, draw: &mut Draw, second: bool) -> Buffer {
     if second {
         b.case.outputs.push(Output::Arena(Arena::SecondMoment, whole));
     }
-    b.case.rates = StepHyperparams { learning_rate: 0.03, muon_learning_rate: 0.2, step: 7 };
+    b.case.hyperparams = StepHyperparams { learning_rate: 0.03, muon_learning_rate: 0.2, step: 7 };
     // Above the clip's bound of 1.
     b.given("norm", BufferKind::Float, vec![1.7])
 }

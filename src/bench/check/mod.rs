@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use self::cases::Output;
 use crate::backend::reference::Reference;
-use crate::backend::{Arena, Backend, Feed};
+use crate::backend::{Arena, Backend, Inputs};
 use crate::dtype::Dtype;
 use crate::error;
 use crate::llama::ops::name_matches;
@@ -189,7 +189,7 @@ impl Case {
 
     /// Executes it `times` times in one session, each time from the same start.
     fn run(&self, backend: &dyn Backend, times: usize) -> anyhow::Result<Vec<Outputs>> {
-        let mut session = backend.open(&self.layout, self.need)?;
+        let mut session = backend.open(&self.layout, self.spec)?;
         let program = session.load(self.program.clone())?;
         let mut runs = Vec::new();
         for _ in 0..times {
@@ -222,7 +222,7 @@ impl Case {
         warmup: usize,
         runs: usize,
     ) -> anyhow::Result<Vec<f64>> {
-        let mut session = backend.open(&self.layout, self.need)?;
+        let mut session = backend.open(&self.layout, self.spec)?;
         let program = session.load(self.program.clone())?;
         for (arena, values) in &self.arenas {
             session.write(*arena, values)?;
@@ -237,12 +237,12 @@ impl Case {
         Ok(seconds)
     }
 
-    fn feed(&self) -> Feed<'_> {
-        Feed {
+    fn feed(&self) -> Inputs<'_> {
+        Inputs {
             indices: self.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
             floats: self.floats.iter().map(|(b, v)| (*b, v.as_slice().into())).collect(),
             loss_scale: 1.0,
-            rates: self.rates,
+            hyperparams: self.hyperparams,
         }
     }
 

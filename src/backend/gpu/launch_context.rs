@@ -1,4 +1,4 @@
-//! What an operation launches with: places of buffers and parameters, scratch, kernels, products.
+//! The context in which an op launches its kernels and matmuls: device addresses, scratch memory.
 
 use std::collections::HashMap;
 
@@ -9,24 +9,24 @@ use crate::llama::ops::AttentionShape;
 use crate::llama::{Buffer, BufferKind, BytePlan, Program, StepHyperparams};
 use crate::model::Span;
 
-/// The flat arrays of a model in a device's memory.
+/// Device addresses of a model's flat arrays.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Arenas {
-    /// Elements of each but the cache.
+    /// Length of each but the cache, in elements.
     pub len: usize,
     /// f32.
     pub parameters: Address,
-    /// What products read: the parameters themselves in f32, or their copy.
+    /// Weights as matmuls read them: the f32 parameters, or their copy in the compute dtype.
     pub weights: Address,
-    /// f32, as are the moments; all null in a session that does not train.
+    /// f32, as are the moments; all null in a session without training.
     pub gradients: Address,
     pub first_moment: Address,
     pub second_moment: Address,
-    /// Of the activations' type.
+    /// In the compute dtype.
     pub cache: Address,
 }
 
-/// What changes from run to run, in a device's memory, so that one graph serves every run.
+/// Device memory with everything that changes from run to run, so that one graph serves every run.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Control {
     at: Address,
@@ -38,12 +38,13 @@ impl Control {
     pub fn new(at: Address) -> Self {
         Self { at }
     }
-    /// As `Record` in `kernels/step_queue.cu` has it; `begin` is where a run's windows stand in the queue.
-    pub fn bytes(rates: &StepHyperparams, loss_scale: f64, begin: u32) -> [u8; Self::BYTES] {
+    /// The layout of `Record` in `kernels/step_queue.cu`; `begin` is the offset of the run's window
+    /// indices.
+    pub fn bytes(hyperparams: &StepHyperparams, loss_scale: f64, begin: u32) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
-        bytes[0..8].copy_from_slice(&rates.learning_rate.to_le_bytes());
-        bytes[8..16].copy_from_slice(&rates.muon_learning_rate.to_le_bytes());
-        bytes[16..24].copy_from_slice(&rates.step.to_le_bytes());
+        bytes[0..8].copy_from_slice(&hyperparams.learning_rate.to_le_bytes());
+        bytes[8..16].copy_from_slice(&hyperparams.muon_learning_rate.to_le_bytes());
+        bytes[16..24].copy_from_slice(&hyperparams.step.to_le_bytes());
         bytes[24..28].copy_from_slice(&(loss_scale as f32).to_le_bytes());
         bytes[28..32].copy_from_slice(&begin.to_le_bytes());
         bytes
@@ -73,56 +74,56 @@ impl Control {
     }
 }
 
-/// Blocks, threads of a block, bytes of dynamic shared memory.
+/// Blocks per grid, threads per block, bytes of dynamic shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct LaunchShape {
     pub grid: [usize; 3],
     pub block: [usize; 3],
     pub shared: usize,
 }
 
-impl Shape {
-    /// Along x alone.
-    pub fn linear(grid: usize, block: usize) -> Shape {
-        Shape { grid: [grid, 1, 1], block: [block, 1, 1], shared: 0 }
+impl LaunchShape {
+    /// A one-dimensional grid of one-dimensional blocks.
+    pub fn linear(grid: usize, block: usize) -> LaunchShape {
+        LaunchShape { grid: [grid, 1, 1], block: [block, 1, 1], shared: 0 }
     }
 }
 
-/// What one operation of a program launches with.
-pub(super) struct Launcher<'a> {
+/// The context of one op of a program.
+pub(super) struct LaunchContext<'a> {
     pub device: &'a mut dyn Device,
     pub dtype: Dtype,
     pub options: Options,
     pub arenas: Arenas,
     pub control: Control,
-    /// f32: what the gradients are too large by; null: nothing.
+    /// The f16 loss scale, which gradients are divided by; null if losses are not scaled.
     pub scaling: Address,
     pub program: &'a Program,
     pub plan: &'a BytePlan,
     pub block: Address,
     pub tables: &'a HashMap<usize, Address>,
-    /// The place of the operation in its program.
+    /// Index of the op in its program.
     pub op: usize,
     pub scratch: Address,
     pub scratch_bytes: usize,
     pub scratch_used: usize,
 }
 
-/// Scratch starts at multiples of this many bytes.
-const ALIGN: usize = 256;
+/// Alignment of scratch allocations, in bytes.
+const SCRATCH_ALIGN_BYTES: usize = 256;
 
-/// The bytes that pieces of scratch take together.
+/// Bytes of scratch memory for allocations of these sizes.
 pub(super) fn scratch<const N: usize>(pieces: [usize; N]) -> usize {
-    pieces.iter().map(|bytes| bytes.next_multiple_of(ALIGN)).sum()
+    pieces.iter().map(|bytes| bytes.next_multiple_of(SCRATCH_ALIGN_BYTES)).sum()
 }
 
-impl Launcher<'_> {
-    /// Where a buffer of the program lies.
-    pub fn at(&self, buffer: Buffer) -> Address {
+impl LaunchContext<'_> {
+    /// Device address of a buffer.
+    pub fn ptr(&self, buffer: Buffer) -> Address {
         self.block.plus(self.plan.offsets[buffer.0])
     }
 
-    /// The type of a buffer's numbers.
+    /// Dtype of a buffer's elements.
     pub fn dtype_of(&self, buffer: Buffer) -> Dtype {
         match self.program.info(buffer).kind {
             BufferKind::Activation => self.dtype,
@@ -134,31 +135,34 @@ impl Launcher<'_> {
         self.program.info(buffer).len
     }
 
-    /// A parameter as products read it.
-    pub fn weight(&self, span: Span) -> Address {
+    /// Device address of a parameter as matmuls read it.
+    pub fn weight_ptr(&self, span: Span) -> Address {
         self.arenas.weights.plus(span.offset * self.dtype.size())
     }
 
-    /// A parameter's gradient, f32.
-    pub fn gradient(&self, span: Span) -> Address {
+    /// Device address of a parameter's gradient, f32.
+    pub fn gradient_ptr(&self, span: Span) -> Address {
         self.arenas.gradients.plus(span.offset * 4)
     }
 
-    /// What was made for this operation when its program was loaded.
-    pub fn table(&self) -> Address {
+    /// Device address of the op's constant table.
+    pub fn constant_table(&self) -> Address {
         self.tables[&self.op]
     }
 
-    /// The next piece of scratch memory, with anything in it.
-    pub fn take(&mut self, bytes: usize) -> Address {
+    /// Allocates uninitialized scratch memory, valid during the op.
+    pub fn scratch_alloc(&mut self, bytes: usize) -> Address {
         let at = self.scratch.plus(self.scratch_used);
-        self.scratch_used += bytes.next_multiple_of(ALIGN);
-        assert!(self.scratch_used <= self.scratch_bytes, "an operation takes what it asked for");
+        self.scratch_used += bytes.next_multiple_of(SCRATCH_ALIGN_BYTES);
+        assert!(
+            self.scratch_used <= self.scratch_bytes,
+            "an op allocates the scratch memory it declared"
+        );
         at
     }
 
-    /// Starts a kernel.
-    pub fn launch(&mut self, entry: &str, shape: Shape, args: &[Arg]) -> anyhow::Result<()> {
+    /// Launches a kernel.
+    pub fn launch(&mut self, entry: &str, shape: LaunchShape, args: &[Arg]) -> anyhow::Result<()> {
         let narrow = |n: [usize; 3]| n.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         self.device.launch(&Launch {
             entry: entry.to_string(),
@@ -169,12 +173,17 @@ impl Launcher<'_> {
         })
     }
 
-    /// Starts the kernel of a family that is made for the session's numbers.
-    pub fn typed(&mut self, family: &str, shape: Shape, args: &[Arg]) -> anyhow::Result<()> {
+    /// Launches the instance of a kernel for the compute dtype.
+    pub fn launch_for_dtype(
+        &mut self,
+        family: &str,
+        shape: LaunchShape,
+        args: &[Arg],
+    ) -> anyhow::Result<()> {
         self.launch(&format!("{family}_{}", self.dtype.suffix()), shape, args)
     }
 
-    /// `c = a b`, or `c += a b`.
+    /// `c = a b` or `c += a b`.
     pub fn matmul(
         &mut self,
         a: Matrix,
@@ -185,8 +194,8 @@ impl Launcher<'_> {
         self.device.matmul(&Matmul { a, b, c, accumulate, batch: 1 })
     }
 
-    /// `c = a b` for so many of each that lie behind one another.
-    pub fn products(
+    /// `c = a b` for `batch` contiguous matrices in each operand.
+    pub fn batched_matmul(
         &mut self,
         batch: usize,
         a: Matrix,
@@ -196,30 +205,30 @@ impl Launcher<'_> {
         self.device.matmul(&Matmul { a, b, c, accumulate: false, batch })
     }
 
-    /// A matrix of activations.
+    /// A buffer as a matrix.
     pub fn matrix(&self, buffer: Buffer, rows: usize, cols: usize) -> Matrix {
         assert_eq!(self.len(buffer), rows * cols, "{}", self.program.info(buffer).name);
-        Matrix::new(self.at(buffer), self.dtype_of(buffer), rows, cols)
+        Matrix::new(self.ptr(buffer), self.dtype_of(buffer), rows, cols)
     }
 
-    /// A parameter as a matrix that products read, `[out, in]`.
+    /// A weight as a matrix, `[out, in]`.
     pub fn weight_matrix(&self, span: Span) -> Matrix {
-        Matrix::new(self.weight(span), self.dtype, span.rows, span.cols)
+        Matrix::new(self.weight_ptr(span), self.dtype, span.rows, span.cols)
     }
 
-    /// Its gradient, in f32.
+    /// The gradient of a weight as a matrix, `[out, in]`, f32.
     pub fn gradient_matrix(&self, span: Span) -> Matrix {
-        Matrix::new(self.gradient(span), Dtype::F32, span.rows, span.cols)
+        Matrix::new(self.gradient_ptr(span), Dtype::F32, span.rows, span.cols)
     }
 }
 
-/// The shape of an attention as the last arguments of a launch.
+/// An attention shape as kernel arguments.
 pub(super) fn sizes(shape: &AttentionShape) -> [Arg; 5] {
     let AttentionShape { batch, seq_len, heads, kv_heads, head_dim } = *shape;
     [batch, seq_len, heads, kv_heads, head_dim].map(int)
 }
 
-/// As an argument; shapes beyond it are refused when a program is loaded.
+/// A size as a kernel argument.
 pub(super) fn int(n: usize) -> Arg {
-    Arg::I32(i32::try_from(n).expect("loading refused larger shapes"))
+    Arg::I32(i32::try_from(n).expect("loading a program checks that sizes fit into i32"))
 }
