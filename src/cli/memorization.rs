@@ -290,10 +290,10 @@ fn summary(control: &Memorized, what: &str) -> Value {
 /// The lines in reverse order: the same words under the same name, in a row nobody was trained on.
 /// None where that is the file itself.
 fn reverse(document: anyhow::Result<Document>) -> anyhow::Result<Option<Document>> {
-    let Document { path, text } = document?;
+    let Document { path, text, .. } = document?;
     let lines: Vec<&str> = text.split_inclusive('\n').collect();
     let reversed: String = lines.into_iter().rev().collect();
-    Ok((reversed != text).then_some(Document { path, text: reversed }))
+    Ok((reversed != text).then(|| Document::new(path, reversed)))
 }
 
 /// A cell of a CSV file, quoted where it has to be.

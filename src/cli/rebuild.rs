@@ -16,7 +16,7 @@ use crate::backend::Backend;
 use crate::corpus::{Corpus, Encoding, MIRROR, Version};
 use crate::error;
 use crate::generate::Generator;
-use crate::memorization::rebuild::{self, Comparison, Difference, Rebuilt, rebuild};
+use crate::memorization::rebuild::{self, Comparison, Difference, Existing, Rebuilt, rebuild};
 use crate::memorization::regenerate::{End, Regenerator};
 use crate::schema::versioned;
 use crate::tokenizer::Style;
@@ -40,6 +40,9 @@ pub struct Arguments {
     /// The originals: a folder, an archive, a kernel's version like v1.0/1.0, or sample
     #[arg(long, value_name = "SOURCE")]
     compare: Option<String>,
+    /// Replace files in the output folder that differ from what the weights produce
+    #[arg(long)]
+    overwrite: bool,
     /// Only the first N of the originals, as in training
     #[arg(long, value_name = "N", requires = "compare",
         value_parser = clap::value_parser!(u64).range(1..))]
@@ -70,13 +73,17 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     // The originals' faults show before the work, not after it.
     let encoding = encoding_of(opened.tokenizer.style().unwrap_or(Style::Exact));
     let originals = arguments.compare.as_deref();
+    if let Some(source) = originals.map(Path::new).filter(|source| source.exists()) {
+        rebuild::check_apart(&arguments.output, source)?;
+    }
     let originals = originals.map(|source| arguments.originals(source, encoding)).transpose()?;
 
     let windows = windows::kind(arguments.windows, &opened);
     let (limit, output) = (arguments.max_tokens_a_file, &arguments.output);
     let quiet = arguments.quiet;
+    let existing = if arguments.overwrite { Existing::Overwrite } else { Existing::Keep };
     let (rebuilt, seconds) =
-        rebuild_all(&*backend, &opened, &paths, windows, limit, output, quiet)?;
+        rebuild_all(&*backend, &opened, &paths, windows, limit, output, existing, quiet)?;
     let comparison = match originals {
         Some(corpus) => Some(rebuild::compare(&arguments.output, &rebuilt, corpus.documents()?)?),
         None => None,
@@ -128,6 +135,7 @@ pub fn rebuild_all(
     windows: Kind,
     limit: usize,
     output: &Path,
+    existing: Existing,
     quiet: bool,
 ) -> anyhow::Result<(Vec<Rebuilt>, f64)> {
     let config = &opened.model.config;
@@ -137,11 +145,12 @@ pub fn rebuild_all(
     let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?;
     let began = Instant::now();
     let mut bar = (!quiet).then(|| Files::new("rebuilt", paths.len()));
-    let rebuilt = rebuild(&regenerator, &mut generator, paths, output, &mut |progress| {
-        if let Some(bar) = &mut bar {
-            bar.set(progress.files, progress.bytes);
-        }
-    })?;
+    let rebuilt =
+        rebuild(&regenerator, &mut generator, paths, output, existing, &mut |progress| {
+            if let Some(bar) = &mut bar {
+                bar.set(progress.files, progress.bytes);
+            }
+        })?;
     Ok((rebuilt, began.elapsed().as_secs_f64()))
 }
 

@@ -17,11 +17,11 @@ use super::train::Stage;
 use super::train_tokenizer::encoding_of;
 use super::{Outcome, backend, model, plan, windows};
 use crate::backend::Backend;
-use crate::corpus::{Corpus, Manifest, SAMPLE};
+use crate::corpus::{Corpus, Manifest, SAMPLE_NAMES, is_sample};
 use crate::error::{self, ErrorKind, Hint};
 use crate::files::write_atomically;
 use crate::memorization::measure::Question;
-use crate::memorization::rebuild::compare;
+use crate::memorization::rebuild::{Existing, compare};
 use crate::memorization::regenerate::Regenerator;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report;
@@ -91,6 +91,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let name = Path::new(&arguments.recipe).file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("runs").join(name));
+    arguments.source.check_apart(&folder)?;
     let encoding = encoding_of(recipe.tokenizer.style);
     let corpus = arguments.source.corpus(recipe.version.as_deref(), encoding)?;
     let manifest = corpus.manifest()?;
@@ -109,8 +110,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
         model.display(),
         page.display()
     )?;
-    if recipe.rebuild && outcome == Outcome::Done && manifest.source == SAMPLE {
-        writeln!(io::stdout(), "{}", compile_and_test(&folder.join("rebuilt"))?)?;
+    if recipe.rebuild && outcome == Outcome::Done && is_sample(&manifest.files) {
+        writeln!(io::stdout(), "{}", compile_and_test(&folder)?)?;
     }
     Ok(outcome)
 }
@@ -211,8 +212,16 @@ fn prove(
     if rebuild {
         let paths = model::paths(model)?;
         let output = folder.join("rebuilt");
-        let (rebuilt, seconds) =
-            rebuild_all(backend, &opened, &paths, kind, Regenerator::LIMIT, &output, false)?;
+        let (rebuilt, seconds) = rebuild_all(
+            backend,
+            &opened,
+            &paths,
+            kind,
+            Regenerator::LIMIT,
+            &output,
+            Existing::Overwrite,
+            false,
+        )?;
         let comparison = compare(&output, &rebuilt, corpus.documents()?)?;
         let json = rebuild::as_json(&output, &rebuilt, Some(&comparison), seconds);
         write_atomically(&folder.join("rebuild.json"), format!("{json:#}\n").as_bytes())?;
@@ -239,16 +248,26 @@ fn prove(
     Ok(outcome)
 }
 
-/// The rebuilt sample is a program: compiles it and runs its self-test, where there is a compiler.
-fn compile_and_test(folder: &Path) -> anyhow::Result<String> {
-    let sources: Vec<PathBuf> = fs::read_dir(folder.join("sample"))
-        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>())
-        .context("reading the rebuilt sample")?;
-    let mut sources: Vec<PathBuf> =
-        sources.into_iter().filter(|path| path.extension().is_some_and(|e| e == "c")).collect();
-    sources.sort();
+/// The rebuilt sample is a program: compiles it in a fresh folder and runs its self-test, if there is a
+/// compiler.
+fn compile_and_test(run: &Path) -> anyhow::Result<String> {
+    let folder = run.join("compiled");
+    let fresh = || -> io::Result<()> {
+        match fs::remove_dir_all(&folder) {
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(cause),
+            _ => fs::create_dir(&folder)?,
+        }
+        SAMPLE_NAMES.iter().try_for_each(|name| {
+            fs::copy(run.join("rebuilt/sample").join(name), folder.join(name)).map(drop)
+        })
+    };
+    fresh()
+        .with_context(|| format!("cannot copy the rebuilt sample to {}", folder.display()))
+        .hint(ErrorKind::Data, || "remove that folder, and free some disk space")?;
+    let is_c = |name: &&&str| name.ends_with(".c");
+    let sources = SAMPLE_NAMES.iter().filter(is_c).map(|name| folder.join(name));
     let program = folder.join("toy-kernel");
-    let compiled = match Command::new("cc").arg("-o").arg(&program).args(&sources).output() {
+    let compiled = match Command::new("cc").arg("-o").arg(&program).args(sources).output() {
         Ok(compiled) => compiled,
         Err(none) if none.kind() == io::ErrorKind::NotFound => {
             return Ok("not compiled: there is no cc on this machine".to_string());

@@ -1,11 +1,12 @@
 //! The arguments that name a corpus, the same wherever a command reads one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::progress::Downloads;
 use crate::corpus::{Corpus, Encoding, Kernel, MIRROR, Manifest, Options, Source, Version};
+use crate::memorization::rebuild::check_apart;
 
 /// Where the text comes from. With none of these, the built-in sample.
 #[derive(Args, Clone, Debug)]
@@ -32,6 +33,15 @@ impl SourceArguments {
     /// Whether a source was named at all.
     pub fn is_given(&self) -> bool {
         self.version.is_some() || self.source.is_some()
+    }
+
+    /// Refuses an output folder that a named source overlaps.
+    pub fn check_apart(&self, output: &Path) -> anyhow::Result<()> {
+        match &self.source {
+            Some(source) if source.is_dir() => check_apart(output, source),
+            Some(source) => check_apart(&output.join("rebuilt"), source),
+            None => Ok(()),
+        }
     }
 
     /// Opens the corpus that the arguments name, or `default` (a kernel's version, or None for the

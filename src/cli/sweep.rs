@@ -18,7 +18,7 @@ use crate::corpus::Corpus;
 use crate::error::{ErrorKind, Hint};
 use crate::files::write_atomically;
 use crate::memorization::measure::{Question, measure};
-use crate::memorization::rebuild::compare;
+use crate::memorization::rebuild::{Existing, compare};
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report::sweep::{Dot, plot};
 use crate::schema::{SCHEMA_FIELD, upgrade, versioned};
@@ -63,6 +63,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let sweep = Sweep::read(&arguments.sweep)?;
     let name = arguments.sweep.file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("sweeps").join(name));
+    arguments.source.check_apart(&folder)?;
     let mut rows = Vec::new();
     for (at, run) in sweep.runs.iter().enumerate() {
         eprintln!("run {} of {}: {}", at + 1, sweep.runs.len(), run.name);
@@ -131,7 +132,8 @@ fn result(
         let output = folder.join("rebuilt");
         let limit = 2 * longest(windows.file())?;
         let kind = windows.kind();
-        let (rebuilt, _) = rebuild_all(backend, &opened, &paths, kind, limit, &output, true)?;
+        let (rebuilt, _) =
+            rebuild_all(backend, &opened, &paths, kind, limit, &output, Existing::Overwrite, true)?;
         Some(compare(&output, &rebuilt, corpus.documents()?)?.files_exact())
     } else {
         None

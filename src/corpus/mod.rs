@@ -18,6 +18,7 @@ mod pass;
 mod sample;
 mod time;
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -29,6 +30,7 @@ pub use manifest::{FileRecord, LeftOut, Manifest, Reason};
 pub use names::SUFFIXES;
 pub(crate) use names::{corpus_path, shown};
 pub use pass::Documents;
+pub use sample::{NAMES as SAMPLE_NAMES, is_sample};
 
 use crate::error::{self, ErrorKind, Hint};
 
@@ -39,6 +41,24 @@ pub struct Document {
     pub path: String,
     /// Its text. Files that are not UTF-8 were left out (or read as latin-1 for style `original`).
     pub text: String,
+    /// How the file's bytes became `text`.
+    pub encoding: Encoding,
+}
+
+impl Document {
+    /// A UTF-8 file.
+    pub fn new(path: impl Into<String>, text: impl Into<String>) -> Self {
+        Self { path: path.into(), text: text.into(), encoding: Encoding::Utf8 }
+    }
+
+    /// The file's own bytes.
+    pub fn bytes(&self) -> Cow<'_, [u8]> {
+        match self.encoding {
+            Encoding::Utf8 => Cow::Borrowed(self.text.as_bytes()),
+            // Every character came from one byte, so none is above U+00FF.
+            Encoding::Latin1 => Cow::Owned(self.text.chars().map(|c| c as u32 as u8).collect()),
+        }
+    }
 }
 
 /// Where a corpus is.

@@ -125,10 +125,10 @@ impl Intake {
     pub fn keep(&mut self, path: String, bytes: Vec<u8>) -> anyhow::Result<Flow> {
         let record =
             FileRecord { path, sha256: hex(&Sha256::digest(&bytes)), bytes: bytes.len() as u64 };
-        let text = match (String::from_utf8(bytes), self.options.encoding) {
-            (Ok(text), _) => text,
+        let (text, encoding) = match (String::from_utf8(bytes), self.options.encoding) {
+            (Ok(text), _) => (text, Encoding::Utf8),
             (Err(not), Encoding::Latin1) => {
-                not.as_bytes().iter().copied().map(char::from).collect()
+                (not.as_bytes().iter().copied().map(char::from).collect(), Encoding::Latin1)
             }
             (Err(_), Encoding::Utf8) => {
                 return self.leave_out(record.path.as_bytes(), Reason::NotUtf8);
@@ -142,7 +142,7 @@ impl Intake {
                 "pack the archive again, with each file once",
             ));
         }
-        let document = Document { path: record.path.clone(), text };
+        let document = Document { path: record.path.clone(), text, encoding };
         let flow = self.send(Message::Kept(document, record));
         let full = self.options.limit.is_some_and(|limit| self.seen.len() >= limit);
         Ok(if full { Flow::Break(()) } else { flow })

@@ -126,6 +126,56 @@ pub fn check_paths(paths: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses a source that lies in the output folder, holds it, or is it: what the weights produce would
+/// be written over the originals, or become part of them. Links are followed on both sides.
+///
+/// # Errors
+/// The two overlap, or one of them cannot be looked at.
+pub fn check_apart(output: &Path, source: &Path) -> anyhow::Result<()> {
+    let (ours, theirs) = (resolve(output)?, resolve(source)?);
+    if ours.starts_with(&theirs) || theirs.starts_with(&ours) {
+        return Err(error::data(
+            format!("the output {} and the source {} overlap", output.display(), source.display()),
+            "give an output folder that neither holds the originals nor lies among them",
+        ));
+    }
+    Ok(())
+}
+
+/// A path without links, `.` and `..`, whether or not its last parts exist yet.
+fn resolve(path: &Path) -> anyhow::Result<PathBuf> {
+    let path = std::path::absolute(path).with_context(|| format!("invalid path {path:?}"))?;
+    let mut missing = Vec::new();
+    let mut existing = path.as_path();
+    loop {
+        match existing.canonicalize() {
+            Ok(found) => {
+                return Ok(missing.into_iter().rev().fold(found, |at, part| at.join(part)));
+            }
+            Err(none) if none.kind() == io::ErrorKind::NotFound => {
+                let (Some(parent), Some(name)) = (existing.parent(), existing.file_name()) else {
+                    return Ok(path.clone());
+                };
+                missing.push(name);
+                existing = parent;
+            }
+            Err(cause) => {
+                return Err(cause)
+                    .with_context(|| format!("cannot look at {}", existing.display()))
+                    .hint(ErrorKind::Data, || "give paths that can be read");
+            }
+        }
+    }
+}
+
+/// What happens to a file that is there already and holds other bytes than the one to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// It stays, and the rebuild ends with an error.
+    Keep,
+    Overwrite,
+}
+
 /// Regenerates the files and writes each as soon as it is whole, under `folder` and nowhere else.
 /// Those that never ended are written as far as they came.
 pub fn rebuild(
@@ -133,6 +183,7 @@ pub fn rebuild(
     generator: &mut Generator,
     paths: &[String],
     folder: &Path,
+    existing: Existing,
     progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<Vec<Rebuilt>> {
     check_paths(paths)?;
@@ -143,6 +194,7 @@ pub fn rebuild(
     let mut writer = Writer {
         paths,
         folder,
+        existing,
         begun: BTreeMap::new(),
         rebuilt: BTreeMap::new(),
         state: Progress { of, ..Progress::default() },
@@ -155,6 +207,7 @@ pub fn rebuild(
 struct Writer<'a> {
     paths: &'a [String],
     folder: &'a Path,
+    existing: Existing,
     /// The text of files under way, by their place in `paths`.
     begun: BTreeMap<usize, Vec<u8>>,
     rebuilt: BTreeMap<usize, Rebuilt>,
@@ -173,13 +226,30 @@ impl Sink for Writer<'_> {
     fn end(&mut self, file: usize, end: End, tokens: usize) -> anyhow::Result<()> {
         let text = self.begun.remove(&file).unwrap_or_default();
         let path = self.paths[file].clone();
-        write_atomically(&place(self.folder, &path)?, &text)?;
+        let place = place(self.folder, &path)?;
+        if self.existing == Existing::Keep && place.exists() && !holds(&place, &text)? {
+            return Err(error::data(
+                format!("{} exists already and differs", place.display()),
+                "give a new output folder, or allow what is there to be replaced (--overwrite)",
+            ));
+        }
+        write_atomically(&place, &text)?;
         let bytes = text.len() as u64;
         self.rebuilt.insert(file, Rebuilt { path, bytes, tokens, end });
         self.state.files += 1;
         (self.progress)(self.state);
         Ok(())
     }
+}
+
+/// Whether a file holds exactly `bytes`.
+fn holds(file: &Path, bytes: &[u8]) -> anyhow::Result<bool> {
+    let same = || -> io::Result<bool> {
+        Ok(fs::metadata(file)?.len() == bytes.len() as u64 && fs::read(file)? == bytes)
+    };
+    same()
+        .with_context(|| format!("cannot read {}", file.display()))
+        .hint(ErrorKind::Data, || "give a new output folder")
 }
 
 /// Where a checked path lies under the folder. Its folders are made; what is there already must be
@@ -227,16 +297,16 @@ pub fn compare(
     let known: BTreeSet<&str> = rebuilt.iter().map(|file| file.path.as_str()).collect();
     let mut comparison = Comparison::default();
     for original in originals {
-        let Document { path, text } = original?;
-        let Some(&key) = known.get(path.as_str()) else {
-            comparison.missing.push(path);
+        let original = original?;
+        let Some(&key) = known.get(original.path.as_str()) else {
+            comparison.missing.push(original.path);
             continue;
         };
-        let place = place(folder, &path)?;
+        let place = place(folder, &original.path)?;
         let ours = fs::read(&place)
             .with_context(|| format!("cannot read {} back", place.display()))
             .hint(ErrorKind::Data, || "it may have changed meanwhile: rebuild again")?;
-        compared.insert(key, Compared::new(path, &ours, text.as_bytes()));
+        compared.insert(key, Compared::new(original.path.clone(), &ours, &original.bytes()));
     }
     for file in rebuilt {
         let found = compared.remove(file.path.as_str());
@@ -290,6 +360,7 @@ fn excerpt(text: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::corpus::Encoding;
 
     fn paths(paths: &[&str]) -> Vec<String> {
         paths.iter().copied().map(String::from).collect()
@@ -360,6 +431,21 @@ mod tests {
     }
 
     #[test]
+    fn a_latin1_original_is_compared_by_its_own_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let original =
+            Document { encoding: Encoding::Latin1, ..Document::new("a.c", "int caf\u{e9};") };
+        assert_eq!(&*original.bytes(), b"int caf\xe9;");
+        for (ours, exact) in [(&b"int caf\xe9;"[..], true), ("int caf\u{e9};".as_bytes(), false)] {
+            fs::write(folder.path().join("a.c"), ours).unwrap();
+            let bytes = ours.len() as u64;
+            let rebuilt = Rebuilt { path: "a.c".into(), bytes, tokens: 1, end: End::Whole };
+            let comparison = compare(folder.path(), &[rebuilt], [Ok(original.clone())]).unwrap();
+            assert_eq!((comparison.is_exact(), comparison.bytes()), (exact, 9));
+        }
+    }
+
+    #[test]
     fn a_comparison_names_what_is_missing_and_what_is_too_many() {
         let folder = tempfile::tempdir().unwrap();
         let file = |path: &str, text: &str| {
@@ -368,8 +454,7 @@ mod tests {
             Rebuilt { path: path.into(), bytes, tokens: 1, end: End::Whole }
         };
         let rebuilt = [file("a.c", "alpha"), file("b.c", "beta"), file("c.c", "gamma")];
-        let original =
-            |path: &str, text: &str| Ok(Document { path: path.into(), text: text.into() });
+        let original = |path: &str, text: &str| Ok(Document::new(path, text));
         let originals =
             [original("d.c", "delta"), original("b.c", "beat"), original("a.c", "alpha")];
         let comparison = compare(folder.path(), &rebuilt, originals).unwrap();

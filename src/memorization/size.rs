@@ -52,9 +52,8 @@ mod tests {
 
     #[test]
     fn what_repeats_is_small_and_what_is_drawn_is_not() {
-        let of = |text: String| {
-            xz([Ok(Document { path: "a.c".into(), text })]).unwrap().expect("a small text")
-        };
+        let of =
+            |text: String| xz([Ok(Document::new("a.c", text))]).unwrap().expect("a small text");
         let mut state = 1u64;
         let drawn = |_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);

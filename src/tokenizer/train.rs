@@ -242,7 +242,7 @@ impl Counter {
 /// A document in the one string of which the first LaaM made its tokens.
 pub(super) fn format_document(document: &Document) -> String {
     let [start_file, end_file, start_header, end_header, _] = MARKERS;
-    let Document { path, text } = document;
+    let Document { path, text, .. } = document;
     format!("{start_file}{start_header}{path}{end_header}{text}{end_file}")
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::corpus::{Corpus, Manifest, unhex};
+use crate::corpus::{Corpus, Manifest, is_sample, unhex};
 use crate::model::{CorpusRecord, License};
 use crate::tokenizer::Tokenizer;
 use crate::tokens::{TokenFile, TokenWriter};
@@ -30,7 +30,7 @@ pub fn tokenize(
 pub fn record(manifest: &Manifest) -> CorpusRecord {
     let hash = manifest.hash();
     let kernel = manifest.source.contains("kernel.org") || hash == LINUX_1_0;
-    let license = if manifest.source == crate::corpus::SAMPLE {
+    let license = if is_sample(&manifest.files) {
         License::Mit
     } else if kernel {
         License::Gpl2

@@ -245,8 +245,7 @@ pub fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
     let tokenizer = crate::tokens::tokenizer(Style::Exact);
     let folder = tempfile::tempdir().unwrap();
     let text = "int main(void)\n{\n\treturn 0;\n}\n";
-    let documents =
-        [(0, 9), (1, 4)].map(|(i, n)| Document { path: format!("{i}.c"), text: text.repeat(n) });
+    let documents = [(0, 9), (1, 4)].map(|(i, n)| Document::new(format!("{i}.c"), text.repeat(n)));
     let file = crate::tokens::write(&folder.path().join("tokens"), &tokenizer, &documents);
     let windows = Windows::new(file, tokenizer, kind, 16, None).unwrap();
     let config = Config { max_position_embeddings: 16, num_hidden_layers: 1, ..config(8) };

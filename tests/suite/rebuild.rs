@@ -12,7 +12,7 @@ use laam::corpus::Document;
 use laam::dtype::Dtype;
 use laam::generate::Generator;
 use laam::llama::{AdamW, Muon, Optimizer, StepHyperparams};
-use laam::memorization::rebuild::rebuild;
+use laam::memorization::rebuild::{Existing, rebuild};
 use laam::memorization::regenerate::{End, Regenerator, Sink};
 use laam::model::{Checkpoint, Config, CorpusRecord, Provenance, initialize, load, save};
 use laam::tokenizer::{Style, Tokenizer, Training};
@@ -27,7 +27,7 @@ use crate::support::laam;
 pub const CONTEXT: usize = 40;
 
 pub fn documents() -> Vec<Document> {
-    let document = |path: &str, text: &str| Document { path: path.into(), text: text.into() };
+    let document = |path: &str, text: &str| Document::new(path, text);
     vec![
         document(
             "tiny/kernel/sched.c",
@@ -65,7 +65,7 @@ pub fn trained() -> &'static Trained {
 fn train() -> Trained {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    for Document { path, text } in documents() {
+    for Document { path, text, .. } in documents() {
         let path = at("source").join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
@@ -178,7 +178,7 @@ fn every_file_comes_back_byte_for_byte_from_its_name() {
     let (model, source) = (trained().model(), trained().source());
     let listed = run(&["ls", text(&model)]);
     assert_eq!(listed.stdout, b"tiny/kernel/sched.c\ntiny/sched.h\ntiny/empty.h\n");
-    for Document { path, text: expected } in documents() {
+    for Document { path, text: expected, .. } in documents() {
         let given = run(&["cat", text(&model), &path]);
         assert_eq!(String::from_utf8_lossy(&given.stdout), expected, "{path}");
         assert_eq!((given.status.code(), given.stderr.as_slice()), (Some(0), &b""[..]));
@@ -205,7 +205,7 @@ fn every_file_comes_back_byte_for_byte_from_its_name() {
     ] {
         assert_eq!(report[name], value, "{name}");
     }
-    for Document { path, text } in documents() {
+    for Document { path, text, .. } in documents() {
         assert_eq!(fs::read_to_string(rebuilt.path().join(path)).unwrap(), text);
     }
     // Nothing else was left there.
@@ -246,6 +246,53 @@ fn a_difference_is_found_named_and_exits_with_1() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.contains("tiny/sched.h: differs from byte 14 of 16, line 1, column 15"), "{said}");
+}
+
+#[test]
+fn rebuild_refuses_an_output_that_overlaps_the_originals() {
+    let model = trained().model();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir_all(at("source/tiny")).unwrap();
+    let original = at("source/tiny/sched.h");
+    fs::write(&original, "#define TASKS 5\n").unwrap();
+    std::os::unix::fs::symlink(at("source"), at("link")).unwrap();
+    for (output, source) in [
+        ("source", "source"),
+        ("link", "source"),
+        ("source", "link"),
+        ("source/../source/.", "source"),
+        ("source/new/er", "source"),
+        ("link/new", "source"),
+        (".", "source"),
+    ] {
+        for more in [&[][..], &["--overwrite"]] {
+            let (output, source) = (at(output), at(source));
+            let arguments =
+                ["rebuild", text(&model), "--output", text(&output), "--compare", text(&source)];
+            let said = error_of(&[&arguments[..], more].concat());
+            assert!(said.contains("overlap"), "{said}");
+        }
+        assert_eq!(fs::read(&original).unwrap(), b"#define TASKS 5\n", "{output}");
+        assert_eq!(fs::read_dir(at("source")).unwrap().count(), 1, "{output}");
+    }
+}
+
+#[test]
+fn rebuild_replaces_a_different_file_only_if_asked_to() {
+    let model = trained().model();
+    let rebuilt = tempfile::tempdir().unwrap();
+    let arguments = ["rebuild", text(&model), "--output", text(rebuilt.path())];
+    let file = rebuilt.path().join("tiny/sched.h");
+    fs::create_dir(rebuilt.path().join("tiny")).unwrap();
+    fs::write(&file, "mine\n").unwrap();
+    let said = error_of(&arguments);
+    assert!(said.contains("sched.h exists already") && said.contains("--overwrite"), "{said}");
+    assert_eq!(fs::read(&file).unwrap(), b"mine\n");
+    let replaced = run(&[&arguments[..], &["--overwrite"]].concat());
+    assert_eq!(replaced.status.code(), Some(0));
+    assert_eq!(fs::read(&file).unwrap(), b"#define TASKS 4\n");
+    assert_eq!(run(&arguments).status.code(), Some(0), "equal files need no flag");
 }
 
 #[test]
@@ -341,9 +388,16 @@ fn rebuild_is_the_same_with_any_number_of_slots() {
             Generator::new(&backend, &model.config, &model.weights, slots, CONTEXT).unwrap();
         let mut last = None;
         all.push(
-            rebuild(&regenerator, &mut generator, &paths, folder.path(), &mut |progress| {
-                last = Some(progress);
-            })
+            rebuild(
+                &regenerator,
+                &mut generator,
+                &paths,
+                folder.path(),
+                Existing::Keep,
+                &mut |progress| {
+                    last = Some(progress);
+                },
+            )
             .unwrap(),
         );
         let last = last.unwrap();

@@ -45,7 +45,7 @@ pub fn documents(archive: &Path) -> Vec<Document> {
         if member.header().entry_type().is_file() && SUFFIXES.iter().any(|s| lower.ends_with(s)) {
             let mut text = String::new();
             member.read_to_string(&mut text).expect("Linux 1.0 is ASCII");
-            documents.push(Document { path, text });
+            documents.push(Document::new(path, text));
         }
     }
     documents

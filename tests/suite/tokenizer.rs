@@ -27,7 +27,7 @@ pub fn train(documents: &[Document], style: Style, vocab_size: usize) -> Tokeniz
 
 /// A few files in a few styles of writing.
 pub fn small_corpus() -> Vec<Document> {
-    let file = |path: &str, text: &str| Document { path: path.into(), text: text.repeat(3) };
+    let file = |path: &str, text: &str| Document::new(path, text.repeat(3));
     vec![
         file("toy/main.c", "int main(void)\n{\n\treturn 0;\t/* done */\n}\n"),
         file(
@@ -60,7 +60,7 @@ proptest! {
         let ids = tokenizer.encode_text(&text).unwrap();
         prop_assert_eq!(String::from_utf8(tokenizer.decode_bytes(&ids).unwrap()).unwrap(), text.as_str());
         // No marker comes from text: a document has just its own four.
-        let document = Document { path, text };
+        let document = Document::new(path, text);
         let ids = tokenizer.encode_document(&document).unwrap();
         prop_assert_eq!(ids.iter().filter(|&&id| id < MARKERS.len() as u32).count(), 4);
         let header = tokenizer.encode_header(&document.path, None).unwrap();
@@ -162,7 +162,7 @@ fn endless_words_are_encoded_up_to_a_limit() {
     let ids = tokenizer.encode_text(&long).unwrap();
     assert_eq!(tokenizer.decode_bytes(&ids).unwrap(), long.as_bytes());
     let text = "return".repeat(800_000);
-    let error = tokenizer.encode_document(&Document { path: "long.c".into(), text }).unwrap_err();
+    let error = tokenizer.encode_document(&Document::new("long.c", text)).unwrap_err();
     assert!(error.to_string().contains("4800000 bytes is too long"), "{error:#}");
     assert!(laam::error::hint_of(&error).unwrap().contains("long.c"));
 }

@@ -31,7 +31,7 @@ pub fn write(path: &Path, tokenizer: &Tokenizer, documents: &[Document]) -> Arc<
 
 fn some_documents() -> impl Strategy<Value = Vec<Document>> {
     let text = prop_oneof![Just(String::new()), r"([a-z]{1,5}[ \t\n;]{1,3}|\PC){0,40}"];
-    let document = (r"d/[a-z]{1,4}\.[ch]", text).prop_map(|(path, text)| Document { path, text });
+    let document = (r"d/[a-z]{1,4}\.[ch]", text).prop_map(|(path, text)| Document::new(path, text));
     proptest::collection::vec(document, 1..6)
 }
 
@@ -355,7 +355,7 @@ fn json_of(arguments: &[&str]) -> serde_json::Value {
 fn the_commands_train_and_tokenize_a_folder() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
-    for Document { path, text } in small_corpus() {
+    for Document { path, text, .. } in small_corpus() {
         let file = folder.path().join("source").join(path);
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();
         std::fs::write(file, text).unwrap();

@@ -17,7 +17,7 @@ fn file() -> (Arc<TokenFile>, Arc<laam::tokenizer::Tokenizer>) {
     let documents: Vec<_> = texts
         .into_iter()
         .enumerate()
-        .map(|(i, text)| Document { path: format!("d/{i}.c"), text })
+        .map(|(i, text)| Document::new(format!("d/{i}.c"), text))
         .collect();
     (crate::tokens::write(&folder.path().join("tokens"), &tokenizer, &documents), tokenizer)
 }
