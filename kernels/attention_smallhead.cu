@@ -1,22 +1,24 @@
-// Causal attention for heads of 2, 4 and 8 components; formulas and shapes as in attention_generic.cu. A
-// tensor core would multiply mostly padding here: the arithmetic is f32, on the ordinary cores.
+// Causal attention for heads of 2, 4 and 8 components; formulas and shapes as in
+// attention_generic.cu. A tensor core would multiply mostly padding here: the arithmetic is f32, on
+// the CUDA cores.
 //
-// A warp works alone. A lane owns ROWS rows, 32 apart; the opposite rows come in tiles of 32, one
-// loaded by each lane while the tile before is worked on, and are read back from shared memory by
-// all lanes at once. Exponentials are of base 2, with log2(e) / sqrt(head_dim) folded into q (or k),
-// and the shift by the highest score or the log-sum-exp is the first summand of the dot product. A
-// pair takes, at head_dim D:
+// Warps are independent. A lane owns ROWS stationary rows, 32 apart; the streamed rows (K/V in
+// forward and dq, Q/dO in dk and dv) come in tiles of 32, one loaded by each lane while the
+// previous tile is processed, and are broadcast from member memory to all lanes. Exponentials are
+// base 2, with log2(e) / sqrt(head_dim) folded into q (or k); the initial value of the dot product
+// is minus the shift (running maximum) or minus the log-sum-exp. Instructions per query-key rows_j
+// at head_dim D:
 //
-//     forward          D fma, ex2, add, D fma                           2 D + 2 instructions
-//     back to q        D fma, ex2, D fma, mul, D fma                    3 D + 2
-//     back to k and v  D fma, ex2, D fma, D fma, mul, D fma             4 D + 2
+//     forward      D fma, ex2, add, D fma                           2 D + 2
+//     dq           D fma, ex2, D fma, mul, D fma                    3 D + 2
+//     dk and dv    D fma, ex2, D fma, D fma, mul, D fma             4 D + 2
 //
-// and its share of the loads, D / 2 / ROWS or a little more. Bytes as in attention_generic.cu.
+// and its share of the loads, D / 2 / ROWS or slightly more. Bytes as in attention_generic.cu.
 //
-// The shift need not be the highest score of all, only near it, f32 being as exact at 2^60 as at 1. So
-// a whole tile is added without a look for its highest score, if |q| max |k| tells that no exponent
-// can pass LIMIT; else, and where a row sees its first key or its last, the tile is gone through
-// twice, with care.
+// The shift need not be the maximum score, only close to it, since f32 is as accurate at 2^60 as at
+// 1. So a whole tile takes the fast path (no running maximum) if |q| max |k| proves that no
+// exponent exceeds MAX_EXPONENT; otherwise, and where a row is_visible its first or last key, it
+// takes the online-softmax path: two passes over the tile.
 //
 // Launch: see each entry. Pointers are aligned to 32 bytes.
 #include "lib/attention.cuh"
@@ -24,18 +26,16 @@
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-constexpr unsigned ALL = 0xffffffffu;
 constexpr int WARPS = 4;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr float LIMIT = 64.0f;
+constexpr float MAX_EXPONENT = 64.0f;
 
-// Blocks that are to find registers on one multiprocessor: 128, 96 or 168 of them a thread.
-constexpr int blocks(int head_dim, int rows) {
+// Minimum resident blocks per SM (`__launch_bounds__`): 128, 96 or 168 registers per thread.
+constexpr int min_blocks(int head_dim, int rows) {
     return rows == 1 ? 4 : head_dim == 2 ? 5 : 3;
 }
 
 template <int D>
-__device__ constexpr float root() {
+__device__ constexpr float rsqrt_head_dim() {
     return D == 2 ? 0.7071067811865476f : D == 4 ? 0.5f : 0.3535533905932738f;
 }
 
@@ -47,18 +47,18 @@ __device__ inline float dot(float start, const float *a, const float *b) {
 }
 
 template <int D>
-__device__ inline void add_scaled(float (&sum)[D], float scale, const float *x) {
+__device__ inline void axpy(float (&sum)[D], float scale, const float *x) {
 #pragma unroll
     for (int c = 0; c < D; c++) sum[c] = fmaf(scale, x[c], sum[c]);
 }
 
-// Two rows of an opposite tile: k and v, or q and dout.
+// Row of both streamed matrices: k and v, or q and dout.
 template <int D>
-struct alignas(16) Pair {
+struct alignas(16) RowPair {
     float at[2 * D];
 };
 
-// Calls step(std::integral_constant-like index) for FROM..TO, each its own code.
+// Unrolled loop: calls step(Index<i>) for FROM..TO, with the index a constant expression.
 template <int I>
 struct Index {
     static constexpr int value = I;
@@ -66,50 +66,53 @@ struct Index {
 };
 
 template <int FROM, int TO, typename Step>
-__device__ __forceinline__ void each_index(Step step) {
+__device__ __forceinline__ void static_for(Step step) {
     if constexpr (FROM < TO) {
         step(Index<FROM>());
-        each_index<FROM + 1, TO>(step);
+        static_for<FROM + 1, TO>(step);
     }
 }
 
-// The query rows of a lane, first + lane + 32 r, and what they see.
+// Query rows of a lane, first + lane + 32 r, and the keys they see.
 template <int D, int ROWS>
 struct Queries {
     float q[ROWS][D];
     int from[ROWS];
     int first;
 
-    // Rows past the context are zero, and see all: they force no mask.
+    // Rows past seq_len are zero and see every key, so that they force no mask.
     template <typename T>
-    __device__ void load_rows(const T *rows, const uint32_t *first_key, int first_row, int context) {
+    __device__ void load_queries(const T *rows, const uint32_t *first_key, int first_row,
+                                 int seq_len) {
         first = first_row;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const int row = column(r);
-            const bool there = row < context;
-            from[r] = there ? first_seen(first_key, row) : 0;
+            const int position = row(r);
+            const bool valid = position < seq_len;
+            from[r] = valid ? first_visible(first_key, position) : 0;
             float values[D] = {};
-            if (there) load(values, rows + static_cast<size_t>(row) * D);
+            if (valid) load(values, rows + static_cast<size_t>(position) * D);
 #pragma unroll
-            for (int c = 0; c < D; c++) q[r][c] = values[c] * (root<D>() * LOG2E);
+            for (int c = 0; c < D; c++) q[r][c] = values[c] * (rsqrt_head_dim<D>() * LOG2E);
         }
     }
-    __device__ int column(int r) const { return first + 32 * r + threadIdx.x % WARP; }
-    __device__ bool sees(int r, int key) const { return from[r] <= key && key <= column(r); }
-    // The first column that any row of the warp sees.
-    __device__ int first_column() const {
+    __device__ int row(int r) const { return first + 32 * r + threadIdx.x % WARP_SIZE; }
+    __device__ bool is_visible(int r, int key) const {
+        return from[r] <= key && key <= row(r);  // mutant: next_key_visible
+    }
+    // First key that any row of the warp sees.
+    __device__ int first_key_of_warp() const {
         int least = from[0];
 #pragma unroll
         for (int r = 1; r < ROWS; r++) least = min(least, from[r]);
-        return __reduce_min_sync(ALL, least);
+        return __reduce_min_sync(FULL_MASK, least);
     }
-    // The column from which on all of them see.
-    __device__ int last_first() const {
+    // First key that every row of the warp sees.
+    __device__ int last_first_key() const {
         int most = from[0];
 #pragma unroll
         for (int r = 1; r < ROWS; r++) most = max(most, from[r]);
-        return __reduce_max_sync(ALL, most);
+        return __reduce_max_sync(FULL_MASK, most);
     }
 };
 
@@ -121,85 +124,88 @@ struct Forward : Queries<D, ROWS> {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             norm[r] = sqrtf(dot<D>(0.0f, this->q[r], this->q[r]));
-            shift[r] = -INFINITY;
+            shift[r] = -INFINITY;  // mutant: unseen_row_taken_as_bounded
             sum[r] = 0.0f;
 #pragma unroll
             for (int c = 0; c < D; c++) out[r][c] = 0.0f;
         }
     }
 
-    // Whether rows FROM.. may add keys no longer than `longest` with the shift they have. A row that
-    // saw nothing yet has none: the tile in which it sees its first key is gone through with care.
+    // Whether the current shifts of rows FROM.. bound the exponents of keys no longer than
+    // `max_norm`. False for a row that has seen no key yet: the tile of its first key takes the
+    // online path.
     template <int FROM>
-    __device__ bool is_safe(float longest) const {
-        bool safe = true;
+    __device__ bool exponents_bounded(float max_norm) const {
+        bool bounded = true;
 #pragma unroll
-        for (int r = FROM; r < ROWS; r++) safe &= norm[r] * longest - shift[r] <= LIMIT;
-        return __all_sync(ALL, safe);
+        // mutant: exponents_not_bounded
+        for (int r = FROM; r < ROWS; r++) bounded &= norm[r] * max_norm - shift[r] <= MAX_EXPONENT;
+        return __all_sync(FULL_MASK, bounded);
     }
 
-    // A tile that all of the rows FROM.. see whole.
+    // Fast path: a tile visible to all rows FROM.. .
     template <int FROM>
-    __device__ void add(const Pair<D> *tile) {
+    __device__ void add_unmasked(const RowPair<D> *tile) {
 #pragma unroll 4
-        for (int j = 0; j < WARP; j++) {
-            const Pair<D> pair = tile[j];
+        for (int j = 0; j < WARP_SIZE; j++) {
+            const RowPair<D> rows_j = tile[j];
 #pragma unroll
             for (int r = FROM; r < ROWS; r++) {
-                const float p = exp2_approx(dot<D>(-shift[r], this->q[r], pair.at));
+                const float p = ex2_approx(dot<D>(-shift[r], this->q[r], rows_j.at));
                 sum[r] += p;
-                add_scaled<D>(out[r], p, pair.at + D);
+                axpy<D>(out[r], p, rows_j.at + D);
             }
         }
     }
 
-    // A tile that the rows FROM..TO may see in part, or whose scores may be higher than any before.
+    // Online-softmax path: a tile visible to rows FROM..TO in part, or with scores above the shift.
     template <int FROM, int TO>
-    __device__ void add_with_care(const Pair<D> *tile, int first_key) {
-        float top[ROWS];
+    __device__ void add_online(const RowPair<D> *tile, int first_key) {
+        float new_max[ROWS];
 #pragma unroll
-        for (int r = FROM; r < TO; r++) top[r] = shift[r];
+        for (int r = FROM; r < TO; r++) new_max[r] = shift[r];
 #pragma unroll 2
-        for (int j = 0; j < WARP; j++) {
-            const Pair<D> pair = tile[j];
+        for (int j = 0; j < WARP_SIZE; j++) {
+            const RowPair<D> rows_j = tile[j];
 #pragma unroll
             for (int r = FROM; r < TO; r++) {
-                const float score = dot<D>(0.0f, this->q[r], pair.at);
-                if (this->sees(r, first_key + j)) top[r] = fmaxf(top[r], score);
+                const float score = dot<D>(0.0f, this->q[r], rows_j.at);
+                if (this->is_visible(r, first_key + j)) new_max[r] = fmaxf(new_max[r], score);
             }
         }
 #pragma unroll
         for (int r = FROM; r < TO; r++) {
-            // While nothing was seen, -inf less -inf must not be taken.
-            const float shrink = top[r] == -INFINITY ? 0.0f : exp2_approx(shift[r] - top[r]);
-            shift[r] = top[r];
-            sum[r] *= shrink;
+            // Avoid (-inf) - (-inf) = NaN for rows that have seen no key yet.
+            const float rescale =
+                new_max[r] == -INFINITY ? 0.0f : ex2_approx(shift[r] - new_max[r]);
+            shift[r] = new_max[r];
+            sum[r] *= rescale;
 #pragma unroll
-            for (int c = 0; c < D; c++) out[r][c] *= shrink;
+            for (int c = 0; c < D; c++) out[r][c] *= rescale;
         }
 #pragma unroll 2
-        for (int j = 0; j < WARP; j++) {
-            const Pair<D> pair = tile[j];
+        for (int j = 0; j < WARP_SIZE; j++) {
+            const RowPair<D> rows_j = tile[j];
 #pragma unroll
             for (int r = FROM; r < TO; r++) {
-                const float p = exp2_approx(dot<D>(-shift[r], this->q[r], pair.at));
-                if (this->sees(r, first_key + j)) {
+                const float p = ex2_approx(dot<D>(-shift[r], this->q[r], rows_j.at));
+                if (this->is_visible(r, first_key + j)) {
                     sum[r] += p;
-                    add_scaled<D>(out[r], p, pair.at + D);
+                    axpy<D>(out[r], p, rows_j.at + D);
                 }
             }
         }
     }
 };
 
-// Rows of a tile on their way to shared memory.
+// Register prefetch of the next tile.
 template <typename T, int D>
-struct Ahead {
+struct Prefetch {
     float at[2 * D];
 
-    __device__ void fetch(const T *a, const T *b, bool there) {
+    __device__ void load_next(const T *a, const T *b, bool valid) {
         float first[D] = {}, second[D] = {};
-        if (there) {
+        if (valid) {
             load(first, a);
             load(second, b);
         }
@@ -209,143 +215,145 @@ struct Ahead {
             at[D + c] = second[c];
         }
     }
-    // All lanes have left the tile before, and see this one, when it returns.
-    __device__ void put(Pair<D> *tile) const {
+    // On return all lanes have left the previous tile, and see this one.
+    __device__ void store_tile(RowPair<D> *tile) const {
         __syncwarp();
-        Pair<D> pair;
+        RowPair<D> rows_j;
 #pragma unroll
-        for (int c = 0; c < 2 * D; c++) pair.at[c] = at[c];
-        tile[threadIdx.x % WARP] = pair;
-        __syncwarp();
+        for (int c = 0; c < 2 * D; c++) rows_j.at[c] = at[c];
+        tile[threadIdx.x % WARP_SIZE] = rows_j;
+        __syncwarp();  // mutant: tile_read_early
     }
 };
 
 template <int D, int ROWS, typename T>
 __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *first_key, T *out,
-                        float *lse, const Heads shape) {
-    constexpr int CHUNK = WARP * ROWS;
-    __shared__ Pair<D> tiles[WARPS][WARP];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Pair<D> *tile = tiles[warp];
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK, heads = shape.windows * shape.heads;
+                        float *lse, const AttentionShape shape) {
+    constexpr int CHUNK = WARP_SIZE * ROWS;
+    __shared__ RowPair<D> tiles[WARPS][WARP_SIZE];
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+    RowPair<D> *tile = tiles[warp];
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK, heads = shape.batch * shape.heads;
     for (int task = blockIdx.x * WARPS + warp; task < chunks * heads; task += gridDim.x * WARPS) {
-        // The longest rows first; neighbours share keys.
+        // Longest rows first; consecutive tasks share keys.
         const int first = (chunks - 1 - task / heads) * CHUNK, head = task % heads;
-        const size_t row = shape.row(head, 0), key_row = shape.key_row(head);
+        const size_t row = shape.row(head, 0), kv_row = shape.kv_row(head);
         Forward<D, ROWS> rows;
-        rows.load_rows(q + row * D, first_key + shape.window(head) * shape.context, first,
-                       shape.context);
+        rows.load_queries(q + row * D, first_key + shape.sequence(head) * shape.seq_len, first,
+                       shape.seq_len);
         rows.start();
-        const int begin = rows.first_column() / WARP * WARP;
-        const int end = min(first + CHUNK, shape.context);
+        const int begin = rows.first_key_of_warp() / WARP_SIZE * WARP_SIZE;
+        const int end = min(first + CHUNK, shape.seq_len);
 
-        Ahead<T, D> ahead;
-        const auto fetch = [&](int column) {
-            const size_t at = (key_row + column + lane) * D;
-            ahead.fetch(k + at, v + at, column + lane < shape.context);
+        Prefetch<T, D> prefetch;
+        const auto load_next = [&](int position) {
+            const size_t at = (kv_row + position + lane) * D;
+            prefetch.load_next(k + at, v + at, position + lane < shape.seq_len);
         };
-        fetch(begin);
-        for (int at = begin; at < end; at += WARP) {
-            const float longest = warp_max(sqrtf(dot<D>(0.0f, ahead.at, ahead.at)));
-            ahead.put(tile);
-            if (at + WARP < end) fetch(at + WARP);
+        load_next(begin);
+        for (int at = begin; at < end; at += WARP_SIZE) {
+            const float max_norm = warp_max(sqrtf(dot<D>(0.0f, prefetch.at, prefetch.at)));
+            prefetch.store_tile(tile);
+            if (at + WARP_SIZE < end) load_next(at + WARP_SIZE);
             if (at < first) {
-                if (rows.template is_safe<0>(longest)) {
-                    rows.template add<0>(tile);
+                if (rows.template exponents_bounded<0>(max_norm)) {
+                    rows.template add_unmasked<0>(tile);
                 } else {
-                    rows.template add_with_care<0, ROWS>(tile, at);
+                    rows.template add_online<0, ROWS>(tile, at);
                 }
                 continue;
             }
-            // On the diagonal of one set of rows; those before see none of it, those behind all.
-            each_index<0, ROWS>([&](auto i) {
-                if (at != first + WARP * i) return;
-                rows.template add_with_care<i, i + 1>(tile, at);
-                if constexpr (i + 1 < ROWS) {
-                    if (rows.template is_safe<i + 1>(longest)) {
-                        rows.template add<i + 1>(tile);
+            // Diagonal tile of one set of rows: hidden from the sets before, visible to those
+            // after.
+            static_for<0, ROWS>([&](auto i) {
+                if (at != first + WARP_SIZE * i) return;
+                rows.template add_online<i, i + 1>(tile, at);
+                if constexpr (i + 1 < ROWS) {  // mutant: rows_after_diagonal_skipped
+                    if (rows.template exponents_bounded<i + 1>(max_norm)) {
+                        rows.template add_unmasked<i + 1>(tile);
                     } else {
-                        rows.template add_with_care<i + 1, ROWS>(tile, at);
+                        rows.template add_online<i + 1, ROWS>(tile, at);
                     }
                 }
             });
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const int column = rows.column(r);
-            if (column >= shape.context) continue;
-            const bool any = rows.sum[r] > 0.0f;
-            const float inverse = any ? 1.0f / rows.sum[r] : 0.0f;
+            const int position = rows.row(r);
+            if (position >= shape.seq_len) continue;
+            const bool any_visible = rows.sum[r] > 0.0f;
+            const float inverse_sum = any_visible ? 1.0f / rows.sum[r] : 0.0f;
             float values[D];
 #pragma unroll
-            for (int c = 0; c < D; c++) values[c] = rows.out[r][c] * inverse;
-            store(out + shape.token_row(head, column) * D, values);
-            lse[row + column] = any ? (rows.shift[r] + log2f(rows.sum[r])) * LN2 : 0.0f;
+            for (int c = 0; c < D; c++) values[c] = rows.out[r][c] * inverse_sum;
+            store(out + shape.out_row(head, position) * D, values);
+            lse[row + position] = any_visible ? (rows.shift[r] + log2f(rows.sum[r])) * LN2 : 0.0f;
         }
     }
 }
 
 template <int D, int ROWS>
-struct BackwardQ : Queries<D, ROWS> {
+struct BackwardDq : Queries<D, ROWS> {
     float dout[ROWS][D], lse[ROWS], delta[ROWS], dq[ROWS][D];
 
     template <int FROM, int TO, bool MASKED>
-    __device__ void add(const Pair<D> *tile, int first_key) {
+    __device__ void add(const RowPair<D> *tile, int first_key) {
 #pragma unroll 4
-        for (int j = 0; j < WARP; j++) {
-            const Pair<D> pair = tile[j];
+        for (int j = 0; j < WARP_SIZE; j++) {
+            const RowPair<D> rows_j = tile[j];
 #pragma unroll
             for (int r = FROM; r < TO; r++) {
-                float p = exp2_approx(dot<D>(-lse[r], this->q[r], pair.at));
-                if (MASKED && !this->sees(r, first_key + j)) p = 0.0f;
-                add_scaled<D>(dq[r], p * dot<D>(-delta[r], dout[r], pair.at + D), pair.at);
+                float p = ex2_approx(dot<D>(-lse[r], this->q[r], rows_j.at));
+                if (MASKED && !this->is_visible(r, first_key + j)) p = 0.0f;
+                axpy<D>(dq[r], p * dot<D>(-delta[r], dout[r], rows_j.at + D), rows_j.at);
             }
         }
     }
 };
 
 template <int D, int ROWS, typename T>
-__device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *first_key,
+__device__ void backward_dq(const T *q, const T *k, const T *v, const uint32_t *first_key,
                            const float *lse, const float *delta, const T *dout, T *dq,
-                           const Heads shape) {
-    constexpr int CHUNK = WARP * ROWS;
-    __shared__ Pair<D> tiles[WARPS][WARP];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Pair<D> *tile = tiles[warp];
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK, heads = shape.windows * shape.heads;
+                           const AttentionShape shape) {
+    constexpr int CHUNK = WARP_SIZE * ROWS;
+    __shared__ RowPair<D> tiles[WARPS][WARP_SIZE];
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+    RowPair<D> *tile = tiles[warp];
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK, heads = shape.batch * shape.heads;
     for (int task = blockIdx.x * WARPS + warp; task < chunks * heads; task += gridDim.x * WARPS) {
         const int first = (chunks - 1 - task / heads) * CHUNK, head = task % heads;
-        const size_t row = shape.row(head, 0), key_row = shape.key_row(head);
-        BackwardQ<D, ROWS> rows;
-        rows.load_rows(q + row * D, first_key + shape.window(head) * shape.context, first,
-                       shape.context);
+        const size_t row = shape.row(head, 0), kv_row = shape.kv_row(head);
+        BackwardDq<D, ROWS> rows;
+        rows.load_queries(q + row * D, first_key + shape.sequence(head) * shape.seq_len, first,
+                       shape.seq_len);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const int column = rows.column(r);
-            const bool there = column < shape.context;
+            const int position = rows.row(r);
+            const bool valid = position < shape.seq_len;
             float values[D] = {};
-            if (there) load(values, dout + shape.token_row(head, column) * D);
-            rows.lse[r] = there ? lse[row + column] * LOG2E : 0.0f;
-            rows.delta[r] = there ? delta[row + column] : 0.0f;
+            if (valid) load(values, dout + shape.out_row(head, position) * D);
+            rows.lse[r] = valid ? lse[row + position] * LOG2E : 0.0f;
+            rows.delta[r] = valid ? delta[row + position] : 0.0f;
 #pragma unroll
             for (int c = 0; c < D; c++) {
                 rows.dout[r][c] = values[c];
                 rows.dq[r][c] = 0.0f;
             }
         }
-        const int begin = rows.first_column() / WARP * WARP, masked = rows.last_first();
-        const int end = min(first + CHUNK, shape.context);
+        const int begin = rows.first_key_of_warp() / WARP_SIZE * WARP_SIZE;
+        const int masked_until = rows.last_first_key();
+        const int end = min(first + CHUNK, shape.seq_len);
 
-        Ahead<T, D> ahead;
-        const auto fetch = [&](int column) {
-            const size_t at = (key_row + column + lane) * D;
-            ahead.fetch(k + at, v + at, column + lane < shape.context);
+        Prefetch<T, D> prefetch;
+        const auto load_next = [&](int position) {
+            const size_t at = (kv_row + position + lane) * D;
+            prefetch.load_next(k + at, v + at, position + lane < shape.seq_len);
         };
-        fetch(begin);
-        for (int at = begin; at < end; at += WARP) {
-            ahead.put(tile);
-            if (at + WARP < end) fetch(at + WARP);
-            if (masked > at) {
+        load_next(begin);
+        for (int at = begin; at < end; at += WARP_SIZE) {
+            prefetch.store_tile(tile);
+            if (at + WARP_SIZE < end) load_next(at + WARP_SIZE);
+            if (masked_until > at) {
                 rows.template add<0, ROWS, true>(tile, at);
                 continue;
             }
@@ -353,196 +361,201 @@ __device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *f
                 rows.template add<0, ROWS, false>(tile, at);
                 continue;
             }
-            each_index<0, ROWS>([&](auto i) {
-                if (at != first + WARP * i) return;
+            static_for<0, ROWS>([&](auto i) {
+                if (at != first + WARP_SIZE * i) return;
                 rows.template add<i, i + 1, true>(tile, at);
                 rows.template add<i + 1, ROWS, false>(tile, at);
             });
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const int column = rows.column(r);
-            if (column >= shape.context) continue;
+            const int position = rows.row(r);
+            if (position >= shape.seq_len) continue;
             float values[D];
 #pragma unroll
-            for (int c = 0; c < D; c++) values[c] = rows.dq[r][c] * root<D>();
-            store(dq + (row + column) * D, values);
+            for (int c = 0; c < D; c++) values[c] = rows.dq[r][c] * rsqrt_head_dim<D>();
+            store(dq + (row + position) * D, values);
         }
     }
 }
 
-// What the way back needs of a query, beside q and dout.
-struct alignas(16) Statistics {
+// Per-query statistics of the backward.
+struct alignas(16) RowStats {
     float lse, delta;
     int from;
 };
 
-// The keys of a lane, first + lane + 32 r.
+// Key rows of a lane, first + lane + 32 r.
 template <int D, int ROWS>
-struct BackwardKV {
+struct BackwardDkdv {
     float k[ROWS][D], v[ROWS][D], dk[ROWS][D], dv[ROWS][D];
     int first;
 
-    __device__ int column(int r) const { return first + 32 * r + threadIdx.x % WARP; }
+    __device__ int row(int r) const { return first + 32 * r + threadIdx.x % WARP_SIZE; }
 
     template <int FROM, int TO, bool MASKED>
-    __device__ void add(const Pair<D> *tile, const Statistics *statistics, int first_query) {
+    __device__ void add(const RowPair<D> *tile, const RowStats *stats, int first_query) {
 #pragma unroll 4
-        for (int j = 0; j < WARP; j++) {
-            const Pair<D> pair = tile[j];
-            const float lse = statistics[j].lse, delta = statistics[j].delta;
+        for (int j = 0; j < WARP_SIZE; j++) {
+            const RowPair<D> rows_j = tile[j];
+            const float lse = stats[j].lse, delta = stats[j].delta;
 #pragma unroll
             for (int r = FROM; r < TO; r++) {
-                float p = exp2_approx(dot<D>(-lse, k[r], pair.at));
-                if (MASKED && !(statistics[j].from <= column(r) && column(r) <= first_query + j)) {
+                float p = ex2_approx(dot<D>(-lse, k[r], rows_j.at));
+                if (MASKED && !(stats[j].from <= row(r) && row(r) <= first_query + j)) {
                     p = 0.0f;
                 }
-                add_scaled<D>(dv[r], p, pair.at + D);
-                add_scaled<D>(dk[r], p * dot<D>(-delta, v[r], pair.at + D), pair.at);
+                axpy<D>(dv[r], p, rows_j.at + D);
+                axpy<D>(dk[r], p * dot<D>(-delta, v[r], rows_j.at + D), rows_j.at);
             }
         }
     }
 };
 
-// Warps of a block.
-__host__ __device__ constexpr int most_warps(int rows) { return rows == 1 ? 8 : 4; }
+// Maximum warps per block of the dk and dv pass.
+__host__ __device__ constexpr int max_warps(int rows) { return rows == 1 ? 8 : 4; }
 
-// A block takes one run of keys; its warps share out the query heads, and are added in their order.
+// A block takes one range of keys; its warps split the query heads of the group, and their partial
+// sums are added in warp order.
 template <int D, int ROWS, typename T>
-__device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *first_key,
+__device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t *first_key,
                             const float *lse, const float *delta, const T *dout, T *dk, T *dv,
-                            const Heads shape) {
-    constexpr int CHUNK = WARP * ROWS, MOST = most_warps(ROWS);
-    __shared__ Pair<D> tiles[MOST][WARP];
-    __shared__ Statistics all_statistics[MOST][WARP];
-    // dk and dv, components outermost: neighbouring lanes on neighbouring words.
-    __shared__ float sums[2 * ROWS * D][WARP];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    Pair<D> *tile = tiles[warp];
-    Statistics *statistics = all_statistics[warp];
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK;
-    const int kv_heads = shape.windows * shape.kv_heads;
+                            const AttentionShape shape) {
+    constexpr int CHUNK = WARP_SIZE * ROWS, MAX_BLOCK_WARPS = max_warps(ROWS);
+    __shared__ RowPair<D> tiles[MAX_BLOCK_WARPS][WARP_SIZE];
+    __shared__ RowStats all_stats[MAX_BLOCK_WARPS][WARP_SIZE];
+    // dk and dv, components outermost: consecutive lanes on consecutive words.
+    __shared__ float sums[2 * ROWS * D][WARP_SIZE];
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+    const int warps = blockDim.x / WARP_SIZE;
+    RowPair<D> *tile = tiles[warp];
+    RowStats *stats = all_stats[warp];
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK;
+    const int kv_heads = shape.batch * shape.kv_heads;
     for (int task = blockIdx.x; task < chunks * kv_heads; task += gridDim.x) {
         const int kv_head = task % kv_heads, first = task / kv_heads * CHUNK;
-        const size_t key_row = static_cast<size_t>(kv_head) * shape.context;
-        BackwardKV<D, ROWS> rows;
+        const size_t kv_row = static_cast<size_t>(kv_head) * shape.seq_len;
+        BackwardDkdv<D, ROWS> rows;
         rows.first = first;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const int column = rows.column(r);
+            const int position = rows.row(r);
             float key[D] = {}, value[D] = {};
-            if (column < shape.context) {
-                load(key, k + (key_row + column) * D);
-                load(value, v + (key_row + column) * D);
+            if (position < shape.seq_len) {
+                load(key, k + (kv_row + position) * D);
+                load(value, v + (kv_row + position) * D);
             }
 #pragma unroll
             for (int c = 0; c < D; c++) {
-                rows.k[r][c] = key[c] * (root<D>() * LOG2E);
+                rows.k[r][c] = key[c] * (rsqrt_head_dim<D>() * LOG2E);
                 rows.v[r][c] = value[c];
                 rows.dk[r][c] = rows.dv[r][c] = 0.0f;
             }
         }
-        for (int shared = warp; shared < shape.group(); shared += warps) {
-            const int head = kv_head * shape.group() + shared;
+        for (int member = warp; member < shape.group(); member += warps) {
+            const int head = kv_head * shape.group() + member;
             const size_t row = shape.row(head, 0);
-            const uint32_t *firsts = first_key + shape.window(head) * shape.context;
-            Ahead<T, D> ahead;
-            Statistics next;
-            // Queries past the context are zero: whatever their p, they add nothing.
-            const auto fetch = [&](int tile_column) {
-                const int column = tile_column + lane;
-                const bool there = column < shape.context;
-                ahead.fetch(q + (row + column) * D, dout + shape.token_row(head, column) * D, there);
-                next.lse = there ? lse[row + column] * LOG2E : 0.0f;
-                next.delta = there ? delta[row + column] : 0.0f;
-                next.from = there ? first_seen(firsts, column) : 0;
+            const uint32_t *first_keys = first_key + shape.sequence(head) * shape.seq_len;
+            Prefetch<T, D> prefetch;
+            RowStats next;
+            // Queries past seq_len are zero: whatever their p, they add nothing.
+            const auto load_next = [&](int tile_position) {
+                const int position = tile_position + lane;
+                const bool valid = position < shape.seq_len;
+                prefetch.load_next(q + (row + position) * D,
+                                   dout + shape.out_row(head, position) * D, valid);
+                next.lse = valid ? lse[row + position] * LOG2E : 0.0f;
+                next.delta = valid ? delta[row + position] : 0.0f;
+                next.from = valid ? first_visible(first_keys, position) : 0;
             };
-            fetch(first);
-            for (int at = first; at < shape.context; at += WARP) {
-                const bool masked = __any_sync(ALL, next.from > first);
-                const bool none = __all_sync(ALL, next.from >= first + CHUNK);
-                ahead.put(tile);
-                statistics[lane] = next;
+            load_next(first);
+            for (int at = first; at < shape.seq_len; at += WARP_SIZE) {
+                const bool masked_until = __any_sync(FULL_MASK, next.from > first);
+                // mutant: visible_tile_skipped
+                const bool all_hidden = __all_sync(FULL_MASK, next.from >= first + CHUNK);
+                prefetch.store_tile(tile);
+                stats[lane] = next;
                 __syncwarp();
-                if (at + WARP < shape.context) fetch(at + WARP);
-                if (none) continue;
-                if (masked) {
-                    rows.template add<0, ROWS, true>(tile, statistics, at);
+                if (at + WARP_SIZE < shape.seq_len) load_next(at + WARP_SIZE);
+                if (all_hidden) continue;
+                if (masked_until) {
+                    rows.template add<0, ROWS, true>(tile, stats, at);
                     continue;
                 }
                 if (at >= first + CHUNK) {
-                    rows.template add<0, ROWS, false>(tile, statistics, at);
+                    rows.template add<0, ROWS, false>(tile, stats, at);
                     continue;
                 }
-                each_index<0, ROWS>([&](auto i) {
-                    if (at != first + WARP * i) return;
-                    rows.template add<0, i, false>(tile, statistics, at);
-                    rows.template add<i, i + 1, true>(tile, statistics, at);
+                static_for<0, ROWS>([&](auto i) {
+                    if (at != first + WARP_SIZE * i) return;
+                    rows.template add<0, i, false>(tile, stats, at);
+                    rows.template add<i, i + 1, true>(tile, stats, at);
                 });
             }
         }
-        for (int turn = 0; turn < warps; turn++) {
-            if (turn == warp) {
+        for (int owner = 0; owner < warps; owner++) {  // mutant: other_warps_dropped
+            if (owner == warp) {
 #pragma unroll
                 for (int i = 0; i < ROWS * D; i++) {
                     const float key = rows.dk[i / D][i % D], value = rows.dv[i / D][i % D];
-                    sums[i][lane] = turn == 0 ? key : sums[i][lane] + key;
-                    sums[ROWS * D + i][lane] = turn == 0 ? value : sums[ROWS * D + i][lane] + value;
+                    sums[i][lane] = owner == 0 ? key : sums[i][lane] + key;
+                    float &value_sum = sums[ROWS * D + i][lane];
+                    value_sum = owner == 0 ? value : value_sum + value;
                 }
             }
             __syncthreads();
         }
         for (int r = warp; r < ROWS; r += warps) {
-            const int column = rows.column(r);
-            if (column >= shape.context) continue;
+            const int position = rows.row(r);
+            if (position >= shape.seq_len) continue;
             float key[D], value[D];
 #pragma unroll
             for (int c = 0; c < D; c++) {
-                key[c] = sums[r * D + c][lane] * root<D>();
+                key[c] = sums[r * D + c][lane] * rsqrt_head_dim<D>();
                 value[c] = sums[(ROWS + r) * D + c][lane];
             }
-            store(dk + (key_row + column) * D, key);
-            store(dv + (key_row + column) * D, value);
+            store(dk + (kv_row + position) * D, key);
+            store(dv + (kv_row + position) * D, value);
         }
-        // The next task's sums must not overwrite what a slower warp still reads.
+        // The next task must not overwrite sums that a slower warp still reads.
         __syncthreads();
     }
 }
 
-// Entries are named for head_dim and rows a lane: 4 rows, or 2, make the most of a load, 1 makes the
-// most warps where there are few rows in all. Launch of forward and back to q: blocks of 128
-// threads, a grid along x of any size; a warp for every 32 ROWS rows of a head is best. Of back to k
-// and v: blocks of one to four warps, of one row a lane to eight, best as many as query heads share
-// a key/value head; a block for every 32 ROWS rows of a key/value head.
+// Entry names end in head_dim, rows per lane and dtype. Several rows per lane amortize the loads;
+// one row per lane gives the most warps for small problems. Launch of forward and dq: blocks of 128
+// threads, any grid along x; one warp per 32 ROWS rows of a head is best. Launch of dk and dv:
+// blocks of one to max_warps(ROWS) warps, best as many as query heads share a key/value head; one
+// block per 32 ROWS rows of a key/value head.
 
 #define FORWARD(D, ROWS, T)                                                                        \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D, ROWS))                             \
-    attention_smallhead_##D##_##ROWS##_##T(                                                           \
+    extern "C" __global__ void __launch_bounds__(128, min_blocks(D, ROWS))                         \
+    attention_smallhead_##D##_##ROWS##_##T(                                                        \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
-        int windows, int context, int heads, int kv_heads) {                                       \
-        forward<D, ROWS>(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, D});    \
+        int batch, int seq_len, int heads, int kv_heads) {                                         \
+        forward<D, ROWS>(q, k, v, first_key, out, lse, {batch, seq_len, heads, kv_heads, D});      \
     }
 
 #define BACKWARD(D, ROWS, T)                                                                       \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D, ROWS))                             \
-    attention_smallhead_backward_dq_##D##_##ROWS##_##T(                                                \
+    extern "C" __global__ void __launch_bounds__(128, min_blocks(D, ROWS))                         \
+    attention_smallhead_backward_dq_##D##_##ROWS##_##T(                                            \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
-        int windows, int context, int heads, int kv_heads) {                                       \
-        backward_q<D, ROWS>(q, k, v, first_key, lse, delta, dout, dq,                              \
-                            {windows, context, heads, kv_heads, D});                               \
+        int batch, int seq_len, int heads, int kv_heads) {                                         \
+        backward_dq<D, ROWS>(q, k, v, first_key, lse, delta, dout, dq,                             \
+                            {batch, seq_len, heads, kv_heads, D});                                 \
     }                                                                                              \
     extern "C" __global__ void                                                                     \
-    __launch_bounds__(32 * most_warps(ROWS), blocks(D, ROWS) * 4 / most_warps(ROWS))               \
-    attention_smallhead_backward_dkdv_##D##_##ROWS##_##T(                                               \
+    __launch_bounds__(32 * max_warps(ROWS), min_blocks(D, ROWS) * 4 / max_warps(ROWS))             \
+    attention_smallhead_backward_dkdv_##D##_##ROWS##_##T(                                          \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \
-        T *__restrict__ dv, int windows, int context, int heads, int kv_heads) {                   \
-        backward_kv<D, ROWS>(q, k, v, first_key, lse, delta, dout, dk, dv,                         \
-                             {windows, context, heads, kv_heads, D});                              \
+        T *__restrict__ dv, int batch, int seq_len, int heads, int kv_heads) {                     \
+        backward_dkdv<D, ROWS>(q, k, v, first_key, lse, delta, dout, dk, dv,                       \
+                             {batch, seq_len, heads, kv_heads, D});                                \
     }
 
 #define ENTRIES(T)                                                                                 \

@@ -1,38 +1,38 @@
-// Causal attention on tensor cores for heads of 2 and 4 components in two-byte types; formulas and
+// Causal attention on tensor cores for heads of 2 and 4 components in 16-bit dtypes; formulas and
 // shapes as in attention_generic.cu.
 //
-// A warp works alone. It owns OWN blocks of 16 rows, the left operands of its products, and streams
-// tiles of 32 opposite rows, the right ones. Both are TF32: it holds a bf16 or f16 exactly, and the
-// range of f32. A product of m16n8k4 has four slots for what is summed, so there is room for
-// log2(e) / sqrt(head_dim) times an own row in two parts, that together are as exact as an f32
-// (head_dim 4 takes two products):
+// Warps are independent. A warp owns ROW_BLOCKS blocks of 16 stationary rows, the A operands, and
+// streams tiles of 32 rows, the B operands. Both are TF32, which holds a bf16 or f16 exactly and
+// has the range of f32. An m16n8k4 mma has four slots in k, so log2(e) / sqrt(head_dim) times a
+// stationary row fits as the sum of two TF32 parts, together as accurate as f32 (head_dim 4 takes
+// two mma):
 //
-//     slot          0       1       2      3
-//     own row       high 0  high 1  low 0  low 1
-//     opposite row  0       1       0      1
+//     k slot          0       1       2      3
+//     stationary row  high 0  high 1  low 0  low 1
+//     streamed row    0       1       0      1
 //
-// -lse, or the shift, is what the product is added to, as -delta is for dout . v: p is one
-// exponential of what leaves the tensor core, ds one product more. Both go into the next product,
-// m16n8k8, as they lie: of two blocks of 8 columns a lane holds two columns each, and any columns
-// will do for the eight that are summed up, if the row loaded for each is the right one. Of the 8
-// columns of that product head_dim are out or dq, and one more sums up p; or head_dim are dv and
-// head_dim dk.
+// The initial accumulator is -lse or minus the shift, and -delta for dout . v: p is one exponential
+// of the mma result, ds one multiplication more. Both are operands of the next mma, m16n8k8,
+// without a shuffle: a lane holds two columns of each of two 8-column blocks, and any eight columns
+// may be summed over k if the rows loaded for them match. Of the 8 columns of that mma, head_dim
+// are out or dq and one more sums p; or head_dim are dv and head_dim dk.
 //
-// 16 x 8 pairs, four a lane, take          mma   ex2   add   mul   instructions a pair
+// Instructions for 16 x 8 query-key pairs, four per lane:
 //
+//                                          mma   ex2   add   mul   per pair
 //     forward                              2     4     4           2.5
-//     back to q                            3     4           4     2.75
-//     back to k and v                      4     4           4     3
+//     dq                                   3     4           4     2.75
+//     dk and dv                            4     4           4     3
 //
-// (one mma more each at head_dim 4), and the loads, which are shared by OWN blocks.
+// (one more mma each at head_dim 4), plus loads, which are amortized over ROW_BLOCKS blocks.
 //
-// Rounding: a tensor core reads the upper 19 bits of p and ds. That takes off less than 2^-10, on
-// the average 0.72 * 2^-11. Of out it takes as much as of the sum that out is divided by, lse comes
-// of the whole p, and the other sums are given the average back.
+// Rounding: a tensor core reads the upper 19 bits of p and ds, which truncates by less than 2^-10,
+// on average by 0.72 * 2^-11. out and the sum that divides it are truncated alike, lse uses the
+// untruncated p, and the other sums are multiplied by TF32_TRUNC_BIAS to correct the average.
 //
-// The shift is the highest score of a row's first tiles: f32 holds what is up to 2^100 above it,
-// and what is 2^126 below it is nothing in a sum of 1 at least. If scores rise further, a sum shows
-// it, and the warp's rows are done once more, with a maximum that is kept.
+// The shift is the maximum score of a row's first tiles: f32 holds up to 2^100 above it, and what
+// is 2^126 below it is negligible in a sum of at least 1. If scores exceed that range, a sum
+// overflows MAX_SUM, and the warp's rows are recomputed with online softmax.
 //
 // Launch: see each entry. Rows are aligned to their own size.
 #include "lib/attention.cuh"
@@ -42,21 +42,19 @@
 
 #include <climits>
 
-constexpr unsigned ALL = 0xffffffffu;
 constexpr int WARPS = 4;
-constexpr int BLOCK = 16, TILE = 32;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr int MMA_ROWS = 16, TILE = 32;
 // Below it a sum and its inverse are normal numbers.
-constexpr float LIMIT = 1.2676506e30f;
-// What TF32 takes off, given back.
-constexpr float REGAIN = 1.0f + 0.72f / 2048.0f;
+constexpr float MAX_SUM = 1.2676506e30f;
+// Corrects the average truncation of an operand to TF32.
+constexpr float TF32_TRUNC_BIAS = 1.0f + 0.72f / 2048.0f;
 
 template <int D>
-__device__ constexpr float root() {
+__device__ constexpr float rsqrt_head_dim() {
     return D == 2 ? 0.7071067811865476f : 0.5f;
 }
 
-// x as the compiler knows nothing of it: what is made of it is made here and now.
+// x, opaque to the optimizer: keeps expressions of it from being hoisted and held in registers.
 __device__ inline int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -67,56 +65,58 @@ __device__ inline const P *opaque(const P *x) {
     return x;
 }
 
-// D of an m16n8 product, with t = lane % 4: of the row lane / 4, the columns 2 t and 2 t + 1; of
-// the row 8 below, the same.
-using Product = float[4];
+// C or D fragment of an m16n8 mma, with t = lane % 4: columns 2 t and 2 t + 1 of row lane / 4, then
+// of the row 8 below.
+using AccFragment = float[4];
 
-// A tile is four blocks of 8 columns: its row j is column j / 4 of block j % 4. So what a lane
-// needs of neighbouring blocks lies side by side, and its columns 2 t and 2 t + 1 of a block are
-// the rows
+// Row of a tile that is column 2 t + `column` of an 8-column block. Tile row j is column j / 4 of
+// block j % 4, so that what a lane needs of consecutive blocks is contiguous.
 __device__ inline int tile_row(int block, int column) {
     return 8 * (threadIdx.x % 4) + 4 * column + block;
 }
 
-// One number of each of a tile's 32 rows. Neighbours of these lie 2 banks apart: what 16 lanes load
-// of them meets no conflict, but where components are four.
+// One component of each of the 32 rows of a tile. Planes are 2 banks apart: the loads of 16 lanes
+// have no bank conflicts, except at four components.
 struct alignas(8) Plane {
     float at[34];
 
-    // Where this lane finds its column of the blocks 0 to 3 for a first product.
-    __device__ uint32_t left() const { return shared_address(at + threadIdx.x % WARP / 4 * 4); }
-    // And column 2 t for a second one; column 2 t + 1 is 16 bytes behind it.
-    __device__ uint32_t right() const { return shared_address(at + tile_row(0, 0)); }
+    // Address of this lane's column of blocks 0 to 3, for an m16n8k4 B operand.
+    __device__ uint32_t b_k4_address() const {
+        return cvta_to_shared(at + threadIdx.x % WARP_SIZE / 4 * 4);
+    }
+    // Address of column 2 t, for an m16n8k8 B operand; column 2 t + 1 is 16 bytes further.
+    __device__ uint32_t b_k8_address() const { return cvta_to_shared(at + tile_row(0, 0)); }
 };
 
-// What the products of each block begin with, of one number a column: as lane t takes it up, for
-// both of its rows.
-struct alignas(16) Starts {
+// Initial accumulators of each block, one value per column, in the order lane t loads them for both
+// of its rows.
+struct alignas(16) InitialAcc {
     float at[4][4][4];
 
-    __device__ void put(int row, float x) {
+    __device__ void store_row(int row, float x) {
         float *to = at[row % 4][row / 8] + row / 4 % 2;
         to[0] = to[2] = x;
     }
 };
 
-// Both columns of a row. The second goes a way that the compiler cannot look through: as a known
-// copy it would share the first one's register, and be copied into place for each product.
-__device__ inline void set(Product &to, int half, float x) {
+// Sets both columns of a row. The second goes through a shuffle: as a visible copy it would share
+// the first one's register and be moved into place for each mma.
+__device__ inline void broadcast_row(AccFragment &to, int half, float x) {
     to[2 * half] = x;
-    to[2 * half + 1] = __shfl_sync(ALL, x, threadIdx.x % WARP);
+    to[2 * half + 1] = __shfl_sync(FULL_MASK, x, threadIdx.x % WARP_SIZE);
 }
 
-// Own rows of a warp that are a left operand, in PARTS parts.
-template <int OWN, int PARTS>
-struct Left {
-    float at[OWN][PARTS][2];
+// Stationary rows of a warp as A operands, in PARTS k-groups.
+template <int ROW_BLOCKS, int PARTS>
+struct AFragments {
+    float at[ROW_BLOCKS][PARTS][2];
 
-    // Component t % D of a block's row lane / 4 + 8 half is x: in a high and a low part, the second
-    // in the slots that are left or in a product of its own.
+    // Sets component t % D of row lane / 4 + 8 half of a block to x as a high and a low part, the
+    // low one in the unused k slots or in an mma of its own.
     template <int D>
-    __device__ void split(int block, int half, float x) {
-        const float high = tf32(x), low = tf32(x - high);
+    __device__ void set_split(int block, int half, float x) {
+        // mutant: low_part_dropped
+        const float high = cvt_rna_tf32(x), low = cvt_rna_tf32(x - high);
         if constexpr (D == 2) {
             at[block][0][half] = threadIdx.x % 4 < 2 ? high : low;
         } else {
@@ -124,46 +124,46 @@ struct Left {
             at[block][1][half] = low;
         }
     }
-    // The same where x is a TF32 as it is; `rest` in two parts in the slots that are left.
+    // Sets it to x, which is exact in TF32; `extra` goes in two parts into the unused k slots.
     template <int D>
-    __device__ void whole(int block, int half, float x, float rest) {
+    __device__ void set_exact(int block, int half, float x, float extra) {
         const int slot = threadIdx.x % 4;
-        const float high = tf32(rest);
-        at[block][0][half] = slot < D ? x : slot == D ? high : tf32(rest - high);
+        const float high = cvt_rna_tf32(extra);
+        at[block][0][half] = slot < D ? x : slot == D ? high : cvt_rna_tf32(extra - high);
     }
-    // A block times the tile rows of which this lane has component t % D.
-    __device__ void dot(Product &to, int block, float row, const Product &start) const {
-        multiply_add_tf32(to, at[block][0], row, start);
-        if constexpr (PARTS == 2) multiply_add_tf32(to, at[block][1], row, to);
+    // to = block times the tile rows, of which this lane has component t % D, plus init.
+    __device__ void dot(AccFragment &to, int block, float row, const AccFragment &init) const {
+        mma_m16n8k4_tf32(to, at[block][0], row, init);
+        if constexpr (PARTS == 2) mma_m16n8k4_tf32(to, at[block][1], row, to);
     }
 };
 
-// The right operand of two second products: of the column lane / 4, a number of the tile rows that
-// are columns 2 t, or 2 t + 1, of two neighbouring blocks.
-struct Right {
+// B operand of two m16n8k8 mma: one component of the tile rows that are columns 2 t, or 2 t + 1, of
+// two consecutive blocks.
+struct BFragments {
     float at[2][2];
 
-    __device__ explicit Right(uint32_t rows) {
-        load_shared(at[0], rows);
-        load_shared(at[1], rows + 16);
+    __device__ explicit BFragments(uint32_t rows) {
+        ld_shared(at[0], rows);
+        ld_shared(at[1], rows + 16);  // mutant: column_of_another_block
     }
-    // sums += weights of the two blocks times these rows.
-    __device__ void add(Product &sums, const Product (&weights)[2]) const {
+    // acc += p of the two blocks times these rows.
+    __device__ void add(AccFragment &acc, const AccFragment (&p)[2]) const {
 #pragma unroll
         for (int column = 0; column < 2; column++) {
-            const float a[4] = {weights[0][column], weights[0][2 + column], weights[1][column],
-                                weights[1][2 + column]};
-            multiply_add_tf32(sums, a, at[column][0], at[column][1]);
+            const float a[4] = {p[0][column], p[0][2 + column], p[1][column],
+                                p[1][2 + column]};
+            mma_m16n8k8_tf32(acc, a, at[column][0], at[column][1]);
         }
     }
 };
 
-// A row as it lies in memory, two components a word.
+// Row in global memory, two components per word.
 template <int D>
-using Row = std::conditional_t<D == 2, uint32_t, uint2>;
+using PackedRow = std::conditional_t<D == 2, uint32_t, uint2>;
 
 template <typename T>
-__device__ inline void widen(float &first, float &second, uint32_t pair) {
+__device__ inline void to_float2(float &first, float &second, uint32_t pair) {
     if constexpr (std::is_same_v<T, bf16>) {
         first = __uint_as_float(pair << 16);
         second = __uint_as_float(pair & 0xffff0000u);
@@ -173,96 +173,96 @@ __device__ inline void widen(float &first, float &second, uint32_t pair) {
     }
 }
 
-// The rows of a head, as a pointer in registers: else it would be put together anew for each tile.
-template <typename Row, typename P>
-__device__ inline const Row *rows_at(const P *first) {
-    return reinterpret_cast<const Row *>(opaque(first));
+// Rows of a head as an opaque pointer in registers: it would be recomputed for each tile otherwise.
+template <typename PackedRow, typename P>
+__device__ inline const PackedRow *opaque_rows(const P *first) {
+    return reinterpret_cast<const PackedRow *>(opaque(first));
 }
 
-// Puts the components of a lane's row where products look for them.
+// Stores the components of a lane's row to the planes.
 template <typename T>
-__device__ inline void put(Plane *planes, uint32_t row) {
+__device__ inline void store_row(Plane *planes, uint32_t row) {
     float first, second;
-    widen<T>(first, second, row);
-    planes[0].at[threadIdx.x % WARP] = first;
-    planes[1].at[threadIdx.x % WARP] = second;
+    to_float2<T>(first, second, row);
+    planes[0].at[threadIdx.x % WARP_SIZE] = first;
+    planes[1].at[threadIdx.x % WARP_SIZE] = second;
 }
 template <typename T>
-__device__ inline void put(Plane *planes, uint2 row) {
-    put<T>(planes, row.x);
-    put<T>(planes + 2, row.y);
+__device__ inline void store_row(Plane *planes, uint2 row) {
+    store_row<T>(planes, row.x);
+    store_row<T>(planes + 2, row.y);
 }
 
-// Keys and values of a head, tile by tile. Behind the last comes the last once more: nobody sees
-// it.
+// Keys and values of a head, tile by tile. Past the end the last row repeats; it is masked.
 template <typename T, int D>
-struct Keys {
-    const Row<D> *k, *v;
+struct KvStream {
+    const PackedRow<D> *k, *v;
     int last;
     Plane *planes;
-    Row<D> key, value;
+    PackedRow<D> key, value;
 
-    __device__ void fetch(int first) {
-        const int column = min(first + static_cast<int>(threadIdx.x % WARP), last);
-        key = __ldg(k + column), value = __ldg(v + column);
+    __device__ void load_next(int first) {
+        const int position = min(first + static_cast<int>(threadIdx.x % WARP_SIZE), last);
+        key = __ldg(k + position), value = __ldg(v + position);
     }
-    // Puts the tile that was fetched, and fetches the next.
-    __device__ void next(int first) {
+    // Stores the prefetched tile and prefetches the next.
+    __device__ void advance(int first) {
         __syncwarp();
-        put<T>(planes, key);
-        put<T>(planes + D, value);
-        __syncwarp();
-        fetch(first + TILE);
+        store_row<T>(planes, key);
+        store_row<T>(planes + D, value);
+        __syncwarp();  // mutant: tile_read_early
+        load_next(first + TILE);
     }
 };
 
-// The query rows of a warp: `first` and those behind it.
-template <int D, int OWN>
+// Query rows of a warp, from `first` on.
+template <int D, int ROW_BLOCKS>
 struct Queries {
-    Left<OWN, D / 2> q;
+    AFragments<ROW_BLOCKS, D / 2> q;
     const uint32_t *first_key;
-    int first, context, lane;
+    int first, seq_len, lane;
 
-    __device__ int column(int block, int half) const {
-        return first + BLOCK * block + 8 * half + lane / 4;
+    __device__ int position(int block, int half) const {
+        return first + MMA_ROWS * block + 8 * half + lane / 4;
     }
-    // The first column that a row sees. Rows past the context see all: they force no mask.
-    __device__ int from_of(int block, int half) const {
-        const int row = column(block, half);
-        return row < context ? first_seen(first_key, row) : 0;
+    // First key a row sees. Rows past seq_len see every key, so that they force no mask.
+    __device__ int first_visible_of(int block, int half) const {
+        const int row = position(block, half);
+        return row < seq_len ? first_visible(first_key, row) : 0;
     }
     template <typename T>
-    __device__ void load_rows(const T *rows, const uint32_t *first_keys, int first_row, int end) {
-        first_key = first_keys, first = first_row, context = end;
-        lane = threadIdx.x % WARP;
+    __device__ void load_queries(const T *rows, const uint32_t *first_keys, int first_row,
+                                 int end) {
+        first_key = first_keys, first = first_row, seq_len = end;
+        lane = threadIdx.x % WARP_SIZE;
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int row = column(m, half);
+                const int row = position(m, half);
                 const float x =
-                    row < context ? widen(rows[static_cast<size_t>(row) * D + lane % D]) : 0.0f;
-                q.template split<D>(m, half, x * (root<D>() * LOG2E));
+                    row < seq_len ? to_float(rows[static_cast<size_t>(row) * D + lane % D]) : 0.0f;
+                q.template set_split<D>(m, half, x * (rsqrt_head_dim<D>() * LOG2E));
             }
         }
     }
-    // The first column that any row of the warp sees, and the one from which on all of them see.
-    __device__ void seen(int &least, int &most) const {
-        least = INT_MAX, most = 0;
+    // First key that any row of the warp sees, and first key that all rows see.
+    __device__ void visible_range(int &begin, int &masked_until) const {
+        begin = INT_MAX, masked_until = 0;
 #pragma unroll
-        for (int i = 0; i < 2 * OWN; i++) {
-            const int from = from_of(i / 2, i % 2);
-            least = min(least, from), most = max(most, from);
+        for (int i = 0; i < 2 * ROW_BLOCKS; i++) {
+            const int from = first_visible_of(i / 2, i % 2);
+            begin = min(begin, from), masked_until = max(masked_until, from);
         }
-        least = __reduce_min_sync(ALL, least);
-        most = __reduce_max_sync(ALL, most);
+        begin = __reduce_min_sync(FULL_MASK, begin);
+        masked_until = __reduce_max_sync(FULL_MASK, masked_until);
     }
-    // Scores of what a row does not see become -inf.
-    __device__ void mask(Product &scores, int block, int tile, int i) const {
+    // Sets the scores of hidden keys to -inf.
+    __device__ void mask(AccFragment &scores, int block, int tile, int i) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            // Else all of them would be kept in registers.
-            const int row = column(block, half), from = from_of(block, opaque(half));
+            // opaque: all of them would be kept in registers otherwise.
+            const int row = position(block, half), from = first_visible_of(block, opaque(half));
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const int key = tile + tile_row(i, j);
@@ -272,55 +272,55 @@ struct Queries {
     }
 };
 
-template <int D, int OWN>
-struct Forward : Queries<D, OWN> {
-    Product start[OWN], sums[OWN];
-    // Of p as it is, for lse; a lane's share.
-    float sum[OWN][2];
+template <int D, int ROW_BLOCKS>
+struct Forward : Queries<D, ROW_BLOCKS> {
+    AccFragment init[ROW_BLOCKS], acc[ROW_BLOCKS];
+    // Sum of untruncated p, for lse; this lane's part.
+    float row_sum[ROW_BLOCKS][2];
 
-    __device__ void clear() {
+    __device__ void first_masked() {
 #pragma unroll
-        for (int i = 0; i < 4 * OWN; i++) {
-            start[i / 4][i % 4] = INFINITY;
-            sums[i / 4][i % 4] = sum[i / 4][i % 2] = 0.0f;
+        for (int i = 0; i < 4 * ROW_BLOCKS; i++) {
+            init[i / 4][i % 4] = INFINITY;
+            acc[i / 4][i % 4] = row_sum[i / 4][i % 2] = 0.0f;
         }
     }
 
-    // A tile that all rows see whole, and have a shift for.
+    // Fast path: a tile visible to all rows, which have a shift.
     __device__ void add(uint32_t keys_at, uint32_t values_at) {
 #pragma unroll 1
         for (int i = 0; i < 4; i += 2) {
             float keys[2];
-            load_shared(keys, keys_at + 4 * i);
-            const Right right(values_at + 4 * i);
+            ld_shared(keys, keys_at + 4 * i);
+            const BFragments b_k8_address(values_at + 4 * i);
 #pragma unroll
-            for (int m = 0; m < OWN; m++) {
-                Product p[2];
+            for (int m = 0; m < ROW_BLOCKS; m++) {
+                AccFragment p[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    this->q.dot(p[j], m, keys[j], start[m]);
+                    this->q.dot(p[j], m, keys[j], init[m]);
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        p[j][e] = exp2_approx(p[j][e]);
-                        sum[m][e / 2] += p[j][e];
+                        p[j][e] = ex2_approx(p[j][e]);
+                        row_sum[m][e / 2] += p[j][e];
                     }
                 }
-                right.add(sums[m], p);
+                b_k8_address.add(acc[m], p);
             }
         }
     }
 
-    // Any tile: with masks, and a shift that becomes the highest score.
-    __device__ void add_with_care(uint32_t keys_at, uint32_t values_at, int tile) {
+    // Online-softmax path: any tile, with masks; the shift becomes the maximum score.
+    __device__ void add_online(uint32_t keys_at, uint32_t values_at, int tile) {
         float keys[2][2];
-        load_shared(keys[0], keys_at);
-        load_shared(keys[1], keys_at + 8);
-        const Right rights[2] = {Right(values_at), Right(values_at + 8)};
-        const Product zero = {};
+        ld_shared(keys[0], keys_at);
+        ld_shared(keys[1], keys_at + 8);
+        const BFragments rights[2] = {BFragments(values_at), BFragments(values_at + 8)};
+        const AccFragment zero = {};
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
-            if (this->first + BLOCK * m + BLOCK <= tile) continue;
-            Product p[2][2];
+        for (int m = 0; m < ROW_BLOCKS; m++) {
+            if (this->first + MMA_ROWS * m + MMA_ROWS <= tile) continue;
+            AccFragment p[2][2];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 this->q.dot(p[i / 2][i % 2], m, keys[i / 2][i % 2], zero);
@@ -328,272 +328,278 @@ struct Forward : Queries<D, OWN> {
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float shift = -start[m][2 * half];
-                float top = shift;
+                const float shift = -init[m][2 * half];
+                float new_max = shift;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const Product &part = p[i / 2][i % 2];
-                    top = fmaxf(top, fmaxf(part[2 * half], part[2 * half + 1]));
+                    const AccFragment &s = p[i / 2][i % 2];
+                    new_max = fmaxf(new_max, fmaxf(s[2 * half], s[2 * half + 1]));
                 }
                 // Four lanes share a row.
-                top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
-                top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
-                // While nothing was seen, -inf less -inf must not be taken.
-                const float base = top == -INFINITY ? 0.0f : top;
-                const float shrink = exp2_approx(shift - base);
-                sum[m][half] *= shrink;
+                new_max = fmaxf(new_max, __shfl_xor_sync(FULL_MASK, new_max, 1));
+                new_max = fmaxf(new_max, __shfl_xor_sync(FULL_MASK, new_max, 2));
+                // Avoid (-inf) - (-inf) = NaN for rows that have seen no key yet.
+                const float base = new_max == -INFINITY ? 0.0f : new_max;
+                const float rescale = ex2_approx(shift - base);
+                row_sum[m][half] *= rescale;
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; e++) {
-                    sums[m][e] *= shrink;
+                    acc[m][e] *= rescale;
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         float &score = p[i / 2][i % 2][e];
-                        score = exp2_approx(score - base);
-                        sum[m][half] += score;
+                        score = ex2_approx(score - base);
+                        row_sum[m][half] += score;
                     }
                 }
-                set(start[m], half, -top);
+                broadcast_row(init[m], half, -new_max);
             }
-            rights[0].add(sums[m], p[0]);
-            rights[1].add(sums[m], p[1]);
+            rights[0].add(acc[m], p[0]);
+            rights[1].add(acc[m], p[1]);
         }
     }
 
-    // Whether no sum has left its range.
+    // Whether all sums are below MAX_SUM.
     __device__ bool in_range() const {
-        bool good = true;
+        bool finite = true;
 #pragma unroll
-        for (int i = 0; i < 4 * OWN; i++) good &= fabsf(sums[i / 4][i % 4]) < LIMIT;
-        return __all_sync(ALL, good);
+        for (int i = 0; i < 4 * ROW_BLOCKS; i++) finite &= fabsf(acc[i / 4][i % 4]) < MAX_SUM;
+        return __all_sync(FULL_MASK, finite);
     }
 };
 
-template <int D, int OWN, typename T>
+template <int D, int ROW_BLOCKS, typename T>
 __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *first_key, T *out,
-                        float *lse, const Heads shape) {
-    constexpr int CHUNK = BLOCK * OWN;
+                        float *lse, const AttentionShape shape) {
+    constexpr int CHUNK = MMA_ROWS * ROW_BLOCKS;
     // Components of k, of v, and ones.
     __shared__ Plane tiles[WARPS][2 * D + 1];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
     Plane *planes = tiles[warp];
     planes[2 * D].at[lane] = 1.0f;
-    const uint32_t keys_at = planes[lane % D].left();
-    // The columns from D on sum up p; one of them is of use.
-    const uint32_t values_at = planes[D + min(lane / 4, D)].right();
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK, heads = shape.windows * shape.heads;
+    const uint32_t keys_at = planes[lane % D].b_k4_address();
+    // Columns from D on sum p; one of them is used.
+    const uint32_t values_at = planes[D + min(lane / 4, D)].b_k8_address();
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK, heads = shape.batch * shape.heads;
     for (int task = blockIdx.x * WARPS + warp; task < chunks * heads; task += gridDim.x * WARPS) {
-        // The longest rows first; neighbours share keys.
+        // Longest rows first; consecutive tasks share keys.
         const int first = (chunks - 1 - task / heads) * CHUNK, head = task % heads;
-        const size_t row = shape.row(head, 0), key_row = shape.key_row(head);
-        Forward<D, OWN> rows;
-        rows.load_rows(q + row * D, first_key + shape.window(head) * shape.context, first,
-                       shape.context);
-        int begin, masked;
-        rows.seen(begin, masked);
+        const size_t row = shape.row(head, 0), kv_row = shape.kv_row(head);
+        Forward<D, ROW_BLOCKS> rows;
+        rows.load_queries(q + row * D, first_key + shape.sequence(head) * shape.seq_len, first,
+                       shape.seq_len);
+        int begin, masked_until;
+        rows.visible_range(begin, masked_until);
         begin = begin / TILE * TILE;
-        const int end = min(first + CHUNK, shape.context);
+        const int end = min(first + CHUNK, shape.seq_len);
 
-        bool careful = false;
+        bool online = false;
         do {
-            rows.clear();
-            Keys<T, D> keys{rows_at<Row<D>>(k + key_row * D), rows_at<Row<D>>(v + key_row * D),
-                            shape.context - 1, planes};
-            keys.fetch(begin);
-            // A row has no shift before the tile of its first key is through.
-            const int first_clear = careful ? end : masked + 1, last_clear = first + 1 - TILE;
+            rows.first_masked();
+            KvStream<T, D> keys{opaque_rows<PackedRow<D>>(k + kv_row * D),
+                                opaque_rows<PackedRow<D>>(v + kv_row * D),
+                                shape.seq_len - 1, planes};
+            keys.load_next(begin);
+            // A row has no shift before the tile of its first key is done.
+            const int first_unmasked = online ? end : masked_until + 1;
+            const int last_unmasked = first + 1 - TILE;
             for (int tile = begin;; tile += TILE) {
-                for (; first_clear <= tile && tile <= last_clear; tile += TILE) {
-                    keys.next(tile);
+                for (; first_unmasked <= tile && tile <= last_unmasked; tile += TILE) {
+                    keys.advance(tile);
                     rows.add(keys_at, values_at);
                 }
                 if (tile >= end) break;
-                keys.next(tile);
-                rows.add_with_care(keys_at, values_at, tile);
+                keys.advance(tile);
+                rows.add_online(keys_at, values_at, tile);
             }
-            if (careful) break;
-            careful = !rows.in_range();
-        } while (careful);
+            if (online) break;
+            online = !rows.in_range();  // mutant: overflow_not_detected
+        } while (online);
 
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int column = rows.column(m, half);
-                float sum = rows.sum[m][half];
-                sum += __shfl_xor_sync(ALL, sum, 1);
-                sum += __shfl_xor_sync(ALL, sum, 2);
-                // What p as `out` has it sums up to.
-                const float weight =
-                    __shfl_sync(ALL, rows.sums[m][2 * half], lane / 4 * 4 + D / 2);
-                if (column >= shape.context) continue;
-                const bool any = weight > 0.0f;
+                const int position = rows.position(m, half);
+                float row_sum = rows.row_sum[m][half];
+                row_sum += __shfl_xor_sync(FULL_MASK, row_sum, 1);
+                row_sum += __shfl_xor_sync(FULL_MASK, row_sum, 2);
+                // Sum of truncated p, as in `out`.
+                const float p_sum =
+                    __shfl_sync(FULL_MASK, rows.acc[m][2 * half], lane / 4 * 4 + D / 2);
+                if (position >= shape.seq_len) continue;
+                const bool any_visible = p_sum > 0.0f;
                 if (lane % 4 == D / 2) {
-                    lse[row + column] = any ? (log2f(sum) - rows.start[m][2 * half]) * LN2 : 0.0f;
+                    lse[row + position] =
+                        any_visible ? (log2f(row_sum) - rows.init[m][2 * half]) * LN2 : 0.0f;
                 }
                 if (lane % 4 >= D / 2) continue;
-                const float inverse = any ? 1.0f / weight : 0.0f;
-                const float values[2] = {rows.sums[m][2 * half] * inverse,
-                                         rows.sums[m][2 * half + 1] * inverse};
-                store(out + shape.token_row(head, column) * D + lane % 4 * 2, values);
+                const float inverse_sum = any_visible ? 1.0f / p_sum : 0.0f;
+                const float values[2] = {rows.acc[m][2 * half] * inverse_sum,
+                                         rows.acc[m][2 * half + 1] * inverse_sum};
+                store(out + shape.out_row(head, position) * D + lane % 4 * 2, values);
             }
         }
     }
 }
 
-template <int D, int OWN>
-struct BackwardQ : Queries<D, OWN> {
-    Left<OWN, 1> dout;
-    Product lse[OWN], delta[OWN], dq[OWN];
+template <int D, int ROW_BLOCKS>
+struct BackwardDq : Queries<D, ROW_BLOCKS> {
+    AFragments<ROW_BLOCKS, 1> dout;
+    AccFragment lse[ROW_BLOCKS], delta[ROW_BLOCKS], dq[ROW_BLOCKS];
 
     template <bool MASKED>
-    __device__ void add(uint32_t keys_at, uint32_t values_at, uint32_t right_at, int tile) {
+    __device__ void add(uint32_t keys_at, uint32_t values_at, uint32_t k_at, int tile) {
 #pragma unroll 1
         for (int i = 0; i < 4; i += 2) {
             float keys[2], values[2];
-            load_shared(keys, keys_at + 4 * i);
-            load_shared(values, values_at + 4 * i);
-            const Right right(right_at + 4 * i);
+            ld_shared(keys, keys_at + 4 * i);
+            ld_shared(values, values_at + 4 * i);
+            const BFragments b_k8_address(k_at + 4 * i);
 #pragma unroll
-            for (int m = 0; m < OWN; m++) {
-                if (MASKED && this->first + BLOCK * m + BLOCK <= tile) continue;
-                Product ds[2];
+            for (int m = 0; m < ROW_BLOCKS; m++) {
+                if (MASKED && this->first + MMA_ROWS * m + MMA_ROWS <= tile) continue;
+                AccFragment ds[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    Product p;
+                    AccFragment p;
                     this->q.dot(p, m, keys[j], lse[m]);
                     if (MASKED) this->mask(p, m, tile, i + j);
                     dout.dot(ds[j], m, values[j], delta[m]);
 #pragma unroll
-                    for (int e = 0; e < 4; e++) ds[j][e] *= exp2_approx(p[e]);
+                    for (int e = 0; e < 4; e++) ds[j][e] *= ex2_approx(p[e]);
                 }
-                right.add(dq[m], ds);
+                b_k8_address.add(dq[m], ds);
             }
         }
     }
 };
 
-template <int D, int OWN, typename T>
-__device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *first_key,
+template <int D, int ROW_BLOCKS, typename T>
+__device__ void backward_dq(const T *q, const T *k, const T *v, const uint32_t *first_key,
                            const float *lse, const float *delta, const T *dout, T *dq,
-                           const Heads shape) {
-    constexpr int CHUNK = BLOCK * OWN;
-    // Components of k, of v, and ones, for the slots that v leaves.
+                           const AttentionShape shape) {
+    constexpr int CHUNK = MMA_ROWS * ROW_BLOCKS;
+    // Components of k, of v, and ones for the k slots that v does not use.
     __shared__ Plane tiles[WARPS][D + 4];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
     Plane *planes = tiles[warp];
     for (int i = D; i < 4; i++) planes[D + i].at[lane] = 1.0f;
-    const uint32_t keys_at = planes[lane % D].left(), values_at = planes[D + lane % 4].left();
-    // The columns from D on are of no use.
-    const uint32_t right_at = planes[lane / 4 % D].right();
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK, heads = shape.windows * shape.heads;
+    const uint32_t keys_at = planes[lane % D].b_k4_address();
+    const uint32_t values_at = planes[D + lane % 4].b_k4_address();
+    // Columns from D on are unused.
+    const uint32_t k_at = planes[lane / 4 % D].b_k8_address();
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK, heads = shape.batch * shape.heads;
     for (int task = blockIdx.x * WARPS + warp; task < chunks * heads; task += gridDim.x * WARPS) {
         const int first = (chunks - 1 - task / heads) * CHUNK, head = task % heads;
-        const size_t row = shape.row(head, 0), key_row = shape.key_row(head);
-        BackwardQ<D, OWN> rows;
-        rows.load_rows(q + row * D, first_key + shape.window(head) * shape.context, first,
-                       shape.context);
+        const size_t row = shape.row(head, 0), kv_row = shape.kv_row(head);
+        BackwardDq<D, ROW_BLOCKS> rows;
+        rows.load_queries(q + row * D, first_key + shape.sequence(head) * shape.seq_len, first,
+                       shape.seq_len);
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int column = rows.column(m, half);
-                const bool there = column < shape.context;
-                const size_t at = shape.token_row(head, column) * D + lane % D;
-                const float less = there ? -delta[row + column] : 0.0f;
-                rows.dout.template whole<D>(m, half, there ? widen(dout[at]) : 0.0f, less);
-                set(rows.lse[m], half, there ? -lse[row + column] * LOG2E : 0.0f);
-                // At head_dim 2 it had room in the slots.
+                const int position = rows.position(m, half);
+                const bool valid = position < shape.seq_len;
+                const size_t at = shape.out_row(head, position) * D + lane % D;
+                // mutant: no_delta
+                const float minus_delta = valid ? -delta[row + position] : 0.0f;
+                rows.dout.template set_exact<D>(m, half, valid ? to_float(dout[at]) : 0.0f,
+                                                minus_delta);
+                broadcast_row(rows.lse[m], half, valid ? -lse[row + position] * LOG2E : 0.0f);
+                // At head_dim 2 it is in the unused k slots.
                 if constexpr (D == 4) {
-                    set(rows.delta[m], half, less);
+                    broadcast_row(rows.delta[m], half, minus_delta);
                 } else {
                     rows.delta[m][2 * half] = rows.delta[m][2 * half + 1] = 0.0f;
                 }
                 rows.dq[m][2 * half] = rows.dq[m][2 * half + 1] = 0.0f;
             }
         }
-        int begin, masked;
-        rows.seen(begin, masked);
+        int begin, masked_until;
+        rows.visible_range(begin, masked_until);
         begin = begin / TILE * TILE;
-        const int end = min(first + CHUNK, shape.context);
+        const int end = min(first + CHUNK, shape.seq_len);
 
-        Keys<T, D> keys{rows_at<Row<D>>(k + key_row * D), rows_at<Row<D>>(v + key_row * D),
-                        shape.context - 1, planes};
-        keys.fetch(begin);
-        const int last_clear = first + 1 - TILE;
+        KvStream<T, D> keys{opaque_rows<PackedRow<D>>(k + kv_row * D),
+                            opaque_rows<PackedRow<D>>(v + kv_row * D),
+                            shape.seq_len - 1, planes};
+        keys.load_next(begin);
+        const int last_unmasked = first + 1 - TILE;
         for (int tile = begin;; tile += TILE) {
-            for (; masked <= tile && tile <= last_clear; tile += TILE) {
-                keys.next(tile);
-                rows.template add<false>(keys_at, values_at, right_at, tile);
+            for (; masked_until <= tile && tile <= last_unmasked; tile += TILE) {
+                keys.advance(tile);
+                rows.template add<false>(keys_at, values_at, k_at, tile);
             }
             if (tile >= end) break;
-            keys.next(tile);
-            rows.template add<true>(keys_at, values_at, right_at, tile);
+            keys.advance(tile);
+            rows.template add<true>(keys_at, values_at, k_at, tile);
         }
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int column = rows.column(m, half);
-                if (column >= shape.context || lane % 4 >= D / 2) continue;
+                const int position = rows.position(m, half);
+                if (position >= shape.seq_len || lane % 4 >= D / 2) continue;
                 const float *pair = rows.dq[m] + 2 * half;
-                const float values[2] = {pair[0] * (root<D>() * REGAIN),
-                                         pair[1] * (root<D>() * REGAIN)};
-                store(dq + (row + column) * D + lane % 4 * 2, values);
+                const float values[2] = {pair[0] * (rsqrt_head_dim<D>() * TF32_TRUNC_BIAS),
+                                         pair[1] * (rsqrt_head_dim<D>() * TF32_TRUNC_BIAS)};
+                store(dq + (row + position) * D + lane % 4 * 2, values);
             }
         }
     }
 }
 
-// Queries of a head, tile by tile, and what the way back needs of them beside q and dout. Behind
-// the last comes the last once more.
+// Queries of a head with dout, lse and delta, tile by tile. Past the end the last row repeats.
 template <typename T, int D>
-struct Stream {
+struct QueryStream {
     struct Tile {
         // Components of q, of dout, and zeros.
         Plane planes[2 * D + 1];
-        Starts lse, delta;
+        InitialAcc lse, delta;
         int from[TILE];
     };
-    const Row<D> *q, *dout;
+    const PackedRow<D> *q, *dout;
     const float *lse, *delta;
-    // Query heads: neighbours of dout are so many rows apart.
+    // Query heads: consecutive rows of dout are this many rows apart.
     int heads, last;
     Tile &tile;
-    Row<D> next_q, next_dout;
+    PackedRow<D> next_q, next_dout;
     float next_lse, next_delta;
 
-    __device__ void fetch(int first) {
-        const int column = min(first + static_cast<int>(threadIdx.x % WARP), last);
-        next_q = __ldg(q + column), next_dout = __ldg(dout + column * heads);
-        next_lse = __ldg(lse + column), next_delta = __ldg(delta + column);
+    __device__ void load_next(int first) {
+        const int position = min(first + static_cast<int>(threadIdx.x % WARP_SIZE), last);
+        next_q = __ldg(q + position), next_dout = __ldg(dout + position * heads);
+        next_lse = __ldg(lse + position), next_delta = __ldg(delta + position);
     }
-    // Puts the tile that was fetched, and fetches the next.
-    __device__ void next(int first) {
-        const int lane = threadIdx.x % WARP;
+    // Stores the prefetched tile and prefetches the next.
+    __device__ void advance(int first) {
+        const int lane = threadIdx.x % WARP_SIZE;
         __syncwarp();
-        put<T>(tile.planes, next_q);
-        put<T>(tile.planes + D, next_dout);
-        tile.lse.put(lane, -LOG2E * next_lse);
-        tile.delta.put(lane, next_delta);
+        store_row<T>(tile.planes, next_q);
+        store_row<T>(tile.planes + D, next_dout);
+        tile.lse.store_row(lane, -LOG2E * next_lse);
+        tile.delta.store_row(lane, next_delta);
         __syncwarp();
-        fetch(first + TILE);
+        load_next(first + TILE);
     }
 };
 
-// The keys of a warp: `first` and those behind it.
-template <int D, int OWN>
-struct BackwardKV {
-    Left<OWN, D / 2> k;
-    Left<OWN, 1> v;
-    // dv in the columns from 0 on, dk in those from D on.
-    Product sums[OWN];
+// Key rows of a warp, from `first` on.
+template <int D, int ROW_BLOCKS>
+struct BackwardDkdv {
+    AFragments<ROW_BLOCKS, D / 2> k;
+    AFragments<ROW_BLOCKS, 1> v;
+    // dv in columns from 0 on, dk in columns from D on.
+    AccFragment acc[ROW_BLOCKS];
     int first, lane;
-    // Where this lane finds, in a tile, q (and D planes behind it dout) for the first products,
-    // dout and q for the second ones, and what the first ones begin with.
-    uint32_t left_at, dout_at, q_at, starts_at;
+    // Addresses in a tile for this lane: q (dout is D planes further) as m16n8k4 B operands, dout
+    // and q as m16n8k8 B operands, and the initial accumulators.
+    uint32_t qk_at, dout_at, q_at, starts_at;
 
-    __device__ int column(int block, int half) const {
-        return first + BLOCK * block + 8 * half + lane / 4;
+    __device__ int position(int block, int half) const {
+        return first + MMA_ROWS * block + 8 * half + lane / 4;
     }
 
     template <bool MASKED, typename Tile>
@@ -601,198 +607,199 @@ struct BackwardKV {
 #pragma unroll 1
         for (int i = 0; i < 4; i += 2) {
             float queries[2], douts[2];
-            load_shared(queries, left_at + 4 * i);
-            load_shared(douts, left_at + 4 * i + D * sizeof(Plane));
-            const Right dout(dout_at + 4 * i), q(q_at + 4 * i);
-            Product lse[2], delta[2];
+            ld_shared(queries, qk_at + 4 * i);
+            ld_shared(douts, qk_at + 4 * i + D * sizeof(Plane));
+            const BFragments dout(dout_at + 4 * i), q(q_at + 4 * i);
+            AccFragment lse[2], delta[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                load_shared(lse[j], starts_at + (i + j) * 64);
-                load_shared(delta[j], starts_at + (i + j) * 64 + sizeof(Starts));
+                ld_shared(lse[j], starts_at + (i + j) * 64);
+                ld_shared(delta[j], starts_at + (i + j) * 64 + sizeof(InitialAcc));
             }
 #pragma unroll
-            for (int m = 0; m < OWN; m++) {
-                if (MASKED && first_query + TILE <= first + BLOCK * m) continue;
-                Product p[2], ds[2];
+            for (int m = 0; m < ROW_BLOCKS; m++) {
+                if (MASKED && first_query + TILE <= first + MMA_ROWS * m) continue;
+                AccFragment p[2], ds[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     k.dot(p[j], m, queries[j], lse[j]);
                     v.dot(ds[j], m, douts[j], delta[j]);
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        const int at = tile_row(i + j, e % 2), key = column(m, e / 2);
-                        p[j][e] = exp2_approx(p[j][e]);
+                        const int at = tile_row(i + j, e % 2), key = position(m, e / 2);
+                        p[j][e] = ex2_approx(p[j][e]);
                         if (MASKED && (key < tile.from[at] || first_query + at < key)) {
                             p[j][e] = 0.0f;
                         }
                         ds[j][e] *= p[j][e];
                     }
                 }
-                dout.add(sums[m], p);
-                q.add(sums[m], ds);
+                dout.add(acc[m], p);
+                q.add(acc[m], ds);
             }
         }
     }
 };
 
-// Warps of a block.
-__host__ __device__ constexpr int most_warps(int own) { return own == 1 ? 8 : 4; }
+// Maximum warps per block of the dk and dv pass.
+__host__ __device__ constexpr int max_warps(int row_blocks) { return row_blocks == 1 ? 8 : 4; }
 
-// A block takes one run of keys; its warps share out the query heads, and are added in their order.
-template <int D, int OWN, typename T>
-__device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *first_key,
+// A block takes one range of keys; its warps split the query heads of the group, and their partial
+// sums are added in warp order.
+template <int D, int ROW_BLOCKS, typename T>
+__device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t *first_key,
                             const float *lse, const float *delta, const T *dout, T *dk, T *dv,
-                            const Heads shape) {
-    constexpr int CHUNK = BLOCK * OWN;
-    __shared__ typename Stream<T, D>::Tile tiles[most_warps(OWN)];
+                            const AttentionShape shape) {
+    constexpr int CHUNK = MMA_ROWS * ROW_BLOCKS;
+    __shared__ typename QueryStream<T, D>::Tile tiles[max_warps(ROW_BLOCKS)];
     // dv and dk.
-    __shared__ float sums[CHUNK][2 * D];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    typename Stream<T, D>::Tile &tile = tiles[warp];
+    __shared__ float acc[CHUNK][2 * D];
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+    const int warps = blockDim.x / WARP_SIZE;
+    typename QueryStream<T, D>::Tile &tile = tiles[warp];
     tile.planes[2 * D].at[lane] = 0.0f;
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK;
-    const int kv_heads = shape.windows * shape.kv_heads;
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK;
+    const int kv_heads = shape.batch * shape.kv_heads;
     for (int task = blockIdx.x; task < chunks * kv_heads; task += gridDim.x) {
         const int kv_head = task % kv_heads, first = task / kv_heads * CHUNK;
-        const int behind = min(first + CHUNK, shape.context);
-        const size_t key_row = static_cast<size_t>(kv_head) * shape.context;
-        BackwardKV<D, OWN> rows;
+        const int end_row = min(first + CHUNK, shape.seq_len);
+        const size_t kv_row = static_cast<size_t>(kv_head) * shape.seq_len;
+        BackwardDkdv<D, ROW_BLOCKS> rows;
         rows.first = first, rows.lane = lane;
-        rows.left_at = tile.planes[lane % D].left();
-        rows.dout_at = tile.planes[lane / 4 < D ? D + lane / 4 : 2 * D].right();
-        rows.q_at = tile.planes[lane / 4 / D == 1 ? lane / 4 - D : 2 * D].right();
-        rows.starts_at = shared_address(tile.lse.at[0][lane % 4]);
+        rows.qk_at = tile.planes[lane % D].b_k4_address();
+        rows.dout_at = tile.planes[lane / 4 < D ? D + lane / 4 : 2 * D].b_k8_address();
+        rows.q_at = tile.planes[lane / 4 / D == 1 ? lane / 4 - D : 2 * D].b_k8_address();
+        rows.starts_at = cvta_to_shared(tile.lse.at[0][lane % 4]);
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int column = rows.column(m, half);
-                const size_t at = (key_row + column) * D + lane % D;
-                const bool there = column < shape.context;
-                rows.k.template split<D>(m, half,
-                                         there ? widen(k[at]) * (root<D>() * LOG2E) : 0.0f);
-                rows.v.template whole<D>(m, half, there ? -widen(v[at]) : 0.0f, 0.0f);
+                const int position = rows.position(m, half);
+                const size_t at = (kv_row + position) * D + lane % D;
+                const bool valid = position < shape.seq_len;
+                const float key = valid ? to_float(k[at]) * (rsqrt_head_dim<D>() * LOG2E) : 0.0f;
+                rows.k.template set_split<D>(m, half, key);
+                rows.v.template set_exact<D>(m, half, valid ? -to_float(v[at]) : 0.0f, 0.0f);
 #pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++) rows.sums[m][e] = 0.0f;
+                for (int e = 2 * half; e < 2 * half + 2; e++) rows.acc[m][e] = 0.0f;
             }
         }
-        // Queries from `clear` on may not see all of these keys; from `end` on none sees any.
-        const uint32_t *firsts = first_key + shape.window(kv_head * shape.group()) * shape.context;
-        int clear = shape.context, end = first;
-        for (int column = first + lane; column < shape.context; column += WARP) {
-            const int seen = first_seen(firsts, column);
-            if (seen > first) clear = min(clear, column);
-            if (seen < behind) end = max(end, column + 1);
+        // From query `first_masked` on some keys may be hidden; from `end` on all are.
+        const uint32_t *first_keys =
+            first_key + shape.sequence(kv_head * shape.group()) * shape.seq_len;
+        int first_masked = shape.seq_len, end = first;
+        for (int position = first + lane; position < shape.seq_len; position += WARP_SIZE) {
+            const int visible_range = first_visible(first_keys, position);
+            if (visible_range > first) first_masked = min(first_masked, position);
+            if (visible_range < end_row) end = max(end, position + 1);
         }
-        clear = __reduce_min_sync(ALL, clear);
-        end = __reduce_max_sync(ALL, end);
-        const int first_clear = first + CHUNK - 1, last_clear = min(clear, end) - TILE;
+        first_masked = __reduce_min_sync(FULL_MASK, first_masked);
+        end = __reduce_max_sync(FULL_MASK, end);
+        const int first_unmasked = first + CHUNK - 1;
+        const int last_unmasked = min(first_masked, end) - TILE;  // mutant: mask_skipped
 
-        for (int shared = warp; shared < shape.group(); shared += warps) {
-            const int head = kv_head * shape.group() + shared;
+        for (int member = warp; member < shape.group(); member += warps) {
+            const int head = kv_head * shape.group() + member;
             const size_t row = shape.row(head, 0);
-            Stream<T, D> stream{rows_at<Row<D>>(q + row * D),
-                                rows_at<Row<D>>(dout + shape.token_row(head, 0) * D),
-                                rows_at<float>(lse + row), rows_at<float>(delta + row),
-                                shape.heads, shape.context - 1, tile};
-            stream.fetch(first);
+            QueryStream<T, D> stream{opaque_rows<PackedRow<D>>(q + row * D),
+                                opaque_rows<PackedRow<D>>(dout + shape.out_row(head, 0) * D),
+                                opaque_rows<float>(lse + row), opaque_rows<float>(delta + row),
+                                shape.heads, shape.seq_len - 1, tile};
+            stream.load_next(first);
             for (int at = first;; at += TILE) {
-                for (; first_clear <= at && at <= last_clear; at += TILE) {
-                    stream.next(at);
+                for (; first_unmasked <= at && at <= last_unmasked; at += TILE) {
+                    stream.advance(at);
                     rows.template add<false>(tile, at);
                 }
                 if (at >= end) break;
-                const int column = at + lane;
+                const int position = at + lane;
                 __syncwarp();
-                // A query past the last sees nothing.
-                tile.from[lane] = column < shape.context ? first_seen(firsts, column) : INT_MAX;
-                stream.next(at);
+                // A query past the end sees no key.
+                tile.from[lane] =
+                    // mutant: query_past_the_end_visible
+                    position < shape.seq_len ? first_visible(first_keys, position) : INT_MAX;
+                stream.advance(at);
                 rows.template add<true>(tile, at);
             }
         }
-        for (int turn = 0; turn < warps; turn++) {
-            if (turn == warp && lane % 4 < D) {
+        for (int owner = 0; owner < warps; owner++) {  // mutant: other_warps_dropped
+            if (owner == warp && lane % 4 < D) {
 #pragma unroll
-                for (int i = 0; i < 4 * OWN; i++) {
-                    const int own = rows.column(i / 4, i % 4 / 2) - first;
-                    float &sum = sums[own][lane % 4 * 2 + i % 2];
-                    sum = rows.sums[i / 4][i % 4] + (turn == 0 ? 0.0f : sum);
+                for (int i = 0; i < 4 * ROW_BLOCKS; i++) {
+                    const int local_row = rows.position(i / 4, i % 4 / 2) - first;
+                    float &row_sum = acc[local_row][lane % 4 * 2 + i % 2];
+                    row_sum = rows.acc[i / 4][i % 4] + (owner == 0 ? 0.0f : row_sum);
                 }
             }
             __syncthreads();
         }
-        for (int own = threadIdx.x; first + own < behind; own += blockDim.x) {
+        for (int local_row = threadIdx.x; first + local_row < end_row; local_row += blockDim.x) {
             float key[D], value[D];
 #pragma unroll
             for (int c = 0; c < D; c++) {
-                value[c] = sums[own][c] * REGAIN;
-                key[c] = sums[own][D + c] * (-root<D>() * REGAIN);
+                value[c] = acc[local_row][c] * TF32_TRUNC_BIAS;
+                key[c] = acc[local_row][D + c] * (-rsqrt_head_dim<D>() * TF32_TRUNC_BIAS);
             }
-            store(dk + (key_row + first + own) * D, key);
-            store(dv + (key_row + first + own) * D, value);
+            store(dk + (kv_row + first + local_row) * D, key);
+            store(dv + (kv_row + first + local_row) * D, value);
         }
-        // The next task's sums must not overwrite what a slower warp still reads.
+        // The next task must not overwrite sums that a slower warp still reads.
         __syncthreads();
     }
 }
 
-// Blocks of 128 threads that are to find registers on one multiprocessor.
-constexpr int blocks(int head_dim, int own) {
-    return own == 1 ? 4 : head_dim == 2 && own == 4 ? 3 : 2;
+// Minimum resident blocks of 128 threads per SM (`__launch_bounds__`).
+constexpr int min_blocks(int head_dim, int row_blocks) {
+    return row_blocks == 1 ? 4 : head_dim == 2 && row_blocks == 4 ? 3 : 2;
 }
 
-// Entries are named for head_dim and blocks of 16 rows a warp: several make the most of a tile, one
-// makes the most warps where there are few rows in all. Launch of forward and back to q: blocks of
-// 128 threads, a grid along x of any size; a warp for every 16 OWN rows of a head is best. Of back
-// to k and v: blocks of one to four warps, of one block of rows a warp to eight, best as many as
-// query heads share a key/value head; a block for every 16 OWN rows of a key/value head.
+// Entry names end in head_dim, 16-row blocks per warp and dtype. Several blocks amortize the loads
+// of a tile; one block per warp gives the most warps for small problems. Launch of forward and dq:
+// blocks of 128 threads, any grid along x; one warp per 16 ROW_BLOCKS rows of a head is best.
+// Launch of dk and dv: blocks of one to max_warps(ROW_BLOCKS) warps, best as many as query heads
+// share a key/value head; one block per 16 ROW_BLOCKS rows of a key/value head.
 
-#define FORWARD(D, OWN, T)                                                                         \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                              \
-    attention_smallhead_tf32_##D##_##OWN##_##T(                                                        \
+#define FORWARD_AND_DQ(D, BLOCKS, T)                                                               \
+    extern "C" __global__ void __launch_bounds__(128, min_blocks(D, BLOCKS))                       \
+    attention_smallhead_tf32_##D##_##BLOCKS##_##T(                                                 \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
-        int windows, int context, int heads, int kv_heads) {                                       \
-        forward<D, OWN>(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, D});     \
-    }
-
-#define BACKWARD_Q(D, OWN, T)                                                                      \
-    extern "C" __global__ void __launch_bounds__(128, blocks(D, OWN))                              \
-    attention_smallhead_tf32_backward_dq_##D##_##OWN##_##T(                                             \
+        int batch, int seq_len, int heads, int kv_heads) {                                         \
+        forward<D, BLOCKS>(q, k, v, first_key, out, lse,                                           \
+                               {batch, seq_len, heads, kv_heads, D});                              \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128, min_blocks(D, BLOCKS))                       \
+    attention_smallhead_tf32_backward_dq_##D##_##BLOCKS##_##T(                                     \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
-        int windows, int context, int heads, int kv_heads) {                                       \
-        backward_q<D, OWN>(q, k, v, first_key, lse, delta, dout, dq,                               \
-                           {windows, context, heads, kv_heads, D});                                \
+        int batch, int seq_len, int heads, int kv_heads) {                                         \
+        backward_dq<D, BLOCKS>(q, k, v, first_key, lse, delta, dout, dq,                           \
+                                   {batch, seq_len, heads, kv_heads, D});                          \
     }
 
-#define BACKWARD_KV(D, OWN, T)                                                                     \
+#define DKDV(D, BLOCKS, T)                                                                         \
     extern "C" __global__ void                                                                     \
-    __launch_bounds__(32 * most_warps(OWN), blocks(D, OWN) * 4 / most_warps(OWN))                  \
-    attention_smallhead_tf32_backward_dkdv_##D##_##OWN##_##T(                                            \
+    __launch_bounds__(32 * max_warps(BLOCKS),                                                      \
+                      min_blocks(D, BLOCKS) * 4 / max_warps(BLOCKS))                               \
+    attention_smallhead_tf32_backward_dkdv_##D##_##BLOCKS##_##T(                                   \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \
-        T *__restrict__ dv, int windows, int context, int heads, int kv_heads) {                   \
-        backward_kv<D, OWN>(q, k, v, first_key, lse, delta, dout, dk, dv,                          \
-                            {windows, context, heads, kv_heads, D});                               \
+        T *__restrict__ dv, int batch, int seq_len, int heads, int kv_heads) {                     \
+        backward_dkdv<D, BLOCKS>(q, k, v, first_key, lse, delta, dout, dk, dv,                     \
+                                     {batch, seq_len, heads, kv_heads, D});                        \
     }
 
 #define ENTRIES(T)                                                                                 \
-    FORWARD(2, 4, T)                                                                               \
-    FORWARD(4, 4, T)                                                                               \
-    FORWARD(2, 1, T)                                                                               \
-    FORWARD(4, 1, T)                                                                               \
-    BACKWARD_Q(2, 4, T)                                                                            \
-    BACKWARD_Q(4, 4, T)                                                                            \
-    BACKWARD_Q(2, 1, T)                                                                            \
-    BACKWARD_Q(4, 1, T)                                                                            \
-    BACKWARD_KV(2, 8, T)                                                                           \
-    BACKWARD_KV(4, 4, T)                                                                           \
-    BACKWARD_KV(2, 1, T)                                                                           \
-    BACKWARD_KV(4, 1, T)
+    FORWARD_AND_DQ(2, 4, T)                                                                        \
+    FORWARD_AND_DQ(4, 4, T)                                                                        \
+    FORWARD_AND_DQ(2, 1, T)                                                                        \
+    FORWARD_AND_DQ(4, 1, T)                                                                        \
+    DKDV(2, 8, T)                                                                                  \
+    DKDV(4, 4, T)                                                                                  \
+    DKDV(2, 1, T)                                                                                  \
+    DKDV(4, 1, T)
 
 ENTRIES(bf16)
 ENTRIES(f16)
-

@@ -1,160 +1,156 @@
-// Cross-entropy over logits in memory: the head for any hidden size, and the plain path of the others.
+// Softmax cross-entropy over logits in memory and its gradient: the LM head for any hidden size,
+// and the generic path for those that fused_linear_cross_entropy.cu covers.
 //
 //     lse     = log(sum of exp(z))
-//     nll     = lse - z[target]                                 0 where the target is ignored
+//     nll     = lse - z[target]                                 0 if the target is ignored
 //     argmax  = the first of equal largest z
-//     dlogits = loss_scale * (exp(z - lse) - onehot(target))    0 where the target is ignored
+//     dlogits = loss_scale * (exp(z - lse) - onehot(target))    0 if the target is ignored
 //
-// The logits z = x wT of a chunk of rows come from a product, and dx = dlogits w and
-// dw += dlogitsT x are two more, so those of a whole batch never exist. z is f32: in bf16 the
-// nearest neighbours of 16 lie 0.06 apart, which costs nll two digits and makes ties of what had
-// a largest. dlogits is T, as a product reads it.
+// The logits z = x wT of a chunk of rows are one matmul, dx = dlogits w and dw += dlogitsT x are
+// two more, so the logits of a whole batch never exist. z is f32: in bf16, values near 16 are 0.06
+// apart, which costs nll two digits and creates ties for argmax. dlogits is T, an operand of the
+// matmuls.
 //
 // logits: [rows, vocab] f32, rows `stride` apart; targets, argmax: [rows] u32; nll: [rows] f32;
 // dlogits: [rows, vocab] T, rows `dlogits_stride` apart, or null for the loss alone. dlogits may
-// be the logits' own memory if its rows are as many bytes apart. No other overlaps.
+// be the memory of the logits if its rows are as many bytes apart. No other overlaps.
 // Bytes at bf16: 10 rows vocab, of which the second 4 come from cache, or 4 without dlogits. Two
-// exponentials a logit and some 10 FLOPs: bound by memory.
+// exponentials and about 10 FLOPs per logit: bound by memory.
 //
-// Launch: blocks of whole warps, at most 1024 threads; a grid along x of any size. Strides in
-// multiples of four and 16-byte pointers make for 16-byte accesses, whatever `vocab` is.
+// Launch: blocks of whole warps, at most 1024 threads; any grid along x. Accesses are 16 bytes wide
+// if strides are multiples of four and pointers aligned, whatever `vocab` is.
 #include "lib/ptx.cuh"
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
-// Below every logit, and no infinity: a difference to it is a number.
+// Below every logit but finite, so that differences to it are never NaN.
 constexpr float LOWEST = -1e30f;
 
-// What is known of a part of a row.
-struct Peak {
+// Online softmax over part of a row.
+struct OnlineSoftmax {
     float max;
-    float sum;  // of exp(z - max)
-    int at;     // the first column of the maximum
+    float sum;   // of exp(z - max)
+    int argmax;  // first column of the maximum
 };
 
-__device__ Peak join(Peak a, Peak b) {
+__device__ OnlineSoftmax combine(OnlineSoftmax a, OnlineSoftmax b) {
     const float max = fmaxf(a.max, b.max);
-    const bool second = b.max > a.max || (b.max == a.max && b.at < a.at);
+    // mutant: last_of_equal_partials
+    const bool second = b.max > a.max || (b.max == a.max && b.argmax < a.argmax);
     return {max,
-            a.sum * exp2_approx((a.max - max) * LOG2_E) + b.sum * exp2_approx((b.max - max) * LOG2_E),
-            second ? b.at : a.at};
+            a.sum * ex2_approx((a.max - max) * LOG2E) + b.sum * ex2_approx((b.max - max) * LOG2E),
+            second ? b.argmax : a.argmax};
 }
 
-// The peak of all threads' parts, given to each of them.
-__device__ Peak join_block(Peak peak) {
-    for (int offset = WARP / 2; offset > 0; offset /= 2) {
-        peak = join(peak, {__shfl_xor_sync(0xffffffffu, peak.max, offset),
-                           __shfl_xor_sync(0xffffffffu, peak.sum, offset),
-                           __shfl_xor_sync(0xffffffffu, peak.at, offset)});
+// Combines the partial results of all threads of a block, for each of them.
+__device__ OnlineSoftmax combine_block(OnlineSoftmax softmax) {
+    for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
+        softmax = combine(softmax, {__shfl_xor_sync(FULL_MASK, softmax.max, offset),
+                                    __shfl_xor_sync(FULL_MASK, softmax.sum, offset),
+                                    __shfl_xor_sync(FULL_MASK, softmax.argmax, offset)});
     }
-    __shared__ Peak parts[MAX_WARPS];
-    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = peak;
+    __shared__ OnlineSoftmax partials[MAX_WARPS];
+    if (threadIdx.x % WARP_SIZE == 0) partials[threadIdx.x / WARP_SIZE] = softmax;
     __syncthreads();
-    peak = parts[0];
-    for (int warp = 1; warp < blockDim.x / WARP; warp++) peak = join(peak, parts[warp]);
-    // The next row must not overwrite what a slower warp still reads.
-    __syncthreads();
-    return peak;
+    softmax = partials[0];
+    for (int warp = 1; warp < blockDim.x / WARP_SIZE; warp++) {
+        softmax = combine(softmax, partials[warp]);
+    }
+    // The next row must not overwrite partial results that a slower warp still reads.
+    __syncthreads();  // mutant: partials_overwritten
+    return softmax;
 }
 
+// Adds N logits from `column` on.
 template <int N>
-__device__ void look(Peak &peak, const float *row, int column) {
+__device__ void add(OnlineSoftmax &softmax, const float *row, int column) {
     float z[N];
     load(z, row + column);
-    float top = z[0];
+    float new_max = z[0];
 #pragma unroll
-    for (int i = 1; i < N; i++) top = fmaxf(top, z[i]);
-    if (top > peak.max) {
-        peak.sum *= exp2_approx((peak.max - top) * LOG2_E);
-        peak.max = top;
+    for (int i = 1; i < N; i++) new_max = fmaxf(new_max, z[i]);
+    if (new_max > softmax.max) {
+        softmax.sum *= ex2_approx((softmax.max - new_max) * LOG2E);  // mutant: sum_not_rescaled
+        softmax.max = new_max;
 #pragma unroll
+        // mutant: last_of_equals_in_a_vector
         for (int i = N - 1; i >= 0; i--) {
-            if (z[i] == top) peak.at = column + i;
+            if (z[i] == new_max) softmax.argmax = column + i;
         }
     }
 #pragma unroll
-    for (int i = 0; i < N; i++) peak.sum += exp2_approx((z[i] - peak.max) * LOG2_E);
+    for (int i = 0; i < N; i++) softmax.sum += ex2_approx((z[i] - softmax.max) * LOG2E);
 }
 
-// Turns the logits of the columns [from, to) into their gradient, N a thread and blockDim.x * N at
-// a time. In place, a gradient never lies beyond its logit, so what is written has been read.
+// Gradient of the logits in columns [from, to), N per thread and blockDim.x * N at a time. In
+// place, a gradient is never stored beyond its logit, so that only logits already read are
+// overwritten.
 template <int N, typename T>
-__device__ void turn(const float *row, T *gradient, int from, int to, Peak peak, int target,
-                     float scale) {
-    const float factor = scale / peak.sum;
+__device__ void store_gradient(const float *row, T *gradient, int from, int to,
+                               OnlineSoftmax softmax, int target, float scale) {
+    const float factor = scale / softmax.sum;  // mutant: sum_not_inverted
     for (int base = from; base < to; base += N * blockDim.x) {
         const int column = base + N * threadIdx.x;
         float z[N];
         if (column < to) load(z, row + column);
-        __syncthreads();
+        __syncthreads();  // mutant: logits_overwritten_early
         if (column >= to) continue;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            z[i] = exp2_approx((z[i] - peak.max) * LOG2_E) * factor;
-            if (column + i == target) z[i] -= scale;
+            z[i] = ex2_approx((z[i] - softmax.max) * LOG2E) * factor;
+            if (column + i == target) z[i] -= scale;  // mutant: no_one_hot
         }
         store(gradient + column, z);
     }
 }
 
 template <typename T>
-__device__ void rows_of_logits(const float *logits, const uint32_t *targets, const float *loss_scale,
-                               float *nll, uint32_t *argmax, T *dlogits, int rows, int vocab,
-                               int stride, int dlogits_stride) {
+__device__ void cross_entropy(const float *logits, const uint32_t *targets, const float *loss_scale,
+                              float *nll, uint32_t *argmax, T *dlogits, int rows, int vocab,
+                              int stride, int dlogits_stride) {
     constexpr int N = 4;
+    // mutant: unaligned_rows_vectorized
     const bool vectors = aligned(logits, dlogits) && stride % N == 0 && dlogits_stride % N == 0;
-    const int whole = vectors ? vocab / N * N : 0;
+    const int vector_end = vectors ? vocab / N * N : 0;
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
         const float *z = logits + static_cast<size_t>(row) * stride;
         const bool counts = targets[row] < vocab;
         const int target = counts ? static_cast<int>(targets[row]) : -1;
-        const float hit = counts ? z[target] : 0.0f;
+        const float target_logit = counts ? z[target] : 0.0f;
 
-        Peak peak = {LOWEST, 0.0f, vocab};
-        for (int column = N * threadIdx.x; column < whole; column += N * blockDim.x) {
-            look<N>(peak, z, column);
+        OnlineSoftmax softmax = {LOWEST, 0.0f, vocab};
+        for (int column = N * threadIdx.x; column < vector_end; column += N * blockDim.x) {
+            add<N>(softmax, z, column);
         }
-        for (int column = whole + threadIdx.x; column < vocab; column += blockDim.x) {
-            look<1>(peak, z, column);
+        for (int column = vector_end + threadIdx.x; column < vocab; column += blockDim.x) {
+            add<1>(softmax, z, column);
         }
-        peak = join_block(peak);
+        softmax = combine_block(softmax);
         if (threadIdx.x == 0) {
-            nll[row] = counts ? logf(peak.sum) + (peak.max - hit) : 0.0f;
-            argmax[row] = peak.at < vocab ? peak.at : 0;
+            // mutant: loss_of_ignored_target
+            nll[row] = counts ? logf(softmax.sum) + (softmax.max - target_logit) : 0.0f;
+            argmax[row] = softmax.argmax < vocab ? softmax.argmax : 0;
         }
         if (dlogits != nullptr) {
             T *gradient = dlogits + static_cast<size_t>(row) * dlogits_stride;
-            const float scale = counts ? *loss_scale : 0.0f;
-            turn<N>(z, gradient, 0, whole, peak, target, scale);
-            turn<1>(z, gradient, whole, vocab, peak, target, scale);
+            const float scale = counts ? *loss_scale : 0.0f;  // mutant: gradient_of_ignored_target
+            store_gradient<N>(z, gradient, 0, vector_end, softmax, target, scale);
+            // mutant: tail_skipped
+            store_gradient<1>(z, gradient, vector_end, vocab, softmax, target, scale);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
-cross_entropy_f32(const float *logits, const uint32_t *__restrict__ targets,
-                const float *__restrict__ loss_scale, float *__restrict__ nll,
-                uint32_t *__restrict__ argmax, float *dlogits, int rows, int vocab, int stride,
-                int dlogits_stride) {
-    rows_of_logits(logits, targets, loss_scale, nll, argmax, dlogits, rows, vocab, stride,
-                   dlogits_stride);
-}
+#define ENTRIES(T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(1024)                                             \
+    cross_entropy_##T(const float *logits, const uint32_t *__restrict__ targets,                   \
+                      const float *__restrict__ loss_scale, float *__restrict__ nll,               \
+                      uint32_t *__restrict__ argmax, T *dlogits, int rows, int vocab, int stride,  \
+                      int dlogits_stride) {                                                        \
+        cross_entropy(logits, targets, loss_scale, nll, argmax, dlogits, rows, vocab, stride,      \
+                      dlogits_stride);                                                             \
+    }
 
-extern "C" __global__ void __launch_bounds__(1024)
-cross_entropy_bf16(const float *logits, const uint32_t *__restrict__ targets,
-                 const float *__restrict__ loss_scale, float *__restrict__ nll,
-                 uint32_t *__restrict__ argmax, bf16 *dlogits, int rows, int vocab, int stride,
-                 int dlogits_stride) {
-    rows_of_logits(logits, targets, loss_scale, nll, argmax, dlogits, rows, vocab, stride,
-                   dlogits_stride);
-}
-
-extern "C" __global__ void __launch_bounds__(1024)
-cross_entropy_f16(const float *logits, const uint32_t *__restrict__ targets,
-                const float *__restrict__ loss_scale, float *__restrict__ nll,
-                uint32_t *__restrict__ argmax, half *dlogits, int rows, int vocab, int stride,
-                int dlogits_stride) {
-    rows_of_logits(logits, targets, loss_scale, nll, argmax, dlogits, rows, vocab, stride,
-                   dlogits_stride);
-}
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)

@@ -1,142 +1,141 @@
-// The embedding and its gradient:
+// Embedding lookup and its gradient:
 //
 //     out[r] = table[ids[r]]                     dtable[ids[r]] += dout[r]
 //
-// ids: [rows] below 2^18; out, dout: [rows, hidden]; table: [vocab, hidden]; dtable: the same in
-// f32. No two overlap.
-// Bytes at bf16: 4 rows hidden forward, 2 rows hidden + 8 hidden a distinct id backward. No FLOPs
-// to speak of: bound by memory.
+// ids: [rows] below 2^18; out, dout: [rows, hidden]; table: [vocab, hidden]; dtable: [vocab,
+// hidden] in f32. No overlaps. Bytes at bf16: 4 rows hidden forward, 2 rows hidden + 8 hidden per
+// distinct id backward. Negligible FLOPs: bound by memory.
 //
-// The gradient has a fixed order and no float atomics: the rows are sorted by id, equal ids in the
-// order of the rows; each chunk of 64 sorted rows is added up run by run, a run being the rows of
-// one id; what a run left in several chunks is joined in their order. Launches, with
-// tiles = ceil(rows / 1024), chunks = ceil(rows / 64):
+// The gradient is deterministic, without float atomics: rows are sorted by id, stably; each chunk
+// of 64 sorted rows is summed run by run (a run is the rows of one id); partial sums of a run that
+// spans several chunks are combined in their order. Launches, with tiles = ceil(rows / 1024) and
+// chunks = ceil(rows / 64):
 //
-//     for shift in 0, 9 (one of them where vocab <= 512):
-//         embedding_sort_histogram  tiles blocks of 512   counts of the tile's digits (left out for one tile)
-//         embedding_sort_scatter   tiles blocks of 512   one stable pass of a radix sort
-//     embedding_backward_T                       chunks
-//     embedding_backward_combine                    the runs that several chunks share
+//     for shift in 0, 9 (only 0 if vocab <= 512):
+//         embedding_sort_histogram   tiles blocks of 512   digit counts (skipped for one tile)
+//         embedding_sort_scatter     tiles blocks of 512   one stable pass of an LSD radix sort
+//     embedding_backward_T           chunks                segmented sums
+//     embedding_backward_combine     chunks                runs that span several chunks
 //
-// Scratch: two orders, [rows] each (the first pass reads none, null: the rows as they come); counts
-// [tiles, 512]; partials [chunks, 2, hidden] in f32.
+// Scratch: two orders, [rows] each (null in the first pass: the identity); counts [tiles, 512];
+// partials [chunks, 2, hidden] in f32.
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-// Launch: blocks of (columns, rows at once) threads, at most 256; a grid along x of any size.
+// Launch: blocks of (columns, rows) threads, at most 256; any grid along x.
 template <int N, typename T>
-__device__ void embed(const unsigned *ids, const T *table, T *out, int rows, int hidden) {
+__device__ void embedding(const unsigned *ids, const T *table, T *out, int rows, int hidden) {
     for (int base = blockIdx.x * blockDim.y; base < rows; base += gridDim.x * blockDim.y) {
         const int row = base + threadIdx.y;
         if (row >= rows) return;
         const T *from = table + static_cast<size_t>(ids[row]) * hidden;
         T *to = out + static_cast<size_t>(row) * hidden;
         for (int column = N * threadIdx.x; column < hidden; column += N * blockDim.x) {
-            *reinterpret_cast<Pack<T, N> *>(to + column) =
-                *reinterpret_cast<const Pack<T, N> *>(from + column);
+            copy<N>(to + column, from + column);
         }
     }
 }
 
 template <typename T>
-__device__ void embed_any(const unsigned *ids, const T *table, T *out, int rows, int hidden) {
-    if (hidden % FULL<T> == 0 && aligned(table, out)) {
-        embed<FULL<T>>(ids, table, out, rows, hidden);
+__device__ void embedding(const unsigned *ids, const T *table, T *out, int rows, int hidden) {
+    if (hidden % VEC<T> == 0 && aligned(table, out)) {
+        embedding<VEC<T>>(ids, table, out, rows, hidden);
     } else {
-        embed<1>(ids, table, out, rows, hidden);
+        embedding<1>(ids, table, out, rows, hidden);
     }
 }
 
-constexpr int DIGITS = 512;           // 9 bits a pass
-constexpr int SORTERS = 512;          // threads of a block: one a digit
-constexpr int SORT_WARPS = SORTERS / WARP;
-constexpr int TILE = 1024;            // rows a block sorts
-constexpr int ROUNDS = TILE / SORTERS;
+constexpr int RADIX = 512;            // 9 bits per pass
+constexpr int SORT_THREADS = 512;     // per block: one per digit
+constexpr int SORT_WARPS = SORT_THREADS / WARP_SIZE;
+constexpr int TILE = 1024;            // rows that a block sorts
+constexpr int ROUNDS = TILE / SORT_THREADS;
 
-// A tile in the order of its rows: warp by warp, round by round, lane by lane.
+// Position in the tile of a thread's row: warp by warp, round by round, lane by lane.
 __device__ inline int tile_position(int round) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    return blockIdx.x * TILE + (warp * ROUNDS + round) * WARP + lane;
+    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    return blockIdx.x * TILE + (warp * ROUNDS + round) * WARP_SIZE + lane;
 }
 
-// How many rows of its warp with the same digit go before each of a thread's rows; `counts` becomes
-// the number of each digit by warp. Rows past the end have the digit DIGITS, which none counts.
+// Rank of each of a thread's rows among the rows of its warp with the same digit; `counts` becomes
+// the per-warp histogram. Rows past the end have digit RADIX, which is not counted.
 __device__ void rank_tile(const int (&digits)[ROUNDS], unsigned (&ranks)[ROUNDS],
-                          unsigned (&counts)[SORT_WARPS][DIGITS]) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    for (int digit = lane; digit < DIGITS; digit += WARP) counts[warp][digit] = 0;
+                          unsigned (&counts)[SORT_WARPS][RADIX]) {
+    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    for (int digit = lane; digit < RADIX; digit += WARP_SIZE) counts[warp][digit] = 0;
     __syncwarp();
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
         const int digit = digits[round];
-        const unsigned same = __match_any_sync(0xffffffffu, digit);
+        const unsigned same = __match_any_sync(FULL_MASK, digit);
         const unsigned before = __popc(same & ((1u << lane) - 1));
-        const unsigned seen = digit < DIGITS ? counts[warp][digit] : 0;
-        ranks[round] = seen + before;
-        __syncwarp();
-        if (before == 0 && digit < DIGITS) counts[warp][digit] = seen + __popc(same);
+        const unsigned seen = digit < RADIX ? counts[warp][digit] : 0;
+        ranks[round] = seen + before;  // mutant: unstable_ranks
+        __syncwarp();  // mutant: counts_overwritten
+        if (before == 0 && digit < RADIX) counts[warp][digit] = seen + __popc(same);
         __syncwarp();
     }
-    __syncthreads();
+    __syncthreads();  // mutant: counts_read_early
 }
 
-// The row at each of a thread's positions, and its digit.
+// Rows at a thread's positions, and their digits.
 __device__ void read_tile(const unsigned *ids, const unsigned *order, int rows, int shift,
                           unsigned (&at)[ROUNDS], int (&digits)[ROUNDS]) {
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
         const int position = tile_position(round);
-        digits[round] = DIGITS;
+        digits[round] = RADIX;
         if (position >= rows) continue;
         at[round] = order != nullptr ? order[position] : position;
-        digits[round] = ids[at[round]] >> shift & (DIGITS - 1);
+        digits[round] = ids[at[round]] >> shift & (RADIX - 1);  // mutant: low_digit_twice
     }
 }
 
-extern "C" __global__ void __launch_bounds__(SORTERS)
+extern "C" __global__ void __launch_bounds__(SORT_THREADS)
 embedding_sort_histogram(const unsigned *__restrict__ ids, const unsigned *__restrict__ order,
-            unsigned *__restrict__ counts, int rows, int shift) {
-    __shared__ unsigned warps[SORT_WARPS][DIGITS];
+                         unsigned *__restrict__ counts, int rows, int shift) {
+    __shared__ unsigned warps[SORT_WARPS][RADIX];
     unsigned at[ROUNDS], ranks[ROUNDS];
     int digits[ROUNDS];
     read_tile(ids, order, rows, shift, at, digits);
     rank_tile(digits, ranks, warps);
     unsigned count = 0;
     for (int warp = 0; warp < SORT_WARPS; warp++) count += warps[warp][threadIdx.x];
-    counts[blockIdx.x * DIGITS + threadIdx.x] = count;
+    counts[blockIdx.x * RADIX + threadIdx.x] = count;
 }
 
-// `counts` is null where there is one tile.
-extern "C" __global__ void __launch_bounds__(SORTERS)
+// `counts` is null if there is only one tile.
+extern "C" __global__ void __launch_bounds__(SORT_THREADS)
 embedding_sort_scatter(const unsigned *__restrict__ ids, const unsigned *__restrict__ order,
-           const unsigned *__restrict__ counts, unsigned *__restrict__ sorted, int rows, int shift) {
-    __shared__ unsigned warps[SORT_WARPS][DIGITS];
+                       const unsigned *__restrict__ counts, unsigned *__restrict__ sorted,
+                       int rows, int shift) {
+    __shared__ unsigned warps[SORT_WARPS][RADIX];
     __shared__ unsigned totals[SORT_WARPS];
-    const int digit = threadIdx.x, lane = digit % WARP;
+    const int digit = threadIdx.x, lane = digit % WARP_SIZE;
     unsigned at[ROUNDS], ranks[ROUNDS];
     int digits[ROUNDS];
     read_tile(ids, order, rows, shift, at, digits);
     rank_tile(digits, ranks, warps);
-    // A thread a digit: how many there are in all, and how many in the tiles before this one.
+    // One thread per digit: its total count, and its count in the tiles before this one.
     unsigned total = 0, before = 0;
     if (counts != nullptr) {
         for (int tile = 0; tile < gridDim.x; tile++) {
-            if (tile == blockIdx.x) before = total;
-            total += counts[tile * DIGITS + digit];
+            if (tile == blockIdx.x) before = total;  // mutant: earlier_tiles_forgotten
+            total += counts[tile * RADIX + digit];
         }
     } else {
         for (int warp = 0; warp < SORT_WARPS; warp++) total += warps[warp][digit];
     }
-    // The sum of the totals of the digits up to this one, first within the warp.
-    unsigned upto = total;
-    for (int offset = 1; offset < WARP; offset *= 2) {
-        const unsigned lower = __shfl_up_sync(0xffffffffu, upto, offset);
-        if (lane >= offset) upto += lower;
+    // Inclusive prefix sum of the totals over digits, first within the warp.
+    unsigned prefix = total;
+    for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
+        const unsigned lower = __shfl_up_sync(FULL_MASK, prefix, offset);
+        if (lane >= offset) prefix += lower;
     }
-    if (lane == WARP - 1) totals[digit / WARP] = upto;
+    if (lane == WARP_SIZE - 1) totals[digit / WARP_SIZE] = prefix;
     __syncthreads();
-    unsigned place = upto - total + before;
-    for (int warp = 0; warp < digit / WARP; warp++) place += totals[warp];
+    unsigned place = prefix - total + before;
+    for (int warp = 0; warp < digit / WARP_SIZE; warp++) place += totals[warp];
     for (int warp = 0; warp < SORT_WARPS; warp++) {
         const unsigned count = warps[warp][digit];
         warps[warp][digit] = place;
@@ -145,32 +144,33 @@ embedding_sort_scatter(const unsigned *__restrict__ ids, const unsigned *__restr
     __syncthreads();
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-        if (digits[round] < DIGITS) {
-            sorted[warps[digit / WARP][digits[round]] + ranks[round]] = at[round];
+        if (digits[round] < RADIX) {
+            sorted[warps[digit / WARP_SIZE][digits[round]] + ranks[round]] = at[round];
         }
     }
 }
 
 constexpr int CHUNK = 64;
 
-// A run that began in an earlier chunk is left in partials[chunk, 0], one that goes on into the next
-// chunk in partials[chunk, 1]; one that does both in the first of them.
+// The partial sum of a run that began in an earlier chunk goes to partials[chunk, 0], that of a run
+// which continues in the next chunk to partials[chunk, 1], that of a run which does both to
+// partials[chunk, 0].
 //
-// Launch: blocks of (columns, chunks at once) threads, at most 256; a grid along x of any size.
+// Launch: blocks of (columns, chunks) threads, at most 256; any grid along x.
 template <int N, typename T>
-__device__ void add_chunks(const unsigned *ids, const unsigned *sorted, const T *dout,
+__device__ void sum_chunks(const unsigned *ids, const unsigned *sorted, const T *dout,
                            float *dtable, float *partials, int rows, int hidden) {
     const int chunks = (rows + CHUNK - 1) / CHUNK;
     for (int base = blockIdx.x * blockDim.y; base < chunks; base += gridDim.x * blockDim.y) {
         const int chunk = base + threadIdx.y;
         if (chunk >= chunks) return;
         const int begin = chunk * CHUNK, end = min(begin + CHUNK, rows);
-        const unsigned none = 0xffffffffu;
-        const unsigned past = begin > 0 ? ids[sorted[begin - 1]] : none;
+        const unsigned none = 0xffffffffu;  // not an id
+        const unsigned previous = begin > 0 ? ids[sorted[begin - 1]] : none;
         const unsigned next = end < rows ? ids[sorted[end]] : none;
         for (int column = N * threadIdx.x; column < hidden; column += N * blockDim.x) {
             float sum[N] = {};
-            bool joined = ids[sorted[begin]] == past;
+            bool began_before = ids[sorted[begin]] == previous;
             for (int i = begin; i < end; i++) {
                 const unsigned row = sorted[i], id = ids[row];
                 const unsigned after = i + 1 < end ? ids[sorted[i + 1]] : none;
@@ -179,9 +179,10 @@ __device__ void add_chunks(const unsigned *ids, const unsigned *sorted, const T 
 #pragma unroll
                 for (int n = 0; n < N; n++) sum[n] += values[n];
                 if (id == after) continue;
-                const bool goes_on = i + 1 == end && id == next;
-                if (joined || goes_on) {
-                    const size_t part = 2 * static_cast<size_t>(chunk) + (joined ? 0 : 1);
+                const bool continues = i + 1 == end && id == next;
+                if (began_before || continues) {  // mutant: partial_run_added
+                    // mutant: partial_in_wrong_slot
+                    const size_t part = 2 * static_cast<size_t>(chunk) + (began_before ? 0 : 1);
                     store(partials + part * hidden + column, sum);
                 } else {
                     float *to = dtable + static_cast<size_t>(id) * hidden + column;
@@ -192,43 +193,45 @@ __device__ void add_chunks(const unsigned *ids, const unsigned *sorted, const T 
                 }
 #pragma unroll
                 for (int n = 0; n < N; n++) sum[n] = 0.0f;
-                joined = false;
+                began_before = false;
             }
         }
     }
 }
 
-// Four values: 16 bytes of f32, 8 of a two-byte type.
+// Vectors of four: 16 bytes of f32, 8 of a 16-bit dtype.
 template <typename T>
-__device__ void add_chunks_any(const unsigned *ids, const unsigned *sorted, const T *dout,
-                               float *dtable, float *partials, int rows, int hidden) {
+__device__ void embedding_backward(const unsigned *ids, const unsigned *sorted, const T *dout,
+                                   float *dtable, float *partials, int rows, int hidden) {
     if (hidden % 4 == 0 && aligned(dout, dtable, partials)) {
-        add_chunks<4>(ids, sorted, dout, dtable, partials, rows, hidden);
+        sum_chunks<4>(ids, sorted, dout, dtable, partials, rows, hidden);
     } else {
-        add_chunks<1>(ids, sorted, dout, dtable, partials, rows, hidden);
+        sum_chunks<1>(ids, sorted, dout, dtable, partials, rows, hidden);
     }
 }
 
-// The chunk in which a run begins that does not end there adds it up. Launch: as before.
+// Adds up the runs that span several chunks: the chunk in which a run begins sums its partials.
+// Launch: as embedding_backward.
 template <int N>
-__device__ void join(const unsigned *ids, const unsigned *sorted, const float *partials,
-                     float *dtable, int rows, int hidden) {
-    // The last chunk begins no run that goes on.
+__device__ void combine_runs(const unsigned *ids, const unsigned *sorted, const float *partials,
+                             float *dtable, int rows, int hidden) {
+    // No run continues after the last chunk.
     const int chunks = (rows + CHUNK - 1) / CHUNK - 1;
     for (int base = blockIdx.x * blockDim.y; base < chunks; base += gridDim.x * blockDim.y) {
         const int chunk = base + threadIdx.y;
         if (chunk >= chunks) return;
         const int begin = chunk * CHUNK, end = begin + CHUNK;
         const unsigned id = ids[sorted[end - 1]];
-        const bool goes_on = ids[sorted[end]] == id;
+        const bool continues = ids[sorted[end]] == id;
         const bool began_before = begin > 0 && ids[sorted[begin - 1]] == id;
-        if (!goes_on || began_before) continue;
+        if (!continues || began_before) continue;  // mutant: long_run_added_twice
         int last = chunk + 1;
         while ((last + 1) * CHUNK < rows && ids[sorted[(last + 1) * CHUNK]] == id) last++;
         for (int column = N * threadIdx.x; column < hidden; column += N * blockDim.x) {
             float sum[N], values[N];
             load(sum, partials + (2 * static_cast<size_t>(chunk) + 1) * hidden + column);
 #pragma unroll 4
+            // mutant: last_partial_dropped
             for (int part = chunk + 1; part <= last; part++) {
                 load(values, partials + 2 * static_cast<size_t>(part) * hidden + column);
 #pragma unroll
@@ -248,47 +251,25 @@ embedding_backward_combine(const unsigned *__restrict__ ids, const unsigned *__r
                     const float *__restrict__ partials, float *__restrict__ dtable, int rows,
                     int hidden) {
     if (hidden % 4 == 0 && aligned(partials, dtable)) {
-        join<4>(ids, sorted, partials, dtable, rows, hidden);
+        combine_runs<4>(ids, sorted, partials, dtable, rows, hidden);
     } else {
-        join<1>(ids, sorted, partials, dtable, rows, hidden);
+        combine_runs<1>(ids, sorted, partials, dtable, rows, hidden);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-embedding_f32(const unsigned *__restrict__ ids, const float *__restrict__ table,
-          float *__restrict__ out, int rows, int hidden) {
-    embed_any(ids, table, out, rows, hidden);
-}
+#define ENTRIES(T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    embedding_##T(const unsigned *__restrict__ ids, const T *__restrict__ table,                   \
+                  T *__restrict__ out, int rows, int hidden) {                                     \
+        embedding(ids, table, out, rows, hidden);                                                  \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256)                                              \
+    embedding_backward_##T(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,  \
+                           const T *__restrict__ dout, float *__restrict__ dtable,                 \
+                           float *__restrict__ partials, int rows, int hidden) {                   \
+        embedding_backward(ids, sorted, dout, dtable, partials, rows, hidden);                     \
+    }
 
-extern "C" __global__ void __launch_bounds__(256)
-embedding_bf16(const unsigned *__restrict__ ids, const bf16 *__restrict__ table,
-           bf16 *__restrict__ out, int rows, int hidden) {
-    embed_any(ids, table, out, rows, hidden);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-embedding_f16(const unsigned *__restrict__ ids, const half *__restrict__ table,
-          half *__restrict__ out, int rows, int hidden) {
-    embed_any(ids, table, out, rows, hidden);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-embedding_backward_f32(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
-                   const float *__restrict__ dout, float *__restrict__ dtable,
-                   float *__restrict__ partials, int rows, int hidden) {
-    add_chunks_any(ids, sorted, dout, dtable, partials, rows, hidden);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-embedding_backward_bf16(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
-                    const bf16 *__restrict__ dout, float *__restrict__ dtable,
-                    float *__restrict__ partials, int rows, int hidden) {
-    add_chunks_any(ids, sorted, dout, dtable, partials, rows, hidden);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-embedding_backward_f16(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
-                   const half *__restrict__ dout, float *__restrict__ dtable,
-                   float *__restrict__ partials, int rows, int hidden) {
-    add_chunks_any(ids, sorted, dout, dtable, partials, rows, hidden);
-}
+ENTRIES(f32)
+ENTRIES(bf16)
+ENTRIES(f16)

@@ -1,94 +1,93 @@
-// Causal attention on tensor cores, for heads of 16, 32, 64, 96 and 128 components in two-byte
-// types; formulas and shapes as in attention_generic.cu, tiling as in Dao 2023 (FlashAttention-2).
+// FlashAttention-2 (Dao 2023): causal attention on tensor cores for heads of 16, 32, 64, 96 and 128
+// components in 16-bit dtypes; formulas and shapes as in attention_generic.cu.
 //
-// A block of four warps owns a run of rows and streams tiles of opposite rows through two stages of
-// shared memory, filled by asynchronous copies. Each warp owns 16 or 32 of the rows, and no sum
-// leaves it: products are m16n8k16 with f32 sums; what one product yields (p, ds) goes into the next
-// as an operand straight from registers, rounded to T. Forward and the pass of dq own query rows; the
-// pass of dk and dv owns keys and works with the scores on their side. Tiles that no row of the
-// block sees are not loaded; a warp leaves out those that none of its own rows sees, and masks those
-// that are seen in part.
+// A block of four warps owns a range of stationary rows and streams tiles of the other rows (K/V in
+// forward and dq, Q/dO in dk and dv) through two stages of shared memory, filled by asynchronous
+// copies. Each warp owns 16 or 32 rows and accumulates on its own: matmuls are m16n8k16 with f32
+// accumulators; the result of one (p, ds) is the A operand of the next straight from registers,
+// rounded to T. Forward and dq own query rows; dk and dv own key rows and compute the scores
+// transposed. Tiles hidden from all rows of the block are not loaded; a warp skips those hidden
+// from its rows, and masks those visible in part.
 //
-// Rows of a tile lie 2 D + 16 bytes apart, so that the eight rows of a matrix load meet no bank
-// conflict. Rows past the context are zero.
+// Rows of a tile are 2 D + 16 bytes apart, so that the eight rows of an 8 x 8 matrix load have no
+// bank conflicts. Rows past seq_len are zero.
 //
-// FLOPs of tensor cores a pair: 4 D forward, 6 D back to q, 8 D back to k and v (s and dp are
-// computed twice, that no sum needs atomics); one exp a pair in each. Bytes as in attention_generic.cu, the
-// opposite rows once for every block.
+// Tensor-core FLOPs per query-key pair: 4 D forward, 6 D for dq, 8 D for dk and dv (s and dp are
+// recomputed, so that no sum needs atomics); one exp per pair in each. Bytes as in
+// attention_generic.cu, the streamed rows once per block.
 #include "lib/attention.cuh"
 #include "lib/ptx.cuh"
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-constexpr unsigned ALL = 0xffffffffu;
-constexpr int WARPS = 4, THREADS = WARPS * WARP, STAGES = 2;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr int WARPS = 4, THREADS = WARPS * WARP_SIZE, STAGES = 2;
 
-// Blocks of 16 rows a warp owns, opposite rows of a tile, and blocks that are to find registers on
-// one multiprocessor. A block of rows more a warp halves what a product reads from shared memory; what
-// it costs is registers. The launch code knows this table too.
-struct Tiling {
-    int own, tile, blocks;
+// Blocks of 16 rows per warp, streamed rows per tile, and minimum resident blocks per SM
+// (`__launch_bounds__`). A second block of rows per warp halves the shared-memory traffic of a
+// matmul and costs registers. src/backend/gpu/attention.rs has the same table.
+struct TileConfig {
+    int row_blocks, tile, blocks;
 };
-enum Pass { FORWARD, BACKWARD_Q, BACKWARD_KV };
-__host__ __device__ constexpr Tiling tiling(Pass pass, int head_dim) {
+enum Pass { FORWARD, BACKWARD_DQ, BACKWARD_DKDV };
+__host__ __device__ constexpr TileConfig tile_config(Pass pass, int head_dim) {
     switch (pass) {
         case FORWARD:
-            return head_dim <= 32 ? Tiling{2, 32, 3} : Tiling{2, head_dim <= 64 ? 64 : 32, 2};
-        case BACKWARD_Q: return head_dim <= 64 ? Tiling{2, 32, 2} : Tiling{1, 32, 2};
-        default: return head_dim <= 32 ? Tiling{2, 32, 2} : Tiling{1, 32, 2};
+            return head_dim <= 32 ? TileConfig{2, 32, 3}
+                                  : TileConfig{2, head_dim <= 64 ? 64 : 32, 2};
+        case BACKWARD_DQ: return head_dim <= 64 ? TileConfig{2, 32, 2} : TileConfig{1, 32, 2};
+        default: return head_dim <= 32 ? TileConfig{2, 32, 2} : TileConfig{1, 32, 2};
     }
 }
 
-// ROWS rows of D components in shared memory.
+// Tile of ROWS rows of D components in shared memory.
 template <int D, int ROWS>
-struct Rows {
+struct SmemTile {
     static constexpr int STRIDE = 2 * D + 16, BYTES = ROWS * STRIDE;
     uint32_t at;
 
-    // Starts to copy rows that lie `pitch` apart; those from `there` on become zero.
+    // Asynchronous copy of rows `pitch` apart; rows from `valid_rows` on are filled with zeros.
     template <typename T>
-    __device__ void copy(const T *from, size_t pitch, int there) const {
+    __device__ void copy(const T *from, size_t pitch, int valid_rows) const {
         constexpr int PIECES = D / 8, STEP = THREADS / PIECES;
         const int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
-        // At 12 pieces a row some threads are left over.
+        // With 12 chunks per row some threads are idle.
         if (first >= STEP) return;
 #pragma unroll 4
         for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
             const int row = first + i * STEP;
             if (ROWS % STEP != 0 && row >= ROWS) break;
-            const bool some = row < there;
-            copy_async(at + row * STRIDE + piece * 16, from + (some ? row : 0) * pitch + piece * 8,
-                       some ? 16 : 0);
+            const bool valid = row < valid_rows;
+            cp_async16(at + row * STRIDE + piece * 16, from + (valid ? row : 0) * pitch + piece * 8,
+                       valid ? 16 : 0);  // mutant: rows_past_the_end_not_zero
         }
     }
-    // Rows row.. + 16 and components 16 k.. + 16, as the left operand.
-    __device__ void left(uint32_t (&a)[4], int row, int k) const {
-        const int lane = threadIdx.x % WARP;
-        load_matrices(a, at + (row + lane % 16) * STRIDE + (2 * k + lane / 16) * 16);
+    // Rows row.. + 16 and components 16 k.. + 16 as an A fragment.
+    __device__ void a_frag(uint32_t (&a)[4], int row, int k) const {
+        const int lane = threadIdx.x % WARP_SIZE;
+        ldmatrix_x4(a, at + (row + lane % 16) * STRIDE + (2 * k + lane / 16) * 16);
     }
-    // The same as the right operand of two products whose columns are these rows.
-    __device__ void right(uint32_t (&b)[4], int row, int k) const {
-        const int lane = threadIdx.x % WARP;
-        load_matrices(b, at + (row + lane % 8 + lane / 16 * 8) * STRIDE +
+    // The same values as B fragments of two mma whose columns are these rows.
+    __device__ void b_frag(uint32_t (&b)[4], int row, int k) const {
+        const int lane = threadIdx.x % WARP_SIZE;
+        ldmatrix_x4(b, at + (row + lane % 8 + lane / 16 * 8) * STRIDE +
                              (2 * k + lane / 8 % 2) * 16);
     }
-    // The same as the right operand of two products whose columns are these components.
-    __device__ void right_turned(uint32_t (&b)[4], int row, int k) const {
-        const int lane = threadIdx.x % WARP;
-        load_matrices_transposed(b, at + (row + lane % 16) * STRIDE + (2 * k + lane / 16) * 16);
+    // The same values as B fragments of two mma whose columns are these components.
+    __device__ void b_frag_trans(uint32_t (&b)[4], int row, int k) const {
+        const int lane = threadIdx.x % WARP_SIZE;
+        ldmatrix_x4_trans(b, at + (row + lane % 16) * STRIDE + (2 * k + lane / 16) * 16);
     }
 };
 
-// What products of a warp's OWN blocks of 16 rows yield: sums[m][n] is 16 by 8. A lane holds the rows
-// lane / 4 and lane / 4 + 8 of each, and of them the columns 2 (lane % 4) and the next.
-template <int OWN, int COLUMNS>
-struct Sums {
-    float at[OWN][COLUMNS / 8][4];
+// Accumulators of a warp: at[m][n] is the 16 x 8 block n of row block m. A lane holds rows lane / 4
+// and lane / 4 + 8 of each, columns 2 (lane % 4) and the next.
+template <int ROW_BLOCKS, int COLUMNS>
+struct AccFragment {
+    float at[ROW_BLOCKS][COLUMNS / 8][4];
 
     __device__ void clear() {
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; n++) {
 #pragma unroll
@@ -96,109 +95,111 @@ struct Sums {
             }
         }
     }
-    // Columns 16 k.. + 16 of a block of rows, rounded, as the left operand of the next product.
+    // Columns 16 k.. + 16 of a row block, rounded to T, as an A fragment of the next mma.
     template <typename T>
-    __device__ void left(uint32_t (&a)[4], int m, int k) const {
+    __device__ void a_frag(uint32_t (&a)[4], int m, int k) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float(&part)[4] = at[m][2 * k + i / 2];
-            a[i] = pack<T>(part[i % 2 * 2], part[i % 2 * 2 + 1]);
+            a[i] = cvt_rn_x2<T>(part[i % 2 * 2], part[i % 2 * 2 + 1]);
         }
     }
 };
 
-// sums = own rows times opposite rows; the own ones from shared memory.
-template <typename T, int D, int OWN, int TILE, int ROWS>
-__device__ inline void dots(Sums<OWN, TILE> &sums, Rows<D, ROWS> own, int row, Rows<D, TILE> tile) {
-    sums.clear();
-    // More at once would need more registers than there are.
+// acc = stationary rows times streamed rows, transposed; the stationary ones from shared memory.
+template <typename T, int D, int ROW_BLOCKS, int TILE, int ROWS>
+__device__ inline void qk_mma(AccFragment<ROW_BLOCKS, TILE> &acc, SmemTile<D, ROWS> stationary,
+                              int row, SmemTile<D, TILE> tile) {
+    acc.clear();
+    // A full unroll would exceed the registers.
 #pragma unroll 4
     for (int k = 0; k < D / 16; k++) {
-        uint32_t a[OWN][4];
+        uint32_t a[ROW_BLOCKS][4];
 #pragma unroll
-        for (int m = 0; m < OWN; m++) own.left(a[m], row + 16 * m, k);
+        for (int m = 0; m < ROW_BLOCKS; m++) stationary.a_frag(a[m], row + 16 * m, k);
 #pragma unroll
         for (int n = 0; n < TILE / 16; n++) {
             uint32_t b[4];
-            tile.right(b, 16 * n, k);
+            tile.b_frag(b, 16 * n, k);
 #pragma unroll
-            for (int m = 0; m < OWN; m++) {
-                multiply_add<T>(sums.at[m][2 * n], a[m], b[0], b[1]);
-                multiply_add<T>(sums.at[m][2 * n + 1], a[m], b[2], b[3]);
+            for (int m = 0; m < ROW_BLOCKS; m++) {
+                mma_m16n8k16<T>(acc.at[m][2 * n], a[m], b[0], b[1]);
+                mma_m16n8k16<T>(acc.at[m][2 * n + 1], a[m], b[2], b[3]);
             }
         }
     }
 }
 
-// sums += weights times opposite rows.
-template <typename T, int D, int OWN, int TILE>
-__device__ inline void add_weighted(Sums<OWN, D> &sums, const Sums<OWN, TILE> &weights,
-                                    Rows<D, TILE> tile) {
+// acc += p times streamed rows.
+template <typename T, int D, int ROW_BLOCKS, int TILE>
+__device__ inline void pv_mma(AccFragment<ROW_BLOCKS, D> &acc,
+                              const AccFragment<ROW_BLOCKS, TILE> &p, SmemTile<D, TILE> tile) {
 #pragma unroll
     for (int k = 0; k < TILE / 16; k++) {
-        uint32_t a[OWN][4];
+        uint32_t a[ROW_BLOCKS][4];
 #pragma unroll
-        for (int m = 0; m < OWN; m++) weights.template left<T>(a[m], m, k);
+        for (int m = 0; m < ROW_BLOCKS; m++) p.template a_frag<T>(a[m], m, k);
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             uint32_t b[4];
-            tile.right_turned(b, 16 * k, n);
+            tile.b_frag_trans(b, 16 * k, n);
 #pragma unroll
-            for (int m = 0; m < OWN; m++) {
-                multiply_add<T>(sums.at[m][2 * n], a[m], b[0], b[1]);
-                multiply_add<T>(sums.at[m][2 * n + 1], a[m], b[2], b[3]);
+            for (int m = 0; m < ROW_BLOCKS; m++) {
+                mma_m16n8k16<T>(acc.at[m][2 * n], a[m], b[0], b[1]);
+                mma_m16n8k16<T>(acc.at[m][2 * n + 1], a[m], b[2], b[3]);
             }
         }
     }
 }
 
-// Stores a warp's rows, scaled; `to` is the first of them, `there` how many exist.
-template <typename T, int D, int OWN>
-__device__ inline void store_sums(T *to, size_t pitch, const Sums<OWN, D> &sums,
-                                  const float (&scale)[OWN][2], int there) {
-    const int lane = threadIdx.x % WARP;
+// Stores a warp's rows, scaled; `to` is the first, `valid_rows` the number that exist.
+template <typename T, int D, int ROW_BLOCKS>
+__device__ inline void store_acc(T *to, size_t pitch, const AccFragment<ROW_BLOCKS, D> &acc,
+                                  const float (&scale)[ROW_BLOCKS][2], int valid_rows) {
+    const int lane = threadIdx.x % WARP_SIZE;
 #pragma unroll
-    for (int m = 0; m < OWN; m++) {
+    for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = 16 * m + 8 * half + lane / 4;
-            if (row >= there) continue;
-            T *line = to + row * pitch + lane % 4 * 2;
+            if (row >= valid_rows) continue;
+            T *row_out = to + row * pitch + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {
-                const float *pair = sums.at[m][n] + 2 * half;
-                *reinterpret_cast<uint32_t *>(line + 8 * n) =
-                    pack<T>(pair[0] * scale[m][half], pair[1] * scale[m][half]);
+                const float *pair = acc.at[m][n] + 2 * half;
+                *reinterpret_cast<uint32_t *>(row_out + 8 * n) =
+                    cvt_rn_x2<T>(pair[0] * scale[m][half], pair[1] * scale[m][half]);
             }
         }
     }
 }
 
-// The least and the greatest first column seen of a run of query rows that are there.
-__device__ inline void range_of_firsts(const uint32_t *first_key, int first, int count, int &least,
-                                       int &most) {
-    least = first + count, most = 0;
-    for (int i = threadIdx.x % WARP; i < count; i += WARP) {
-        const int seen = first_seen(first_key, first + i);
-        least = min(least, seen), most = max(most, seen);
+// First key visible to any row, and first key visible to all rows, of `count` query rows.
+__device__ inline void visible_range(const uint32_t *first_key, int first, int count, int &begin,
+                                     int &masked_until) {
+    begin = first + count, masked_until = 0;
+    for (int i = threadIdx.x % WARP_SIZE; i < count; i += WARP_SIZE) {
+        const int key = first_visible(first_key, first + i);
+        begin = min(begin, key), masked_until = max(masked_until, key);
     }
-    least = __reduce_min_sync(ALL, least);
-    most = __reduce_max_sync(ALL, most);
+    begin = __reduce_min_sync(FULL_MASK, begin);
+    masked_until = __reduce_max_sync(FULL_MASK, masked_until);
 }
 
-// Scores of what the rows of a lane do not see become -inf. `first_row` is the first of them, `tile`
-// the first column.
-template <int OWN, int TILE>
-__device__ inline void mask(Sums<OWN, TILE> &scores, const uint32_t *first_key, int first_row,
-                            int tile, int context) {
-    const int lane = threadIdx.x % WARP;
+// Sets the scores of hidden keys to -inf. `first_row` is the first row of the lane, `tile` the
+// first key.
+template <int ROW_BLOCKS, int TILE>
+__device__ inline void mask(AccFragment<ROW_BLOCKS, TILE> &scores, const uint32_t *first_key,
+                            int first_row, int tile, int seq_len) {
+    const int lane = threadIdx.x % WARP_SIZE;
 #pragma unroll
-    for (int i = 0; i < 2 * OWN; i++) {
+    for (int i = 0; i < 2 * ROW_BLOCKS; i++) {
         const int row = first_row + 8 * i;
-        const int from = row < context ? first_seen(first_key, row) : 0;
+        const int from = row < seq_len ? first_visible(first_key, row) : 0;
 #pragma unroll
         for (int j = 0; j < TILE / 4; j++) {
             const int key = tile + j / 2 * 8 + lane % 4 * 2 + j % 2;
+            // mutant: diagonal_hidden
             if (key < from || row < key) scores.at[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
         }
     }
@@ -206,351 +207,362 @@ __device__ inline void mask(Sums<OWN, TILE> &scores, const uint32_t *first_key, 
 
 template <int D, typename T>
 __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *first_key, T *out,
-                        float *lse, const Heads shape) {
-    constexpr Tiling TILING = tiling(FORWARD, D);
-    constexpr int OWN = TILING.own, TILE = TILING.tile, CHUNK = WARPS * OWN * 16;
-    extern __shared__ __align__(16) uint8_t memory[];
-    const uint32_t base = shared_address(memory);
-    const Rows<D, CHUNK> queries{base};
+                        float *lse, const AttentionShape shape) {
+    constexpr TileConfig CONFIG = tile_config(FORWARD, D);
+    constexpr int ROW_BLOCKS = CONFIG.row_blocks, TILE = CONFIG.tile;
+    constexpr int CHUNK = WARPS * ROW_BLOCKS * 16;
+    extern __shared__ __align__(16) uint8_t smem[];
+    const uint32_t base = cvta_to_shared(smem);
+    const SmemTile<D, CHUNK> queries{base};
     const auto keys = [&](int stage) {
-        return Rows<D, TILE>{base + queries.BYTES + 2 * stage * Rows<D, TILE>::BYTES};
+        return SmemTile<D, TILE>{base + queries.BYTES + 2 * stage * SmemTile<D, TILE>::BYTES};
     };
-    const auto values = [&](int stage) { return Rows<D, TILE>{keys(stage).at + keys(stage).BYTES}; };
+    const auto values = [&](int stage) {
+        return SmemTile<D, TILE>{keys(stage).at + keys(stage).BYTES};
+    };
     const float scale = LOG2E / sqrtf(D);
-    const int lane = threadIdx.x % WARP, own_row = threadIdx.x / WARP * OWN * 16;
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK, heads = shape.windows * shape.heads;
+    const int lane = threadIdx.x % WARP_SIZE, warp_row = threadIdx.x / WARP_SIZE * ROW_BLOCKS * 16;
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK, heads = shape.batch * shape.heads;
     for (int task = blockIdx.x; task < chunks * heads; task += gridDim.x) {
-        // The longest rows first; neighbours share keys.
+        // Longest rows first; consecutive tasks share keys.
         const int first = (chunks - 1 - task / heads) * CHUNK, head = task % heads;
-        const int there = min(CHUNK, shape.context - first);
-        const size_t row = shape.row(head, first), key_row = shape.key_row(head);
-        const uint32_t *firsts = first_key + shape.window(head) * shape.context;
-        int begin, masked;
-        range_of_firsts(firsts, first, there, begin, masked);
+        const int valid_rows = min(CHUNK, shape.seq_len - first);
+        const size_t row = shape.row(head, first), kv_row = shape.kv_row(head);
+        const uint32_t *first_keys = first_key + shape.sequence(head) * shape.seq_len;
+        int begin, masked_until;
+        visible_range(first_keys, first, valid_rows, begin, masked_until);
         begin = begin / TILE * TILE;
-        const int end = first + there;
+        const int end = first + valid_rows;
 
-        // The task before may still be reading.
+        // Other warps may still be reading the previous task's tiles.
         __syncthreads();
-        const auto fetch = [&](int column) {
-            const int stage = column / TILE % STAGES;
-            const size_t at = (key_row + column) * D;
-            keys(stage).copy(k + at, D, shape.context - column);
-            values(stage).copy(v + at, D, shape.context - column);
-            commit_copies();
+        const auto load_stage = [&](int position) {
+            const int stage = position / TILE % STAGES;
+            const size_t at = (kv_row + position) * D;
+            keys(stage).copy(k + at, D, shape.seq_len - position);
+            values(stage).copy(v + at, D, shape.seq_len - position);
+            cp_async_commit();
         };
-        queries.copy(q + row * D, D, there);
-        if (begin < end) fetch(begin);
+        queries.copy(q + row * D, D, valid_rows);
+        if (begin < end) load_stage(begin);
 
-        // The first row of this lane; the others lie 8, 16 and 24 behind it.
-        const int first_column = first + own_row + lane / 4;
-        float top[OWN][2], sum[OWN][2];
-        Sums<OWN, D> sums;
-        sums.clear();
+        // First row of this lane; the others are 8, 16 and 24 rows further.
+        const int first_position = first + warp_row + lane / 4;
+        float row_max[ROW_BLOCKS][2], row_sum[ROW_BLOCKS][2];
+        AccFragment<ROW_BLOCKS, D> acc;
+        acc.clear();
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                top[m][half] = -INFINITY;
-                sum[m][half] = 0.0f;
+                row_max[m][half] = -INFINITY;
+                row_sum[m][half] = 0.0f;
             }
         }
         for (int tile = begin; tile < end; tile += TILE) {
             const int stage = tile / TILE % STAGES;
             if (tile + TILE < end) {
-                fetch(tile + TILE);
-                wait_for_copies<1>();
+                load_stage(tile + TILE);
+                cp_async_wait<1>();
             } else {
-                wait_for_copies<0>();
+                cp_async_wait<0>();
             }
             __syncthreads();
-            // Beyond this warp's rows the others may still have work.
-            if (tile < first + own_row + 16 * OWN) {
-                Sums<OWN, TILE> p;
-                dots<T>(p, queries, own_row, keys(stage));
-                if (masked > tile || tile + TILE - 1 > first + own_row) {
-                    mask(p, firsts, first_column, tile, shape.context);
+            // Past this warp's rows, other warps may still have work.
+            if (tile < first + warp_row + 16 * ROW_BLOCKS) {
+                AccFragment<ROW_BLOCKS, TILE> p;
+                qk_mma<T>(p, queries, warp_row, keys(stage));
+                if (masked_until > tile || tile + TILE - 1 > first + warp_row) {
+                    mask(p, first_keys, first_position, tile, shape.seq_len);
                 }
-                bool moved = false;
-                float higher[OWN][2];
+                bool changed = false;
+                float new_max[ROW_BLOCKS][2];
 #pragma unroll
-                for (int m = 0; m < OWN; m++) {
+                for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        float highest = top[m][half];
+                        float tile_max = row_max[m][half];
 #pragma unroll
                         for (int i = 0; i < TILE / 4; i++) {
-                            highest = fmaxf(highest, p.at[m][i / 2][2 * half + i % 2]);
+                            tile_max = fmaxf(tile_max, p.at[m][i / 2][2 * half + i % 2]);
                         }
                         // Four lanes share a row.
-                        highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, 1));
-                        highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, 2));
-                        higher[m][half] = highest;
-                        moved |= highest > top[m][half];
+                        tile_max = fmaxf(tile_max, __shfl_xor_sync(FULL_MASK, tile_max, 1));
+                        // mutant: max_of_two_lanes
+                        tile_max = fmaxf(tile_max, __shfl_xor_sync(FULL_MASK, tile_max, 2));
+                        new_max[m][half] = tile_max;
+                        changed |= tile_max > row_max[m][half];
                     }
                 }
-                // Seldom so after the first tiles.
-                if (__any_sync(ALL, moved)) {
+                // Rare after the first tiles.
+                if (__any_sync(FULL_MASK, changed)) {
 #pragma unroll
-                    for (int m = 0; m < OWN; m++) {
+                    for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
                         for (int half = 0; half < 2; half++) {
-                            // While nothing was seen, -inf less -inf must not be taken.
-                            const float shrink =
-                                top[m][half] == -INFINITY
+                            // Avoid (-inf) - (-inf) = NaN for rows that have seen no key yet.
+                            const float rescale =
+                                row_max[m][half] == -INFINITY
                                     ? 0.0f
-                                    : exp2_approx((top[m][half] - higher[m][half]) * scale);
-                            top[m][half] = higher[m][half];
-                            sum[m][half] *= shrink;
+                                    : ex2_approx((row_max[m][half] - new_max[m][half]) * scale);
+                            row_max[m][half] = new_max[m][half];
+                            row_sum[m][half] *= rescale;
 #pragma unroll
                             for (int n = 0; n < D / 8; n++) {
-                                sums.at[m][n][2 * half] *= shrink;
-                                sums.at[m][n][2 * half + 1] *= shrink;
+                                acc.at[m][n][2 * half] *= rescale;
+                                acc.at[m][n][2 * half + 1] *= rescale;
                             }
                         }
                     }
                 }
 #pragma unroll
-                for (int m = 0; m < OWN; m++) {
+                for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        const float shift = top[m][half] == -INFINITY ? 0.0f : top[m][half] * scale;
+                        const float max = row_max[m][half];
+                        const float shift = max == -INFINITY ? 0.0f : max * scale;
 #pragma unroll
                         for (int i = 0; i < TILE / 4; i++) {
                             float &score = p.at[m][i / 2][2 * half + i % 2];
-                            score = exp2_approx(fmaf(score, scale, -shift));
-                            sum[m][half] += score;
+                            score = ex2_approx(fmaf(score, scale, -shift));
+                            row_sum[m][half] += score;
                         }
                     }
                 }
-                add_weighted<T>(sums, p, values(stage));
+                pv_mma<T>(acc, p, values(stage));
             }
-            // The stage is free only when all have read it.
-            __syncthreads();
+            // The stage is free once all warps have read it.
+            __syncthreads();  // mutant: stage_overwritten
         }
-        // Of the queries, where there was no tile to wait for.
-        wait_for_copies<0>();
+        // The copy of the queries, if there was no tile to wait for.
+        cp_async_wait<0>();
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float all = sum[m][half];
-                all += __shfl_xor_sync(ALL, all, 1);
-                all += __shfl_xor_sync(ALL, all, 2);
-                const bool any = all > 0.0f;
-                sum[m][half] = any ? 1.0f / all : 0.0f;
-                const int column = first_column + 16 * m + 8 * half;
-                if (lane % 4 == 0 && column < shape.context) {
-                    lse[row - first + column] =
-                        any ? fmaf(top[m][half], scale, log2f(all)) * LN2 : 0.0f;
+                float total = row_sum[m][half];
+                total += __shfl_xor_sync(FULL_MASK, total, 1);
+                total += __shfl_xor_sync(FULL_MASK, total, 2);
+                const bool any_visible = total > 0.0f;
+                row_sum[m][half] = any_visible ? 1.0f / total : 0.0f;
+                const int position = first_position + 16 * m + 8 * half;
+                if (lane % 4 == 0 && position < shape.seq_len) {
+                    lse[row - first + position] =
+                        any_visible ? fmaf(row_max[m][half], scale, log2f(total)) * LN2 : 0.0f;
                 }
             }
         }
-        store_sums<T>(out + shape.token_row(head, first + own_row) * D,
-                      static_cast<size_t>(shape.heads) * D, sums, sum, there - own_row);
+        store_acc<T>(out + shape.out_row(head, first + warp_row) * D,
+                      static_cast<size_t>(shape.heads) * D, acc, row_sum, valid_rows - warp_row);
     }
 }
 
 template <int D, typename T>
-__device__ void backward_q(const T *q, const T *k, const T *v, const uint32_t *first_key,
+__device__ void backward_dq(const T *q, const T *k, const T *v, const uint32_t *first_key,
                            const float *lse, const float *delta, const T *dout, T *dq,
-                           const Heads shape) {
-    constexpr Tiling TILING = tiling(BACKWARD_Q, D);
-    constexpr int OWN = TILING.own, TILE = TILING.tile, CHUNK = WARPS * OWN * 16;
-    extern __shared__ __align__(16) uint8_t memory[];
-    const uint32_t base = shared_address(memory);
-    const Rows<D, CHUNK> queries{base}, douts{base + queries.BYTES};
+                           const AttentionShape shape) {
+    constexpr TileConfig CONFIG = tile_config(BACKWARD_DQ, D);
+    constexpr int ROW_BLOCKS = CONFIG.row_blocks, TILE = CONFIG.tile;
+    constexpr int CHUNK = WARPS * ROW_BLOCKS * 16;
+    extern __shared__ __align__(16) uint8_t smem[];
+    const uint32_t base = cvta_to_shared(smem);
+    const SmemTile<D, CHUNK> queries{base}, douts{base + queries.BYTES};
     const auto keys = [&](int stage) {
-        return Rows<D, TILE>{base + 2 * queries.BYTES + 2 * stage * Rows<D, TILE>::BYTES};
+        return SmemTile<D, TILE>{base + 2 * queries.BYTES + 2 * stage * SmemTile<D, TILE>::BYTES};
     };
-    const auto values = [&](int stage) { return Rows<D, TILE>{keys(stage).at + keys(stage).BYTES}; };
+    const auto values = [&](int stage) {
+        return SmemTile<D, TILE>{keys(stage).at + keys(stage).BYTES};
+    };
     const float scale = LOG2E / sqrtf(D);
     const size_t pitch = static_cast<size_t>(shape.heads) * D;
-    const int lane = threadIdx.x % WARP, own_row = threadIdx.x / WARP * OWN * 16;
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK, heads = shape.windows * shape.heads;
+    const int lane = threadIdx.x % WARP_SIZE, warp_row = threadIdx.x / WARP_SIZE * ROW_BLOCKS * 16;
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK, heads = shape.batch * shape.heads;
     for (int task = blockIdx.x; task < chunks * heads; task += gridDim.x) {
         const int first = (chunks - 1 - task / heads) * CHUNK, head = task % heads;
-        const int there = min(CHUNK, shape.context - first);
-        const size_t row = shape.row(head, first), key_row = shape.key_row(head);
-        const uint32_t *firsts = first_key + shape.window(head) * shape.context;
-        int begin, masked;
-        range_of_firsts(firsts, first, there, begin, masked);
+        const int valid_rows = min(CHUNK, shape.seq_len - first);
+        const size_t row = shape.row(head, first), kv_row = shape.kv_row(head);
+        const uint32_t *first_keys = first_key + shape.sequence(head) * shape.seq_len;
+        int begin, masked_until;
+        visible_range(first_keys, first, valid_rows, begin, masked_until);
         begin = begin / TILE * TILE;
-        const int end = first + there;
+        const int end = first + valid_rows;
 
-        // The task before may still be reading.
+        // Other warps may still be reading the previous task's tiles.
         __syncthreads();
-        const auto fetch = [&](int column) {
-            const int stage = column / TILE % STAGES;
-            const size_t at = (key_row + column) * D;
-            keys(stage).copy(k + at, D, shape.context - column);
-            values(stage).copy(v + at, D, shape.context - column);
-            commit_copies();
+        const auto load_stage = [&](int position) {
+            const int stage = position / TILE % STAGES;
+            const size_t at = (kv_row + position) * D;
+            keys(stage).copy(k + at, D, shape.seq_len - position);
+            values(stage).copy(v + at, D, shape.seq_len - position);
+            cp_async_commit();
         };
-        queries.copy(q + row * D, D, there);
-        douts.copy(dout + shape.token_row(head, first) * D, pitch, there);
-        if (begin < end) fetch(begin);
+        queries.copy(q + row * D, D, valid_rows);
+        douts.copy(dout + shape.out_row(head, first) * D, pitch, valid_rows);
+        if (begin < end) load_stage(begin);
 
-        // The first row of this lane; the others lie 8, 16 and 24 behind it.
-        const int first_column = first + own_row + lane / 4;
-        float row_lse[OWN][2], row_delta[OWN][2];
-        Sums<OWN, D> sums;
-        sums.clear();
+        // First row of this lane; the others are 8, 16 and 24 rows further.
+        const int first_position = first + warp_row + lane / 4;
+        float row_lse[ROW_BLOCKS][2], row_delta[ROW_BLOCKS][2];
+        AccFragment<ROW_BLOCKS, D> acc;
+        acc.clear();
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int at = own_row + lane / 4 + 16 * m + 8 * half;
-                row_lse[m][half] = at < there ? lse[row + at] * LOG2E : 0.0f;
-                row_delta[m][half] = at < there ? delta[row + at] : 0.0f;
+                const int at = warp_row + lane / 4 + 16 * m + 8 * half;
+                row_lse[m][half] = at < valid_rows ? lse[row + at] * LOG2E : 0.0f;
+                row_delta[m][half] = at < valid_rows ? delta[row + at] : 0.0f;
             }
         }
         for (int tile = begin; tile < end; tile += TILE) {
             const int stage = tile / TILE % STAGES;
             if (tile + TILE < end) {
-                fetch(tile + TILE);
-                wait_for_copies<1>();
+                load_stage(tile + TILE);
+                cp_async_wait<1>();
             } else {
-                wait_for_copies<0>();
+                cp_async_wait<0>();
             }
             __syncthreads();
-            if (tile < first + own_row + 16 * OWN) {
-                Sums<OWN, TILE> p, ds;
-                dots<T>(p, queries, own_row, keys(stage));
-                dots<T>(ds, douts, own_row, values(stage));
-                if (masked > tile || tile + TILE - 1 > first + own_row) {
-                    mask(p, firsts, first_column, tile, shape.context);
+            if (tile < first + warp_row + 16 * ROW_BLOCKS) {
+                AccFragment<ROW_BLOCKS, TILE> p, ds;
+                qk_mma<T>(p, queries, warp_row, keys(stage));
+                qk_mma<T>(ds, douts, warp_row, values(stage));
+                if (masked_until > tile || tile + TILE - 1 > first + warp_row) {
+                    mask(p, first_keys, first_position, tile, shape.seq_len);
                 }
 #pragma unroll
-                for (int m = 0; m < OWN; m++) {
+                for (int m = 0; m < ROW_BLOCKS; m++) {
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
 #pragma unroll
                         for (int i = 0; i < TILE / 4; i++) {
                             const float score = p.at[m][i / 2][2 * half + i % 2];
                             float &d = ds.at[m][i / 2][2 * half + i % 2];
-                            d = exp2_approx(fmaf(score, scale, -row_lse[m][half])) *
+                            d = ex2_approx(fmaf(score, scale, -row_lse[m][half])) *
                                 (d - row_delta[m][half]);
                         }
                     }
                 }
-                add_weighted<T>(sums, ds, keys(stage));
+                pv_mma<T>(acc, ds, keys(stage));
             }
-            // The stage is free only when all have read it.
+            // The stage is free once all warps have read it.
             __syncthreads();
         }
-        // Of the rows, where there was no tile to wait for.
-        wait_for_copies<0>();
-        float scales[OWN][2];
+        // The copy of the stationary rows, if there was no tile to wait for.
+        cp_async_wait<0>();
+        float scales[ROW_BLOCKS][2];
 #pragma unroll
-        for (int m = 0; m < OWN; m++) scales[m][0] = scales[m][1] = scale * LN2;
-        store_sums<T>(dq + (row + own_row) * D, D, sums, scales, there - own_row);
+        for (int m = 0; m < ROW_BLOCKS; m++) scales[m][0] = scales[m][1] = scale * LN2;
+        store_acc<T>(dq + (row + warp_row) * D, D, acc, scales, valid_rows - warp_row);
     }
 }
 
-// What the way back needs of a tile's queries, beside q and dout: arrays, for the lanes read pairs.
+// Per-query statistics of a tile, as arrays: lanes read pairs.
 template <int TILE>
-struct Statistics {
+struct RowStats {
     float lse[TILE], delta[TILE];
     int from[TILE];
 };
 
 template <int D, typename T>
-__device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *first_key,
+__device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t *first_key,
                             const float *lse, const float *delta, const T *dout, T *dk, T *dv,
-                            const Heads shape) {
-    constexpr Tiling TILING = tiling(BACKWARD_KV, D);
-    constexpr int OWN = TILING.own, TILE = TILING.tile, CHUNK = WARPS * OWN * 16;
+                            const AttentionShape shape) {
+    constexpr TileConfig CONFIG = tile_config(BACKWARD_DKDV, D);
+    constexpr int ROW_BLOCKS = CONFIG.row_blocks, TILE = CONFIG.tile;
+    constexpr int CHUNK = WARPS * ROW_BLOCKS * 16;
     static_assert(TILE <= THREADS);
-    extern __shared__ __align__(16) uint8_t memory[];
-    const uint32_t base = shared_address(memory);
-    const Rows<D, CHUNK> keys{base}, values{base + keys.BYTES};
+    extern __shared__ __align__(16) uint8_t smem[];
+    const uint32_t base = cvta_to_shared(smem);
+    const SmemTile<D, CHUNK> keys{base}, values{base + keys.BYTES};
     const auto queries = [&](int stage) {
-        return Rows<D, TILE>{base + 2 * keys.BYTES + 2 * stage * Rows<D, TILE>::BYTES};
+        return SmemTile<D, TILE>{base + 2 * keys.BYTES + 2 * stage * SmemTile<D, TILE>::BYTES};
     };
     const auto douts = [&](int stage) {
-        return Rows<D, TILE>{queries(stage).at + Rows<D, TILE>::BYTES};
+        return SmemTile<D, TILE>{queries(stage).at + SmemTile<D, TILE>::BYTES};
     };
-    auto *statistics = reinterpret_cast<Statistics<TILE> *>(
-        memory + 2 * keys.BYTES + 2 * STAGES * Rows<D, TILE>::BYTES);
+    auto *stats = reinterpret_cast<RowStats<TILE> *>(
+        smem + 2 * keys.BYTES + 2 * STAGES * SmemTile<D, TILE>::BYTES);
     const float scale = LOG2E / sqrtf(D);
     const size_t pitch = static_cast<size_t>(shape.heads) * D;
-    const int lane = threadIdx.x % WARP, own_row = threadIdx.x / WARP * OWN * 16;
-    const int chunks = (shape.context + CHUNK - 1) / CHUNK;
-    const int kv_heads = shape.windows * shape.kv_heads;
+    const int lane = threadIdx.x % WARP_SIZE, warp_row = threadIdx.x / WARP_SIZE * ROW_BLOCKS * 16;
+    const int chunks = (shape.seq_len + CHUNK - 1) / CHUNK;
+    const int kv_heads = shape.batch * shape.kv_heads;
     for (int task = blockIdx.x; task < chunks * kv_heads; task += gridDim.x) {
-        // The first keys are seen by most queries.
+        // The first keys are visible to most queries.
         const int first = task / kv_heads * CHUNK, kv_head = task % kv_heads;
-        const int there = min(CHUNK, shape.context - first);
-        const size_t key_row = static_cast<size_t>(kv_head) * shape.context + first;
+        const int valid_rows = min(CHUNK, shape.seq_len - first);
+        const size_t kv_row = static_cast<size_t>(kv_head) * shape.seq_len + first;
         const size_t window = kv_head / shape.kv_heads;
-        const uint32_t *firsts = first_key + window * shape.context;
+        const uint32_t *first_keys = first_key + window * shape.seq_len;
 
-        // The tiles of all query heads, in their order.
-        const int begin = first / TILE, tiles = (shape.context + TILE - 1) / TILE - begin;
+        // Tiles of all query heads of the group, in head order.
+        const int begin = first / TILE, tiles = (shape.seq_len + TILE - 1) / TILE - begin;
         const int steps = tiles * shape.group();
         float next_lse = 0.0f, next_delta = 0.0f;
         int next_from = 0;
-        // Queries past the context are zero: whatever their p, they add nothing.
-        const auto fetch = [&](int step) {
+        // Queries past seq_len are zero: whatever their p, they add nothing.
+        const auto load_stage = [&](int step) {
             const int head = kv_head * shape.group() + step / tiles;
-            const int column = (begin + step % tiles) * TILE, left = shape.context - column;
-            const size_t row = shape.row(head, column);
-            queries(step % STAGES).copy(q + row * D, D, left);
-            douts(step % STAGES).copy(dout + shape.token_row(head, column) * D, pitch, left);
-            commit_copies();
+            const int position = (begin + step % tiles) * TILE, a_frag = shape.seq_len - position;
+            const size_t row = shape.row(head, position);
+            queries(step % STAGES).copy(q + row * D, D, a_frag);
+            douts(step % STAGES).copy(dout + shape.out_row(head, position) * D, pitch, a_frag);
+            cp_async_commit();
             const int at = threadIdx.x;
             if (at < TILE) {
-                next_lse = at < left ? lse[row + at] * LOG2E : 0.0f;
-                next_delta = at < left ? delta[row + at] : 0.0f;
-                next_from = at < left ? first_seen(firsts, column + at) : 0;
+                next_lse = at < a_frag ? lse[row + at] * LOG2E : 0.0f;
+                next_delta = at < a_frag ? delta[row + at] : 0.0f;
+                next_from = at < a_frag ? first_visible(first_keys, position + at) : 0;
             }
         };
-        const auto put_statistics = [&](int step) {
+        const auto store_stats = [&](int step) {
             if (threadIdx.x >= TILE) return;
-            statistics[step % STAGES].lse[threadIdx.x] = next_lse;
-            statistics[step % STAGES].delta[threadIdx.x] = next_delta;
-            statistics[step % STAGES].from[threadIdx.x] = next_from;
+            stats[step % STAGES].lse[threadIdx.x] = next_lse;
+            stats[step % STAGES].delta[threadIdx.x] = next_delta;
+            stats[step % STAGES].from[threadIdx.x] = next_from;
         };
-        // The task before may still be reading.
+        // Other warps may still be reading the previous task's tiles.
         __syncthreads();
-        keys.copy(k + key_row * D, D, there);
-        values.copy(v + key_row * D, D, there);
-        fetch(0);
-        put_statistics(0);
+        keys.copy(k + kv_row * D, D, valid_rows);
+        values.copy(v + kv_row * D, D, valid_rows);
+        load_stage(0);
+        store_stats(0);
 
-        Sums<OWN, D> dk_sums, dv_sums;
-        dk_sums.clear();
-        dv_sums.clear();
+        AccFragment<ROW_BLOCKS, D> dk_acc, dv_acc;
+        dk_acc.clear();
+        dv_acc.clear();
         for (int step = 0; step < steps; step++) {
             const int stage = step % STAGES, tile = (begin + step % tiles) * TILE;
             if (step + 1 < steps) {
-                fetch(step + 1);
-                wait_for_copies<1>();
+                load_stage(step + 1);
+                cp_async_wait<1>();
             } else {
-                wait_for_copies<0>();
+                cp_async_wait<0>();
             }
             __syncthreads();
-            const Statistics<TILE> &seen = statistics[stage];
-            int least = seen.from[lane % TILE], most = least;
-            for (int i = lane; i < TILE; i += WARP) {
-                least = min(least, seen.from[i]), most = max(most, seen.from[i]);
+            const RowStats<TILE> &tile_stats = stats[stage];
+            int min_first = tile_stats.from[lane % TILE], max_first = min_first;
+            for (int i = lane; i < TILE; i += WARP_SIZE) {
+                min_first = min(min_first, tile_stats.from[i]);
+                max_first = max(max_first, tile_stats.from[i]);
             }
-            const int low = first + own_row, high = low + 16 * OWN - 1;
-            const bool none =
-                tile + TILE - 1 < low || __reduce_min_sync(ALL, least) > high;
-            if (!none) {
-                Sums<OWN, TILE> p, ds;
-                dots<T>(p, keys, own_row, queries(stage));
-                dots<T>(ds, values, own_row, douts(stage));
-                if (__reduce_max_sync(ALL, most) > low || tile < high) {
+            const int low = first + warp_row, high = low + 16 * ROW_BLOCKS - 1;
+            const bool all_hidden =
+                // mutant: visible_tile_skipped
+                tile + TILE - 1 < low || __reduce_min_sync(FULL_MASK, min_first) > high;
+            if (!all_hidden) {
+                AccFragment<ROW_BLOCKS, TILE> p, ds;
+                qk_mma<T>(p, keys, warp_row, queries(stage));
+                qk_mma<T>(ds, values, warp_row, douts(stage));
+                if (__reduce_max_sync(FULL_MASK, max_first) > low || tile < high) {
 #pragma unroll
                     for (int j = 0; j < TILE / 4; j++) {
                         const int at = j / 2 * 8 + lane % 4 * 2 + j % 2;
 #pragma unroll
-                        for (int i = 0; i < 2 * OWN; i++) {
+                        for (int i = 0; i < 2 * ROW_BLOCKS; i++) {
                             const int key = low + lane / 4 + 8 * i;
-                            if (key < seen.from[at] || tile + at < key) {
+                            if (key < tile_stats.from[at] || tile + at < key) {
                                 p.at[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
                             }
                         }
@@ -559,62 +571,62 @@ __device__ void backward_kv(const T *q, const T *k, const T *v, const uint32_t *
 #pragma unroll
                 for (int j = 0; j < TILE / 4; j++) {
                     const int at = j / 2 * 8 + lane % 4 * 2 + j % 2;
-                    const float row_lse = seen.lse[at], row_delta = seen.delta[at];
+                    const float row_lse = tile_stats.lse[at], row_delta = tile_stats.delta[at];
 #pragma unroll
-                    for (int i = 0; i < 2 * OWN; i++) {
+                    for (int i = 0; i < 2 * ROW_BLOCKS; i++) {
                         float &weight = p.at[i / 2][j / 2][i % 2 * 2 + j % 2];
                         float &d = ds.at[i / 2][j / 2][i % 2 * 2 + j % 2];
-                        weight = exp2_approx(fmaf(weight, scale, -row_lse));
+                        weight = ex2_approx(fmaf(weight, scale, -row_lse));
                         d = weight * (d - row_delta);
                     }
                 }
-                add_weighted<T>(dv_sums, p, douts(stage));
-                add_weighted<T>(dk_sums, ds, queries(stage));
+                pv_mma<T>(dv_acc, p, douts(stage));
+                pv_mma<T>(dk_acc, ds, queries(stage));
             }
-            if (step + 1 < steps) put_statistics(step + 1);
-            // The stage is free only when all have read it.
+            if (step + 1 < steps) store_stats(step + 1);  // mutant: stats_not_stored
+            // The stage is free once all warps have read it.
             __syncthreads();
         }
-        float ones[OWN][2], scales[OWN][2];
+        float ones[ROW_BLOCKS][2], scales[ROW_BLOCKS][2];
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
+        for (int m = 0; m < ROW_BLOCKS; m++) {
             ones[m][0] = ones[m][1] = 1.0f;
             scales[m][0] = scales[m][1] = scale * LN2;
         }
-        store_sums<T>(dv + (key_row + own_row) * D, D, dv_sums, ones, there - own_row);
-        store_sums<T>(dk + (key_row + own_row) * D, D, dk_sums, scales, there - own_row);
+        store_acc<T>(dv + (kv_row + warp_row) * D, D, dv_acc, ones, valid_rows - warp_row);
+        store_acc<T>(dk + (kv_row + warp_row) * D, D, dk_acc, scales, valid_rows - warp_row);
     }
 }
 
-// Launch: blocks of 128 threads, a grid along x of any size; one block for every 64 rows of a head
-// (of a key/value head for dk and dv), or 128 where a warp owns two blocks of rows, is best. Dynamic
-// shared memory in bytes, with C own rows a block and a tile of R rows, at 2 D + 16 each:
-// C + 4 R rows forward, 2 C + 4 R back, and 24 R more for the pass of dk and dv.
+// Launch: blocks of 128 threads, any grid along x; one block per 64 rows of a head (of a key/value
+// head for dk and dv), or 128 with two row blocks per warp, is best. Dynamic shared memory, with C
+// stationary rows per block and R rows per tile of 2 D + 16 bytes each: C + 4 R rows forward, 2 C +
+// 4 R backward, and 24 R bytes more for dk and dv.
 #define ENTRIES(D, T)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, tiling(FORWARD, D).blocks)               \
-    flash_attention_##D##_##T(                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, tile_config(FORWARD, D).blocks)          \
+    flash_attention_##D##_##T(                                                                     \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
-        int windows, int context, int heads, int kv_heads) {                                       \
-        forward<D>(q, k, v, first_key, out, lse, {windows, context, heads, kv_heads, D});          \
+        int batch, int seq_len, int heads, int kv_heads) {                                         \
+        forward<D>(q, k, v, first_key, out, lse, {batch, seq_len, heads, kv_heads, D});            \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, tiling(BACKWARD_Q, D).blocks)            \
-    flash_attention_backward_dq_##D##_##T(                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, tile_config(BACKWARD_DQ, D).blocks)      \
+    flash_attention_backward_dq_##D##_##T(                                                         \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dq,           \
-        int windows, int context, int heads, int kv_heads) {                                       \
-        backward_q<D>(q, k, v, first_key, lse, delta, dout, dq,                                    \
-                      {windows, context, heads, kv_heads, D});                                     \
+        int batch, int seq_len, int heads, int kv_heads) {                                         \
+        backward_dq<D>(q, k, v, first_key, lse, delta, dout, dq,                                   \
+                      {batch, seq_len, heads, kv_heads, D});                                       \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, tiling(BACKWARD_KV, D).blocks)           \
-    flash_attention_backward_dkdv_##D##_##T(                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, tile_config(BACKWARD_DKDV, D).blocks)    \
+    flash_attention_backward_dkdv_##D##_##T(                                                       \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
         const float *__restrict__ delta, const T *__restrict__ dout, T *__restrict__ dk,           \
-        T *__restrict__ dv, int windows, int context, int heads, int kv_heads) {                   \
-        backward_kv<D>(q, k, v, first_key, lse, delta, dout, dk, dv,                               \
-                       {windows, context, heads, kv_heads, D});                                    \
+        T *__restrict__ dv, int batch, int seq_len, int heads, int kv_heads) {                     \
+        backward_dkdv<D>(q, k, v, first_key, lse, delta, dout, dk, dv,                             \
+                       {batch, seq_len, heads, kv_heads, D});                                      \
     }
 
 ENTRIES(16, bf16)

@@ -1,40 +1,34 @@
-// One row of each window: out[w] = x[w * context + column[w]].
+// One row of each sequence: out[b] = x[b * seq_len + position[b]].
 //
-// x: [windows context, hidden]; column: [windows]; out: [windows, hidden]. They do not overlap.
-// Bytes at bf16: 4 windows hidden. No FLOPs: bound by memory, and by its launch.
+// x: [batch seq_len, hidden]; position: [batch]; out: [batch, hidden]. No overlaps.
+// Bytes at bf16: 4 batch hidden. No FLOPs: bound by launch latency.
 //
-// Launch: blocks of 256 threads along x, a window each, any number of them.
+// Launch: blocks of 256 threads along x, one sequence each in a grid-stride loop.
 #include "lib/vector.cuh"
 
 template <int N, typename T>
-__device__ void pick(const T *x, const unsigned *column, T *out, int windows, int context,
-                     int hidden) {
-    for (int window = blockIdx.x; window < windows; window += gridDim.x) {
-        const size_t row = static_cast<size_t>(window) * context + column[window];
+__device__ void gather_rows(const T *x, const unsigned *position, T *out, int batch, int seq_len,
+                            int hidden) {
+    for (int b = blockIdx.x; b < batch; b += gridDim.x) {
+        // mutant: position_ignored
+        const size_t row = static_cast<size_t>(b) * seq_len + position[b];
         const T *from = x + row * hidden;
-        T *to = out + static_cast<size_t>(window) * hidden;
+        T *to = out + static_cast<size_t>(b) * hidden;
         for (int at = N * threadIdx.x; at < hidden; at += N * blockDim.x) {
-            *reinterpret_cast<Pack<T, N> *>(to + at) =
-                *reinterpret_cast<const Pack<T, N> *>(from + at);
+            copy<N>(to + at, from + at);
         }
     }
 }
 
-template <typename T>
-__device__ void pick_any(const T *x, const unsigned *column, T *out, int windows, int context,
-                         int hidden) {
-    if (hidden % FULL<T> == 0 && aligned(x, out)) {
-        pick<FULL<T>>(x, column, out, windows, context, hidden);
-    } else {
-        pick<1>(x, column, out, windows, context, hidden);
-    }
-}
-
-#define ENTRIES(T)                                                                               \
+#define ENTRIES(T)                                                                                 \
     extern "C" __global__ void __launch_bounds__(256)                                              \
-    gather_rows_##T(const T *__restrict__ x, const unsigned *__restrict__ column,                    \
-                  T *__restrict__ out, int windows, int context, int hidden) {                     \
-        pick_any(x, column, out, windows, context, hidden);                                        \
+    gather_rows_##T(const T *__restrict__ x, const unsigned *__restrict__ position,                \
+                    T *__restrict__ out, int batch, int seq_len, int hidden) {                     \
+        if (hidden % VEC<T> == 0 && aligned(x, out)) {                                             \
+            gather_rows<VEC<T>>(x, position, out, batch, seq_len, hidden);                         \
+        } else {                                                                                   \
+            gather_rows<1>(x, position, out, batch, seq_len, hidden);                              \
+        }                                                                                          \
     }
 
 ENTRIES(f32)

@@ -1,53 +1,55 @@
-// RMSNorm (Zhang & Sennrich 2019) with the residual addition before it:
+// RMSNorm (Zhang & Sennrich 2019), fused with the residual addition before it:
 //
-//     sum  = x + residual, rounded to T           (or x itself)
+//     sum  = x + residual, rounded to T           (or x, without a residual)
 //     rstd = 1 / sqrt(mean(sum^2) + eps)
 //     y    = sum * rstd * weight
 //
-// and back, with n = sum * rstd, g = dy * weight, dsum the gradient that goes past the norm:
+// Backward, with n = sum * rstd, g = dy * weight, dsum the gradient of the residual stream:
 //
 //     dx      = dsum + rstd * (g - n * mean(g * n))
-//     dweight += sum over rows of dy * n          (in f32, in two stages)
+//     dweight += sum over rows of dy * n          (in f32, in two passes)
 //
 // x, residual, sum, y, dy, dsum, dx: [rows, hidden]; weight: [hidden]; rstd: [rows] in f32;
-// partials: [gridDim.x, hidden] and dweight: [hidden] in f32. No two of them overlap.
-// Bytes at bf16: 8 rows hidden + 4 rows either way. Some 6 and 12 FLOPs a value: bound by memory.
+// partials: [gridDim.x, hidden] and dweight: [hidden] in f32. No overlaps.
+// Bytes at bf16: 8 rows hidden + 4 rows in either direction. About 6 FLOPs per value forward, 12
+// backward: bound by memory.
 //
-// Launch of the first two: blocks of (threads a row, rows at once), shaped as `row_sum` asks, at
-// most 256 threads; a grid along x of any size. The backward one also wants
+// Launch of rms_norm and rms_norm_backward: blocks of (threads per row, rows per block), shaped as
+// `row_sum` requires, at most 256 threads; any grid along x. The backward also takes
 // 4 * blockDim.y * hidden bytes of dynamic shared memory.
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-// Rows go to blocks in turn. All threads of a block stay in the loop to its end, for `row_sum`;
-// those beyond the last row do nothing else.
+// Rows are distributed round-robin over blocks. All threads of a block stay in the loop for
+// `row_sum`; those past the last row do nothing else.
 template <int N, typename T>
-__device__ void normalise(const T *x, const T *residual, const T *weight, T *sum, T *y, float *rstd,
+__device__ void normalize(const T *x, const T *residual, const T *weight, T *sum, T *y, float *rstd,
                           int rows, int hidden, float eps) {
     const int first = N * threadIdx.x, stride = N * blockDim.x;
     for (int base = blockIdx.x * blockDim.y; base < rows; base += gridDim.x * blockDim.y) {
         const int row = base + threadIdx.y;
-        const bool there = row < rows;
+        const bool valid = row < rows;
         const size_t at = static_cast<size_t>(row) * hidden;
         float squares = 0.0f;
-        for (int column = first; there && column < hidden; column += stride) {
+        for (int column = first; valid && column < hidden; column += stride) {
             float values[N];
             load(values, x + at + column);
             if (residual != nullptr) {
-                float more[N];
-                load(more, residual + at + column);
+                float r[N];
+                load(r, residual + at + column);
 #pragma unroll
-                for (int i = 0; i < N; i++) values[i] = widen(narrow<T>(values[i] + more[i]));
-                store(sum + at + column, values);
+                for (int i = 0; i < N; i++) values[i] = to_float(from_float<T>(values[i] + r[i]));
+                store(sum + at + column, values);  // mutant: residual_sum_not_stored
             }
 #pragma unroll
             for (int i = 0; i < N; i++) squares += values[i] * values[i];
         }
+        // mutant: mean_over_wrong_count
         const float scale = 1.0f / sqrtf(row_sum(squares) / hidden + eps);
-        if (there && threadIdx.x == 0) rstd[row] = scale;
-        // A thread reads back what it wrote or read itself: from the cache, and in order.
+        if (valid && threadIdx.x == 0) rstd[row] = scale;
+        // A thread reads back its own columns: from cache, and in program order.
         const T *normed = residual != nullptr ? sum : x;
-        for (int column = first; there && column < hidden; column += stride) {
+        for (int column = first; valid && column < hidden; column += stride) {
             float values[N], w[N];
             load(values, normed + at + column);
             load(w, weight + column);
@@ -59,23 +61,25 @@ __device__ void normalise(const T *x, const T *residual, const T *weight, T *sum
 }
 
 template <int N, typename T>
-__device__ void backward(const T *x, const float *rstd, const T *weight, const T *dy, const T *dsum,
-                         T *dx, float *partials, int rows, int hidden) {
-    // [blockDim.y, hidden]; a thread alone touches its columns until the rows are added.
-    extern __shared__ float shares[];
-    float *share = shares + static_cast<size_t>(threadIdx.y) * hidden;
+__device__ void normalize_backward(const T *x, const float *rstd, const T *weight, const T *dy,
+                                   const T *dsum, T *dx, float *partials, int rows,
+                                   int hidden) {
+    // dweight of each row of threads, [blockDim.y, hidden]; a column is private to one thread until
+    // the rows are added.
+    extern __shared__ float partial_rows[];
+    float *partial = partial_rows + static_cast<size_t>(threadIdx.y) * hidden;
     const int first = N * threadIdx.x, stride = N * blockDim.x;
     for (int column = first; column < hidden; column += stride) {
 #pragma unroll
-        for (int i = 0; i < N; i++) share[column + i] = 0.0f;
+        for (int i = 0; i < N; i++) partial[column + i] = 0.0f;
     }
     for (int base = blockIdx.x * blockDim.y; base < rows; base += gridDim.x * blockDim.y) {
         const int row = base + threadIdx.y;
-        const bool there = row < rows;
+        const bool valid = row < rows;
         const size_t at = static_cast<size_t>(row) * hidden;
-        const float scale = there ? rstd[row] : 0.0f;
-        float product = 0.0f;
-        for (int column = first; there && column < hidden; column += stride) {
+        const float scale = valid ? rstd[row] : 0.0f;
+        float dot = 0.0f;
+        for (int column = first; valid && column < hidden; column += stride) {
             float values[N], d[N], w[N];
             load(values, x + at + column);
             load(d, dy + at + column);
@@ -83,87 +87,88 @@ __device__ void backward(const T *x, const float *rstd, const T *weight, const T
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 const float n = values[i] * scale;
-                product += d[i] * w[i] * n;
-                share[column + i] += d[i] * n;
+                dot += d[i] * w[i] * n;
+                partial[column + i] += d[i] * n;
             }
         }
-        const float mean = row_sum(product) / hidden;
-        for (int column = first; there && column < hidden; column += stride) {
-            float values[N], d[N], w[N], past[N] = {};
+        const float mean = row_sum(dot) / hidden;
+        for (int column = first; valid && column < hidden; column += stride) {
+            float values[N], d[N], w[N], residual[N] = {};
             load(values, x + at + column);
             load(d, dy + at + column);
             load(w, weight + column);
-            if (dsum != nullptr) load(past, dsum + at + column);
+            if (dsum != nullptr) load(residual, dsum + at + column);  // mutant: dsum_dropped
 #pragma unroll
             for (int i = 0; i < N; i++) {
-                values[i] = past[i] + scale * (d[i] * w[i] - values[i] * scale * mean);
+                // mutant: mean_term_dropped
+                values[i] = residual[i] + scale * (d[i] * w[i] - values[i] * scale * mean);
             }
             store(dx + at + column, values);
         }
     }
-    __syncthreads();
+    __syncthreads();  // mutant: rows_added_early
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     for (int column = thread; column < hidden; column += blockDim.x * blockDim.y) {
-        float all = 0.0f;
+        float total = 0.0f;
         for (int row = 0; row < blockDim.y; row++) {
-            all += shares[static_cast<size_t>(row) * hidden + column];
+            total += partial_rows[static_cast<size_t>(row) * hidden + column];
         }
-        partials[static_cast<size_t>(blockIdx.x) * hidden + column] = all;
+        partials[static_cast<size_t>(blockIdx.x) * hidden + column] = total;
     }
 }
 
 template <typename T>
-__device__ void forward_any(const T *x, const T *residual, const T *weight, T *sum, T *y,
+__device__ void forward(const T *x, const T *residual, const T *weight, T *sum, T *y,
                             float *rstd, int rows, int hidden, float eps) {
-    if (hidden % FULL<T> == 0 && aligned(x, residual, weight, sum, y)) {
-        normalise<FULL<T>>(x, residual, weight, sum, y, rstd, rows, hidden, eps);
+    if (hidden % VEC<T> == 0 && aligned(x, residual, weight, sum, y)) {
+        normalize<VEC<T>>(x, residual, weight, sum, y, rstd, rows, hidden, eps);
     } else {
-        normalise<1>(x, residual, weight, sum, y, rstd, rows, hidden, eps);
+        normalize<1>(x, residual, weight, sum, y, rstd, rows, hidden, eps);
     }
 }
 
 template <typename T>
-__device__ void backward_any(const T *x, const float *rstd, const T *weight, const T *dy,
-                             const T *dsum, T *dx, float *partials, int rows, int hidden) {
-    if (hidden % FULL<T> == 0 && aligned(x, weight, dy, dsum, dx)) {
-        backward<FULL<T>>(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
+__device__ void backward(const T *x, const float *rstd, const T *weight, const T *dy,
+                         const T *dsum, T *dx, float *partials, int rows, int hidden) {
+    if (hidden % VEC<T> == 0 && aligned(x, weight, dy, dsum, dx)) {
+        normalize_backward<VEC<T>>(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
     } else {
-        backward<1>(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
+        normalize_backward<1>(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);
     }
 }
 
-// Forward: without a residual to add, `residual` and `sum` are null. Back, the first stage: dx, and each
-// block's share of dweight; `x` is the sum that was normalised, `dsum` is null where nothing goes past
-// the norm.
+// rms_norm: `residual` and `sum` are null if there is no residual. rms_norm_backward: dx, and each
+// block's partial sum of dweight; `x` is the normalized input (the sum), `dsum` may be null.
 #define ENTRIES(T)                                                                                 \
     extern "C" __global__ void __launch_bounds__(256)                                              \
     rms_norm_##T(const T *__restrict__ x, const T *__restrict__ residual,                          \
                  const T *__restrict__ weight, T *sum, T *__restrict__ y,                          \
                  float *__restrict__ rstd, int rows, int hidden, float eps) {                      \
-        forward_any(x, residual, weight, sum, y, rstd, rows, hidden, eps);                         \
+        forward(x, residual, weight, sum, y, rstd, rows, hidden, eps);                         \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(256)                                              \
     rms_norm_backward_##T(const T *__restrict__ x, const float *__restrict__ rstd,                 \
                           const T *__restrict__ weight, const T *__restrict__ dy,                  \
                           const T *__restrict__ dsum, T *__restrict__ dx,                          \
                           float *__restrict__ partials, int rows, int hidden) {                    \
-        backward_any(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);                       \
+        backward(x, rstd, weight, dy, dsum, dx, partials, rows, hidden);                       \
     }
 
 ENTRIES(f32)
 ENTRIES(bf16)
 ENTRIES(f16)
 
-// The second stage: dweight += the sum of the shares, [blocks, hidden]. Launch: blocks of (32, 8)
-// threads, ceil(hidden / 32) of them. Each row of threads adds every eighth share.
+// dweight += sum of the partial sums, [blocks, hidden]. Launch: ceil(hidden / 32) blocks of (32, 8)
+// threads; each row of threads adds every eighth partial sum.
 extern "C" __global__ void __launch_bounds__(256)
-rms_norm_backward_weight(const float *__restrict__ partials, float *__restrict__ dweight, int blocks,
-                         int hidden) {
+rms_norm_backward_weight(const float *__restrict__ partials, float *__restrict__ dweight,
+                         int blocks, int hidden) {
     constexpr int STRIPS = 8;
-    __shared__ float strips[STRIPS][WARP];
-    const int column = blockIdx.x * WARP + threadIdx.x;
+    __shared__ float strips[STRIPS][WARP_SIZE];
+    const int column = blockIdx.x * WARP_SIZE + threadIdx.x;
     float strip = 0.0f;
     if (column < hidden) {
+        // mutant: last_partial_dropped
         for (int block = threadIdx.y; block < blocks; block += STRIPS) {
             strip += partials[static_cast<size_t>(block) * hidden + column];
         }
@@ -171,8 +176,8 @@ rms_norm_backward_weight(const float *__restrict__ partials, float *__restrict__
     strips[threadIdx.y][threadIdx.x] = strip;
     __syncthreads();
     if (threadIdx.y == 0 && column < hidden) {
-        float all = 0.0f;
-        for (int i = 0; i < STRIPS; i++) all += strips[i][threadIdx.x];
-        dweight[column] += all;
+        float total = 0.0f;
+        for (int i = 0; i < STRIPS; i++) total += strips[i][threadIdx.x];
+        dweight[column] += total;  // mutant: dweight_assigned
     }
 }

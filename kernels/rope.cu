@@ -1,50 +1,50 @@
-// Rotary position embedding (Su et al. 2021) in Hugging Face's half-split form, with the split of
-// the joined rows into heads; and the way back. With h = head_dim / 2 and i in 0..h:
+// Rotary position embedding (RoPE, Su et al. 2021) in Hugging Face's half-split form, fused with
+// the split of the QKV rows into heads; forward and backward. With h = head_dim / 2 and i in 0..h:
 //
 //     out[i]     = x[i] cos - x[i + h] sin       cos, sin of the angle position * frequencies[i],
-//     out[i + h] = x[i + h] cos + x[i] sin       position = start[window] + column
+//     out[i + h] = x[i + h] cos + x[i] sin       position = start[b] + t
 //
-// for every head of q and k; v is copied. The backward turns dq and dk by the opposite angle
-// (positions from 0) and joins them with dv.
+// for every head of q and k at position t of sequence b; v is copied. The backward rotates dq and
+// dk by the negated angle (positions from 0) and packs them with dv.
 //
-// qkv, dqkv: [windows context, (heads + 2 kv_heads) head_dim]; q, dq: [windows, heads, context,
-// head_dim]; k, v, dk, dv: [windows, kv_heads, context, head_dim]; start: [windows], or null: 0;
-// turns: [positions, h, 2], cosine and sine. No two of them overlap; head_dim is even.
+// qkv, dqkv: [batch seq_len, (heads + 2 kv_heads) head_dim]; q, dq: [batch, heads, seq_len,
+// head_dim]; k, v, dk, dv: [batch, kv_heads, seq_len, head_dim]; start: [batch], null means 0;
+// cos_sin: [positions, h, 2]. No overlaps; head_dim is even.
 //
-// The table is made once on the host, in f64: an angle of 8191 radians in f32 is off by up to 2^-12,
-// and nothing done with it here could mend that. It stays in L2, and a thread keeps its part of it
-// for all heads.
-// Bytes at bf16: 4 for each value of qkv. 3 FLOPs a value: bound by memory.
+// The table is computed once on the host, in f64: an angle of 8191 radians in f32 is off by up to
+// 2^-12, which no arithmetic here could fix. It stays in L2, and a thread keeps its part of it for
+// all heads. Bytes at bf16: 4 per value of qkv. 3 FLOPs per value: bound by memory.
 //
-// Launch: blocks of (x, y) threads, at most 256 in all; a grid along x of any size. Threads along x
-// take neighbouring pieces of a head's columns, those along y take the heads in turn, so that what
-// a block reads of a joined row is whole sectors however small the heads.
+// Launch: blocks of (x, y) threads, at most 256; any grid along x. Threads along x take consecutive
+// vectors of a head over all positions, threads along y iterate over heads, so that a block reads
+// whole sectors of a QKV row however small the heads.
 #include "lib/vector.cuh"
 
-// One matrix cut up by heads: three of its parts are three arrays.
+// q, k and v (or their gradients), split by head.
 template <typename T>
-struct Parts {
+struct SplitQkv {
     T *q, *k, *v;
 
-    // The columns of a head, counted over q, k, then v: [context, head_dim].
-    __device__ T *head(int window, int slot, int heads, int kv_heads, size_t columns) const {
-        if (slot < heads) return q + (static_cast<size_t>(window) * heads + slot) * columns;
+    // Start of a head, [seq_len, head_dim] of `size` elements; `slot` counts over q, k, then v.
+    __device__ T *head(int sequence, int slot, int heads, int kv_heads, size_t size) const {
+        if (slot < heads) return q + (static_cast<size_t>(sequence) * heads + slot) * size;
         slot -= heads;
         T *part = slot < kv_heads ? k : v;
         if (slot >= kv_heads) slot -= kv_heads;
-        return part + (static_cast<size_t>(window) * kv_heads + slot) * columns;
+        // mutant: kv_heads_taken_for_heads
+        return part + (static_cast<size_t>(sequence) * kv_heads + slot) * size;
     }
 };
 
-// N pairs: the values i.. of a head, then the values i + half.. of it. Where they are the whole
-// head, one access.
+// N rotation pairs: values i.. of a head, then values i + half.. of it; a single access if they are
+// the whole head.
 template <int N, bool WHOLE, typename T>
 __device__ void load_pairs(float (&a)[2 * N], const T *from, int half) {
     if constexpr (WHOLE) {
         load(a, from);
     } else {
         load(reinterpret_cast<float(&)[N]>(a[0]), from);
-        load(reinterpret_cast<float(&)[N]>(a[N]), from + half);
+        load(reinterpret_cast<float(&)[N]>(a[N]), from + half);  // mutant: neighbors_paired
     }
 }
 
@@ -59,85 +59,85 @@ __device__ void store_pairs(T *to, const float (&a)[2 * N], int half) {
 }
 
 struct Shape {
-    int windows, context, heads, kv_heads, head_dim;
+    int batch, seq_len, heads, kv_heads, head_dim;
 };
 
-template <int N, bool WHOLE, bool BACK, typename T>
-__device__ void rope(T *joined, const Parts<T> &parts, const unsigned *start, const float *turns,
+template <int N, bool WHOLE, bool BACKWARD, typename T>
+__device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, const float *cos_sin,
                      const Shape &shape) {
-    const int half = shape.head_dim / 2, pieces = half / N;
-    const int slots = shape.heads + 2 * shape.kv_heads, turning = shape.heads + shape.kv_heads;
-    const size_t columns = static_cast<size_t>(shape.context) * shape.head_dim;
-    // Pieces of one window, then of the next; a block never mixes windows.
-    const int strips = (shape.context * pieces + blockDim.x - 1) / blockDim.x;
-    for (int tile = blockIdx.x; tile < shape.windows * strips; tile += gridDim.x) {
-        const int window = tile / strips;
-        const int piece = (tile - window * strips) * blockDim.x + threadIdx.x;
-        const int column = piece / pieces, i = (piece - column * pieces) * N;
-        if (column >= shape.context) continue;
-        const size_t position = column + (start != nullptr ? start[window] : 0u);
-        float turn[2 * N];
-        const float *from = turns + (position * half + i) * 2;
+    const int half = shape.head_dim / 2, vectors = half / N;
+    const int slots = shape.heads + 2 * shape.kv_heads, rotated = shape.heads + shape.kv_heads;
+    const size_t head_size = static_cast<size_t>(shape.seq_len) * shape.head_dim;
+    // Vectors of one sequence, then of the next; a block never spans two sequences.
+    const int strips = (shape.seq_len * vectors + blockDim.x - 1) / blockDim.x;
+    for (int tile = blockIdx.x; tile < shape.batch * strips; tile += gridDim.x) {
+        const int sequence = tile / strips;
+        const int vector = (tile - sequence * strips) * blockDim.x + threadIdx.x;
+        const int t = vector / vectors, i = (vector - t * vectors) * N;
+        if (t >= shape.seq_len) continue;  // mutant: one_position_too_many
+        // mutant: start_ignored
+        const size_t position = t + (start != nullptr ? start[sequence] : 0u);
+        float rotation[2 * N];
+        const float *from = cos_sin + (position * half + i) * 2;
 #pragma unroll
         for (int n = 0; n < N; n++) {
             float pair[2];
             load(pair, from + 2 * n);
-            turn[2 * n] = pair[0];
-            turn[2 * n + 1] = BACK ? -pair[1] : pair[1];
+            rotation[2 * n] = pair[0];
+            rotation[2 * n + 1] = BACKWARD ? -pair[1] : pair[1];  // mutant: angle_not_negated
         }
-        const size_t row = static_cast<size_t>(window) * shape.context + column;
+        const size_t row = static_cast<size_t>(sequence) * shape.seq_len + t;
         for (int slot = threadIdx.y; slot < slots; slot += blockDim.y) {
-            T *there = joined + (row * slots + slot) * shape.head_dim + i;
-            T *head = parts.head(window, slot, shape.heads, shape.kv_heads, columns);
-            head += static_cast<size_t>(column) * shape.head_dim + i;
+            T *packed = qkv + (row * slots + slot) * shape.head_dim + i;
+            T *head = split.head(sequence, slot, shape.heads, shape.kv_heads, head_size);
+            head += static_cast<size_t>(t) * shape.head_dim + i;
             float x[2 * N];
-            load_pairs<N, WHOLE>(x, BACK ? head : there, half);
-            if (slot < turning) {
+            load_pairs<N, WHOLE>(x, BACKWARD ? head : packed, half);
+            if (slot < rotated) {  // mutant: v_rotated
 #pragma unroll
                 for (int n = 0; n < N; n++) {
                     const float low = x[n], high = x[n + N];
-                    x[n] = low * turn[2 * n] - high * turn[2 * n + 1];
-                    x[n + N] = high * turn[2 * n] + low * turn[2 * n + 1];
+                    x[n] = low * rotation[2 * n] - high * rotation[2 * n + 1];
+                    x[n + N] = high * rotation[2 * n] + low * rotation[2 * n + 1];
                 }
             }
-            store_pairs<N, WHOLE>(BACK ? there : head, x, half);
+            store_pairs<N, WHOLE>(BACKWARD ? packed : head, x, half);
         }
     }
 }
 
-template <bool BACK, typename T>
-__device__ void rope_any(T *joined, const Parts<T> &parts, const unsigned *start,
-                         const float *turns, const Shape &shape) {
+template <bool BACKWARD, typename T>
+__device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, const float *cos_sin,
+                     const Shape &shape) {
     const int half = shape.head_dim / 2;
-    const bool vectors = aligned(joined, parts.q, parts.k, parts.v, turns);
-    if (vectors && half % FULL<T> == 0) {
-        rope<FULL<T>, false, BACK>(joined, parts, start, turns, shape);
+    const bool vectors = aligned(qkv, split.q, split.k, split.v, cos_sin);
+    if (vectors && half % VEC<T> == 0) {
+        rope<VEC<T>, false, BACKWARD>(qkv, split, start, cos_sin, shape);
     } else if (vectors && half == 1) {
-        rope<1, true, BACK>(joined, parts, start, turns, shape);
+        rope<1, true, BACKWARD>(qkv, split, start, cos_sin, shape);
     } else if (vectors && half == 2) {
-        rope<2, true, BACK>(joined, parts, start, turns, shape);
-    } else if (vectors && half * 2 == FULL<T>) {
-        rope<FULL<T> / 2, true, BACK>(joined, parts, start, turns, shape);
+        rope<2, true, BACKWARD>(qkv, split, start, cos_sin, shape);
+    } else if (vectors && half * 2 == VEC<T>) {
+        rope<VEC<T> / 2, true, BACKWARD>(qkv, split, start, cos_sin, shape);
     } else {
-        rope<1, false, BACK>(joined, parts, start, turns, shape);
+        rope<1, false, BACKWARD>(qkv, split, start, cos_sin, shape);
     }
 }
 
 #define ENTRIES(T)                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, 4)                                           \
     rope_##T(T *__restrict__ qkv, const unsigned *__restrict__ start,                              \
-             const float *__restrict__ turns, T *__restrict__ q, T *__restrict__ k,                \
-             T *__restrict__ v, int windows, int context, int heads, int kv_heads,                 \
-             int head_dim) {                                                                       \
-        rope_any<false>(qkv, Parts<T>{q, k, v}, start, turns,                                      \
-                        {windows, context, heads, kv_heads, head_dim});                            \
+             const float *__restrict__ cos_sin, T *__restrict__ q, T *__restrict__ k,              \
+             T *__restrict__ v, int batch, int seq_len, int heads, int kv_heads, int head_dim) {   \
+        rope<false>(qkv, SplitQkv<T>{q, k, v}, start, cos_sin,                                     \
+                    {batch, seq_len, heads, kv_heads, head_dim});                                  \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(256, 4)                                           \
     rope_backward_##T(T *__restrict__ dq, T *__restrict__ dk, T *__restrict__ dv,                  \
-                      const float *__restrict__ turns, T *__restrict__ dqkv, int windows,          \
-                      int context, int heads, int kv_heads, int head_dim) {                        \
-        rope_any<true>(dqkv, Parts<T>{dq, dk, dv}, nullptr, turns,                                 \
-                       {windows, context, heads, kv_heads, head_dim});                             \
+                      const float *__restrict__ cos_sin, T *__restrict__ dqkv, int batch,          \
+                      int seq_len, int heads, int kv_heads, int head_dim) {                        \
+        rope<true>(dqkv, SplitQkv<T>{dq, dk, dv}, nullptr, cos_sin,                                \
+                   {batch, seq_len, heads, kv_heads, head_dim});                                   \
     }
 
 ENTRIES(f32)

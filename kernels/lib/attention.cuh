@@ -1,30 +1,32 @@
-// What the attention kernels have in common: where rows lie, and what a row sees.
+// Layouts and masking shared by the attention kernels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
-// `src/llama/ops.rs` names it alike. `head` counts the query heads of all windows.
-struct Heads {
-    int windows, context, heads, kv_heads, head_dim;
+// As in `src/llama/ops.rs`. `head` counts the query heads of the whole batch: grouped-query
+// attention (GQA) shares a key/value head among `group()` of them.
+struct AttentionShape {
+    int batch, seq_len, heads, kv_heads, head_dim;
 
     __device__ int group() const { return heads / kv_heads; }
-    __device__ size_t window(int head) const { return head / heads; }
-    // In q: [windows, heads, context].
-    __device__ size_t row(int head, int column) const {
-        return static_cast<size_t>(head) * context + column;
+    __device__ size_t sequence(int head) const { return head / heads; }
+    // Row in q: [batch, heads, seq_len].
+    __device__ size_t row(int head, int position) const {
+        return static_cast<size_t>(head) * seq_len + position;
     }
-    // The first row of the key/value head that a query head reads, in k: [windows, kv_heads, context].
-    __device__ size_t key_row(int head) const {
-        return static_cast<size_t>(head / group()) * context;
+    // First row in k and v of the key/value head that a query head reads: [batch, kv_heads,
+    // seq_len].
+    __device__ size_t kv_row(int head) const {
+        return static_cast<size_t>(head / group()) * seq_len;
     }
-    // In out: [windows, context, heads].
-    __device__ size_t token_row(int head, int column) const {
-        return (window(head) * context + column) * heads + head % heads;
+    // Row in out: [batch, seq_len, heads].
+    __device__ size_t out_row(int head, int position) const {
+        return (sequence(head) * seq_len + position) * heads + head % heads;
     }
 };
 
-// The first column that a row of a window sees; one past the row itself where it sees none.
-__device__ inline int first_seen(const uint32_t *first_key, int column) {
-    return static_cast<int>(min(first_key[column], static_cast<uint32_t>(column) + 1));
+// First key position visible to the query at `position`; position + 1 if it sees no key.
+__device__ inline int first_visible(const uint32_t *first_key, int position) {
+    return static_cast<int>(min(first_key[position], static_cast<uint32_t>(position) + 1));
 }

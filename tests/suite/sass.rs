@@ -324,7 +324,7 @@ fn a_spill_and_a_lost_vector_access_are_worse() {
     let sentence = format!("swiglu_backward_bf16 on sm_90a: local is {local}, and has to be 0");
     assert!(sentences.contains(&sentence), "{sentences}");
 
-    let scalar = judged(&|text| text.replace("inter % FULL<T> == 0", "false"), &[]);
+    let scalar = judged(&|text| text.replace("inter % VEC<T> == 0", "false"), &[]);
     let sentences = worse(&good, &scalar).join("\n");
     let was = good[&key][4];
     let sentence =

@@ -322,31 +322,6 @@ fn attention_goes_back_on_its_plain_path() {
     }
 }
 
-#[test]
-fn mistakes_in_the_plain_path_are_seen() {
-    let bugs = [
-        ("no mask", "seen ? weights[r] * scale : -INFINITY", "weights[r] * scale"),
-        ("a sum that does not shrink", "sum[r] * shrink + warp_sum", "sum[r] + warp_sum"),
-        (
-            "rows overwritten while they are read",
-            "        // The task before may still be reading.\n        __syncthreads();\n",
-            "",
-        ),
-        ("no delta", "ds[r] = p * (dp[r] - own_delta[r])", "ds[r] = p * dp[r]"),
-        ("one query head of a group", "shared < shape.group()", "shared < 1"),
-        (
-            "a tile left out that is seen",
-            "from < first + there)) continue",
-            "from < first)) continue",
-        ),
-    ];
-    planted_in("attention_generic", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
-        let shape = shape([3, 37, 2, 1, 5]);
-        Path::plain(&shape).is_right(module, Dtype::F32, &shape, 3.0);
-        Path::plain(&shape).goes_back(module, Dtype::F32, &shape);
-    });
-}
-
 /// More than one chunk of rows, tiles before, on and behind the diagonal, a tail; the groups.
 const NARROW: [[usize; 5]; 7] = [
     [3, 1, 2, 1, 2],
@@ -382,40 +357,6 @@ fn attention_of_narrow_heads_goes_back() {
             Path::narrow(shape, one).goes_back(&module, dtype, shape);
         }
     }
-}
-
-#[test]
-fn mistakes_in_the_narrow_path_are_seen() {
-    let entries = [(4, 4), (8, 4), (8, 2), (2, 1), (4, 1), (8, 1)];
-    let lines = entries.iter().flat_map(|(d, rows)| {
-        ["FORWARD", "BACKWARD"].map(|pass| format!("    {pass}({d}, {rows}, T)"))
-    });
-    let without: Vec<_> = lines.chain(["ENTRIES(bf16)".into(), "ENTRIES(f16)".into()]).collect();
-    let without: Vec<_> = without.iter().map(String::as_str).collect();
-    let bugs = [
-        ("no look at how high scores can be", "norm[r] * longest - shift[r] <= LIMIT", "true"),
-        ("a row that saw nothing taken for safe", "shift[r] = -INFINITY;", "shift[r] = 0.0f;"),
-        (
-            "rows behind the diagonal forgotten",
-            "if constexpr (i + 1 < ROWS)",
-            "if constexpr (i > ROWS)",
-        ),
-        ("a row that sees the next column", "key <= column(r); }", "key <= column(r) + 1; }"),
-        (
-            "a tile read before it is there",
-            "tile[threadIdx.x % WARP] = pair;\n        __syncwarp();",
-            "tile[threadIdx.x % WARP] = pair;",
-        ),
-        ("one warp's share of dk and dv", "turn < warps", "turn < 1"),
-        ("a tile left out that is seen", "next.from >= first + CHUNK", "next.from >= first"),
-    ];
-    planted_in("attention_smallhead", &without, &bugs, |module| {
-        let shape = shape([3, 170, 2, 1, 2]);
-        for sharpness in [3.0, SHARP] {
-            Path::narrow(&shape, false).is_right(module, Dtype::F32, &shape, sharpness);
-        }
-        Path::narrow(&shape, false).goes_back(module, Dtype::F32, &shape);
-    });
 }
 
 /// More than one chunk of rows in each pass, tiles before, on and behind the diagonal, a tail; groups
@@ -456,40 +397,6 @@ fn attention_of_narrow_heads_goes_back_on_tensor_cores() {
     }
 }
 
-#[test]
-fn mistakes_of_narrow_heads_on_tensor_cores_are_seen() {
-    let lines = [(4, 4), (2, 1), (4, 1)].iter().flat_map(|(d, blocks)| {
-        ["FORWARD", "BACKWARD_Q", "BACKWARD_KV"].map(|pass| format!("    {pass}({d}, {blocks}, T)"))
-    });
-    let without: Vec<_> = lines.chain(["ENTRIES(f16)".into()]).collect();
-    let without: Vec<_> = without.iter().map(String::as_str).collect();
-    let bugs = [
-        ("own rows in one part", "low = tf32(x - high);", "low = 0.0f;"),
-        ("sums out of their range", "careful = !rows.in_range();", "careful = false;"),
-        (
-            "columns of another block",
-            "load_shared(at[1], rows + 16);",
-            "load_shared(at[1], rows + 8);",
-        ),
-        (
-            "a tile read before it is there",
-            "put<T>(planes + D, value);\n        __syncwarp();",
-            "put<T>(planes + D, value);",
-        ),
-        ("no delta", "there ? -delta[row + column] : 0.0f;", "0.0f;"),
-        ("queries taken to see what they do not", "min(clear, end) - TILE", "end - TILE"),
-        ("a query past the last", ": INT_MAX;", ": 0;"),
-        ("one warp's share of dk and dv", "turn < warps", "turn < 1"),
-    ];
-    planted_in("attention_smallhead_tf32", &without, &bugs, |module| {
-        let shape = shape([3, 170, 2, 1, 2]);
-        for sharpness in [3.0, SHARP] {
-            Path::narrow_mma(&shape, false).is_right(module, Dtype::Bf16, &shape, sharpness);
-        }
-        Path::narrow_mma(&shape, false).goes_back(module, Dtype::Bf16, &shape);
-    });
-}
-
 /// More tiles than stages, more than a block of rows, tails of both; the groups.
 const MMA: [[usize; 5]; 8] = [
     [3, 1, 2, 1, 16],
@@ -522,39 +429,6 @@ fn attention_on_tensor_cores_goes_back() {
             Path::mma(shape).goes_back(&module, Dtype::F16, shape);
         }
     }
-}
-
-#[test]
-fn mistakes_on_tensor_cores_are_seen() {
-    let lines = [16, 64, 96, 128]
-        .iter()
-        .flat_map(|d| ["bf16", "f16"].map(|dtype| format!("ENTRIES({d}, {dtype})")));
-    let without: Vec<_> = lines.chain(["ENTRIES(32, f16)".into()]).collect();
-    let without: Vec<_> = without.iter().map(String::as_str).collect();
-    let bugs = [
-        ("a tile read before it has landed", "\"n\"(PENDING)", "\"n\"(PENDING + 1)"),
-        ("values not turned on their side", ".x4.trans.shared", ".x4.shared"),
-        (
-            "the highest score of two lanes of four",
-            "highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, 2));",
-            "",
-        ),
-        (
-            "a stage overwritten while it is read",
-            "add_weighted<T>(sums, p, values(stage));\n            }\n            // The stage is free \
-             only when all have read it.\n            __syncthreads();",
-            "add_weighted<T>(sums, p, values(stage));\n            }",
-        ),
-        ("a row that does not see itself", "|| row < key)", "|| row <= key)"),
-        ("rows past the context that are not zero", "some ? 16 : 0);", "16);"),
-        ("statistics that are not put", "if (step + 1 < steps) put_statistics(step + 1);", ""),
-        ("a tile left out that is seen", "(ALL, least) > high", "(ALL, least) > low - 32"),
-    ];
-    planted_in("flash_attention", &without, &bugs, |module| {
-        let shape = shape([3, 145, 2, 1, 32]);
-        Path::mma(&shape).is_right(module, Dtype::Bf16, &shape, 3.0);
-        Path::mma(&shape).goes_back(module, Dtype::Bf16, &shape);
-    });
 }
 
 #[test]
@@ -668,15 +542,107 @@ fn attention_over_a_cache_appends_and_sees_what_came_before() {
     cached_is_right(&module, &DTYPES);
 }
 
-#[test]
-fn mistakes_in_attention_over_a_cache_are_seen() {
-    let bugs = [
-        ("columns past the last", "if (at < end) part.join", "part.join"),
-        ("a kept column taken for a fresh one", "kept = at < begin", "kept = at + 1 < begin"),
-        ("a warp's share left out", "w < WARPS; w++) all +=", "w < WARPS - 1; w++) all +="),
-        ("one key/value head appended", "head % shape.group() == 0 &&", "head == 0 &&"),
-    ];
-    planted_in("attention_decode", &["ENTRIES(bf16)", "ENTRIES(f16)"], &bugs, |module| {
-        cached_is_right(module, &[Dtype::F32]);
-    });
+fn generic_is_right(module: &Module) {
+    let shape = shape([3, 37, 2, 1, 5]);
+    Path::plain(&shape).is_right(module, Dtype::F32, &shape, 3.0);
+    Path::plain(&shape).goes_back(module, Dtype::F32, &shape);
 }
+
+pub const GENERIC: Mutants = Mutants {
+    kernel: "attention_generic",
+    only: &["ENTRIES(f32)"],
+    mutants: &[
+        ("no_mask", "visible ? p[r] * scale : -INFINITY", "p[r] * scale"),
+        ("sum_not_rescaled", " * rescale", ""),
+        ("rows_overwritten", "", ""),
+        ("no_delta", "(dp[r] - row_delta[r])", "dp[r]"),
+        ("one_head_of_a_group", "member < shape.group()", "member < 1"),
+        ("visible_tile_skipped", " + valid_rows", ""),
+    ],
+    check: generic_is_right,
+};
+
+fn smallhead_is_right(module: &Module) {
+    let shape = shape([3, 170, 2, 1, 2]);
+    for sharpness in [3.0, SHARP] {
+        Path::narrow(&shape, false).is_right(module, Dtype::F32, &shape, sharpness);
+    }
+    Path::narrow(&shape, false).goes_back(module, Dtype::F32, &shape);
+}
+
+pub const SMALLHEAD: Mutants = Mutants {
+    kernel: "attention_smallhead",
+    only: &["FORWARD(2, 4, T)", "BACKWARD(2, 4, T)", "ENTRIES(f32)"],
+    mutants: &[
+        ("exponents_not_bounded", "norm[r] * max_norm - shift[r] <= MAX_EXPONENT", "true"),
+        ("unseen_row_taken_as_bounded", "-INFINITY", "0.0f"),
+        ("rows_after_diagonal_skipped", "i + 1 < ROWS", "i > ROWS"),
+        ("next_key_visible", "key <= row(r)", "key <= row(r) + 1"),
+        ("tile_read_early", "", ""),
+        ("other_warps_dropped", "owner < warps", "owner < 1"),
+        ("visible_tile_skipped", " + CHUNK", ""),
+    ],
+    check: smallhead_is_right,
+};
+
+fn smallhead_tf32_is_right(module: &Module) {
+    let shape = shape([3, 170, 2, 1, 2]);
+    for sharpness in [3.0, SHARP] {
+        Path::narrow_mma(&shape, false).is_right(module, Dtype::Bf16, &shape, sharpness);
+    }
+    Path::narrow_mma(&shape, false).goes_back(module, Dtype::Bf16, &shape);
+}
+
+pub const SMALLHEAD_TF32: Mutants = Mutants {
+    kernel: "attention_smallhead_tf32",
+    only: &["FORWARD_AND_DQ(2, 4, T)", "DKDV(2, 8, T)", "ENTRIES(bf16)"],
+    mutants: &[
+        ("low_part_dropped", "low = cvt_rna_tf32(x - high)", "low = 0.0f"),
+        ("overflow_not_detected", "!rows.in_range()", "false"),
+        ("column_of_another_block", "rows + 16", "rows + 8"),
+        ("tile_read_early", "", ""),
+        ("no_delta", "valid ? -delta[row + position] : 0.0f", "0.0f"),
+        ("mask_skipped", "min(first_masked, end)", "end"),
+        ("query_past_the_end_visible", ": INT_MAX", ": 0"),
+        ("other_warps_dropped", "owner < warps", "owner < 1"),
+    ],
+    check: smallhead_tf32_is_right,
+};
+
+fn flash_is_right(module: &Module) {
+    let shape = shape([3, 145, 2, 1, 32]);
+    Path::mma(&shape).is_right(module, Dtype::Bf16, &shape, 3.0);
+    Path::mma(&shape).goes_back(module, Dtype::Bf16, &shape);
+}
+
+pub const FLASH: Mutants = Mutants {
+    kernel: "flash_attention",
+    only: &["ENTRIES(32, bf16)"],
+    mutants: &[
+        ("wait_for_one_group_less", "(PENDING)", "(PENDING + 1)"),
+        ("ldmatrix_not_transposed", ".trans", ""),
+        ("max_of_two_lanes", "", ""),
+        ("stage_overwritten", "", ""),
+        ("diagonal_hidden", "row < key", "row <= key"),
+        ("rows_past_the_end_not_zero", "valid ? 16 : 0", "16"),
+        ("stats_not_stored", "", ""),
+        ("visible_tile_skipped", "> high", "> low - 32"),
+    ],
+    check: flash_is_right,
+};
+
+fn decode_is_right(module: &Module) {
+    cached_is_right(module, &[Dtype::F32]);
+}
+
+pub const DECODE: Mutants = Mutants {
+    kernel: "attention_decode",
+    only: &["ENTRIES(f32)"],
+    mutants: &[
+        ("future_keys_visible", "if (at < end) ", ""),
+        ("cached_position_taken_for_new", "at < begin", "at + 1 < begin"),
+        ("last_warp_dropped", "w < WARPS;", "w < WARPS - 1;"),
+        ("one_kv_head_appended", "head % shape.group() == 0", "head == 0"),
+    ],
+    check: decode_is_right,
+};

@@ -1,4 +1,4 @@
-//! SwiGLU, fills and casts.
+//! SwiGLU and fill.
 
 use super::*;
 
@@ -50,57 +50,33 @@ fn swiglu_is_right(module: &Module) {
 }
 
 #[test]
-fn fills_and_casts_are_exact() {
-    holds("fill_cast", fills_and_casts);
+fn fill_writes_every_element_and_no_other() {
+    holds("fill", fill_is_exact);
 }
 
-fn fills_and_casts(module: &Module) {
-    let config = Config::linear(2, 256);
-    for count in [1, 7, 64, 5003] {
-        for dtype in DTYPES {
-            let pieces = [Piece::Out(count * dtype.size()), value(1.5f32), value(count as u64)];
-            let got = run(module, &format!("fill_{}", dtype.suffix()), config, &pieces);
-            assert_eq!(got[0], dtype.bytes(&vec![1.5; count]));
-        }
-        let mut x = Dtype::F32.random(1, count, 1e3);
-        x[0] = f64::INFINITY;
-        let wide = Dtype::F32.bytes(&x);
-        for dtype in [Dtype::Bf16, Dtype::F16] {
-            let (name, narrow) = (dtype.suffix(), dtype.bytes(&x));
-            let pieces = [Piece::In(wide.clone()), Piece::Out(2 * count), value(count as u64)];
-            let got = run(module, &format!("cast_f32_{name}"), config, &pieces);
-            assert!(got[0] == narrow, "{count} to {name}");
-            let exact = Dtype::F32.bytes(&dtype.values(&narrow));
-            let pieces = [Piece::In(narrow), Piece::Out(4 * count), value(count as u64)];
-            let got = run(module, &format!("cast_{name}_f32"), config, &pieces);
-            assert!(got[0] == exact, "{count} from {name}");
-        }
+fn fill_is_exact(module: &Module) {
+    for count in [1usize, 7, 64, 5003] {
+        let pieces = [Piece::Both(vec![0; 4 * (count + 1)]), value(1.5f32), value(count as u64)];
+        let got = run(module, "fill_f32", Config::linear(2, 256), &pieces);
+        let exact: Vec<f64> = (0..=count).map(|i| if i < count { 1.5 } else { 0.0 }).collect();
+        assert!(got[0] == Dtype::F32.bytes(&exact), "fill of {count}");
     }
 }
 
-#[test]
-fn mistakes_in_swiglu_are_seen() {
-    let bugs = [
-        ("slope without its second term", "(1.0f + gate[i] * (1.0f - s))", "1.0f"),
-        (
-            "rows of half the width",
-            "*gates = gate_up + static_cast<size_t>(row) * 2 * inter",
-            "*gates = gate_up + static_cast<size_t>(row) * inter",
-        ),
-        (
-            "vectors where rows do not allow them",
-            "inter % FULL<T> == 0 && aligned(gate_up, out)",
-            "aligned(gate_up, out)",
-        ),
-    ];
-    planted("swiglu", &bugs, swiglu_is_right);
-}
+pub const SWIGLU: Mutants = Mutants {
+    kernel: "swiglu",
+    only: &[],
+    mutants: &[
+        ("slope_without_second_term", "(1.0f + gate[i] * (1.0f - s))", "1.0f"),
+        ("row_stride_halved", "* 2 * inter", "* inter"),
+        ("unaligned_rows_vectorized", "inter % VEC<T> == 0 && ", ""),
+    ],
+    check: swiglu_is_right,
+};
 
-#[test]
-fn mistakes_in_fills_and_casts_are_seen() {
-    let bugs = [
-        ("tail forgotten", "at = whole + thread; at < count", "at = whole + thread; at < whole"),
-        ("rounded to zero", "__float2bfloat16_rn(x)", "__float2bfloat16_rz(x)"),
-    ];
-    planted("fill_cast", &bugs, fills_and_casts);
-}
+pub const FILL: Mutants = Mutants {
+    kernel: "fill",
+    only: &[],
+    mutants: &[("vector_tail_skipped", "at < count", "at < vector_end")],
+    check: fill_is_exact,
+};

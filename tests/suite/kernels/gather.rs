@@ -8,8 +8,6 @@ use laam::tokens::{Frame, Kind, TokenFile, Windows};
 
 use super::*;
 
-const NO_WINDOW: u32 = u32::MAX;
-
 fn file() -> (Arc<TokenFile>, Arc<laam::tokenizer::Tokenizer>) {
     let tokenizer = crate::tokens::tokenizer(Style::Exact);
     let folder = tempfile::tempdir().unwrap();
@@ -52,19 +50,13 @@ pub fn gather_is_right(module: &Module) {
         let documents: Vec<_> =
             (0..file.documents()).map(|d| file.document(d).unwrap().tokens.start).collect();
 
-        // All windows, backwards, behind two that the cursor passes over; and two that are none.
+        // All windows, in reverse, after two that the cursor skips.
         let asked: Vec<_> = (0..windows.len()).rev().collect();
         let batch = windows.draw(&asked).unwrap();
-        let order: Vec<u32> = [1, 0]
-            .into_iter()
-            .chain(asked.iter().map(|&window| window as u32))
-            .chain([NO_WINDOW; 2])
-            .collect();
-        let rows = asked.len() + 2;
-        let mut exact = [batch.ids, batch.targets, batch.first_key];
-        for (numbers, fill) in exact.iter_mut().zip([pad, u32::MAX, context as u32]) {
-            numbers.resize(rows * context, fill);
-        }
+        let order: Vec<u32> =
+            [1, 0].into_iter().chain(asked.iter().map(|&window| window as u32)).collect();
+        let rows = asked.len();
+        let exact = [batch.ids, batch.targets, batch.first_key];
         for (ty, ids) in [
             ("u16", tokens.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect()),
             ("u32", words(&tokens)),
@@ -100,22 +92,18 @@ fn gather_draws_the_windows_that_the_library_draws() {
     holds("gather_windows", gather_is_right);
 }
 
-#[test]
-fn mistakes_in_windows_are_seen() {
-    let bugs = [
-        ("cursor ignored", "? *batch.cursor : 0", "? 0 : 0"),
+pub const GATHER_WINDOWS: Mutants = Mutants {
+    kernel: "gather_windows",
+    only: &[],
+    mutants: &[
+        ("cursor_ignored", "*batch.cursor", "0"),
+        ("last_position_has_target", "if (position + 1 < batch.seq_len) ", ""),
         (
-            "the last column has a next token",
-            "if (column + 1 < batch.context) found.target",
-            "found.target",
-        ),
-        (
-            "an earlier document seen",
+            "earlier_document_visible",
             "begin > start ? static_cast<unsigned>(begin - start) : 0",
             "0",
         ),
-        ("the last target lost", "column + 1 < real", "column + 2 < real"),
-        ("a window where there is none", "if (number != NO_WINDOW) find", "find"),
-    ];
-    planted("gather_windows", &bugs, gather_is_right);
-}
+        ("last_target_dropped", "position + 1 < length", "position + 2 < length"),
+    ],
+    check: gather_is_right,
+};

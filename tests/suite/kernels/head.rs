@@ -119,28 +119,6 @@ fn logits_are_right(module: &Module) {
     }
 }
 
-#[test]
-fn mistakes_in_the_loss_of_logits_are_seen() {
-    let bugs = [
-        ("the last of equals", "b.at < a.at", "b.at > a.at"),
-        ("the last of equals in a thread", "int i = N - 1; i >= 0; i--", "int i = 0; i < N; i++"),
-        ("a sum not rescaled", "peak.sum *= exp2_approx((peak.max - top) * LOG2_E);", ""),
-        ("no one-hot", "if (column + i == target) z[i] -= scale;", ""),
-        (
-            "read after it was written",
-            "        __syncthreads();\n        if (column >= to)",
-            "if (column >= to)",
-        ),
-        ("parts overwritten too early", "    __syncthreads();\n    return peak;", "return peak;"),
-        ("gradient where ignored", "counts ? *loss_scale : 0.0f", "*loss_scale"),
-        ("loss where ignored", "(peak.max - hit) : 0.0f", "(peak.max - hit) : peak.max"),
-        ("tail forgotten", "turn<1>(z, gradient, whole", "turn<1>(z, gradient, vocab"),
-        ("vectors where rows do not allow them", "&& stride % N == 0", ""),
-        ("the sum in the wrong place", "scale / peak.sum", "peak.sum / scale"),
-    ];
-    planted("cross_entropy", &bugs, logits_are_right);
-}
-
 #[derive(Clone, Copy)]
 enum Gradients {
     InPlace,
@@ -384,127 +362,84 @@ fn improbable_words_are_right(module: &Module) {
     assert!(error <= bound, "dw of improbable words: {error:.3e}, allowed {bound:.3e}");
 }
 
-#[test]
-fn mistakes_in_f16_are_seen() {
-    let bugs = [
-        ("as small as they are", "? 15 : 0;", "? 0 : 0;"),
-        (
-            "the target's share as it was",
-            "scratch.miss[row] = miss * (1 << LIFT<T>);",
-            "scratch.miss[row] = miss;",
-        ),
-        (
-            "a part of the vocabulary left high",
-            "scratch.sum[at] = all * UNLIFT<T>;",
-            "scratch.sum[at] = all;",
-        ),
-    ];
-    let widths = [64, 128, 256].iter();
-    let lines =
-        widths.flat_map(|width| ["ROWS", "WORDS"].map(|pass| format!("    {pass}({width}, T)")));
-    let without: Vec<_> = lines.chain(["ENTRIES(bf16)".into()]).collect();
-    let without: Vec<_> = without.iter().map(String::as_str).collect();
-    planted_in("fused_linear_cross_entropy", &without, &bugs, |module| {
-        improbable_words_are_right(module);
-        two_passes_are_right_in(module, Dtype::F16, &HEADS[2..3]);
-    });
+pub const CROSS_ENTROPY: Mutants = Mutants {
+    kernel: "cross_entropy",
+    only: &[],
+    mutants: &[
+        ("last_of_equal_partials", "b.argmax < a.argmax", "b.argmax > a.argmax"),
+        ("last_of_equals_in_a_vector", "int i = N - 1; i >= 0; i--", "int i = 0; i < N; i++"),
+        ("sum_not_rescaled", "", ""),
+        ("no_one_hot", "", ""),
+        ("logits_overwritten_early", "", ""),
+        ("partials_overwritten", "", ""),
+        ("gradient_of_ignored_target", "counts ? *loss_scale : 0.0f", "*loss_scale"),
+        ("loss_of_ignored_target", ": 0.0f", ": softmax.max"),
+        ("tail_skipped", "vector_end", "vocab"),
+        ("unaligned_rows_vectorized", " && stride % N == 0", ""),
+        ("sum_not_inverted", "scale / softmax.sum", "softmax.sum / scale"),
+    ],
+    check: logits_are_right,
+};
+
+fn f16_is_right(module: &Module) {
+    improbable_words_are_right(module);
+    two_passes_are_right_in(module, Dtype::F16, &HEADS[2..3]);
 }
 
-#[test]
-#[ignore = "two minutes of compiling: cargo test --test suite mistakes -- --include-ignored"]
-fn mistakes_in_the_two_passes_are_seen() {
-    let bugs = [
+pub const LCE_F16: Mutants = Mutants {
+    kernel: "fused_linear_cross_entropy",
+    only: &["FWD_DX(32, T)", "DW(32, T)", "ENTRIES(f16)"],
+    mutants: &[
+        ("operands_not_scaled", "? 15 :", "? 0 :"),
+        ("target_gap_not_scaled", " * (1 << OPERAND_SCALE_LOG2<T>)", ""),
+        ("sum_left_scaled", " * INVERSE_OPERAND_SCALE<T>", ""),
+    ],
+    check: f16_is_right,
+};
+
+pub const LCE: Mutants = Mutants {
+    kernel: "fused_linear_cross_entropy",
+    only: &["ENTRIES(bf16)"],
+    mutants: &[
+        ("current_stage_overwritten", "smem + stage *", "smem + (stage ^ 1) *"),
+        ("stationary_rows_overwritten", "", ""),
+        ("ids_past_the_end", "id + GROUP > end", "false"),
+        ("target_counted_twice", "", ""),
+        ("sum_not_rescaled", "", ""),
+        ("dx_not_rescaled", "", ""),
         (
-            "words of the next tile over this one",
-            "memory + stage * TILE_BYTES<WIDTH>, w, tile + TILE",
-            "memory + (stage ^ 1) * TILE_BYTES<WIDTH>, w, tile + TILE",
-        ),
-        (
-            "owned rows overwritten while they are read",
-            "    __syncthreads();\n    copy_rows<WIDTH, TILE>(memory, w, begin",
-            "    copy_rows<WIDTH, TILE>(memory, w, begin",
-        ),
-        ("words beyond the last", "if (word + GROUP > end) {", "if (false) {"),
-        (
-            "the target's column taken twice",
-            "                                z[s][j][e] = -INFINITY;\n",
-            "",
-        ),
-        ("sum not rescaled", "sum[s][h] *= shrink;", ""),
-        ("dx of the upper row not rescaled", "dx[s][j][2 * h + 1] *= shrink;", ""),
-        (
-            "last of equals in a group",
+            "last_of_equals_in_a_group",
             "j = GROUP / 8 - 1; j >= 0; j--",
             "j = 0; j < GROUP / 8; j++",
         ),
-        ("last of equals in four threads", "at = min(at, __shfl_xor_sync(ALL, at, 2));", ""),
+        ("last_of_equals_in_four_lanes", "", ""),
+        ("argmax_not_stored", "= at;", "= id;"),
+        ("new_max_not_detected", "", ""),
+        ("last_of_equal_groups", "row_max > max", "row_max >= max"),
+        ("last_of_equal_splits", "> max", ">= max"),
+        ("target_not_detected", "", ""),
+        ("splits_not_rescaled", "ex2_approx((scratch.max[at] - max) * LOG2E)", "1.0f"),
+        ("dx_without_target", "target_gap *", "0.0f *"),
+        ("dx_of_ignored_target", "counts ? *loss_scale : 0.0f", "*loss_scale"),
         (
-            "the best word of a part not kept",
-            "scratch.best[part + own.row(s, 2 * h)] = at;",
-            "scratch.best[part + own.row(s, 2 * h)] = word;",
+            "dw_of_ignored_target",
+            "counts ? max * LOG2E + log2f(total) - OPERAND_SCALE_LOG2<T> : INFINITY",
+            "max * LOG2E + log2f(total) - OPERAND_SCALE_LOG2<T>",
         ),
-        ("new maxima not looked for", "higher |= top[s][h] > max[s][h];", ""),
-        ("last of equal groups", "if (most > max[s][h]) {", "if (most >= max[s][h]) {"),
-        ("last of equal splits", "if (scratch.max[at] > max) {", "if (scratch.max[at] >= max) {"),
-        ("a target not looked for", "hit |= target[s][h] - word < GROUP;", ""),
-        (
-            "splits not brought to one maximum",
-            "return exp2_approx((scratch.max[at] - max) * LOG2_E);",
-            "return 1.0f;",
-        ),
-        ("the target's row of w left in", "sum -= miss *", "sum -= 0.0f *"),
-        ("gradient where the target is ignored", "counts ? *loss_scale : 0.0f", "*loss_scale"),
-        (
-            "dw where the target is ignored",
-            "counts ? max * LOG2_E + log2f(all) - LIFT<T> : INFINITY",
-            "max * LOG2_E + log2f(all) - LIFT<T>",
-        ),
-        ("targets of a block not looked for", "__any_sync(ALL, one - first < OWNED)", "false"),
-        (
-            "the one-hot in the next row",
-            "if (row == own.row(s, e)) p",
-            "if (row + 1 == own.row(s, e)) p",
-        ),
-        ("lse of the neighbour", "-shift[e % 2]", "-shift[0]"),
-        ("dw assigned", "dw[at] += scale * sums[s][j][e];", "dw[at] = scale * sums[s][j][e];"),
-        ("dw's parts assigned", "dw[at] += *loss_scale * sum;", "dw[at] = *loss_scale * sum;"),
-        (
-            "a part of dw missing",
-            "for (int split = 0; split < splits; split++) sum += partials",
-            "for (int split = 1; split < splits; split++) sum += partials",
-        ),
-        (
-            "columns beyond hidden",
-            "column < hidden ? limit - first - row : 0",
-            "limit - first - row",
-        ),
-        ("single values beyond hidden", "there && column + k < hidden ?", "there ?"),
-        (
-            "vectors from anywhere",
-            "hidden % FULL<T> == 0 && aligned(x, w);\n\n    copy_rows<WIDTH, OWNED>(memory, x",
-            "hidden % FULL<T> == 0;\n\n    copy_rows<WIDTH, OWNED>(memory, x",
-        ),
-        (
-            "matrices not turned",
-            "ldmatrix.sync.aligned.m8n8.x4.trans",
-            "ldmatrix.sync.aligned.m8n8.x4",
-        ),
-        (
-            "halves of an operand swapped",
-            "multiply_add<T>(sums[s][j], a[s], b[0], b[1]);",
-            "multiply_add<T>(sums[s][j], a[s], b[1], b[0]);",
-        ),
-        (
-            "a pair the wrong way round",
-            "__floats2bfloat162_rn(low, high)",
-            "__floats2bfloat162_rn(high, low)",
-        ),
-        ("copies not committed", "asm volatile(\"cp.async.commit_group;\" ::: \"memory\");", ""),
-        (
-            "waits not waiting",
-            "asm volatile(\"cp.async.wait_group %0;\" ::\"n\"(PENDING) : \"memory\");",
-            "",
-        ),
-    ];
-    planted_in("fused_linear_cross_entropy", &["ENTRIES(f16)"], &bugs, two_passes_are_right);
-}
+        ("dw_target_not_detected", "__any_sync(FULL_MASK, one - first < BLOCK_ROWS)", "false"),
+        ("one_hot_in_next_row", "row == ", "row + 1 == "),
+        ("lse_of_the_other_row", "shift[e % 2]", "shift[0]"),
+        ("dw_assigned", "+=", "="),
+        ("combined_dw_assigned", "+=", "="),
+        ("first_partial_dropped", "split = 0", "split = 1"),
+        ("vectors_past_hidden", "column < hidden ? limit - first - row : 0", "limit - first - row"),
+        ("scalars_past_hidden", " && column + k < hidden", ""),
+        ("unaligned_rows_vectorized", " && aligned(x, w)", ""),
+        ("ldmatrix_not_transposed", ".trans", ""),
+        ("operand_halves_swapped", "b[0], b[1]", "b[1], b[0]"),
+        ("packed_halves_swapped", "(low, high)", "(high, low)"),
+        ("copies_not_committed", "", ""),
+        ("copies_not_awaited", "", ""),
+    ],
+    check: two_passes_are_right,
+};

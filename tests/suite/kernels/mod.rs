@@ -9,16 +9,16 @@ mod elementwise;
 mod gather;
 mod head;
 mod muon;
+mod mutants;
 mod norm;
 mod optimizer;
-mod planted;
 mod queue;
 mod rope;
 mod rows;
 
 pub use laam::dtype::Dtype;
+pub use mutants::Mutants;
 pub use num_traits::Float;
-pub use planted::{planted, planted_in};
 use ptxsim::{Arg, Check, Memory, Options, Schedule};
 pub use ptxsim::{Config, Module};
 

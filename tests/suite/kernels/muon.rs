@@ -279,18 +279,19 @@ fn muon_is_right_with_the_products_between() {
     holds("muon", muon_step_is_right);
 }
 
-#[test]
-fn mistakes_in_muon_are_seen() {
-    let bugs = [
-        ("no look-ahead", "values[i] = g + keep * ms[i];", "values[i] = ms[i];"),
-        ("always the first gradient", "gradients + offset;", "gradients;"),
-        ("the first one's norm", "partials + blockIdx.y * blocks;", "partials;"),
-        ("no clipping", "gs[i] * clip", "gs[i]"),
-        ("the loss scale left in", "1e-6f)) / scale;", "1e-6f));"),
-        ("a step where the norm is not finite", "if (!rates.go) return;", ""),
-        ("no decay", "ps[i] * shrink", "ps[i]"),
-        ("a share left out", "block < blocks; block", "block < 1; block"),
-        ("no copy", "if (copy != nullptr) store(copy + at, ps);", ""),
-    ];
-    planted("muon", &bugs, muon_parts_are_right);
-}
+pub const MUON: Mutants = Mutants {
+    kernel: "muon",
+    only: &[],
+    mutants: &[
+        ("no_nesterov", "g + beta * ms[i]", "ms[i]"),
+        ("first_gradient_always", " + offset", ""),
+        ("first_norm_always", " + blockIdx.y * blocks", ""),
+        ("not_clipped", " * clip", ""),
+        ("loss_scale_kept", " / scale", ""),
+        ("step_with_infinite_norm", "", ""),
+        ("no_weight_decay", " * shrink", ""),
+        ("other_partials_dropped", "block < blocks;", "block < 1;"),
+        ("shadow_not_stored", "", ""),
+    ],
+    check: muon_parts_are_right,
+};

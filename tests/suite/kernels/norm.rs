@@ -146,49 +146,27 @@ fn rms_norm_backward_is_right(module: &Module) {
     }
 }
 
-#[test]
-fn mistakes_in_rms_norm_are_seen() {
-    let bugs = [
-        ("mean of one less", "row_sum(squares) / hidden", "row_sum(squares) / (hidden - 0.5f)"),
-        (
-            "the sum not kept",
-            "store(sum + at + column, values);",
-            "store(sum + at + column, more);",
-        ),
-        (
-            "a sum overwritten too early",
-            "    // The next sum must not overwrite what a slower warp still reads.\n    __syncthreads();\n",
-            "",
-        ),
-        (
-            "a sum read before all are there",
-            "value;\n    __syncthreads();\n    T sum",
-            "value;\n    T sum",
-        ),
-    ];
-    planted("rms_norm", &bugs, rms_norm_is_right);
-}
+pub const RMS_NORM: Mutants = Mutants {
+    kernel: "rms_norm",
+    only: &[],
+    mutants: &[
+        ("mean_over_wrong_count", "/ hidden", "/ (hidden - 0.5f)"),
+        ("residual_sum_not_stored", "column, values", "column, r"),
+        ("row_sum_overwritten", "", ""),
+        ("row_sum_read_early", "", ""),
+    ],
+    check: rms_norm_is_right,
+};
 
-#[test]
-fn mistakes_in_rms_norm_backward_are_seen() {
-    let bugs = [
-        ("no mean", "values[i] * scale * mean", "0.0f"),
-        (
-            "the gradient past the norm forgotten",
-            "if (dsum != nullptr) load(past",
-            "if (false) load(past",
-        ),
-        ("assigned, not added", "dweight[column] += all", "dweight[column] = all"),
-        (
-            "shares added before all are there",
-            "    __syncthreads();\n    const int thread",
-            "    const int thread",
-        ),
-        (
-            "a share left out",
-            "block < blocks; block += STRIPS",
-            "block < blocks - 1; block += STRIPS",
-        ),
-    ];
-    planted("rms_norm", &bugs, rms_norm_backward_is_right);
-}
+pub const RMS_NORM_BACKWARD: Mutants = Mutants {
+    kernel: "rms_norm",
+    only: &[],
+    mutants: &[
+        ("mean_term_dropped", "values[i] * scale * mean", "0.0f"),
+        ("dsum_dropped", "dsum != nullptr", "false"),
+        ("dweight_assigned", "+=", "="),
+        ("rows_added_early", "", ""),
+        ("last_partial_dropped", "block < blocks;", "block < blocks - 1;"),
+    ],
+    check: rms_norm_backward_is_right,
+};

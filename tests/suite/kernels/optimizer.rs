@@ -127,35 +127,34 @@ fn grad_norm_sums_in_f64() {
     holds("grad_norm", grad_norm_is_right);
 }
 
-#[test]
-fn mistakes_in_the_norm_of_gradients_are_seen() {
-    let bugs = [
-        ("squares in f32", "static_cast<double>(values[i]) * values[i]", "values[i] * values[i]"),
-        ("a share left out", "block < blocks; block", "block < blocks - 1; block"),
-        ("scaled once more", "/ scale", "* scale"),
-        ("tail forgotten", "sum += static_cast<double>(gradients[at]) * gradients[at];", ""),
-    ];
-    planted("grad_norm", &bugs, grad_norm_is_right);
-}
+pub const GRAD_NORM: Mutants = Mutants {
+    kernel: "grad_norm",
+    only: &[],
+    mutants: &[
+        ("squares_in_f32", "static_cast<double>(values[i])", "values[i]"),
+        ("last_partial_dropped", "block < blocks;", "block < blocks - 1;"),
+        ("scaled_twice", "/ scale", "* scale"),
+        ("tail_skipped", "", ""),
+    ],
+    check: grad_norm_is_right,
+};
 
-#[test]
-fn mistakes_in_adamw_are_seen() {
-    let bugs = [
-        ("no clipping", "gs[i] * rates.clip", "gs[i]"),
-        ("the loss scale left in", "1e-6f)) / scale;", "1e-6f));"),
+pub const ADAMW: Mutants = Mutants {
+    kernel: "adamw",
+    only: &[],
+    mutants: &[
+        ("not_clipped", " * params.clip", ""),
+        ("loss_scale_kept", " / scale", ""),
         (
-            "epsilon inside the root",
-            "sqrtf(vs[i]) / rates.correction + epsilon",
-            "sqrtf(vs[i] + epsilon) / rates.correction",
+            "epsilon_inside_the_root",
+            "(sqrtf(vs[i]) / params.correction + epsilon)",
+            "(sqrtf(vs[i] + epsilon) / params.correction)",
         ),
-        ("no decay", "ps[i] * shrink", "ps[i]"),
-        ("a step where the norm is not finite", "if (!rates.go) return;", ""),
-        ("no copy", "if (copy != nullptr) store(copy + at, ps);", ""),
-        (
-            "vectors where a chunk does not allow them",
-            "aligned(gradient, p, m, v, copy) ?",
-            "true ?",
-        ),
-    ];
-    planted("adamw", &bugs, adamw_is_right);
-}
+        ("no_weight_decay", " * shrink", ""),
+        ("step_with_infinite_norm", "", ""),
+        ("shadow_not_stored", "", ""),
+        ("unaligned_chunk_vectorized", "aligned(gradient, p, m, v, shadow)", "true"),
+        ("bf16_truncated", "_rn(", "_rz("),
+    ],
+    check: adamw_is_right,
+};

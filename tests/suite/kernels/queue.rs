@@ -88,16 +88,17 @@ fn queued_runs_find_their_records_and_leave_what_they_found() {
     holds("step_queue", queue_is_right);
 }
 
-#[test]
-fn mistakes_in_the_queue_are_seen() {
-    let bugs = [
-        ("always the first run", "record = records[*cursor]", "record = records[0]"),
-        ("losses not scaled", "record.loss_scale *= scaling->scale;", ";"),
-        ("padding counted", "if (targets[row] != IGNORE) sum", "sum"),
-        ("a sum in f32", "double sum = 0.0;", "float sum = 0.0f;"),
-        ("the turn not passed on", "++*cursor;", ";"),
-        ("never doubled", "next.scale * 2.0f", "next.scale"),
-        ("growth after a bad step", "next.scale * 0.5f, 0", "next.scale * 0.5f, next.good"),
-    ];
-    planted("step_queue", &bugs, queue_is_right);
-}
+pub const STEP_QUEUE: Mutants = Mutants {
+    kernel: "step_queue",
+    only: &[],
+    mutants: &[
+        ("first_record_always", "records[*cursor]", "records[0]"),
+        ("loss_not_scaled", "", ""),
+        ("padding_counted", "if (targets[row] != IGNORE_INDEX) ", ""),
+        ("loss_summed_in_f32", "double sum = 0.0;", "float sum = 0.0f;"),
+        ("cursor_not_advanced", "", ""),
+        ("scale_never_doubled", "* 2.0f", ""),
+        ("count_kept_after_overflow", "0.5f, 0", "0.5f, next.finite_steps"),
+    ],
+    check: queue_is_right,
+};

@@ -137,19 +137,16 @@ fn rope_turns_splits_and_joins() {
     holds("rope", rope_is_right);
 }
 
-#[test]
-fn mistakes_in_the_rotation_are_seen() {
-    let bugs = [
-        ("not undone", "BACK ? -pair[1] : pair[1]", "pair[1]"),
-        ("start ignored", "start != nullptr ? start[window] : 0u", "0u"),
-        ("v turned too", "if (slot < turning)", "if (slot < slots)"),
-        ("as many key heads as query heads", "* kv_heads + slot", "* heads + slot"),
-        ("pairs of neighbours", "from + half);", "from + N);"),
-        (
-            "a column too many",
-            "if (column >= shape.context) continue;",
-            "if (column > shape.context) continue;",
-        ),
-    ];
-    planted("rope", &bugs, rope_is_right);
-}
+pub const ROPE: Mutants = Mutants {
+    kernel: "rope",
+    only: &[],
+    mutants: &[
+        ("angle_not_negated", "BACKWARD ? -pair[1] : pair[1]", "pair[1]"),
+        ("start_ignored", "start != nullptr ? start[sequence] : 0u", "0u"),
+        ("v_rotated", "slot < rotated", "slot < slots"),
+        ("kv_heads_taken_for_heads", "* kv_heads", "* heads"),
+        ("neighbors_paired", "from + half", "from + N"),
+        ("one_position_too_many", "t >= shape.seq_len", "t > shape.seq_len"),
+    ],
+    check: rope_is_right,
+};

@@ -171,43 +171,34 @@ fn pick_rows_takes_one_of_each_window() {
     holds("gather_rows", pick_rows_is_right);
 }
 
-#[test]
-fn mistakes_in_the_sort_are_seen() {
-    let bugs = [
-        (
-            "equal ids backwards",
-            "ranks[round] = seen + before;",
-            "ranks[round] = seen + __popc(same) - 1 - before;",
-        ),
-        ("tiles before forgotten", "if (tile == blockIdx.x) before = total;", ""),
-        ("the low digits twice", "ids[at[round]] >> shift &", "ids[at[round]] &"),
-        ("counts read before they are there", "    }\n    __syncthreads();\n}", "    }\n}"),
-        (
-            "counts of a warp overwritten too early",
-            "ranks[round] = seen + before;\n        __syncwarp();",
-            "ranks[round] = seen + before;",
-        ),
-    ];
-    planted("embedding", &bugs, embed_sort_is_right);
-}
+pub const EMBEDDING_SORT: Mutants = Mutants {
+    kernel: "embedding",
+    only: &[],
+    mutants: &[
+        ("unstable_ranks", "seen + before", "seen + __popc(same) - 1 - before"),
+        ("earlier_tiles_forgotten", "", ""),
+        ("low_digit_twice", " >> shift", ""),
+        ("counts_read_early", "", ""),
+        ("counts_overwritten", "", ""),
+    ],
+    check: embed_sort_is_right,
+};
 
-#[test]
-fn mistakes_in_the_embeddings_gradient_are_seen() {
-    let bugs = [
-        ("a run added before it is whole", "if (joined || goes_on) {", "if (joined) {"),
-        (
-            "a long run joined twice",
-            "if (!goes_on || began_before) continue;",
-            "if (!goes_on) continue;",
-        ),
-        ("the end of a long run forgotten", "part <= last", "part < last"),
-        ("a run through a whole chunk in the wrong place", "(joined ? 0 : 1)", "(goes_on ? 1 : 0)"),
-    ];
-    planted("embedding", &bugs, embed_backward_is_right);
-}
+pub const EMBEDDING_BACKWARD: Mutants = Mutants {
+    kernel: "embedding",
+    only: &[],
+    mutants: &[
+        ("partial_run_added", " || continues", ""),
+        ("long_run_added_twice", " || began_before", ""),
+        ("last_partial_dropped", "part <= last", "part < last"),
+        ("partial_in_wrong_slot", "began_before ? 0 : 1", "continues ? 1 : 0"),
+    ],
+    check: embed_backward_is_right,
+};
 
-#[test]
-fn mistakes_in_picked_rows_are_seen() {
-    let bugs = [("column ignored", " + column[window];", ";")];
-    planted("gather_rows", &bugs, pick_rows_is_right);
-}
+pub const GATHER_ROWS: Mutants = Mutants {
+    kernel: "gather_rows",
+    only: &[],
+    mutants: &[("position_ignored", " + position[b]", "")],
+    check: pick_rows_is_right,
+};

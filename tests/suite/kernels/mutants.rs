@@ -1,0 +1,197 @@
+//! Mutation tests: a change of one labelled line in a kernel's source, which the kernel's check must
+//! detect.
+//!
+//! A line is labelled `// mutant: NAME`, at its end or alone on the line before it; several names are
+//! separated by commas. A mutant replaces a text that is there exactly once on that line, or deletes
+//! the line. `docs/mutants.tsv` lists every mutant and the test that kills it.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{
+    Module, attention, elementwise, gather, head, muon, norm, optimizer, queue, rope, rows,
+};
+
+/// A set of mutants of one kernel file, or of the headers it includes, and the check that kills them.
+pub struct Mutants {
+    /// File stem in `kernels/`.
+    pub kernel: &'static str,
+    /// Macro instantiations to compile, of each macro named here; the others take time.
+    pub only: &'static [&'static str],
+    /// Label, text to replace (all of the line if empty), replacement.
+    pub mutants: &'static [Mutant],
+    /// Passes on the original kernels.
+    pub check: fn(&Module),
+}
+pub type Mutant = (&'static str, &'static str, &'static str);
+
+macro_rules! mutation_tests {
+    ($($(#[$attribute:meta])* $test:ident: $mutants:path,)*) => {
+        const TESTS: &[(&str, &Mutants)] = &[$((stringify!($test), &$mutants)),*];
+        $(
+            #[test]
+            $(#[$attribute])*
+            fn $test() {
+                kills_mutants(&$mutants);
+            }
+        )*
+    };
+}
+
+mutation_tests! {
+    adamw_mutants_are_killed: optimizer::ADAMW,
+    attention_decode_mutants_are_killed: attention::DECODE,
+    attention_generic_mutants_are_killed: attention::GENERIC,
+    attention_smallhead_mutants_are_killed: attention::SMALLHEAD,
+    attention_smallhead_tf32_mutants_are_killed: attention::SMALLHEAD_TF32,
+    cross_entropy_mutants_are_killed: head::CROSS_ENTROPY,
+    embedding_backward_mutants_are_killed: rows::EMBEDDING_BACKWARD,
+    embedding_sort_mutants_are_killed: rows::EMBEDDING_SORT,
+    fill_mutants_are_killed: elementwise::FILL,
+    flash_attention_mutants_are_killed: attention::FLASH,
+    gather_rows_mutants_are_killed: rows::GATHER_ROWS,
+    gather_windows_mutants_are_killed: gather::GATHER_WINDOWS,
+    grad_norm_mutants_are_killed: optimizer::GRAD_NORM,
+    #[ignore = "two minutes of compiling: cargo test --test suite mutants -- --include-ignored"]
+    lce_mutants_are_killed: head::LCE,
+    lce_f16_mutants_are_killed: head::LCE_F16,
+    muon_mutants_are_killed: muon::MUON,
+    rms_norm_backward_mutants_are_killed: norm::RMS_NORM_BACKWARD,
+    rms_norm_mutants_are_killed: norm::RMS_NORM,
+    rope_mutants_are_killed: rope::ROPE,
+    step_queue_mutants_are_killed: queue::STEP_QUEUE,
+    swiglu_mutants_are_killed: elementwise::SWIGLU,
+}
+
+const MARK: &str = "// mutant: ";
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+}
+
+/// Every header of `kernels/lib`, as a path in `kernels`.
+fn headers() -> BTreeSet<String> {
+    let names = fs::read_dir(folder().join("lib")).unwrap();
+    names.map(|file| format!("lib/{}", file.unwrap().file_name().to_str().unwrap())).collect()
+}
+
+fn read(file: &str) -> Vec<String> {
+    fs::read_to_string(folder().join(file)).unwrap().lines().map(String::from).collect()
+}
+
+fn labels(line: &str) -> impl Iterator<Item = &str> {
+    line.split_once(MARK).into_iter().flat_map(|(_, names)| names.split(", "))
+}
+
+impl Mutants {
+    /// The file that a label is in, its lines after the mutation, and the line before and after it.
+    fn apply(&self, &(label, from, to): &Mutant) -> (String, Vec<String>, [String; 2]) {
+        let own = format!("{}.cu", self.kernel);
+        let found: Vec<_> = std::iter::once(own)
+            .chain(headers())
+            .flat_map(|file| {
+                let lines = read(&file);
+                let at: Vec<_> =
+                    (0..lines.len()).filter(|&i| labels(&lines[i]).any(|l| l == label)).collect();
+                at.into_iter().map(move |at| (file.clone(), lines.clone(), at))
+            })
+            .collect();
+        let [(file, mut lines, mut at)] = <[_; 1]>::try_from(found).unwrap_or_else(|found| {
+            panic!("{}: {} lines are labelled {label}", self.kernel, found.len())
+        });
+        if lines[at].trim_start().starts_with(MARK) {
+            at += 1;
+        }
+        let code = lines[at].split(MARK).next().unwrap().trim().to_string();
+        let mutated = if from.is_empty() {
+            String::new()
+        } else {
+            assert_eq!(code.matches(from).count(), 1, "{file}: {from:?} on the line of {label}");
+            code.replace(from, to)
+        };
+        assert_ne!(code, mutated, "{file}: {label} changes nothing");
+        lines[at].clone_from(&mutated);
+        (file, lines, [code, mutated])
+    }
+
+    /// Whether a line instantiates a macro for an entry that the check does not need.
+    fn is_left_out(&self, line: &str) -> bool {
+        let line = line.trim_end_matches([' ', '\\']).trim_start();
+        let same = |kept: &&&str| kept.split('(').next() == line.split('(').next();
+        line.ends_with(')')
+            && self.only.iter().any(|kept| same(&kept))
+            && !self.only.contains(&line)
+    }
+}
+
+/// Compiles the kernel with each mutant by itself, and demands that the check fails.
+fn kills_mutants(set: &Mutants) {
+    let nvcc = match laam::kernels::BUILD.cuda {
+        Ok(nvcc) if Path::new(nvcc.path).is_file() => nvcc,
+        Ok(nvcc) => return eprintln!("SKIPPED: mutation tests, as {} is gone", nvcc.path),
+        Err(why) => return eprintln!("SKIPPED: mutation tests, because {why}"),
+    };
+    let mut survived = Vec::new();
+    for mutant in set.mutants {
+        let (label, ..) = mutant;
+        let (mutated_file, mutated, _) = set.apply(mutant);
+        let temporary = tempfile::tempdir().unwrap();
+        fs::create_dir(temporary.path().join("lib")).unwrap();
+        let source = format!("{}.cu", set.kernel);
+        for file in headers().into_iter().chain([source.clone()]) {
+            let lines = if file == mutated_file { mutated.clone() } else { read(&file) };
+            let kept = lines.iter().filter(|line| !set.is_left_out(line));
+            let text: String = kept.flat_map(|line| [line, "\n"]).collect();
+            fs::write(temporary.path().join(file), text).unwrap();
+        }
+        let ptx = temporary.path().join("ptx");
+        let mut command = Command::new(nvcc.path);
+        command.args(["-ptx", "-arch=compute_80", "-O3", "-std=c++17", "-lineinfo", "-o"]);
+        let output = command.arg(&ptx).arg(temporary.path().join(source)).output().unwrap();
+        assert!(output.status.success(), "{}, {label}: {output:?}", set.kernel);
+        let module = Module::from_ptx(&fs::read_to_string(&ptx).unwrap()).unwrap();
+        if catch_unwind(AssertUnwindSafe(|| (set.check)(&module))).is_ok() {
+            survived.push(label);
+        }
+    }
+    assert!(survived.is_empty(), "{}: survived: {survived:?}", set.kernel);
+}
+
+/// Every label has a mutant, every mutant a label, and `docs/mutants.tsv` is the list of them.
+#[test]
+fn mutants_are_those_of_the_table() {
+    const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/mutants.tsv");
+    const WRITE: &str = "LAAM_MUTANTS=write cargo test --test suite mutants_are_those";
+    let mut used = BTreeSet::new();
+    let mut text = format!("# written by {WRITE}\nfile\tmutant\tkilled by\tcode\tmutated\n");
+    for (test, set) in TESTS {
+        for mutant in set.mutants {
+            let (file, _, [code, mutated]) = set.apply(mutant);
+            writeln!(text, "{file}\t{}\t{test}\t{code}\t{mutated}", mutant.0).unwrap();
+            used.insert((file, mutant.0.to_string()));
+        }
+    }
+    let names = fs::read_dir(folder()).unwrap().map(|file| file.unwrap().file_name());
+    let sources = names.filter_map(|name| Some(name.to_str()?.to_string()));
+    let files = sources.filter(|name| name.ends_with(".cu")).chain(headers());
+    let labelled: BTreeSet<_> = files
+        .flat_map(|file| {
+            let names: Vec<_> = read(&file)
+                .iter()
+                .flat_map(|line| labels(line).map(String::from).collect::<Vec<_>>())
+                .collect();
+            names.into_iter().map(move |name| (file.clone(), name))
+        })
+        .collect();
+    let without: Vec<_> = labelled.difference(&used).collect();
+    assert!(without.is_empty(), "labels without a mutant: {without:?}");
+    if std::env::var_os("LAAM_MUTANTS").is_some_and(|wish| wish == "write") {
+        fs::write(TABLE, &text).unwrap();
+    }
+    let table = fs::read_to_string(TABLE).unwrap_or_default();
+    assert!(table == text, "docs/mutants.tsv is not the list of the mutants: {WRITE}");
+}
