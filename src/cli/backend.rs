@@ -102,11 +102,11 @@ impl Arguments {
         let options = Options {
             dtype,
             mode: if profile { Mode::Profile } else { Mode::Graphs },
-            plain_head: self.head == Path::Plain,
+            generic_lm_head: self.head == Path::Plain,
             attention: match self.attention {
-                Attention::Auto => gpu::Attention::Auto,
-                Attention::Scalar => gpu::Attention::Scalar,
-                Attention::Plain => gpu::Attention::Plain,
+                Attention::Auto => gpu::AttentionChoice::Auto,
+                Attention::Scalar => gpu::AttentionChoice::NoTensorCores,
+                Attention::Plain => gpu::AttentionChoice::Generic,
             },
             max_resident_bytes: None,
         };

@@ -4,7 +4,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use laam::backend::gpu::{Attention, Gpu, Mode, Options};
+use laam::backend::gpu::{AttentionChoice, Gpu, Mode, Options};
 use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend};
 use laam::bench::check::{Selection, Size, check};
@@ -48,8 +48,11 @@ fn every_operation_is_as_close_to_f64_as_plain_loops_are() {
 #[test]
 fn plain_paths_are_right_where_there_are_fast_ones() {
     for dtype in [Dtype::F32, Dtype::Bf16] {
-        let plain =
-            Options { plain_head: true, attention: Attention::Plain, ..Options::new(dtype) };
+        let plain = Options {
+            generic_lm_head: true,
+            attention: AttentionChoice::Generic,
+            ..Options::new(dtype)
+        };
         let Some(backend) = open(plain, 2) else { return };
         for only in ["fused_linear_cross_entropy", "attention"] {
             let selection = Selection { only: Some(only), size: Size::Small, seed: 1 };

@@ -1,6 +1,5 @@
-//! Mistakes in launch code, planted: a device in the simulator that hands on what it is asked for with
-//! one thing changed, as the code that asks would have it with a slip of the pen. Each is to be seen by
-//! the check that is there for it.
+//! Mutation tests of the launch code: a simulated device that changes or drops one call, as a mistake in
+//! the launch code would. The check of the op, or the tests of whole steps, must detect each.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,46 +16,46 @@ use laam::tokens::Kind;
 
 use crate::gpu;
 
-/// What becomes of what is asked for.
+/// Change of the calls that reach the device.
 #[derive(Clone, Copy)]
-enum Slip {
-    /// A launch of a kernel whose name begins so is another.
+enum Mutation {
+    /// Changes launches of entries with this prefix.
     Launch(&'static str, fn(&mut Launch)),
-    /// It is forgotten.
-    Forgotten(&'static str),
-    /// The same, but only in a graph.
-    Unrecorded(&'static str),
+    /// Drops them.
+    Dropped(&'static str),
+    /// Drops them during stream capture only.
+    DroppedInGraph(&'static str),
     Matmul(fn(&mut Matmul)),
-    NotFilled,
+    NoMemset,
 }
 
-/// A device with a slip, and how often it was made.
-struct Slipping {
+/// Device with a mutation, and how often it was applied.
+struct MutatingDevice {
     device: Sim,
-    slip: Slip,
-    made: Arc<AtomicUsize>,
-    /// Memory is no longer made ready.
-    began: bool,
-    recording: bool,
+    mutation: Mutation,
+    applied: Arc<AtomicUsize>,
+    /// Whether the first launch or upload is past: earlier memsets initialize memory.
+    launched: bool,
+    capturing: bool,
 }
 
-impl Slipping {
-    fn slips(&self, slips: bool) -> bool {
-        if slips {
-            self.made.fetch_add(1, Ordering::Relaxed);
+impl MutatingDevice {
+    fn applies(&self, applies: bool) -> bool {
+        if applies {
+            self.applied.fetch_add(1, Ordering::Relaxed);
         }
-        slips
+        applies
     }
 }
 
-impl Device for Slipping {
+impl Device for MutatingDevice {
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
-        self.began = true;
+        self.launched = true;
         let named = |name: &str| launch.entry.starts_with(name);
-        match self.slip {
-            Slip::Forgotten(name) if self.slips(named(name)) => Ok(()),
-            Slip::Unrecorded(name) if self.slips(self.recording && named(name)) => Ok(()),
-            Slip::Launch(name, change) if self.slips(named(name)) => {
+        match self.mutation {
+            Mutation::Dropped(name) if self.applies(named(name)) => Ok(()),
+            Mutation::DroppedInGraph(name) if self.applies(self.capturing && named(name)) => Ok(()),
+            Mutation::Launch(name, change) if self.applies(named(name)) => {
                 let mut launch = launch.clone();
                 change(&mut launch);
                 self.device.launch(&launch)
@@ -66,26 +65,28 @@ impl Device for Slipping {
     }
     fn matmul(&mut self, product: &Matmul) -> anyhow::Result<()> {
         let mut product = *product;
-        if let Slip::Matmul(change) = self.slip {
+        if let Mutation::Matmul(change) = self.mutation {
             let before = product;
             change(&mut product);
-            self.slips(product != before);
+            self.applies(product != before);
         }
         self.device.matmul(&product)
     }
     fn memset(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
-        if matches!(self.slip, Slip::NotFilled) && self.began && self.slips(byte == 0 && bytes > 4)
+        if matches!(self.mutation, Mutation::NoMemset)
+            && self.launched
+            && self.applies(byte == 0 && bytes > 4)
         {
             return Ok(());
         }
         self.device.memset(at, byte, bytes)
     }
     fn begin_capture(&mut self) -> anyhow::Result<()> {
-        self.recording = true;
+        self.capturing = true;
         self.device.begin_capture()
     }
     fn end_capture(&mut self) -> anyhow::Result<Graph> {
-        self.recording = false;
+        self.capturing = false;
         self.device.end_capture()
     }
 
@@ -105,7 +106,7 @@ impl Device for Slipping {
         self.device.free(address)
     }
     fn upload(&mut self, to: Address, bytes: &[u8]) -> anyhow::Result<()> {
-        self.began = true;
+        self.launched = true;
         self.device.upload(to, bytes)
     }
     fn download(&self, from: Address, into: &mut [u8]) -> anyhow::Result<()> {
@@ -134,22 +135,28 @@ impl Device for Slipping {
     }
 }
 
-/// The backend over such a device, and how often the slip was made.
-fn slipping(slip: Slip, options: Options) -> (Gpu, Arc<AtomicUsize>) {
-    let made = Arc::new(AtomicUsize::new(0));
-    let count = made.clone();
-    let open = Arc::new(move || {
-        let simulator = ptxsim::Options { threads: 2, ..ptxsim::Options::default() };
-        let (device, made) = (Sim::new(simulator)?, count.clone());
-        Ok(Box::new(Slipping { device, slip, made, began: false, recording: false })
-            as Box<dyn Device>)
-    });
-    (Gpu::new(open, options).unwrap(), made)
+/// Backend over such a device, and how often the mutation was applied.
+fn mutating(mutation: Mutation, options: Options) -> (Gpu, Arc<AtomicUsize>) {
+    let applied = Arc::new(AtomicUsize::new(0));
+    let count = applied.clone();
+    let open =
+        Arc::new(move || {
+            let simulator = ptxsim::Options { threads: 2, ..ptxsim::Options::default() };
+            let (device, applied) = (Sim::new(simulator)?, count.clone());
+            Ok(Box::new(MutatingDevice {
+                device,
+                mutation,
+                applied,
+                launched: false,
+                capturing: false,
+            }) as Box<dyn Device>)
+        });
+    (Gpu::new(open, options).unwrap(), applied)
 }
 
 fn is_built() -> bool {
     if let Err(why) = BUILD.cuda {
-        eprintln!("SKIPPED: mistakes in launch code, because {why}");
+        eprintln!("SKIPPED: mutation tests of launch code, because {why}");
     }
     BUILD.cuda.is_ok()
 }
@@ -162,140 +169,142 @@ fn less_one(arg: &mut Arg) {
 }
 
 #[test]
-fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
+fn launch_mutants_are_killed_by_the_check_of_their_op() {
     if !is_built() {
         return;
     }
     let null = Arg::from(Address::NULL);
     assert_eq!(null, Arg::Address(Address(0)));
-    let mistakes: &[(&str, &str, Dtype, Slip)] = &[
+    let mutants: &[(&str, &str, Dtype, Mutation)] = &[
         (
-            "k and v changed places",
+            "k and v swapped",
             "rope",
             Dtype::F32,
-            Slip::Launch("rope_f32", |launch| launch.args.swap(4, 5)),
+            Mutation::Launch("rope_f32", |launch| launch.args.swap(4, 5)),
         ),
         (
-            "the turns of another table",
+            "another cos/sin table",
             "rope",
             Dtype::Bf16,
-            Slip::Launch("rope_backward", |launch| launch.args.swap(0, 1)),
+            Mutation::Launch("rope_backward", |launch| launch.args.swap(0, 1)),
         ),
         (
-            "the residual forgotten",
+            "residual dropped",
             "rms_norm",
             Dtype::F32,
-            Slip::Launch("rms_norm_f32", |launch| launch.args[1] = Address::NULL.into()),
+            Mutation::Launch("rms_norm_f32", |launch| launch.args[1] = Address::NULL.into()),
         ),
         (
-            "the residual's gradient forgotten",
+            "residual gradient dropped",
             "rms_norm_backward",
             Dtype::Bf16,
-            Slip::Launch("rms_norm_backward_bf16", |launch| launch.args[4] = Address::NULL.into()),
+            Mutation::Launch("rms_norm_backward_bf16", |launch| {
+                launch.args[4] = Address::NULL.into()
+            }),
         ),
         (
-            "a share of the weight's gradient left out",
+            "one partial sum of dweight dropped",
             "rms_norm_backward",
             Dtype::F32,
-            Slip::Launch("rms_norm_backward_weight", |launch| less_one(&mut launch.args[2])),
+            Mutation::Launch("rms_norm_backward_weight", |launch| less_one(&mut launch.args[2])),
         ),
         (
-            "half of a sort",
+            "sort pass dropped",
             "embedding_backward",
             Dtype::F32,
-            Slip::Forgotten("embedding_sort_scatter"),
+            Mutation::Dropped("embedding_sort_scatter"),
         ),
         (
-            "segments not joined",
+            "runs across chunks not combined",
             "embedding_backward",
             Dtype::F32,
-            Slip::Forgotten("embedding_backward_combine"),
+            Mutation::Dropped("embedding_backward_combine"),
         ),
         (
-            "a position too far",
+            "sequence length one short",
             "gather_rows",
             Dtype::Bf16,
-            Slip::Launch("gather_rows", |launch| less_one(&mut launch.args[4])),
+            Mutation::Launch("gather_rows", |launch| less_one(&mut launch.args[4])),
         ),
         (
-            "gate and up of a narrower layer",
+            "intermediate size one short",
             "swiglu",
             Dtype::F32,
-            Slip::Launch("swiglu_f32", |launch| {
+            Mutation::Launch("swiglu_f32", |launch| {
                 let last = launch.args.len() - 1;
                 less_one(&mut launch.args[last]);
             }),
         ),
         (
-            "k in the place of v",
+            "k read as v",
             "attention",
             Dtype::Bf16,
-            Slip::Launch("flash_attention", |launch| launch.args.swap(1, 2)),
+            Mutation::Launch("flash_attention", |launch| launch.args.swap(1, 2)),
         ),
         (
-            "k in the place of v, of narrow heads",
+            "k read as v, small heads",
             "attention",
             Dtype::F16,
-            Slip::Launch("attention_smallhead_tf32", |launch| launch.args.swap(1, 2)),
+            Mutation::Launch("attention_smallhead_tf32", |launch| launch.args.swap(1, 2)),
         ),
-        ("delta forgotten", "attention_backward", Dtype::F32, Slip::Forgotten("attention_delta")),
+        ("delta dropped", "attention_backward", Dtype::F32, Mutation::Dropped("attention_delta")),
         (
-            "fresh keys in the place of values",
+            "new keys read as values",
             "attention_decode",
             Dtype::F32,
-            Slip::Launch("attention_decode", |launch| launch.args.swap(1, 2)),
+            Mutation::Launch("attention_decode", |launch| launch.args.swap(1, 2)),
         ),
         (
-            "the last word not looked at",
+            "last id of the vocabulary dropped",
             "fused_linear_cross_entropy",
             Dtype::F32,
-            Slip::Launch("cross_entropy", |launch| less_one(&mut launch.args[7])),
+            Mutation::Launch("cross_entropy", |launch| less_one(&mut launch.args[7])),
         ),
         (
-            "a part of the vocabulary not joined",
+            "one split of the vocabulary dropped",
             "fused_linear_cross_entropy",
             Dtype::Bf16,
-            Slip::Launch("lce_combine", |launch| {
+            Mutation::Launch("lce_combine", |launch| {
                 let last = launch.args.len() - 1;
                 let parts = &mut launch.args[last];
                 *parts = Arg::I32(if let Arg::I32(n) = parts { (*n - 1).max(0) } else { 0 });
             }),
         ),
         (
-            "weight gradients assigned, not added",
+            "weight gradients assigned, not accumulated",
             "linear_backward_weight",
             Dtype::Bf16,
-            Slip::Matmul(|product| product.accumulate = false),
+            Mutation::Matmul(|product| product.accumulate = false),
         ),
-        ("gradients not cleared", "zero_grad", Dtype::F32, Slip::NotFilled),
+        ("gradients not cleared", "zero_grad", Dtype::F32, Mutation::NoMemset),
         (
-            "a share of the norm left out",
+            "one partial sum of the norm dropped",
             "grad_norm",
             Dtype::F32,
-            Slip::Launch("grad_norm", |launch| {
+            Mutation::Launch("grad_norm", |launch| {
                 if launch.entry == "grad_norm" {
                     less_one(&mut launch.args[3]);
                 }
             }),
         ),
         (
-            "the moments changed places",
+            "moments swapped",
             "adamw",
             Dtype::F32,
-            Slip::Launch("adamw_f32", |launch| launch.args.swap(2, 3)),
+            Mutation::Launch("adamw_f32", |launch| launch.args.swap(2, 3)),
         ),
         (
-            "a chunk short",
+            "one chunk short",
             "adamw",
             Dtype::Bf16,
-            Slip::Launch("adamw_bf16", |launch| launch.grid[0] = (launch.grid[0] - 1).max(1)),
+            Mutation::Launch("adamw_bf16", |launch| launch.grid[0] = (launch.grid[0] - 1).max(1)),
         ),
-        ("X not brought to norm 1", "muon", Dtype::F32, Slip::Forgotten("muon_normalize")),
+        ("X not normalized", "muon", Dtype::F32, Mutation::Dropped("muon_normalize")),
         (
-            "the wide side for the small one",
+            "A from the wrong side of X",
             "muon",
             Dtype::F32,
-            Slip::Matmul(|product| {
+            Mutation::Matmul(|product| {
                 let square = product.c.rows == product.c.cols && product.a.at == product.b.at;
                 if square && product.a.rows == product.a.cols {
                     product.a = product.a.t();
@@ -304,81 +313,84 @@ fn mistakes_in_launch_code_are_seen_by_the_check_of_their_operation() {
             }),
         ),
     ];
-    for (what, only, dtype, slip) in mistakes {
-        let (backend, made) = slipping(*slip, Options::new(*dtype));
+    for (what, only, dtype, mutation) in mutants {
+        let (backend, applied) = mutating(*mutation, Options::new(*dtype));
         let selection = Selection { only: Some(only), size: Size::Small, seed: 1 };
         let rows = check(&backend, &selection, |_| {});
-        let seen = match &rows {
+        let killed = match &rows {
             Ok(rows) => rows.iter().any(|row| !row.passed),
-            // The simulator may see it first: as an access that nobody may make.
+            // The simulator may detect it first, as an invalid access.
             Err(why) => format!("{why:#}").contains("in the simulator"),
         };
-        assert!(made.load(Ordering::Relaxed) > 0, "{what}: never made");
-        assert!(seen, "{what}: not seen in {only}");
+        assert!(applied.load(Ordering::Relaxed) > 0, "{what}: never applied");
+        assert!(killed, "{what}: survived the check of {only}");
     }
 }
 
-/// What twenty steps are held to, on a device that slips.
+/// The properties of whole steps that tests/suite/gpu.rs holds, on a device with a mutation.
 #[test]
-fn mistakes_in_a_step_are_seen_by_the_tests_of_whole_steps() {
+fn step_mutants_are_killed_by_the_tests_of_whole_steps() {
     if !is_built() {
         return;
     }
     let config = gpu::config(8);
     let options = |mode| Options { mode, ..Options::new(Dtype::F32) };
 
-    // The reference is followed, as far as the numbers allow.
+    // Agreement with the reference, within the accuracy of the dtype.
     let exact = gpu::train(&Reference::F64, &config, false, 5);
     let plain = gpu::train(&Reference::mixed(Dtype::Bf16), &config, false, 5);
     let two = |plain: &[f64], exact: &[f64]| 2.0 * gpu::apart(plain, exact) + 1e-5;
     let bounds =
         [(Dtype::F32, 1e-5, 1e-4), (Dtype::Bf16, two(&plain.0, &exact.0), two(&plain.1, &exact.1))];
-    for (what, slip) in [
+    for (what, mutation) in [
         (
-            "the rate of the other optimizer",
-            Slip::Launch("adamw_step_params", |launch| {
+            "learning rate of the other optimizer",
+            Mutation::Launch("adamw_step_params", |launch| {
                 if let Arg::Address(Address(at)) = &mut launch.args[0] {
                     *at += 8;
                 }
             }),
         ),
-        ("gradients of the step before", Slip::NotFilled),
-        ("losses not scaled by what counts", Slip::Forgotten("step_queue_pop")),
+        ("gradients of the previous step", Mutation::NoMemset),
+        ("loss not scaled by the counted targets", Mutation::Dropped("step_queue_pop")),
     ] {
         for (dtype, loss, norm) in bounds {
-            let (backend, made) = slipping(slip, Options::new(dtype));
+            let (backend, applied) = mutating(mutation, Options::new(dtype));
             let got = gpu::train(&backend, &config, false, 5);
             let finite = got.0.iter().chain(&got.1).all(|x| x.is_finite());
             let far = || gpu::apart(&got.0, &exact.0) > loss || gpu::apart(&got.1, &exact.1) > norm;
-            assert!(made.load(Ordering::Relaxed) > 0, "{what}: never made");
+            assert!(applied.load(Ordering::Relaxed) > 0, "{what}: never applied");
             assert!(!finite || far(), "{what}, {dtype:?}");
         }
     }
 
-    // A graph does what its kernels do one by one.
-    let slip = Slip::Unrecorded("swiglu_backward");
+    // Graph and eager mode are equal.
+    let mutation = Mutation::DroppedInGraph("swiglu_backward");
     let [eager, graphs] = [Mode::Eager, Mode::Graphs].map(|mode| {
-        let (backend, made) = slipping(slip, options(mode));
-        (gpu::train(&backend, &config, false, 4), made.load(Ordering::Relaxed))
+        let (backend, applied) = mutating(mutation, options(mode));
+        (gpu::train(&backend, &config, false, 4), applied.load(Ordering::Relaxed))
     });
-    assert!((eager.1, graphs.1 > 0) == (0, true) && eager.0 != graphs.0, "a kernel not recorded");
+    assert!(
+        (eager.1, graphs.1 > 0) == (0, true) && eager.0 != graphs.0,
+        "a kernel dropped from the graph"
+    );
 
-    // The bits depend on shapes alone: here a sum is cut by something else.
-    let whole = slipping(Slip::Forgotten("nothing"), options(Mode::Eager)).0;
-    let cut = Slip::Launch("rms_norm_backward", |launch| {
+    // Bits depend on shapes alone: here the grid of a sum is another.
+    let whole = mutating(Mutation::Dropped("nothing"), options(Mode::Eager)).0;
+    let cut = Mutation::Launch("rms_norm_backward", |launch| {
         if launch.entry == "rms_norm_backward_weight" {
             launch.args[2] = Arg::I32(3);
         } else {
             launch.grid[0] = 3;
         }
     });
-    let (cut, made) = slipping(cut, options(Mode::Eager));
+    let (cut, applied) = mutating(cut, options(Mode::Eager));
     let [whole, cut] = [&whole, &cut].map(|backend| gpu::train(backend, &config, false, 3));
-    assert!(made.load(Ordering::Relaxed) > 0 && whole != cut, "another order of a sum");
-    assert!(gpu::apart(&whole.0, &cut.0) < 1e-5, "which is as good");
+    assert!(applied.load(Ordering::Relaxed) > 0 && whole != cut, "another order of summation");
+    assert!(gpu::apart(&whole.0, &cut.0) < 1e-5, "and as accurate");
 
-    // A run goes on from all of its state, not from a part.
-    let (backend, _) = slipping(Slip::Forgotten("nothing"), options(Mode::Eager));
+    // A resumed run needs all of its state.
+    let (backend, _) = mutating(Mutation::Dropped("nothing"), options(Mode::Eager));
     let mut unbroken = gpu::engine(&backend, &config, false);
     gpu::steps(&mut unbroken, &config, 1..=3);
     let mut resumed = gpu::engine(&backend, &config, false);
@@ -387,17 +399,17 @@ fn mistakes_in_a_step_are_seen_by_the_tests_of_whole_steps() {
     }
     let [one, other] =
         [&mut unbroken, &mut resumed].map(|engine| gpu::steps(engine, &config, 4..=5));
-    assert_ne!(one, other, "a moment forgotten");
+    assert_ne!(one, other, "a moment not restored");
 
-    // Windows drawn on the device are those that were asked for.
+    // Windows gathered on the device are those of the host.
     let (windows, config, steps) = gpu::windows(Kind::Stream);
-    let train = |slip| {
-        let backend = slipping(slip, options(Mode::Eager)).0;
+    let train = |mutation| {
+        let backend = mutating(mutation, options(Mode::Eager)).0;
         let mut engine = gpu::engine(&backend, &config, false);
         engine.hold(&windows, 3).unwrap();
         engine.steps(&windows, &steps[..3]).unwrap()
     };
-    // Tokens, their count, documents, the number of these, the stride.
-    let closer = Slip::Launch("gather_windows_stream", |launch| less_one(&mut launch.args[4]));
-    assert_ne!(train(Slip::Forgotten("nothing")), train(closer), "another stride");
+    // Arguments: tokens, count, documents, document count, stride.
+    let closer = Mutation::Launch("gather_windows_stream", |launch| less_one(&mut launch.args[4]));
+    assert_ne!(train(Mutation::Dropped("nothing")), train(closer), "another stride");
 }

@@ -1,8 +1,8 @@
-//! What ptxas made of the kernels, entry by entry, against the table in `docs/sass.tsv`: a card is
-//! not needed to see a spill, a lost vector access or a longer loop.
+//! SASS statistics of every kernel entry against the table in `docs/sass.tsv`: spills, lost vector
+//! accesses and longer loops are detected without a GPU.
 //!
-//! `scripts/sass --write` writes the table anew. It holds for one version of nvcc; with another the
-//! comparison is skipped.
+//! `scripts/sass --write` rewrites the table. It is valid for one nvcc version; with another the comparison
+//! is skipped.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,20 +13,20 @@ use std::sync::OnceLock;
 
 use laam::kernels::{BUILD, CUDA_MODULES, Nvcc};
 
-/// What is counted, and whether more of it is worse, less of it, or any at all.
+/// Counted quantities, and whether more, less or any of them is worse.
 const COLUMNS: [(&str, Worse); 7] = [
     ("registers", Worse::More),
-    ("stack", Worse::Any),   // bytes a thread
+    ("stack", Worse::Any),   // bytes per thread
     ("local", Worse::Any),   // instructions on local memory: spills and arrays
-    ("shared", Worse::More), // static bytes a block
+    ("shared", Worse::More), // static bytes per block
     ("wide", Worse::Less),   // 128-bit accesses to global memory
     ("mma", Worse::Less),    // matrix instructions
     ("loop", Worse::More),   // instructions of the longest innermost loop
 ];
 type Row = [u64; COLUMNS.len()];
-/// By entry and architecture.
+/// Rows by entry and architecture.
 type Table = BTreeMap<(String, String), Row>;
-/// Instructions a query-key pair, by the same.
+/// Instructions per query-key pair, by entry and architecture.
 type Pairs = BTreeMap<(String, String), f64>;
 
 #[derive(Clone, Copy, PartialEq)]
@@ -39,9 +39,9 @@ enum Worse {
 const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/sass.tsv");
 const REWRITE: &str = "scripts/sass --write";
 
-/// cuobjdump beside the compiler, or `None` after a loud line.
+/// cuobjdump of the toolkit, or `None` after a `SKIPPED` line.
 fn disassembler() -> Option<(PathBuf, Nvcc)> {
-    let skip = |why: &str| eprintln!("SKIPPED: the machine code of the kernels, because {why}");
+    let skip = |why: &str| eprintln!("SKIPPED: SASS of the kernels, because {why}");
     let nvcc = match BUILD.cuda {
         Ok(nvcc) => nvcc,
         Err(why) => {
@@ -57,7 +57,7 @@ fn disassembler() -> Option<(PathBuf, Nvcc)> {
     Some((tool, nvcc))
 }
 
-/// The rows of a fatbin, and instructions a pair of what is in it.
+/// Rows and instructions per pair of the entries in a fatbin.
 fn rows(tool: &Path, file: &Path) -> (Table, Pairs) {
     let folder = tool.parent().unwrap();
     let mut command = Command::new(tool);
@@ -91,22 +91,18 @@ fn parse(text: &str) -> (Table, Pairs) {
             codes.entry((entry.clone(), arch.clone())).or_default().push(line);
         }
     }
-    assert_eq!(
-        table.len(),
-        codes.len(),
-        "entries with code, and those with their use of registers"
-    );
+    assert_eq!(table.len(), codes.len(), "entries with code, and those with resource usage");
     for (key, code) in codes {
-        let row = table.get_mut(&key).unwrap_or_else(|| panic!("no use of registers of {key:?}"));
+        let row = table.get_mut(&key).unwrap_or_else(|| panic!("no resource usage of {key:?}"));
         let loops = innermost(&code);
         count(&code, row);
         row[6] = loops.iter().map(Vec::len).max().unwrap_or(0) as u64;
-        pairs.insert(key, a_pair(&loops));
+        pairs.insert(key, per_pair(&loops));
     }
     (table, pairs)
 }
 
-/// Counts the instructions of an entry, those of its loops apart.
+/// Counts the instructions of an entry, except loop lengths.
 fn count(code: &[&str], row: &mut Row) {
     for (_, opcode) in code.iter().map(|line| instruction(line)) {
         let parts: Vec<_> = opcode.split('.').collect();
@@ -117,7 +113,7 @@ fn count(code: &[&str], row: &mut Row) {
     }
 }
 
-/// The place and the words from the opcode on of a line like
+/// Address and words from the opcode on of a line like
 /// `/*00d0*/ @P0 BRA 0x1df0 ; /* ... */`.
 fn split(line: &str) -> (u64, impl Iterator<Item = &str>) {
     let (place, rest) = line[2..].split_once("*/").unwrap();
@@ -131,7 +127,7 @@ fn instruction(line: &str) -> (u64, &str) {
     (place, words.next().unwrap_or_default())
 }
 
-/// The lines of each loop without a loop in it.
+/// Lines of each innermost loop.
 fn innermost<'a>(code: &'a [&'a str]) -> Vec<Vec<&'a str>> {
     let mut backward = Vec::new();
     for line in code {
@@ -141,7 +137,7 @@ fn innermost<'a>(code: &'a [&'a str]) -> Vec<Vec<&'a str>> {
                 let digits = word.trim_start_matches("`(").strip_prefix("0x")?;
                 u64::from_str_radix(digits.trim_end_matches([')', ',']), 16).ok()
             });
-            // Behind the end of the code stands a branch to itself.
+            // The code ends with a branch to itself.
             backward.extend(target.filter(|&target| target < place).map(|target| (target, place)));
         }
     }
@@ -157,9 +153,9 @@ fn innermost<'a>(code: &'a [&'a str]) -> Vec<Vec<&'a str>> {
         .collect()
 }
 
-/// Instructions a query-key pair in the leanest of the innermost loops of an attention kernel, where
-/// each pair takes one exponential.
-fn a_pair(loops: &[Vec<&str>]) -> f64 {
+/// Instructions per query-key pair in the shortest innermost loop of an attention kernel, with one
+/// exponential per pair.
+fn per_pair(loops: &[Vec<&str>]) -> f64 {
     let each = loops.iter().filter_map(|body| {
         let exponential = |line: &&&str| instruction(line).1 == "MUFU.EX2";
         let pairs = body.iter().filter(exponential).count();
@@ -168,15 +164,15 @@ fn a_pair(loops: &[Vec<&str>]) -> f64 {
     each.fold(f64::INFINITY, f64::min)
 }
 
-/// All kernels of this build, taken apart once.
+/// All kernels of this build, disassembled once.
 fn built(tool: &Path) -> &'static (Table, Pairs) {
     static BUILT: OnceLock<(Table, Pairs)> = OnceLock::new();
     BUILT.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
         let mut all = (Table::new(), Pairs::new());
-        for kernel in CUDA_MODULES {
-            let file = folder.path().join(kernel.name);
-            fs::write(&file, kernel.fatbin).unwrap();
+        for module in CUDA_MODULES {
+            let file = folder.path().join(module.name);
+            fs::write(&file, module.fatbin).unwrap();
             let (table, pairs) = rows(tool, &file);
             all.0.extend(table);
             all.1.extend(pairs);
@@ -208,7 +204,7 @@ fn read(text: &str) -> Table {
     text.lines().skip(2).map(row).collect()
 }
 
-/// What is worse than it was, a sentence each.
+/// Regressions, one sentence each.
 fn worse(old: &Table, new: &Table) -> Vec<String> {
     let mut sentences = Vec::new();
     for ((entry, arch), row) in new {
@@ -220,15 +216,15 @@ fn worse(old: &Table, new: &Table) -> Vec<String> {
             let now = row[column];
             if rule == Worse::Any {
                 if now != 0 {
-                    sentences.push(format!("{entry} on {arch}: {name} is {now}, and has to be 0"));
+                    sentences.push(format!("{entry} on {arch}: {name} is {now}, must be 0"));
                 }
                 continue;
             }
             let Some(was) = known.map(|row| row[column]) else { continue };
             if (rule == Worse::More && now > was) || (rule == Worse::Less && now < was) {
                 sentences.push(format!(
-                    "{entry} on {arch}: {name} was {was} and is {now}, which is worse; if it has to \
-                     be so, {REWRITE} takes it into the table"
+                    "{entry} on {arch}: {name} was {was} and is {now}, which is worse; if that is \
+                     intended, {REWRITE} records it"
                 ));
             }
         }
@@ -237,7 +233,7 @@ fn worse(old: &Table, new: &Table) -> Vec<String> {
 }
 
 #[test]
-fn machine_code_is_no_worse_than_the_table_says() {
+fn sass_is_no_worse_than_the_table() {
     let Some((tool, nvcc)) = disassembler() else { return };
     let (new, _) = built(&tool);
     assert!(!new.is_empty());
@@ -248,28 +244,28 @@ fn machine_code_is_no_worse_than_the_table_says() {
     let text = fs::read_to_string(TABLE).unwrap();
     if !text.starts_with(&head(&nvcc)) {
         let line = text.lines().next().unwrap_or_default();
-        eprintln!("SKIPPED: docs/sass.tsv is of another compiler ({line}) than {}", nvcc.version);
+        eprintln!("SKIPPED: docs/sass.tsv is for another compiler ({line}) than {}", nvcc.version);
         return;
     }
     let old = read(&text);
     let mut sentences = worse(&old, new);
     let built = |arch: &str| nvcc.archs.iter().any(|built| arch == format!("sm_{built}"));
     for (entry, arch) in old.keys().filter(|key| built(&key.1) && !new.contains_key(key)) {
-        sentences.push(format!("{entry} on {arch} is in the table alone: {REWRITE} drops it"));
+        sentences.push(format!("{entry} on {arch} is only in the table: {REWRITE} removes it"));
     }
     assert!(sentences.is_empty(), "\n{}\n", sentences.join("\n"));
     let better = new.iter().filter(|(key, row)| old[*key] != **row).count();
     if better > 0 {
-        eprintln!("{better} entries are better than docs/sass.tsv says: {REWRITE} keeps it so");
+        eprintln!("{better} entries are better than docs/sass.tsv: {REWRITE} records it");
     }
 }
 
-/// Heads of 2, several rows a lane or blocks a warp: forward, and both passes back.
+/// head_dim 2, several rows per lane or row blocks per warp: forward, dq, dk and dv.
 #[test]
-fn attention_of_narrow_heads_takes_few_instructions_a_pair() {
+fn attention_smallhead_takes_few_instructions_per_pair() {
     let Some((tool, nvcc)) = disassembler() else { return };
     let (_, pairs) = built(&tool);
-    for (name, several, [forward, back]) in [
+    for (name, several, [forward, backward]) in [
         ("attention_smallhead", [4, 4, 4], [7.0, 20.0]),
         ("attention_smallhead_tf32", [4, 4, 8], [3.0, 6.5]),
     ] {
@@ -277,14 +273,14 @@ fn attention_of_narrow_heads_takes_few_instructions_a_pair() {
             let passes = ["", "_backward_dq", "_backward_dkdv"].into_iter().zip(several);
             let entry = |(pass, rows)| (format!("{name}{pass}_2_{rows}_bf16"), arch.clone());
             let counted: Vec<_> = passes.map(|pass| pairs[&entry(pass)]).collect();
-            eprintln!("{name} on {arch}: instructions a pair {counted:.2?}");
+            eprintln!("{name} on {arch}: instructions per pair {counted:.2?}");
             assert!(counted[0] <= forward, "{name} on {arch}: {counted:?}");
-            assert!(counted[1] + counted[2] <= back, "{name} on {arch}: {counted:?}");
+            assert!(counted[1] + counted[2] <= backward, "{name} on {arch}: {counted:?}");
         }
     }
 }
 
-/// Compiles a kernel file for sm_90a from a patched source.
+/// Compiles a mutated kernel file for sm_90a.
 fn patched(nvcc: &Nvcc, name: &str, patch: impl Fn(String) -> String, flags: &[&str]) -> PathBuf {
     let folder = tempfile::tempdir().unwrap().keep();
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
@@ -303,7 +299,7 @@ fn patched(nvcc: &Nvcc, name: &str, patch: impl Fn(String) -> String, flags: &[&
 }
 
 #[test]
-fn a_spill_and_a_lost_vector_access_are_worse() {
+fn spills_and_lost_vector_accesses_are_worse() {
     let Some((tool, nvcc)) = disassembler() else { return };
     let judged = |patch: &dyn Fn(String) -> String, flags: &[&str]| {
         let fatbin = patched(&nvcc, "swiglu", patch, flags);
@@ -320,8 +316,8 @@ fn a_spill_and_a_lost_vector_access_are_worse() {
     let sentences = worse(&good, &spilling).join("\n");
     let key = ("swiglu_backward_bf16".to_string(), "sm_90a".to_string());
     let local = spilling[&key][2];
-    assert!(local > 0 && spilling[&key][1] > 0, "no spill was planted: {spilling:?}");
-    let sentence = format!("swiglu_backward_bf16 on sm_90a: local is {local}, and has to be 0");
+    assert!(local > 0 && spilling[&key][1] > 0, "the mutant does not spill: {spilling:?}");
+    let sentence = format!("swiglu_backward_bf16 on sm_90a: local is {local}, must be 0");
     assert!(sentences.contains(&sentence), "{sentences}");
 
     let scalar = judged(&|text| text.replace("inter % VEC<T> == 0", "false"), &[]);

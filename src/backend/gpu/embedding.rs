@@ -1,34 +1,35 @@
-//! The embedding, its gradient, and rows picked out: `kernels/embedding.cu`, `kernels/gather_rows.cu`.
+//! Embedding lookup, its gradient, and row gather: `kernels/embedding.cu`, `kernels/gather_rows.cu`.
 
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Address;
 use crate::dtype::Dtype;
 use crate::llama::ops::{Embedding, EmbeddingBackward, GatherRows};
 
-/// Ids are sorted by two digits of nine bits.
-pub(super) const MOST_VOCAB: usize = 1 << 18;
-const DIGITS: usize = 512;
-/// Rows that a block sorts.
+/// Vocabulary limit: ids are radix-sorted by two 9-bit digits.
+pub(super) const MAX_VOCAB: usize = 1 << 18;
+const RADIX: usize = 512;
+/// Rows per block of the sort.
 const TILE: usize = 1024;
-/// Sorted rows that are added up together.
+/// Sorted rows per partial sum.
 const CHUNK: usize = 64;
-/// Blocks at most: enough to fill any card.
-const BLOCKS: usize = 4096;
+/// Grid limit: enough blocks to fill any GPU.
+const MAX_BLOCKS: usize = 4096;
 
-/// Blocks of (columns, rows at once) threads, for `rows` rows of `hidden` columns taken `full` at a
-/// time where they can be.
-fn shape(rows: usize, hidden: usize, full: usize) -> LaunchShape {
-    let pieces = if hidden.is_multiple_of(full) { hidden / full } else { hidden };
-    let width = pieces.next_power_of_two().min(256);
-    let at_once = 256 / width;
+/// Launch of (columns, rows) threads for `rows` rows of `hidden` columns, `vec_len` per thread if hidden
+/// allows it.
+fn shape(rows: usize, hidden: usize, vec_len: usize) -> LaunchShape {
+    let vectors = if hidden.is_multiple_of(vec_len) { hidden / vec_len } else { hidden };
+    let width = vectors.next_power_of_two().min(256);
+    let rows_per_block = 256 / width;
     LaunchShape {
-        grid: [rows.div_ceil(at_once).min(BLOCKS), 1, 1],
-        block: [width, at_once, 1],
+        grid: [rows.div_ceil(rows_per_block).min(MAX_BLOCKS), 1, 1],
+        block: [width, rows_per_block, 1],
         shared: 0,
     }
 }
 
-fn full(dtype: Dtype) -> usize {
+/// Elements of a 16-byte access.
+fn vec_len(dtype: Dtype) -> usize {
     16 / dtype.size()
 }
 
@@ -41,34 +42,35 @@ pub(super) fn forward(ctx: &mut LaunchContext, o: &Embedding) -> anyhow::Result<
         int(rows),
         int(hidden),
     ];
-    ctx.launch_for_dtype("embedding", shape(rows, hidden, full(ctx.dtype)), &args)
+    ctx.launch_for_dtype("embedding", shape(rows, hidden, vec_len(ctx.dtype)), &args)
 }
 
-/// Two orders, the counts of each tile's digits, two partial sums a chunk.
-fn pieces(rows: usize, hidden: usize) -> [usize; 4] {
-    let counts = 4 * DIGITS * rows.div_ceil(TILE);
+/// Two orders, the digit counts of each tile, two partial sums per chunk.
+fn scratch_bytes(rows: usize, hidden: usize) -> [usize; 4] {
+    let counts = 4 * RADIX * rows.div_ceil(TILE);
     [4 * rows, 4 * rows, counts, 4 * 2 * hidden * rows.div_ceil(CHUNK)]
 }
 
 pub(super) fn workspace(o: &EmbeddingBackward, rows: usize) -> usize {
-    scratch(pieces(rows, o.table.cols))
+    scratch(scratch_bytes(rows, o.table.cols))
 }
 
 pub(super) fn backward(ctx: &mut LaunchContext, o: &EmbeddingBackward) -> anyhow::Result<()> {
     let (rows, hidden) = (ctx.len(o.ids), o.table.cols);
-    let [one, other, counts, partials] = pieces(rows, hidden).map(|bytes| ctx.scratch_alloc(bytes));
+    let [order_a, order_b, counts, partials] =
+        scratch_bytes(rows, hidden).map(|bytes| ctx.scratch_alloc(bytes));
     let ids = ctx.ptr(o.ids);
     let tiles = rows.div_ceil(TILE);
     let counts = if tiles > 1 { counts } else { Address::NULL };
-    let passes: &[usize] = if o.table.rows <= DIGITS { &[0] } else { &[0, 9] };
+    let passes: &[usize] = if o.table.rows <= RADIX { &[0] } else { &[0, 9] };
     let mut order = Address::NULL;
     for &shift in passes {
-        let tiled = LaunchShape::linear(tiles, DIGITS);
+        let tiled = LaunchShape::linear(tiles, RADIX);
         if tiles > 1 {
             let args = [ids.into(), order.into(), counts.into(), int(rows), int(shift)];
             ctx.launch("embedding_sort_histogram", tiled, &args)?;
         }
-        let sorted = if order == one { other } else { one };
+        let sorted = if order == order_a { order_b } else { order_a };
         let args = [ids.into(), order.into(), counts.into(), sorted.into(), int(rows), int(shift)];
         ctx.launch("embedding_sort_scatter", tiled, &args)?;
         order = sorted;
@@ -99,5 +101,5 @@ pub(super) fn gather_rows(ctx: &mut LaunchContext, o: &GatherRows) -> anyhow::Re
         int(o.seq_len),
         int(hidden),
     ];
-    ctx.launch_for_dtype("gather_rows", LaunchShape::linear(o.batch.min(BLOCKS), 256), &args)
+    ctx.launch_for_dtype("gather_rows", LaunchShape::linear(o.batch.min(MAX_BLOCKS), 256), &args)
 }

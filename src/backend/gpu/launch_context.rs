@@ -38,7 +38,7 @@ impl Control {
     pub fn new(at: Address) -> Self {
         Self { at }
     }
-    /// The layout of `Record` in `kernels/step_queue.cu`; `begin` is the offset of the run's window
+    /// The layout of `StepRecord` in `kernels/step_queue.cu`; `begin` is the offset of the run's window
     /// indices.
     pub fn bytes(hyperparams: &StepHyperparams, loss_scale: f64, begin: u32) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];

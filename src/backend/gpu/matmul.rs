@@ -1,4 +1,4 @@
-//! The linear layers: products of the device, without kernels of our own.
+//! Linear layers: matmuls of the device, no kernels of our own.
 
 use super::launch_context::LaunchContext;
 use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
@@ -16,7 +16,7 @@ pub(super) fn backward_input(
     ctx.matmul(dy, ctx.weight_matrix(o.w), dx, false)
 }
 
-/// Accumulated in f32: the gradient's own type.
+/// Accumulates in f32, the dtype of gradients.
 pub(super) fn backward_weight(
     ctx: &mut LaunchContext,
     o: &LinearBackwardWeight,

@@ -46,13 +46,13 @@ pub enum Mode {
 
 /// Choice of the attention kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attention {
+pub enum AttentionChoice {
     /// The fastest kernel for the shape.
     Auto,
     /// `Auto`, without tensor cores if head_dim is at most 8.
-    Scalar,
+    NoTensorCores,
     /// The kernel that supports every shape.
-    Plain,
+    Generic,
 }
 
 /// Options of a GPU backend.
@@ -62,8 +62,8 @@ pub struct Options {
     pub dtype: Dtype,
     pub mode: Mode,
     /// LM head by matmuls and logits in memory, whatever the shape.
-    pub plain_head: bool,
-    pub attention: Attention,
+    pub generic_lm_head: bool,
+    pub attention: AttentionChoice,
     /// Limit of the token file in device memory, in bytes; half of the free memory by default. From a
     /// larger file the host gathers batches, a few steps ahead.
     pub max_resident_bytes: Option<u64>,
@@ -75,8 +75,8 @@ impl Options {
         Options {
             dtype,
             mode: Mode::Eager,
-            plain_head: false,
-            attention: Attention::Auto,
+            generic_lm_head: false,
+            attention: AttentionChoice::Auto,
             max_resident_bytes: None,
         }
     }

@@ -1,28 +1,28 @@
-//! RMSNorm there and back: `kernels/rms_norm.cu`.
+//! RMSNorm forward and backward: `kernels/rms_norm.cu`.
 
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Address;
 use crate::dtype::Dtype;
 use crate::llama::ops::{RmsNorm, RmsNormBackward};
 
-/// Blocks of the backward at most: each leaves a share of dweight, and the second stage adds them.
-const SHARES: usize = 264;
-/// Blocks of the forward at most: enough to fill any card.
-const BLOCKS: usize = 2048;
+/// Grid limit of the backward: each block stores a partial sum of dweight for the second pass to add.
+const MAX_PARTIALS: usize = 264;
+/// Grid limit of the forward: enough blocks to fill any GPU.
+const MAX_BLOCKS: usize = 2048;
 
-/// (threads a row, rows at once): a thread takes 16 bytes at a time where rows allow it.
+/// (threads per row, rows per block): a thread takes 16 bytes at a time if the hidden size allows it.
 fn block(hidden: usize, dtype: Dtype) -> (usize, usize) {
-    let full = 16 / dtype.size();
-    let pieces = if hidden.is_multiple_of(full) { hidden / full } else { hidden };
-    let width = pieces.next_power_of_two().min(256);
+    let vec_len = 16 / dtype.size();
+    let vectors = if hidden.is_multiple_of(vec_len) { hidden / vec_len } else { hidden };
+    let width = vectors.next_power_of_two().min(256);
     (width, 256 / width)
 }
 
 pub(super) fn forward(ctx: &mut LaunchContext, o: &RmsNorm) -> anyhow::Result<()> {
     let (rows, hidden) = (ctx.len(o.rstd), o.weight.cols);
-    let (width, at_once) = block(hidden, ctx.dtype);
-    let grid = rows.div_ceil(at_once).min(BLOCKS);
-    let shape = LaunchShape { grid: [grid, 1, 1], block: [width, at_once, 1], shared: 0 };
+    let (width, rows_per_block) = block(hidden, ctx.dtype);
+    let grid = rows.div_ceil(rows_per_block).min(MAX_BLOCKS);
+    let shape = LaunchShape { grid: [grid, 1, 1], block: [width, rows_per_block, 1], shared: 0 };
     let (residual, sum) = match o.add {
         Some(add) => (ctx.ptr(add.residual), ctx.ptr(add.sum)),
         None => (Address::NULL, Address::NULL),
@@ -41,24 +41,24 @@ pub(super) fn forward(ctx: &mut LaunchContext, o: &RmsNorm) -> anyhow::Result<()
     ctx.launch_for_dtype("rms_norm", shape, &args)
 }
 
-fn shares(rows: usize, at_once: usize) -> usize {
-    rows.div_ceil(at_once).min(SHARES)
+fn partial_blocks(rows: usize, rows_per_block: usize) -> usize {
+    rows.div_ceil(rows_per_block).min(MAX_PARTIALS)
 }
 
 pub(super) fn workspace(o: &RmsNormBackward, rows: usize, dtype: Dtype) -> usize {
-    let (_, at_once) = block(o.weight.cols, dtype);
-    scratch([4 * shares(rows, at_once) * o.weight.cols])
+    let (_, rows_per_block) = block(o.weight.cols, dtype);
+    scratch([4 * partial_blocks(rows, rows_per_block) * o.weight.cols])
 }
 
 pub(super) fn backward(ctx: &mut LaunchContext, o: &RmsNormBackward) -> anyhow::Result<()> {
     let (rows, hidden) = (ctx.len(o.rstd), o.weight.cols);
-    let (width, at_once) = block(hidden, ctx.dtype);
-    let grid = shares(rows, at_once);
+    let (width, rows_per_block) = block(hidden, ctx.dtype);
+    let grid = partial_blocks(rows, rows_per_block);
     let partials = ctx.scratch_alloc(4 * grid * hidden);
     let shape = LaunchShape {
         grid: [grid, 1, 1],
-        block: [width, at_once, 1],
-        shared: 4 * at_once * hidden,
+        block: [width, rows_per_block, 1],
+        shared: 4 * rows_per_block * hidden,
     };
     let args = [
         ctx.ptr(o.x).into(),

@@ -15,7 +15,7 @@ use crate::tokens::{Places, TokenFile, Windows};
 
 /// Capacity of the queue, in runs.
 pub(super) const MAX_QUEUED_RUNS: usize = 256;
-/// Size of `Outcome` in `kernels/step_queue.cu`.
+/// Size of `StepResult` in `kernels/step_queue.cu`.
 const RESULT_BYTES: usize = 16;
 /// Initial loss scale of f16, that of PyTorch's GradScaler.
 const INITIAL_LOSS_SCALE: f32 = 65536.0;

@@ -1,24 +1,24 @@
-//! Rotary embedding with the split into heads, and back: `kernels/rope.cu`.
+//! RoPE with the split into heads, forward and backward: `kernels/rope.cu`.
 
 use super::launch_context::{LaunchContext, LaunchShape, sizes};
 use crate::device::{Address, Arg};
 use crate::llama::ops::{AttentionShape, Rope, RopeBackward};
 
-/// Blocks at most: enough to fill any card.
-const BLOCKS: usize = 4096;
+/// Grid limit: enough blocks to fill any GPU.
+const MAX_BLOCKS: usize = 4096;
 
 /// `[positions, head_dim / 2, 2]` in f32: cosine and sine of `position * frequency`, from f64.
 pub(super) fn table(positions: usize, frequencies: &[f64]) -> Vec<u8> {
     let angles =
         (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
-    let turns = angles.flat_map(|angle| [angle.cos() as f32, angle.sin() as f32]);
-    turns.flat_map(f32::to_le_bytes).collect()
+    let cos_sin = angles.flat_map(|angle| [angle.cos() as f32, angle.sin() as f32]);
+    cos_sin.flat_map(f32::to_le_bytes).collect()
 }
 
-/// 32 pieces of a head's columns by 8 heads.
+/// 32 vectors of a head by 8 heads per block.
 fn shape(heads: &AttentionShape) -> LaunchShape {
     let strips = (heads.seq_len * heads.head_dim / 2).div_ceil(32);
-    let grid = (heads.batch * strips).min(BLOCKS);
+    let grid = (heads.batch * strips).min(MAX_BLOCKS);
     LaunchShape { grid: [grid, 1, 1], block: [32, 8, 1], shared: 0 }
 }
 

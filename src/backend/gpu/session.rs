@@ -116,7 +116,7 @@ fn launch_op(ctx: &mut LaunchContext, op: &Op) -> anyhow::Result<()> {
         Op::RopeBackward(o) => rope::backward(ctx, o),
         Op::Attention(o) => attention::forward(ctx, o),
         Op::AttentionBackward(o) => attention::backward(ctx, o),
-        Op::AttentionDecode(o) => attention::cached(ctx, o),
+        Op::AttentionDecode(o) => attention::decode(ctx, o),
         Op::SwiGlu(o) => swiglu::forward(ctx, o),
         Op::SwiGluBackward(o) => swiglu::backward(ctx, o),
         Op::FusedLinearCrossEntropy(o) => lm_head::loss(ctx, o),
@@ -403,9 +403,9 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
     }
     for op in &program.ops {
         let (what, size, most) = match op {
-            Op::Attention(o) => ("`head_dim`", o.shape.head_dim, attention::MOST_HEAD_DIM),
-            Op::AttentionDecode(o) => ("`head_dim`", o.shape.head_dim, attention::MOST_HEAD_DIM),
-            Op::EmbeddingBackward(o) => ("`vocab_size`", o.table.rows, embedding::MOST_VOCAB),
+            Op::Attention(o) => ("`head_dim`", o.shape.head_dim, attention::MAX_HEAD_DIM),
+            Op::AttentionDecode(o) => ("`head_dim`", o.shape.head_dim, attention::MAX_HEAD_DIM),
+            Op::EmbeddingBackward(o) => ("`vocab_size`", o.table.rows, embedding::MAX_VOCAB),
             _ => continue,
         };
         if size > most {

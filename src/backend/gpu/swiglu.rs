@@ -1,19 +1,19 @@
-//! SwiGLU there and back: `kernels/swiglu.cu`.
+//! SwiGLU forward and backward: `kernels/swiglu.cu`.
 
 use super::launch_context::{LaunchContext, LaunchShape, int};
 use crate::dtype::Dtype;
 use crate::llama::ops::{SwiGlu, SwiGluBackward};
 
-/// Blocks along the rows at most: enough to fill any card.
-const BLOCKS: usize = 2048;
+/// Grid limit along the rows: enough blocks to fill any GPU.
+const MAX_ROW_BLOCKS: usize = 2048;
 
 fn shape(rows: usize, inter: usize, dtype: Dtype) -> LaunchShape {
-    let full = 16 / dtype.size();
-    let pieces = if inter.is_multiple_of(full) { inter / full } else { inter };
-    let width = pieces.next_power_of_two().min(256);
-    let at_once = 256 / width;
-    let grid = [pieces.div_ceil(width), rows.div_ceil(at_once).min(BLOCKS), 1];
-    LaunchShape { grid, block: [width, at_once, 1], shared: 0 }
+    let vec_len = 16 / dtype.size();
+    let vectors = if inter.is_multiple_of(vec_len) { inter / vec_len } else { inter };
+    let width = vectors.next_power_of_two().min(256);
+    let rows_per_block = 256 / width;
+    let grid = [vectors.div_ceil(width), rows.div_ceil(rows_per_block).min(MAX_ROW_BLOCKS), 1];
+    LaunchShape { grid, block: [width, rows_per_block, 1], shared: 0 }
 }
 
 pub(super) fn forward(ctx: &mut LaunchContext, o: &SwiGlu) -> anyhow::Result<()> {

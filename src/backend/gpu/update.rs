@@ -1,24 +1,24 @@
-//! Norm of the gradients and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
+//! Gradient norm and AdamW: `kernels/grad_norm.cu`, `kernels/adamw.cu`.
 
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Arg;
 use crate::dtype::Dtype;
 use crate::llama::ops::{AdamWStep, GradNorm};
 
-/// Blocks of the first stage of the norm. The order of the sum is that of the launch, and must not
-/// depend on the card.
-const BLOCKS: usize = 1024;
-/// Elements of a chunk of AdamW.
-const CHUNK: usize = 4096;
-/// Bytes of `Rates` in `kernels/adamw.cu`.
-const RATES: usize = 24;
+/// Grid limit of the partial sums of the norm. The order of the sum is fixed by the launch, which must not
+/// depend on the GPU.
+const MAX_BLOCKS: usize = 1024;
+/// Elements per chunk of AdamW.
+const CHUNK_ELEMENTS: usize = 4096;
+/// Size of `StepParams` in `kernels/adamw.cu`.
+const STEP_PARAMS_BYTES: usize = 24;
 
 pub(super) fn zero_grad(ctx: &mut LaunchContext) -> anyhow::Result<()> {
     ctx.device.memset(ctx.arenas.gradients, 0, 4 * ctx.arenas.len)
 }
 
 fn blocks(len: usize) -> usize {
-    len.div_ceil(4 * 256).min(BLOCKS)
+    len.div_ceil(4 * 256).min(MAX_BLOCKS)
 }
 
 pub(super) fn norm_workspace(len: usize) -> usize {
@@ -35,15 +35,18 @@ pub(super) fn grad_norm(ctx: &mut LaunchContext, o: &GradNorm) -> anyhow::Result
     ctx.launch("grad_norm", LaunchShape::linear(1, 256), &args)
 }
 
-/// The ranges cut into chunks: start, count, decay.
+/// Chunks of the ranges: start, count, weight decay.
 fn chunks(o: &AdamWStep) -> impl Iterator<Item = (usize, usize, f64)> {
     o.ranges.iter().flat_map(|(range, decay)| {
         let end = range.end;
-        range.clone().step_by(CHUNK).map(move |start| (start, CHUNK.min(end - start), *decay))
+        range
+            .clone()
+            .step_by(CHUNK_ELEMENTS)
+            .map(move |start| (start, CHUNK_ELEMENTS.min(end - start), *decay))
     })
 }
 
-/// `Chunk`s as `kernels/adamw.cu` has them.
+/// Chunks in the layout of `Chunk` in `kernels/adamw.cu`.
 pub(super) fn table(o: &AdamWStep) -> Vec<u8> {
     let bytes = |(start, count, decay): (usize, usize, f64)| {
         [(start as u64).to_le_bytes(), (count as u64).to_le_bytes(), decay.to_le_bytes()].concat()
@@ -52,17 +55,17 @@ pub(super) fn table(o: &AdamWStep) -> Vec<u8> {
 }
 
 pub(super) fn adamw_workspace() -> usize {
-    scratch([RATES])
+    scratch([STEP_PARAMS_BYTES])
 }
 
 pub(super) fn adamw(ctx: &mut LaunchContext, o: &AdamWStep) -> anyhow::Result<()> {
-    let rates = ctx.scratch_alloc(RATES);
+    let params = ctx.scratch_alloc(STEP_PARAMS_BYTES);
     let args = [
         ctx.control.learning_rate().into(),
         ctx.control.step().into(),
         ctx.ptr(o.norm).into(),
         ctx.scaling.into(),
-        rates.into(),
+        params.into(),
         (o.max_grad_norm as f32).into(),
         o.beta1.into(),
         o.beta2.into(),
@@ -82,7 +85,7 @@ pub(super) fn adamw(ctx: &mut LaunchContext, o: &AdamWStep) -> anyhow::Result<()
     if ctx.dtype != Dtype::F32 {
         args.push(arenas.weights.into());
     }
-    args.extend([Arg::from(ctx.constant_table()), rates.into()]);
+    args.extend([Arg::from(ctx.constant_table()), params.into()]);
     args.extend([o.beta1, o.beta2, o.epsilon].map(Arg::from));
     ctx.launch_for_dtype("adamw", LaunchShape::linear(count, 256), &args)
 }
