@@ -4,9 +4,9 @@
 //
 // Warps are independent. A lane owns ROWS stationary rows, 32 apart; the streamed rows (K/V in
 // forward and dq, Q/dO in dk and dv) come in tiles of 32, one loaded by each lane while the
-// previous tile is processed, and are broadcast from member memory to all lanes. Exponentials are
+// previous tile is processed, and are broadcast from shared memory to all lanes. Exponentials are
 // base 2, with log2(e) / sqrt(head_dim) folded into q (or k); the initial value of the dot product
-// is minus the shift (running maximum) or minus the log-sum-exp. Instructions per query-key rows_j
+// is minus the shift (running maximum) or minus the log-sum-exp. Instructions per query-key pair
 // at head_dim D:
 //
 //     forward      D fma, ex2, add, D fma                           2 D + 2
@@ -17,7 +17,7 @@
 //
 // The shift need not be the maximum score, only close to it, since f32 is as accurate at 2^60 as at
 // 1. So a whole tile takes the fast path (no running maximum) if |q| max |k| proves that no
-// exponent exceeds MAX_EXPONENT; otherwise, and where a row is_visible its first or last key, it
+// exponent exceeds MAX_EXPONENT; otherwise, and where a row sees its first or last key, it
 // takes the online-softmax path: two passes over the tile.
 //
 // Launch: see each entry. Pointers are aligned to 32 bytes.
@@ -148,12 +148,12 @@ struct Forward : Queries<D, ROWS> {
     __device__ void add_unmasked(const RowPair<D> *tile) {
 #pragma unroll 4
         for (int j = 0; j < WARP_SIZE; j++) {
-            const RowPair<D> rows_j = tile[j];
+            const RowPair<D> pair = tile[j];
 #pragma unroll
             for (int r = FROM; r < ROWS; r++) {
-                const float p = ex2_approx(dot<D>(-shift[r], this->q[r], rows_j.at));
+                const float p = ex2_approx(dot<D>(-shift[r], this->q[r], pair.at));
                 sum[r] += p;
-                axpy<D>(out[r], p, rows_j.at + D);
+                axpy<D>(out[r], p, pair.at + D);
             }
         }
     }
@@ -166,10 +166,10 @@ struct Forward : Queries<D, ROWS> {
         for (int r = FROM; r < TO; r++) new_max[r] = shift[r];
 #pragma unroll 2
         for (int j = 0; j < WARP_SIZE; j++) {
-            const RowPair<D> rows_j = tile[j];
+            const RowPair<D> pair = tile[j];
 #pragma unroll
             for (int r = FROM; r < TO; r++) {
-                const float score = dot<D>(0.0f, this->q[r], rows_j.at);
+                const float score = dot<D>(0.0f, this->q[r], pair.at);
                 if (this->is_visible(r, first_key + j)) new_max[r] = fmaxf(new_max[r], score);
             }
         }
@@ -185,13 +185,13 @@ struct Forward : Queries<D, ROWS> {
         }
 #pragma unroll 2
         for (int j = 0; j < WARP_SIZE; j++) {
-            const RowPair<D> rows_j = tile[j];
+            const RowPair<D> pair = tile[j];
 #pragma unroll
             for (int r = FROM; r < TO; r++) {
-                const float p = ex2_approx(dot<D>(-shift[r], this->q[r], rows_j.at));
+                const float p = ex2_approx(dot<D>(-shift[r], this->q[r], pair.at));
                 if (this->is_visible(r, first_key + j)) {
                     sum[r] += p;
-                    axpy<D>(out[r], p, rows_j.at + D);
+                    axpy<D>(out[r], p, pair.at + D);
                 }
             }
         }
@@ -218,10 +218,10 @@ struct Prefetch {
     // On return all lanes have left the previous tile, and see this one.
     __device__ void store_tile(RowPair<D> *tile) const {
         __syncwarp();
-        RowPair<D> rows_j;
+        RowPair<D> pair;
 #pragma unroll
-        for (int c = 0; c < 2 * D; c++) rows_j.at[c] = at[c];
-        tile[threadIdx.x % WARP_SIZE] = rows_j;
+        for (int c = 0; c < 2 * D; c++) pair.at[c] = at[c];
+        tile[threadIdx.x % WARP_SIZE] = pair;
         __syncwarp();  // mutant: tile_read_early
     }
 };
@@ -300,12 +300,12 @@ struct BackwardDq : Queries<D, ROWS> {
     __device__ void add(const RowPair<D> *tile, int first_key) {
 #pragma unroll 4
         for (int j = 0; j < WARP_SIZE; j++) {
-            const RowPair<D> rows_j = tile[j];
+            const RowPair<D> pair = tile[j];
 #pragma unroll
             for (int r = FROM; r < TO; r++) {
-                float p = ex2_approx(dot<D>(-lse[r], this->q[r], rows_j.at));
+                float p = ex2_approx(dot<D>(-lse[r], this->q[r], pair.at));
                 if (MASKED && !this->is_visible(r, first_key + j)) p = 0.0f;
-                axpy<D>(dq[r], p * dot<D>(-delta[r], dout[r], rows_j.at + D), rows_j.at);
+                axpy<D>(dq[r], p * dot<D>(-delta[r], dout[r], pair.at + D), pair.at);
             }
         }
     }
@@ -397,16 +397,16 @@ struct BackwardDkdv {
     __device__ void add(const RowPair<D> *tile, const RowStats *stats, int first_query) {
 #pragma unroll 4
         for (int j = 0; j < WARP_SIZE; j++) {
-            const RowPair<D> rows_j = tile[j];
+            const RowPair<D> pair = tile[j];
             const float lse = stats[j].lse, delta = stats[j].delta;
 #pragma unroll
             for (int r = FROM; r < TO; r++) {
-                float p = ex2_approx(dot<D>(-lse, k[r], rows_j.at));
+                float p = ex2_approx(dot<D>(-lse, k[r], pair.at));
                 if (MASKED && !(stats[j].from <= row(r) && row(r) <= first_query + j)) {
                     p = 0.0f;
                 }
-                axpy<D>(dv[r], p, rows_j.at + D);
-                axpy<D>(dk[r], p * dot<D>(-delta, v[r], rows_j.at + D), rows_j.at);
+                axpy<D>(dv[r], p, pair.at + D);
+                axpy<D>(dk[r], p * dot<D>(-delta, v[r], pair.at + D), pair.at);
             }
         }
     }
