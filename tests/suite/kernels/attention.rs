@@ -432,8 +432,8 @@ fn attention_on_tensor_cores_goes_back() {
 }
 
 #[test]
-fn the_product_of_out_and_its_gradient_is_right() {
-    let Some(module) = module("attention_generic") else { return };
+fn attention_delta_matches_f64() {
+    let Some(module) = module("attention_delta") else { return };
     for dtype in DTYPES {
         for (dims, width) in [([2, 3, 4, 1, 2], 1), ([1, 5, 3, 1, 17], 8), ([2, 2, 1, 1, 128], 16)]
         {
