@@ -6,7 +6,7 @@ use crate::fault::Place;
 use crate::registers::{WARP, lanes_of};
 
 #[derive(Clone, Copy)]
-pub(crate) struct Copy {
+pub(crate) struct PendingCopy {
     pub to: u64,
     pub from: u64,
     pub size: u8,
@@ -21,7 +21,7 @@ pub(crate) struct Copy {
 /// The copies of a warp that have not landed, by thread and in order.
 #[derive(Default)]
 pub(crate) struct Copies {
-    pub pending: Box<[VecDeque<Copy>; WARP]>,
+    pub pending: Box<[VecDeque<PendingCopy>; WARP]>,
     pub committed: [u64; WARP],
 }
 

@@ -20,11 +20,11 @@ struct Inner {
     id: u64,
     decoded: Decoded,
     /// By function, computed when an entry is first asked for it.
-    entries: Vec<OnceLock<Entry>>,
+    entries: Vec<OnceLock<EntryNeeds>>,
 }
 
 /// What an entry and all it calls need.
-struct Entry {
+struct EntryNeeds {
     layout: SharedLayout,
     /// It has atomics on memory that blocks share.
     atomics: bool,
@@ -81,8 +81,8 @@ impl Module {
 }
 
 impl Inner {
-    fn entry(&self, index: usize) -> &Entry {
-        self.entries[index].get_or_init(|| Entry {
+    fn entry(&self, index: usize) -> &EntryNeeds {
+        self.entries[index].get_or_init(|| EntryNeeds {
             layout: self.decoded.shared_layout(index),
             atomics: self.decoded.has_global_atomics(index),
         })
@@ -183,7 +183,7 @@ impl Kernel {
         options: &Options,
     ) -> Result<Stats, Box<Fault>> {
         let code = self.code();
-        let Entry { layout, atomics } = self.module.entry(self.index);
+        let EntryNeeds { layout, atomics } = self.module.entry(self.index);
         self.check_shape(config, options, layout)?;
         let mut options = *options;
         if options.check == Check::Races {

@@ -49,43 +49,52 @@ impl TensorCore {
     }
 }
 
-/// A factor of an mma: signed significands and exponents, by row and column.
-pub(crate) struct Factor<const R: usize, const C: usize> {
+/// Bits of a factor of an mma, by row and column, each in the low bits of a word.
+pub(crate) type Bits<const R: usize, const C: usize> = [[u32; C]; R];
+
+/// A factor taken apart: signed significands and exponents.
+struct Factor<const R: usize, const C: usize> {
     significands: [[i32; C]; R],
     exponents: [[i32; C]; R],
     finite: bool,
 }
 
+// Integer arithmetic wraps here though it never overflows: checks would keep the loops from being
+// vectorised. Closures would be compiled without the caller's instruction set.
 impl<const R: usize, const C: usize> Factor<R, C> {
-    /// A matrix of zeros.
-    pub fn new() -> Factor<R, C> {
-        Factor { significands: [[0; C]; R], exponents: [[ZERO; C]; R], finite: true }
-    }
-
-    /// Sets an element from its bits in a type; of tf32 the upper 19 count.
     #[inline(always)]
-    pub fn set(&mut self, row: usize, column: usize, ty: MmaType, bits: u32) {
-        let (exponent_bits, fraction_bits, bits) = match ty {
-            MmaType::F16 => (5, 10, bits),
-            MmaType::Bf16 => (8, 7, bits),
-            MmaType::Tf32 => (8, 10, bits >> 13),
+    fn of(bits: &Bits<R, C>, ty: MmaType) -> Factor<R, C> {
+        // Of tf32 the upper 19 bits count.
+        let (unused, exponent_bits, fraction_bits) = match ty {
+            MmaType::F16 => (0, 5, 10),
+            MmaType::Bf16 => (0, 8, 7),
+            MmaType::Tf32 => (13, 8, 10),
         };
         let most = (1u32 << exponent_bits) - 1;
-        let field = bits >> fraction_bits & most;
-        let fraction = (bits & ((1 << fraction_bits) - 1)) << (FACTOR_BITS - fraction_bits);
-        let hidden = u32::from(field != 0) << FACTOR_BITS;
-        let negative = bits >> (fraction_bits + exponent_bits) & 1 == 1;
-        let mut significand = (hidden | fraction) as i32;
-        let mut exponent = field.max(1) as i32 - (most / 2) as i32;
-        if significand == 0 {
-            exponent = ZERO;
+        let bias = (most / 2) as i32;
+        let mut factor = Factor { significands: [[0; C]; R], exponents: [[0; C]; R], finite: true };
+        let mut special = 0;
+        for row in 0..R {
+            for column in 0..C {
+                let bits = bits[row][column].wrapping_shr(unused);
+                let field = bits.wrapping_shr(fraction_bits) & most;
+                let fraction =
+                    (bits & ((1 << fraction_bits) - 1)).wrapping_shl(FACTOR_BITS - fraction_bits);
+                let hidden = u32::from(field != 0) << FACTOR_BITS;
+                let sign = 0i32
+                    .wrapping_sub((bits.wrapping_shr(fraction_bits + exponent_bits) & 1) as i32);
+                let infinite = u32::from(fraction == 0);
+                let is_special = field == most;
+                special |= u32::from(is_special);
+                let significand = if is_special { infinite } else { hidden | fraction } as i32;
+                let exponent = (field.max(1) as i32).wrapping_sub(bias);
+                let exponent = if significand == 0 { ZERO } else { exponent };
+                factor.significands[row][column] = (significand ^ sign).wrapping_sub(sign);
+                factor.exponents[row][column] = if is_special { SPECIAL } else { exponent };
+            }
         }
-        if field == most {
-            (significand, exponent) = (i32::from(fraction == 0), SPECIAL);
-            self.finite = false;
-        }
-        self.significands[row][column] = if negative { -significand } else { significand };
-        self.exponents[row][column] = exponent;
+        factor.finite = special == 0;
+        factor
     }
 
     /// An element as far as infinities and NaN go: a finite one only keeps its sign.
@@ -99,96 +108,114 @@ impl<const R: usize, const C: usize> Factor<R, C> {
     }
 }
 
-/// Rounds toward zero to f32; what is too large becomes infinite.
-#[inline(always)]
-fn truncate(x: f64) -> f32 {
-    if x.abs() < f64::from(f32::MIN_POSITIVE) {
-        let units = (x.abs() * 2f64.powi(149)) as u32;
-        return f32::from_bits(units).copysign(x as f32);
-    }
-    // What is left after clearing the bits below f32's last one converts exactly.
-    f64::from_bits(x.to_bits() & !0x1FFF_FFFF) as f32
+/// Rounds a number below f32's normal range toward zero.
+fn truncate_subnormal(x: f64) -> f32 {
+    let units = (x.abs() * 2f64.powi(149)) as u32;
+    f32::from_bits(units).copysign(x as f32)
 }
 
-/// One k-group: `group` products for each element of a row of C.
+/// One k-group of a row of C: the products of columns `from` to `to` of A.
 #[inline(always)]
 fn add_products(
     core: TensorCore,
-    (a, a_exponents): (&[i32], &[i32]),
-    (b, b_exponents): (&[[i32; N]], &[[i32; N]]),
+    (a, a_exponents): (&[i32; MAX_K], &[i32; MAX_K]),
+    (b, b_exponents): (&[[i32; N]; MAX_K], &[[i32; N]; MAX_K]),
+    (from, to): (usize, usize),
     c: [f32; N],
     half: bool,
 ) -> [f32; N] {
     let least = if half { -14 } else { -126 };
-    let (mut c_significand, mut c_exponent) = ([0u32; N], [0i32; N]);
+    let floor = least - core.headroom;
+    let (mut c_significand, mut c_exponent, mut top) = ([0u32; N], [0i32; N], [0i32; N]);
     for j in 0..N {
         let bits = c[j].to_bits();
         let field = (bits >> 23 & 0xFF) as i32;
         let significand = bits & 0x7F_FFFF | u32::from(field != 0) << 23;
+        let own = field.max(1).wrapping_sub(127);
         // An f16 below its normal range is not normalised.
-        let exponent = (field.max(1) - 127).max(least);
-        let shift = exponent - (field.max(1) - 127);
-        c_significand[j] = significand >> shift.min(31);
+        let exponent = own.max(least);
+        c_significand[j] = significand.wrapping_shr(exponent.wrapping_sub(own).min(31) as u32);
         c_exponent[j] = if significand == 0 { ZERO } else { exponent };
+        top[j] = c_exponent[j].max(floor);
     }
-    let mut top = c_exponent.map(|exponent| exponent.max(least - core.headroom));
-    for (&a_exponent, b_exponents) in a_exponents.iter().zip(b_exponents) {
+    for k in from..to {
         for j in 0..N {
-            top[j] = top[j].max(a_exponent + b_exponents[j]);
+            top[j] = top[j].max(a_exponents[k].wrapping_add(b_exponents[k][j]));
         }
     }
     // Eight products of 27 bits fit an i32.
     let mut sums = [[0i32; N]; 2];
-    for (k, (&a, b)) in a.iter().zip(b).enumerate() {
-        let b_exponents = &b_exponents[k];
+    for k in from..to {
         let sum = &mut sums[k / 8];
         for j in 0..N {
-            let product = a * b[j];
-            let shift = (top[j] - a_exponents[k] - b_exponents[j]).min(31) as u32;
-            let aligned = product.unsigned_abs() << (core.fraction_bits - 2 * FACTOR_BITS) >> shift;
+            let product = a[k].wrapping_mul(b[k][j]);
+            let below = top[j].wrapping_sub(a_exponents[k]).wrapping_sub(b_exponents[k][j]);
+            let aligned = product
+                .unsigned_abs()
+                .wrapping_shl(core.fraction_bits - 2 * FACTOR_BITS)
+                .wrapping_shr(below.min(31) as u32) as i32;
             let sign = product >> 31;
-            sum[j] += (aligned as i32 ^ sign) - sign;
+            sum[j] = sum[j].wrapping_add((aligned ^ sign).wrapping_sub(sign));
         }
     }
-    let mut out = [0f32; N];
+    let (mut exact, mut out, mut least_seen) = ([0f64; N], [0f32; N], f64::INFINITY);
     for j in 0..N {
-        let shift = (top[j] - c_exponent[j]).min(31) as u32;
-        let aligned = (c_significand[j] << (core.fraction_bits - 23) >> shift) as i32;
+        let below = top[j].wrapping_sub(c_exponent[j]).min(31) as u32;
+        let aligned = c_significand[j].wrapping_shl(core.fraction_bits - 23).wrapping_shr(below);
         let sign = c[j].to_bits() as i32 >> 31;
-        let sum =
-            f64::from((aligned ^ sign) - sign) + f64::from(sums[0][j]) + f64::from(sums[1][j]);
-        let unit = f64::from_bits(((top[j] - core.fraction_bits as i32 + 1023) as u64) << 52);
-        out[j] =
-            if half { to_f16(sum * unit, Round::Nearest).to_f32() } else { truncate(sum * unit) };
+        let aligned = (aligned as i32 ^ sign).wrapping_sub(sign);
+        let sum = f64::from(aligned) + f64::from(sums[0][j]) + f64::from(sums[1][j]);
+        let exponent = top[j].wrapping_sub(core.fraction_bits as i32).wrapping_add(1023);
+        exact[j] = sum * f64::from_bits((exponent as u64) << 52);
+        // What is left after clearing the bits below f32's last one converts exactly.
+        out[j] = f64::from_bits(exact[j].to_bits() & !0x1FFF_FFFF) as f32;
+        least_seen = least_seen.min(exact[j].abs());
+    }
+    if half {
+        for j in 0..N {
+            out[j] = to_f16(exact[j], Round::Nearest).to_f32();
+        }
+    } else if least_seen < f64::from(f32::MIN_POSITIVE) {
+        for j in 0..N {
+            if exact[j].abs() < f64::from(f32::MIN_POSITIVE) {
+                out[j] = truncate_subnormal(exact[j]);
+            }
+        }
     }
     out
 }
 
 #[inline(always)]
-fn multiply_rows(
+fn multiply_any(
     core: TensorCore,
-    group: usize,
-    (a, b): (&Factor<M, MAX_K>, &Factor<MAX_K, N>),
+    ty: MmaType,
+    (a, b): (&Bits<M, MAX_K>, &Bits<MAX_K, N>),
     c: &mut [[f32; N]; M],
     k: usize,
     half: bool,
 ) {
-    for start in (0..k).step_by(group) {
-        let range = start..k.min(start + group);
+    let group = if ty == MmaType::Tf32 { core.group / 2 } else { core.group };
+    let (a, b) = (Factor::of(a, ty), Factor::of(b, ty));
+    for from in (0..k).step_by(group) {
+        let to = k.min(from + group);
         for (row, c) in c.iter_mut().enumerate() {
-            let finite = a.finite && b.finite && c.iter().all(|c| c.is_finite());
-            let a_row = (&a.significands[row][range.clone()], &a.exponents[row][range.clone()]);
-            let b_rows = (&b.significands[range.clone()], &b.exponents[range.clone()]);
-            let out = add_products(core, a_row, b_rows, *c, half);
-            for (j, (c, out)) in c.iter_mut().zip(out).enumerate() {
-                let class = if finite {
-                    0.0
-                } else {
-                    let products = range.clone().map(|k| a.class(row, k) * b.class(k, j));
-                    products.sum::<f64>() + f64::from(*c)
-                };
-                *c = if class.is_finite() { out } else { canonical(class as f32) };
+            let mut finite = a.finite && b.finite;
+            for c in &*c {
+                finite &= c.is_finite();
             }
+            let (a_row, b_rows) =
+                ((&a.significands[row], &a.exponents[row]), (&b.significands, &b.exponents));
+            let mut out = add_products(core, a_row, b_rows, (from, to), *c, half);
+            if !finite {
+                for (j, out) in out.iter_mut().enumerate() {
+                    let products = (from..to).map(|k| a.class(row, k) * b.class(k, j));
+                    let class = products.sum::<f64>() + f64::from(c[j]);
+                    if !class.is_finite() {
+                        *out = canonical(class as f32);
+                    }
+                }
+            }
+            *c = out;
         }
     }
 }
@@ -197,13 +224,13 @@ fn multiply_rows(
 #[target_feature(enable = "avx2")]
 fn multiply_avx2(
     core: TensorCore,
-    group: usize,
-    factors: (&Factor<M, MAX_K>, &Factor<MAX_K, N>),
+    ty: MmaType,
+    factors: (&Bits<M, MAX_K>, &Bits<MAX_K, N>),
     c: &mut [[f32; N]; M],
     k: usize,
     half: bool,
 ) {
-    multiply_rows(core, group, factors, c, k, half);
+    multiply_any(core, ty, factors, c, k, half);
 }
 
 /// c = a b + c as the tensor cores of an architecture compute it. With `half`, c holds f16
@@ -211,17 +238,16 @@ fn multiply_avx2(
 pub(crate) fn multiply(
     arch: Arch,
     ty: MmaType,
-    factors: (&Factor<M, MAX_K>, &Factor<MAX_K, N>),
+    factors: (&Bits<M, MAX_K>, &Bits<MAX_K, N>),
     c: &mut [[f32; N]; M],
     k: usize,
     half: bool,
 ) {
     let core = TensorCore::of(arch);
-    let group = if ty == MmaType::Tf32 { core.group / 2 } else { core.group };
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") {
         // SAFETY: the processor has AVX2, the one feature the function is compiled with.
-        return unsafe { multiply_avx2(core, group, factors, c, k, half) };
+        return unsafe { multiply_avx2(core, ty, factors, c, k, half) };
     }
-    multiply_rows(core, group, factors, c, k, half);
+    multiply_any(core, ty, factors, c, k, half);
 }

@@ -4,7 +4,7 @@
 //! thread ends), so that a missing wait or commit is always seen. Hopper's bulk copies and
 //! mbarriers belong here too, once a kernel needs them.
 
-use crate::copies::Copy;
+use crate::copies::PendingCopy;
 use crate::fault::{Exec, FaultKind, Stop, stop};
 use crate::mem::SHARED_WINDOW;
 use crate::op::{CopyAsync, NONE};
@@ -61,7 +61,7 @@ impl Warp {
             }
             self.race_write(block, lane, range, WriteKind::InFlight, false)?;
             let taken = taken[lane] as u8;
-            let copy = Copy { to, from, size, taken, group: None, place };
+            let copy = PendingCopy { to, from, size, taken, group: None, place };
             self.copies.pending[lane].push_back(copy);
             block.in_flight += 1;
             if block.in_flight > MAX_IN_FLIGHT {
@@ -91,7 +91,7 @@ impl Warp {
         Ok(())
     }
 
-    fn land(&mut self, block: &mut Block, lane: usize, copy: Copy) -> Exec<()> {
+    fn land(&mut self, block: &mut Block, lane: usize, copy: PendingCopy) -> Exec<()> {
         let blame = |mut stop: Box<Stop>| {
             stop.at = Some(copy.place);
             stop

@@ -13,7 +13,7 @@ use crate::race::ByteRange;
 use crate::registers::{FULL, Lanes, Reg, Regs, WARP, halves, packed};
 use crate::round::{Round, to_f16};
 use crate::state::{Block, Warp};
-use crate::tensor_core::{self, Factor, M, MAX_K, N};
+use crate::tensor_core::{self, Bits, M, MAX_K, N};
 
 /// An 8 x 8 matrix of 16-bit elements, by row.
 type Matrix = [[u16; 8]; 8];
@@ -126,25 +126,24 @@ impl Warp {
     }
 }
 
-/// The factors of an mma as matrices.
-type Factors = (Factor<M, MAX_K>, Factor<MAX_K, N>);
+/// The factors of an mma as matrices of bits. Columns and rows beyond k stay zero.
+type Factors = (Bits<M, MAX_K>, Bits<MAX_K, N>);
 
 /// Register i of A holds rows 8 (i % 2) on and columns 8 (i / 2) on, two per lane; register i of
 /// B holds rows 8 i on.
 fn half_factors(regs: &Regs, mma: &Mma) -> Factors {
-    let (mut a, mut b) = (Factor::new(), Factor::new());
+    let (mut a, mut b) = ([[0; MAX_K]; M], [[0; N]; MAX_K]);
     for (i, &slot) in mma.a[..mma.k / 4].iter().enumerate() {
         for (lane, &bits) in regs.r32[slot as usize].iter().enumerate() {
-            let (row, column) = (lane / 4 + 8 * (i % 2), lane % 4 * 2 + 8 * (i / 2));
-            a.set(row, column, mma.ty, bits & 0xFFFF);
-            a.set(row, column + 1, mma.ty, bits >> 16);
+            let row = &mut a[lane / 4 + 8 * (i % 2)];
+            let column = lane % 4 * 2 + 8 * (i / 2);
+            [row[column], row[column + 1]] = halves(bits).map(u32::from);
         }
     }
     for (i, &slot) in mma.b[..mma.k / 8].iter().enumerate() {
         for (lane, &bits) in regs.r32[slot as usize].iter().enumerate() {
             let row = lane % 4 * 2 + 8 * i;
-            b.set(row, lane / 4, mma.ty, bits & 0xFFFF);
-            b.set(row + 1, lane / 4, mma.ty, bits >> 16);
+            [b[row][lane / 4], b[row + 1][lane / 4]] = halves(bits).map(u32::from);
         }
     }
     (a, b)
@@ -152,15 +151,15 @@ fn half_factors(regs: &Regs, mma: &Mma) -> Factors {
 
 /// As for 16 bits, but with blocks of four columns, one per lane.
 fn tf32_factors(regs: &Regs, mma: &Mma) -> Factors {
-    let (mut a, mut b) = (Factor::new(), Factor::new());
+    let (mut a, mut b) = ([[0; MAX_K]; M], [[0; N]; MAX_K]);
     for (i, &slot) in mma.a[..mma.k / 2].iter().enumerate() {
         for (lane, &bits) in regs.r32[slot as usize].iter().enumerate() {
-            a.set(lane / 4 + 8 * (i % 2), lane % 4 + 4 * (i / 2), mma.ty, bits);
+            a[lane / 4 + 8 * (i % 2)][lane % 4 + 4 * (i / 2)] = bits;
         }
     }
     for (i, &slot) in mma.b[..mma.k / 4].iter().enumerate() {
         for (lane, &bits) in regs.r32[slot as usize].iter().enumerate() {
-            b.set(lane % 4 + 4 * i, lane / 4, mma.ty, bits);
+            b[lane % 4 + 4 * i][lane / 4] = bits;
         }
     }
     (a, b)
