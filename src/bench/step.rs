@@ -1,10 +1,12 @@
 //! Whole training steps, timed.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
 
 use crate::backend::{Arena, Backend};
+use crate::files;
 use crate::llama::{AdamW, Cost, Optimizer, Program, StepHyperparams, append_update, step};
 use crate::model::{Config, Layout, RopeScaling};
 use crate::random::{Philox, Stream};
@@ -221,7 +223,7 @@ fn random_windows(windows: usize, context: usize, vocab: usize, step: u32) -> Ba
 
 /// The most resident memory this process has had, in bytes, where the system tells (Linux).
 pub fn peak_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = files::read_text(Path::new("/proc/self/status"), 1 << 20).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
     kib.unwrap_or(0) * 1024

@@ -13,6 +13,7 @@ use crate::device::Device;
 use crate::device::cuda::{self, Cuda, Library};
 use crate::device::driver::{Driver, oldest_driver};
 use crate::error::hint_of;
+use crate::files;
 use crate::kernels::{BUILD, CUDA_MODULES};
 use crate::schema::versioned;
 
@@ -233,7 +234,7 @@ fn cpu_features() -> Vec<&'static str> {
         ];
         found.extend(has.into_iter().filter_map(|(name, has)| has.then_some(name)));
         // The compiler has no stable way to ask for AMX; the system says it too.
-        let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let flags = files::read_text(Path::new("/proc/cpuinfo"), 64 << 20).unwrap_or_default();
         if flags.split_whitespace().any(|flag| flag == "amx_bf16") {
             found.push("AMX BF16");
         }

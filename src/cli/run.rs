@@ -19,7 +19,7 @@ use super::{Outcome, backend, model, plan, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Manifest, SAMPLE_NAMES, is_sample};
 use crate::error::{self, ErrorKind, Hint};
-use crate::files::write_atomically;
+use crate::files::{self, write_atomically};
 use crate::memorization::measure::Question;
 use crate::memorization::rebuild::{Existing, compare};
 use crate::memorization::regenerate::Regenerator;
@@ -58,6 +58,9 @@ pub struct Arguments {
     #[command(flatten)]
     backend: backend::Arguments,
 }
+
+/// A recipe with all its keys, and a hash.
+const MAX_IDENTITY: u64 = 16 << 20;
 
 /// What a folder of a run is about: another run must not go on in it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -161,11 +164,17 @@ pub fn train(
 /// Writes down whose folder it is, or refuses one that is another run's.
 pub fn claim(folder: &Path, identity: &Identity) -> anyhow::Result<()> {
     let path = folder.join("run.json");
-    let Ok(text) = fs::read_to_string(&path) else {
-        return write_atomically(
-            &path,
-            format!("{:#}\n", serde_json::to_value(identity)?).as_bytes(),
-        );
+    let text = match files::read_text(&path, MAX_IDENTITY) {
+        Ok(text) => text,
+        Err(none) if none.kind() == io::ErrorKind::NotFound => {
+            let json = format!("{:#}\n", serde_json::to_value(identity)?);
+            return write_atomically(&path, json.as_bytes());
+        }
+        Err(cause) => {
+            return Err(cause)
+                .with_context(|| format!("cannot read {}", path.display()))
+                .hint(ErrorKind::Data, || "choose another `output`, or remove that folder");
+        }
     };
     let other = serde_json::from_str::<Identity>(&text).ok();
     let what = match other {

@@ -1,7 +1,6 @@
 //! `laam sweep`: one recipe again and again, with a few keys changed.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -16,14 +15,18 @@ use super::train_tokenizer::encoding_of;
 use super::{Outcome, backend, model, windows};
 use crate::corpus::Corpus;
 use crate::error::{ErrorKind, Hint};
-use crate::files::write_atomically;
+use crate::files::{self, write_atomically};
 use crate::memorization::measure::{Question, measure};
 use crate::memorization::rebuild::{Existing, compare};
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report::sweep::{Dot, plot};
 use crate::schema::{SCHEMA_FIELD, upgrade, versioned};
 use crate::tokens::TokenFile;
+use crate::train::MAX_METRICS;
 use crate::train::sweep::{Run, Sweep};
+
+/// Some thirty numbers.
+const MAX_RESULT: u64 = 1 << 20;
 
 /// Run a recipe with a grid or a list of changes, and tell what came of each.
 ///
@@ -94,7 +97,7 @@ fn result(
     let manifest = corpus.manifest()?;
     claim(folder, &Identity::new(&run.recipe, &manifest)?)?;
     let path = folder.join("result.json");
-    match fs::read_to_string(&path) {
+    match files::read_text(&path, MAX_RESULT) {
         Ok(text) => {
             let mut row = serde_json::from_str(&text)
                 .map_err(anyhow::Error::from)
@@ -165,7 +168,7 @@ fn longest(file: &TokenFile) -> anyhow::Result<usize> {
 /// The last line of a model's metrics.
 fn last_line(model: &Path) -> anyhow::Result<Value> {
     let path = model.join("metrics.jsonl");
-    let text = fs::read_to_string(&path)
+    let text = files::read_text(&path, MAX_METRICS)
         .with_context(|| format!("cannot read {}", path.display()))
         .hint(ErrorKind::Data, || "remove the folder of the run: it is then done again")?;
     let last = text.lines().rev().find_map(|line| serde_json::from_str(line).ok());

@@ -9,7 +9,6 @@
 //! devices and sparse files are left out.
 
 use std::cell::Cell;
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::rc::Rc;
@@ -20,6 +19,7 @@ use super::manifest::Reason;
 use super::names::{self, Fault, shown};
 use super::pass::{Flow, Intake};
 use crate::error;
+use crate::files;
 
 /// Memory an xz archive may ask for, in KiB: twice what `xz -9` makes need.
 const XZ_MEMORY_KIB: u32 = 129 << 10;
@@ -65,7 +65,7 @@ impl Reading {
         let limits = *intake.limits();
         self.packed.allowed.set(u64::MAX);
         self.unpacked.allowed.set(HEADERS);
-        let packed = Metered { inner: File::open(path)?, meter: self.packed.clone() };
+        let packed = Metered { inner: files::open(path)?, meter: self.packed.clone() };
         let unpacked = unpack(BufReader::with_capacity(1 << 16, packed))?;
         let mut archive = Archive::new(Metered { inner: unpacked, meter: self.unpacked.clone() });
 

@@ -3,8 +3,8 @@
 //! Beside `NAME.part` lies `NAME.part.json`, which says what it is a part of, so that a file that
 //! has changed on the server is started anew and not glued together.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,10 @@ use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
 use crate::error;
+use crate::files;
+
+/// Bytes of a record beside an archive or a part: a few addresses and a hash.
+pub const MAX_RECORD: u64 = 1 << 20;
 
 /// Bytes of a download. The largest kernel archive has 230 MB.
 const MOST: u64 = 2 << 30;
@@ -161,7 +165,7 @@ impl Download<'_> {
 
     /// One request. The offset it started at, or None where there is no such file.
     fn attempt(&self, tell: Tell) -> Result<Option<u64>, Failure> {
-        let origin: Option<Origin> = fs::read(self.origin_file())
+        let origin: Option<Origin> = files::read(&self.origin_file(), MAX_RECORD)
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
             .filter(|origin: &Origin| origin.url == self.url);
@@ -226,11 +230,11 @@ impl Download<'_> {
         tell: Tell,
     ) -> Result<(), Failure> {
         let unwritable = |why: io::Error| unwritable(&self.part, &why);
-        let mut part =
-            OpenOptions::new().create(true).append(true).open(&self.part).map_err(unwritable)?;
+        let mut part = files::open_own(&self.part).map_err(unwritable)?;
         part.set_len(from).map_err(unwritable)?;
+        part.seek(SeekFrom::Start(from)).map_err(unwritable)?;
         let note = serde_json::to_vec(origin).map_err(io::Error::from)?;
-        fs::write(self.origin_file(), note).map_err(unwritable)?;
+        write_whole(&self.origin_file(), &note).map_err(unwritable)?;
 
         let total = response.body().content_length().map(|length| from + length);
         tell(Event::Start { url: self.url.to_string() });
@@ -330,7 +334,12 @@ pub fn cannot_write(file: &Path, why: &io::Error) -> anyhow::Error {
 /// Writes a small file so that it is there whole or not at all.
 pub fn write_whole(file: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = file.with_added_extension("tmp");
-    let mut out = File::create(&temporary)?;
+    // Someone's link or FIFO, or a leftover: whoever writes here holds the lock.
+    match fs::remove_file(&temporary) {
+        Err(why) if why.kind() != io::ErrorKind::NotFound => return Err(why),
+        _ => {}
+    }
+    let mut out = File::create_new(&temporary)?;
     out.write_all(bytes)?;
     out.sync_all()?;
     fs::rename(temporary, file)

@@ -1,8 +1,8 @@
 //! A folder's files, sorted bytewise by path relative to it. Links in it are never followed, so the
 //! walk stays inside and ends.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,7 @@ use super::manifest::Reason;
 use super::names::{self, Fault};
 use super::pass::{Flow, Intake};
 use crate::error;
+use crate::files;
 
 /// Something in the folder that counts by its name.
 struct Found {
@@ -74,17 +75,13 @@ fn walk(folder: &Path, most_entries: u64, most_names: u64) -> anyhow::Result<Vec
 }
 
 fn contents(file: &Path, most: u64) -> anyhow::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(file)
-        .and_then(|opened| opened.take(most + 1).read_to_end(&mut bytes))
-        .map_err(|why| unreadable(&why, file))?;
-    if bytes.len() as u64 > most {
-        return Err(error::data(
+    files::read(file, most).map_err(|why| match why.kind() {
+        io::ErrorKind::FileTooLarge => error::data(
             format!("file larger than {most} bytes, {}", file.display()),
             "remove it from the folder: no source file is that large",
-        ));
-    }
-    Ok(bytes)
+        ),
+        _ => unreadable(&why, file),
+    })
 }
 
 fn unreadable(why: &io::Error, place: &Path) -> anyhow::Error {

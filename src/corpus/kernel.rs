@@ -5,7 +5,7 @@
 //! verified, so trust in the list is trust in the server and its TLS certificate.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -13,9 +13,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::download::{self, Download, Event, Outcome, Tell, cannot_write, write_whole};
+use super::download::{
+    self, Download, Event, MAX_RECORD, Outcome, Tell, cannot_write, write_whole,
+};
 use super::{sha256_of, time};
 use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 
 /// Where kernels come from unless another server is named.
 pub const MIRROR: &str = "https://cdn.kernel.org/pub/linux/kernel";
@@ -115,7 +118,7 @@ impl Kernel {
         fs::create_dir_all(&folder).map_err(|why| cannot_write(&folder, &why))?;
         // Whoever else is fetching the same archive is waited for; the lock ends with the process.
         let lock_file = folder.join(format!("linux-{}.lock", self.version.number));
-        let lock = File::create(&lock_file).map_err(|why| cannot_write(&lock_file, &why))?;
+        let lock = files::open_own(&lock_file).map_err(|why| cannot_write(&lock_file, &why))?;
         if lock.try_lock().is_err() {
             tell(Event::Note("another laam is fetching the same archive; waiting".to_string()));
             lock.lock().map_err(|why| cannot_write(&lock_file, &why))?;
@@ -134,7 +137,7 @@ impl Kernel {
     fn cached(&self, folder: &Path, tell: Tell) -> anyhow::Result<Option<Fetched>> {
         for name in self.names() {
             let path = folder.join(name);
-            let record = fs::read(record_of(&path)).ok();
+            let record = files::read(&record_of(&path), MAX_RECORD).ok();
             let Some(fetched) =
                 record.and_then(|record| serde_json::from_slice::<Fetched>(&record).ok())
             else {

@@ -19,10 +19,7 @@ mod sample;
 mod time;
 
 use std::borrow::Cow;
-use std::fs::File;
 use std::path::{Path, PathBuf};
-
-use sha2::{Digest, Sha256};
 
 pub use download::{Event, Tell};
 pub use kernel::{Fetched, Kernel, MIRROR, Version, cache_folder};
@@ -33,6 +30,7 @@ pub use pass::Documents;
 pub use sample::{NAMES as SAMPLE_NAMES, is_sample};
 
 use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 
 /// One file of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -211,27 +209,10 @@ const SOURCE_HINT: &str = "give a folder, or a .tar, .tar.gz or .tar.xz archive,
 
 /// The sha256 of a file, in hexadecimal.
 fn sha256_of(path: &Path) -> anyhow::Result<String> {
-    let hash = || -> std::io::Result<_> {
-        let mut hasher = Sha256::new();
-        std::io::copy(&mut File::open(path)?, &mut HashWriter(&mut hasher))?;
-        Ok(hex(&hasher.finalize()))
-    };
-    hash()
+    files::sha256(path)
+        .map(|sha256| hex(&sha256))
         .map_err(|why| anyhow::anyhow!("{why}, {}", path.display()))
         .hint(ErrorKind::Data, || SOURCE_HINT)
-}
-
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl std::io::Write for HashWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Bytes in hexadecimal.

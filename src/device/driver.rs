@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
+use crate::files;
+
 /// Folders that may contain `libcuda.so.1` on systems without an entry in the loader's cache.
 const FOLDERS: [&str; 6] = [
     "usr/lib/x86_64-linux-gnu",
@@ -34,9 +36,11 @@ impl Driver {
 
     /// Searches the system under `root`; the loader tries the folders `first` before all others.
     fn find_under(root: &Path, first: &[PathBuf]) -> Driver {
-        let text = fs::read_to_string(root.join("proc/driver/nvidia/version")).unwrap_or_default();
+        let text =
+            files::read_text(&root.join("proc/driver/nvidia/version"), 1 << 20).unwrap_or_default();
         let given = first.iter().map(|folder| folder.join(LIBRARY));
-        let cached = cached(&fs::read(root.join("etc/ld.so.cache")).unwrap_or_default());
+        let cached =
+            cached(&files::read(&root.join("etc/ld.so.cache"), 64 << 20).unwrap_or_default());
         let usual = FOLDERS.iter().map(|folder| Path::new(folder).join(LIBRARY));
         let below = |path: PathBuf| root.join(path.strip_prefix("/").unwrap_or(&path));
         let mut places = given.chain(cached.into_iter().chain(usual).map(below));

@@ -15,6 +15,7 @@ pub mod sim;
 use serde_json::Value;
 
 use crate::dtype::Dtype;
+use crate::files;
 
 pub use launch::{Arg, Launch};
 pub use matmul::{Matmul, Matrix};
@@ -105,7 +106,7 @@ pub trait Device: Send {
 
 /// Total main memory of this machine in bytes, if the system reports it (Linux).
 pub fn host_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let text = files::read_text(std::path::Path::new("/proc/meminfo"), 1 << 20).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kib * 1024)

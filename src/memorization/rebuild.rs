@@ -12,9 +12,9 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::regenerate::{End, Regenerator, Sink};
-use crate::corpus::{Document, corpus_path, shown};
+use crate::corpus::{Document, Limits, corpus_path, shown};
 use crate::error::{self, ErrorKind, Hint};
-use crate::files::write_atomically;
+use crate::files::{self, write_atomically};
 use crate::generate::Generator;
 
 /// A file that was regenerated and written.
@@ -303,7 +303,7 @@ pub fn compare(
             continue;
         };
         let place = place(folder, &original.path)?;
-        let ours = fs::read(&place)
+        let ours = files::read(&place, Limits::default().file)
             .with_context(|| format!("cannot read {} back", place.display()))
             .hint(ErrorKind::Data, || "it may have changed meanwhile: rebuild again")?;
         compared.insert(key, Compared::new(original.path.clone(), &ours, &original.bytes()));

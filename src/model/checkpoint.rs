@@ -13,20 +13,19 @@
 //! All are replaced as one (see [`super::replace`]).
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 use super::replace::{Staged, settle};
 use super::weights::{self, Mapped, Tensors};
 use super::{Config, Layout, Provenance, card};
+use crate::corpus::hex;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -106,7 +105,7 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
     weights::write(&path, layout, &[("", checkpoint.weights)], precision, format)
         .hint(ErrorKind::Checkpoint, disk)?;
     let mut provenance = checkpoint.provenance.clone();
-    provenance.weights_sha256 = Some(sha256_of(&path).hint(ErrorKind::Checkpoint, disk)?);
+    provenance.weights_sha256 = Some(hex(&files::sha256(&path).hint(ErrorKind::Checkpoint, disk)?));
     json(PROVENANCE, &serde_json::to_value(&provenance)?)?;
     staged.write("README.md", card::card(config, precision, &provenance).as_bytes())?;
 
@@ -137,7 +136,7 @@ fn copy_tokenizer(source: &Path, staged: &Staged) -> anyhow::Result<()> {
     settle(source)?;
     for name in TOKENIZER {
         let from = source.join(name);
-        match fs::read(&from) {
+        match files::read(&from, MAX_JSON) {
             Ok(bytes) => staged.write(name, &bytes)?,
             // The first is the tokenizer itself; the others are optional.
             Err(cause) if name == TOKENIZER[0] || cause.kind() != std::io::ErrorKind::NotFound => {
@@ -319,42 +318,9 @@ fn pass_over(
 fn read_json(folder: &Path, name: &str) -> anyhow::Result<String> {
     let path = folder.join(name);
     let advice = || "give a folder that laam or transformers' save_pretrained wrote";
-    let length = fs::metadata(&path)
-        .and_then(|found| {
-            if found.is_file() {
-                Ok(found.len())
-            } else {
-                Err(std::io::ErrorKind::IsADirectory.into())
-            }
-        })
-        .with_context(|| format!("cannot read {}", path.display()))
-        .hint(ErrorKind::Checkpoint, advice)?;
-    if length > MAX_JSON {
-        return Err(error::checkpoint(
-            format!("{} is too large ({length} bytes)", path.display()),
-            advice(),
-        ));
-    }
-    fs::read_to_string(&path)
+    files::read_text(&path, MAX_JSON)
         .with_context(|| format!("cannot read {}", path.display()))
         .hint(ErrorKind::Checkpoint, advice)
-}
-
-fn sha256_of(path: &Path) -> std::io::Result<String> {
-    let mut hash = Sha256::new();
-    let mut file = fs::File::open(path)?;
-    let mut piece = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut piece)? {
-            0 => break,
-            length => hash.update(&piece[..length]),
-        }
-    }
-    let mut text = String::new();
-    for byte in hash.finalize() {
-        let _ = write!(text, "{byte:02x}");
-    }
-    Ok(text)
 }
 
 #[cfg(test)]

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -12,6 +11,7 @@ use safetensors::tensor::{Dtype as StoredDtype, SafeTensors, TensorView, View};
 use super::{Layout, Parameter};
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 
 fn stored(dtype: Dtype) -> StoredDtype {
     match dtype {
@@ -137,20 +137,15 @@ impl Mapped {
 
 fn map(path: &Path) -> anyhow::Result<Mmap> {
     let advice = || "check that the model folder is complete and readable";
-    let open = || -> std::io::Result<Option<Mmap>> {
-        let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
-            return Ok(None);
-        }
+    let open = || -> std::io::Result<Mmap> {
+        let file = files::open(path)?;
         // SAFETY: the map is read-only. Were another process to cut the file short meanwhile, a
         // read beyond its end would end this one with SIGBUS; laam itself replaces such files by
         // renaming new ones over them, which leaves mapped ones whole.
-        unsafe { Mmap::map(&file) }.map(Some)
+        unsafe { Mmap::map(&file) }
     };
     open()
         .with_context(|| format!("cannot read {}", path.display()))
-        .hint(ErrorKind::Checkpoint, advice)?
-        .with_context(|| format!("{} is not a file", path.display()))
         .hint(ErrorKind::Checkpoint, advice)
 }
 

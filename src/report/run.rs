@@ -1,6 +1,5 @@
 //! What lies in the folder of a run.
 
-use std::fs;
 use std::io;
 use std::path::Path;
 
@@ -9,7 +8,11 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 use crate::schema::upgrade;
+
+/// A long run's metrics have some 100 MB, the pictures of a kernel's files about as many.
+const MAX_FILE: u64 = 1 << 30;
 
 /// A run as its folder tells it. What is missing there is missing on the page.
 #[derive(Debug, Default)]
@@ -112,7 +115,7 @@ impl Run {
 
 /// The text of a file, if there is one.
 fn text(path: &Path) -> anyhow::Result<Option<String>> {
-    match fs::read_to_string(path) {
+    match files::read_text(path, MAX_FILE) {
         Ok(text) => Ok(Some(text)),
         Err(none) if none.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(cause) => Err(cause)

@@ -4,7 +4,6 @@
 //! broken (merges whose result is no token, among others) and quietly renumbers others.
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -17,10 +16,12 @@ use tokenizers::{AddedToken, ModelWrapper};
 use super::words::{PATTERN, Words};
 use super::{BLANKS, MARKERS, Markers, Special, Spelling, Style, Tokenizer, byte_level};
 use crate::error::{ErrorKind, Hint};
-use crate::files::write_atomically;
+use crate::files::{self, write_atomically};
 
 /// Larger files are refused unread: the largest in use have 33 MB.
-const LARGEST: u64 = 256 << 20;
+const LARGEST: u64 = 64 << 20;
+/// Some have all their added tokens in there: 200 kB.
+const LARGEST_CONFIG: u64 = 16 << 20;
 
 /// How text is cut into words: style `exact`.
 fn exact_pre_tokenizer() -> Value {
@@ -106,21 +107,15 @@ pub fn save_vocabulary(tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<(
 
 pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
     let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
-    let read = || -> anyhow::Result<Vec<u8>> {
-        let size = fs::metadata(&file)?.len();
-        if size > LARGEST {
-            bail!("too large for a tokenizer ({size} bytes)");
-        }
-        Ok(fs::read(&file)?)
-    };
-    let json =
-        read().with_context(|| format!("cannot read the tokenizer {}", file.display())).hint(
+    let json = files::read(&file, LARGEST)
+        .with_context(|| format!("cannot read the tokenizer {}", file.display()))
+        .hint(
             ErrorKind::Data,
             || "give a folder that laam train-tokenizer or transformers wrote",
         )?;
     // A tokenizer.json by itself is a tokenizer too.
     let config_file = file.with_file_name("tokenizer_config.json");
-    let config = match fs::read(&config_file) {
+    let config = match files::read(&config_file, LARGEST_CONFIG) {
         Ok(config) => config,
         Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => b"{}".to_vec(),
         Err(error) => {

@@ -26,8 +26,6 @@
 //! it ends. Opening checks the header and the length, whatever the size. The table is checked where
 //! it is read, and ids where they are drawn; [`TokenFile::verify`] reads and checks everything.
 
-use std::fs::File;
-use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -36,6 +34,7 @@ use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 
 pub(super) const MAGIC: [u8; 8] = *b"LAAMTOKS";
 pub(super) const VERSION: u32 = 1;
@@ -155,9 +154,9 @@ impl TokenFile {
                 "create one with laam tokenize",
             )
         };
-        let file = File::open(path).map_err(|why| cannot(why.into()))?;
+        let file = files::open(path).map_err(|why| cannot(why.into()))?;
         let metadata = file.metadata().map_err(|why| cannot(why.into()))?;
-        if !metadata.is_file() || metadata.len() < HEADER as u64 {
+        if metadata.len() < HEADER as u64 {
             return Err(cannot(anyhow::anyhow!("too short for a header")));
         }
         // SAFETY: the map is only read, as plain bytes. Were the file to shrink while it is mapped,
@@ -279,18 +278,7 @@ impl TokenFile {
     /// The sha256 of the whole file. Reads it afresh: through the map, all of it would come to lie
     /// in memory.
     pub fn sha256(&self) -> anyhow::Result<[u8; 32]> {
-        let hash = || -> std::io::Result<[u8; 32]> {
-            let mut file = File::open(&self.path)?;
-            let mut hasher = Sha256::new();
-            let mut bytes = vec![0; 1 << 20];
-            loop {
-                match file.read(&mut bytes)? {
-                    0 => return Ok(hasher.finalize().into()),
-                    read => hasher.update(&bytes[..read]),
-                }
-            }
-        };
-        hash()
+        files::sha256(&self.path)
             .with_context(|| format!("cannot read {}", self.path.display()))
             .hint(ErrorKind::Data, || "create it again with laam tokenize")
     }

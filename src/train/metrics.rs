@@ -1,15 +1,18 @@
 //! What a run tells while it runs: `metrics.jsonl`, one object a logged step.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{ErrorKind, Hint};
-use crate::files::write_atomically;
+use crate::files::{self, write_atomically};
 use crate::schema::SchemaVersion;
+
+/// Longer files are refused: a million lines have some 200 MB.
+pub const MAX_METRICS: u64 = 1 << 30;
 
 /// One line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,12 +73,13 @@ impl MetricsFile {
         let advice = || "choose a writable path with `output_path` or `metrics`";
         let mut kept = Vec::new();
         if resumed > 0 && path.exists() {
-            let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
-            for line in BufReader::new(file).lines() {
-                let Ok(line) = line else { break };
-                match serde_json::from_str::<Metrics>(&line) {
+            let text = files::read(path, MAX_METRICS)
+                .with_context(|| format!("cannot read {}", path.display()))
+                .hint(ErrorKind::Data, || "remove it, or choose another `metrics`")?;
+            for line in text.split(|&byte| byte == b'\n') {
+                match serde_json::from_slice::<Metrics>(line) {
                     Ok(metrics) if metrics.step <= resumed => {
-                        kept.extend_from_slice(line.as_bytes());
+                        kept.extend_from_slice(line);
                         kept.push(b'\n');
                     }
                     _ => break,

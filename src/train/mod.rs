@@ -19,7 +19,7 @@ mod trainer;
 pub use checkpoints::is_resumable;
 pub use engine::{Engine, Outcome, Step};
 pub use footprint::Footprint;
-pub use metrics::{Metrics, MetricsFile};
+pub use metrics::{MAX_METRICS, Metrics, MetricsFile};
 pub use schedule::{Decline, Schedule};
 pub use settings::{Method, Settings};
 pub use tensorboard::EventFile;

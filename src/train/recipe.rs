@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Settings;
 use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 use crate::tokenizer::Style;
 
 /// The recipes that come with the program.
@@ -30,6 +31,9 @@ pub const BUILT_IN: [(&str, &str); 4] = [
     ("linux-5m", include_str!("recipes/linux-5m.toml")),
     ("linux-kernel-dir", include_str!("recipes/linux-kernel-dir.toml")),
 ];
+
+/// No file that a person writes is longer.
+pub(super) const MAX_RECIPE: u64 = 1 << 20;
 
 /// A whole run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -91,7 +95,7 @@ impl Recipe {
                 format!("use one of {names}, or the path of a .toml file"),
             ));
         }
-        let text = std::fs::read_to_string(path)
+        let text = files::read_text(path, MAX_RECIPE)
             .with_context(|| format!("cannot read the recipe {name}"))
             .hint(ErrorKind::Config, || "give the path of a readable .toml file")?;
         Self::parse(&text).with_context(|| format!("recipe {name}"))

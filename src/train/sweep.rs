@@ -24,8 +24,9 @@ use anyhow::Context;
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::recipe::Recipe;
+use super::recipe::{MAX_RECIPE, Recipe};
 use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 
 /// More runs than these are a mistake.
 const MOST: usize = 10_000;
@@ -64,7 +65,7 @@ struct File {
 impl Sweep {
     /// Reads a sweep from its file.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path)
+        let text = files::read_text(path, MAX_RECIPE)
             .with_context(|| format!("cannot read the sweep {}", path.display()))
             .hint(ErrorKind::Config, || "give the path of a .toml file that can be read")?;
         let folder = path.parent().unwrap_or(Path::new("."));

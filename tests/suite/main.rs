@@ -13,6 +13,7 @@ mod generate;
 mod gpu;
 mod gpu_day;
 mod hostile_archives;
+mod hostile_files;
 mod kernels;
 mod launches;
 mod memorization;

@@ -1,8 +1,10 @@
 //! What the tests share.
 
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use assert_cmd::cargo::CommandCargoExt;
 use laam::corpus::Document;
@@ -49,4 +51,60 @@ pub fn documents(archive: &Path) -> Vec<Document> {
         }
     }
     documents
+}
+
+/// Runs a command that must end by itself within `limit`, with at most `memory` bytes of address
+/// space.
+pub fn bounded(command: &mut Command, limit: Duration, memory: u64) -> Output {
+    let limit_memory = move || {
+        let limit = libc::rlimit { rlim_cur: memory, rlim_max: memory };
+        // SAFETY: the struct outlives the call, and setrlimit may be called between fork and exec.
+        match unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(limit_memory) };
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the program starts");
+    // The pipes are read while it runs: a full one would stop it.
+    let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let reader = |pipe: &mut dyn Read| {
+        let mut bytes = Vec::new();
+        pipe.read_to_end(&mut bytes).expect("a pipe can be read");
+        bytes
+    };
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        let (stdout, stderr) =
+            (scope.spawn(move || reader(&mut out)), scope.spawn(move || reader(&mut err)));
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if began.elapsed() > limit {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("{command:?} did not end within {limit:?}");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        Output { status, stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
+    })
+}
+
+/// What stderr says of a command that ends as errors do: exit code 2, `laam: ` and `hint: ` as the
+/// last two lines, no panic, no control characters.
+#[track_caller]
+pub fn error_in(output: &Output) -> String {
+    let said = String::from_utf8(output.stderr.clone()).expect("errors are UTF-8");
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    let lines: Vec<_> = said.lines().collect();
+    assert!(
+        matches!(lines.as_slice(), [.., what, hint] if what.starts_with("laam: ") && hint.starts_with("hint: ")),
+        "{said}"
+    );
+    assert!(!said.contains("panicked") && !said.contains('\u{1b}'), "{said:?}");
+    said
 }
