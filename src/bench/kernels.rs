@@ -14,7 +14,7 @@ pub struct Row {
     pub operation: &'static str,
     pub shape: String,
     pub dtype: &'static str,
-    /// The median, and the tenth and ninetieth of a hundred.
+    /// The median, and the 10th and 90th percentile.
     pub seconds: f64,
     pub p10: f64,
     pub p90: f64,
@@ -23,23 +23,23 @@ pub struct Row {
     pub exponentials_per_second: f64,
     /// For attention: query-key pairs.
     pub pairs_per_second: Option<f64>,
-    /// Whether what it touches fits into a large cache, where it finds it again.
+    /// The operands fit into the largest L2 cache, which holds them from the run before.
     pub warm: bool,
 }
 
-/// Runs of each.
+/// Timed runs of each case.
 const RUNS: usize = 11;
-/// What one run should take at least, so that starting it does not count: seconds.
-const LEAST: f64 = 2e-3;
-/// Three times the largest cache of a card.
-const CACHE: usize = 150 << 20;
+/// A run repeats the operation until it takes this long, so that the launch does not count.
+const MIN_RUN_SECONDS: f64 = 2e-3;
+/// Three times the largest L2 cache of a GPU.
+const CACHE_BYTES: usize = 150 << 20;
 
-/// Times every operation whose name contains `only`, telling each row as it is known.
+/// Times every operation whose name contains `only`; `on_row` is called for each row at once.
 pub fn time(
     backend: &dyn Backend,
     only: Option<&str>,
     size: Size,
-    mut tell: impl FnMut(&Row),
+    mut on_row: impl FnMut(&Row),
 ) -> anyhow::Result<Vec<Row>> {
     let chosen: Vec<&str> =
         operations().filter(|name| only.is_none_or(|only| name_matches(name, only))).collect();
@@ -51,10 +51,10 @@ pub fn time(
     }
     let mut rows = Vec::new();
     for name in chosen {
-        // An operation at a time: the inputs of all would not fit.
-        for case in cases::grid(size, backend.compute_dtype(), 1, |other| other == name) {
+        // One operation at a time: the inputs of all do not fit into memory.
+        for case in cases(size, backend.compute_dtype(), 1, |other| other == name) {
             let row = one(backend, case)?;
-            tell(&row);
+            on_row(&row);
             rows.push(row);
         }
     }
@@ -62,14 +62,14 @@ pub fn time(
 }
 
 fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<Row> {
-    // Of two operations (one that fills a cache) the last counts.
+    // Of two operations, the first of which fills a KV cache, the second is timed.
     let timed: Op = case.program.ops.last().expect("a case has an operation").clone();
     let cost: Cost = timed.cost(|buffer| case.program.info(buffer).len, case.layout.len);
-    let first = case.seconds(backend, 1, 3)?;
-    let once = first.last().copied().unwrap_or(LEAST).max(1e-7);
-    let copies = ((LEAST / once).ceil() as usize).clamp(1, 200);
+    let first = seconds(&case, backend, 1, 3)?;
+    let once = first.last().copied().unwrap_or(MIN_RUN_SECONDS).max(1e-7);
+    let copies = ((MIN_RUN_SECONDS / once).ceil() as usize).clamp(1, 200);
     case.program.ops = vec![timed.clone(); copies];
-    let mut seconds: Vec<f64> = case.seconds(backend, 2, RUNS)?;
+    let mut seconds = seconds(&case, backend, 2, RUNS)?;
     for value in &mut seconds {
         *value /= copies as f64;
     }
@@ -88,6 +88,18 @@ fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<Row> {
         teraflops: rate(cost.flops) / 1e12,
         exponentials_per_second: rate(cost.exponentials),
         pairs_per_second: pairs.then(|| rate(cost.exponentials)),
-        warm: cost.bytes < CACHE,
+        warm: cost.bytes < CACHE_BYTES,
     })
+}
+
+/// Seconds of each of `runs` runs after `warmup` ones.
+fn seconds(
+    case: &Case,
+    backend: &dyn Backend,
+    warmup: usize,
+    runs: usize,
+) -> anyhow::Result<Vec<f64>> {
+    let mut prepared = case.prepare(backend)?;
+    (0..warmup).try_for_each(|_| prepared.time().map(drop))?;
+    (0..runs).map(|_| prepared.time()).collect()
 }

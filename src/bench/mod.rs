@@ -1,7 +1,7 @@
-//! Timings and checks, on the device at hand.
+//! Timings and checks of a backend and its device.
 
-pub mod ceilings;
 pub mod check;
 pub mod kernels;
+pub mod roofline;
 pub mod smoke;
 pub mod step;

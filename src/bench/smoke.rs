@@ -1,5 +1,5 @@
-//! Whether a device does what the rest relies on, one thing after another, each told as it is
-//! known: what nobody has seen on a new card is seen here first.
+//! Smoke test of a device: what the backend relies on, one feature after another, each reported at
+//! once.
 
 use serde::Serialize;
 
@@ -7,12 +7,12 @@ use crate::device::{Address, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
 use crate::kernels::CUDA_MODULES;
 
-/// One thing and how it went.
+/// The result for one feature.
 #[derive(Clone, Debug, Serialize)]
 pub struct Step {
     pub name: &'static str,
     pub passed: bool,
-    /// What was seen, or the error.
+    /// What was measured, or the error.
     pub detail: String,
 }
 
@@ -29,15 +29,15 @@ const STEPS: [(&str, Try); 8] = [
     ("time", time),
 ];
 
-/// Goes through all of it, whatever fails.
-pub fn smoke(device: &mut dyn Device, mut tell: impl FnMut(&Step)) -> Vec<Step> {
+/// Runs every step, also after a failure; `on_step` is called for each at once.
+pub fn smoke(device: &mut dyn Device, mut on_step: impl FnMut(&Step)) -> Vec<Step> {
     let mut steps = Vec::new();
     for (name, attempt) in STEPS {
         let step = match attempt(device) {
             Ok(detail) => Step { name, passed: true, detail },
             Err(error) => Step { name, passed: false, detail: format!("{error:#}") },
         };
-        tell(&step);
+        on_step(&step);
         steps.push(step);
     }
     steps

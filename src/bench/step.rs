@@ -13,7 +13,7 @@ use crate::random::{Philox, Stream};
 use crate::tokens::{Batch, IGNORE};
 use crate::train::Engine;
 
-use super::ceilings::Ceiling;
+use super::roofline::Ceiling;
 
 /// Seconds of steps that are timed together on a device.
 const TOGETHER: f64 = 0.2;
@@ -96,7 +96,7 @@ pub struct Ceilings {
 }
 
 impl Ceilings {
-    /// Of those that [`measure`](super::ceilings::measure) found, if all are there.
+    /// Of those that [`measure`](super::roofline::measure) found, if all are there.
     pub fn of(found: &[Ceiling]) -> Option<Ceilings> {
         let value = |name| Some(found.iter().find(|ceiling| ceiling.name == name)?.value);
         Some(Ceilings {

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::{Outcome, backend};
 use crate::backend::Backend;
-use crate::bench::ceilings::{self, Ceiling, Effort};
 use crate::bench::check::Size;
+use crate::bench::roofline::{self, Ceiling, Effort};
 use crate::bench::{kernels, smoke, step};
 use crate::device::Device;
 use crate::dtype::Dtype;
@@ -133,7 +133,7 @@ fn ceilings(arguments: &OnDevice) -> anyhow::Result<Outcome> {
     let effort = if device.name() == "sim" { Effort::Small } else { Effort::Full };
     eprintln!("{}", device.describe());
     let mut table = Table::new(arguments.json);
-    let found = ceilings::measure(&mut *device, effort, |ceiling| {
+    let found = roofline::measure(&mut *device, effort, |ceiling| {
         let Ceiling { name, value, unit, .. } = ceiling;
         table.line(format_args!("{name:24} {value:10.2} {unit}"));
     })?;
@@ -207,7 +207,7 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
     warn_of_another(&*backend, arguments.precision);
     // The floor of a step is made of what this very card reaches.
     let ceilings = if backend.name() == "cuda" {
-        let found = ceilings::measure(&mut *arguments.backend.device()?, Effort::Full, |_| {})?;
+        let found = roofline::measure(&mut *arguments.backend.device()?, Effort::Full, |_| {})?;
         step::Ceilings::of(&found)
     } else {
         None

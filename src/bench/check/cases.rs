@@ -1,4 +1,5 @@
-//! The grid: each kind of operation at odd, small and usual shapes, with what it reads.
+//! The cases of every operation: odd, small and usual shapes, with inputs. They drive `laam check`,
+//! `laam bench kernels`, `cargo bench` and the tests and mutants of the kernels.
 
 use std::ops::Range;
 
@@ -16,47 +17,58 @@ use crate::llama::{Buffer, BufferKind, BufferRole, Op, Program, StepHyperparams}
 use crate::model::{Layout, Span};
 use crate::tokens::IGNORE;
 
-/// How large shapes become.
+/// A set of shapes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
     /// Minutes in the simulator: enough for every tail and every branch.
     Small,
-    /// And what models use: seconds on a card, minutes for the reference in f64.
+    /// Those and the shapes of models: seconds on a GPU, minutes for the reference in f64.
     Full,
-    /// What is timed: the original's stages (32,768 and 512 tokens, hidden 64), then models of
-    /// 124M and 1.5B parameters.
+    /// To be timed on a CPU: one sequence of 512 tokens of the original model.
+    Sequence,
+    /// To be timed on a GPU: that, the original model's batch of 32,768 tokens, and models of 124M
+    /// and 1.5B parameters.
     Timed,
 }
 
 impl Size {
-    /// The shapes of a size: the small ones, these and the full ones, or those to time.
-    fn shapes<T, const A: usize, const B: usize, const C: usize>(
+    fn shapes<T, const A: usize, const B: usize, const C: usize, const D: usize>(
         self,
         small: [T; A],
         full: [T; B],
-        timed: [T; C],
+        sequence: [T; C],
+        timed: [T; D],
     ) -> Vec<T> {
         match self {
             Size::Small => small.into(),
             Size::Full => small.into_iter().chain(full).collect(),
-            Size::Timed => timed.into(),
+            Size::Sequence => sequence.into(),
+            Size::Timed => sequence.into_iter().chain(timed).collect(),
         }
+    }
+
+    /// Nothing is computed for comparison.
+    fn is_timed(self) -> bool {
+        matches!(self, Size::Sequence | Size::Timed)
     }
 }
 
 /// One operation, its inputs and its outputs.
 #[derive(Clone)]
-pub(in crate::bench) struct Case {
+pub struct Case {
+    /// The name of the operation.
     pub operation: &'static str,
     pub shape: String,
-    pub layout: Layout,
-    pub spec: SessionSpec,
-    pub program: Program,
-    pub floats: Vec<(Buffer, Vec<f32>)>,
-    pub indices: Vec<(Buffer, Vec<u32>)>,
-    pub arenas: Vec<(Arena, Vec<f32>)>,
-    pub outputs: Vec<Output>,
-    pub hyperparams: StepHyperparams,
+    pub(in crate::bench) layout: Layout,
+    pub(in crate::bench) spec: SessionSpec,
+    pub(in crate::bench) program: Program,
+    pub(in crate::bench) floats: Vec<(Buffer, Vec<f32>)>,
+    pub(in crate::bench) indices: Vec<(Buffer, Vec<u32>)>,
+    pub(in crate::bench) arenas: Vec<(Arena, Vec<f32>)>,
+    pub(in crate::bench) outputs: Vec<Output>,
+    /// No few elements make most of an output's error.
+    pub(in crate::bench) errors_average: bool,
+    pub(in crate::bench) hyperparams: StepHyperparams,
 }
 
 #[derive(Clone)]
@@ -93,22 +105,17 @@ const MAKERS: [(&str, Make); 20] = [
     ("muon", muon),
 ];
 
-/// The names of all kinds of operations.
+/// The names of all operations.
 pub fn operations() -> impl Iterator<Item = &'static str> {
     MAKERS.iter().map(|(name, _)| *name)
 }
 
-/// The cases of the operations that are chosen, for a backend of these numbers.
-pub(in crate::bench) fn grid(
-    size: Size,
-    dtype: Dtype,
-    seed: u64,
-    chosen: impl Fn(&str) -> bool,
-) -> Vec<Case> {
+/// The cases of the chosen operations, for a backend that computes in `dtype`.
+pub fn cases(size: Size, dtype: Dtype, seed: u64, chosen: impl Fn(&str) -> bool) -> Vec<Case> {
     let mut cases = Vec::new();
     for (kind, (name, make)) in MAKERS.into_iter().enumerate() {
         if chosen(name) {
-            // The same inputs whichever operations are chosen beside it.
+            // The same inputs whichever other operations are chosen.
             let mut draw = Draw::new(seed.wrapping_add(kind as u64), dtype);
             make(&mut cases, &mut draw, size, dtype);
         }
@@ -116,7 +123,7 @@ pub(in crate::bench) fn grid(
     cases
 }
 
-/// A parameter that is all of an arena.
+/// A parameter that is the whole arena.
 fn alone(rows: usize, cols: usize) -> (Layout, Span) {
     let span = Span { offset: 0, rows, cols };
     let len = span.len().next_multiple_of(Layout::ALIGN);
@@ -149,6 +156,7 @@ impl Build {
             indices: Vec::new(),
             arenas: Vec::new(),
             outputs: Vec::new(),
+            errors_average: true,
             hyperparams: StepHyperparams::default(),
         };
         Build { case }
@@ -206,6 +214,19 @@ impl Build {
         self.case.outputs.push(Output::Arena(Arena::Gradients, all));
     }
 
+    /// Adds the update and, unless it is timed, a read of the parameters as the next step's matmuls
+    /// make it.
+    fn finish_update(mut self, op: Op, table: Span, size: Size, cases: &mut Vec<Case>) {
+        self.case.operation = op.name();
+        self.case.program.ops.push(op);
+        if !size.is_timed() {
+            let ids = self.index("ids", (0..table.rows as u32).collect());
+            let out = self.output("weights", BufferKind::Activation, table.len());
+            self.case.program.ops.push(Op::Embedding(Embedding { ids, table, out }));
+        }
+        cases.push(self.case);
+    }
+
     fn finish(mut self, op: Op, cases: &mut Vec<Case>) {
         self.case.operation = op.name();
         self.case.program.ops.push(op);
@@ -217,7 +238,8 @@ fn embedding(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [(1, 1, 1), (7, 13, 5), (37, 100, 64), (65, 300, 36)],
         [(4096, 32768, 64)],
-        [(32768, 32768, 64), (512, 32768, 64), (16384, 50304, 768)],
+        [(512, 32768, 64)],
+        [(32768, 32768, 64), (16384, 50304, 768)],
     );
     for (rows, vocab, hidden) in shapes {
         let (layout, table) = alone(vocab, hidden);
@@ -233,7 +255,8 @@ fn embedding_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dty
     let shapes = size.shapes(
         [(1, 1, 1), (7, 3, 5), (200, 40, 64), (65, 300, 36), (515, 2, 8), (1500, 700, 4)],
         [(32768, 32768, 64)],
-        [(32768, 32768, 64), (512, 32768, 64), (16384, 50304, 768)],
+        [(512, 32768, 64)],
+        [(32768, 32768, 64), (16384, 50304, 768)],
     );
     for (rows, vocab, hidden) in shapes {
         let (layout, table) = alone(vocab, hidden);
@@ -249,7 +272,8 @@ fn norms(size: Size) -> Vec<(usize, usize)> {
     size.shapes(
         [(1, 1), (3, 17), (5, 64), (33, 100), (9, 768), (2, 4096)],
         [(32768, 64), (4096, 2048)],
-        [(32768, 64), (512, 64), (16384, 768), (32768, 2048)],
+        [(512, 64)],
+        [(32768, 64), (16384, 768), (32768, 2048)],
     )
 }
 
@@ -302,7 +326,8 @@ fn products(size: Size) -> Vec<(usize, usize, usize)> {
     size.shapes(
         [(1, 1, 1), (1, 33, 64), (7, 64, 33), (37, 48, 100), (70, 256, 64)],
         [(2048, 512, 64), (512, 2048, 768)],
-        [(32768, 512, 64), (512, 512, 64), (16384, 3072, 768), (8192, 11008, 2048)],
+        [(512, 512, 64)],
+        [(32768, 512, 64), (16384, 3072, 768), (8192, 11008, 2048)],
     )
 }
 
@@ -370,12 +395,8 @@ fn ropes(size: Size) -> Vec<AttentionShape> {
             heads(2, 9, 3, 1, 128),
         ],
         [heads(8, 512, 32, 4, 2), heads(2, 1024, 12, 4, 64)],
-        [
-            heads(64, 512, 32, 4, 2),
-            heads(1, 512, 32, 4, 2),
-            heads(16, 1024, 12, 12, 64),
-            heads(4, 2048, 16, 16, 128),
-        ],
+        [heads(1, 512, 32, 4, 2)],
+        [heads(64, 512, 32, 4, 2), heads(16, 1024, 12, 12, 64), heads(4, 2048, 16, 16, 128)],
     )
 }
 
@@ -427,7 +448,11 @@ fn attentions(size: Size) -> Vec<AttentionShape> {
             heads(2, 65, 2, 1, 128),
             heads(1, 20, 2, 1, 34),
             heads(4, 1, 2, 2, 64),
-            // So many rows that narrow heads give a lane several, or a warp several blocks.
+            heads(3, 170, 2, 1, 2),
+            heads(1, 150, 1, 1, 8),
+            heads(3, 145, 2, 1, 32),
+            heads(1, 35, 1, 1, 256),
+            // So many rows that small heads give a lane several, or a warp several blocks.
             heads(67, 3, 16, 4, 2),
             heads(67, 2, 16, 4, 4),
             heads(67, 2, 16, 2, 8),
@@ -438,9 +463,9 @@ fn attentions(size: Size) -> Vec<AttentionShape> {
             heads(1, 1024, 4, 2, 64),
             heads(1, 1000, 2, 1, 128),
         ],
+        [heads(1, 512, 32, 4, 2)],
         [
             heads(64, 512, 32, 4, 2),
-            heads(1, 512, 32, 4, 2),
             heads(64, 512, 16, 4, 4),
             heads(64, 512, 8, 2, 8),
             heads(16, 512, 12, 4, 32),
@@ -453,10 +478,10 @@ fn attentions(size: Size) -> Vec<AttentionShape> {
     )
 }
 
-/// The first visible position of each row: causal, left-padded, or a second document; plainly causal
-/// where it is timed.
+/// The first visible position of each row: causal, left-padded, or a second document; causal alone if
+/// it is timed.
 fn masks(draw: &mut Draw, shape: &AttentionShape, size: Size) -> Vec<u32> {
-    if size == Size::Timed {
+    if size.is_timed() {
         return vec![0; shape.rows()];
     }
     let edges = draw.indices(shape.batch, shape.seq_len);
@@ -473,9 +498,16 @@ fn masks(draw: &mut Draw, shape: &AttentionShape, size: Size) -> Vec<u32> {
     (0..shape.rows()).map(of).collect()
 }
 
-/// Attention's inputs and the mask.
-fn attends(b: &mut Build, draw: &mut Draw, shape: &AttentionShape, size: Size) -> [Buffer; 4] {
-    let q = b.input(draw, "q", shape.rows() * shape.q_width());
+/// Attention's inputs and the mask; scores grow with `deviation`, that of q.
+fn attends(
+    b: &mut Build,
+    draw: &mut Draw,
+    shape: &AttentionShape,
+    size: Size,
+    deviation: f64,
+) -> [Buffer; 4] {
+    let q = draw.activations(shape.rows() * shape.q_width(), deviation);
+    let q = b.given("q", BufferKind::Activation, q);
     let k = b.input(draw, "k", shape.rows() * shape.kv_width());
     let v = b.input(draw, "v", shape.rows() * shape.kv_width());
     let first_key = b.index("first key", masks(draw, shape, size));
@@ -484,19 +516,26 @@ fn attends(b: &mut Build, draw: &mut Draw, shape: &AttentionShape, size: Size) -
 
 fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for shape in attentions(size) {
-        let mut b = Build::new(describe(&shape), alone(1, 1), false);
-        let [q, k, v, first_key] = attends(&mut b, draw, &shape, size);
-        let out = b.output("out", BufferKind::Activation, shape.rows() * shape.q_width());
-        let lse = b.logarithms("lse", shape.rows() * shape.heads);
-        b.finish(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }), cases);
+        // With scores in the hundreds every tile raises a row's maximum.
+        let deviations: &[_] = if size.is_timed() { &[1.0] } else { &[1.0, 100.0] };
+        for &deviation in deviations {
+            let with = if deviation > 1.0 { ", large scores" } else { "" };
+            let mut b = Build::new(format!("{}{with}", describe(&shape)), alone(1, 1), false);
+            // Two scores of a row that are nearly equal: their difference is all rounding.
+            b.case.errors_average = deviation == 1.0;
+            let [q, k, v, first_key] = attends(&mut b, draw, &shape, size, deviation);
+            let out = b.output("out", BufferKind::Activation, shape.rows() * shape.q_width());
+            let lse = b.logarithms("lse", shape.rows() * shape.heads);
+            b.finish(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }), cases);
+        }
     }
 }
 
 fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, dtype: Dtype) {
     for shape in attentions(size) {
         let mut b = Build::new(describe(&shape), alone(1, 1), false);
-        let [q, k, v, first_key] = attends(&mut b, draw, &shape, size);
-        let (out, lse) = if size == Size::Timed {
+        let [q, k, v, first_key] = attends(&mut b, draw, &shape, size, 1.0);
+        let (out, lse) = if size.is_timed() {
             // Any numbers take as long; those of f64 would take hours.
             let rows = shape.rows();
             (draw.activations(rows * shape.q_width(), 1.0), vec![4.0; rows * shape.heads])
@@ -555,6 +594,7 @@ fn attention_decode(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype
             (heads(2, 2, 3, 1, 128), 9, 64),
         ],
         [(heads(64, 1, 32, 4, 2), 511, 512), (heads(16, 4, 12, 4, 64), 1020, 1024)],
+        [(heads(1, 1, 32, 4, 2), 511, 512)],
         [(heads(64, 1, 32, 4, 2), 511, 512), (heads(16, 1, 12, 4, 64), 1023, 1024)],
     );
     for (shape, before, capacity) in shapes {
@@ -588,7 +628,8 @@ fn gates(size: Size) -> Vec<(usize, usize)> {
     size.shapes(
         [(1, 1), (3, 17), (5, 24), (37, 256), (2, 3000)],
         [(32768, 256), (2048, 5504)],
-        [(32768, 256), (512, 256), (16384, 3072), (8192, 5504)],
+        [(512, 256)],
+        [(32768, 256), (16384, 3072), (8192, 5504)],
     )
 }
 
@@ -622,7 +663,7 @@ fn fused_linear_cross_entropy(cases: &mut Vec<Case>, draw: &mut Draw, size: Size
             (37, 130, 16),
             (65, 257, 64),
             (130, 515, 36),
-            // Words, and rows, enough for two parts.
+            // Ids, and rows, enough for two splits.
             (66, 1030, 36),
             (1030, 70, 12),
             (33, 200, 128),
@@ -630,7 +671,8 @@ fn fused_linear_cross_entropy(cases: &mut Vec<Case>, draw: &mut Draw, size: Size
             (5, 70, 300),
         ],
         [(512, 32768, 64), (1000, 5003, 128), (300, 5000, 768)],
-        [(32768, 32768, 64), (512, 32768, 64), (16384, 50304, 768)],
+        [(512, 32768, 64)],
+        [(32768, 32768, 64), (16384, 50304, 768)],
     );
     for (rows, vocab, hidden) in shapes {
         for gradient in [false, true] {
@@ -638,8 +680,17 @@ fn fused_linear_cross_entropy(cases: &mut Vec<Case>, draw: &mut Draw, size: Size
             let (layout, w) = alone(vocab, hidden);
             let shape = format!("{rows} x {hidden} to {vocab}{with}");
             let mut b = Build::new(shape, (layout, w), gradient);
-            // Logits of size two: some words are likely, none is certain.
+            // Logits of size two: some ids are likely, none is certain.
             b.weights(draw, w, 2.0 / (hidden as f64).sqrt());
+            if !size.is_timed() {
+                // Equal logits, near and far: the first of them is the argmax.
+                let (_, w) = b.case.arenas.last_mut().expect("they were drawn");
+                for id in (0..vocab / 2).step_by(3) {
+                    for equal in [id + vocab / 2, (id + 8).min(vocab - 1)] {
+                        w.copy_within(id * hidden..(id + 1) * hidden, equal * hidden);
+                    }
+                }
+            }
             let x = b.input(draw, "x", rows * hidden);
             let ignored = draw.indices(rows, 5);
             let targets = draw.indices(rows, vocab).into_iter().zip(ignored);
@@ -660,7 +711,7 @@ fn fused_linear_cross_entropy(cases: &mut Vec<Case>, draw: &mut Draw, size: Size
 
 fn gather_rows(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (batch, seq_len, hidden) in
-        size.shapes([(1, 1, 1), (3, 7, 5), (9, 4, 64)], [], [(64, 4, 64)])
+        size.shapes([(1, 1, 1), (3, 7, 5), (9, 4, 64)], [], [(1, 512, 64)], [(64, 4, 64)])
     {
         let shape = format!("{batch} x {seq_len} x {hidden}");
         let mut b = Build::new(shape, alone(1, 1), false);
@@ -673,7 +724,7 @@ fn gather_rows(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
 
 /// Lengths of arenas.
 fn lengths(size: Size) -> Vec<usize> {
-    size.shapes([1, 63, 1000, 20_011], [4_662_336], [4_662_336, 124_000_000])
+    size.shapes([1, 63, 1000, 20_011], [4_662_336], [4_662_336], [124_000_000])
 }
 
 fn zero_grad(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
@@ -687,48 +738,65 @@ fn zero_grad(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
 
 fn grad_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for len in lengths(size) {
-        let (layout, span) = alone(1, len);
-        let mut b = Build::new(format!("{len}"), (layout, span), true);
-        b.accumulates(draw, span);
-        let norm = b.output("norm", BufferKind::Float, 1);
-        b.finish(Op::GradNorm(GradNorm { norm }), cases);
+        // Squares beyond what f32 holds.
+        let deviations: &[_] = if size.is_timed() { &[1.0] } else { &[1.0, 1e25] };
+        for &deviation in deviations {
+            let (layout, span) = alone(1, len);
+            let mut b = Build::new(format!("{len} of {deviation:e}"), (layout, span), true);
+            let gradients = draw.floats(b.case.layout.len, deviation);
+            b.case.arenas.push((Arena::Gradients, gradients));
+            let norm = b.output("norm", BufferKind::Float, 1);
+            b.finish(Op::GradNorm(GradNorm { norm }), cases);
+        }
     }
 }
 
-/// A gradient, moments and parameters in the middle of a training run.
-fn update(b: &mut Build, draw: &mut Draw, second: bool) -> Buffer {
+/// A gradient, moments and parameters in the middle of a training run; the norm of all gradients.
+fn update(b: &mut Build, draw: &mut Draw, second: bool, norm: f32) -> Buffer {
     let len = b.case.layout.len;
-    let whole = 0..len;
-    for (arena, values) in [
-        (Arena::Parameters, draw.floats(len, 1.0)),
-        (Arena::Gradients, draw.floats(len, 1.0)),
-        (Arena::FirstMoment, draw.floats(len, 0.5)),
-    ] {
-        b.case.arenas.push((arena, values));
+    let mut gradients = draw.floats(len, 1.0);
+    let mut first = draw.floats(len, 0.5);
+    let mut squares: Vec<f32> = draw.floats(len, 0.5).iter().map(|x| x * x).collect();
+    // Some so small that AdamW's epsilon matters.
+    for at in 0..if second { len / 4 } else { 0 } {
+        gradients[at] *= 1e-8;
+        first[at] *= 1e-8;
+        squares[at] = 1e-16;
     }
-    let squares: Vec<f32> = draw.floats(len, 0.5).iter().map(|x| x * x).collect();
-    b.case.arenas.push((Arena::SecondMoment, squares));
-    b.case.outputs.push(Output::Arena(Arena::Parameters, whole.clone()));
-    b.case.outputs.push(Output::Arena(Arena::FirstMoment, whole.clone()));
+    b.case.outputs.push(Output::Arena(Arena::Parameters, 0..len));
+    b.case.outputs.push(Output::Arena(Arena::FirstMoment, 0..len));
     if second {
-        b.case.outputs.push(Output::Arena(Arena::SecondMoment, whole));
+        b.case.outputs.push(Output::Arena(Arena::SecondMoment, 0..len));
     }
+    b.case.arenas.extend([
+        (Arena::Parameters, draw.floats(len, 1.0)),
+        (Arena::Gradients, gradients),
+        (Arena::FirstMoment, first),
+        (Arena::SecondMoment, squares),
+    ]);
     b.case.hyperparams = StepHyperparams { learning_rate: 0.03, muon_learning_rate: 0.2, step: 7 };
-    // Above the clip's bound of 1.
-    b.given("norm", BufferKind::Float, vec![1.7])
+    b.given("norm", BufferKind::Float, vec![norm])
+}
+
+/// Norms below and above the bound of clipping; one that is not finite: nothing may change.
+fn gradient_norms(size: Size) -> &'static [f32] {
+    if size.is_timed() { &[1.7] } else { &[0.5, 1.7, f32::INFINITY] }
 }
 
 fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for len in lengths(size) {
-        let mut b = Build::new(format!("{len}"), alone(1, len), true);
-        let norm = update(&mut b, draw, true);
-        // Three ranges that begin anywhere, a hole between the first two, two decays.
-        let (a, z) = (len / 3, 2 * len / 3);
-        let ranges = [(0..a, 0.1), (a + usize::from(len > 9)..z, 0.0), (z..len, 0.1)];
-        let ranges = ranges.into_iter().filter(|(range, _)| !range.is_empty()).collect();
-        let (beta1, beta2, epsilon, max_grad_norm) = (0.9, 0.99, 1e-8, 1.0);
-        let op = AdamWStep { norm, max_grad_norm, beta1, beta2, epsilon, ranges };
-        b.finish(Op::AdamWStep(op), cases);
+        for &norm in gradient_norms(size) {
+            let (layout, span) = alone(1, len);
+            let mut b = Build::new(format!("{len}, norm {norm}"), (layout, span), true);
+            let norm = update(&mut b, draw, true, norm);
+            // Three ranges that begin anywhere, a hole between the first two, two decays.
+            let (a, z) = (len / 3, 2 * len / 3);
+            let ranges = [(0..a, 0.1), (a + usize::from(len > 9)..z, 0.0), (z..len, 0.1)];
+            let ranges = ranges.into_iter().filter(|(range, _)| !range.is_empty()).collect();
+            let (beta1, beta2, epsilon, max_grad_norm) = (0.9, 0.99, 1e-8, 1.0);
+            let op = AdamWStep { norm, max_grad_norm, beta1, beta2, epsilon, ranges };
+            b.finish_update(Op::AdamWStep(op), span, size, cases);
+        }
     }
 }
 
@@ -736,15 +804,21 @@ fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     let shapes = size.shapes(
         [(5, 5), (17, 40), (64, 16), (33, 130)],
         [(512, 64), (768, 2048)],
-        [(512, 64), (768, 3072)],
+        [(512, 64)],
+        [(768, 3072)],
     );
     for (rows, cols) in shapes {
-        // The last of three is stepped first, the first one last, and that between not at all.
-        let place = |at: usize| Span { offset: at * rows * cols, rows, cols };
-        let matrices = vec![place(2), place(0)];
-        let mut b = Build::new(format!("2 of {rows} x {cols}"), alone(3 * rows, cols), true);
-        let norm = update(&mut b, draw, false);
-        let op = MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, weight_decay: 0.1, matrices };
-        b.finish(Op::MuonStep(op), cases);
+        for &norm in gradient_norms(size) {
+            // The last of three is stepped first, the first one last, and the second not at all.
+            let place = |at: usize| Span { offset: at * rows * cols, rows, cols };
+            let matrices = vec![place(2), place(0)];
+            let (layout, span) = alone(3 * rows, cols);
+            let shape = format!("2 of {rows} x {cols}, norm {norm}");
+            let mut b = Build::new(shape, (layout, span), true);
+            let norm = update(&mut b, draw, false, norm);
+            let op =
+                MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, weight_decay: 0.1, matrices };
+            b.finish_update(Op::MuonStep(op), span, size, cases);
+        }
     }
 }

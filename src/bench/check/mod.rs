@@ -3,26 +3,26 @@
 //!
 //! The bound is a rule: at most twice the error of the same operation in plain loops of the
 //! backend's own precision (f32, rounding to bf16 or f16 where mixed precision does), and the
-//! rounding of the output. An output of a few numbers may cancel by chance: its rounding is then
+//! rounding of the output. An output of a few numbers may cancel by chance, and scores in the hundreds
+//! make a few rows of a softmax as sensitive: their rounding is then
 //! relative to the terms that cancel, which is how far the exact result moves when its inputs move by
 //! a few roundings of f32. A logarithm is off by what its argument is off relatively, however small
 //! it is itself. An index may be any that inputs a few roundings away give.
 
-pub(super) mod cases;
+mod cases;
 mod draw;
 
 use serde::Serialize;
 
 use self::cases::Output;
 use crate::backend::reference::Reference;
-use crate::backend::{Arena, Backend, Inputs};
+use crate::backend::{Arena, Backend, Inputs, ProgramId, Session};
 use crate::dtype::Dtype;
 use crate::error;
 use crate::llama::ops::name_matches;
 use crate::random::{Philox, Stream};
 
-pub(super) use cases::Case;
-pub use cases::{Size, operations};
+pub use cases::{Case, Size, cases, operations};
 
 /// One output of one operation at one shape.
 #[derive(Clone, Debug, Serialize)]
@@ -48,11 +48,11 @@ pub struct Selection<'a> {
     pub seed: u64,
 }
 
-/// Runs the grid, telling each row as it is known.
+/// Runs every selected case; `on_row` is called for each row at once.
 pub fn check(
     backend: &dyn Backend,
     selection: &Selection,
-    mut tell: impl FnMut(&Row),
+    mut on_row: impl FnMut(&Row),
 ) -> anyhow::Result<Vec<Row>> {
     let dtype = backend.compute_dtype();
     let chosen = |name: &str| selection.only.is_none_or(|only| name_matches(name, only));
@@ -63,9 +63,10 @@ pub fn check(
         ));
     }
     let mut rows = Vec::new();
-    for case in cases::grid(selection.size, dtype, selection.seed, chosen) {
-        for row in one(backend, &case, dtype)? {
-            tell(&row);
+    for case in cases(selection.size, dtype, selection.seed, chosen) {
+        let runs = case.run(backend, 2)?;
+        for row in case.compare(dtype, &runs)? {
+            on_row(&row);
             rows.push(row);
         }
     }
@@ -73,60 +74,7 @@ pub fn check(
 }
 
 /// The values of each output of a case; indices by their bits.
-type Outputs = Vec<Vec<f32>>;
-
-fn one(backend: &dyn Backend, case: &Case, dtype: Dtype) -> anyhow::Result<Vec<Row>> {
-    let plain = Reference::mixed(dtype);
-    let (exact, plain) = (case.run(&Reference::F64, 1)?.remove(0), case.run(&plain, 1)?.remove(0));
-    let mut both = case.run(backend, 2)?;
-    let (again, got) = (both.remove(1), both.remove(0));
-
-    let mut neighbors = None;
-    let mut rows = Vec::new();
-    for (at, output) in case.outputs.iter().enumerate() {
-        let (got, again, exact, plain) = (&got[at], &again[at], &exact[at], &plain[at]);
-        let few = exact.len() < FEW;
-        let is_index = matches!(output, Output::Indices(_));
-        let (mut error, mut bound) = if is_index {
-            (share(got, &[exact]), 2.0 * share(plain, &[exact]))
-        } else {
-            // The errors of a few numbers do not average.
-            let rounding = unit(case.dtype_of(output, dtype)) * if few { 4.0 } else { 1.0 };
-            (distance(got, exact), 2.0 * distance(plain, exact) + rounding)
-        };
-        if error > bound && (few || is_index) {
-            let neighbors = match &mut neighbors {
-                Some(known) => known,
-                none => none.insert(case.neighbors()?),
-            };
-            let mut near: Vec<&[f32]> = neighbors.iter().map(|outputs| &*outputs[at]).collect();
-            if is_index {
-                near.push(exact);
-                error = share(got, &near);
-            } else {
-                let squares: f64 = near.iter().map(|near| distance(near, exact).powi(2)).sum();
-                let moved = (squares / near.len() as f64).sqrt();
-                let logarithm = match output {
-                    Output::Logarithms(_) => 4.0 * unit(Dtype::F32) * ones(exact) / size(exact),
-                    _ => 0.0,
-                };
-                bound = bound.max(2.0 * distance(plain, exact) + moved.max(logarithm));
-            }
-        }
-        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        let repeats = bits(got) == bits(again);
-        rows.push(Row {
-            operation: case.operation,
-            shape: case.shape.clone(),
-            output: case.name(output),
-            error,
-            bound,
-            repeats,
-            passed: error <= bound && repeats,
-        });
-    }
-    Ok(rows)
-}
+pub type Outputs = Vec<Vec<f32>>;
 
 /// Fewer numbers than these do not average their errors, and may all but cancel by chance.
 const FEW: usize = 16;
@@ -169,6 +117,59 @@ fn ones(b: &[f32]) -> f64 {
 }
 
 impl Case {
+    /// A row for each output of the first of `runs`, all of which must have the same bits.
+    pub fn compare(&self, dtype: Dtype, runs: &[Outputs]) -> anyhow::Result<Vec<Row>> {
+        let exact = self.run(&Reference::F64, 1)?.remove(0);
+        let plain = self.run(&Reference::mixed(dtype), 1)?.remove(0);
+        let got = &runs[0];
+        let mut neighbors = None;
+        let mut rows = Vec::new();
+        for (at, output) in self.outputs.iter().enumerate() {
+            let (got, exact, plain) = (&got[at], &exact[at], &plain[at]);
+            let few = exact.len() < FEW;
+            let averages = !few && self.errors_average;
+            let is_index = matches!(output, Output::Indices(_));
+            let (mut error, mut bound) = if is_index {
+                (share(got, &[exact]), 2.0 * share(plain, &[exact]))
+            } else {
+                // The errors of a few numbers do not average.
+                let rounding = unit(self.dtype_of(output, dtype)) * if few { 4.0 } else { 1.0 };
+                (distance(got, exact), 2.0 * distance(plain, exact) + rounding)
+            };
+            if error > bound && (!averages || is_index) {
+                let neighbors = match &mut neighbors {
+                    Some(known) => known,
+                    none => none.insert(self.neighbors()?),
+                };
+                let mut near: Vec<&[f32]> = neighbors.iter().map(|outputs| &*outputs[at]).collect();
+                if is_index {
+                    near.push(exact);
+                    error = share(got, &near);
+                } else {
+                    let squares: f64 = near.iter().map(|near| distance(near, exact).powi(2)).sum();
+                    let moved = (squares / near.len() as f64).sqrt();
+                    let logarithm = match output {
+                        Output::Logarithms(_) => 4.0 * unit(Dtype::F32) * ones(exact) / size(exact),
+                        _ => 0.0,
+                    };
+                    bound = bound.max(2.0 * distance(plain, exact) + moved.max(logarithm));
+                }
+            }
+            let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let repeats = runs.iter().all(|run| bits(&run[at]) == bits(got));
+            rows.push(Row {
+                operation: self.operation,
+                shape: self.shape.clone(),
+                output: self.name(output),
+                error,
+                bound,
+                repeats,
+                passed: error <= bound && repeats,
+            });
+        }
+        Ok(rows)
+    }
+
     /// The exact results for inputs a few roundings of f32 away. Equal values stay equal: what is
     /// the first of equals stays so, and terms that always cancel still do.
     fn neighbors(&self) -> anyhow::Result<Vec<Outputs>> {
@@ -187,8 +188,8 @@ impl Case {
         (0..NEIGHBORS).map(run).collect()
     }
 
-    /// Executes it `times` times in one session, each time from the same start.
-    fn run(&self, backend: &dyn Backend, times: usize) -> anyhow::Result<Vec<Outputs>> {
+    /// The outputs of `times` runs in one session, each time from the same start.
+    pub fn run(&self, backend: &dyn Backend, times: usize) -> anyhow::Result<Vec<Outputs>> {
         let mut session = backend.open(&self.layout, self.spec)?;
         let program = session.load(self.program.clone())?;
         let mut runs = Vec::new();
@@ -197,7 +198,7 @@ impl Case {
                 session.write(*arena, values)?;
             }
             session.poison()?;
-            session.run(program, &self.feed())?;
+            session.run(program, &self.inputs())?;
             let mut outputs = Vec::new();
             for output in &self.outputs {
                 outputs.push(match output {
@@ -215,29 +216,17 @@ impl Case {
         Ok(runs)
     }
 
-    /// Seconds of each of `runs` runs after `warmup` ones.
-    pub(in crate::bench) fn seconds(
-        &self,
-        backend: &dyn Backend,
-        warmup: usize,
-        runs: usize,
-    ) -> anyhow::Result<Vec<f64>> {
+    /// Opens a session that holds the case's arenas and program.
+    pub fn prepare(&self, backend: &dyn Backend) -> anyhow::Result<Prepared<'_>> {
         let mut session = backend.open(&self.layout, self.spec)?;
         let program = session.load(self.program.clone())?;
         for (arena, values) in &self.arenas {
             session.write(*arena, values)?;
         }
-        let mut seconds = Vec::new();
-        for run in 0..warmup + runs {
-            let took = session.time(program, &self.feed())?;
-            if run >= warmup {
-                seconds.push(took);
-            }
-        }
-        Ok(seconds)
+        Ok(Prepared { case: self, session, program })
     }
 
-    fn feed(&self) -> Inputs<'_> {
+    fn inputs(&self) -> Inputs<'_> {
         Inputs {
             indices: self.indices.iter().map(|(b, values)| (*b, values.as_slice())).collect(),
             floats: self.floats.iter().map(|(b, v)| (*b, v.as_slice().into())).collect(),
@@ -268,5 +257,19 @@ impl Case {
             Output::Arena(Arena::Cache, _) => dtype,
             _ => Dtype::F32,
         }
+    }
+}
+
+/// A case in a session of its own, to be timed.
+pub struct Prepared<'a> {
+    case: &'a Case,
+    session: Box<dyn Session>,
+    program: ProgramId,
+}
+
+impl Prepared<'_> {
+    /// Seconds of one run by the device's clock.
+    pub fn time(&mut self) -> anyhow::Result<f64> {
+        self.session.time(self.program, &self.case.inputs())
     }
 }

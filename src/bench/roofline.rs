@@ -1,42 +1,42 @@
-//! What a device can do at most: copying, products, exponentials, matrix instructions, launches.
-//! Other timings are told as shares of these, measured on the same card in the same run.
+//! Roofline of a device: memory bandwidth, matmul and instruction throughput, launch latency, measured
+//! on the same GPU in the same run as the timings that are given as shares of them.
 
 use serde::Serialize;
 
 use crate::device::{Arg, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
 
-/// One ceiling.
+/// One measured limit of the device.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ceiling {
     pub name: &'static str,
     pub value: f64,
     pub unit: &'static str,
-    /// Of one repetition: the fastest, the median, the slowest.
+    /// Seconds of one repetition: minimum, median, maximum.
     pub seconds: [f64; 3],
 }
 
-/// How much work: a card's, or the simulator's.
+/// Amount of work: for a GPU or for the simulator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effort {
-    /// Enough to fill any card for milliseconds.
+    /// Fills any GPU for milliseconds.
     Full,
-    /// Enough to see that it runs.
+    /// Runs every measurement; its values mean nothing.
     Small,
 }
 
 const REPETITIONS: usize = 15;
 
-/// Measures each, telling it as it is known.
+/// Measures every limit; `on_ceiling` is called for each at once.
 pub fn measure(
     device: &mut dyn Device,
     effort: Effort,
-    mut tell: impl FnMut(&Ceiling),
+    mut on_ceiling: impl FnMut(&Ceiling),
 ) -> anyhow::Result<Vec<Ceiling>> {
     let full = effort == Effort::Full;
     let mut found = Vec::new();
     let mut add = |ceiling: Ceiling| {
-        tell(&ceiling);
+        on_ceiling(&ceiling);
         found.push(ceiling);
     };
 
@@ -49,7 +49,7 @@ pub fn measure(
     let seconds = repeat(device, |device| device.memset(to, 0, bytes))?;
     add(rate("fill", bytes as f64 / 1e9, "GB/s", seconds));
 
-    // Random data: a card runs faster on constant data.
+    // Random data: a GPU runs faster on constant data.
     let side = if full { 8192 } else { 64 };
     let noise: Vec<u8> = noise(2 * side * side);
     device.upload(from, &noise)?;
