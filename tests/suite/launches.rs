@@ -18,7 +18,7 @@ use crate::gpu;
 
 /// Change of the calls that reach the device.
 #[derive(Clone, Copy)]
-enum Mutation {
+pub enum Mutation {
     /// Changes launches of entries with this prefix.
     Launch(&'static str, fn(&mut Launch)),
     /// Drops them.
@@ -137,20 +137,24 @@ impl Device for MutatingDevice {
 
 /// Backend over such a device, and how often the mutation was applied.
 fn mutating(mutation: Mutation, options: Options) -> (Gpu, Arc<AtomicUsize>) {
+    let simulator = ptxsim::Options { threads: 2, ..ptxsim::Options::default() };
+    mutating_on(move || Sim::new(simulator), mutation, options)
+}
+
+/// Backend over a device that applies `mutation` to what `open` opens.
+pub fn mutating_on(
+    open: impl Fn() -> anyhow::Result<Sim> + Send + Sync + 'static,
+    mutation: Mutation,
+    options: Options,
+) -> (Gpu, Arc<AtomicUsize>) {
     let applied = Arc::new(AtomicUsize::new(0));
     let count = applied.clone();
-    let open =
-        Arc::new(move || {
-            let simulator = ptxsim::Options { threads: 2, ..ptxsim::Options::default() };
-            let (device, applied) = (Sim::new(simulator)?, count.clone());
-            Ok(Box::new(MutatingDevice {
-                device,
-                mutation,
-                applied,
-                launched: false,
-                capturing: false,
-            }) as Box<dyn Device>)
-        });
+    let open = Arc::new(move || {
+        let (device, applied) = (open()?, count.clone());
+        let device =
+            MutatingDevice { device, mutation, applied, launched: false, capturing: false };
+        Ok(Box::new(device) as Box<dyn Device>)
+    });
     (Gpu::new(open, options).unwrap(), applied)
 }
 

@@ -683,10 +683,10 @@ fn fused_linear_cross_entropy(cases: &mut Vec<Case>, draw: &mut Draw, size: Size
             // Logits of size two: some ids are likely, none is certain.
             b.weights(draw, w, 2.0 / (hidden as f64).sqrt());
             if !size.is_timed() {
-                // Equal logits, near and far: the first of them is the argmax.
+                // Equal logits, side by side and apart: the first of them is the argmax.
                 let (_, w) = b.case.arenas.last_mut().expect("they were drawn");
                 for id in (0..vocab / 2).step_by(3) {
-                    for equal in [id + vocab / 2, (id + 8).min(vocab - 1)] {
+                    for equal in [id + 1, id + 8, id + vocab / 2].map(|id| id.min(vocab - 1)) {
                         w.copy_within(id * hidden..(id + 1) * hidden, equal * hidden);
                     }
                 }

@@ -12,9 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{
-    Module, attention, elementwise, gather, head, muon, norm, optimizer, queue, rope, rows,
-};
+use super::{Module, gather, lm_head, operations, queue, single};
 
 /// A set of mutants of one kernel file, or of the headers it includes, and the check that kills them.
 pub struct Mutants {
@@ -43,28 +41,28 @@ macro_rules! mutation_tests {
 }
 
 mutation_tests! {
-    adamw_mutants_are_killed: optimizer::ADAMW,
-    attention_decode_mutants_are_killed: attention::DECODE,
-    attention_generic_mutants_are_killed: attention::GENERIC,
-    attention_smallhead_mutants_are_killed: attention::SMALLHEAD,
-    attention_smallhead_tf32_mutants_are_killed: attention::SMALLHEAD_TF32,
-    cross_entropy_mutants_are_killed: head::CROSS_ENTROPY,
-    embedding_backward_mutants_are_killed: rows::EMBEDDING_BACKWARD,
-    embedding_sort_mutants_are_killed: rows::EMBEDDING_SORT,
-    fill_mutants_are_killed: elementwise::FILL,
-    flash_attention_mutants_are_killed: attention::FLASH,
-    gather_rows_mutants_are_killed: rows::GATHER_ROWS,
+    adamw_mutants_are_killed: operations::ADAMW,
+    attention_decode_mutants_are_killed: operations::DECODE,
+    attention_generic_mutants_are_killed: operations::GENERIC,
+    attention_smallhead_mutants_are_killed: operations::SMALLHEAD,
+    attention_smallhead_tf32_mutants_are_killed: operations::SMALLHEAD_TF32,
+    cross_entropy_mutants_are_killed: operations::CROSS_ENTROPY,
+    embedding_backward_mutants_are_killed: operations::EMBEDDING_BACKWARD,
+    embedding_sort_mutants_are_killed: single::EMBEDDING_SORT,
+    fill_mutants_are_killed: single::FILL,
+    flash_attention_mutants_are_killed: operations::FLASH,
+    gather_rows_mutants_are_killed: operations::GATHER_ROWS,
     gather_windows_mutants_are_killed: gather::GATHER_WINDOWS,
-    grad_norm_mutants_are_killed: optimizer::GRAD_NORM,
+    grad_norm_mutants_are_killed: operations::GRAD_NORM,
     #[ignore = "two minutes of compiling: cargo test --test suite mutants -- --include-ignored"]
-    lce_mutants_are_killed: head::LCE,
-    lce_f16_mutants_are_killed: head::LCE_F16,
-    muon_mutants_are_killed: muon::MUON,
-    rms_norm_backward_mutants_are_killed: norm::RMS_NORM_BACKWARD,
-    rms_norm_mutants_are_killed: norm::RMS_NORM,
-    rope_mutants_are_killed: rope::ROPE,
+    lce_mutants_are_killed: lm_head::LCE,
+    lce_f16_mutants_are_killed: lm_head::LCE_F16,
+    muon_mutants_are_killed: operations::MUON,
+    rms_norm_backward_mutants_are_killed: operations::RMS_NORM_BACKWARD,
+    rms_norm_mutants_are_killed: operations::RMS_NORM,
+    rope_mutants_are_killed: operations::ROPE,
     step_queue_mutants_are_killed: queue::STEP_QUEUE,
-    swiglu_mutants_are_killed: elementwise::SWIGLU,
+    swiglu_mutants_are_killed: operations::SWIGLU,
 }
 
 const MARK: &str = "// mutant: ";

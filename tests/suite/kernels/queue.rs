@@ -36,11 +36,11 @@ fn next_is_right(module: &Module) {
 
 fn report_is_right(module: &Module) {
     for (rows, norm) in [(1usize, None), (33, Some(2.5f32)), (5000, Some(f32::INFINITY))] {
-        let nll = Dtype::F32.random(rows as u64, rows, 4.0);
+        let nll = random(rows as u64, rows, 4.0);
         let targets: Vec<u32> =
             (0..rows).map(|row| if row % 5 == 3 { u32::MAX } else { row as u32 }).collect();
         let pieces = [
-            Piece::In(Dtype::F32.bytes(&nll)),
+            Piece::In(Dtype::F32.encode(&nll)),
             Piece::In(words(&targets)),
             norm.map_or(Piece::Null, |norm| Piece::In(norm.to_le_bytes().to_vec())),
             Piece::Both(vec![0xEE; 3 * 16]),
@@ -50,7 +50,7 @@ fn report_is_right(module: &Module) {
         let got = run(module, "step_queue_report", Config::linear(1, 1024), &pieces);
         let exact: f64 = (nll.iter().zip(&targets))
             .filter(|&(_, &target)| target != u32::MAX)
-            .map(|(nll, _)| nll)
+            .map(|(&nll, _)| f64::from(nll))
             .sum();
         let loss = f64::from_le_bytes(got[0][16..24].try_into().unwrap());
         let size = (rows as f64).sqrt() * 4.0;
