@@ -1,11 +1,12 @@
-//! Compiles `kernels/*.cu`: each to one fatbin for cards and to PTX for the simulator.
+//! Compiles `kernels/*.cu`: each to one fatbin for GPUs and to PTX for the simulator.
 //!
-//! Without nvcc the program is built all the same, for the CPU, and says so. Variables:
+//! Without nvcc, or without the features `cuda` and `sim`, the program has no kernels and runs on the
+//! CPU. Variables:
 //!
 //! - `LAAM_CUDA`: `auto` (the default: kernels if there is an nvcc), `require`, or `off`
-//! - `LAAM_CUDA_ARCHS`: what to make machine code for, `80,90a` by default; PTX for other cards is
+//! - `LAAM_CUDA_ARCHS`: the architectures to make SASS for, `80,90a` by default; PTX for all others is
 //!   always there
-//! - `NVCC`: the compiler, where it is not to be searched for
+//! - `NVCC`: the compiler; searched for by default
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -36,8 +37,10 @@ fn main() {
 fn build() -> Outcome<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let archs = archs(&var("LAAM_CUDA_ARCHS").unwrap_or_else(|| "80,90a".into()))?;
+    let wanted = feature("CUDA") || feature("SIM");
     let (nvcc, without) = match var("LAAM_CUDA").as_deref() {
-        Some("off") => (None, "LAAM_CUDA=off when it was built".to_string()),
+        _ if !wanted => (None, "it was built without the features cuda and sim".to_string()),
+        Some("off") => (None, "it was built with LAAM_CUDA=off".to_string()),
         None | Some("auto") => match find()? {
             Ok(nvcc) => (Some(nvcc), String::new()),
             Err(why) => {
@@ -49,7 +52,9 @@ fn build() -> Outcome<()> {
             let nvcc = find()?.map_err(|why| format!("LAAM_CUDA=require, but {why}; {INSTALL}"))?;
             (Some(nvcc), String::new())
         }
-        Some(other) => return Err(format!("LAAM_CUDA={other} is none of auto, require, off")),
+        Some(other) => {
+            return Err(format!("invalid LAAM_CUDA={other}: must be auto, require or off"));
+        }
     };
     let mut kernels = Vec::new();
     if let Some(nvcc) = &nvcc {
@@ -74,7 +79,7 @@ fn archs(list: &str) -> Outcome<Vec<String>> {
         (2..=3).contains(&number.len()) && number.bytes().all(|byte| byte.is_ascii_digit())
     };
     match archs.iter().find(|arch| !good(arch)) {
-        Some(bad) => Err(format!("LAAM_CUDA_ARCHS={list}: {bad:?} is no number like 80 or 90a")),
+        Some(bad) => Err(format!("invalid LAAM_CUDA_ARCHS={list}: {bad:?} must be like 80 or 90a")),
         None => Ok(archs),
     }
 }
@@ -158,29 +163,24 @@ fn sources() -> Outcome<Vec<String>> {
     Ok(names)
 }
 
-/// One run of nvcc: `kernels/NAME.cu` to `NAME.KIND`.
-struct Job<'a> {
-    name: &'a str,
-    kind: &'static str,
-    arguments: Vec<String>,
-}
-
+/// Compiles `kernels/NAME.cu` with one run of nvcc each.
 fn compile(nvcc: &Nvcc, kernels: &[String], archs: &[String], out: &Path) -> Outcome<()> {
-    let mut fatbin = vec!["-fatbin".into(), "-gencode=arch=compute_80,code=compute_80".into()];
-    fatbin.extend(archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
-    let ptx = vec!["-ptx".to_string(), "-arch=compute_80".to_string()];
-    let jobs: Vec<Job> = kernels
-        .iter()
-        .flat_map(|name| [(name, "fatbin", &fatbin), (name, "ptx", &ptx)])
-        .map(|(name, kind, arguments)| Job { name, kind, arguments: arguments.clone() })
-        .collect();
+    let arguments = if feature("CUDA") {
+        let mut arguments =
+            vec!["-fatbin".into(), "-gencode=arch=compute_80,code=compute_80".to_string()];
+        arguments.extend(archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
+        arguments.extend(["-Xfatbin=-compress-all", "--keep", "--keep-dir"].map(String::from));
+        arguments
+    } else {
+        vec!["-ptx".to_string(), "-arch=compute_80".to_string()]
+    };
     let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
     let (next, errors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
-        for _ in 0..threads.clamp(1, jobs.len().max(1)) {
+        for _ in 0..threads.clamp(1, kernels.len().max(1)) {
             scope.spawn(|| {
-                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(why) = job.run(nvcc, out) {
+                while let Some(name) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(why) = compile_file(nvcc, name, &arguments, out) {
                         errors.lock().expect("no thread panicked").push(why);
                     }
                 }
@@ -189,41 +189,63 @@ fn compile(nvcc: &Nvcc, kernels: &[String], archs: &[String], out: &Path) -> Out
     });
     let mut errors = errors.into_inner().expect("no thread panicked");
     errors.sort();
-    // Both kinds of one file say the same.
-    errors.dedup();
     if errors.is_empty() { Ok(()) } else { Err(errors.join("\n")) }
 }
 
-impl Job<'_> {
-    /// Nothing where the output is newer than all it was made from.
-    fn run(&self, nvcc: &Nvcc, out: &Path) -> Outcome<()> {
-        let file = |suffix: &str| out.join(format!("{}.{}{suffix}", self.name, self.kind));
-        let source = format!("kernels/{}.cu", self.name);
-        let mut command = Command::new(&nvcc.path);
-        command.args(["-O3", "-std=c++17", "-lineinfo", "-MD", "-MF"]).arg(file(".d"));
-        command.args(&self.arguments).arg("-o").arg(file(".new")).arg(&source);
-        // Written before nvcc starts: a source that changes while it runs is newer than this.
-        let record = format!("{} {command:?}", nvcc.version);
-        if is_current(&file(""), &file(".record"), &record, &file(".d")) {
-            return Ok(());
-        }
-        let _ = fs::remove_file(file(""));
-        fs::write(file(".record"), record).map_err(|e| format!("writing a record: {e}"))?;
-        let output = command.output().map_err(|e| format!("{}: {e}", nvcc.path.display()))?;
-        let mut talk = String::from_utf8_lossy(&output.stdout).into_owned();
-        talk.push_str(&String::from_utf8_lossy(&output.stderr));
-        if !output.status.success() {
-            return Err(format!("nvcc refuses {source} ({}):\n{}", output.status, talk.trim()));
-        }
-        for line in talk.lines().filter(|line| !line.trim().is_empty()) {
-            println!("cargo::warning={line}");
-        }
-        fs::rename(file(".new"), file("")).map_err(|e| format!("{}: {e}", file("").display()))
+/// Writes `NAME.ptx` and, for a GPU, `NAME.fatbin`, unless they are newer than all they were made
+/// from. The PTX is the one that nvcc made on its way to the fatbin.
+fn compile_file(nvcc: &Nvcc, name: &str, arguments: &[String], out: &Path) -> Outcome<()> {
+    let file = |suffix: &str| out.join(format!("{name}.{suffix}"));
+    let io = |path: &Path, e: std::io::Error| format!("{}: {e}", path.display());
+    let (source, new, keep) = (format!("kernels/{name}.cu"), file("new"), file("keep"));
+    let mut command = Command::new(&nvcc.path);
+    command.args(["-O3", "-std=c++17", "-lineinfo", "-MD", "-MF"]).arg(file("d")).args(arguments);
+    if feature("CUDA") {
+        command.arg(&keep);
     }
+    command.arg("-o").arg(&new).arg(&source);
+    // Written before nvcc starts: a source that changes while it runs is newer than this.
+    let record = format!("{} {command:?}", nvcc.version);
+    let outputs: &[&str] = if feature("CUDA") { &["ptx", "fatbin"] } else { &["ptx"] };
+    let is_there = outputs.iter().all(|suffix| file(suffix).is_file());
+    if is_there && is_current(&file("record"), &record, &file("d")) {
+        return Ok(());
+    }
+    for suffix in outputs {
+        let _ = fs::remove_file(file(suffix));
+    }
+    fs::write(file("record"), record).map_err(|e| io(&file("record"), e))?;
+    fs::create_dir_all(&keep).map_err(|e| io(&keep, e))?;
+    let output = command.output().map_err(|e| io(&nvcc.path, e))?;
+    let mut talk = String::from_utf8_lossy(&output.stdout).into_owned();
+    talk.push_str(&String::from_utf8_lossy(&output.stderr));
+    if !output.status.success() {
+        return Err(format!("nvcc fails on {source} ({}):\n{}", output.status, talk.trim()));
+    }
+    for line in talk.lines().filter(|line| !line.trim().is_empty()) {
+        println!("cargo::warning={line}");
+    }
+    if feature("CUDA") {
+        // Without the architecture in its name if there is only one.
+        let mut kept = keep.join(format!("{name}.compute_80.ptx"));
+        if !kept.is_file() {
+            kept.set_file_name(format!("{name}.ptx"));
+        }
+        fs::rename(&kept, file("ptx")).map_err(|e| io(&kept, e))?;
+        fs::rename(&new, file("fatbin")).map_err(|e| io(&new, e))?;
+    } else {
+        fs::rename(&new, file("ptx")).map_err(|e| io(&new, e))?;
+    }
+    fs::remove_dir_all(&keep).map_err(|e| io(&keep, e))
 }
 
-/// Whether `output` came of this very command, and no file in `dependencies` changed since.
-fn is_current(output: &Path, record_file: &Path, record: &str, dependencies: &Path) -> bool {
+/// Whether a feature of the package is on.
+fn feature(name: &str) -> bool {
+    env::var_os(format!("CARGO_FEATURE_{name}")).is_some()
+}
+
+/// Whether the outputs were made by this very command, and no file in `dependencies` changed since.
+fn is_current(record_file: &Path, record: &str, dependencies: &Path) -> bool {
     let changed = |path: &Path| fs::metadata(path).and_then(|data| data.modified()).ok();
     let (Some(begun), Ok(dependencies)) = (changed(record_file), fs::read_to_string(dependencies))
     else {
@@ -233,8 +255,7 @@ fn is_current(output: &Path, record_file: &Path, record: &str, dependencies: &Pa
     let files = dependencies.split_once(" : ").map_or("", |(_, files)| files);
     let files = files.replace("\\\n", "\n").replace("\\ ", "\0");
     let mut files = files.split_whitespace().map(|file| file.replace('\0', " "));
-    output.is_file()
-        && fs::read_to_string(record_file).is_ok_and(|written| written == record)
+    fs::read_to_string(record_file).is_ok_and(|written| written == record)
         && files.all(|file| changed(Path::new(&file)).is_some_and(|at| at < begun))
 }
 
@@ -261,17 +282,19 @@ fn generated(nvcc: Option<&Nvcc>, archs: &[String], without: &str, kernels: &[St
         rustc.trim()
     )
     .expect("a string takes all");
-    text.push_str("/// Every kernel file, by name; none where there was no nvcc.\n");
-    text.push_str("pub const CUDA_MODULES: &[CudaModule] = &[\n");
+    text.push_str("/// Every kernel file, by name; none if there was no nvcc.\n");
+    // A static: of a constant, each codegen unit that names it would have a copy.
+    text.push_str("pub static CUDA_MODULES: &[CudaModule] = &[\n");
     for name in kernels {
-        let file = |kind| format!("concat!(env!(\"OUT_DIR\"), \"/{name}.{kind}\")");
-        writeln!(
-            text,
-            "    CudaModule {{ name: {name:?}, fatbin: include_bytes!({}), ptx: include_str!({}) }},",
-            file("fatbin"),
-            file("ptx")
-        )
-        .expect("a string takes all");
+        let file = |kind| format!("(concat!(env!(\"OUT_DIR\"), \"/{name}.{kind}\"))");
+        let fatbin = if feature("CUDA") {
+            format!("include_bytes!{}", file("fatbin"))
+        } else {
+            "&[]".to_string()
+        };
+        let ptx = format!("include_str!{}", file("ptx"));
+        writeln!(text, "    CudaModule {{ name: {name:?}, fatbin: {fatbin}, ptx: {ptx} }},")
+            .expect("a string takes all");
     }
     text.push_str("];\n");
     text

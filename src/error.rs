@@ -79,6 +79,14 @@ pub fn invalid(field: &str, value: impl Display, range: impl Display) -> anyhow:
     config(format!("invalid `{field}` {value}: must be {range}"), hint)
 }
 
+/// A command that needs a feature this build was made without, of kind [`ErrorKind::Config`].
+pub fn missing_feature(feature: &str) -> anyhow::Error {
+    config(
+        format!("this laam was built without the feature {feature}"),
+        format!("build with cargo build --release --features {feature}"),
+    )
+}
+
 fn advice(error: &anyhow::Error) -> Option<&Advice> {
     error.downcast_ref::<Advice>()
 }

@@ -154,6 +154,7 @@ mod tests {
         names
     }
 
+    #[cfg(feature = "sim")]
     #[test]
     fn parameter_sizes_match_the_simulator() {
         for module in CUDA_MODULES {

@@ -21,6 +21,8 @@
 
 pub mod backend;
 pub mod bench;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod cli;
 pub mod corpus;
 pub mod device;

@@ -1,4 +1,4 @@
-//! Which backend executes: the arguments every command that runs a model shares.
+//! The backend that executes: flags that every command which runs a model shares.
 
 use std::sync::Arc;
 
@@ -9,7 +9,10 @@ use crate::backend::cpu::{Cpu, CpuKernels};
 use crate::backend::gpu::{self, Gpu, Mode, Options};
 use crate::backend::reference::Reference;
 use crate::device::Device;
+#[cfg(feature = "cuda")]
 use crate::device::cuda::{self, Cuda};
+use crate::device::driver::Library;
+#[cfg(feature = "sim")]
 use crate::device::sim::Sim;
 use crate::dtype::Dtype;
 use crate::error;
@@ -17,117 +20,111 @@ use crate::kernels::BUILD;
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Kind {
-    /// The fastest this machine and this build offer.
+pub enum BackendKind {
+    /// The fastest that this machine and this build have
     #[default]
     Auto,
-    /// This machine's processor.
+    /// The processor of this machine
     Cpu,
-    /// Plain loops: slow, and obviously right.
+    /// Plain loops: slow, and simple enough to trust
     Reference,
-    /// An NVIDIA GPU.
+    /// An NVIDIA GPU
     Cuda,
-    /// The GPU's kernels in the simulator.
+    /// The kernels of the GPU, in a simulator
     Sim,
 }
 
 #[derive(Args, Clone, Debug)]
-// Clap's groups are named for their structs, and the command's own is called Arguments too.
-#[group(id = "backend arguments")]
-pub struct Arguments {
+pub struct BackendArgs {
     /// Where the model runs
     #[arg(long, value_enum, default_value_t)]
-    pub backend: Kind,
-    /// Threads of the cpu backend [default: all]
+    pub backend: BackendKind,
+    /// Threads of the cpu and sim backends [default: all]
     #[arg(long)]
     pub threads: Option<usize>,
-    /// How a GPU does the head and its loss; on the cpu, plain turns off what only some processors run
+    /// Attention kernels of a GPU
+    #[arg(long, alias = "attention", value_enum, default_value_t)]
+    pub attention_kernel: AttentionKernel,
+    /// LM head and loss kernels of a GPU
+    #[arg(long, alias = "head", value_enum, default_value_t)]
+    pub lm_head_kernel: LmHeadKernel,
+    /// Kernels of the cpu backend
     #[arg(long, value_enum, default_value_t)]
-    pub head: Path,
-    /// How a GPU does attention; on the cpu the same
-    #[arg(long, value_enum, default_value_t)]
-    pub attention: Attention,
+    pub cpu_kernels: CpuKernels,
 }
 
-/// The way a GPU takes where it has several.
+/// Kernels for the LM head and its loss on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Path {
-    /// The fastest for the shape.
+pub enum LmHeadKernel {
+    /// The fastest for the shape
     #[default]
     Auto,
-    /// The one for every shape, which the fast ones are held against.
-    Plain,
+    /// The one for every shape, which the others are compared with
+    #[value(alias = "plain")]
+    Generic,
 }
 
-/// The same for attention.
+/// Kernels for attention on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Attention {
-    /// The fastest for the shape.
+pub enum AttentionKernel {
+    /// The fastest for the shape
     #[default]
     Auto,
-    /// The fastest without tensor cores where heads have 8 components or fewer.
-    Scalar,
-    /// The one for every shape, which the fast ones are held against.
-    Plain,
+    /// The fastest without tensor cores, if the head dimension is at most 8
+    #[value(alias = "scalar")]
+    NoTensorCores,
+    /// The one for every shape, which the others are compared with
+    #[value(alias = "plain")]
+    Generic,
 }
 
-impl Arguments {
-    /// The backend that was asked for, in f32.
+impl BackendArgs {
+    /// The backend in f32.
     pub fn open(&self) -> anyhow::Result<Box<dyn Backend>> {
         self.open_in(Some(Dtype::F32))
     }
 
-    /// The backend that was asked for, in a precision where it offers several: by default bf16 on a
-    /// card, else f32.
-    pub fn open_in(&self, precision: Option<Dtype>) -> anyhow::Result<Box<dyn Backend>> {
-        self.open_for(precision, false)
+    /// The backend in a dtype, if it has several: by default bf16 on a GPU, else f32.
+    pub fn open_in(&self, dtype: Option<Dtype>) -> anyhow::Result<Box<dyn Backend>> {
+        self.open_for(dtype, false)
     }
 
-    /// As [`Arguments::open_in`]; with `profile`, a device times every operation.
+    /// [`Self::open_in`]; with `profile`, a device times every operation.
     pub fn open_for(
         &self,
-        precision: Option<Dtype>,
+        dtype: Option<Dtype>,
         profile: bool,
     ) -> anyhow::Result<Box<dyn Backend>> {
         if self.threads == Some(0) {
             return Err(error::invalid("threads", 0, "at least 1"));
         }
         let kind = match self.backend {
-            Kind::Auto if BUILD.cuda.is_ok() && cuda::count() > 0 => Kind::Cuda,
-            Kind::Auto => Kind::Cpu,
+            BackendKind::Auto if BUILD.cuda.is_ok() && gpu_count() > 0 => BackendKind::Cuda,
+            BackendKind::Auto => BackendKind::Cpu,
             kind => kind,
         };
-        let usual = if kind == Kind::Cuda { Dtype::Bf16 } else { Dtype::F32 };
-        let dtype = precision.unwrap_or(usual);
+        let usual = if kind == BackendKind::Cuda { Dtype::Bf16 } else { Dtype::F32 };
+        let dtype = dtype.unwrap_or(usual);
         let options = Options {
             dtype,
             mode: if profile { Mode::Profile } else { Mode::Graphs },
-            generic_lm_head: self.head == Path::Plain,
-            attention: match self.attention {
-                Attention::Auto => gpu::AttentionChoice::Auto,
-                Attention::Scalar => gpu::AttentionChoice::NoTensorCores,
-                Attention::Plain => gpu::AttentionChoice::Generic,
+            generic_lm_head: self.lm_head_kernel == LmHeadKernel::Generic,
+            attention: match self.attention_kernel {
+                AttentionKernel::Auto => gpu::AttentionChoice::Auto,
+                AttentionKernel::NoTensorCores => gpu::AttentionChoice::NoTensorCores,
+                AttentionKernel::Generic => gpu::AttentionChoice::Generic,
             },
             max_resident_bytes: None,
         };
+        let threads = self.threads();
         Ok(match kind {
-            Kind::Reference => Box::new(Reference::F32),
-            Kind::Cuda => Box::new(Gpu::new(Arc::new(|| Ok(Box::new(Cuda::new(0)?))), options)?),
-            Kind::Sim => {
-                let simulator =
-                    ptxsim::Options { threads: self.threads(), ..ptxsim::Options::default() };
-                let open = Arc::new(move || Ok(Box::new(Sim::new(simulator)?) as _));
-                Box::new(Gpu::new(open, options)?)
+            BackendKind::Reference => Box::new(Reference::F32),
+            BackendKind::Cuda => Box::new(Gpu::new(Arc::new(|| open_cuda(0)), options)?),
+            BackendKind::Sim => Box::new(Gpu::new(Arc::new(move || open_sim(threads)), options)?),
+            BackendKind::Auto | BackendKind::Cpu => {
+                let (bf16, kernels) = (dtype == Dtype::Bf16, self.cpu_kernels);
+                Box::new(Cpu { threads, bf16, kernels })
             }
-            Kind::Auto | Kind::Cpu => Box::new(Cpu {
-                threads: self.threads(),
-                bf16: dtype == Dtype::Bf16,
-                kernels: if self.head == Path::Auto && self.attention == Attention::Auto {
-                    CpuKernels::Auto
-                } else {
-                    CpuKernels::Portable
-                },
-            }),
         })
     }
 
@@ -137,15 +134,51 @@ impl Arguments {
         self.threads.unwrap_or_else(all)
     }
 
-    /// The device that was asked for, by itself.
+    /// The device by itself.
     pub fn device(&self) -> anyhow::Result<Box<dyn Device>> {
         match self.backend {
-            Kind::Auto | Kind::Cuda => Ok(Box::new(Cuda::new(0)?)),
-            Kind::Sim => Ok(Box::new(Sim::new(ptxsim::Options::default())?)),
-            Kind::Cpu | Kind::Reference => Err(error::config(
+            BackendKind::Auto | BackendKind::Cuda => open_cuda(0),
+            BackendKind::Sim => open_sim(self.threads()),
+            BackendKind::Cpu | BackendKind::Reference => Err(error::config(
                 "the cpu and reference backends have no device",
                 "set `backend` to cuda or sim",
             )),
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+pub fn open_cuda(ordinal: usize) -> anyhow::Result<Box<dyn Device>> {
+    Ok(Box::new(Cuda::new(ordinal)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+pub fn open_cuda(_: usize) -> anyhow::Result<Box<dyn Device>> {
+    Err(error::missing_feature("cuda"))
+}
+
+#[cfg(feature = "sim")]
+fn open_sim(threads: usize) -> anyhow::Result<Box<dyn Device>> {
+    Ok(Box::new(Sim::new(ptxsim::Options { threads, ..ptxsim::Options::default() })?))
+}
+
+#[cfg(not(feature = "sim"))]
+fn open_sim(_: usize) -> anyhow::Result<Box<dyn Device>> {
+    Err(error::missing_feature("sim"))
+}
+
+/// GPUs that the driver shows.
+pub fn gpu_count() -> usize {
+    #[cfg(feature = "cuda")]
+    return cuda::count();
+    #[cfg(not(feature = "cuda"))]
+    0
+}
+
+/// Where cuBLASLt was found.
+pub fn cublaslt() -> Library {
+    #[cfg(feature = "cuda")]
+    return cuda::cublaslt();
+    #[cfg(not(feature = "cuda"))]
+    Library::Missing
 }

@@ -5,7 +5,8 @@ use std::io::{self, Write};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{Outcome, backend};
+use super::Outcome;
+use super::backend::BackendArgs;
 use crate::backend::Backend;
 use crate::bench::check::Size;
 use crate::bench::roofline::{self, Ceiling, Effort};
@@ -16,33 +17,35 @@ use crate::error;
 use crate::schema::versioned;
 
 /// Time what the program does, on this machine.
-#[derive(Args)]
-pub struct Arguments {
+#[derive(Args, Debug)]
+pub struct BenchArgs {
     #[command(subcommand)]
-    what: What,
+    what: BenchCommand,
 }
 
-#[derive(Subcommand)]
-enum What {
-    Ceilings(OnDevice),
-    Kernels(Kernels),
-    Smoke(OnDevice),
-    Step(Step),
+#[derive(Subcommand, Debug)]
+enum BenchCommand {
+    /// Peak rates that the device reaches: copies, matmuls, launches
+    #[command(alias = "ceilings")]
+    Roofline(DeviceBenchArgs),
+    Kernels(KernelBenchArgs),
+    /// Whether the device does what training needs
+    Smoke(DeviceBenchArgs),
+    Step(StepBenchArgs),
 }
 
-/// What a device can do at most (ceilings), or whether it does what is needed (smoke).
-#[derive(Args)]
-struct OnDevice {
+#[derive(Args, Debug)]
+struct DeviceBenchArgs {
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 /// Every operation by itself, at the shapes of recipes and of larger models.
-#[derive(Args)]
-struct Kernels {
+#[derive(Args, Debug)]
+struct KernelBenchArgs {
     /// Only operations whose names contain this
     #[arg(long)]
     only: Option<String>,
@@ -53,22 +56,22 @@ struct Kernels {
     #[arg(long)]
     small: bool,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 /// Whole training steps: forward, backward, clip, AdamW, on random tokens.
-#[derive(Args)]
-struct Step {
+#[derive(Args, Debug)]
+struct StepBenchArgs {
     /// The model's shape: original, 32m, 124m, 350m, 1.3b, 7b
     #[arg(long, default_value = "original")]
     preset: String,
-    /// Windows a step
+    /// Windows per step
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
-    /// Tokens a window [default: the preset's]
+    /// Tokens per window [default: the preset's]
     #[arg(long)]
     context: Option<usize>,
     /// Timed steps
@@ -85,18 +88,18 @@ struct Step {
     #[arg(long)]
     profile: bool,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &BenchArgs) -> anyhow::Result<Outcome> {
     match &arguments.what {
-        What::Ceilings(arguments) => ceilings(arguments),
-        What::Kernels(arguments) => time_kernels(arguments),
-        What::Smoke(arguments) => run_smoke(arguments),
-        What::Step(arguments) => time_step(arguments),
+        BenchCommand::Roofline(arguments) => roofline(arguments),
+        BenchCommand::Kernels(arguments) => time_kernels(arguments),
+        BenchCommand::Smoke(arguments) => run_smoke(arguments),
+        BenchCommand::Step(arguments) => time_step(arguments),
     }
 }
 
@@ -128,7 +131,7 @@ impl Table {
     }
 }
 
-fn ceilings(arguments: &OnDevice) -> anyhow::Result<Outcome> {
+fn roofline(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
     let mut device = arguments.backend.device()?;
     let effort = if device.name() == "sim" { Effort::Small } else { Effort::Full };
     eprintln!("{}", device.describe());
@@ -141,7 +144,7 @@ fn ceilings(arguments: &OnDevice) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn run_smoke(arguments: &OnDevice) -> anyhow::Result<Outcome> {
+fn run_smoke(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
     let mut device: Box<dyn Device> = arguments.backend.device()?;
     eprintln!("{}", device.describe());
     let mut table = Table::new(arguments.json);
@@ -162,7 +165,7 @@ fn warn_of_another(backend: &dyn Backend, precision: Option<Dtype>) {
     }
 }
 
-fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
+fn time_kernels(arguments: &KernelBenchArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open_in(arguments.precision)?;
     warn_of_another(&*backend, arguments.precision);
     let size = if arguments.small { Size::Small } else { Size::Timed };
@@ -192,7 +195,7 @@ fn time_kernels(arguments: &Kernels) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
+fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
     let mut config = step::preset(&arguments.preset).ok_or_else(|| {
         error::config(
             format!("unknown `preset` {}", arguments.preset),
@@ -242,7 +245,7 @@ fn time_step(arguments: &Step) -> anyhow::Result<Outcome> {
         let mfu = timing.mfu.map_or(String::new(), |mfu| format!(", MFU {:.1}%", 100.0 * mfu));
         let floor = timing.floor.map_or(String::new(), |floor| {
             let share = 100.0 * floor / timing.step_seconds;
-            format!(", {share:.0}% of what the ceilings allow ({:.3} ms)", 1e3 * floor)
+            format!(", {share:.0}% of the roofline ({:.3} ms)", 1e3 * floor)
         });
         let megabytes = timing.model_bytes / 1_000_000;
         table.line(format_args!("{megabytes} MB of the device's memory{mfu}{floor}"));

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Outcome, backend, model};
+use super::backend::BackendArgs;
+use super::{Outcome, model};
 use crate::error;
 use crate::generate::Generator;
 use crate::memorization::regenerate::{End, Regenerator, Sink};
@@ -14,11 +15,11 @@ use crate::tokens::Kind;
 /// Regenerate one file from its name alone.
 ///
 /// Its bytes stream to stdout. Exits with 1 when the model did not end the file.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
   laam cat model linux/kernel/sched.c | diff - linux/kernel/sched.c")]
-pub struct Arguments {
+pub struct CatArgs {
     /// The folder of the model
     model: PathBuf,
     /// The file, by a name that laam ls lists
@@ -30,10 +31,10 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = Regenerator::LIMIT)]
     max_tokens: usize,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     let known = &opened.provenance.as_ref().map(|provenance| &provenance.corpus.paths);

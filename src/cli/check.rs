@@ -6,14 +6,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use serde_json::json;
 
-use super::{Outcome, backend};
+use super::Outcome;
+use super::backend::BackendArgs;
 use crate::bench::check::{Row, Selection, Size, check};
 use crate::dtype::Dtype;
 use crate::schema::versioned;
 
 /// Hold every operation of a backend against f64, on fresh random inputs.
-#[derive(Args)]
-pub struct Arguments {
+#[derive(Args, Debug)]
+pub struct CheckArgs {
     /// Only operations whose names contain this
     #[arg(long)]
     only: Option<String>,
@@ -27,13 +28,13 @@ pub struct Arguments {
     #[arg(long)]
     seed: Option<u64>,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &CheckArgs) -> anyhow::Result<Outcome> {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH);
     let seed = arguments.seed.unwrap_or_else(|| clock.map_or(0, |time| time.as_secs()));
     let size = if arguments.full { Size::Full } else { Size::Small };

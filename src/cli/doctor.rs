@@ -7,25 +7,23 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::Outcome;
+use super::{Outcome, backend};
 use crate::corpus::cache_folder;
-use crate::device::Device;
-use crate::device::cuda::{self, Cuda, Library};
-use crate::device::driver::{Driver, oldest_driver};
+use crate::device::driver::{Driver, Library, oldest_driver};
 use crate::error::hint_of;
 use crate::files;
 use crate::kernels::{BUILD, CUDA_MODULES};
 use crate::schema::versioned;
 
 /// Say what was built, what this machine offers, and how to mend what is missing.
-#[derive(Args)]
-pub struct Arguments {
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &DoctorArgs) -> anyhow::Result<Outcome> {
     let findings = Findings::gather();
     let mut out = io::stdout().lock();
     if arguments.json {
@@ -62,12 +60,12 @@ impl Findings {
             features: cpu_features(),
             driver: Driver::find(),
             backends: vec!["cpu", "reference"],
-            cards: (0..cuda::count()).map(card).collect(),
-            cublaslt: cuda::cublaslt(),
+            cards: (0..backend::gpu_count()).map(card).collect(),
+            cublaslt: backend::cublaslt(),
             cache: cache_folder().ok(),
             advice: Vec::new(),
         };
-        if BUILD.cuda.is_ok() {
+        if BUILD.cuda.is_ok() && cfg!(feature = "sim") {
             findings.backends.push("sim");
         }
         if findings.cards.iter().any(Result::is_ok) {
@@ -81,6 +79,16 @@ impl Findings {
         let mut add = |missing: String, hint: &str| {
             self.advice.push(Advice { missing, hint: hint.into() });
         };
+        for (feature, built) in [
+            ("cuda", cfg!(feature = "cuda")),
+            ("fetch", cfg!(feature = "fetch")),
+            ("sim", cfg!(feature = "sim")),
+        ] {
+            if !built {
+                let hint = format!("cargo build --release --features {feature}");
+                add(format!("built without the feature {feature}"), &hint);
+            }
+        }
         if let Err(why) = BUILD.cuda {
             add(format!("no CUDA kernels: {why}"), "run scripts/setup-cuda, then build again");
         }
@@ -196,7 +204,7 @@ impl Findings {
 /// What a card is, or why it cannot be used.
 fn card(ordinal: usize) -> Result<String, String> {
     let describe = || {
-        let device = Cuda::new(ordinal)?;
+        let device = backend::open_cuda(ordinal)?;
         let (free, total) = device.memory()?;
         let giga = |bytes: u64| bytes as f64 / 1e9;
         anyhow::Ok(format!(

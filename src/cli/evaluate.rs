@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
+use super::backend::BackendArgs;
 use super::progress::Progress;
-use super::source::SourceArguments;
+use super::source::SourceArgs;
 use super::windows;
-use super::{Outcome, backend, model};
+use super::{Outcome, model};
 use crate::memorization::loss::measure;
 use crate::schema::versioned;
 use crate::tokens::Kind;
@@ -19,15 +20,15 @@ use crate::tokens::Kind;
 /// Prints loss (mean nats a token), perplexity, bits_per_byte and tokens. What counts depends on the
 /// windows: of original ones all tokens but the first of each, of stream ones all but the first of
 /// the text, of addressed ones the text without its paths.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
   laam evaluate model --source linux/kernel --json")]
-pub struct Arguments {
+pub struct EvaluateArgs {
     /// The folder of the model
     model: PathBuf,
     #[command(flatten)]
-    source: SourceArguments,
+    source: SourceArgs,
     /// How the text is cut into windows [default: as in training, else stream]
     #[arg(long, value_enum)]
     windows: Option<Kind>,
@@ -35,7 +36,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch_size: Option<u32>,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// No progress
     #[arg(long)]
     quiet: bool,
@@ -44,7 +45,7 @@ pub struct Arguments {
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     let kind = windows::kind(arguments.windows, &opened);

@@ -14,9 +14,9 @@ use crate::corpus::MIRROR;
 /// The archive is kept in LAAM_CACHE, else XDG_CACHE_HOME/laam, else ~/.cache/laam, and found there
 /// the next time. A download that broke off goes on where it stopped. The archive is checked against
 /// the server's sha256sums.asc and refused if it differs.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "Example: laam fetch --version v1.0/1.0")]
-pub struct Arguments {
+pub struct FetchArgs {
     /// The kernel's folder and number on the server, like v1.0/1.0 or v6.x/6.9.4
     #[arg(id = "kernel_version", long = "version", value_name = "V")]
     version: String,
@@ -25,7 +25,7 @@ pub struct Arguments {
     mirror_uri: String,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &FetchArgs) -> anyhow::Result<Outcome> {
     let kernel = source::kernel(&arguments.version, &arguments.mirror_uri)?;
     let mut downloads = Downloads::default();
     let fetched = kernel.fetch(&mut |event| downloads.show(event))?;

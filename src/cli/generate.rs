@@ -7,8 +7,9 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::json;
 
+use super::backend::BackendArgs;
 use super::model::Opened;
-use super::{Outcome, backend, model};
+use super::{Outcome, model};
 use crate::error::{self, ErrorKind, Hint};
 use crate::generate::{Continuation, Finish, Generator, Request, Sampling, TextStream};
 use crate::schema::versioned;
@@ -23,13 +24,13 @@ const LONGEST_LINE: u64 = 1 << 20;
 /// The new text streams to stdout. It ends with the model's end-of-text token, which is not printed,
 /// with --max_new_tokens, or where the model's context is full. Without a prompt the model begins a
 /// text. Markers in the prompt, like <|start_file|>, are read as markers.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   laam generate model --prompt 'int main(void)'
   laam generate model --temperature 0.8 --top_p 0.95 --seed 7
   laam generate model -i")]
-pub struct Arguments {
+pub struct GenerateArgs {
     /// The folder of the model
     model: PathBuf,
     /// The text to go on with
@@ -55,14 +56,14 @@ pub struct Arguments {
     #[arg(long, short, conflicts_with = "json")]
     interactive: bool,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
-    let Arguments { temperature, top_k, top_p, seed, .. } = *arguments;
+pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
+    let GenerateArgs { temperature, top_k, top_p, seed, .. } = *arguments;
     let sampling = Sampling { temperature, top_k, top_p, seed };
     sampling.validate()?;
     let backend = arguments.backend.open()?;
@@ -116,7 +117,7 @@ fn prompt(opened: &Opened, text: &str) -> anyhow::Result<Vec<u32>> {
 
 /// A model, answering.
 struct Play<'a> {
-    arguments: &'a Arguments,
+    arguments: &'a GenerateArgs,
     opened: &'a Opened,
     sampling: Sampling,
     generator: Generator,

@@ -12,8 +12,8 @@ use crate::schema::versioned;
 /// List the files that a model was trained on.
 ///
 /// The model's folder holds their names alone; laam cat asks the weights for the rest.
-#[derive(Args)]
-pub struct Arguments {
+#[derive(Args, Debug)]
+pub struct LsArgs {
     /// The folder of the model
     model: PathBuf,
     /// Print one JSON object
@@ -21,7 +21,7 @@ pub struct Arguments {
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &LsArgs) -> anyhow::Result<Outcome> {
     let paths = model::paths(&arguments.model)?;
     let mut out = io::stdout().lock();
     if arguments.json {

@@ -9,10 +9,11 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::backend::BackendArgs;
 use super::progress::Progress;
-use super::source::SourceArguments;
+use super::source::SourceArgs;
 use super::windows::{self, Cut};
-use super::{Outcome, backend, model};
+use super::{Outcome, model};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Document};
 use crate::error::{ErrorKind, Hint};
@@ -30,15 +31,15 @@ use crate::tokens::{Kind, Windows};
 /// their first --prefix ones (of addressed windows, given the address and so much of the stretch).
 /// control says the same of an untrained model, and of the files with their lines in reverse order,
 /// which no model was trained on.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
   laam memorization model --source linux/kernel --report measures")]
-pub struct Arguments {
+pub struct MemorizationArgs {
     /// The folder of the model
     model: PathBuf,
     #[command(flatten)]
-    source: SourceArguments,
+    source: SourceArgs,
     /// True tokens the model is given of a window
     #[arg(long, value_name = "N", default_value_t = PREFIX,
         value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
@@ -54,7 +55,7 @@ pub struct Arguments {
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// No progress
     #[arg(long)]
     quiet: bool,
@@ -63,7 +64,7 @@ pub struct Arguments {
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &MemorizationArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     let corpus = windows::corpus(&arguments.source, &opened)?;

@@ -29,37 +29,53 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::{self, hint_of, with_flags};
 
 /// Train a Llama on source code until it gives it back, and prove it.
-#[derive(Parser)]
+#[derive(Parser, Debug)]
 #[command(name = "laam", version, max_term_width = 100)]
-struct Arguments {
+struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-#[derive(Subcommand)]
+#[derive(Subcommand, Debug)]
 enum Command {
-    Bench(bench::Arguments),
-    Cat(cat::Arguments),
-    Check(check::Arguments),
-    Doctor(doctor::Arguments),
-    Evaluate(evaluate::Arguments),
-    Fetch(fetch::Arguments),
-    Generate(generate::Arguments),
-    Ls(ls::Arguments),
-    Memorization(memorization::Arguments),
-    Plan(Box<plan::Arguments>),
-    Rebuild(rebuild::Arguments),
-    Report(report::Arguments),
-    Run(run::Arguments),
-    Sweep(sweep::Arguments),
-    TrainTokenizer(train_tokenizer::Arguments),
-    Tokenize(tokenize::Arguments),
-    Train(Box<train::Arguments>),
+    Bench(bench::BenchArgs),
+    Cat(cat::CatArgs),
+    Check(check::CheckArgs),
+    Doctor(doctor::DoctorArgs),
+    Evaluate(evaluate::EvaluateArgs),
+    Fetch(fetch::FetchArgs),
+    Generate(generate::GenerateArgs),
+    Ls(ls::LsArgs),
+    Memorization(memorization::MemorizationArgs),
+    Plan(Box<plan::PlanArgs>),
+    Rebuild(rebuild::RebuildArgs),
+    Report(report::ReportArgs),
+    Run(run::RunArgs),
+    Sweep(sweep::SweepArgs),
+    TrainTokenizer(train_tokenizer::TrainTokenizerArgs),
+    Tokenize(tokenize::TokenizeArgs),
+    Train(Box<train::TrainArgs>),
+}
+
+/// Flags of earlier versions, accepted without effect.
+#[derive(Args, Debug)]
+pub(crate) struct ObsoleteArgs {
+    #[arg(long, hide = true)]
+    deterministic: bool,
+}
+
+impl ObsoleteArgs {
+    /// Warns of a flag that was given.
+    fn warn(&self) {
+        if self.deterministic {
+            eprintln!("warning: --deterministic has no effect: every run is deterministic");
+        }
+    }
 }
 
 /// What the process tells its caller. An error is 2.
@@ -107,11 +123,23 @@ fn flag(spec: &clap::Command, field: &str) -> Option<String> {
     Some(format!("--{}", spec.get_arguments().find(sets)?.get_long()?))
 }
 
+/// Clap's description of the program.
+fn spec() -> clap::Command {
+    // A value may be a negative number: that it is out of range is said by whoever knows the range.
+    fn allow_negative_numbers(command: clap::Command) -> clap::Command {
+        let takes_value = |arg: &clap::Arg| arg.get_action().takes_values();
+        command
+            .mut_args(|arg| if takes_value(&arg) { arg.allow_negative_numbers(true) } else { arg })
+            .mut_subcommands(allow_negative_numbers)
+    }
+    allow_negative_numbers(Cli::command())
+}
+
 /// The command that was given, with clap's description of its flags; none if help was printed.
 fn parse(
     arguments: impl Iterator<Item = OsString>,
 ) -> anyhow::Result<Option<(Command, clap::Command)>> {
-    let mut spec = Arguments::command();
+    let mut spec = spec();
     let matches = match spec.try_get_matches_from_mut(normalise(arguments)) {
         Ok(matches) => matches,
         // Help and version are data, not errors.
@@ -128,7 +156,7 @@ fn parse(
         }
         Err(bad) => return Err(usage_error(&bad)),
     };
-    let command = Arguments::from_arg_matches(&matches).map_err(|bad| usage_error(&bad))?.command;
+    let command = Cli::from_arg_matches(&matches).map_err(|bad| usage_error(&bad))?.command;
     let mut given = &matches;
     while let Some((name, below)) = given.subcommand() {
         spec = spec.find_subcommand(name).cloned().unwrap_or(spec);
@@ -216,7 +244,76 @@ mod tests {
     }
 
     #[test]
-    fn the_arguments_are_well_formed() {
-        Arguments::command().debug_assert();
+    fn arguments_are_well_formed() {
+        spec().debug_assert();
+    }
+
+    /// The help of a command and of all below it.
+    fn helps(mut command: clap::Command) -> Vec<String> {
+        command.build();
+        let below = command.get_subcommands().cloned().flat_map(helps).collect::<Vec<_>>();
+        let both = [command.render_help().to_string(), command.render_long_help().to_string()];
+        both.into_iter().chain(below).collect()
+    }
+
+    #[test]
+    fn help_has_no_rustdoc_links_and_no_obsolete_flags() {
+        let helps = helps(spec());
+        assert!(helps.len() > 40, "every subcommand's");
+        for help in helps {
+            for markup in ["[`", "`]", "--deterministic", "--decay-rate", "ceilings"] {
+                assert!(!help.contains(markup), "{markup}: {help}");
+            }
+        }
+    }
+
+    fn parsed(line: &str) -> anyhow::Result<Command> {
+        let words = line.split_whitespace().map(OsString::from);
+        Ok(parse(words)?.expect("not the help").0)
+    }
+
+    #[test]
+    fn earlier_spellings_are_aliases() {
+        for (earlier, now) in [
+            ("laam plan --attention scalar", "laam plan --attention-kernel no-tensor-cores"),
+            ("laam plan --attention plain", "laam plan --attention-kernel generic"),
+            ("laam plan --head plain", "laam plan --lm-head-kernel generic"),
+            ("laam plan --decay_rate 0.5", "laam plan --weight_decay 0.5"),
+            ("laam plan --deterministic", "laam plan"),
+            (
+                "laam rebuild m --output o --max_tokens_a_file 7",
+                "laam rebuild m --output o --max-tokens-per-file 7",
+            ),
+            ("laam bench ceilings", "laam bench roofline"),
+        ] {
+            let shown = |line| {
+                let text = format!("{:?}", parsed(line).unwrap());
+                text.replace("deterministic: true", "deterministic: false")
+            };
+            assert_eq!(shown(earlier), shown(now));
+        }
+    }
+
+    #[test]
+    fn negative_numbers_are_values() {
+        let Command::Train(train) = parsed("laam train --learning_rate -0.5 --epochs -1").unwrap()
+        else {
+            panic!("another command")
+        };
+        let text = format!("{train:?}");
+        assert!(text.contains("learning_rate: -0.5,") && text.contains("epochs: -1.0,"), "{text}");
+    }
+
+    #[test]
+    fn errors_name_the_flags_of_the_subcommand() {
+        let (_, spec) = parse(["laam", "train"].map(OsString::from).into_iter()).unwrap().unwrap();
+        for (field, expected) in [
+            ("batch_size", Some("--batch-size")),
+            ("decay_rate", Some("--weight-decay")),
+            ("vocab_size", None),
+            ("batch-size x", None),
+        ] {
+            assert_eq!(flag(&spec, field).as_deref(), expected, "{field}");
+        }
     }
 }

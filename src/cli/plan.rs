@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Outcome, backend};
+use super::backend::BackendArgs;
+use super::{ObsoleteArgs, Outcome};
 use crate::backend::Backend;
 use crate::model::{self, Config};
 use crate::schema::versioned;
@@ -17,13 +18,13 @@ use crate::train::{Footprint, Settings};
 ///
 /// The memory is the one a training step is given, to the byte, before it runs: nothing is
 /// allocated in a step.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   laam plan models/llama2 --batch_size 8
   laam plan --vocab_size 4096 --hidden_size 192 --intermediate_size 512 \\
     --num_hidden_layers 8 --num_attention_heads 6 --num_key_value_heads 6 --tie_word_embeddings")]
-pub struct Arguments {
+pub struct PlanArgs {
     /// A model folder, in place of the flags of a model's shape
     #[arg(conflicts_with_all = [
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -37,14 +38,17 @@ pub struct Arguments {
     #[command(flatten)]
     settings: Settings,
     #[command(flatten)]
-    backend: backend::Arguments,
+    obsolete: ObsoleteArgs,
+    #[command(flatten)]
+    backend: BackendArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
     let settings = &arguments.settings;
+    arguments.obsolete.warn();
     settings.validate()?;
     let backend = arguments.backend.open_in(settings.precision)?;
     let config = match &arguments.model {

@@ -8,10 +8,11 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::backend::BackendArgs;
 use super::progress::Files;
-use super::source::SourceArguments;
+use super::source::SourceArgs;
 use super::train_tokenizer::encoding_of;
-use super::{Outcome, backend, model, windows};
+use super::{Outcome, model, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Encoding, MIRROR, Version};
 use crate::error;
@@ -27,11 +28,11 @@ use crate::tokens::Kind;
 /// Files are written under the output folder and nowhere else. With --compare they are then held
 /// against the originals: exits with 1 when one differs, or is missing. bytes_exact counts, in each
 /// file, the bytes before its first difference.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
   laam rebuild model --output rebuilt --compare linux-1.0.tar.xz")]
-pub struct Arguments {
+pub struct RebuildArgs {
     /// The folder of the model
     model: PathBuf,
     /// The folder the files are written under
@@ -54,10 +55,10 @@ pub struct Arguments {
     #[arg(long, value_enum)]
     windows: Option<Kind>,
     /// Give up on a file after so many tokens
-    #[arg(long, value_name = "N", default_value_t = Regenerator::LIMIT)]
-    max_tokens_a_file: usize,
+    #[arg(long, alias = "max-tokens-a-file", value_name = "N", default_value_t = Regenerator::LIMIT)]
+    max_tokens_per_file: usize,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// No progress
     #[arg(long)]
     quiet: bool,
@@ -66,7 +67,7 @@ pub struct Arguments {
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
     let paths = model::paths(&arguments.model)?;
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
@@ -79,7 +80,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     let originals = originals.map(|source| arguments.originals(source, encoding)).transpose()?;
 
     let windows = windows::kind(arguments.windows, &opened);
-    let (limit, output) = (arguments.max_tokens_a_file, &arguments.output);
+    let (limit, output) = (arguments.max_tokens_per_file, &arguments.output);
     let quiet = arguments.quiet;
     let existing = if arguments.overwrite { Existing::Overwrite } else { Existing::Keep };
     let (rebuilt, seconds) =
@@ -105,7 +106,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
     Ok(if exact { Outcome::Done } else { Outcome::Different })
 }
 
-impl Arguments {
+impl RebuildArgs {
     /// What `--compare` names: a path where there is one, else a kernel or the sample.
     fn originals(&self, source: &str, encoding: Encoding) -> anyhow::Result<Corpus> {
         let is_path = Path::new(source).exists();
@@ -116,7 +117,7 @@ impl Arguments {
                 "give a folder, an archive, a kernel version like v1.0/1.0, or sample",
             ));
         }
-        SourceArguments {
+        SourceArgs {
             version: is_kernel.then(|| source.to_string()),
             mirror_uri: self.mirror_uri.clone(),
             source: is_path.then(|| source.into()),
@@ -197,7 +198,7 @@ pub fn as_json(
 }
 
 fn print(
-    arguments: &Arguments,
+    arguments: &RebuildArgs,
     rebuilt: &[Rebuilt],
     comparison: Option<&Comparison>,
     seconds: f64,

@@ -13,17 +13,17 @@ use crate::report;
 ///
 /// The page is written as report.html into the folder, and its path printed. It asks for no other
 /// file, and opens from a disk.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
   laam report runs/sample")]
-pub struct Arguments {
+pub struct ReportArgs {
     /// The output folder of laam run, or of laam train
     #[arg(value_name = "RUN_DIR")]
     folder: PathBuf,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &ReportArgs) -> anyhow::Result<Outcome> {
     let page = report::write(&arguments.folder)?;
     writeln!(io::stdout(), "{}", page.display())?;
     Ok(Outcome::Done)

@@ -9,13 +9,14 @@ use anyhow::Context;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::backend::BackendArgs;
 use super::memorization::Measures;
 use super::progress::Progress;
 use super::rebuild::{self, rebuild_all};
-use super::source::SourceArguments;
+use super::source::SourceArgs;
 use super::train::Stage;
 use super::train_tokenizer::encoding_of;
-use super::{Outcome, backend, model, plan, windows};
+use super::{Outcome, model, plan, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Manifest, SAMPLE_NAMES, is_sample};
 use crate::error::{self, ErrorKind, Hint};
@@ -34,7 +35,7 @@ use crate::train::recipe::Recipe;
 ///
 /// Without arguments: the built-in sample, learnt by heart in a minute or so, without network. What is
 /// done already is skipped, and what was cut off is resumed: run the same command again.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Recipes: sample (the built-in sample, in a minute), linux-kernel-dir (a folder of some 150 kB, in a few
 minutes), linux-5m (Linux 1.0 whole), original (the first LaaM's two stages), or a file.
@@ -43,9 +44,9 @@ Examples:
   laam run --recipe linux-kernel-dir --source linux/kernel
   laam run --recipe original --version v1.0/1.0
   laam run --recipe sample --dry-run > mine.toml")]
-pub struct Arguments {
+pub struct RunArgs {
     #[command(flatten)]
-    source: SourceArguments,
+    source: SourceArgs,
     /// A built-in recipe by name, or a TOML file
     #[arg(long, value_name = "NAME|FILE", default_value = "sample")]
     recipe: String,
@@ -56,7 +57,7 @@ pub struct Arguments {
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
 }
 
 /// A recipe with all its keys, and a hash.
@@ -85,7 +86,7 @@ impl Identity {
     }
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     let recipe = Recipe::find(&arguments.recipe)?;
     if arguments.dry_run {
         return dry_run(&recipe, &arguments.backend);
@@ -122,7 +123,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
 /// Trains the tokenizer and every stage, or finds them done. Returns the folder of the model and how
 /// each stage ended; none where a person interrupted it.
 pub fn train(
-    backends: &backend::Arguments,
+    backends: &BackendArgs,
     recipe: &Recipe,
     corpus: &Corpus,
     folder: &Path,
@@ -310,7 +311,7 @@ fn compile_and_test(run: &Path) -> anyhow::Result<String> {
 }
 
 /// The recipe with all its keys on stdout, the plan of each stage on stderr.
-fn dry_run(recipe: &Recipe, backends: &backend::Arguments) -> anyhow::Result<Outcome> {
+fn dry_run(recipe: &Recipe, backends: &BackendArgs) -> anyhow::Result<Outcome> {
     write!(io::stdout(), "{}", recipe.resolved()?)?;
     for stage in &recipe.stages {
         let config = stage.settings.config(recipe.tokenizer.vocab_size, Special::default())?;
@@ -332,7 +333,7 @@ mod tests {
         #[derive(clap::Parser)]
         struct Whole {
             #[command(flatten)]
-            _arguments: Arguments,
+            _arguments: RunArgs,
         }
         let help = Whole::command().render_long_help().to_string();
         for (name, _) in BUILT_IN {

@@ -11,7 +11,7 @@ use crate::memorization::rebuild::check_apart;
 /// Where the text comes from. With none of these, the built-in sample.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Source")]
-pub struct SourceArguments {
+pub struct SourceArgs {
     /// A kernel of kernel.org, like v1.0/1.0 or v6.x/6.9.4: downloaded once, checked, cached
     #[arg(id = "kernel_version", long = "version", value_name = "V", conflicts_with = "source")]
     pub version: Option<String>,
@@ -29,12 +29,7 @@ pub struct SourceArguments {
     pub strict: bool,
 }
 
-impl SourceArguments {
-    /// Whether a source was named at all.
-    pub fn is_given(&self) -> bool {
-        self.version.is_some() || self.source.is_some()
-    }
-
+impl SourceArgs {
     /// Refuses an output folder that a named source overlaps.
     pub fn check_apart(&self, output: &Path) -> anyhow::Result<()> {
         match &self.source {

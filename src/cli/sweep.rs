@@ -8,11 +8,12 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Map, Value, json};
 
+use super::backend::BackendArgs;
 use super::rebuild::rebuild_all;
 use super::run::{Identity, claim, train};
-use super::source::SourceArguments;
+use super::source::SourceArgs;
 use super::train_tokenizer::encoding_of;
-use super::{Outcome, backend, model, windows};
+use super::{Outcome, model, windows};
 use crate::corpus::Corpus;
 use crate::error::{ErrorKind, Hint};
 use crate::files::{self, write_atomically};
@@ -33,7 +34,7 @@ const MAX_RESULT: u64 = 1 << 20;
 /// Every run has a folder of its own. Runs that are done are skipped and one that was cut off is
 /// resumed: run the same command again. table.tsv, table.json and plot.svg are written after each
 /// run. Where the recipe says rebuild, files_exact counts the files that came back from their names.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 A sweep is a TOML file:
   recipe = \"linux-kernel-dir\"          a recipe, or a file beside this one
@@ -46,23 +47,23 @@ A sweep is a TOML file:
   batch_size = 4
 Example:
   laam sweep rates.toml --source linux/kernel --limit 7")]
-pub struct Arguments {
+pub struct SweepArgs {
     /// The sweep
     #[arg(value_name = "FILE.toml")]
     sweep: PathBuf,
     #[command(flatten)]
-    source: SourceArguments,
+    source: SourceArgs,
     /// The folder for all runs [default: sweeps/NAME]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
     let sweep = Sweep::read(&arguments.sweep)?;
     let name = arguments.sweep.file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("sweeps").join(name));
@@ -89,7 +90,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
 
 /// What came of a run, which is done first if it was not yet; none where it was interrupted.
 fn result(
-    backends: &backend::Arguments,
+    backends: &BackendArgs,
     run: &Run,
     corpus: &Corpus,
     folder: &Path,

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::Outcome;
 use super::progress::Progress;
-use super::source::{self, SourceArguments};
+use super::source::{self, SourceArgs};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::hex;
 use crate::schema::versioned;
@@ -22,13 +22,13 @@ use crate::train::prepare;
 ///
 /// The file is written under another name and renamed when it is whole. Prints what it holds, and
 /// into how many windows it is cut.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
   laam tokenize --source linux-1.0.tar.xz --tokenizer_path tokenizer --output linux.tokens")]
-pub struct Arguments {
+pub struct TokenizeArgs {
     #[command(flatten)]
-    source: SourceArguments,
+    source: SourceArgs,
     /// The folder of the tokenizer, or its tokenizer.json
     #[arg(long, value_name = "DIR", default_value = "tokenizer")]
     tokenizer_path: PathBuf,
@@ -52,7 +52,7 @@ pub struct Arguments {
     json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
     let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
     let encoding = encoding_of(tokenizer.style().unwrap_or(Style::Exact));
     let corpus = arguments.source.corpus(None, encoding)?;

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::backend::BackendArgs;
 use super::progress::Progress;
-use super::source::{self, SourceArguments};
+use super::source::{self, SourceArgs};
 use super::train_tokenizer::encoding_of;
 use super::training::Watcher;
-use super::{Outcome, backend};
+use super::{ObsoleteArgs, Outcome};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, hex};
 use crate::dtype::Dtype;
@@ -23,16 +24,16 @@ use crate::train::{Finish, Job, Settings, Start, Trainer, is_resumable, prepare}
 ///
 /// Ctrl-C finishes the step, saves a checkpoint, and exits with 130; --resume goes on from there, to
 /// the same bytes as an unbroken run. OUTPUT/metrics.jsonl holds one object a logged step.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   laam train --source linux/kernel --tokenizer_path tokenizer --output_path model \\
       --windows addressed --hidden_size 80 --num_attention_heads 5 --max_position_embeddings 256 \\
-      --optimizer muon --learning_rate 1e-2 --decay_rate 0 --lr_scheduler_type wsd --epochs 60
+      --optimizer muon --learning_rate 1e-2 --weight_decay 0 --lr_scheduler_type wsd --epochs 60
   laam train --source linux/kernel --tokenizer_path tokenizer --output_path model --resume ...")]
-pub struct Arguments {
+pub struct TrainArgs {
     #[command(flatten)]
-    source: SourceArguments,
+    source: SourceArgs,
     /// The folder of the tokenizer
     #[arg(long, value_name = "DIR", default_value = "tokenizer")]
     tokenizer_path: PathBuf,
@@ -55,12 +56,15 @@ pub struct Arguments {
     #[arg(long, value_name = "DIR")]
     tensorboard: Option<PathBuf>,
     #[command(flatten)]
-    backend: backend::Arguments,
+    backend: BackendArgs,
     #[command(flatten)]
     settings: Settings,
+    #[command(flatten)]
+    obsolete: ObsoleteArgs,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
+    arguments.obsolete.warn();
     arguments.settings.validate()?;
     let backend = arguments.backend.open_in(arguments.settings.precision)?;
     let tokenizer =

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::Outcome;
 use super::progress::Progress;
-use super::source::{self, SourceArguments};
+use super::source::{self, SourceArgs};
 use crate::corpus::{Encoding, hex};
 use crate::schema::versioned;
 use crate::tokenizer::{Stage, Style, Tokenizer, Training};
@@ -17,14 +17,14 @@ use crate::tokenizer::{Stage, Style, Tokenizer, Training};
 ///
 /// Prints one JSON object. Memory stays bounded, whatever the corpus: of very many distinct words the
 /// rarest have no say in the merges.
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   laam train-tokenizer --source linux-1.0.tar.xz --vocab_size 4096 --output_path tokenizer
   laam train-tokenizer --version v1.0/1.0 --style original --vocab_size 32768")]
-pub struct Arguments {
+pub struct TrainTokenizerArgs {
     #[command(flatten)]
-    source: SourceArguments,
+    source: SourceArgs,
     /// exact gives back any text byte for byte; original is the first LaaM's, id for id
     #[arg(long, value_enum, default_value_t)]
     style: Style,
@@ -52,7 +52,7 @@ enum Format {
     Hf,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<Outcome> {
+pub fn run(arguments: &TrainTokenizerArgs) -> anyhow::Result<Outcome> {
     let encoding = encoding_of(arguments.style);
     let corpus = arguments.source.corpus(None, encoding)?;
     let mut documents = corpus.documents()?;

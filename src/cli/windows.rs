@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Context;
 
 use super::model::{self, Opened};
-use super::source::{self, SourceArguments};
+use super::source::{self, SourceArgs};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::{Corpus, Document, Manifest};
 use crate::error::{self, ErrorKind, Hint};
@@ -31,7 +31,7 @@ pub fn kind(asked: Option<Kind>, opened: &Opened) -> Kind {
 }
 
 /// Opens the source a command names, read as the model's tokenizer reads.
-pub fn corpus(source: &SourceArguments, opened: &Opened) -> anyhow::Result<Corpus> {
+pub fn corpus(source: &SourceArgs, opened: &Opened) -> anyhow::Result<Corpus> {
     source.corpus(None, encoding_of(opened.tokenizer.style().unwrap_or(Style::Exact)))
 }
 

@@ -12,11 +12,9 @@ use serde::{Deserialize, Serialize};
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
+use super::event::{Event, MAX_RECORD, Tell, cannot_write};
 use crate::error;
 use crate::files;
-
-/// Bytes of a record beside an archive or a part: a few addresses and a hash.
-pub const MAX_RECORD: u64 = 1 << 20;
 
 /// Bytes of a download. The largest kernel archive has 230 MB.
 const MOST: u64 = 2 << 30;
@@ -29,22 +27,6 @@ const PROGRESS: u64 = 1 << 20;
 
 /// A download that is slower, in bytes a second over a whole timeout, counts as stuck.
 const SLOWEST: u64 = 1 << 10;
-
-/// What a fetch tells while it runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// Something a person should know.
-    Note(String),
-    /// A download starts, or is taken up again.
-    Start { url: String },
-    /// Bytes there so far, the earlier part included, and bytes in all where the server says.
-    Progress { done: u64, total: Option<u64> },
-    /// The download is complete.
-    End,
-}
-
-/// Where events go.
-pub type Tell<'a> = &'a mut dyn FnMut(Event);
 
 /// An HTTP client that never waits longer than `timeout` for the next byte.
 pub fn agent(timeout: Duration) -> Agent {
@@ -321,14 +303,6 @@ fn refused(url: &str, status: StatusCode) -> anyhow::Error {
 
 fn unwritable(file: &Path, why: &io::Error) -> Failure {
     Failure::Final(cannot_write(file, why))
-}
-
-/// The error of a cache that cannot be written.
-pub fn cannot_write(file: &Path, why: &io::Error) -> anyhow::Error {
-    error::data(
-        format!("{why}, {}", file.display()),
-        "free some space, or set LAAM_CACHE to another folder",
-    )
 }
 
 /// Writes a small file so that it is there whole or not at all.

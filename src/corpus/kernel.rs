@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::fs;
+#[cfg(feature = "fetch")]
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -13,10 +14,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::download::{
-    self, Download, Event, MAX_RECORD, Outcome, Tell, cannot_write, write_whole,
-};
-use super::{sha256_of, time};
+#[cfg(feature = "fetch")]
+use super::download::{self, Download, Outcome, write_whole};
+use super::event::{Event, MAX_RECORD, Tell, cannot_write};
+use super::sha256_of;
+#[cfg(feature = "fetch")]
+use super::time;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
 
@@ -155,6 +158,12 @@ impl Kernel {
         Ok(None)
     }
 
+    #[cfg(not(feature = "fetch"))]
+    fn download(&self, _: &str, _: &Path, _: Tell) -> anyhow::Result<Fetched> {
+        Err(error::missing_feature("fetch"))
+    }
+
+    #[cfg(feature = "fetch")]
     fn download(&self, base: &str, folder: &Path, tell: Tell) -> anyhow::Result<Fetched> {
         let agent = download::agent(self.timeout);
         let list = download::text(&agent, &format!("{base}/sha256sums.asc"))?;
@@ -189,6 +198,7 @@ impl Kernel {
 
 /// Downloads until the sha256 is the listed one, once anew where an earlier part may be to blame.
 /// None where there is no such file.
+#[cfg(feature = "fetch")]
 fn checked(
     download: &Download,
     listed: Option<&str>,
@@ -213,6 +223,7 @@ fn checked(
 }
 
 /// Moves the part into place. The record comes first: alone, it counts for nothing.
+#[cfg(feature = "fetch")]
 fn keep(download: &Download, path: &Path, fetched: &Fetched) -> io::Result<()> {
     write_whole(&record_of(path), &serde_json::to_vec_pretty(fetched)?)?;
     fs::rename(&download.part, path)?;
@@ -224,6 +235,7 @@ fn record_of(path: &Path) -> PathBuf {
 }
 
 /// The hash of a file in a list of lines `HASH  NAME` (or `HASH *NAME`), which may be signed text.
+#[cfg(feature = "fetch")]
 fn checksum_in(list: &str, name: &str) -> Option<String> {
     list.lines().find_map(|line| {
         let (hash, listed) = line.trim_end().split_once(' ')?;
@@ -263,6 +275,7 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "fetch")]
     #[test]
     fn a_checksum_is_found_by_its_exact_name() {
         let (a, b) = ("a".repeat(64), "B".repeat(64));

@@ -9,7 +9,9 @@
 //! [`Limits`] and `archive.rs`.
 
 mod archive;
+#[cfg(feature = "fetch")]
 mod download;
+mod event;
 mod folder;
 mod kernel;
 mod manifest;
@@ -21,7 +23,7 @@ mod time;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-pub use download::{Event, Tell};
+pub use event::{Event, Tell};
 pub use kernel::{Fetched, Kernel, MIRROR, Version, cache_folder};
 pub use manifest::{FileRecord, LeftOut, Manifest, Reason};
 pub use names::SUFFIXES;

@@ -61,6 +61,16 @@ impl Driver {
     }
 }
 
+/// Result of the search for a library.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Library {
+    Missing,
+    /// Found by the loader.
+    Known,
+    /// Found at this path, which the loader does not search.
+    Found(PathBuf),
+}
+
 /// Oldest driver that runs kernels compiled by a CUDA toolkit of this major version.
 pub fn oldest_driver(cuda: u32) -> u32 {
     if cuda >= 13 { 580 } else { 525 }

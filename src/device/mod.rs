@@ -6,10 +6,15 @@
 //! A device executes its work in the order of the calls, as one stream. Calls may return before the
 //! work is done; [`Device::download`] and [`Device::synchronize`] wait.
 
+#[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod driver;
+// Without a device there is nothing to launch on.
+#[cfg_attr(not(any(feature = "cuda", feature = "sim")), allow(dead_code))]
 mod launch;
+#[cfg_attr(not(any(feature = "cuda", feature = "sim")), allow(dead_code))]
 mod matmul;
+#[cfg(feature = "sim")]
 pub mod sim;
 
 use serde_json::Value;

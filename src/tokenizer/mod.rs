@@ -26,10 +26,11 @@ use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};
 
 /// How text becomes tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Style {
-    /// Gives back any text byte for byte.
+    /// Decodes any text back byte for byte.
     #[default]
     Exact,
     /// The first LaaM's tokens, id for id.

@@ -10,10 +10,11 @@ use crate::error;
 use crate::random::{Philox, Stream};
 
 /// How an epoch goes through the windows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Order {
-    /// Every window once an epoch, in an order of its own each epoch.
+    /// Every window once per epoch, in a new random order each epoch.
     #[default]
     Shuffled,
     /// 0, 1, 2, ...

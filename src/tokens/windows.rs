@@ -12,16 +12,17 @@ use crate::error;
 use crate::tokenizer::Tokenizer;
 
 /// How a token file is cut into windows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// The first LaaM's: each document cut apart, its last window padded on the left. A token is
-    /// predicted where both it and the one before it are in the window.
+    /// predicted if both it and the one before it are in the window.
     Original,
     /// All documents in a row, a window every `stride` tokens; a token sees its own document only,
     /// and predicts the next even beyond the window.
     Stream,
-    /// Each stretch of a document behind its address: see [`Frame`].
+    /// Each chunk of a document after its address: its path and the number of the chunk.
     #[default]
     Addressed,
 }

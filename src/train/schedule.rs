@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How the rate falls after the warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+/// How the learning rate falls after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Decline {
     /// In a straight line to 0 at the end.
@@ -11,9 +12,9 @@ pub enum Decline {
     Linear,
     /// Along half a cosine to 0 at the end.
     Cosine,
-    /// Not at all.
+    /// It stays.
     Constant,
-    /// Warm-up, stable, decay: not at all, then in a straight line to 0 over the last part.
+    /// Warm-up, stable, decay: it stays, then falls in a straight line to 0 over the last part.
     Wsd,
 }
 

@@ -1,7 +1,7 @@
 //! Every number a training run depends on: the flags of `laam train`, and the keys of a recipe's
 //! stage, which are the same words.
 
-use clap::{Args, Parser, ValueEnum};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::{Decline, Schedule};
@@ -13,7 +13,8 @@ use crate::tokenizer::Special;
 use crate::tokens::{Kind, Order};
 
 /// What steps the matrices inside the blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
     #[default]
@@ -22,128 +23,187 @@ pub enum Method {
     Muon,
 }
 
-/// The defaults are the first LaaM's, where it had the flag.
-#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Settings of a training run. The defaults are the first LaaM's, if it had the flag.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::Args))]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// Windows a step (times gradient-accumulation-steps)
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Training")]
+    /// Windows per micro-batch
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.batch_size, help_heading = "Training"))]
     pub batch_size: usize,
-    /// Batches whose gradients make one step
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Training")]
+    /// Micro-batches whose gradients are accumulated per step
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.gradient_accumulation_steps, help_heading = "Training"))]
     pub gradient_accumulation_steps: usize,
-    /// Times through all windows; a fraction ends within one
-    #[arg(long, value_name = "N", default_value_t = 3.0, help_heading = "Training")]
+    /// Passes over all windows; a fraction ends within one
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.epochs, help_heading = "Training"))]
     pub epochs: f64,
     /// Steps in all, whatever --epochs says
-    #[arg(long, value_name = "N", help_heading = "Training")]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Training"))]
     pub max_steps: Option<u64>,
-    /// For the initial weights, and the order of the windows
-    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Training")]
+    /// Seed of the initial weights and of the order of the windows
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.seed, help_heading = "Training"))]
     pub seed: u64,
-    /// The order of the windows
-    #[arg(long, value_enum, default_value_t, help_heading = "Training")]
+    /// Order of the windows
+    #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.order, help_heading = "Training"))]
     pub order: Order,
     /// How the text is cut into windows
-    #[arg(long, value_enum, default_value_t = Kind::Original, help_heading = "Training")]
+    #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.windows, help_heading = "Training"))]
     pub windows: Kind,
-    /// Tokens from one stream window to the next [default: a window's length]
-    #[arg(long, value_name = "N", help_heading = "Training")]
+    /// Tokens from one stream window to the next [default: the length of a window]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Training"))]
     pub stride: Option<usize>,
     /// The precision of training, and of the weights that are saved [default: bfloat16 on an NVIDIA
     /// GPU, else float32]
-    #[arg(long, value_enum, help_heading = "Training")]
+    #[cfg_attr(feature = "cli", arg(long, value_enum, help_heading = "Training"))]
     pub precision: Option<Dtype>,
-    /// Results are the same bits on any run; the cpu backend always is
-    #[arg(long, help_heading = "Training")]
-    pub deterministic: bool,
 
-    #[arg(long, value_name = "N", default_value_t = 128, help_heading = "Model")]
+    /// Width of the residual stream
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.hidden_size, help_heading = "Model"))]
     pub hidden_size: usize,
-    #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Model")]
+    /// Width of the MLP
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.intermediate_size, help_heading = "Model"))]
     pub intermediate_size: usize,
-    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Model")]
+    /// Transformer blocks
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.num_hidden_layers, help_heading = "Model"))]
     pub num_hidden_layers: usize,
-    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Model")]
+    /// Query heads per layer
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.num_attention_heads, help_heading = "Model"))]
     pub num_attention_heads: usize,
-    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Model")]
+    /// Key/value heads per layer; query heads share them evenly
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.num_key_value_heads, help_heading = "Model"))]
     pub num_key_value_heads: usize,
-    /// [default: hidden-size / num-attention-heads]
-    #[arg(long, value_name = "N", help_heading = "Model")]
+    /// Components per head [default: hidden-size / num-attention-heads]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Model"))]
     pub head_dim: Option<usize>,
-    /// Tokens a window
-    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Model")]
+    /// Tokens per window
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.max_position_embeddings, help_heading = "Model"))]
     pub max_position_embeddings: usize,
-    /// One matrix for embedding and head
-    #[arg(long, help_heading = "Model")]
+    /// One matrix for embedding and LM head
+    #[cfg_attr(feature = "cli", arg(long, help_heading = "Model"))]
     pub tie_word_embeddings: bool,
-    #[arg(long, value_name = "X", default_value_t = 10000.0, help_heading = "Model")]
+    /// Base of the rotary embeddings
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.rope_theta, help_heading = "Model"))]
     pub rope_theta: f64,
     /// Standard deviation of the initial weights
-    #[arg(long, value_name = "X", default_value_t = 0.02, help_heading = "Model")]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.initializer_range, help_heading = "Model"))]
     pub initializer_range: f64,
 
-    #[arg(long, value_enum, default_value_t, help_heading = "Optimizer")]
+    /// Optimizer of the matrices inside the blocks
+    #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.optimizer, help_heading = "Optimizer"))]
     pub optimizer: Method,
-    #[arg(long, value_name = "X", default_value_t = 1e-3, help_heading = "Optimizer")]
+    /// Peak learning rate of AdamW
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.learning_rate, help_heading = "Optimizer"))]
     pub learning_rate: f64,
-    /// Muon's own rate
-    #[arg(long, value_name = "X", default_value_t = 0.02, help_heading = "Optimizer")]
+    /// Peak learning rate of Muon
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.muon_learning_rate, help_heading = "Optimizer"))]
     pub muon_learning_rate: f64,
-    #[arg(long, value_name = "X", default_value_t = 0.95, help_heading = "Optimizer")]
+    /// Momentum of Muon
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.muon_momentum, help_heading = "Optimizer"))]
     pub muon_momentum: f64,
     /// Decoupled weight decay of matrices and embeddings
-    #[arg(long, value_name = "X", default_value_t = 0.1, help_heading = "Optimizer")]
-    pub decay_rate: f64,
-    #[arg(long, value_name = "X", default_value_t = 0.9, help_heading = "Optimizer")]
+    #[serde(alias = "decay_rate")]
+    #[cfg_attr(feature = "cli", arg(long, alias = "decay-rate", value_name = "X", default_value_t = DEFAULT.weight_decay, help_heading = "Optimizer"))]
+    pub weight_decay: f64,
+    /// Decay of the first moment
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.adam_beta1, help_heading = "Optimizer"))]
     pub adam_beta1: f64,
-    #[arg(long, value_name = "X", default_value_t = 0.999, help_heading = "Optimizer")]
+    /// Decay of the second moment
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.adam_beta2, help_heading = "Optimizer"))]
     pub adam_beta2: f64,
-    #[arg(long, value_name = "X", default_value_t = 1e-8, help_heading = "Optimizer")]
+    /// Added to the root of the second moment
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.adam_epsilon, help_heading = "Optimizer"))]
     pub adam_epsilon: f64,
-    /// Gradients are scaled down to this norm; 0: they are left as they are
-    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Optimizer")]
+    /// Gradients are scaled down to this norm; 0 is no clipping
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.max_grad_norm, help_heading = "Optimizer"))]
     pub max_grad_norm: f64,
-    /// How the rates fall after the warm-up
-    #[arg(long, value_enum, default_value_t, help_heading = "Optimizer")]
+    /// How the learning rates fall after the warm-up
+    #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.lr_scheduler_type, help_heading = "Optimizer"))]
     pub lr_scheduler_type: Decline,
-    /// Steps over which the rates rise from 0
-    #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Optimizer")]
+    /// Steps over which the learning rates rise from 0
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.warmup_steps, help_heading = "Optimizer"))]
     pub warmup_steps: u64,
-    /// Of wsd: the last part of the run, over which the rates fall to 0
-    #[arg(long, value_name = "X", default_value_t = 0.4, help_heading = "Optimizer")]
+    /// Fraction of the run over which wsd lowers the learning rates to 0
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.wsd_decay, help_heading = "Optimizer"))]
     pub wsd_decay: f64,
 
     /// Steps from one line of metrics to the next
-    #[arg(long, value_name = "N", default_value_t = 10, help_heading = "Progress")]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.logging_steps, help_heading = "Progress"))]
     pub logging_steps: u64,
     /// Steps from one checkpoint to the next
-    #[arg(long, value_name = "N", default_value_t = 1000, help_heading = "Progress")]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.save_steps, help_heading = "Progress"))]
     pub save_steps: u64,
-    /// Checkpoints to keep beside the final model
-    #[arg(long, value_name = "N", default_value_t = 3, help_heading = "Progress")]
+    /// Checkpoints to keep besides the final model
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.save_total_limit, help_heading = "Progress"))]
     pub save_total_limit: usize,
-    /// Steps from one measure of the verbatim rate to the next
-    #[arg(long, value_name = "N", help_heading = "Progress")]
+    /// Steps from one measurement of the verbatim rate to the next
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Progress"))]
     pub eval_steps: Option<u64>,
-    /// Stop once this part of the windows comes back verbatim (measured every eval-steps)
-    #[arg(long, value_name = "RATE", requires = "eval_steps", help_heading = "Progress")]
+    /// Stop once this fraction of the windows is reproduced verbatim, measured every eval-steps
+    #[cfg_attr(
+        feature = "cli",
+        arg(long, value_name = "RATE", requires = "eval_steps", help_heading = "Progress")
+    )]
     pub stop_at_verbatim: Option<f64>,
+
+    /// Accepted in files of earlier versions, and without effect.
+    #[doc(hidden)]
+    #[serde(skip_serializing)]
+    #[cfg_attr(feature = "cli", arg(skip))]
+    pub deterministic: IgnoredAny,
 }
 
+const DEFAULT: Settings = Settings {
+    batch_size: 1,
+    gradient_accumulation_steps: 1,
+    epochs: 3.0,
+    max_steps: None,
+    seed: 42,
+    order: Order::Shuffled,
+    windows: Kind::Original,
+    stride: None,
+    precision: None,
+    hidden_size: 128,
+    intermediate_size: 256,
+    num_hidden_layers: 4,
+    num_attention_heads: 4,
+    num_key_value_heads: 4,
+    head_dim: None,
+    max_position_embeddings: 1024,
+    tie_word_embeddings: false,
+    rope_theta: 10000.0,
+    initializer_range: 0.02,
+    optimizer: Method::Adamw,
+    learning_rate: 1e-3,
+    muon_learning_rate: 0.02,
+    muon_momentum: 0.95,
+    weight_decay: 0.1,
+    adam_beta1: 0.9,
+    adam_beta2: 0.999,
+    adam_epsilon: 1e-8,
+    max_grad_norm: 1.0,
+    lr_scheduler_type: Decline::Linear,
+    warmup_steps: 100,
+    wsd_decay: 0.4,
+    logging_steps: 10,
+    save_steps: 1000,
+    save_total_limit: 3,
+    eval_steps: None,
+    stop_at_verbatim: None,
+    deterministic: IgnoredAny,
+};
+
 impl Default for Settings {
-    /// What the flags say when none is given.
     fn default() -> Self {
-        #[derive(Parser)]
-        struct Flags {
-            #[command(flatten)]
-            settings: Settings,
-        }
-        Flags::parse_from(["laam"]).settings
+        DEFAULT
     }
 }
 
 impl Settings {
+    /// Today's key for a key that a recipe or a sweep may have.
+    pub fn key(key: &str) -> &str {
+        if key == "decay_rate" { "weight_decay" } else { key }
+    }
+
     /// Refuses what no run can do.
     pub fn validate(&self) -> anyhow::Result<()> {
         for (name, value) in [
@@ -164,7 +224,7 @@ impl Settings {
             ("epochs", self.epochs, f64::INFINITY),
             ("learning_rate", self.learning_rate, f64::INFINITY),
             ("muon_learning_rate", self.muon_learning_rate, f64::INFINITY),
-            ("decay_rate", self.decay_rate, f64::INFINITY),
+            ("weight_decay", self.weight_decay, f64::INFINITY),
             ("max_grad_norm", self.max_grad_norm, f64::INFINITY),
             ("initializer_range", self.initializer_range, f64::INFINITY),
             ("adam_epsilon", self.adam_epsilon, f64::INFINITY),
@@ -253,7 +313,7 @@ impl Settings {
                 epsilon: self.adam_epsilon,
             },
             muon: (self.optimizer == Method::Muon).then_some(Muon { momentum: self.muon_momentum }),
-            weight_decay: self.decay_rate,
+            weight_decay: self.weight_decay,
             // As with the Trainer, 0 is no clipping.
             max_grad_norm: if self.max_grad_norm == 0.0 {
                 f64::INFINITY
@@ -289,13 +349,28 @@ impl Settings {
 mod tests {
     use super::*;
 
+    #[cfg(feature = "cli")]
     #[test]
-    fn an_empty_stage_means_what_no_flags_mean() {
-        let stage: Settings = toml::from_str("").unwrap();
-        assert_eq!(stage, Settings::default());
-        assert_eq!(stage.hidden_size, 128);
-        assert_eq!(stage.epochs, 3.0);
-        stage.validate().unwrap();
+    fn flags_recipes_and_the_library_have_the_same_defaults() {
+        #[derive(clap::Parser)]
+        struct Flags {
+            #[command(flatten)]
+            settings: Settings,
+        }
+        let flags = <Flags as clap::Parser>::parse_from(["laam"]).settings;
+        let recipe: Settings = toml::from_str("").unwrap();
+        assert_eq!((&flags, &recipe), (&Settings::default(), &Settings::default()));
+        flags.validate().unwrap();
+    }
+
+    #[test]
+    fn earlier_keys_are_read_and_not_written() {
+        let earlier = "decay_rate = 0.25\ndeterministic = true";
+        let settings: Settings = toml::from_str(earlier).unwrap();
+        assert_eq!(settings, Settings { weight_decay: 0.25, ..Settings::default() });
+        let written = toml::to_string(&settings).unwrap();
+        assert!(written.contains("weight_decay = 0.25"));
+        assert!(!written.contains("decay_rate") && !written.contains("deterministic"));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use anyhow::Context;
 use serde::Deserialize;
 use toml::{Table, Value};
 
+use super::Settings;
 use super::recipe::{MAX_RECIPE, Recipe};
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
@@ -155,7 +156,7 @@ fn with(recipe: &Recipe, changed: &Table) -> anyhow::Result<Recipe> {
         }
         let stages = table.get_mut("stage").and_then(Value::as_array_mut);
         for stage in stages.into_iter().flatten().filter_map(Value::as_table_mut) {
-            stage.insert(key.clone(), value.clone());
+            stage.insert(Settings::key(key).to_string(), value.clone());
         }
     }
     Recipe::parse(&toml::to_string(&table)?)

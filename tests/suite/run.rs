@@ -23,12 +23,12 @@ fn prepare(folder: &Path) -> (String, String) {
         [[stage]]\nname = 'first'\nwindows = 'addressed'\nmax_position_embeddings = 160\n\
         hidden_size = 32\nintermediate_size = 64\nnum_hidden_layers = 2\nnum_attention_heads = 2\n\
         num_key_value_heads = 2\ntie_word_embeddings = true\nbatch_size = 4\nepochs = 60\n\
-        optimizer = 'muon'\nlearning_rate = 1e-2\ndecay_rate = 0.0\nadam_beta2 = 0.95\n\
+        optimizer = 'muon'\nlearning_rate = 1e-2\nweight_decay = 0.0\nadam_beta2 = 0.95\n\
         warmup_steps = 5\nlr_scheduler_type = 'constant'\n\
         [[stage]]\nname = 'second'\nwindows = 'addressed'\nmax_position_embeddings = 160\n\
         eval_steps = 20\nhidden_size = 32\nintermediate_size = 64\nnum_hidden_layers = 2\nnum_attention_heads = 2\n\
         num_key_value_heads = 2\ntie_word_embeddings = true\nbatch_size = 4\nepochs = 40\n\
-        optimizer = 'muon'\nlearning_rate = 1e-2\ndecay_rate = 0.0\nadam_beta2 = 0.95\n\
+        optimizer = 'muon'\nlearning_rate = 1e-2\nweight_decay = 0.0\nadam_beta2 = 0.95\n\
         warmup_steps = 0\n";
     fs::write(&recipe, text).unwrap();
     (source.display().to_string(), recipe.display().to_string())

@@ -177,6 +177,7 @@ fn schema_1_sweep_is_skipped() {
 fn renamed(key: &str) -> Option<&str> {
     match key {
         "deterministic" => None,
+        "decay_rate" => Some("weight_decay"),
         key => Some(key),
     }
 }
@@ -201,7 +202,7 @@ fn schema_1_recipes_and_sweeps_mean_what_they_meant() {
     }
 
     let sweep = Sweep::read(&Path::new(FIXTURE).join("sweep.toml")).unwrap();
-    let decay = |run: &laam::train::sweep::Run| run.recipe.stages[0].settings.decay_rate;
+    let decay = |run: &laam::train::sweep::Run| run.recipe.stages[0].settings.weight_decay;
     assert_eq!(sweep.runs.iter().map(decay).collect::<Vec<_>>(), [0.1, 0.2]);
     assert!(sweep.runs.iter().all(|run| run.recipe.tokenizer.vocab_size == 290));
 }

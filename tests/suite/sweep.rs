@@ -17,7 +17,7 @@ fn a_sweep_runs_what_is_not_done_and_tells_of_all() {
     let recipe = "description = 'tiny'\nrebuild = true\n[tokenizer]\nvocab_size = 270\n\
         [[stage]]\nname = 'model'\nwindows = 'addressed'\nmax_position_embeddings = 128\n\
         hidden_size = 16\nintermediate_size = 24\nnum_hidden_layers = 1\nnum_attention_heads = 2\n\
-        num_key_value_heads = 2\noptimizer = 'muon'\ndecay_rate = 0.0\nadam_beta2 = 0.95\n\
+        num_key_value_heads = 2\noptimizer = 'muon'\nweight_decay = 0.0\nadam_beta2 = 0.95\n\
         warmup_steps = 5\nbatch_size = 1\n";
     fs::write(at("tiny.toml"), recipe).unwrap();
     let sweep = "description = 'more steps <help>'\nrecipe = 'tiny.toml'\n\

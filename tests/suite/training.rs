@@ -260,7 +260,7 @@ fn ctrl_c_finishes_the_step_saves_and_exits_with_130() {
 fn a_run_that_diverges_for_a_while_is_resumed_too() {
     // Float32 overflows within a few steps at this rate; JSON has no infinity to say so.
     let flags = "--max_steps 12 --batch_size 2 --learning_rate 1e38 --warmup_steps 6 \
-                 --save_steps 1 --save_total_limit 50 --logging_steps 5 --decay_rate 0";
+                 --save_steps 1 --save_total_limit 50 --logging_steps 5 --weight_decay 0";
     let folder = tempfile::tempdir().unwrap();
     let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
     let said = trained(&unbroken, flags);
@@ -566,7 +566,7 @@ fn numbers_that_no_run_can_have_are_refused_by_their_flag() {
     ];
     let above_zero = ["epochs", "adam_epsilon"];
     let from_zero =
-        ["muon_learning_rate", "decay_rate", "max_grad_norm", "adam_beta1", "muon_momentum"];
+        ["muon_learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "muon_momentum"];
     let mut cases: Vec<(String, String)> = Vec::new();
     let mut case = |name: &str, value: &str| {
         cases.push((name.to_string(), format!("--{name}={value}")));
@@ -629,7 +629,7 @@ fn odd_amounts_train() {
     let (tokens, last) = (line.tokens, all.last().unwrap());
     assert_eq!((last.step, last.epoch, last.tokens), (2, 2.0, 2 * tokens));
     // Warm-up longer than the run, no clipping, no decay.
-    run("short", "--max_steps 3 --max_grad_norm 0 --decay_rate 0 --logging_steps 1");
+    run("short", "--max_steps 3 --max_grad_norm 0 --weight_decay 0 --logging_steps 1");
 }
 
 #[test]

@@ -75,8 +75,9 @@ pub struct Cpu {
 
 /// Which of the CPU's kernels run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum CpuKernels {
-    /// The AVX-512 kernels if the processor has what they spec, else the portable ones.
+    /// The AVX-512 kernels if the processor has what they need, else the portable ones.
     #[default]
     Auto,
     /// The kernels that run on every processor, at its SIMD width.

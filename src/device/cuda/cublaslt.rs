@@ -12,8 +12,9 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUstream;
 use serde::{Deserialize, Serialize};
 
+use super::super::driver::Library;
 use super::super::{Address, Matmul, Matrix};
-use super::libraries::{self, Library};
+use super::libraries;
 use crate::dtype::Dtype;
 use crate::error;
 

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use cudarc::{cublaslt, driver};
 
+use crate::device::driver::Library;
+
 /// File names of cuBLASLt, newest first.
 const CUBLASLT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 
@@ -12,16 +14,6 @@ const CUBLASLT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 pub(super) fn driver() -> bool {
     // SAFETY: this loads only libcuda, by its names, whose initializers are safe to run.
     unsafe { driver::sys::is_culib_present() }
-}
-
-/// Result of the search for a library.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Library {
-    Missing,
-    /// Found by the loader.
-    Known,
-    /// Found at this path, which the loader does not search.
-    Found(PathBuf),
 }
 
 /// Finds cuBLASLt and loads it.

@@ -18,13 +18,13 @@ use sys::CUdevice_attribute as Attribute;
 use serde_json::{Value, json};
 
 use self::cublaslt::{CublasLt, PinnedPlans};
-use super::driver::oldest_driver;
+use super::driver::{Library, oldest_driver};
 use super::{Address, Arg, Device, Event, Graph, Launch, Matmul, launch};
 use crate::dtype::Dtype;
 use crate::error;
 use crate::kernels::{self, BUILD};
 
-pub use libraries::{Library, cublaslt};
+pub use libraries::cublaslt;
 
 /// Shared memory per block that needs no opt-in, in bytes.
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
