@@ -1,6 +1,5 @@
 //! `laam evaluate`: the loss of a model on a text.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::Args;
@@ -10,9 +9,8 @@ use super::backend::BackendArgs;
 use super::progress::Progress;
 use super::source::SourceArgs;
 use super::windows;
-use super::{Outcome, model};
+use super::{Outcome, model, print_fields};
 use crate::memorization::loss::measure;
-use crate::schema::versioned;
 use crate::tokens::Kind;
 
 /// Measure the loss of a model on a text.
@@ -49,7 +47,7 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     let kind = windows::kind(arguments.windows, &opened);
-    let corpus = windows::corpus(&arguments.source, &opened)?;
+    let corpus = arguments.source.corpus_for(&opened.tokenizer)?;
     let (cut, manifest) = windows::cut(&corpus, &opened, kind)?;
     let windows = &cut.windows;
     let config = &opened.model.config;
@@ -80,14 +78,6 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
         "files": manifest.files.len(),
         "bytes": bytes,
     });
-    let mut out = io::stdout().lock();
-    if arguments.json {
-        writeln!(out, "{:#}", versioned(printed))?;
-        return Ok(Outcome::Done);
-    }
-    for (name, value) in printed.as_object().into_iter().flatten() {
-        let value = value.as_str().map_or_else(|| value.to_string(), String::from);
-        writeln!(out, "{name}: {value}")?;
-    }
+    print_fields(printed, arguments.json)?;
     Ok(Outcome::Done)
 }

@@ -67,7 +67,7 @@ pub struct MemorizationArgs {
 pub fn run(arguments: &MemorizationArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
-    let corpus = windows::corpus(&arguments.source, &opened)?;
+    let corpus = arguments.source.corpus_for(&opened.tokenizer)?;
     let kind = windows::kind(arguments.windows, &opened);
     let question = Question { prefix: arguments.prefix, suffix: arguments.suffix };
     let measures = Measures::take(

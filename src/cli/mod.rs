@@ -26,12 +26,14 @@ mod training;
 mod windows;
 
 use std::ffi::OsString;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use serde_json::Value;
 
 use crate::error::{self, hint_of, with_flags};
+use crate::schema::versioned;
 
 /// Train a Llama on source code until it gives it back, and prove it.
 #[derive(Parser, Debug)]
@@ -216,6 +218,19 @@ fn usage_error(bad: &clap::Error) -> anyhow::Error {
 
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Prints a JSON object as it is, or its fields as `name: value`, one per line.
+fn print_fields(object: Value, as_json: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    if as_json {
+        return writeln!(out, "{:#}", versioned(object));
+    }
+    for (name, value) in object.as_object().into_iter().flatten() {
+        let value = value.as_str().map_or_else(|| value.to_string(), String::from);
+        writeln!(out, "{name}: {value}")?;
+    }
+    Ok(())
 }
 
 /// The reader of our output went away (`laam ... | head`): that is no error of ours.

@@ -11,16 +11,15 @@ use serde_json::{Value, json};
 use super::backend::BackendArgs;
 use super::progress::Files;
 use super::source::SourceArgs;
-use super::train_tokenizer::encoding_of;
 use super::{Outcome, model, windows};
 use crate::backend::Backend;
-use crate::corpus::{Corpus, Encoding, MIRROR, Version};
+use crate::corpus::{Corpus, MIRROR, Version};
 use crate::error;
 use crate::generate::Generator;
 use crate::memorization::rebuild::{self, Comparison, Difference, Existing, Rebuilt, rebuild};
 use crate::memorization::regenerate::{End, Regenerator};
 use crate::schema::versioned;
-use crate::tokenizer::Style;
+use crate::tokenizer::Tokenizer;
 use crate::tokens::Kind;
 
 /// Regenerate every file that a model was trained on, from the names alone.
@@ -72,24 +71,24 @@ pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     // The originals' faults show before the work, not after it.
-    let encoding = encoding_of(opened.tokenizer.style().unwrap_or(Style::Exact));
     let originals = arguments.compare.as_deref();
     if let Some(source) = originals.map(Path::new).filter(|source| source.exists()) {
         rebuild::check_apart(&arguments.output, source)?;
     }
-    let originals = originals.map(|source| arguments.originals(source, encoding)).transpose()?;
+    let originals =
+        originals.map(|source| arguments.originals(source, &opened.tokenizer)).transpose()?;
 
     let windows = windows::kind(arguments.windows, &opened);
-    let (limit, output) = (arguments.max_tokens_per_file, &arguments.output);
-    let quiet = arguments.quiet;
+    let (limit, output) = (arguments.max_tokens_per_file, arguments.output.clone());
     let existing = if arguments.overwrite { Existing::Overwrite } else { Existing::Keep };
-    let (rebuilt, seconds) =
-        rebuild_all(&*backend, &opened, &paths, windows, limit, output, existing, quiet)?;
-    let comparison = match originals {
-        Some(corpus) => Some(rebuild::compare(&arguments.output, &rebuilt, corpus.documents()?)?),
-        None => None,
-    };
-    if let Some(comparison) = comparison.as_ref().filter(|c| c.extra.len() == rebuilt.len()) {
+    let quiet = arguments.quiet;
+    let mut rebuild =
+        Rebuild::run(&*backend, &opened, &paths, windows, limit, output, existing, quiet)?;
+    if let Some(corpus) = originals {
+        rebuild.compare(&corpus)?;
+    }
+    let nothing_in_common = |c: &&Comparison| c.extra.len() == rebuild.files.len();
+    if let Some(comparison) = rebuild.comparison.as_ref().filter(nothing_in_common) {
         let first = comparison.missing.first().map_or("nothing", String::as_str);
         return Err(error::config(
             format!("the originals have none of the model's files; they have {first:?}, ..."),
@@ -97,18 +96,16 @@ pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
         ));
     }
     if arguments.json {
-        let printed = as_json(&arguments.output, &rebuilt, comparison.as_ref(), seconds);
-        writeln!(io::stdout().lock(), "{printed:#}")?;
+        writeln!(io::stdout().lock(), "{:#}", rebuild.as_json())?;
     } else {
-        print(arguments, &rebuilt, comparison.as_ref(), seconds)?;
+        rebuild.print(&mut io::stdout().lock())?;
     }
-    let exact = comparison.is_none_or(|comparison| comparison.is_exact());
-    Ok(if exact { Outcome::Done } else { Outcome::Different })
+    Ok(rebuild.outcome())
 }
 
 impl RebuildArgs {
     /// What `--compare` names: a path where there is one, else a kernel or the sample.
-    fn originals(&self, source: &str, encoding: Encoding) -> anyhow::Result<Corpus> {
+    fn originals(&self, source: &str, tokenizer: &Tokenizer) -> anyhow::Result<Corpus> {
         let is_path = Path::new(source).exists();
         let is_kernel = !is_path && source.parse::<Version>().is_ok();
         if !is_path && !is_kernel && source != "sample" {
@@ -124,115 +121,138 @@ impl RebuildArgs {
             limit: self.limit,
             strict: false,
         }
-        .corpus(None, encoding)
+        .corpus_for(tokenizer)
     }
 }
 
-/// Regenerates all files under `output`, with a bar; returns also the seconds it took.
-pub fn rebuild_all(
-    backend: &dyn Backend,
-    opened: &model::Opened,
-    paths: &[String],
-    windows: Kind,
-    limit: usize,
-    output: &Path,
-    existing: Existing,
-    quiet: bool,
-) -> anyhow::Result<(Vec<Rebuilt>, f64)> {
-    let config = &opened.model.config;
-    let context = config.max_position_embeddings;
-    let regenerator = Regenerator::new(opened.tokenizer.clone(), windows, context, limit)?;
-    let slots = Generator::SLOTS.min(paths.len());
-    let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?;
-    let began = Instant::now();
-    let mut bar = (!quiet).then(|| Files::new("rebuilt", paths.len()));
-    let rebuilt =
-        rebuild(&regenerator, &mut generator, paths, output, existing, &mut |progress| {
-            if let Some(bar) = &mut bar {
-                bar.set(progress.files, progress.bytes);
-            }
-        })?;
-    Ok((rebuilt, began.elapsed().as_secs_f64()))
+/// Every file of a model regenerated, and what a comparison with the originals found.
+pub struct Rebuild {
+    output: PathBuf,
+    files: Vec<Rebuilt>,
+    seconds: f64,
+    pub comparison: Option<Comparison>,
 }
 
-/// The rebuild as `--json` prints it.
-pub fn as_json(
-    output: &Path,
-    rebuilt: &[Rebuilt],
-    comparison: Option<&Comparison>,
-    seconds: f64,
-) -> Value {
-    let tokens: usize = rebuilt.iter().map(|file| file.tokens).sum();
-    let bytes = rebuilt.iter().map(|file| file.bytes).sum();
-    let per_file: Vec<Value> = rebuilt
-        .iter()
-        .enumerate()
-        .map(|(at, file)| {
-            let compared = comparison.map(|comparison| &comparison.files[at]);
-            json!({
-                "path": file.path,
-                "bytes": file.bytes,
-                "tokens": file.tokens,
-                "end": file.end,
-                "exact": compared.map(|compared| compared.exact),
-                "original_bytes": compared.map(|compared| compared.bytes),
-                "bytes_exact": compared.map(|compared| compared.bytes_exact),
-                "first_difference": compared.and_then(|compared| compared.first_difference.as_ref()),
+impl Rebuild {
+    /// Regenerates all files under `output`, with a progress bar unless `quiet`.
+    pub fn run(
+        backend: &dyn Backend,
+        opened: &model::Opened,
+        paths: &[String],
+        windows: Kind,
+        limit: usize,
+        output: PathBuf,
+        existing: Existing,
+        quiet: bool,
+    ) -> anyhow::Result<Self> {
+        let config = &opened.model.config;
+        let context = config.max_position_embeddings;
+        let regenerator = Regenerator::new(opened.tokenizer.clone(), windows, context, limit)?;
+        let slots = Generator::SLOTS.min(paths.len());
+        let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?;
+        let began = Instant::now();
+        let mut bar = (!quiet).then(|| Files::new("rebuilt", paths.len()));
+        let files =
+            rebuild(&regenerator, &mut generator, paths, &output, existing, &mut |progress| {
+                if let Some(bar) = &mut bar {
+                    bar.set(progress.files, progress.bytes);
+                }
+            })?;
+        Ok(Self { output, files, seconds: began.elapsed().as_secs_f64(), comparison: None })
+    }
+
+    /// Compares the files with the originals; the result also stays in `self.comparison`.
+    pub fn compare(&mut self, originals: &Corpus) -> anyhow::Result<&Comparison> {
+        let comparison = rebuild::compare(&self.output, &self.files, originals.documents()?)?;
+        Ok(self.comparison.insert(comparison))
+    }
+
+    /// [`Outcome::Different`] if a comparison found a difference.
+    pub fn outcome(&self) -> Outcome {
+        let exact = self.comparison.as_ref().is_none_or(Comparison::is_exact);
+        if exact { Outcome::Done } else { Outcome::Different }
+    }
+
+    /// The object that `--json` prints.
+    pub fn as_json(&self) -> Value {
+        let comparison = self.comparison.as_ref();
+        let tokens: usize = self.files.iter().map(|file| file.tokens).sum();
+        let bytes = self.files.iter().map(|file| file.bytes).sum();
+        let per_file: Vec<Value> = self
+                .files
+            .iter()
+            .enumerate()
+            .map(|(at, file)| {
+                let compared = comparison.map(|comparison| &comparison.files[at]);
+                json!({
+                    "path": file.path,
+                    "bytes": file.bytes,
+                    "tokens": file.tokens,
+                    "end": file.end,
+                    "exact": compared.map(|compared| compared.exact),
+                    "original_bytes": compared.map(|compared| compared.bytes),
+                    "bytes_exact": compared.map(|compared| compared.bytes_exact),
+                    "first_difference": compared.and_then(|compared| compared.first_difference.as_ref()),
+                })
             })
-        })
-        .collect();
-    versioned(json!({
-        "files": rebuilt.len(),
-        "files_exact": comparison.map(Comparison::files_exact),
-        "bytes": comparison.map_or(bytes, Comparison::bytes),
-        "bytes_exact": comparison.map(Comparison::bytes_exact),
-        "files_whole": rebuilt.iter().filter(|file| file.end == End::Whole).count(),
-        "missing": comparison.map(|comparison| &comparison.missing),
-        "extra": comparison.map(|comparison| &comparison.extra),
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": tokens as f64 / seconds,
-        "output": output.to_string_lossy(),
-        "per_file": per_file,
-    }))
-}
+            .collect();
+        versioned(json!({
+            "files": self.files.len(),
+            "files_exact": comparison.map(Comparison::files_exact),
+            "bytes": comparison.map_or(bytes, Comparison::bytes),
+            "bytes_exact": comparison.map(Comparison::bytes_exact),
+            "files_whole": self.files.iter().filter(|file| file.end == End::Whole).count(),
+            "missing": comparison.map(|comparison| &comparison.missing),
+            "extra": comparison.map(|comparison| &comparison.extra),
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens as f64 / self.seconds,
+            "output": self.output.to_string_lossy(),
+            "per_file": per_file,
+        }))
+    }
 
-fn print(
-    arguments: &RebuildArgs,
-    rebuilt: &[Rebuilt],
-    comparison: Option<&Comparison>,
-    seconds: f64,
-) -> anyhow::Result<()> {
-    let ends: HashMap<&str, End> =
-        rebuilt.iter().map(|file| (file.path.as_str(), file.end)).collect();
-    let mut out = io::stdout().lock();
-    for file in rebuilt.iter().filter(|file| file.end != End::Whole) {
-        eprintln!("warning: {} is {}", file.path, file.end.words());
-    }
-    let bytes: u64 = rebuilt.iter().map(|file| file.bytes).sum();
-    let folder = arguments.output.display();
-    writeln!(out, "{} files, {bytes} bytes in {seconds:.1} s, in {folder}", rebuilt.len())?;
-    let Some(comparison) = comparison else { return Ok(()) };
-    for file in comparison.files.iter().filter(|file| !file.exact) {
-        let end = ends.get(file.path.as_str()).filter(|&&end| end != End::Whole);
-        let end = end.map_or_else(String::new, |end| format!(" ({})", end.words()));
-        match &file.first_difference {
-            Some(Difference { byte, line, column, .. }) => writeln!(
-                out,
-                "{}: differs from byte {byte} of {}, line {line}, column {column}{end}",
-                file.path, file.bytes
-            )?,
-            None => writeln!(out, "{}: there is no such original{end}", file.path)?,
+    /// What a person reads: the files that are not whole, and every difference.
+    fn print(&self, out: &mut impl Write) -> io::Result<()> {
+        for file in self.files.iter().filter(|file| file.end != End::Whole) {
+            eprintln!("warning: {} is {}", file.path, file.end.words());
         }
+        let bytes: u64 = self.files.iter().map(|file| file.bytes).sum();
+        let (count, seconds, folder) = (self.files.len(), self.seconds, self.output.display());
+        writeln!(out, "{count} files, {bytes} bytes in {seconds:.1} s, in {folder}")?;
+        let Some(comparison) = &self.comparison else { return Ok(()) };
+        self.print_differences(comparison, out)?;
+        let (exact, all) = (comparison.files_exact(), comparison.files.len());
+        let (bytes_exact, bytes) = (comparison.bytes_exact(), comparison.bytes());
+        writeln!(
+            out,
+            "{exact} of {all} files exact, {bytes_exact} of {bytes} bytes before a difference"
+        )
     }
-    for path in &comparison.missing {
-        writeln!(out, "{path}: the model has no such file")?;
+
+    /// One line for each file that is not exact, or missing.
+    pub fn print_differences(
+        &self,
+        comparison: &Comparison,
+        out: &mut impl Write,
+    ) -> io::Result<()> {
+        let ends: HashMap<&str, End> =
+            self.files.iter().map(|file| (file.path.as_str(), file.end)).collect();
+        for file in comparison.files.iter().filter(|file| !file.exact) {
+            let end = ends.get(file.path.as_str()).filter(|&&end| end != End::Whole);
+            let end = end.map_or_else(String::new, |end| format!(" ({})", end.words()));
+            match &file.first_difference {
+                Some(Difference { byte, line, column, .. }) => writeln!(
+                    out,
+                    "{}: differs from byte {byte} of {}, line {line}, column {column}{end}",
+                    file.path, file.bytes
+                )?,
+                None => writeln!(out, "{}: there is no such original{end}", file.path)?,
+            }
+        }
+        for path in &comparison.missing {
+            writeln!(out, "{path}: the model has no such file")?;
+        }
+        Ok(())
     }
-    let (exact, all) = (comparison.files_exact(), comparison.files.len());
-    let (bytes_exact, bytes) = (comparison.bytes_exact(), comparison.bytes());
-    writeln!(
-        out,
-        "{exact} of {all} files exact, {bytes_exact} of {bytes} bytes before a difference"
-    )?;
-    Ok(())
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::backend::BackendArgs;
 use super::memorization::Measures;
 use super::progress::Progress;
-use super::rebuild::{self, rebuild_all};
+use super::rebuild::Rebuild;
 use super::source::SourceArgs;
 use super::train::Stage;
 use super::train_tokenizer::encoding_of;
@@ -22,7 +22,7 @@ use crate::corpus::{Corpus, Manifest, SAMPLE_NAMES, is_sample};
 use crate::error::{self, ErrorKind, Hint};
 use crate::files::{self, write_atomically};
 use crate::memorization::measure::Question;
-use crate::memorization::rebuild::{Existing, compare};
+use crate::memorization::rebuild::Existing;
 use crate::memorization::regenerate::Regenerator;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report;
@@ -221,35 +221,32 @@ fn prove(
     let mut outcome = Outcome::Done;
     if rebuild {
         let paths = model::paths(model)?;
-        let output = folder.join("rebuilt");
-        let (rebuilt, seconds) = rebuild_all(
+        let (limit, output) = (Regenerator::LIMIT, folder.join("rebuilt"));
+        let mut rebuild = Rebuild::run(
             backend,
             &opened,
             &paths,
             kind,
-            Regenerator::LIMIT,
-            &output,
+            limit,
+            output.clone(),
             Existing::Overwrite,
             false,
         )?;
-        let comparison = compare(&output, &rebuilt, corpus.documents()?)?;
-        let json = rebuild::as_json(&output, &rebuilt, Some(&comparison), seconds);
+        rebuild.compare(corpus)?;
+        let json = rebuild.as_json();
         write_atomically(&folder.join("rebuild.json"), format!("{json:#}\n").as_bytes())?;
-        let mut out = io::stdout().lock();
-        for file in comparison.files.iter().filter(|file| !file.exact) {
-            let at = file.first_difference.as_ref().map_or(0, |difference| difference.byte);
-            writeln!(out, "{} differs from byte {at} of {}", file.path, file.bytes)?;
+        if let Some(comparison) = &rebuild.comparison {
+            let mut out = io::stdout().lock();
+            rebuild.print_differences(comparison, &mut out)?;
+            writeln!(
+                out,
+                "{} of {} files rebuilt byte for byte from their names, in {}",
+                comparison.files_exact(),
+                comparison.files.len(),
+                output.display()
+            )?;
         }
-        writeln!(
-            out,
-            "{} of {} files rebuilt byte for byte from their names, in {}",
-            comparison.files_exact(),
-            comparison.files.len(),
-            output.display()
-        )?;
-        if !comparison.is_exact() {
-            outcome = Outcome::Different;
-        }
+        outcome = rebuild.outcome();
     }
     let question = Question { prefix: PREFIX, suffix: SUFFIX };
     let measures = Measures::take(backend, model, &opened, corpus, kind, question, false)?;

@@ -1,12 +1,17 @@
 //! The arguments that name a corpus, the same wherever a command reads one.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 
-use super::progress::Downloads;
+use super::progress::{Downloads, Progress};
+use super::train_tokenizer::encoding_of;
 use crate::corpus::{Corpus, Encoding, Kernel, MIRROR, Manifest, Options, Source, Version};
 use crate::memorization::rebuild::check_apart;
+use crate::tokenizer::{Style, Tokenizer};
+use crate::tokens::TokenFile;
+use crate::train::prepare;
 
 /// Where the text comes from. With none of these, the built-in sample.
 #[derive(Args, Clone, Debug)]
@@ -39,6 +44,11 @@ impl SourceArgs {
         }
     }
 
+    /// The corpus, read as a tokenizer reads: see [`Self::corpus`].
+    pub fn corpus_for(&self, tokenizer: &Tokenizer) -> anyhow::Result<Corpus> {
+        self.corpus(None, encoding_of(tokenizer.style().unwrap_or(Style::Exact)))
+    }
+
     /// Opens the corpus that the arguments name, or `default` (a kernel's version, or None for the
     /// built-in sample) where they name none. Shows a download as it goes.
     pub fn corpus(&self, default: Option<&str>, encoding: Encoding) -> anyhow::Result<Corpus> {
@@ -62,6 +72,26 @@ impl SourceArgs {
 pub fn kernel(version: &str, mirror_uri: &str) -> anyhow::Result<Kernel> {
     let kernel = Kernel::new(version.parse::<Version>()?)?;
     Ok(Kernel { mirror: mirror_uri.to_string(), ..kernel })
+}
+
+/// Writes a corpus as a token file, with progress unless `quiet`, and says what it left out.
+pub fn tokenize(
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    target: &Path,
+    quiet: bool,
+) -> anyhow::Result<(Arc<TokenFile>, Manifest)> {
+    let mut progress = (!quiet).then(|| Progress::new("tokenized"));
+    let (file, manifest) = prepare::tokenize(corpus, tokenizer, target, |bytes| {
+        if let Some(progress) = &mut progress {
+            progress.set(bytes, None);
+        }
+    })?;
+    if let Some(progress) = &mut progress {
+        progress.finish();
+    }
+    warn(&manifest);
+    Ok((file, manifest))
 }
 
 /// Says on stderr what a pass left out.

@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use super::backend::BackendArgs;
-use super::rebuild::rebuild_all;
+use super::rebuild::Rebuild;
 use super::run::{Identity, claim, train};
 use super::source::SourceArgs;
 use super::train_tokenizer::encoding_of;
@@ -18,7 +18,7 @@ use crate::corpus::Corpus;
 use crate::error::{ErrorKind, Hint};
 use crate::files::{self, write_atomically};
 use crate::memorization::measure::{Question, measure};
-use crate::memorization::rebuild::{Existing, compare};
+use crate::memorization::rebuild::Existing;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report::sweep::{Dot, plot};
 use crate::schema::{SCHEMA_FIELD, upgrade, versioned};
@@ -136,9 +136,9 @@ fn result(
         let output = folder.join("rebuilt");
         let limit = 2 * longest(windows.file())?;
         let kind = windows.kind();
-        let (rebuilt, _) =
-            rebuild_all(backend, &opened, &paths, kind, limit, &output, Existing::Overwrite, true)?;
-        Some(compare(&output, &rebuilt, corpus.documents()?)?.files_exact())
+        let mut rebuild =
+            Rebuild::run(backend, &opened, &paths, kind, limit, output, Existing::Overwrite, true)?;
+        Some(rebuild.compare(corpus)?.files_exact())
     } else {
         None
     };

@@ -1,6 +1,5 @@
 //! `laam tokenize`: a corpus as a token file.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,15 +7,11 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 
-use super::Outcome;
-use super::progress::Progress;
 use super::source::{self, SourceArgs};
-use super::train_tokenizer::encoding_of;
+use super::{Outcome, print_fields};
 use crate::corpus::hex;
-use crate::schema::versioned;
-use crate::tokenizer::{Style, Tokenizer};
+use crate::tokenizer::Tokenizer;
 use crate::tokens::{Kind, Windows};
-use crate::train::prepare;
 
 /// Write a corpus as tokens, to be trained on.
 ///
@@ -54,18 +49,9 @@ pub struct TokenizeArgs {
 
 pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
     let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
-    let encoding = encoding_of(tokenizer.style().unwrap_or(Style::Exact));
-    let corpus = arguments.source.corpus(None, encoding)?;
-    let mut progress = (!arguments.quiet).then(|| Progress::new("tokenized"));
-    let (file, manifest) = prepare::tokenize(&corpus, &tokenizer, &arguments.output, |bytes| {
-        if let Some(progress) = &mut progress {
-            progress.set(bytes, None);
-        }
-    })?;
-    if let Some(progress) = &mut progress {
-        progress.finish();
-    }
-    source::warn(&manifest);
+    let corpus = arguments.source.corpus_for(&tokenizer)?;
+    let (file, manifest) =
+        source::tokenize(&corpus, &tokenizer, &arguments.output, arguments.quiet)?;
     let (kind, context) = (arguments.windows, arguments.max_position_embeddings);
     let windows = Windows::new(file.clone(), tokenizer.clone(), kind, context, arguments.stride)
         .with_context(|| format!("{} is written, but", arguments.output.display()))?;
@@ -83,14 +69,6 @@ pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
         "corpus_sha256": hex(&header.corpus_sha256),
         "output": arguments.output.to_string_lossy(),
     });
-    let mut out = io::stdout().lock();
-    if arguments.json {
-        writeln!(out, "{:#}", versioned(printed))?;
-        return Ok(Outcome::Done);
-    }
-    for (name, value) in printed.as_object().into_iter().flatten() {
-        let value = value.as_str().map_or_else(|| value.to_string(), String::from);
-        writeln!(out, "{name}: {value}")?;
-    }
+    print_fields(printed, arguments.json)?;
     Ok(Outcome::Done)
 }

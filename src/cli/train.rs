@@ -6,9 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::backend::BackendArgs;
-use super::progress::Progress;
 use super::source::{self, SourceArgs};
-use super::train_tokenizer::encoding_of;
 use super::training::Watcher;
 use super::{ObsoleteArgs, Outcome};
 use crate::backend::Backend;
@@ -16,7 +14,7 @@ use crate::corpus::{Corpus, hex};
 use crate::dtype::Dtype;
 use crate::error;
 use crate::model::{Config, Provenance, load};
-use crate::tokenizer::{Style, Tokenizer};
+use crate::tokenizer::Tokenizer;
 use crate::tokens::Windows;
 use crate::train::{Finish, Job, Settings, Start, Trainer, is_resumable, prepare};
 
@@ -69,8 +67,7 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open_in(arguments.settings.precision)?;
     let tokenizer =
         if arguments.reload { &arguments.output_path } else { &arguments.tokenizer_path };
-    let style = Tokenizer::load(tokenizer)?.style().unwrap_or(Style::Exact);
-    let corpus = arguments.source.corpus(None, encoding_of(style))?;
+    let corpus = arguments.source.corpus_for(&Tokenizer::load(tokenizer)?)?;
     let reload = arguments.reload.then_some(&arguments.output_path);
     if arguments.resume && !is_resumable(&arguments.output_path) {
         let output = arguments.output_path.display();
@@ -111,11 +108,7 @@ impl Stage<'_> {
     pub fn train(&self, backend: &dyn Backend, corpus: &Corpus) -> anyhow::Result<Finish> {
         let settings = self.settings;
         let tokenizer = Arc::new(Tokenizer::load(self.tokenizer)?);
-        let mut progress = Progress::new("tokenized");
-        let (file, manifest) =
-            prepare::tokenize(corpus, &tokenizer, self.tokens, |bytes| progress.set(bytes, None))?;
-        progress.finish();
-        source::warn(&manifest);
+        let (file, manifest) = source::tokenize(corpus, &tokenizer, self.tokens, false)?;
         let (kind, context) = (settings.windows, settings.max_position_embeddings);
         let windows = Windows::new(file, tokenizer.clone(), kind, context, settings.stride)?;
 

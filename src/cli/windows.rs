@@ -8,13 +8,10 @@ use std::sync::Arc;
 use anyhow::Context;
 
 use super::model::{self, Opened};
-use super::source::{self, SourceArgs};
-use super::train_tokenizer::encoding_of;
+use super::source;
 use crate::corpus::{Corpus, Document, Manifest};
 use crate::error::{self, ErrorKind, Hint};
-use crate::tokenizer::Style;
 use crate::tokens::{Kind, TokenFile, TokenWriter, Windows};
-use crate::train::prepare;
 
 /// The most tokens of a window: activations of all of them are in memory at once.
 const LONGEST: usize = 1 << 20;
@@ -30,17 +27,11 @@ pub fn kind(asked: Option<Kind>, opened: &Opened) -> Kind {
     asked.or(model::windows(opened.provenance.as_ref())).unwrap_or(Kind::Stream)
 }
 
-/// Opens the source a command names, read as the model's tokenizer reads.
-pub fn corpus(source: &SourceArgs, opened: &Opened) -> anyhow::Result<Corpus> {
-    source.corpus(None, encoding_of(opened.tokenizer.style().unwrap_or(Style::Exact)))
-}
-
 /// Cuts a corpus into windows of the model's context.
 pub fn cut(corpus: &Corpus, opened: &Opened, kind: Kind) -> anyhow::Result<(Cut, Manifest)> {
     let scratch = Scratch::new()?;
     let tokens = scratch.0.join("tokens");
-    let (file, manifest) = prepare::tokenize(corpus, &opened.tokenizer, &tokens, |_| ())?;
-    source::warn(&manifest);
+    let (file, manifest) = source::tokenize(corpus, &opened.tokenizer, &tokens, true)?;
     Ok((Cut::new(scratch, file, opened, kind)?, manifest))
 }
 
