@@ -16,7 +16,7 @@ use crate::train::Engine;
 use super::roofline::Ceiling;
 
 /// Seconds of steps that are timed together on a device.
-const TOGETHER: f64 = 0.2;
+const MIN_TIMED_SECONDS: f64 = 0.2;
 
 /// A model's shape by name, and the context it is trained at.
 pub const PRESETS: [&str; 6] = ["original", "32m", "124m", "350m", "1.3b", "7b"];
@@ -162,7 +162,7 @@ pub fn time(
             before = engine.profile();
         }
         let start = Instant::now();
-        let outcomes = engine.feed(batches.into_iter())?;
+        let outcomes = engine.run_steps(batches.into_iter())?;
         let pace = start.elapsed().as_secs_f64() / together as f64;
         if round >= warmup {
             seconds.push(pace);
@@ -170,8 +170,9 @@ pub fn time(
         let last = outcomes.last().expect("as many as steps").loss;
         losses = [if done == 0 { outcomes[0].loss } else { losses[0] }, last];
         done += together;
-        if engine.is_apart() && round + 1 == warmup {
-            together = ((TOGETHER / pace) as usize).clamp(1, engine.room(batch).min(100));
+        if engine.is_async() && round + 1 == warmup {
+            together = ((MIN_TIMED_SECONDS / pace) as usize)
+                .clamp(1, engine.queue_capacity(batch).min(100));
         }
     }
     let timed = seconds.len() * together;

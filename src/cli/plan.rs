@@ -102,7 +102,7 @@ fn as_json(config: &Config, settings: &Settings, backend: &dyn Backend) -> Value
         "flops_per_token_training": config.training_flops(context) as u64,
         "backend": backend.name(),
         "batch_size": settings.batch_size,
-        "micro_batch_size": memory.windows_at_once,
+        "micro_batch_size": memory.micro_batch,
         "bytes_parameters": memory.parameters,
         "bytes_gradients": memory.gradients,
         "bytes_optimizer": memory.optimizer,
@@ -134,7 +134,7 @@ pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> Stri
     let _ = writeln!(out, "  {:12} {:>20}", "forward", grouped(config.forward_flops(context)));
     let _ = writeln!(out, "  {:12} {:>20}", "training", grouped(config.training_flops(context)));
     let memory = Footprint::new(backend, config, settings.batch_size, context);
-    let (batch, once) = (settings.batch_size, memory.windows_at_once);
+    let (batch, once) = (settings.batch_size, memory.micro_batch);
     let name = backend.name();
     let _ = writeln!(out, "\nbytes of training on {name}, batch {batch}, {once} windows at a time");
     for (what, bytes) in [

@@ -28,7 +28,7 @@ use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::report;
 use crate::schema::SchemaVersion;
 use crate::tokenizer::{Special, Tokenizer, Training};
-use crate::train::Finish;
+use crate::train::TrainSummary;
 use crate::train::recipe::Recipe;
 
 /// Do everything: read the corpus, train the tokenizer and the model, and prove what it holds.
@@ -127,7 +127,7 @@ pub fn train(
     recipe: &Recipe,
     corpus: &Corpus,
     folder: &Path,
-) -> anyhow::Result<Option<(PathBuf, Vec<Finish>)>> {
+) -> anyhow::Result<Option<(PathBuf, Vec<TrainSummary>)>> {
     let tokenizer = folder.join("tokenizer");
     if tokenizer.join("tokenizer.json").exists() {
         eprintln!("the tokenizer is there: {}", tokenizer.display());

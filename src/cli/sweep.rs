@@ -24,7 +24,7 @@ use crate::report::sweep::{Dot, plot};
 use crate::schema::{SCHEMA_FIELD, upgrade, versioned};
 use crate::tokens::TokenFile;
 use crate::train::MAX_METRICS;
-use crate::train::sweep::{Run, Sweep};
+use crate::train::sweep::{Sweep, SweepRun};
 
 /// Some thirty numbers.
 const MAX_RESULT: u64 = 1 << 20;
@@ -91,7 +91,7 @@ pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
 /// What came of a run, which is done first if it was not yet; none where it was interrupted.
 fn result(
     backends: &BackendArgs,
-    run: &Run,
+    run: &SweepRun,
     corpus: &Corpus,
     folder: &Path,
 ) -> anyhow::Result<Option<Value>> {
@@ -176,7 +176,7 @@ fn last_line(model: &Path) -> anyhow::Result<Value> {
     Ok(last.unwrap_or_default())
 }
 
-fn write(folder: &Path, sweep: &Sweep, rows: &[(&Run, Value)]) -> anyhow::Result<()> {
+fn write(folder: &Path, sweep: &Sweep, rows: &[(&SweepRun, Value)]) -> anyhow::Result<()> {
     write_atomically(&folder.join("table.tsv"), table(rows).as_bytes())?;
     let json = format!("{:#}\n", as_json(sweep, rows));
     write_atomically(&folder.join("table.json"), json.as_bytes())?;
@@ -195,7 +195,7 @@ fn write(folder: &Path, sweep: &Sweep, rows: &[(&Run, Value)]) -> anyhow::Result
     write_atomically(&folder.join("plot.svg"), plot(&sweep.description, &dots).as_bytes())
 }
 
-fn as_json(sweep: &Sweep, rows: &[(&Run, Value)]) -> Value {
+fn as_json(sweep: &Sweep, rows: &[(&SweepRun, Value)]) -> Value {
     let rows = rows.iter().map(|(run, row)| {
         let mut row = row.clone();
         row["name"] = json!(run.name);
@@ -206,7 +206,7 @@ fn as_json(sweep: &Sweep, rows: &[(&Run, Value)]) -> Value {
 }
 
 /// Tab-separated, with a line of names.
-fn table(rows: &[(&Run, Value)]) -> String {
+fn table(rows: &[(&SweepRun, Value)]) -> String {
     let empty = Map::new();
     let columns = rows.first().and_then(|(_, row)| row.as_object()).unwrap_or(&empty);
     let mut text = String::from("name");

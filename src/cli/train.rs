@@ -16,7 +16,7 @@ use crate::error;
 use crate::model::{Config, Provenance, load};
 use crate::tokenizer::Tokenizer;
 use crate::tokens::Windows;
-use crate::train::{Finish, Job, Settings, Start, Trainer, is_resumable, prepare};
+use crate::train::{Job, Settings, Start, TrainSummary, Trainer, is_resumable, prepare};
 
 /// Train a model until its steps are done, and save it as a Hugging Face folder.
 ///
@@ -105,7 +105,7 @@ pub struct Stage<'a> {
 
 impl Stage<'_> {
     /// Tokenizes and trains, telling a person how it goes.
-    pub fn train(&self, backend: &dyn Backend, corpus: &Corpus) -> anyhow::Result<Finish> {
+    pub fn train(&self, backend: &dyn Backend, corpus: &Corpus) -> anyhow::Result<TrainSummary> {
         let settings = self.settings;
         let tokenizer = Arc::new(Tokenizer::load(self.tokenizer)?);
         let (file, manifest) = source::tokenize(corpus, &tokenizer, self.tokens, false)?;

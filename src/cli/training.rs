@@ -9,7 +9,7 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::is_interactive;
-use crate::train::{Finish, Metrics, Observer, Outcome};
+use crate::train::{Metrics, Observer, StepStats, TrainSummary};
 
 /// Set by the first Ctrl-C; the second ends the process where it stands.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -55,7 +55,7 @@ impl Watcher {
     }
 
     /// Ends the display with a line that says how it went.
-    pub fn finish(&self, finish: &Finish, output: &Path) {
+    pub fn finish(&self, finish: &TrainSummary, output: &Path) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -76,7 +76,7 @@ impl Watcher {
 }
 
 impl Observer for Watcher {
-    fn step(&mut self, step: u64, total: u64, outcome: &Outcome, metrics: Option<&Metrics>) {
+    fn step(&mut self, step: u64, total: u64, outcome: &StepStats, metrics: Option<&Metrics>) {
         let loss = self.loss.follow(outcome.loss);
         if let Some(bar) = &self.bar {
             bar.set_position(step);

@@ -18,7 +18,7 @@ use crate::tokens::Position;
 
 /// Where a run stood when it was saved: with the arenas, all that it needs to go on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct State {
+pub struct TrainState {
     #[serde(default)]
     pub schema_version: SchemaVersion,
     /// Steps done.
@@ -49,10 +49,10 @@ pub const ARENAS: [(&str, Arena); 3] = [
 ];
 
 /// A checkpoint read back.
-pub struct Saved {
+pub struct SavedRun {
     pub folder: PathBuf,
     pub config: Config,
-    pub state: State,
+    pub state: TrainState,
     /// By the order of [`ARENAS`].
     pub arenas: Vec<Vec<f32>>,
 }
@@ -111,7 +111,7 @@ fn remove(folder: &Path) -> anyhow::Result<()> {
 
 /// The furthest state that lies in a folder: of a checkpoint, or of the finished model. Checkpoints
 /// that are damaged, or were never finished, are passed over for older ones; `note` hears of it.
-pub fn latest(output: &Path, note: &mut dyn FnMut(String)) -> anyhow::Result<Option<Saved>> {
+pub fn latest(output: &Path, note: &mut dyn FnMut(String)) -> anyhow::Result<Option<SavedRun>> {
     let mut first_error = None;
     let mut try_to_read = |folder: &Path| {
         read(folder).unwrap_or_else(|error| {
@@ -136,14 +136,14 @@ pub fn latest(output: &Path, note: &mut dyn FnMut(String)) -> anyhow::Result<Opt
 }
 
 /// The state in one folder; `None` where there is none: a save that was cut off leaves nothing else.
-fn read(folder: &Path) -> anyhow::Result<Option<Saved>> {
+fn read(folder: &Path) -> anyhow::Result<Option<SavedRun>> {
     const ADVICE: &str = "remove the folder: `resume` then takes an older checkpoint";
     if !has_training_state(folder)? {
         return Ok(None);
     }
     let (config, _) = load_config(folder)?;
     let Some(saved) = load_training_state(folder, &Layout::new(&config))? else { return Ok(None) };
-    let state: State = serde_json::from_value(saved.state)
+    let state: TrainState = serde_json::from_value(saved.state)
         .with_context(|| format!("invalid training state in {}", folder.display()))
         .hint(ErrorKind::Checkpoint, || ADVICE)?;
     let mut by_name = saved.arenas;
@@ -154,5 +154,5 @@ fn read(folder: &Path) -> anyhow::Result<Option<Saved>> {
             ADVICE,
         )
     })?;
-    Ok(Some(Saved { folder: folder.to_path_buf(), config, state, arenas }))
+    Ok(Some(SavedRun { folder: folder.to_path_buf(), config, state, arenas }))
 }

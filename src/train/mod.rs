@@ -17,10 +17,10 @@ mod tensorboard;
 mod trainer;
 
 pub use checkpoints::is_resumable;
-pub use engine::{Engine, Outcome, Step};
+pub use engine::{Engine, StepStats, TrainStep};
 pub use footprint::Footprint;
 pub use metrics::{MAX_METRICS, Metrics, MetricsFile};
-pub use schedule::{Decline, Schedule};
-pub use settings::{Method, Settings};
+pub use schedule::{LrDecay, LrSchedule};
+pub use settings::{OptimizerKind, Settings};
 pub use tensorboard::EventFile;
-pub use trainer::{Finish, Job, Observer, Start, Trainer};
+pub use trainer::{Job, Observer, Start, TrainSummary, Trainer};

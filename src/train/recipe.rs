@@ -47,7 +47,7 @@ pub struct Recipe {
     pub rebuild: bool,
     pub tokenizer: TokenizerRecipe,
     #[serde(rename = "stage")]
-    pub stages: Vec<Stage>,
+    pub stages: Vec<RecipeStage>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,7 +61,7 @@ pub struct TokenizerRecipe {
 /// One training run of a recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "toml::Table")]
-pub struct Stage {
+pub struct RecipeStage {
     /// Names its folder.
     pub name: String,
     #[serde(flatten)]
@@ -69,7 +69,7 @@ pub struct Stage {
 }
 
 /// By hand, since serde's flattening would let misspelt keys pass.
-impl TryFrom<toml::Table> for Stage {
+impl TryFrom<toml::Table> for RecipeStage {
     type Error = String;
 
     fn try_from(mut keys: toml::Table) -> Result<Self, String> {

@@ -4,7 +4,7 @@
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use super::{Decline, Schedule};
+use super::{LrDecay, LrSchedule};
 use crate::dtype::Dtype;
 use crate::error;
 use crate::llama::{AdamW, Muon, Optimizer};
@@ -16,7 +16,7 @@ use crate::tokens::{Kind, Order};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
-pub enum Method {
+pub enum OptimizerKind {
     #[default]
     Adamw,
     /// Muon for them, AdamW for embeddings, head and norms.
@@ -90,7 +90,7 @@ pub struct Settings {
 
     /// Optimizer of the matrices inside the blocks
     #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.optimizer, help_heading = "Optimizer"))]
-    pub optimizer: Method,
+    pub optimizer: OptimizerKind,
     /// Peak learning rate of AdamW
     #[cfg_attr(feature = "cli", arg(long, value_name = "X", default_value_t = DEFAULT.learning_rate, help_heading = "Optimizer"))]
     pub learning_rate: f64,
@@ -118,7 +118,7 @@ pub struct Settings {
     pub max_grad_norm: f64,
     /// How the learning rates fall after the warm-up
     #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.lr_scheduler_type, help_heading = "Optimizer"))]
-    pub lr_scheduler_type: Decline,
+    pub lr_scheduler_type: LrDecay,
     /// Steps over which the learning rates rise from 0
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.warmup_steps, help_heading = "Optimizer"))]
     pub warmup_steps: u64,
@@ -172,7 +172,7 @@ const DEFAULT: Settings = Settings {
     tie_word_embeddings: false,
     rope_theta: 10000.0,
     initializer_range: 0.02,
-    optimizer: Method::Adamw,
+    optimizer: OptimizerKind::Adamw,
     learning_rate: 1e-3,
     muon_learning_rate: 0.02,
     muon_momentum: 0.95,
@@ -181,7 +181,7 @@ const DEFAULT: Settings = Settings {
     adam_beta2: 0.999,
     adam_epsilon: 1e-8,
     max_grad_norm: 1.0,
-    lr_scheduler_type: Decline::Linear,
+    lr_scheduler_type: LrDecay::Linear,
     warmup_steps: 100,
     wsd_decay: 0.4,
     logging_steps: 10,
@@ -312,7 +312,8 @@ impl Settings {
                 beta2: self.adam_beta2,
                 epsilon: self.adam_epsilon,
             },
-            muon: (self.optimizer == Method::Muon).then_some(Muon { momentum: self.muon_momentum }),
+            muon: (self.optimizer == OptimizerKind::Muon)
+                .then_some(Muon { momentum: self.muon_momentum }),
             weight_decay: self.weight_decay,
             // As with the Trainer, 0 is no clipping.
             max_grad_norm: if self.max_grad_norm == 0.0 {
@@ -324,23 +325,23 @@ impl Settings {
     }
 
     /// Steps an epoch over so many windows. A step never reaches into the next epoch.
-    pub fn steps_an_epoch(&self, windows: usize) -> u64 {
+    pub fn steps_per_epoch(&self, windows: usize) -> u64 {
         let batches = windows.div_ceil(self.batch_size);
         batches.div_ceil(self.gradient_accumulation_steps) as u64
     }
 
     /// Steps in all.
     pub fn total_steps(&self, windows: usize) -> u64 {
-        let by_epochs = (self.epochs * self.steps_an_epoch(windows) as f64).ceil() as u64;
+        let by_epochs = (self.epochs * self.steps_per_epoch(windows) as f64).ceil() as u64;
         self.max_steps.unwrap_or(by_epochs)
     }
 
-    pub fn schedule(&self, total: u64) -> Schedule {
-        Schedule {
-            decline: self.lr_scheduler_type,
+    pub fn schedule(&self, total: u64) -> LrSchedule {
+        LrSchedule {
+            decay: self.lr_scheduler_type,
             warmup: self.warmup_steps,
             total,
-            decay_part: self.wsd_decay,
+            wsd_decay: self.wsd_decay,
         }
     }
 }
@@ -381,9 +382,9 @@ mod tests {
     #[test]
     fn an_epoch_of_the_originals_has_its_number_of_steps() {
         let settings = Settings { batch_size: 64, epochs: 100.0, ..Settings::default() };
-        assert_eq!(settings.steps_an_epoch(4408), 69);
+        assert_eq!(settings.steps_per_epoch(4408), 69);
         assert_eq!(settings.total_steps(4408), 6900);
         let accumulated = Settings { gradient_accumulation_steps: 2, ..settings };
-        assert_eq!(accumulated.steps_an_epoch(4408), 35);
+        assert_eq!(accumulated.steps_per_epoch(4408), 35);
     }
 }

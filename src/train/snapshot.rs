@@ -18,7 +18,7 @@ pub struct Snapshot {
     pub precision: Dtype,
     pub tokenizer: PathBuf,
     pub provenance: Provenance,
-    /// A [`checkpoints::State`].
+    /// A [`checkpoints::TrainState`].
     pub state: Value,
 }
 
@@ -43,7 +43,7 @@ impl Snapshot {
 }
 
 /// Where a checkpoint goes, and what becomes of others there.
-pub struct Place {
+pub struct CheckpointTarget {
     /// The folder of the run.
     pub output: PathBuf,
     /// The folder of the checkpoint: below it, or the same at the end of the run.
@@ -54,7 +54,7 @@ pub struct Place {
     pub keep: Option<(u64, usize)>,
 }
 
-impl Place {
+impl CheckpointTarget {
     /// Writes a checkpoint here, then removes those that it makes out of date.
     pub fn put(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
         snapshot.write(&self.folder)?;
@@ -70,18 +70,18 @@ impl Place {
 
 /// Writes one checkpoint at a time, in a thread of its own.
 #[derive(Default)]
-pub struct Writer {
+pub struct CheckpointWriter {
     thread: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
-impl Writer {
+impl CheckpointWriter {
     /// Whether one is being written.
     pub fn is_busy(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
-    /// Begins to write one. Errors come with [`Writer::finish`].
-    pub fn begin(&mut self, place: Place, snapshot: Snapshot) -> anyhow::Result<()> {
+    /// Begins to write one. Errors come with [`CheckpointWriter::finish`].
+    pub fn begin(&mut self, place: CheckpointTarget, snapshot: Snapshot) -> anyhow::Result<()> {
         self.finish()?;
         self.thread = Some(thread::spawn(move || place.put(&snapshot)));
         Ok(())
@@ -97,7 +97,7 @@ impl Writer {
     }
 }
 
-impl Drop for Writer {
+impl Drop for CheckpointWriter {
     /// A run that ends with an error leaves its last checkpoint whole.
     fn drop(&mut self) {
         let _ = self.finish();
@@ -127,13 +127,13 @@ mod tests {
     #[test]
     fn an_error_in_the_background_is_told_by_the_next_who_asks() {
         let folder = tempfile::tempdir().unwrap();
-        let place = || Place {
+        let place = || CheckpointTarget {
             output: folder.path().to_path_buf(),
             folder: folder.path().join("checkpoint-1"),
             first: false,
             keep: None,
         };
-        let mut writer = Writer::default();
+        let mut writer = CheckpointWriter::default();
         // There is no tokenizer to copy.
         writer.begin(place(), snapshot(folder.path())).unwrap();
         assert!(writer.finish().is_err());

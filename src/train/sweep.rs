@@ -1,7 +1,7 @@
 //! Sweeps: one recipe, run again and again with a few keys changed.
 //!
 //! ```toml
-//! description = "which decline, and how fast"
+//! description = "which decay, and how fast"
 //! recipe = "linux-kernel-dir"     # built in, or a file beside this one
 //!
 //! [set]                           # of every run
@@ -30,18 +30,18 @@ use crate::error::{self, ErrorKind, Hint};
 use crate::files;
 
 /// More runs than these are a mistake.
-const MOST: usize = 10_000;
+const MAX_RUNS: usize = 10_000;
 
 /// A sweep's runs, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sweep {
     pub description: String,
-    pub runs: Vec<Run>,
+    pub runs: Vec<SweepRun>,
 }
 
 /// One run of a sweep.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Run {
+pub struct SweepRun {
     /// Its own name, or what sets it apart, as `KEY=VALUE,KEY=VALUE`: the name of its folder too.
     pub name: String,
     /// The same, key by key.
@@ -51,7 +51,7 @@ pub struct Run {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct SweepFile {
     #[serde(default)]
     description: String,
     recipe: String,
@@ -76,7 +76,7 @@ impl Sweep {
     /// Reads and checks a sweep. Recipes in files are looked for in `folder`.
     pub fn parse(text: &str, folder: &Path) -> anyhow::Result<Self> {
         let advice = || "see laam sweep --help for the keys of a sweep";
-        let file: File = toml::from_str(text).hint(ErrorKind::Config, advice)?;
+        let file: SweepFile = toml::from_str(text).hint(ErrorKind::Config, advice)?;
         let is_file = Path::new(&file.recipe).extension().is_some_and(|suffix| suffix == "toml");
         let recipe = if is_file {
             Recipe::find(&folder.join(&file.recipe).to_string_lossy())?
@@ -99,7 +99,7 @@ impl Sweep {
                 let mut all = file.set.clone();
                 all.extend(changed.clone());
                 let recipe = with(&recipe, &all).with_context(|| format!("run {name}"))?;
-                runs.push(Run { name, changed, recipe });
+                runs.push(SweepRun { name, changed, recipe });
             }
         }
         for (at, run) in runs.iter().enumerate() {
@@ -127,9 +127,9 @@ fn combinations(grid: &Table) -> anyhow::Result<Vec<Table>> {
                 format!("write {key} = [1, 2]; a single value belongs in [set]"),
             ));
         };
-        if all.len().saturating_mul(values.len()) > MOST {
+        if all.len().saturating_mul(values.len()) > MAX_RUNS {
             return Err(error::config(
-                format!("the grid has more than {MOST} combinations"),
+                format!("the grid has more than {MAX_RUNS} combinations"),
                 "remove some values",
             ));
         }

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::checkpoints::{self, State};
+use super::checkpoints::{self, TrainState};
 use super::footprint::check_memory;
-use super::snapshot::{Place, Snapshot, Writer};
-use super::{Engine, EventFile, Metrics, MetricsFile, Outcome, Schedule, Settings, Step};
+use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
+use super::{Engine, EventFile, LrSchedule, Metrics, MetricsFile, Settings, StepStats, TrainStep};
 use crate::backend::{Arena, Backend};
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
@@ -43,7 +43,7 @@ pub struct Job<'a> {
 /// Who watches a run, and may end it.
 pub trait Observer {
     /// After every step; `metrics` where it was a logged one.
-    fn step(&mut self, step: u64, total: u64, outcome: &Outcome, metrics: Option<&Metrics>);
+    fn step(&mut self, step: u64, total: u64, outcome: &StepStats, metrics: Option<&Metrics>);
     /// Something a person should know.
     fn note(&mut self, line: &str);
     /// Whether to finish this step, save, and stop.
@@ -52,7 +52,7 @@ pub trait Observer {
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Finish {
+pub struct TrainSummary {
     pub steps: u64,
     pub total: u64,
     /// Of the last step.
@@ -64,9 +64,9 @@ pub struct Finish {
 }
 
 /// After so many steps in a row without an update a run has diverged.
-const HOPELESS: u64 = 20;
+const MAX_SKIPPED_STEPS: u64 = 20;
 /// Seconds of steps that are asked for in one go.
-const LONGEST: f64 = 0.5;
+const MAX_BATCHED_SECONDS: f64 = 0.5;
 
 /// A run under way.
 pub struct Trainer<'a> {
@@ -74,12 +74,12 @@ pub struct Trainer<'a> {
     config: Config,
     engine: Engine,
     sampler: Sampler,
-    state: State,
+    state: TrainState,
     /// Steps in a row whose gradients were not finite.
     lost: u64,
     /// Nothing of this run lies in the output folder yet.
     unsaved: bool,
-    writer: Writer,
+    writer: CheckpointWriter,
     /// Whether a step of this run was looked at for parameters without a gradient.
     looked_for_lost: bool,
     /// Of the weights that are saved.
@@ -106,7 +106,7 @@ impl<'a> Trainer<'a> {
         job.provenance.device = backend.device();
 
         let mut sampler = Sampler::new(windows.len(), settings.order, settings.seed)?;
-        let mut state = State {
+        let mut state = TrainState {
             schema_version: SchemaVersion,
             step: 0,
             total: settings.total_steps(windows.len()),
@@ -148,13 +148,13 @@ impl<'a> Trainer<'a> {
                 ErrorKind::Checkpoint,
                 || "remove the checkpoint: `resume` then takes an older one",
             )?);
-            state = State { settings: state.settings, ..saved.state };
+            state = TrainState { settings: state.settings, ..saved.state };
             sampler = Sampler::resume(windows.len(), settings.order, state.position)?;
         } else {
             let fresh = || initialize(&config, engine.layout(), settings.seed);
             engine.write(Arena::Parameters, &weights.unwrap_or_else(fresh))?;
         }
-        engine.hold(windows, settings.batch_size)?;
+        engine.upload_dataset(windows, settings.batch_size)?;
         let looked_for_lost = false;
         Ok(Self {
             job,
@@ -164,7 +164,7 @@ impl<'a> Trainer<'a> {
             state,
             lost: 0,
             unsaved,
-            writer: Writer::default(),
+            writer: CheckpointWriter::default(),
             looked_for_lost,
             precision,
             peak: backend.peak_flops(),
@@ -193,7 +193,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// Trains to the end, and saves the model.
-    pub fn run(mut self, observer: &mut dyn Observer) -> anyhow::Result<Finish> {
+    pub fn run(mut self, observer: &mut dyn Observer) -> anyhow::Result<TrainSummary> {
         for note in &self.notes {
             observer.note(note);
         }
@@ -201,7 +201,7 @@ impl<'a> Trainer<'a> {
         let mut metrics = MetricsFile::open(&self.job.metrics, self.state.step)?;
         let mut events = self.job.tensorboard.as_deref().map(EventFile::create).transpose()?;
         let schedule = settings.schedule(self.state.total);
-        let mut finish = Finish {
+        let mut finish = TrainSummary {
             steps: self.state.step,
             total: self.state.total,
             loss: f64::NAN,
@@ -213,12 +213,13 @@ impl<'a> Trainer<'a> {
         let (mut last_line, mut last_tokens) = (begin, self.state.tokens);
         while self.state.step < self.state.total {
             let ahead = self.ahead();
-            let steps: Vec<Step> = (0..ahead).map(|later| self.plan(&schedule, later)).collect();
+            let steps: Vec<TrainStep> =
+                (0..ahead).map(|later| self.plan(&schedule, later)).collect();
             let hyperparams = steps.last().expect("at least one").hyperparams;
             let outcome = self.take(&steps, observer)?;
             let step = self.state.step;
             let last = step == self.state.total;
-            finish = Finish { steps: step, loss: outcome.loss, ..finish };
+            finish = TrainSummary { steps: step, loss: outcome.loss, ..finish };
 
             let measured = settings.eval_steps.is_some_and(|every| step.is_multiple_of(every));
             if measured {
@@ -284,13 +285,14 @@ impl<'a> Trainer<'a> {
     /// measure or checkpoint, and not so long that Ctrl-C is not heard.
     fn ahead(&mut self) -> u64 {
         let settings = self.job.settings;
-        let State { step, total, .. } = self.state;
+        let TrainState { step, total, .. } = self.state;
         let to_next = |every: u64| every - step % every;
-        let room = self.engine.room(settings.batch_size) / settings.gradient_accumulation_steps;
+        let room =
+            self.engine.queue_capacity(settings.batch_size) / settings.gradient_accumulation_steps;
         let most = match self.pace {
             // The first one is looked at for parameters without a gradient.
             None => 1,
-            Some(pace) => ((LONGEST / pace) as u64).clamp(1, room.max(1) as u64),
+            Some(pace) => ((MAX_BATCHED_SECONDS / pace) as u64).clamp(1, room.max(1) as u64),
         };
         [Some(settings.logging_steps), Some(settings.save_steps), settings.eval_steps]
             .into_iter()
@@ -300,7 +302,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// The step that comes after `later` others: its hyperparams, and the next batches of this epoch.
-    fn plan(&mut self, schedule: &Schedule, later: u64) -> Step {
+    fn plan(&mut self, schedule: &LrSchedule, later: u64) -> TrainStep {
         let settings = self.job.settings;
         let step = self.state.step + later;
         let factor = schedule.factor(step);
@@ -316,11 +318,15 @@ impl<'a> Trainer<'a> {
         {
             batches.push(self.sampler.next(settings.batch_size));
         }
-        Step { batches, hyperparams }
+        TrainStep { batches, hyperparams }
     }
 
     /// Takes some steps, and tells of all but the last, which is returned.
-    fn take(&mut self, steps: &[Step], observer: &mut dyn Observer) -> anyhow::Result<Outcome> {
+    fn take(
+        &mut self,
+        steps: &[TrainStep],
+        observer: &mut dyn Observer,
+    ) -> anyhow::Result<StepStats> {
         let windows = self.job.windows;
         let begin = Instant::now();
         let outcomes = self.engine.steps(windows, steps)?;
@@ -330,7 +336,7 @@ impl<'a> Trainer<'a> {
             self.note_lost_gradients(observer)?;
         }
         self.state.position = self.sampler.position();
-        let mut before: Option<Outcome> = None;
+        let mut before: Option<StepStats> = None;
         for (step, outcome) in steps.iter().zip(outcomes) {
             if let Some(before) = before {
                 observer.step(self.state.step, self.state.total, &before, None);
@@ -346,7 +352,7 @@ impl<'a> Trainer<'a> {
     fn count(
         &mut self,
         tokens: u64,
-        outcome: &Outcome,
+        outcome: &StepStats,
         observer: &mut dyn Observer,
     ) -> anyhow::Result<()> {
         let state = &mut self.state;
@@ -364,9 +370,9 @@ impl<'a> Trainer<'a> {
             state.skipped += 1;
             observer.note(&format!("step {}: gradients not finite, no update", state.step));
         }
-        if self.lost == HOPELESS {
+        if self.lost == MAX_SKIPPED_STEPS {
             return Err(error::config(
-                format!("no finite gradient in {HOPELESS} steps, at step {}", state.step),
+                format!("no finite gradient in {MAX_SKIPPED_STEPS} steps, at step {}", state.step),
                 "lower `learning_rate`, or raise `warmup_steps`",
             ));
         }
@@ -401,7 +407,7 @@ impl<'a> Trainer<'a> {
         let indices: Vec<usize> = (0..windows.len()).collect();
         for some in indices.chunks(64) {
             let batch = windows.draw(some)?;
-            let guesses = self.engine.guesses(&batch)?;
+            let guesses = self.engine.argmax_tokens(&batch)?;
             for (targets, guesses) in batch.targets.chunks(context).zip(guesses.chunks(context)) {
                 if let Some(verbatim) = verbatim::window(windows.kind(), targets, guesses) {
                     all += 1;
@@ -422,7 +428,7 @@ impl<'a> Trainer<'a> {
 
     /// Saves a checkpoint on the way: while a device trains on, where there is one.
     fn save_meanwhile(&mut self, step: u64, observer: &mut dyn Observer) -> anyhow::Result<()> {
-        if !self.engine.is_apart() {
+        if !self.engine.is_async() {
             return self.save(Some(step));
         }
         if self.writer.is_busy() {
@@ -435,11 +441,11 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn place(&self, step: Option<u64>) -> Place {
+    fn place(&self, step: Option<u64>) -> CheckpointTarget {
         let output = self.job.output.to_path_buf();
         let folder = step.map_or(output.clone(), |step| checkpoints::folder(&output, step));
         let keep = step.map(|step| (step, self.job.settings.save_total_limit));
-        Place { output, folder, first: self.unsaved, keep }
+        CheckpointTarget { output, folder, first: self.unsaved, keep }
     }
 
     fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
@@ -460,7 +466,7 @@ impl<'a> Trainer<'a> {
 }
 
 /// A resumed run equals an unbroken one only if it is the same run.
-fn check_resumable(saved: &checkpoints::Saved, now: &State) -> anyhow::Result<()> {
+fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::Result<()> {
     // How often a run tells and saves changes nothing it computes.
     let essence = |settings: &Settings| Settings {
         logging_steps: 1,

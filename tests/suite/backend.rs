@@ -525,7 +525,7 @@ fn a_step_holds_the_memory_that_was_planned() {
     let hyperparams = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 };
     engine.step(&[batch(windows, context, config.vocab_size)], hyperparams).unwrap();
     let planned = Footprint::new(&backend, &config, windows, context);
-    assert_eq!(planned.windows_at_once, 64);
+    assert_eq!(planned.micro_batch, 64);
     assert_eq!(engine.bytes(), planned.peak() - planned.workspace);
 }
 

@@ -15,7 +15,7 @@ use laam::model::{Config, RopeScaling, initialize};
 use laam::random::{Philox, Stream};
 use laam::tokenizer::Style;
 use laam::tokens::{Batch, IGNORE, Kind, Windows};
-use laam::train::{Engine, Step};
+use laam::train::{Engine, TrainStep};
 
 /// The backend in the simulator, or `None` after a loud line.
 fn sim(dtype: Dtype, mode: Mode, threads: usize) -> Option<Gpu> {
@@ -213,7 +213,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
 
 /// Windows of a small corpus, an engine for batches of three of them, and a plan of 13 steps: more
 /// than a graph has in a row, with a short batch in between.
-pub fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
+pub fn windows(kind: Kind) -> (Windows, Config, Vec<TrainStep>) {
     let tokenizer = crate::tokens::tokenizer(Style::Exact);
     let folder = tempfile::tempdir().unwrap();
     let text = "int main(void)\n{\n\treturn 0;\n}\n";
@@ -230,7 +230,7 @@ pub fn windows(kind: Kind) -> (Windows, Config, Vec<Step>) {
                 muon_learning_rate: 2e-2,
                 step: step as u64 + 1,
             };
-            Step { batches: vec![numbers], hyperparams }
+            TrainStep { batches: vec![numbers], hyperparams }
         })
         .collect();
     (windows, config, steps)
@@ -244,7 +244,7 @@ fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
             let options = Options { max_resident_bytes, mode, ..Options::new(Dtype::F32) };
             let backend = open(options, 2)?;
             let mut engine = engine(&backend, &config, false);
-            engine.hold(&windows, 3).unwrap();
+            engine.upload_dataset(&windows, 3).unwrap();
             let mut outcomes = Vec::new();
             for steps in steps.chunks(at_once) {
                 if at_once > 1 {
@@ -277,8 +277,8 @@ fn a_step_may_have_more_batches_than_may_wait() {
     let hyperparams = steps[0].hyperparams;
     let drawn: Vec<_> = batches.iter().map(|numbers| windows.draw(numbers).unwrap()).collect();
     let mut engines = [(); 2].map(|()| engine(&backend, &config, false));
-    engines[0].hold(&windows, 1).unwrap();
-    let one = engines[0].steps(&windows, &[Step { batches, hyperparams }]).unwrap();
+    engines[0].upload_dataset(&windows, 1).unwrap();
+    let one = engines[0].steps(&windows, &[TrainStep { batches, hyperparams }]).unwrap();
     let other = engines[1].step(&drawn, hyperparams).unwrap();
     assert_eq!(one, [other]);
     let [one, other] = engines.map(|engine| engine.read(Arena::Parameters).unwrap());

@@ -410,7 +410,7 @@ fn step_mutants_are_killed_by_the_tests_of_whole_steps() {
     let train = |mutation| {
         let backend = mutating(mutation, options(Mode::Eager)).0;
         let mut engine = gpu::engine(&backend, &config, false);
-        engine.hold(&windows, 3).unwrap();
+        engine.upload_dataset(&windows, 3).unwrap();
         engine.steps(&windows, &steps[..3]).unwrap()
     };
     // Arguments: tokens, count, documents, document count, stride.

@@ -114,7 +114,7 @@ fn train() -> Trained {
             StepHyperparams { learning_rate: 1e-2 * rise, muon_learning_rate: 0.02 * rise, step };
         let loss = engine.step(std::slice::from_ref(&batch), hyperparams).unwrap().loss;
         if step % 10 == 0 && loss < 0.1 {
-            let guesses = engine.guesses(&batch).unwrap();
+            let guesses = engine.argmax_tokens(&batch).unwrap();
             let right = |(guess, target): (&u32, &u32)| guess == target || *target == IGNORE;
             if guesses.iter().zip(&batch.targets).all(right) {
                 eprintln!("learnt in {step} steps, {} windows", all.len());

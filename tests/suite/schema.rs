@@ -202,7 +202,7 @@ fn schema_1_recipes_and_sweeps_mean_what_they_meant() {
     }
 
     let sweep = Sweep::read(&Path::new(FIXTURE).join("sweep.toml")).unwrap();
-    let decay = |run: &laam::train::sweep::Run| run.recipe.stages[0].settings.weight_decay;
+    let decay = |run: &laam::train::sweep::SweepRun| run.recipe.stages[0].settings.weight_decay;
     assert_eq!(sweep.runs.iter().map(decay).collect::<Vec<_>>(), [0.1, 0.2]);
     assert!(sweep.runs.iter().all(|run| run.recipe.tokenizer.vocab_size == 290));
 }

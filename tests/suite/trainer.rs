@@ -9,7 +9,7 @@ use laam::backend::{Arena, Backend};
 use laam::llama::{AdamW, Optimizer, StepHyperparams};
 use laam::model::{Config, Layout, RopeScaling};
 use laam::tokens::{Batch, IGNORE};
-use laam::train::{Decline, Engine, Schedule};
+use laam::train::{Engine, LrDecay, LrSchedule};
 use serde_json::Value;
 
 fn fixture() -> Value {
@@ -107,11 +107,11 @@ fn follow(backend: &dyn Backend, case: &Value) {
         weight_decay: number(case, "weight_decay"),
         max_grad_norm: number(case, "max_grad_norm"),
     };
-    let schedule = Schedule {
-        decline: Decline::Linear,
+    let schedule = LrSchedule {
+        decay: LrDecay::Linear,
         warmup: size(case, "warmup_steps") as u64,
         total: size(case, "max_steps") as u64,
-        decay_part: 0.0,
+        wsd_decay: 0.0,
     };
     let windows_a_step = size(case, "batch_size");
     let context = size(case, "context");

@@ -679,7 +679,7 @@ fn metrics_tell_what_the_engine_did() {
     let settings = Settings {
         learning_rate: 1e-2,
         warmup_steps: 5,
-        lr_scheduler_type: laam::train::Decline::Cosine,
+        lr_scheduler_type: laam::train::LrDecay::Cosine,
         ..Settings::default()
     };
     let an_epoch = windows.len().div_ceil(4).div_ceil(2) as u64;
