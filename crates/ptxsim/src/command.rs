@@ -330,13 +330,10 @@ fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
         options.check = Check::Races;
     }
     let mut names = names.into_iter();
-    match names.next() {
-        Some(file) => line.file = file,
-        None => {
-            let hint = "ptxsim FILE.ptx lists its kernels; see ptxsim --help";
-            return failure("no file given", hint);
-        }
-    }
+    let Some(file) = names.next() else {
+        return failure("no file given", "ptxsim FILE.ptx lists its kernels; see ptxsim --help");
+    };
+    line.file = file;
     line.entry = names.next();
     if let Some(extra) = names.next() {
         return failure(format!("unexpected `{extra}`"), "ptxsim FILE.ptx [ENTRY] [OPTIONS]");

@@ -215,7 +215,7 @@ impl Block<'_, '_> {
         for warp in 0..self.launch.warps_per_block() {
             match Warp::new(self, warp) {
                 Ok(warp) => warps.push(warp),
-                Err(stop) => return Err(self.launch.refuse_block(self.linear, *stop)),
+                Err(stop) => return Err(self.launch.refuse_block(self.linear, &stop)),
             }
         }
         let warps = &mut warps[..];

@@ -139,7 +139,7 @@ impl Launch<'_> {
     }
 
     /// The fault of a block whose warps could not start.
-    pub fn refuse_block(&self, block: u32, stop: Stop) -> Box<Fault> {
+    pub fn refuse_block(&self, block: u32, stop: &Stop) -> Box<Fault> {
         let [x, y, z] = self.block_index(block);
         let message = format!("block ({x}, {y}, {z}): {}", stop.message);
         Box::new(self.fault_of(stop.kind, message))

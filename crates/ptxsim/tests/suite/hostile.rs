@@ -140,13 +140,13 @@ fn run_somehow(module: &Module, random: &mut Random) {
     let buffer = memory.alloc(&[1; 4096]);
     for kernel in module.kernels().take(2) {
         let arg = |param: &ptxsim::Param| match param.size {
-            8 if random.bits() % 4 > 0 => Arg::from(buffer),
-            size if random.bits() % 2 > 0 => Arg::bytes(&vec![0; size]),
+            8 if !random.bits().is_multiple_of(4) => Arg::from(buffer),
+            size if random.bits().is_multiple_of(2) => Arg::bytes(&vec![0; size]),
             size => Arg::bytes(&vec![0xFF; size]),
         };
         let args: Vec<Arg> = kernel.params().iter().map(arg).collect();
         let config = Config { grid: [2, 1, 1], block: [48, 1, 1], shared: 64 };
-        let check = if random.bits() % 2 > 0 { Check::Races } else { Check::Faults };
+        let check = if random.bits().is_multiple_of(2) { Check::Races } else { Check::Faults };
         let options = Options { check, max_instructions: 300, ..Options::default() };
         let _ = kernel.launch(&memory, &config, &args, &options);
     }

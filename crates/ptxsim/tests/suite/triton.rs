@@ -230,7 +230,9 @@ fn triton_atomics_count_exactly() {
     let mut random = Random::new(6);
     let x: Vec<i32> = (0..n).map(|_| (random.bits() % 13) as i32).collect();
     let mut counts = [0i32; 16];
-    x.iter().for_each(|&x| counts[x as usize] += 1);
+    for &x in &x {
+        counts[x as usize] += 1;
+    }
     let bytes = |values: &[i32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     let buffers = [Holds(bytes(&x)), Holds(vec![0; 64]), Holds(vec![0; 4])];
     check("histogram", [8, 1], &buffers, &[Arg::from(n)], |out| {
