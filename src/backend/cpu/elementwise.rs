@@ -1,4 +1,4 @@
-//! Embedding, SwiGLU, and the choice of rows.
+//! Embedding, SwiGLU, and the gather of rows.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -7,23 +7,23 @@ use super::super::memory::Memory;
 use super::simd;
 use crate::llama::ops::{Embedding, EmbeddingBackward, GatherRows, SwiGlu, SwiGluBackward};
 
-/// Rows that one task takes.
-const ROWS: usize = 64;
+/// Rows per task.
+const TASK_ROWS: usize = 64;
 
 pub(super) fn embedding(o: &Embedding, memory: &mut Memory<f32>) {
     let table = &memory.parameters[o.table.range()];
     let hidden = o.table.cols;
     let [out] = memory.floats.get([o.out]);
-    out.par_chunks_mut(ROWS * hidden).zip(memory.indices.one(o.ids).par_chunks(ROWS)).for_each(
-        |(out, ids)| {
+    out.par_chunks_mut(TASK_ROWS * hidden)
+        .zip(memory.indices.one(o.ids).par_chunks(TASK_ROWS))
+        .for_each(|(out, ids)| {
             for (row, &id) in out.chunks_mut(hidden).zip(ids) {
                 row.copy_from_slice(&table[id as usize * hidden..][..hidden]);
             }
-        },
-    );
+        });
 }
 
-/// One thread, in the order of the rows: a few additions a token.
+/// One thread, in the order of the rows: a few additions per token.
 pub(super) fn embedding_backward(o: &EmbeddingBackward, memory: &mut Memory<f32>) {
     let hidden = o.table.cols;
     let dtable = &mut memory.gradients[o.table.range()];
@@ -46,29 +46,29 @@ pub(super) fn gather_rows(o: &GatherRows, memory: &mut Memory<f32>) {
 
 pub(super) fn swiglu(arch: Arch, o: &SwiGlu, memory: &mut Memory<f32>) {
     let [gate_up, out] = memory.floats.get([o.gate_up, o.out]);
-    out.par_chunks_mut(ROWS * o.inter)
-        .zip(gate_up.par_chunks(ROWS * 2 * o.inter))
-        .for_each(|(out, gate_up)| arch.dispatch(Forward { gate_up, inter: o.inter, out }));
+    out.par_chunks_mut(TASK_ROWS * o.inter)
+        .zip(gate_up.par_chunks(TASK_ROWS * 2 * o.inter))
+        .for_each(|(out, gate_up)| arch.dispatch(SwiGluKernel { gate_up, inter: o.inter, out }));
 }
 
 pub(super) fn swiglu_backward(arch: Arch, o: &SwiGluBackward, memory: &mut Memory<f32>) {
     let [gate_up, dout, dgate_up] = memory.floats.get([o.gate_up, o.dout, o.dgate_up]);
     dgate_up
-        .par_chunks_mut(ROWS * 2 * o.inter)
-        .zip(gate_up.par_chunks(ROWS * 2 * o.inter))
-        .zip(dout.par_chunks(ROWS * o.inter))
+        .par_chunks_mut(TASK_ROWS * 2 * o.inter)
+        .zip(gate_up.par_chunks(TASK_ROWS * 2 * o.inter))
+        .zip(dout.par_chunks(TASK_ROWS * o.inter))
         .for_each(|((dgate_up, gate_up), dout)| {
-            arch.dispatch(Backward { gate_up, dout, inter: o.inter, dgate_up });
+            arch.dispatch(SwiGluBackwardKernel { gate_up, dout, inter: o.inter, dgate_up });
         });
 }
 
-struct Forward<'a> {
+struct SwiGluKernel<'a> {
     gate_up: &'a [f32],
     inter: usize,
     out: &'a mut [f32],
 }
 
-impl WithSimd for Forward<'_> {
+impl WithSimd for SwiGluKernel<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -81,27 +81,27 @@ impl WithSimd for Forward<'_> {
             let (ups, up) = S::as_simd_f32s(up);
             let (outs, out) = S::as_mut_simd_f32s(out);
             for ((out, &gate), &up) in outs.iter_mut().zip(gates).zip(ups) {
-                *out = silu_times(s, gate, up);
+                *out = silu_mul(s, gate, up);
             }
-            let last = silu_times(s, s.partial_load_f32s(gate), s.partial_load_f32s(up));
+            let last = silu_mul(s, s.partial_load_f32s(gate), s.partial_load_f32s(up));
             s.partial_store_f32s(out, last);
         }
     }
 }
 
 #[inline(always)]
-fn silu_times<S: Simd>(s: S, gate: S::f32s, up: S::f32s) -> S::f32s {
+fn silu_mul<S: Simd>(s: S, gate: S::f32s, up: S::f32s) -> S::f32s {
     s.mul_f32s(s.mul_f32s(gate, sigmoid(s, gate)), up)
 }
 
-struct Backward<'a> {
+struct SwiGluBackwardKernel<'a> {
     gate_up: &'a [f32],
     dout: &'a [f32],
     inter: usize,
     dgate_up: &'a mut [f32],
 }
 
-impl WithSimd for Backward<'_> {
+impl WithSimd for SwiGluBackwardKernel<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -115,12 +115,12 @@ impl WithSimd for Backward<'_> {
             let (douts, dout) = S::as_simd_f32s(dout);
             let (dgates, dgate) = S::as_mut_simd_f32s(dgate);
             let (dups, dup) = S::as_mut_simd_f32s(dup);
-            let given = gates.iter().zip(ups).zip(douts);
-            for (((&gate, &up), &dout), (dgate, dup)) in given.zip(dgates.iter_mut().zip(dups)) {
-                (*dgate, *dup) = slopes(s, gate, up, dout);
+            let inputs = gates.iter().zip(ups).zip(douts);
+            for (((&gate, &up), &dout), (dgate, dup)) in inputs.zip(dgates.iter_mut().zip(dups)) {
+                (*dgate, *dup) = gate_up_gradients(s, gate, up, dout);
             }
             let (gate, up) = (s.partial_load_f32s(gate), s.partial_load_f32s(up));
-            let (last_dgate, last_dup) = slopes(s, gate, up, s.partial_load_f32s(dout));
+            let (last_dgate, last_dup) = gate_up_gradients(s, gate, up, s.partial_load_f32s(dout));
             s.partial_store_f32s(dgate, last_dgate);
             s.partial_store_f32s(dup, last_dup);
         }
@@ -129,7 +129,12 @@ impl WithSimd for Backward<'_> {
 
 /// The gradients of gate and up.
 #[inline(always)]
-fn slopes<S: Simd>(s: S, gate: S::f32s, up: S::f32s, dout: S::f32s) -> (S::f32s, S::f32s) {
+fn gate_up_gradients<S: Simd>(
+    s: S,
+    gate: S::f32s,
+    up: S::f32s,
+    dout: S::f32s,
+) -> (S::f32s, S::f32s) {
     let one = s.splat_f32s(1.0);
     let sigma = sigmoid(s, gate);
     let silu = s.mul_f32s(gate, sigma);

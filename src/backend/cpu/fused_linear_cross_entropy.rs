@@ -1,48 +1,61 @@
-//! The head and the cross-entropy, a block of rows at a time.
+//! Fused linear cross-entropy: the LM head and its loss, a block of rows at a time.
 //!
-//! The vocabulary is cut into segments, each a task. A first pass computes a block's logits
-//! segment by segment and turns each into `exp(logit - its segment's maximum)` where it lies; the
-//! segments' maxima and sums give each row's log-sum-exp. A second pass uses the same
-//! exponentials for both gradients: with a row's factor `f = exp(max of segment - lse) * scale`,
-//! softmax is `f * exponential`, so the factors go onto dx's rows afterwards and onto a copy of x
-//! beforehand, and no exponential is touched again. The target's share of the gradient
-//! (minus one) is added at the end. Three products and one plane of exponentials; only a block's
-//! logits ever exist.
+//! The vocabulary is split into segments, one per task. A first pass computes a block's logits segment by
+//! segment and turns each into `exp(logit - its segment's maximum)` in place; the segments' maxima and sums
+//! give each row's log-sum-exp (online softmax). A second pass uses the same exponentials for both gradients:
+//! with a row's factor `f = exp(max of segment - lse) * scale`, softmax is `f * exponential`, so the factors
+//! go onto dx's rows afterwards and onto a copy of x beforehand, and no exponential is touched again. The
+//! target's term of the gradient (minus one) is added at the end. Three matmuls and one buffer of
+//! exponentials; only a block's logits ever exist.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::super::memory::Memory;
+use super::super::memory::{BufferBlock, Memory};
 use super::matmul::{MatmulThreads, MatrixView, matmul};
 use super::simd::exp;
 use crate::llama::ops::FusedLinearCrossEntropy;
 use crate::tokens::IGNORE;
 
-/// Words of the vocabulary a task takes.
-const SEGMENT: usize = 1024;
+/// Tokens of the vocabulary per task.
+const SEGMENT_TOKENS: usize = 1024;
 /// A block's logits fill at most this many floats (16 MiB).
-const BLOCK: usize = 1 << 22;
+const MAX_BLOCK_LOGITS: usize = 1 << 22;
 
-/// What a segment knows of one row.
+/// One row's softmax over one segment.
 #[derive(Clone, Copy)]
-struct Peak {
+struct SegmentSoftmax {
     max: f32,
-    /// Of the exponentials, shifted by the maximum.
+    /// Sum of exp(logit - max).
     sum: f32,
     argmax: u32,
 }
 
-/// Rows that go together.
+/// Rows of a block.
 fn block_rows(o: &FusedLinearCrossEntropy) -> usize {
-    (BLOCK / o.w.rows).clamp(16, 512).min(o.rows)
+    (MAX_BLOCK_LOGITS / o.w.rows).clamp(16, 512).min(o.rows)
 }
 
-/// Floats that a block's logits take.
+/// Floats of a block's logits.
 pub(super) fn workspace(o: &FusedLinearCrossEntropy) -> usize {
     block_rows(o) * o.w.rows
 }
 
-pub(super) fn loss(
+/// x, nll, and dx if gradients are computed.
+pub(super) fn operands<'a>(
+    o: &FusedLinearCrossEntropy,
+    floats: &'a mut BufferBlock<f32>,
+) -> (&'a [f32], &'a mut [f32], Option<&'a mut [f32]>) {
+    if let Some(dx) = o.dx {
+        let [x, nll, dx] = floats.get([o.x, o.nll, dx]);
+        (x, nll, Some(dx))
+    } else {
+        let [x, nll] = floats.get([o.x, o.nll]);
+        (x, nll, None)
+    }
+}
+
+pub(super) fn run(
     arch: Arch,
     o: &FusedLinearCrossEntropy,
     memory: &mut Memory<f32>,
@@ -52,13 +65,7 @@ pub(super) fn loss(
     let (vocab, hidden) = (o.w.rows, o.w.cols);
     let w = &memory.parameters[o.w.range()];
     let targets = memory.indices.one(o.targets).to_vec();
-    let (x, nll, mut dx) = if let Some(dx) = o.dx {
-        let [x, nll, dx] = memory.floats.get([o.x, o.nll, dx]);
-        (x, nll, Some(dx))
-    } else {
-        let [x, nll] = memory.floats.get([o.x, o.nll]);
-        (x, nll, None)
-    };
+    let (x, nll, mut dx) = operands(o, &mut memory.floats);
     let mut argmax = vec![0; o.rows];
     let rows = block_rows(o);
     logits.resize(logits.len().max(workspace(o)), 0.0);
@@ -69,37 +76,38 @@ pub(super) fn loss(
         let targets = &targets[from..to];
         let logits = &mut logits[..block * vocab];
 
-        let segments: Vec<(Vec<Peak>, Vec<f32>)> = logits
-            .par_chunks_mut(block * SEGMENT)
-            .zip(w.par_chunks(SEGMENT * hidden))
+        let segments: Vec<(Vec<SegmentSoftmax>, Vec<f32>)> = logits
+            .par_chunks_mut(block * SEGMENT_TOKENS)
+            .zip(w.par_chunks(SEGMENT_TOKENS * hidden))
             .enumerate()
             .map(|(segment, (logits, w))| {
                 let width = w.len() / hidden;
                 let w = MatrixView::new(w, width, hidden).transposed();
                 matmul(logits, false, MatrixView::new(x, block, hidden), w, MatmulThreads::One);
-                let first = segment * SEGMENT;
-                let hit = |(row, &target): (usize, &u32)| {
+                let first = segment * SEGMENT_TOKENS;
+                let target_logit = |(row, &target): (usize, &u32)| {
                     let at = (target as usize).wrapping_sub(first);
                     if at < width { logits[row * width + at] } else { 0.0 }
                 };
-                let hits = targets.iter().enumerate().map(hit).collect();
-                (arch.dispatch(Exponentials { logits, width, first }), hits)
+                let target_logits = targets.iter().enumerate().map(target_logit).collect();
+                (arch.dispatch(Exponentials { logits, width, first }), target_logits)
             })
             .collect();
 
         let lse: Vec<f32> = (0..block)
             .map(|row| {
-                let peaks = || segments.iter().map(|(peaks, _)| peaks[row]);
-                // The first of equal largest ones.
-                let best = peaks().reduce(|a, b| if b.max > a.max { b } else { a });
-                let best = best.expect("a vocabulary has words");
+                let softmax = || segments.iter().map(|(softmax, _)| softmax[row]);
+                // The first of equal maxima.
+                let best = softmax().reduce(|a, b| if b.max > a.max { b } else { a });
+                let best = best.expect("a vocabulary has tokens");
                 argmax[from + row] = best.argmax;
-                let sum: f32 = peaks().map(|peak| (peak.max - best.max).exp() * peak.sum).sum();
+                let sum: f32 =
+                    softmax().map(|segment| (segment.max - best.max).exp() * segment.sum).sum();
                 best.max + sum.ln()
             })
             .collect();
         for (row, nll) in nll[from..to].iter_mut().enumerate() {
-            let segment = targets[row] as usize / SEGMENT;
+            let segment = targets[row] as usize / SEGMENT_TOKENS;
             *nll = if targets[row] == IGNORE { 0.0 } else { lse[row] - segments[segment].1[row] };
         }
 
@@ -117,7 +125,7 @@ fn gradient(
     x: &[f32],
     w: &[f32],
     targets: &[u32],
-    segments: &[(Vec<Peak>, Vec<f32>)],
+    segments: &[(Vec<SegmentSoftmax>, Vec<f32>)],
     lse: &[f32],
     scale: f32,
     hidden: usize,
@@ -125,16 +133,16 @@ fn gradient(
     dw: &mut [f32],
 ) {
     let block = targets.len();
-    let shares: Vec<Vec<f32>> = dw
-        .par_chunks_mut(SEGMENT * hidden)
-        .zip(w.par_chunks(SEGMENT * hidden))
-        .zip(exponentials.par_chunks(block * SEGMENT).zip(segments))
-        .map(|((dw, w), (exponentials, (peaks, _)))| {
+    let partials: Vec<Vec<f32>> = dw
+        .par_chunks_mut(SEGMENT_TOKENS * hidden)
+        .zip(w.par_chunks(SEGMENT_TOKENS * hidden))
+        .zip(exponentials.par_chunks(block * SEGMENT_TOKENS).zip(segments))
+        .map(|((dw, w), (exponentials, (softmax, _)))| {
             let width = w.len() / hidden;
             let factor: Vec<f32> = (0..block)
                 .map(|row| match targets[row] {
                     IGNORE => 0.0,
-                    _ => scale * (peaks[row].max - lse[row]).exp(),
+                    _ => scale * (softmax[row].max - lse[row]).exp(),
                 })
                 .collect();
             let mut scaled = x.to_vec();
@@ -147,15 +155,15 @@ fn gradient(
                 MatrixView::new(&scaled, block, hidden),
                 MatmulThreads::One,
             );
-            let mut share = scaled;
-            matmul(&mut share, false, e, MatrixView::new(w, width, hidden), MatmulThreads::One);
-            scale_rows(&mut share, &factor, hidden);
-            share
+            let mut partial = scaled;
+            matmul(&mut partial, false, e, MatrixView::new(w, width, hidden), MatmulThreads::One);
+            scale_rows(&mut partial, &factor, hidden);
+            partial
         })
         .collect();
     dx.fill(0.0);
-    for share in shares {
-        for (sum, part) in dx.iter_mut().zip(share) {
+    for partial in partials {
+        for (sum, part) in dx.iter_mut().zip(partial) {
             *sum += part;
         }
     }
@@ -182,16 +190,16 @@ fn scale_rows(values: &mut [f32], factors: &[f32], width: usize) {
 struct Exponentials<'a> {
     logits: &'a mut [f32],
     width: usize,
-    /// The segment's first word.
+    /// The segment's first token.
     first: usize,
 }
 
 impl WithSimd for Exponentials<'_> {
-    type Output = Vec<Peak>;
+    type Output = Vec<SegmentSoftmax>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> Vec<Peak> {
-        let mut peaks = Vec::with_capacity(self.logits.len() / self.width);
+    fn with_simd<S: Simd>(self, s: S) -> Vec<SegmentSoftmax> {
+        let mut softmax = Vec::with_capacity(self.logits.len() / self.width);
         for row in self.logits.chunks_mut(self.width) {
             let (lanes, rest) = S::as_mut_simd_f32s(row);
             let mut max = s.splat_f32s(f32::NEG_INFINITY);
@@ -216,8 +224,8 @@ impl WithSimd for Exponentials<'_> {
                 *x = (*x - max).exp();
                 sum += *x;
             }
-            peaks.push(Peak { max, sum, argmax: (self.first + place) as u32 });
+            softmax.push(SegmentSoftmax { max, sum, argmax: (self.first + place) as u32 });
         }
-        peaks
+        softmax
     }
 }

@@ -1,4 +1,4 @@
-//! RMSNorm, with the residual's sum in the same pass.
+//! RMSNorm forward and backward, with the residual addition in the same pass.
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -6,8 +6,8 @@ use rayon::prelude::*;
 use super::super::memory::Memory;
 use crate::llama::ops::{RmsNorm, RmsNormBackward};
 
-/// Rows that one task takes.
-const ROWS: usize = 64;
+/// Rows per task.
+const TASK_ROWS: usize = 64;
 
 pub(super) fn forward(arch: Arch, o: &RmsNorm, memory: &mut Memory<f32>) {
     let hidden = o.weight.cols;
@@ -15,30 +15,30 @@ pub(super) fn forward(arch: Arch, o: &RmsNorm, memory: &mut Memory<f32>) {
     if let Some(add) = o.add {
         let [x, residual, sum, y, rstd] =
             memory.floats.get([o.x, add.residual, add.sum, o.y, o.rstd]);
-        sum.par_chunks_mut(ROWS * hidden)
-            .zip(x.par_chunks(ROWS * hidden))
-            .zip(residual.par_chunks(ROWS * hidden))
-            .zip(y.par_chunks_mut(ROWS * hidden).zip(rstd.par_chunks_mut(ROWS)))
+        sum.par_chunks_mut(TASK_ROWS * hidden)
+            .zip(x.par_chunks(TASK_ROWS * hidden))
+            .zip(residual.par_chunks(TASK_ROWS * hidden))
+            .zip(y.par_chunks_mut(TASK_ROWS * hidden).zip(rstd.par_chunks_mut(TASK_ROWS)))
             .for_each(|(((sum, x), residual), (y, rstd))| {
                 arch.dispatch(|| {
                     for ((sum, &x), &residual) in sum.iter_mut().zip(x).zip(residual) {
                         *sum = x + residual;
                     }
-                    normalise(sum, weight, o.eps as f32, y, rstd);
+                    normalize(sum, weight, o.eps as f32, y, rstd);
                 });
             });
     } else {
         let [x, y, rstd] = memory.floats.get([o.x, o.y, o.rstd]);
-        x.par_chunks(ROWS * hidden)
-            .zip(y.par_chunks_mut(ROWS * hidden).zip(rstd.par_chunks_mut(ROWS)))
+        x.par_chunks(TASK_ROWS * hidden)
+            .zip(y.par_chunks_mut(TASK_ROWS * hidden).zip(rstd.par_chunks_mut(TASK_ROWS)))
             .for_each(|(x, (y, rstd))| {
-                arch.dispatch(|| normalise(x, weight, o.eps as f32, y, rstd));
+                arch.dispatch(|| normalize(x, weight, o.eps as f32, y, rstd));
             });
     }
 }
 
 #[inline(always)]
-fn normalise(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f32]) {
+fn normalize(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f32]) {
     let hidden = weight.len();
     for ((x, y), rstd) in x.chunks(hidden).zip(y.chunks_mut(hidden)).zip(rstd) {
         *rstd = 1.0 / (dot(x, x) / hidden as f32 + eps).sqrt();
@@ -48,8 +48,8 @@ fn normalise(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f32
     }
 }
 
-/// A sum in sixteen interleaved parts, added pairwise at the end: vectors on any machine, and the
-/// same order.
+/// A dot product in 16 interleaved partial sums, added pairwise at the end: SIMD on any processor, in the same
+/// order.
 #[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut parts = [0.0f32; 16];
@@ -81,14 +81,14 @@ pub(super) fn backward(arch: Arch, o: &RmsNormBackward, memory: &mut Memory<f32>
         let [x, rstd, dy, dx] = memory.floats.get([o.x, o.rstd, o.dy, o.dx]);
         (None, x, rstd, dy, dx)
     };
-    // Each task sums its rows' share of the scale's gradient; the shares are added in order.
-    let shares: Vec<Vec<f32>> = dx
-        .par_chunks_mut(ROWS * hidden)
-        .zip(x.par_chunks(ROWS * hidden))
-        .zip(dy.par_chunks(ROWS * hidden).zip(rstd.par_chunks(ROWS)))
+    // Each task has a partial sum of the weight's gradient over its rows; they are added in order.
+    let partials: Vec<Vec<f32>> = dx
+        .par_chunks_mut(TASK_ROWS * hidden)
+        .zip(x.par_chunks(TASK_ROWS * hidden))
+        .zip(dy.par_chunks(TASK_ROWS * hidden).zip(rstd.par_chunks(TASK_ROWS)))
         .enumerate()
         .map(|(task, ((dx, x), (dy, rstd)))| {
-            let from = task * ROWS * hidden;
+            let from = task * TASK_ROWS * hidden;
             let dsum = dsum.map(|dsum| &dsum[from..from + dx.len()]);
             let mut dweight = vec![0.0; hidden];
             arch.dispatch(|| backward_rows(x, rstd, weight, dy, dsum, dx, &mut dweight));
@@ -96,8 +96,8 @@ pub(super) fn backward(arch: Arch, o: &RmsNormBackward, memory: &mut Memory<f32>
         })
         .collect();
     let dweight = &mut memory.gradients[o.weight.range()];
-    for share in shares {
-        for (sum, part) in dweight.iter_mut().zip(share) {
+    for partial in partials {
+        for (sum, part) in dweight.iter_mut().zip(partial) {
             *sum += part;
         }
     }

@@ -1,25 +1,25 @@
-//! Rotary embedding, with the split into heads.
+//! Rotary position embedding, with the split into heads.
 
 use rayon::prelude::*;
 
 use super::super::memory::Memory;
 use crate::llama::ops::{AttentionShape, Rope, RopeBackward};
 
-/// Cosines and sines by position, computed once in f64 and kept.
+/// Cosines and sines by position, computed once in f64.
 #[derive(Default)]
 pub(super) struct RopeTable {
     frequencies: Vec<f64>,
     /// `[positions, pairs]` of (cosine, sine).
-    turns: Vec<(f32, f32)>,
+    rotations: Vec<(f32, f32)>,
 }
 
 impl RopeTable {
-    fn reach(&mut self, frequencies: &[f64], positions: usize) {
+    fn extend_to(&mut self, frequencies: &[f64], positions: usize) {
         if self.frequencies != frequencies {
-            *self = Self { frequencies: frequencies.to_vec(), turns: Vec::new() };
+            *self = Self { frequencies: frequencies.to_vec(), rotations: Vec::new() };
         }
-        for position in self.turns.len() / frequencies.len()..positions {
-            self.turns.extend(frequencies.iter().map(|frequency| {
+        for position in self.rotations.len() / frequencies.len()..positions {
+            self.rotations.extend(frequencies.iter().map(|frequency| {
                 let (sin, cos) = (position as f64 * frequency).sin_cos();
                 (cos as f32, sin as f32)
             }));
@@ -27,28 +27,27 @@ impl RopeTable {
     }
 
     fn at(&self, position: usize) -> &[(f32, f32)] {
-        &self.turns[position * self.frequencies.len()..][..self.frequencies.len()]
+        &self.rotations[position * self.frequencies.len()..][..self.frequencies.len()]
     }
 
     pub fn forward(&mut self, o: &Rope, memory: &mut Memory<f32>) {
         let AttentionShape { batch, seq_len, heads, kv_heads, head_dim } = o.shape;
         let zeros = vec![0; batch];
         let start = o.start.map_or(zeros.as_slice(), |start| memory.indices.one(start));
-        let furthest = start.iter().max().map_or(0, |&start| start as usize) + seq_len;
-        self.reach(&o.frequencies, furthest);
+        let positions = start.iter().max().map_or(0, |&start| start as usize) + seq_len;
+        self.extend_to(&o.frequencies, positions);
         let table = &*self;
         let [qkv, q, k, v] = memory.floats.get([o.qkv, o.q, o.k, o.v]);
         let (qkv, width) = (&*qkv, o.shape.qkv_width());
-        // A task is one head of one sequence: where its component lies in a joined row, and whether
-        // it turns.
-        let split = |out: &mut [f32], count: usize, first: usize, turns: bool| {
+        // A task is one head of one sequence, rotated or copied from its place in the joined rows.
+        let split = |out: &mut [f32], count: usize, first: usize, rotated: bool| {
             out.par_chunks_mut(seq_len * head_dim).enumerate().for_each(|(task, out)| {
                 let (sequence, head) = (task / count, task % count);
                 for (position, out) in out.chunks_mut(head_dim).enumerate() {
                     let row = (sequence * seq_len + position) * width + (first + head) * head_dim;
                     let given = &qkv[row..row + head_dim];
-                    if turns {
-                        turn(given, table.at(start[sequence] as usize + position), 1.0, out);
+                    if rotated {
+                        rotate(given, table.at(start[sequence] as usize + position), 1.0, out);
                     } else {
                         out.copy_from_slice(given);
                     }
@@ -62,7 +61,7 @@ impl RopeTable {
 
     pub fn backward(&mut self, o: &RopeBackward, memory: &mut Memory<f32>) {
         let AttentionShape { seq_len, heads, kv_heads, head_dim, .. } = o.shape;
-        self.reach(&o.frequencies, seq_len);
+        self.extend_to(&o.frequencies, seq_len);
         let table = &*self;
         let [dq, dk, dv, dqkv] = memory.floats.get([o.dq, o.dk, o.dv, o.dqkv]);
         let (dq, dk, dv) = (&*dq, &*dk, &*dv);
@@ -78,7 +77,7 @@ impl RopeTable {
                 };
                 let given = &given[((sequence * count + head) * seq_len + position) * head_dim..];
                 if at < heads + kv_heads {
-                    turn(&given[..head_dim], table.at(position), -1.0, out);
+                    rotate(&given[..head_dim], table.at(position), -1.0, out);
                 } else {
                     out.copy_from_slice(&given[..head_dim]);
                 }
@@ -87,10 +86,10 @@ impl RopeTable {
     }
 }
 
-/// Turns the pairs `(i, i + half)`; `direction` is 1 or, for the way back, -1.
-fn turn(given: &[f32], turns: &[(f32, f32)], direction: f32, out: &mut [f32]) {
-    let half = turns.len();
-    for (i, &(cos, sin)) in turns.iter().enumerate() {
+/// Rotates the pairs `(i, i + half)`; `direction` is 1 in the forward and -1 in the backward.
+fn rotate(given: &[f32], rotations: &[(f32, f32)], direction: f32, out: &mut [f32]) {
+    let half = rotations.len();
+    for (i, &(cos, sin)) in rotations.iter().enumerate() {
         let (a, b, sin) = (given[i], given[half + i], direction * sin);
         out[i] = a * cos - b * sin;
         out[half + i] = b * cos + a * sin;

@@ -1,15 +1,14 @@
-//! Vectors of f32 as wide as the processor has them, through `pulp`, and the functions of them that
-//! hardware lacks.
+//! f32 vectors as wide as the processor has them, through `pulp`, and the functions that hardware lacks.
 //!
-//! A rule for everything generic over `Simd`: no vector code inside a closure. A closure is compiled
-//! for the plain instruction set, and calls there cost twenty times the work.
+//! Keep SIMD code out of closures: a closure is compiled without the target features, and calls there cost
+//! twenty times the work.
 
 use pulp::{Arch, Simd};
 
-/// What the vectors are on this machine.
+/// The name of this processor's SIMD extension.
 pub(super) fn name() -> &'static str {
-    struct Name;
-    impl pulp::WithSimd for Name {
+    struct IsaName;
+    impl pulp::WithSimd for IsaName {
         type Output = &'static str;
         fn with_simd<S: Simd>(self, _: S) -> &'static str {
             match S::F32_LANES {
@@ -20,10 +19,10 @@ pub(super) fn name() -> &'static str {
             }
         }
     }
-    Arch::new().dispatch(Name)
+    Arch::new().dispatch(IsaName)
 }
 
-/// The length of `n` floats in whole vectors of any machine.
+/// `n` floats rounded up to whole vectors of any processor.
 pub(super) fn padded(n: usize) -> usize {
     n.next_multiple_of(16)
 }
@@ -63,8 +62,8 @@ pub(super) fn exp<S: Simd>(s: S, x: S::f32s) -> S::f32s {
 mod tests {
     use super::*;
 
-    struct Exp<'a>(&'a mut [f32]);
-    impl pulp::WithSimd for Exp<'_> {
+    struct ExpInPlace<'a>(&'a mut [f32]);
+    impl pulp::WithSimd for ExpInPlace<'_> {
         type Output = ();
         #[inline(always)]
         fn with_simd<S: Simd>(self, s: S) {
@@ -80,14 +79,14 @@ mod tests {
         let xs: Vec<f32> =
             (0..=2_000_000).map(|i| (-87.0 + 175.0 * i as f32 / 2e6).min(88.0)).collect();
         let mut ys = xs.clone();
-        Arch::new().dispatch(Exp(&mut ys));
+        Arch::new().dispatch(ExpInPlace(&mut ys));
         for (x, y) in xs.iter().zip(&ys) {
             let exact = f64::from(*x).exp();
             let error = (f64::from(*y) - exact).abs() / exact;
             assert!(error < 2.0 * f64::from(f32::EPSILON), "exp({x}) = {y}");
         }
         let mut edges = [f32::NEG_INFINITY, -1e30, -88.0, 0.0];
-        Arch::new().dispatch(Exp(&mut edges));
+        Arch::new().dispatch(ExpInPlace(&mut edges));
         assert_eq!(edges, [0.0, 0.0, 0.0, 1.0]);
     }
 }

@@ -1,4 +1,4 @@
-//! The norm of the gradients, AdamW in one pass, and Muon.
+//! Gradient norm, AdamW in one pass, and Muon.
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -8,14 +8,14 @@ use super::matmul::{MatmulThreads, MatrixView, matmul};
 use crate::llama::StepHyperparams;
 use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
 
-/// Elements that one task takes.
-const CHUNK: usize = 1 << 14;
+/// Elements per task.
+const TASK_ELEMENTS: usize = 1 << 14;
 
-/// In f64: eight interleaved sums a chunk, the chunks in order.
+/// Gradient norm in f64: eight interleaved sums per task, the tasks in order.
 pub(super) fn grad_norm(o: &GradNorm, memory: &mut Memory<f32>) {
     let squares: Vec<f64> = memory
         .gradients
-        .par_chunks(CHUNK)
+        .par_chunks(TASK_ELEMENTS)
         .map(|chunk| {
             let mut sums = [0.0f64; 8];
             for values in chunk.chunks(8) {
@@ -29,7 +29,7 @@ pub(super) fn grad_norm(o: &GradNorm, memory: &mut Memory<f32>) {
     memory.floats.get([o.norm])[0][0] = squares.iter().sum::<f64>().sqrt() as f32;
 }
 
-/// What gradients are scaled by, or `None` where an update must not happen.
+/// The gradients' scale, or `None` if the norm is not finite and the update must be skipped.
 fn clip(norm: f32, max_grad_norm: f64) -> Option<f32> {
     norm.is_finite().then(|| (max_grad_norm as f32 / (norm + 1e-6)).min(1.0))
 }
@@ -50,10 +50,10 @@ pub(super) fn adamw(
         let shrink = (1.0 - hyperparams.learning_rate * decay) as f32;
         let range = range.clone();
         memory.parameters[range.clone()]
-            .par_chunks_mut(CHUNK)
-            .zip(memory.gradients[range.clone()].par_chunks(CHUNK))
-            .zip(memory.first_moment[range.clone()].par_chunks_mut(CHUNK))
-            .zip(memory.second_moment[range].par_chunks_mut(CHUNK))
+            .par_chunks_mut(TASK_ELEMENTS)
+            .zip(memory.gradients[range.clone()].par_chunks(TASK_ELEMENTS))
+            .zip(memory.first_moment[range.clone()].par_chunks_mut(TASK_ELEMENTS))
+            .zip(memory.second_moment[range].par_chunks_mut(TASK_ELEMENTS))
             .for_each(|(((p, g), m), v)| {
                 arch.dispatch(|| {
                     for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
@@ -84,7 +84,7 @@ pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyp
                 g * clip + momentum * *m
             })
             .collect();
-        let update = orthogonalise(update, rows, cols);
+        let update = orthogonalize(update, rows, cols);
         for (p, u) in memory.parameters[w.range()].iter_mut().zip(update) {
             *p = *p * shrink - step * u;
         }
@@ -92,8 +92,8 @@ pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyp
 }
 
 /// Five Newton-Schulz iterations `X = a X + (b A + c A A) X`, `A = X XT`, with Muon's coefficients,
-/// from X scaled to norm 1. For a tall matrix A is `XT X` and stands on the right.
-fn orthogonalise(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
+/// from X scaled to norm 1. For a tall matrix A is `XT X`, multiplied from the right.
+fn orthogonalize(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     let norm = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt() as f32 + 1e-7;
     for x in &mut x {
         *x /= norm;

@@ -16,9 +16,8 @@ use std::arch::x86_64::{
 };
 use std::f32::consts::{LN_2, LOG2_E};
 
-use rayon::prelude::*;
-
 use super::super::super::memory::Memory;
+use super::super::attention::{self, BackwardInputs, KvHead};
 use super::Avx512;
 use super::vec::{V512, exp2};
 use crate::llama::ops::{Attention, AttentionBackward, AttentionShape};
@@ -35,124 +34,37 @@ pub(super) fn supports(shape: &AttentionShape) -> bool {
 }
 
 pub(super) fn forward(avx512: Avx512, o: &Attention, memory: &mut Memory<f32>) {
-    let shape = o.shape;
-    let [q, k, v, out, lse] = memory.floats.get([o.q, o.k, o.v, o.out, o.lse]);
-    let first_key = memory.indices.one(o.first_key);
-    let (d, seq_len) = (shape.head_dim, shape.seq_len);
-    let queries = shape.group() * seq_len;
-    let heads: Vec<Vec<f32>> = q
-        .par_chunks(queries * d)
-        .zip(k.par_chunks(seq_len * d).zip(v.par_chunks(seq_len * d)))
-        .zip(lse.par_chunks_mut(queries))
-        .enumerate()
-        .map(|(task, ((q, (k, v)), lse))| {
-            let first_key = &first_key[task / shape.kv_heads * seq_len..][..seq_len];
-            let mut out = vec![0.0; queries * d];
-            let head = KvHead { q, k, v, first_key, group: shape.group() };
-            match d {
-                2 => attend::<2>(avx512, &head, &mut out, lse),
-                4 => attend::<4>(avx512, &head, &mut out, lse),
-                6 => attend::<6>(avx512, &head, &mut out, lse),
-                _ => attend::<8>(avx512, &head, &mut out, lse),
-            }
-            out
-        })
-        .collect();
-    // From `[seq_len, group, head_dim]` a task to rows of all heads side by side.
-    let width = shape.group() * d;
-    out.par_chunks_mut(shape.q_width()).with_min_len(64).enumerate().for_each(|(row, out)| {
-        let (sequence, position) = (row / seq_len, row % seq_len);
-        for (kv_head, out) in out.chunks_mut(width).enumerate() {
-            let head = &heads[sequence * shape.kv_heads + kv_head];
-            out.copy_from_slice(&head[position * width..][..width]);
-        }
-    });
+    let attend = match o.shape.head_dim {
+        2 => attend::<2>,
+        4 => attend::<4>,
+        6 => attend::<6>,
+        _ => attend::<8>,
+    };
+    attention::for_each_kv_head(o, memory, |head, out, lse| attend(avx512, head, out, lse));
 }
 
 pub(super) fn backward(avx512: Avx512, o: &AttentionBackward, memory: &mut Memory<f32>) {
-    let shape = o.shape;
-    let [q, k, v, out, lse, dout, dq, dk, dv] =
-        memory.floats.get([o.q, o.k, o.v, o.out, o.lse, o.dout, o.dq, o.dk, o.dv]);
-    let (out, dout) = (&*out, &*dout);
-    let first_key = memory.indices.one(o.first_key);
-    let (d, seq_len) = (shape.head_dim, shape.seq_len);
-    let queries = shape.group() * seq_len;
-    let width = shape.group() * d;
-    dq.par_chunks_mut(queries * d)
-        .zip(dk.par_chunks_mut(seq_len * d).zip(dv.par_chunks_mut(seq_len * d)))
-        .zip(q.par_chunks(queries * d).zip(lse.par_chunks(queries)))
-        .zip(k.par_chunks(seq_len * d).zip(v.par_chunks(seq_len * d)))
-        .enumerate()
-        .for_each(|(task, (((dq, (dk, dv)), (q, lse)), (k, v)))| {
-            let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-            let first_key = &first_key[sequence * seq_len..][..seq_len];
-            // `[seq_len, group]`, as this task's rows go.
-            let (mut douts, mut deltas) = (Vec::new(), Vec::new());
-            for position in 0..seq_len {
-                let at = (sequence * seq_len + position) * shape.q_width() + kv_head * width;
-                let (dout, out) = (&dout[at..at + width], &out[at..at + width]);
-                douts.extend_from_slice(dout);
-                deltas.extend(dout.chunks(d).zip(out.chunks(d)).map(|(dout, out)| {
-                    dout.iter().zip(out).map(|(dout, out)| dout * out).sum::<f32>()
-                }));
-            }
-            let head = KvHead { q, k, v, first_key, group: shape.group() };
-            let given = BackwardInputs { lse, dout: &douts, delta: &deltas };
-            match d {
-                2 => attend_backward::<2>(avx512, &head, &given, dq, dk, dv),
-                4 => attend_backward::<4>(avx512, &head, &given, dq, dk, dv),
-                6 => attend_backward::<6>(avx512, &head, &given, dq, dk, dv),
-                _ => attend_backward::<8>(avx512, &head, &given, dq, dk, dv),
-            }
-        });
-}
-
-/// What a task reads.
-struct KvHead<'a> {
-    /// `[group, seq_len, head_dim]`
-    q: &'a [f32],
-    /// `[seq_len, head_dim]`
-    k: &'a [f32],
-    v: &'a [f32],
-    /// `[seq_len]`
-    first_key: &'a [u32],
-    group: usize,
-}
-
-/// What the backward reads beside q, k and v: the forward's log-sum-exp, `[group, seq_len]`; the gradient of
-/// the output, `[seq_len, group, head_dim]`; and delta, its dot product with the output, `[seq_len, group]`.
-struct BackwardInputs<'a> {
-    lse: &'a [f32],
-    dout: &'a [f32],
-    delta: &'a [f32],
+    let attend = match o.shape.head_dim {
+        2 => attend_backward::<2>,
+        4 => attend_backward::<4>,
+        6 => attend_backward::<6>,
+        _ => attend_backward::<8>,
+    };
+    attention::for_each_kv_head_backward(o, memory, |head, inputs, dq, dk, dv| {
+        attend(avx512, head, inputs, dq, dk, dv);
+    });
 }
 
 impl KvHead<'_> {
-    /// Query rows, ordered by position: all heads of a position see the same keys.
-    fn rows(&self) -> usize {
-        self.first_key.len() * self.group
-    }
-
-    /// A row's place in `[group, seq_len]`.
-    fn place(&self, row: usize) -> usize {
-        row % self.group * self.first_key.len() + row / self.group
-    }
-
     fn query<const D: usize>(&self, row: usize) -> [f32; D] {
         let q = &self.q[self.place(row) * D..][..D];
         std::array::from_fn(|c| q[c])
     }
 
-    /// The keys that a row sees.
-    fn seen(&self, row: usize) -> (usize, usize) {
-        let position = row / self.group;
-        ((self.first_key[position] as usize).min(position + 1), position + 1)
-    }
-
     /// The register tile's rows from `row` on. Rows past the last repeat it.
     fn group_of(&self, row: usize) -> RowGroup {
         let rows = std::array::from_fn(|r| (row + r).min(self.rows() - 1));
-        let seen = rows.map(|row| self.seen(row));
+        let seen = rows.map(|row| self.keys(row));
         let start = seen.iter().map(|s| s.0).min().unwrap_or(0) / 16;
         let end = seen.iter().map(|s| s.1).max().unwrap_or(0).div_ceil(16);
         let whole_start = seen.iter().map(|s| s.0).max().unwrap_or(0).div_ceil(16);
@@ -180,14 +92,10 @@ impl RowGroup {
 }
 
 /// `[keys, D]` to `[D, keys]` in whole vectors, zero beyond the last key.
-fn transpose<const D: usize>(rows: &[f32]) -> Vec<V512> {
+fn transposed<const D: usize>(rows: &[f32]) -> Vec<V512> {
     let vectors = (rows.len() / D).div_ceil(16);
     let mut out = vec![V512::ZERO; D * vectors];
-    for (key, row) in rows.chunks_exact(D).enumerate() {
-        for (c, &value) in row.iter().enumerate() {
-            out[c * vectors + key / 16].floats_mut()[key % 16] = value;
-        }
-    }
+    attention::transpose(rows, D, 16 * vectors, bytemuck::cast_slice_mut(&mut out));
     out
 }
 
@@ -213,7 +121,7 @@ fn log2_scale(d: usize) -> f32 {
 
 avx512_entry!(
     fn attend<const D: usize>(avx512: Avx512, head: &KvHead, out: &mut [f32], lse: &mut [f32]) {
-        let (keys, values) = (transpose::<D>(head.k), transpose::<D>(head.v));
+        let (keys, values) = (transposed::<D>(head.k), transposed::<D>(head.v));
         let vectors = keys.len() / D;
         let keys: [&[V512]; D] = std::array::from_fn(|c| &keys[c * vectors..][..vectors]);
         let values: [&[V512]; D] = std::array::from_fn(|c| &values[c * vectors..][..vectors]);
@@ -352,12 +260,12 @@ avx512_entry!(
     fn attend_backward<const D: usize>(
         avx512: Avx512,
         head: &KvHead,
-        given: &BackwardInputs,
+        inputs: &BackwardInputs,
         dq: &mut [f32],
         dk: &mut [f32],
         dv: &mut [f32],
     ) {
-        let (keys, values) = (transpose::<D>(head.k), transpose::<D>(head.v));
+        let (keys, values) = (transposed::<D>(head.k), transposed::<D>(head.v));
         let vectors = keys.len() / D;
         let keys: [&[V512]; D] = std::array::from_fn(|c| &keys[c * vectors..][..vectors]);
         let values: [&[V512]; D] = std::array::from_fn(|c| &values[c * vectors..][..vectors]);
@@ -374,11 +282,11 @@ avx512_entry!(
                     tile.q[r][c] = _mm512_set1_ps(q * log2_scale(D));
                     // A repeated row adds nothing.
                     tile.scaled_q[r][c] = _mm512_set1_ps(if exists { q * scale } else { 0.0 });
-                    let dout = if exists { given.dout[from * D + c] } else { 0.0 };
+                    let dout = if exists { inputs.dout[from * D + c] } else { 0.0 };
                     tile.dout[r][c] = _mm512_set1_ps(dout);
                 }
-                tile.lse[r] = _mm512_set1_ps(given.lse[head.place(from)] * LOG2_E);
-                tile.delta[r] = _mm512_set1_ps(given.delta[from]);
+                tile.lse[r] = _mm512_set1_ps(inputs.lse[head.place(from)] * LOG2_E);
+                tile.delta[r] = _mm512_set1_ps(inputs.delta[from]);
             }
             // Three loops: one with both kinds in it spills registers and takes a third longer.
             for chunk in group.start..group.whole.0 {

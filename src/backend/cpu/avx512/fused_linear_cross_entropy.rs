@@ -20,6 +20,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::super::super::memory::Memory;
+use super::super::fused_linear_cross_entropy::operands;
 use super::Avx512;
 use super::vec::{
     STRIP, V512, exp2, interleave_bf16, load, microkernel, pack_lanes, pack_pairs, pack_rows,
@@ -29,7 +30,7 @@ use crate::llama::ops::FusedLinearCrossEntropy;
 use crate::tokens::IGNORE;
 
 /// Tokens of the vocabulary per task.
-const SEGMENT: usize = 512;
+const SEGMENT_TOKENS: usize = 512;
 /// Strips per block of rows: their softmax over one segment (256 KiB) stays in a core's cache between dx and
 /// dw.
 const BLOCK_STRIPS: usize = 8;
@@ -64,9 +65,9 @@ struct SegmentPartial {
 /// Bytes needed beside the program's buffers, for any number of threads, apart from each thread's cache-sized
 /// scratch.
 pub(super) fn workspace(o: &FusedLinearCrossEntropy) -> usize {
-    let (segments, width) = (o.w.rows.div_ceil(SEGMENT), padded_cols(o.w.cols));
+    let (segments, width) = (o.w.rows.div_ceil(SEGMENT_TOKENS), padded_cols(o.w.cols));
     let rows = o.rows.next_multiple_of(STRIP).min(BLOCK_STRIPS * STRIP);
-    let weights = 2 * 2 * segments * SEGMENT * width;
+    let weights = 2 * 2 * segments * SEGMENT_TOKENS * width;
     let partials = segments * rows * (4 * 4 + if o.dx.is_some() { 4 * width } else { 0 });
     weights + 2 * 2 * rows * width + partials
 }
@@ -80,18 +81,12 @@ impl CrossEntropyBuffers {
         scale: f32,
     ) {
         let (vocab, hidden) = (o.w.rows, o.w.cols);
-        let (width, segments) = (padded_cols(hidden), vocab.div_ceil(SEGMENT));
+        let (width, segments) = (padded_cols(hidden), vocab.div_ceil(SEGMENT_TOKENS));
         let w = &memory.parameters[o.w.range()];
         let targets = memory.indices.one(o.targets).to_vec();
-        let (x, nll, mut dx) = if let Some(dx) = o.dx {
-            let [x, nll, dx] = memory.floats.get([o.x, o.nll, dx]);
-            (x, nll, Some(dx))
-        } else {
-            let [x, nll] = memory.floats.get([o.x, o.nll]);
-            (x, nll, None)
-        };
+        let (x, nll, mut dx) = operands(o, &mut memory.floats);
         // Vectors of a segment, of either packing.
-        let vectors = SEGMENT * width / 32;
+        let vectors = SEGMENT_TOKENS * width / 32;
         let Self { weights, weight_pairs, lanes, row_pairs, partials } = self;
         for packed in [&mut *weights, &mut *weight_pairs] {
             packed.resize(packed.len().max(segments * vectors), V512::ZERO);
@@ -99,15 +94,17 @@ impl CrossEntropyBuffers {
         partials.resize_with(partials.len().max(segments), SegmentPartial::default);
         let partials = &mut partials[..segments];
         let packed = weights.par_chunks_mut(vectors).zip(weight_pairs.par_chunks_mut(vectors));
-        packed.zip(w.par_chunks(SEGMENT * hidden)).for_each(|((weights, weight_pairs), w)| {
-            pack_rows(avx512, w, hidden, weights);
-            pack_pairs(avx512, w, hidden, weight_pairs);
-        });
+        packed.zip(w.par_chunks(SEGMENT_TOKENS * hidden)).for_each(
+            |((weights, weight_pairs), w)| {
+                pack_rows(avx512, w, hidden, weights);
+                pack_pairs(avx512, w, hidden, weight_pairs);
+            },
+        );
         let segment = |at: usize| Segment {
             weights: &weights[at * vectors..][..vectors],
             weight_pairs: &weight_pairs[at * vectors..][..vectors],
-            first: at * SEGMENT,
-            count: (vocab - at * SEGMENT).min(SEGMENT),
+            first: at * SEGMENT_TOKENS,
+            count: (vocab - at * SEGMENT_TOKENS).min(SEGMENT_TOKENS),
             width,
         };
 
@@ -140,7 +137,7 @@ impl CrossEntropyBuffers {
 
             let Some(dx) = &mut dx else { continue };
             let dw = &mut memory.gradients[o.w.range()];
-            let tasks = partials.par_iter_mut().zip(dw.par_chunks_mut(SEGMENT * hidden));
+            let tasks = partials.par_iter_mut().zip(dw.par_chunks_mut(SEGMENT_TOKENS * hidden));
             tasks.enumerate().for_each_init(GradScratch::new, |scratch, (at, (partial, dw))| {
                 let segment = segment(at);
                 grad_pass(
@@ -358,10 +355,11 @@ avx512_entry!(
                         (segment, max) = (other, value);
                     }
                 }
-                let argmax = segment as u32 * SEGMENT as u32 + partials[segment].argmax[at].0[lane];
+                let argmax =
+                    segment as u32 * SEGMENT_TOKENS as u32 + partials[segment].argmax[at].0[lane];
                 let mut row = RowLoss { target, nll: 0.0, argmax, target_grad: 0.0 };
                 if target != IGNORE {
-                    let target_logit = &partials[target as usize / SEGMENT].target_logit;
+                    let target_logit = &partials[target as usize / SEGMENT_TOKENS].target_logit;
                     let logit = f64::from(target_logit[strip * STRIP + 16 * half + lane]);
                     let nll = lse * std::f64::consts::LN_2 - logit;
                     row.nll = nll as f32;
@@ -400,17 +398,17 @@ impl RowLoss {
 
 /// A thread's scratch in `grad_pass`, which stays in its cache.
 struct GradScratch {
-    /// `[strips, SEGMENT, 32]`: the gradient of a segment's logits.
+    /// `[strips, SEGMENT_TOKENS, 32]`: the gradient of a segment's logits.
     dlogits: Vec<V512>,
-    /// `[SEGMENT / 2, 32]`: that of one strip, as pairs of tokens.
+    /// `[SEGMENT_TOKENS / 2, 32]`: that of one strip, as pairs of tokens.
     dlogit_pairs: Vec<V512>,
 }
 
 impl GradScratch {
     fn new() -> Self {
         Self {
-            dlogits: vec![V512::ZERO; BLOCK_STRIPS * SEGMENT],
-            dlogit_pairs: vec![V512::ZERO; SEGMENT],
+            dlogits: vec![V512::ZERO; BLOCK_STRIPS * SEGMENT_TOKENS],
+            dlogit_pairs: vec![V512::ZERO; SEGMENT_TOKENS],
         }
     }
 }
@@ -435,7 +433,7 @@ avx512_entry!(
         partial.dx.resize(losses.len() * 2 * width, V512::ZERO);
         for (at, loss) in losses.iter().enumerate() {
             let lanes = strip(lanes, at, width);
-            let dlogits = &mut scratch.dlogits[at * SEGMENT..][..even];
+            let dlogits = &mut scratch.dlogits[at * SEGMENT_TOKENS..][..even];
             let dlogit_pairs = &mut scratch.dlogit_pairs[..even];
             let divisor = [loss.log2_divisor[0].load(), loss.log2_divisor[1].load()];
             for token in (0..whole).step_by(8) {
@@ -475,7 +473,7 @@ avx512_entry!(
                 }
             }
         }
-        let dlogits = &scratch.dlogits[..losses.len() * SEGMENT];
+        let dlogits = &scratch.dlogits[..losses.len() * SEGMENT_TOKENS];
         let whole = count / 4 * 4;
         for vector in (0..width / 16).step_by(4) {
             for token in (0..whole).step_by(4) {
@@ -534,7 +532,8 @@ avx512!(
     ) {
         let pitch = padded_cols(hidden) / 16;
         let mut acc = [[_mm512_setzero_ps(); N]; R];
-        let strips = dlogits.chunks_exact(SEGMENT).zip(row_pairs.chunks_exact(STRIP / 2 * pitch));
+        let strips =
+            dlogits.chunks_exact(SEGMENT_TOKENS).zip(row_pairs.chunks_exact(STRIP / 2 * pitch));
         for (dlogits, row_pairs) in strips {
             let a: &[u32] = bytemuck::cast_slice(&dlogits[token..token + R]);
             microkernel(&mut acc, (a, 16, 1), (&row_pairs[vector..], pitch), STRIP / 2);

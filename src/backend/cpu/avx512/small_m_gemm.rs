@@ -8,13 +8,9 @@ use std::arch::x86_64::{
     _MM_HINT_T0, _mm_prefetch, _mm512_fmadd_ps, _mm512_set1_ps, _mm512_setzero_ps,
 };
 
-use rayon::prelude::*;
-
+use super::super::small_m_gemm::{TASK_OUTPUTS, for_each_task};
 use super::Avx512;
 use super::vec::{load, store, transpose_16x16};
-
-/// Outputs (rows of weights) per task.
-const TASK_OUTPUTS: usize = 256;
 
 /// Prefetch distance, in blocks of 16 weight rows.
 const PREFETCH_BLOCKS: usize = 2;
@@ -28,23 +24,10 @@ pub(super) fn small_m_gemm(
     rows: usize,
     k: usize,
 ) {
-    let n = w.len() / k;
-    assert!(x.len() == rows * k && w.len() == n * k && y.len() == rows * n);
-    // A task's outputs: a piece of every row of y.
-    let mut tasks: Vec<Vec<&mut [f32]>> = Vec::new();
-    tasks.resize_with(n.div_ceil(TASK_OUTPUTS), || Vec::with_capacity(rows));
-    for row in y.chunks_mut(n) {
-        for (task, piece) in tasks.iter_mut().zip(row.chunks_mut(TASK_OUTPUTS)) {
-            task.push(piece);
-        }
-    }
+    assert!(x.len() == rows * k);
     // Waking another thread costs microseconds: some 2^16 weights.
     let min_tasks = (1 << 16) / (TASK_OUTPUTS * k * rows.div_ceil(4)) + 1;
-    tasks
-        .into_par_iter()
-        .zip(w.par_chunks(TASK_OUTPUTS * k))
-        .with_min_len(min_tasks)
-        .for_each(|(mut out, w)| gemm_task(avx512, &mut out, x, w, k));
+    for_each_task(y, w, rows, k, min_tasks, |out, w| gemm_task(avx512, out, x, w, k));
 }
 
 avx512_entry!(
