@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use gemm::Parallelism;
+use gemm_common::Parallelism;
+use gemm_f32::gemm::f32::get_gemm_fn;
 use ptxsim::{Config, Memory, Module, Options};
 
 use super::{Address, Device, Event, Graph, Launch, Matmul, Matrix, launch};
@@ -133,20 +134,21 @@ impl Sim {
         // SAFETY: a, b and c are vectors of rows * cols elements, and strides of (1, cols) or (cols, 1)
         // stay within them for the shapes that `check` accepted.
         unsafe {
-            gemm::gemm(
-                m,
+            // `gemm` prefers column-major output: cT = bT aT.
+            get_gemm_fn()(
                 n,
+                m,
                 k,
                 c.as_mut_ptr(),
-                1,
                 n as isize,
+                1,
                 matmul.accumulate,
-                a.as_ptr(),
-                a_col,
-                a_row,
                 b.as_ptr(),
-                b_col,
                 b_row,
+                b_col,
+                a.as_ptr(),
+                a_row,
+                a_col,
                 1.0,
                 1.0,
                 false,

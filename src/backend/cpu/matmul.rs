@@ -1,10 +1,11 @@
-//! Matrix products, by the `gemm` crate.
+//! Matmuls, by the `gemm-f32` crate.
 
-use gemm::Parallelism;
+use gemm_common::Parallelism;
+use gemm_f32::gemm::f32::get_gemm_fn;
 use pulp::Arch;
 
 use super::super::memory::Memory;
-use super::small_m_gemm;
+use super::small_m_gemm::{MAX_SMALL_M, small_m_gemm};
 use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
 
 /// A matrix in a slice, by strides, so that a transpose is a view.
@@ -35,7 +36,7 @@ impl<'a> MatrixView<'a> {
     }
 }
 
-/// Whether a product is one of many that run side by side, or may itself use every thread.
+/// Whether a matmul is one of many that run in parallel, or may itself use every thread.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum MatmulThreads {
     One,
@@ -52,24 +53,26 @@ pub(super) fn matmul(
 ) {
     assert_eq!(a.cols, b.rows);
     assert_eq!(out.len(), a.rows * b.cols);
-    // Below this many multiplications waking another thread costs more than it brings.
+    // Below this many multiplications waking another thread costs more than it saves.
     let large = a.rows * a.cols * b.cols > 1 << 20;
     let parallelism = if threads == MatmulThreads::All && large {
         Parallelism::Rayon(0)
     } else {
         Parallelism::None
     };
+    // `gemm` prefers column-major output: outT = bT aT.
+    let (a, b) = (b.transposed(), a.transposed());
     // SAFETY: `out`, `a.data` and `b.data` are slices that the strides stay inside of: `MatrixView::new`
     // checked rows * cols against the length, transposing swaps both sizes and strides, and out's
     // length was checked above. `out` is borrowed mutably, so it overlaps neither.
     unsafe {
-        gemm::gemm(
+        get_gemm_fn()(
             a.rows,
             b.cols,
             a.cols,
             out.as_mut_ptr(),
+            a.rows as isize,
             1,
-            b.cols as isize,
             accumulate,
             a.data.as_ptr(),
             a.col_stride as isize,
@@ -89,15 +92,8 @@ pub(super) fn matmul(
 
 pub(super) fn linear(arch: Arch, o: &Linear, memory: &mut Memory<f32>) {
     let [x, y] = memory.floats.get([o.x, o.y]);
-    if o.rows <= small_m_gemm::MAX_SMALL_M {
-        return small_m_gemm::small_m_gemm(
-            arch,
-            y,
-            x,
-            &memory.parameters[o.w.range()],
-            o.rows,
-            o.w.cols,
-        );
+    if o.rows <= MAX_SMALL_M {
+        return small_m_gemm(arch, y, x, &memory.parameters[o.w.range()], o.rows, o.w.cols);
     }
     let w = MatrixView::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
     matmul(y, false, MatrixView::new(x, o.rows, o.w.cols), w.transposed(), MatmulThreads::All);
