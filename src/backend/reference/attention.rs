@@ -6,12 +6,12 @@ use num_traits::Float;
 
 use super::super::host::Real;
 use super::super::memory::Memory;
-use super::{Plain, add_scaled, dot, real};
+use super::{ReferenceExecutor, add_scaled, dot, real};
 use crate::llama::ops::{
     Attention, AttentionBackward, AttentionDecode, AttentionShape, Rope, RopeBackward,
 };
 
-/// Where one row of one head lies in `[batch, heads, seq_len, head_dim]`.
+/// The place of one row of one head in `[batch, heads, seq_len, head_dim]`.
 fn place(
     shape: &AttentionShape,
     heads: usize,
@@ -37,7 +37,7 @@ fn queries(
     })
 }
 
-/// Turns the pairs `(i, i + half)` of a head by `angle(i)`.
+/// Rotates the pairs `(i, i + half)` of a head by `angle(i)`.
 fn rotate<R: Float>(head: &mut [R], angle: impl Fn(usize) -> f64) {
     let half = head.len() / 2;
     for i in 0..half {
@@ -48,7 +48,7 @@ fn rotate<R: Float>(head: &mut [R], angle: impl Fn(usize) -> f64) {
     }
 }
 
-impl Plain {
+impl ReferenceExecutor {
     pub(super) fn rope<R: Real + Float>(&self, o: &Rope, memory: &mut Memory<R>) {
         let AttentionShape { batch, seq_len, heads, kv_heads, head_dim } = o.shape;
         let start: Vec<usize> = match o.start {
@@ -60,9 +60,9 @@ impl Plain {
             let (sequence, position) = (row / seq_len, row % seq_len);
             let angle = |i: usize| (start[sequence] + position) as f64 * o.frequencies[i];
             for (at, given) in joined.chunks(head_dim).enumerate() {
-                let mut turned = given.to_vec();
+                let mut rotated = given.to_vec();
                 if at < heads + kv_heads {
-                    rotate(&mut turned, angle);
+                    rotate(&mut rotated, angle);
                 }
                 let (out, count, head) = if at < heads {
                     (&mut *q, heads, at)
@@ -71,7 +71,7 @@ impl Plain {
                 } else {
                     (&mut *v, kv_heads, at - heads - kv_heads)
                 };
-                out[place(&o.shape, count, sequence, head, position)].copy_from_slice(&turned);
+                out[place(&o.shape, count, sequence, head, position)].copy_from_slice(&rotated);
             }
         }
     }

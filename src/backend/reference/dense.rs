@@ -1,17 +1,17 @@
-//! Embedding, norm, products, SwiGLU and the head.
+//! Embedding, RMSNorm, matmuls, SwiGLU, and fused linear cross-entropy.
 
 use num_traits::Float;
 
 use super::super::host::Real;
 use super::super::memory::Memory;
-use super::{Plain, add_scaled, dot, real};
+use super::{ReferenceExecutor, add_scaled, dot, real};
 use crate::llama::ops::{
     Embedding, EmbeddingBackward, FusedLinearCrossEntropy, GatherRows, Linear, LinearBackwardInput,
     LinearBackwardWeight, RmsNorm, RmsNormBackward, SwiGlu, SwiGluBackward,
 };
 use crate::tokens::IGNORE;
 
-impl Plain {
+impl ReferenceExecutor {
     pub(super) fn embedding<R: Real + Float>(&self, o: &Embedding, memory: &mut Memory<R>) {
         let table = self.weight(&memory.parameters, o.table);
         let [out] = memory.floats.get([o.out]);
@@ -157,7 +157,7 @@ impl Plain {
         for row in 0..o.rows {
             let x = &x[row * hidden..(row + 1) * hidden];
             let logits: Vec<R> = w.chunks(hidden).map(|w| dot(x, w)).collect();
-            // The first of equal largest ones, as torch.argmax gives it.
+            // The first of equal maxima, as torch.argmax.
             let best = (0..logits.len())
                 .fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
             memory.indices.get([o.argmax])[0][row] = best as u32;

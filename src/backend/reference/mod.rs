@@ -2,8 +2,8 @@
 //!
 //! It is checked by finite differences in f64 and checks the other backends. It may be slow; it may
 //! not be clever. With [`Reference::mixed`] it rounds where mixed precision does, so that a whole bf16
-//! step can be held against it: weights as they are read, every activation as it is written, and
-//! inside attention and the head what enters a second product (softmax's p and ds, the logits'
+//! step can be compared with it: weights as they are read, every activation as it is written, and
+//! inside attention and the LM head what enters a second matmul (softmax's p and ds, the logits'
 //! gradient). Gradients of parameters, statistics and the update stay unrounded.
 
 mod attention;
@@ -29,7 +29,7 @@ pub enum Arithmetic {
     F64,
 }
 
-/// The plain backend.
+/// The backend of plain loops.
 #[derive(Clone, Copy, Debug)]
 pub struct Reference {
     pub arithmetic: Arithmetic,
@@ -58,7 +58,7 @@ impl Backend for Reference {
     }
 
     fn open(&self, layout: &Layout, spec: SessionSpec) -> anyhow::Result<Box<dyn Session>> {
-        let plain = Plain { rounding: self.rounding };
+        let plain = ReferenceExecutor { rounding: self.rounding };
         Ok(match self.arithmetic {
             Arithmetic::F32 => Box::new(HostSession::<f32, _>::new(layout, spec, plain)),
             Arithmetic::F64 => Box::new(HostSession::<f64, _>::new(layout, spec, plain)),
@@ -69,18 +69,18 @@ impl Backend for Reference {
         batch
     }
 
-    /// It allocates as it goes: nobody trains on it.
+    /// None counted: operations allocate as they go.
     fn workspace_bytes(&self, _program: &Program) -> usize {
         0
     }
 }
 
-/// Carries out one operation after another.
-struct Plain {
+/// Runs one operation after another.
+struct ReferenceExecutor {
     rounding: Option<Dtype>,
 }
 
-impl Plain {
+impl ReferenceExecutor {
     fn round<R: Real>(&self, value: R) -> R {
         match self.rounding {
             None => value,
@@ -89,13 +89,13 @@ impl Plain {
         }
     }
 
-    /// A parameter as products read it.
+    /// A parameter as matmuls read it.
     fn weight<R: Real>(&self, parameters: &[R], span: Span) -> Vec<R> {
         parameters[span.range()].iter().map(|&value| self.round(value)).collect()
     }
 }
 
-impl<R: Real + Float> Execute<R> for Plain {
+impl<R: Real + Float> Execute<R> for ReferenceExecutor {
     fn execute(&mut self, program: &Program, memory: &mut Memory<R>, inputs: &Inputs) {
         for op in &program.ops {
             self.one(op, program, memory, inputs);
@@ -103,7 +103,7 @@ impl<R: Real + Float> Execute<R> for Plain {
     }
 }
 
-impl Plain {
+impl ReferenceExecutor {
     fn one<R: Real + Float>(
         &self,
         op: &Op,
@@ -148,7 +148,7 @@ impl Plain {
     }
 }
 
-/// A constant in the precision at hand.
+/// A constant in the loops' precision.
 fn real<R: Float>(value: f64) -> R {
     R::from(value).expect("a float holds any constant")
 }

@@ -1,8 +1,8 @@
-//! Every backward held by central finite differences in f64, one operation at a time.
+//! Every backward against central finite differences in f64, one operation at a time.
 
 use super::super::host::HostSession;
 use super::super::{Inputs, ProgramId, Session, SessionSpec};
-use super::Plain;
+use super::ReferenceExecutor;
 use crate::llama::ops::{
     Attention, AttentionBackward, AttentionShape, Embedding, EmbeddingBackward,
     FusedLinearCrossEntropy, Linear, LinearBackwardInput, LinearBackwardWeight, ResidualAdd,
@@ -14,24 +14,24 @@ use crate::random::{Philox, Stream};
 use crate::tokens::IGNORE;
 
 /// A forward and its backward, and how their buffers correspond.
-struct Pair {
+struct GradientCheck {
     program: Program,
     forward: Vec<Op>,
     backward: Vec<Op>,
-    /// Inputs of the forward with the gradient the backward leaves for each.
+    /// Inputs of the forward, each with the gradient that the backward writes.
     inputs: Vec<(Buffer, Buffer)>,
-    /// Outputs of the forward with the gradient the backward is given.
+    /// Outputs of the forward, each with the gradient that the backward reads.
     outputs: Vec<(Buffer, Buffer)>,
-    /// A parameter that both use.
+    /// The parameter of both, if any.
     weight: Option<Span>,
     indices: Vec<(Buffer, Vec<u32>)>,
-    /// Inputs that are given values but no gradient.
+    /// Inputs without a gradient.
     constants: Vec<Buffer>,
-    /// The gradient of every output, where it is not random.
+    /// The gradient of every output, if it is not random.
     output_gradient: Option<f64>,
 }
 
-impl Pair {
+impl GradientCheck {
     fn new() -> Self {
         Self {
             program: Program::default(),
@@ -75,18 +75,18 @@ impl Pair {
     /// The largest ‖numerical − analytic‖ / ‖numerical‖ over the inputs and the weight, for
     /// `loss = sum(output * gradient of output)`.
     fn error(self) -> f64 {
-        let mut machine = Machine::new(&self);
+        let mut machine = FiniteDifferences::new(&self);
         machine.loss();
         machine.host.run(machine.backward, &machine.inputs).unwrap();
         let by_input = self.inputs.iter().map(|&(x, dx)| {
-            let places = (0..self.program.info(x).len).map(|i| Place::Float(x, i)).collect();
+            let places = (0..self.program.info(x).len).map(|i| Variable::Float(x, i)).collect();
             (places, machine.host.memory.floats.one(dx).to_vec())
         });
         let by_weight = self.weight.iter().map(|w| {
-            let places = w.range().map(Place::Parameter).collect();
+            let places = w.range().map(Variable::Parameter).collect();
             (places, machine.host.memory.gradients[w.range()].to_vec())
         });
-        let all: Vec<(Vec<Place>, Vec<f64>)> = by_input.chain(by_weight).collect();
+        let all: Vec<(Vec<Variable>, Vec<f64>)> = by_input.chain(by_weight).collect();
         all.into_iter().map(|(places, analytic)| machine.difference(&places, &analytic)).fold(
             0.0,
             |worst, error| {
@@ -97,60 +97,61 @@ impl Pair {
     }
 }
 
-/// One number that the loss depends on.
+/// One value that the loss depends on.
 #[derive(Clone, Copy)]
-enum Place {
+enum Variable {
     Float(Buffer, usize),
     Parameter(usize),
 }
 
-struct Machine {
-    host: HostSession<f64, Plain>,
+struct FiniteDifferences {
+    host: HostSession<f64, ReferenceExecutor>,
     forward: ProgramId,
     backward: ProgramId,
     outputs: Vec<(Buffer, Buffer)>,
     inputs: Inputs<'static>,
 }
 
-impl Machine {
-    fn new(pair: &Pair) -> Self {
+impl FiniteDifferences {
+    fn new(check: &GradientCheck) -> Self {
         let layout = Layout {
             parameters: vec![],
             embedding: Span { offset: 0, rows: 0, cols: 0 },
             blocks: vec![],
             final_norm: Span { offset: 0, rows: 0, cols: 0 },
             head: Span { offset: 0, rows: 0, cols: 0 },
-            len: pair.weight.map_or(0, |w| w.range().end),
+            len: check.weight.map_or(0, |w| w.range().end),
         };
         let spec = SessionSpec { training: true, cache_len: 0 };
-        let mut host = HostSession::<f64, _>::new(&layout, spec, Plain { rounding: None });
+        let mut host =
+            HostSession::<f64, _>::new(&layout, spec, ReferenceExecutor { rounding: None });
         // All buffers are outputs, so both programs lay them out alike in one block.
         let mut load =
-            |ops: &[Op]| host.load(Program { ops: ops.to_vec(), ..pair.program.clone() }).unwrap();
-        let (forward, backward) = (load(&pair.forward), load(&pair.backward));
+            |ops: &[Op]| host.load(Program { ops: ops.to_vec(), ..check.program.clone() }).unwrap();
+        let (forward, backward) = (load(&check.forward), load(&check.backward));
         let inputs = Inputs { loss_scale: LOSS_SCALE, ..Inputs::default() };
 
-        let nothing = host.load(Program { ops: vec![], ..pair.program.clone() }).unwrap();
-        host.run(nothing, &inputs).unwrap();
+        let no_op = host.load(Program { ops: vec![], ..check.program.clone() }).unwrap();
+        host.run(no_op, &inputs).unwrap();
         fill(0, &mut host.memory.parameters);
-        for (sequence, &(x, dx)) in pair.inputs.iter().enumerate() {
+        for (sequence, &(x, dx)) in check.inputs.iter().enumerate() {
             fill(1 + sequence, host.memory.floats.get([x])[0]);
             host.memory.floats.get([dx])[0].fill(f64::NAN);
         }
-        for (sequence, &(y, dy)) in pair.outputs.iter().enumerate() {
+        for (sequence, &(y, dy)) in check.outputs.iter().enumerate() {
             host.memory.floats.get([y])[0].fill(f64::NAN);
-            match pair.output_gradient {
+            match check.output_gradient {
                 Some(constant) => host.memory.floats.get([dy])[0].fill(constant),
                 None => fill(100 + sequence, host.memory.floats.get([dy])[0]),
             }
         }
-        for (sequence, &buffer) in pair.constants.iter().enumerate() {
+        for (sequence, &buffer) in check.constants.iter().enumerate() {
             fill(200 + sequence, host.memory.floats.get([buffer])[0]);
         }
-        for (buffer, values) in &pair.indices {
+        for (buffer, values) in &check.indices {
             host.memory.indices.get([*buffer])[0].copy_from_slice(values);
         }
-        Self { host, forward, backward, outputs: pair.outputs.clone(), inputs }
+        Self { host, forward, backward, outputs: check.outputs.clone(), inputs }
     }
 
     fn loss(&mut self) -> f64 {
@@ -159,14 +160,14 @@ impl Machine {
         self.outputs.iter().map(|&(y, dy)| super::dot(floats.one(y), floats.one(dy))).sum()
     }
 
-    fn at(&mut self, place: Place) -> &mut f64 {
+    fn at(&mut self, place: Variable) -> &mut f64 {
         match place {
-            Place::Float(buffer, i) => &mut self.host.memory.floats.get([buffer])[0][i],
-            Place::Parameter(i) => &mut self.host.memory.parameters[i],
+            Variable::Float(buffer, i) => &mut self.host.memory.floats.get([buffer])[0][i],
+            Variable::Parameter(i) => &mut self.host.memory.parameters[i],
         }
     }
 
-    fn difference(&mut self, places: &[Place], analytic: &[f64]) -> f64 {
+    fn difference(&mut self, places: &[Variable], analytic: &[f64]) -> f64 {
         const STEP: f64 = 1e-5;
         let (mut difference, mut norm) = (0.0, 0.0);
         for (&place, analytic) in places.iter().zip(analytic) {
@@ -203,64 +204,64 @@ const SHAPE: AttentionShape =
     AttentionShape { batch: 2, seq_len: 5, heads: 6, kv_heads: 2, head_dim: 4 };
 
 #[test]
-fn embed() {
-    let mut pair = Pair::new();
-    let table = pair.weight(7, 3);
-    let ids = pair.index("ids", vec![1, 6, 1, 0, 1]);
-    let (out, dout) = pair.output("out", 15);
-    pair.forward = vec![Op::Embedding(Embedding { ids, table, out })];
-    pair.backward = vec![Op::EmbeddingBackward(EmbeddingBackward { ids, dout, table })];
-    assert!(pair.error() < BOUND);
+fn embedding_backward_matches_finite_differences() {
+    let mut check = GradientCheck::new();
+    let table = check.weight(7, 3);
+    let ids = check.index("ids", vec![1, 6, 1, 0, 1]);
+    let (out, dout) = check.output("out", 15);
+    check.forward = vec![Op::Embedding(Embedding { ids, table, out })];
+    check.backward = vec![Op::EmbeddingBackward(EmbeddingBackward { ids, dout, table })];
+    assert!(check.error() < BOUND);
 }
 
 #[test]
-fn rms_norm_with_and_without_a_residual() {
+fn rms_norm_backward_matches_finite_differences() {
     for with_residual in [false, true] {
-        let mut pair = Pair::new();
-        let weight = pair.weight(1, 7);
-        let (x, dx) = pair.input("x", 28);
-        let (y, dy) = pair.output("y", 28);
-        let rstd = pair.float("rstd", 4);
+        let mut check = GradientCheck::new();
+        let weight = check.weight(1, 7);
+        let (x, dx) = check.input("x", 28);
+        let (y, dy) = check.output("y", 28);
+        let rstd = check.float("rstd", 4);
         let mut norm = RmsNorm { x, add: None, weight, eps: 1e-2, y, rstd };
         let mut back = RmsNormBackward { x, rstd, weight, dy, dsum: None, dx };
         if with_residual {
-            let residual = pair.float("residual", 28);
-            pair.constants.push(residual);
-            let (sum, dsum) = pair.output("sum", 28);
+            let residual = check.float("residual", 28);
+            check.constants.push(residual);
+            let (sum, dsum) = check.output("sum", 28);
             norm.add = Some(ResidualAdd { residual, sum });
             (back.x, back.dsum) = (sum, Some(dsum));
         }
-        pair.forward = vec![Op::RmsNorm(norm)];
-        pair.backward = vec![Op::RmsNormBackward(back)];
-        assert!(pair.error() < BOUND, "residual: {with_residual}");
+        check.forward = vec![Op::RmsNorm(norm)];
+        check.backward = vec![Op::RmsNormBackward(back)];
+        assert!(check.error() < BOUND, "residual: {with_residual}");
     }
 }
 
 #[test]
-fn linear() {
-    let mut pair = Pair::new();
-    let w = pair.weight(5, 3);
-    let (x, dx) = pair.input("x", 12);
-    let (y, dy) = pair.output("y", 20);
-    pair.forward = vec![Op::Linear(Linear { x, w, y, rows: 4 })];
-    pair.backward = vec![
+fn linear_backward_matches_finite_differences() {
+    let mut check = GradientCheck::new();
+    let w = check.weight(5, 3);
+    let (x, dx) = check.input("x", 12);
+    let (y, dy) = check.output("y", 20);
+    check.forward = vec![Op::Linear(Linear { x, w, y, rows: 4 })];
+    check.backward = vec![
         Op::LinearBackwardInput(LinearBackwardInput { dy, w, dx, rows: 4 }),
         Op::LinearBackwardWeight(LinearBackwardWeight { dy, x, w, rows: 4 }),
     ];
-    assert!(pair.error() < BOUND);
+    assert!(check.error() < BOUND);
 }
 
 #[test]
-fn rope() {
-    let mut pair = Pair::new();
+fn rope_backward_matches_finite_differences() {
+    let mut check = GradientCheck::new();
     let shape = SHAPE;
     let frequencies = vec![1.0, 0.3];
     let rows = shape.rows();
-    let (qkv, dqkv) = pair.input("qkv", rows * shape.qkv_width());
-    let (q, dq) = pair.output("q", rows * shape.q_width());
-    let (k, dk) = pair.output("k", rows * shape.kv_width());
-    let (v, dv) = pair.output("v", rows * shape.kv_width());
-    pair.backward = vec![Op::RopeBackward(RopeBackward {
+    let (qkv, dqkv) = check.input("qkv", rows * shape.qkv_width());
+    let (q, dq) = check.output("q", rows * shape.q_width());
+    let (k, dk) = check.output("k", rows * shape.kv_width());
+    let (v, dv) = check.output("v", rows * shape.kv_width());
+    check.backward = vec![Op::RopeBackward(RopeBackward {
         dq,
         dk,
         dv,
@@ -268,7 +269,7 @@ fn rope() {
         shape,
         dqkv,
     })];
-    pair.forward = vec![Op::Rope(Rope {
+    check.forward = vec![Op::Rope(Rope {
         qkv,
         start: None,
         positions: shape.seq_len,
@@ -278,23 +279,23 @@ fn rope() {
         k,
         v,
     })];
-    assert!(pair.error() < BOUND);
+    assert!(check.error() < BOUND);
 }
 
 #[test]
-fn attention_with_rows_that_see_nothing() {
-    let mut pair = Pair::new();
+fn attention_backward_with_fully_masked_rows_matches_finite_differences() {
+    let mut check = GradientCheck::new();
     let shape = SHAPE;
     let rows = shape.rows();
     // Causal; left-padded by two; the last position of the first sequence starts a new document.
-    let first_key = pair.index("first key", vec![0, 0, 0, 0, 4, 5, 5, 2, 2, 2]);
-    let (q, dq) = pair.input("q", rows * shape.q_width());
-    let (k, dk) = pair.input("k", rows * shape.kv_width());
-    let (v, dv) = pair.input("v", rows * shape.kv_width());
-    let (out, dout) = pair.output("out", rows * shape.q_width());
-    let lse = pair.float("lse", rows * shape.heads);
-    pair.forward = vec![Op::Attention(Attention { q, k, v, first_key, shape, out, lse })];
-    pair.backward = vec![Op::AttentionBackward(AttentionBackward {
+    let first_key = check.index("first key", vec![0, 0, 0, 0, 4, 5, 5, 2, 2, 2]);
+    let (q, dq) = check.input("q", rows * shape.q_width());
+    let (k, dk) = check.input("k", rows * shape.kv_width());
+    let (v, dv) = check.input("v", rows * shape.kv_width());
+    let (out, dout) = check.output("out", rows * shape.q_width());
+    let lse = check.float("lse", rows * shape.heads);
+    check.forward = vec![Op::Attention(Attention { q, k, v, first_key, shape, out, lse })];
+    check.backward = vec![Op::AttentionBackward(AttentionBackward {
         q,
         k,
         v,
@@ -307,31 +308,31 @@ fn attention_with_rows_that_see_nothing() {
         dk,
         dv,
     })];
-    assert!(pair.error() < BOUND);
+    assert!(check.error() < BOUND);
 }
 
 #[test]
-fn swiglu() {
-    let mut pair = Pair::new();
-    let (gate_up, dgate_up) = pair.input("gate and up", 30);
-    let (out, dout) = pair.output("out", 15);
-    pair.forward = vec![Op::SwiGlu(SwiGlu { gate_up, inter: 5, out })];
-    pair.backward = vec![Op::SwiGluBackward(SwiGluBackward { gate_up, dout, inter: 5, dgate_up })];
-    assert!(pair.error() < BOUND);
+fn swiglu_backward_matches_finite_differences() {
+    let mut check = GradientCheck::new();
+    let (gate_up, dgate_up) = check.input("gate and up", 30);
+    let (out, dout) = check.output("out", 15);
+    check.forward = vec![Op::SwiGlu(SwiGlu { gate_up, inter: 5, out })];
+    check.backward = vec![Op::SwiGluBackward(SwiGluBackward { gate_up, dout, inter: 5, dgate_up })];
+    assert!(check.error() < BOUND);
 }
 
 #[test]
-fn fused_linear_cross_entropy_with_ignored_targets() {
-    let mut pair = Pair::new();
-    let w = pair.weight(9, 3);
-    let targets = pair.index("targets", vec![4, IGNORE, 8, 0]);
-    let (x, dx) = pair.input("x", 12);
-    let (nll, _) = pair.output("nll", 4);
-    let argmax = pair.index("argmax", vec![0; 4]);
-    pair.output_gradient = Some(LOSS_SCALE);
+fn fused_linear_cross_entropy_gradients_match_finite_differences() {
+    let mut check = GradientCheck::new();
+    let w = check.weight(9, 3);
+    let targets = check.index("targets", vec![4, IGNORE, 8, 0]);
+    let (x, dx) = check.input("x", 12);
+    let (nll, _) = check.output("nll", 4);
+    let argmax = check.index("argmax", vec![0; 4]);
+    check.output_gradient = Some(LOSS_SCALE);
     let head = FusedLinearCrossEntropy { x, w, targets, rows: 4, nll, argmax, dx: None };
-    pair.forward = vec![Op::FusedLinearCrossEntropy(head.clone())];
-    pair.backward =
+    check.forward = vec![Op::FusedLinearCrossEntropy(head.clone())];
+    check.backward =
         vec![Op::FusedLinearCrossEntropy(FusedLinearCrossEntropy { dx: Some(dx), ..head })];
-    assert!(pair.error() < BOUND);
+    assert!(check.error() < BOUND);
 }

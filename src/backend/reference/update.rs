@@ -1,20 +1,20 @@
-//! The norm of the gradients, AdamW and Muon.
+//! Gradient norm, AdamW and Muon.
 
 use num_traits::Float;
 
 use super::super::host::Real;
 use super::super::memory::Memory;
-use super::{Plain, dot, real};
+use super::{ReferenceExecutor, dot, real};
 use crate::llama::StepHyperparams;
 use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
 
-/// What gradients are scaled by, or `None` where an update must not happen.
+/// The gradients' scale, or `None` if the norm is not finite and the update must be skipped.
 fn clip<R: Float>(norm: R, max_grad_norm: f64) -> Option<R> {
     let factor = real::<R>(max_grad_norm) / (norm + real(1e-6));
     norm.is_finite().then(|| factor.min(R::one()))
 }
 
-impl Plain {
+impl ReferenceExecutor {
     pub(super) fn grad_norm<R: Real + Float>(&self, o: &GradNorm, memory: &mut Memory<R>) {
         let squares: f64 =
             memory.gradients.iter().map(|g| g.to_f64().expect("a float").powi(2)).sum();
@@ -61,7 +61,7 @@ impl Plain {
                 memory.first_moment[i] = momentum * memory.first_moment[i] + g;
                 update.push(g + momentum * memory.first_moment[i]);
             }
-            let update = orthogonalise(&update, w.rows, w.cols);
+            let update = orthogonalize(&update, w.rows, w.cols);
             let scale = (w.rows as f64 / w.cols as f64).max(1.0).sqrt();
             for (i, u) in w.range().zip(update) {
                 let p = memory.parameters[i]
@@ -73,8 +73,8 @@ impl Plain {
 }
 
 /// Five Newton-Schulz iterations `X = a X + (b A + c A A) X`, `A = X XT`, with Muon's coefficients,
-/// from X scaled to norm 1; a tall matrix is turned on its side first.
-fn orthogonalise<R: Float>(g: &[R], rows: usize, cols: usize) -> Vec<R> {
+/// from X scaled to norm 1; a tall matrix is transposed first.
+fn orthogonalize<R: Float>(g: &[R], rows: usize, cols: usize) -> Vec<R> {
     let tall = rows > cols;
     let (m, n) = if tall { (cols, rows) } else { (rows, cols) };
     let at = |i: usize, j: usize| if tall { j * cols + i } else { i * cols + j };
