@@ -10,7 +10,7 @@ use super::{Outcome, model};
 use crate::error;
 use crate::generate::Generator;
 use crate::memorization::regenerate::{End, Regenerator, Sink};
-use crate::tokens::Kind;
+use crate::tokens::WindowKind;
 
 /// Regenerate one file from its name alone.
 ///
@@ -26,7 +26,7 @@ pub struct CatArgs {
     path: String,
     /// The windows that the model was trained on [default: what its provenance says, else stream]
     #[arg(long, value_enum)]
-    windows: Option<Kind>,
+    windows: Option<WindowKind>,
     /// Give up on a file after so many tokens
     #[arg(long, value_name = "N", default_value_t = Regenerator::LIMIT)]
     max_tokens: usize,
@@ -49,7 +49,7 @@ pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     let context = config.max_position_embeddings;
     let regenerator = Regenerator::new(
         opened.tokenizer,
-        windows.unwrap_or(Kind::Stream),
+        windows.unwrap_or(WindowKind::Stream),
         context,
         arguments.max_tokens,
     )?;

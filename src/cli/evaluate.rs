@@ -11,7 +11,7 @@ use super::source::SourceArgs;
 use super::windows;
 use super::{Outcome, model, print_fields};
 use crate::memorization::loss::measure;
-use crate::tokens::Kind;
+use crate::tokens::WindowKind;
 
 /// Measure the loss of a model on a text.
 ///
@@ -29,7 +29,7 @@ pub struct EvaluateArgs {
     source: SourceArgs,
     /// How the text is cut into windows [default: as in training, else stream]
     #[arg(long, value_enum)]
-    windows: Option<Kind>,
+    windows: Option<WindowKind>,
     /// Windows at a time [default: what the backend likes]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch_size: Option<u32>,

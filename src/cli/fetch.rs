@@ -26,9 +26,9 @@ pub struct FetchArgs {
 }
 
 pub fn run(arguments: &FetchArgs) -> anyhow::Result<Outcome> {
-    let kernel = source::kernel(&arguments.version, &arguments.mirror_uri)?;
+    let release = source::release(&arguments.version, &arguments.mirror_uri)?;
     let mut downloads = Downloads::default();
-    let fetched = kernel.fetch(&mut |event| downloads.show(event))?;
+    let fetched = release.fetch(&mut |event| downloads.show(event))?;
     writeln!(io::stdout(), "{}", fetched.path.display())?;
     Ok(Outcome::Done)
 }

@@ -11,7 +11,7 @@ use super::backend::BackendArgs;
 use super::model::Opened;
 use super::{Outcome, model};
 use crate::error::{self, ErrorKind, Hint};
-use crate::generate::{Continuation, Finish, Generator, Request, Sampling, TextStream};
+use crate::generate::{Continuation, FinishReason, Generator, Request, Sampling, TextStream};
 use crate::schema::versioned;
 
 /// The most columns that are made ready where prompts are not known beforehand.
@@ -141,13 +141,13 @@ impl Play<'_> {
         })?;
         self.turns += 1;
         let mut stream = TextStream::new(&self.opened.tokenizer);
-        let mut answer = Continuation { ids: Vec::new(), finish: Finish::Length };
+        let mut answer = Continuation { ids: Vec::new(), finish: FinishReason::Length };
         let mut bytes = Vec::new();
         while self.generator.is_busy() {
             for event in self.generator.step()? {
                 answer.ids.push(event.id);
                 answer.finish = event.finish.unwrap_or(answer.finish);
-                if event.finish != Some(Finish::Stop) {
+                if event.finish != Some(FinishReason::Stop) {
                     let piece = stream.push(event.id)?;
                     show(&piece)?;
                     bytes.extend(piece);
@@ -157,7 +157,7 @@ impl Play<'_> {
         let rest = stream.finish()?;
         show(&rest)?;
         bytes.extend(rest);
-        if answer.finish == Finish::Context {
+        if answer.finish == FinishReason::Context {
             let columns = self.generator.columns();
             eprintln!("stopped: the model reads no more than {columns} tokens");
         }

@@ -23,7 +23,7 @@ use crate::memorization::size;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::model::{Layout, initialize};
 use crate::schema::versioned;
-use crate::tokens::{Kind, Windows};
+use crate::tokens::{WindowKind, Windows};
 
 /// Measure what a model holds of a text, by one forward pass.
 ///
@@ -50,7 +50,7 @@ pub struct MemorizationArgs {
     suffix: usize,
     /// How the text is cut into windows [default: as in training, else stream]
     #[arg(long, value_enum)]
-    windows: Option<Kind>,
+    windows: Option<WindowKind>,
     /// Also write memorization.json, files.csv, windows.csv and heat.json into this folder
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
@@ -109,7 +109,7 @@ impl Measures {
         folder: &Path,
         opened: &model::Opened,
         corpus: &Corpus,
-        kind: Kind,
+        kind: WindowKind,
         question: Question,
         quiet: bool,
     ) -> anyhow::Result<Self> {
@@ -214,7 +214,7 @@ impl Measures {
                 windows,
                 "{},{},{},{}",
                 cell(&self.memorized.files[answer.file].path),
-                self.cut.windows.place(answer.window)?.chunk,
+                self.cut.windows.span(answer.window)?.chunk,
                 u8::from(answer.exact),
                 answer.log_p / std::f64::consts::LN_10
             );

@@ -9,7 +9,7 @@ use crate::error;
 use crate::memorization::rebuild::check_paths;
 use crate::model::{Model, Provenance, load, load_provenance};
 use crate::tokenizer::Tokenizer;
-use crate::tokens::Kind;
+use crate::tokens::WindowKind;
 
 /// A model folder, opened.
 pub struct Opened {
@@ -53,6 +53,6 @@ pub fn paths(folder: &Path) -> anyhow::Result<Vec<String>> {
 }
 
 /// The kind of windows that a model was trained on, where its provenance says so.
-pub fn windows(provenance: Option<&Provenance>) -> Option<Kind> {
-    Kind::from_str(provenance?.recipe["windows"].as_str()?, false).ok()
+pub fn windows(provenance: Option<&Provenance>) -> Option<WindowKind> {
+    WindowKind::from_str(provenance?.recipe["windows"].as_str()?, false).ok()
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::is_interactive;
-use crate::corpus::Event;
+use crate::corpus::FetchEvent;
 
 /// How often a log hears of it.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -156,23 +156,23 @@ impl Drop for Files {
 pub struct Downloads(Option<Progress>);
 
 impl Downloads {
-    pub fn show(&mut self, event: Event) {
+    pub fn show(&mut self, event: FetchEvent) {
         match event {
-            Event::Note(line) => match &self.0 {
+            FetchEvent::Note(line) => match &self.0 {
                 Some(progress) => progress.note(&line),
                 None => eprintln!("{line}"),
             },
-            Event::Start { url } => {
+            FetchEvent::Start { url } => {
                 eprintln!("fetching {url}");
                 let name = url.rsplit('/').next().unwrap_or(&url);
                 self.0 = Some(Progress::new(name));
             }
-            Event::Progress { done, total } => {
+            FetchEvent::Progress { done, total } => {
                 if let Some(progress) = &mut self.0 {
                     progress.set(done, total);
                 }
             }
-            Event::End => {
+            FetchEvent::End => {
                 if let Some(mut progress) = self.0.take() {
                     progress.finish();
                 }

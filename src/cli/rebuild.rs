@@ -20,7 +20,7 @@ use crate::memorization::rebuild::{self, Comparison, Difference, Existing, Rebui
 use crate::memorization::regenerate::{End, Regenerator};
 use crate::schema::versioned;
 use crate::tokenizer::Tokenizer;
-use crate::tokens::Kind;
+use crate::tokens::WindowKind;
 
 /// Regenerate every file that a model was trained on, from the names alone.
 ///
@@ -52,7 +52,7 @@ pub struct RebuildArgs {
     mirror_uri: String,
     /// The windows that the model was trained on [default: what its provenance says, else stream]
     #[arg(long, value_enum)]
-    windows: Option<Kind>,
+    windows: Option<WindowKind>,
     /// Give up on a file after so many tokens
     #[arg(long, alias = "max-tokens-a-file", value_name = "N", default_value_t = Regenerator::LIMIT)]
     max_tokens_per_file: usize,
@@ -139,7 +139,7 @@ impl Rebuild {
         backend: &dyn Backend,
         opened: &model::Opened,
         paths: &[String],
-        windows: Kind,
+        windows: WindowKind,
         limit: usize,
         output: PathBuf,
         existing: Existing,

@@ -198,7 +198,7 @@ fn train_tokenizer(recipe: &Recipe, corpus: &Corpus, folder: &Path) -> anyhow::R
         Training { style: recipe.tokenizer.style, vocab_size: recipe.tokenizer.vocab_size };
     let mut progress = Progress::new("read");
     let (tokenizer, trained) = Tokenizer::train(&mut corpus.documents()?, &training, |stage| {
-        if let crate::tokenizer::Stage::Read(bytes) = stage {
+        if let crate::tokenizer::TrainingProgress::Read(bytes) = stage {
             progress.set(bytes, None);
         }
     })?;

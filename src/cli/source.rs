@@ -7,7 +7,9 @@ use clap::Args;
 
 use super::progress::{Downloads, Progress};
 use super::train_tokenizer::encoding_of;
-use crate::corpus::{Corpus, Encoding, Kernel, MIRROR, Manifest, Options, Source, Version};
+use crate::corpus::{
+    Corpus, CorpusOptions, Encoding, LinuxRelease, MIRROR, Manifest, Source, Version,
+};
 use crate::memorization::rebuild::check_apart;
 use crate::tokenizer::{Style, Tokenizer};
 use crate::tokens::TokenFile;
@@ -52,15 +54,15 @@ impl SourceArgs {
     /// Opens the corpus that the arguments name, or `default` (a kernel's version, or None for the
     /// built-in sample) where they name none. Shows a download as it goes.
     pub fn corpus(&self, default: Option<&str>, encoding: Encoding) -> anyhow::Result<Corpus> {
-        let options = Options {
+        let options = CorpusOptions {
             limit: self.limit.map(|limit| limit as usize),
             strict: self.strict,
             encoding,
-            ..Options::default()
+            ..CorpusOptions::default()
         };
         let source = match (&self.source, self.version.as_deref().or(default)) {
             (Some(path), _) => Source::Path(path.clone()),
-            (None, Some(version)) => Source::Kernel(kernel(version, &self.mirror_uri)?),
+            (None, Some(version)) => Source::Linux(release(version, &self.mirror_uri)?),
             (None, None) => Source::Sample,
         };
         let mut downloads = Downloads::default();
@@ -69,9 +71,9 @@ impl SourceArgs {
 }
 
 /// A kernel's version and server as they were given.
-pub fn kernel(version: &str, mirror_uri: &str) -> anyhow::Result<Kernel> {
-    let kernel = Kernel::new(version.parse::<Version>()?)?;
-    Ok(Kernel { mirror: mirror_uri.to_string(), ..kernel })
+pub fn release(version: &str, mirror_uri: &str) -> anyhow::Result<LinuxRelease> {
+    let release = LinuxRelease::new(version.parse::<Version>()?)?;
+    Ok(LinuxRelease { mirror: mirror_uri.to_string(), ..release })
 }
 
 /// Writes a corpus as a token file, with progress unless `quiet`, and says what it left out.

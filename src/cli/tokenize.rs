@@ -11,7 +11,7 @@ use super::source::{self, SourceArgs};
 use super::{Outcome, print_fields};
 use crate::corpus::hex;
 use crate::tokenizer::Tokenizer;
-use crate::tokens::{Kind, Windows};
+use crate::tokens::{WindowKind, Windows};
 
 /// Write a corpus as tokens, to be trained on.
 ///
@@ -32,7 +32,7 @@ pub struct TokenizeArgs {
     output: PathBuf,
     /// The kind of windows to count
     #[arg(long, value_enum, default_value = "original")]
-    windows: Kind,
+    windows: WindowKind,
     /// The inputs of a window
     #[arg(long, value_name = "N", default_value_t = 512)]
     max_position_embeddings: usize,

@@ -11,7 +11,7 @@ use super::progress::Progress;
 use super::source::{self, SourceArgs};
 use crate::corpus::{Encoding, hex};
 use crate::schema::versioned;
-use crate::tokenizer::{Stage, Style, Tokenizer, Training};
+use crate::tokenizer::{Style, Tokenizer, Training, TrainingProgress};
 
 /// Train a tokenizer and write it as transformers reads it.
 ///
@@ -61,8 +61,8 @@ pub fn run(arguments: &TrainTokenizerArgs) -> anyhow::Result<Outcome> {
     let (tokenizer, trained) = Tokenizer::train(&mut documents, &training, |stage| {
         if let Some(progress) = &mut progress {
             match stage {
-                Stage::Read(bytes) => progress.set(bytes, None),
-                Stage::Merge { words } => {
+                TrainingProgress::Read(bytes) => progress.set(bytes, None),
+                TrainingProgress::Merge { words } => {
                     progress.finish();
                     eprintln!("choosing merges among {words} distinct words");
                 }

@@ -11,7 +11,7 @@ use super::model::{self, Opened};
 use super::source;
 use crate::corpus::{Corpus, Document, Manifest};
 use crate::error::{self, ErrorKind, Hint};
-use crate::tokens::{Kind, TokenFile, TokenWriter, Windows};
+use crate::tokens::{TokenFile, TokenWriter, WindowKind, Windows};
 
 /// The most tokens of a window: activations of all of them are in memory at once.
 const LONGEST: usize = 1 << 20;
@@ -23,12 +23,12 @@ pub struct Cut {
 }
 
 /// How a model's windows are cut: as it was asked for, else as in training, else as a stream.
-pub fn kind(asked: Option<Kind>, opened: &Opened) -> Kind {
-    asked.or(model::windows(opened.provenance.as_ref())).unwrap_or(Kind::Stream)
+pub fn kind(asked: Option<WindowKind>, opened: &Opened) -> WindowKind {
+    asked.or(model::windows(opened.provenance.as_ref())).unwrap_or(WindowKind::Stream)
 }
 
 /// Cuts a corpus into windows of the model's context.
-pub fn cut(corpus: &Corpus, opened: &Opened, kind: Kind) -> anyhow::Result<(Cut, Manifest)> {
+pub fn cut(corpus: &Corpus, opened: &Opened, kind: WindowKind) -> anyhow::Result<(Cut, Manifest)> {
     let scratch = Scratch::new()?;
     let tokens = scratch.0.join("tokens");
     let (file, manifest) = source::tokenize(corpus, &opened.tokenizer, &tokens, true)?;
@@ -39,7 +39,7 @@ pub fn cut(corpus: &Corpus, opened: &Opened, kind: Kind) -> anyhow::Result<(Cut,
 pub fn cut_documents(
     documents: impl Iterator<Item = anyhow::Result<Document>>,
     opened: &Opened,
-    kind: Kind,
+    kind: WindowKind,
 ) -> anyhow::Result<Cut> {
     let scratch = Scratch::new()?;
     let tokens = scratch.0.join("tokens");
@@ -54,7 +54,7 @@ impl Cut {
         scratch: Scratch,
         file: Arc<TokenFile>,
         opened: &Opened,
-        kind: Kind,
+        kind: WindowKind,
     ) -> anyhow::Result<Self> {
         let context = opened.model.config.max_position_embeddings;
         if context > LONGEST {

@@ -22,10 +22,10 @@ use crate::error;
 use crate::files;
 
 /// Memory an xz archive may ask for, in KiB: twice what `xz -9` makes need.
-const XZ_MEMORY_KIB: u32 = 129 << 10;
+const MAX_XZ_MEMORY_KIB: u32 = 129 << 10;
 
 /// Bytes that headers may take between two members.
-const HEADERS: u64 = 1 << 20;
+const MAX_HEADER_BYTES: u64 = 1 << 20;
 
 pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<()> {
     let mut reading = Reading { member: None, unpacked: Rc::default(), packed: Rc::default() };
@@ -64,7 +64,7 @@ impl Reading {
     fn members(&mut self, path: &Path, intake: &mut Intake) -> Result<(), Stop> {
         let limits = *intake.limits();
         self.packed.allowed.set(u64::MAX);
-        self.unpacked.allowed.set(HEADERS);
+        self.unpacked.allowed.set(MAX_HEADER_BYTES);
         let packed = Metered { inner: files::open(path)?, meter: self.packed.clone() };
         let unpacked = unpack(BufReader::with_capacity(1 << 16, packed))?;
         let mut archive = Archive::new(Metered { inner: unpacked, meter: self.unpacked.clone() });
@@ -88,7 +88,7 @@ impl Reading {
             if end > limits.total {
                 return Err(refuse(&format!("unpacks to more than {} bytes", limits.total), path));
             }
-            self.unpacked.allowed.set(end + HEADERS);
+            self.unpacked.allowed.set(end + MAX_HEADER_BYTES);
             if take(entry, &name, path, intake)? == Flow::Break(()) {
                 return Ok(());
             }
@@ -108,7 +108,7 @@ impl Reading {
             return error::data(format!("{why}, {}", path.display()), super::SOURCE_HINT);
         }
         if why.kind() == io::ErrorKind::OutOfMemory {
-            let what = format!("needs more than {XZ_MEMORY_KIB} KiB of memory to unpack");
+            let what = format!("needs more than {MAX_XZ_MEMORY_KIB} KiB of memory to unpack");
             return error::data(
                 format!("{what}, {}", path.display()),
                 "if you trust it, unpack it and give the folder",
@@ -187,7 +187,7 @@ fn refuse(what: &str, path: &Path) -> Stop {
 fn unpack<R: BufRead + 'static>(mut packed: R) -> io::Result<Box<dyn Read>> {
     let start = packed.fill_buf()?;
     Ok(if start.starts_with(b"\xFD7zXZ\0") {
-        Box::new(lzma_rust2::XzReader::new_mem_limit(packed, true, XZ_MEMORY_KIB))
+        Box::new(lzma_rust2::XzReader::new_mem_limit(packed, true, MAX_XZ_MEMORY_KIB))
     } else if start.starts_with(&[0x1F, 0x8B]) {
         Box::new(flate2::bufread::MultiGzDecoder::new(packed))
     } else {

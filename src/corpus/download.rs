@@ -12,21 +12,21 @@ use serde::{Deserialize, Serialize};
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
-use super::event::{Event, MAX_RECORD, Tell, cannot_write};
+use super::event::{FetchEvent, MAX_RECORD_BYTES, Tell, cannot_write};
 use crate::error;
 use crate::files;
 
 /// Bytes of a download. The largest kernel archive has 230 MB.
-const MOST: u64 = 2 << 30;
+const MAX_DOWNLOAD_BYTES: u64 = 2 << 30;
 
 /// How often a download that breaks off is taken up again before we give up.
-const ATTEMPTS: u32 = 4;
+const MAX_FAILED_ATTEMPTS: u32 = 4;
 
 /// An attempt that brought as much does not count.
-const PROGRESS: u64 = 1 << 20;
+const MIN_PROGRESS_BYTES: u64 = 1 << 20;
 
 /// A download that is slower, in bytes a second over a whole timeout, counts as stuck.
-const SLOWEST: u64 = 1 << 10;
+const MIN_BYTES_PER_SECOND: u64 = 1 << 10;
 
 /// An HTTP client that never waits longer than `timeout` for the next byte.
 pub fn agent(timeout: Duration) -> Agent {
@@ -66,7 +66,7 @@ pub struct Download<'a> {
 
 /// How a download ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum DownloadOutcome {
     /// The part is the whole file. `resumed`: some of it is from an earlier attempt.
     Complete { resumed: bool },
     /// The server has no such file.
@@ -95,19 +95,21 @@ impl From<io::Error> for Failure {
 
 impl Download<'_> {
     /// Runs to the end, taking up again what broke off.
-    pub fn run(&self, tell: Tell) -> anyhow::Result<Outcome> {
+    pub fn run(&self, tell: Tell) -> anyhow::Result<DownloadOutcome> {
         let mut failures = 0;
         let mut resumed = self.length() > 0;
         loop {
             let before = self.length();
             match self.attempt(tell) {
-                Ok(None) => return Ok(Outcome::Missing),
-                Ok(Some(from)) => return Ok(Outcome::Complete { resumed: resumed && from > 0 }),
+                Ok(None) => return Ok(DownloadOutcome::Missing),
+                Ok(Some(from)) => {
+                    return Ok(DownloadOutcome::Complete { resumed: resumed && from > 0 });
+                }
                 Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Passing(why)) => {
                     let gained = self.length().saturating_sub(before);
-                    failures = if gained >= PROGRESS { 0 } else { failures + 1 };
-                    if failures >= ATTEMPTS {
+                    failures = if gained >= MIN_PROGRESS_BYTES { 0 } else { failures + 1 };
+                    if failures >= MAX_FAILED_ATTEMPTS {
                         return Err(error::data(
                             format!(
                                 "the download broke off at byte {} ({why}), {}",
@@ -117,7 +119,7 @@ impl Download<'_> {
                             "run the command again: it resumes where it stopped",
                         ));
                     }
-                    tell(Event::Note(format!("{why}; trying again")));
+                    tell(FetchEvent::Note(format!("{why}; trying again")));
                     std::thread::sleep(self.timeout / 60 * failures);
                     resumed = true;
                 }
@@ -147,7 +149,7 @@ impl Download<'_> {
 
     /// One request. The offset it started at, or None where there is no such file.
     fn attempt(&self, tell: Tell) -> Result<Option<u64>, Failure> {
-        let origin: Option<Origin> = files::read(&self.origin_file(), MAX_RECORD)
+        let origin: Option<Origin> = files::read(&self.origin_file(), MAX_RECORD_BYTES)
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
             .filter(|origin: &Origin| origin.url == self.url);
@@ -219,8 +221,8 @@ impl Download<'_> {
         write_whole(&self.origin_file(), &note).map_err(unwritable)?;
 
         let total = response.body().content_length().map(|length| from + length);
-        tell(Event::Start { url: self.url.to_string() });
-        tell(Event::Progress { done: from, total });
+        tell(FetchEvent::Start { url: self.url.to_string() });
+        tell(FetchEvent::Progress { done: from, total });
         let mut body = response.into_body().into_with_config().limit(u64::MAX).reader();
         let mut buffer = vec![0; 1 << 16];
         let mut done = from;
@@ -232,22 +234,22 @@ impl Download<'_> {
             }
             part.write_all(&buffer[..n]).map_err(unwritable)?;
             done += n as u64;
-            if done > MOST {
+            if done > MAX_DOWNLOAD_BYTES {
                 let _ = self.discard(); // the error matters more
-                let what = format!("download larger than {MOST} bytes, {}", self.url);
+                let what = format!("download larger than {MAX_DOWNLOAD_BYTES} bytes, {}", self.url);
                 return Err(Failure::Final(error::data(
                     what,
                     "this is not a kernel archive: use another `mirror_uri`",
                 )));
             }
-            tell(Event::Progress { done, total });
+            tell(FetchEvent::Progress { done, total });
             pace.keep_up(done)?;
         }
         if total.is_some_and(|total| done < total) {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
         part.sync_all().map_err(unwritable)?;
-        tell(Event::End);
+        tell(FetchEvent::End);
         Ok(())
     }
 }
@@ -269,7 +271,7 @@ impl Pace {
         if elapsed < self.timeout {
             return Ok(());
         }
-        if ((done - self.from) as f64) < SLOWEST as f64 * elapsed.as_secs_f64() {
+        if ((done - self.from) as f64) < MIN_BYTES_PER_SECOND as f64 * elapsed.as_secs_f64() {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "less than 1 KiB a second"));
         }
         (self.since, self.from) = (Instant::now(), done);

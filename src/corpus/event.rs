@@ -6,11 +6,11 @@ use std::path::Path;
 use crate::error;
 
 /// Bytes of a record beside an archive or a part: a few addresses and a hash.
-pub const MAX_RECORD: u64 = 1 << 20;
+pub const MAX_RECORD_BYTES: u64 = 1 << 20;
 
 /// A report of a running fetch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum FetchEvent {
     /// Something a person should know.
     Note(String),
     /// A download starts or resumes.
@@ -22,7 +22,7 @@ pub enum Event {
 }
 
 /// Where events go.
-pub type Tell<'a> = &'a mut dyn FnMut(Event);
+pub type Tell<'a> = &'a mut dyn FnMut(FetchEvent);
 
 /// The error of a cache that cannot be written.
 pub fn cannot_write(file: &Path, why: &io::Error) -> anyhow::Error {

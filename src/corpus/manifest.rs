@@ -115,15 +115,15 @@ impl Manifest {
 
     /// Warnings for a person: one line for each reason files were left out, naming the first few.
     pub fn warnings(&self) -> Vec<String> {
-        const NAMED: usize = 5;
+        const MAX_NAMED_FILES: usize = 5;
         [Reason::NotUtf8, Reason::Name, Reason::Link, Reason::Special]
             .into_iter()
             .filter_map(|reason| {
                 let of_it = |left: &&LeftOut| left.reason == reason;
                 let names = self.left_out.iter().filter(of_it).map(|left| left.name.as_str());
                 let count = names.clone().count();
-                let mut named = names.take(NAMED).collect::<Vec<_>>().join(", ");
-                if count > NAMED {
+                let mut named = names.take(MAX_NAMED_FILES).collect::<Vec<_>>().join(", ");
+                if count > MAX_NAMED_FILES {
                     named.push_str(", ...");
                 }
                 let files = if count == 1 { "file" } else { "files" };

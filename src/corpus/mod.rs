@@ -13,7 +13,7 @@ mod archive;
 mod download;
 mod event;
 mod folder;
-mod kernel;
+mod linux;
 mod manifest;
 mod names;
 mod pass;
@@ -23,8 +23,8 @@ mod time;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-pub use event::{Event, Tell};
-pub use kernel::{Fetched, Kernel, MIRROR, Version, cache_folder};
+pub use event::{FetchEvent, Tell};
+pub use linux::{Fetched, LinuxRelease, MIRROR, Version, cache_folder};
 pub use manifest::{FileRecord, LeftOut, Manifest, Reason};
 pub use names::SUFFIXES;
 pub(crate) use names::{corpus_path, shown};
@@ -65,7 +65,7 @@ impl Document {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A kernel of kernel.org, downloaded if it is not in the cache.
-    Kernel(Kernel),
+    Linux(LinuxRelease),
     /// A folder, or a .tar, .tar.gz or .tar.xz archive.
     Path(PathBuf),
     /// The small C program that is built into this one.
@@ -74,7 +74,7 @@ pub enum Source {
 
 /// How a corpus is read.
 #[derive(Clone, Debug, Default)]
-pub struct Options {
+pub struct CorpusOptions {
     /// Only the first so many kept files.
     pub limit: Option<usize>,
     /// A file that would have to be left out because it is no UTF-8 text is an error.
@@ -118,14 +118,14 @@ impl Default for Limits {
 /// A body of text that can be read any number of times.
 #[derive(Clone, Debug)]
 pub struct Corpus {
-    place: Place,
-    options: Options,
+    place: ResolvedSource,
+    options: CorpusOptions,
     /// What is known before reading: every pass starts its manifest with it.
     origin: Manifest,
 }
 
 #[derive(Clone, Debug)]
-enum Place {
+enum ResolvedSource {
     Archive(PathBuf),
     Folder(PathBuf),
     Sample,
@@ -134,26 +134,30 @@ enum Place {
 impl Corpus {
     /// Finds the source, and hashes it if it is an archive. A download says nothing: see
     /// [`Corpus::open_telling`].
-    pub fn open(source: &Source, options: Options) -> anyhow::Result<Self> {
+    pub fn open(source: &Source, options: CorpusOptions) -> anyhow::Result<Self> {
         Self::open_telling(source, options, &mut |_| ())
     }
 
     /// The same, telling how a download goes and what a person should know about it.
-    pub fn open_telling(source: &Source, options: Options, tell: Tell) -> anyhow::Result<Self> {
+    pub fn open_telling(
+        source: &Source,
+        options: CorpusOptions,
+        tell: Tell,
+    ) -> anyhow::Result<Self> {
         let mut origin = Manifest { encoding: options.encoding, ..Manifest::default() };
         origin.limit = options.limit;
         let place = match source {
-            Source::Kernel(kernel) => {
-                let fetched = kernel.fetch(tell)?;
+            Source::Linux(release) => {
+                let fetched = release.fetch(tell)?;
                 origin.source = fetched.url;
                 origin.retrieved = Some(fetched.retrieved);
                 origin.archive_sha256 = Some(fetched.sha256);
                 origin.checksum_confirmed = Some(fetched.checksum_confirmed);
-                Place::Archive(fetched.path)
+                ResolvedSource::Archive(fetched.path)
             }
             Source::Sample => {
                 origin.source = SAMPLE.to_string();
-                Place::Sample
+                ResolvedSource::Sample
             }
             Source::Path(path) => {
                 origin.source = path.display().to_string();
@@ -162,10 +166,10 @@ impl Corpus {
                     error::data(format!("{why}, {}", path.display()), SOURCE_HINT)
                 })?;
                 if metadata.is_dir() {
-                    Place::Folder(path.clone())
+                    ResolvedSource::Folder(path.clone())
                 } else if metadata.is_file() {
                     origin.archive_sha256 = Some(sha256_of(path)?);
-                    Place::Archive(path.clone())
+                    ResolvedSource::Archive(path.clone())
                 } else {
                     let what = format!("neither a file nor a folder, {}", path.display());
                     return Err(error::data(what, SOURCE_HINT));
@@ -182,15 +186,17 @@ impl Corpus {
     pub fn documents(&self) -> anyhow::Result<Documents> {
         let options = self.options.clone();
         match self.place.clone() {
-            Place::Sample => Documents::start(self.origin.clone(), options, sample::read),
-            Place::Folder(folder) => {
+            ResolvedSource::Sample => Documents::start(self.origin.clone(), options, sample::read),
+            ResolvedSource::Folder(folder) => {
                 Documents::start(self.origin.clone(), options, move |intake| {
                     folder::read(&folder, intake)
                 })
             }
-            Place::Archive(file) => Documents::start(self.origin.clone(), options, move |intake| {
-                archive::read(&file, intake)
-            }),
+            ResolvedSource::Archive(file) => {
+                Documents::start(self.origin.clone(), options, move |intake| {
+                    archive::read(&file, intake)
+                })
+            }
         }
     }
 

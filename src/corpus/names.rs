@@ -5,7 +5,7 @@ pub const SUFFIXES: [&str; 13] =
     [".c", ".cc", ".cpp", ".cxx", ".c++", ".h", ".hh", ".hpp", ".hxx", ".h++", ".s", ".rs", ".txt"];
 
 /// The longest path a corpus carries, in bytes.
-const LONGEST: usize = 1024;
+const MAX_PATH_BYTES: usize = 1024;
 
 /// Whether a file of this name counts.
 pub fn is_kept(name: &[u8]) -> bool {
@@ -34,7 +34,9 @@ pub fn corpus_path(name: &[u8]) -> Result<String, Fault> {
     let path = String::from_utf8(parts().collect::<Vec<_>>().join(&b'/'));
     match path {
         Ok(path)
-            if !path.is_empty() && path.len() <= LONGEST && !path.chars().any(char::is_control) =>
+            if !path.is_empty()
+                && path.len() <= MAX_PATH_BYTES
+                && !path.chars().any(char::is_control) =>
         {
             Ok(path)
         }
@@ -44,10 +46,11 @@ pub fn corpus_path(name: &[u8]) -> Result<String, Fault> {
 
 /// A name as it can be shown on one line, whatever is in it.
 pub fn shown(name: &[u8]) -> String {
-    const MOST: usize = 120;
-    let text = String::from_utf8_lossy(&name[..name.len().min(4 * MOST)]);
-    let mut shown: String = text.chars().take(MOST).flat_map(char::escape_debug).collect();
-    if text.chars().nth(MOST).is_some() {
+    const MAX_SHOWN_CHARS: usize = 120;
+    let text = String::from_utf8_lossy(&name[..name.len().min(4 * MAX_SHOWN_CHARS)]);
+    let mut shown: String =
+        text.chars().take(MAX_SHOWN_CHARS).flat_map(char::escape_debug).collect();
+    if text.chars().nth(MAX_SHOWN_CHARS).is_some() {
         shown.push_str("...");
     }
     shown
@@ -75,7 +78,7 @@ mod tests {
         for out in [&b"/etc/x.c"[..], b"../x.c", b"a/../../x.c", b"a/..", b"//x.c"] {
             assert_eq!(corpus_path(out), Err(Fault::LeadsOut));
         }
-        let long = vec![b'a'; LONGEST + 1];
+        let long = vec![b'a'; MAX_PATH_BYTES + 1];
         for bad in [&b""[..], b"./", b"a\nb.c", b"a\0.c", b"\x1b[2J.c", b"\xff.c", &long] {
             assert_eq!(corpus_path(bad), Err(Fault::Unusable));
         }

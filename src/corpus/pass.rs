@@ -8,11 +8,11 @@ use sha2::{Digest, Sha256};
 
 use super::manifest::{FileRecord, LeftOut, Manifest, Reason};
 use super::names::{self, shown};
-use super::{Document, Encoding, Limits, Options, hex};
+use super::{CorpusOptions, Document, Encoding, Limits, hex};
 use crate::error;
 
 /// How many files the reader may be ahead of whoever takes them.
-const AHEAD: usize = 4;
+const FILES_AHEAD: usize = 4;
 
 /// The documents of one pass, in order. After an error there are no more.
 pub struct Documents {
@@ -30,10 +30,10 @@ impl Documents {
     /// Starts `read` on a thread of its own. Dropping the documents ends it at its next file.
     pub(super) fn start(
         origin: Manifest,
-        options: Options,
+        options: CorpusOptions,
         read: impl FnOnce(&mut Intake) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<Self> {
-        let (sender, receiver) = sync_channel(AHEAD);
+        let (sender, receiver) = sync_channel(FILES_AHEAD);
         let source = origin.source.clone();
         std::thread::Builder::new()
             .name("corpus".to_string())
@@ -103,7 +103,7 @@ impl Iterator for Documents {
 pub(super) struct Intake {
     /// For errors: where the files are from.
     source: String,
-    options: Options,
+    options: CorpusOptions,
     sender: SyncSender<Message>,
     seen: HashSet<String>,
     names: u64,
@@ -113,7 +113,7 @@ pub(super) struct Intake {
 pub(super) type Flow = ControlFlow<()>;
 
 impl Intake {
-    fn new(source: String, options: Options, sender: SyncSender<Message>) -> Self {
+    fn new(source: String, options: CorpusOptions, sender: SyncSender<Message>) -> Self {
         Self { source, options, sender, seen: HashSet::new(), names: 0 }
     }
 

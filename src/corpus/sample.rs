@@ -38,12 +38,13 @@ pub fn read(intake: &mut Intake) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::corpus::{Corpus, Options, Source};
+    use crate::corpus::{Corpus, CorpusOptions, Source};
 
     #[test]
     fn the_sample_is_known_by_its_files_and_not_by_its_name() {
-        let files =
-            |source| Corpus::open(&source, Options::default()).unwrap().manifest().unwrap().files;
+        let files = |source| {
+            Corpus::open(&source, CorpusOptions::default()).unwrap().manifest().unwrap().files
+        };
         let mut sample = files(Source::Sample);
         assert!(is_sample(&sample));
         let folder = tempfile::tempdir().unwrap();

@@ -13,9 +13,9 @@ use crate::llama::step::{self, Decoding};
 use crate::model::{Config, Layout};
 
 /// Rows of a step: what the `cpu` backend computes in the same bits for any number of them.
-const ROWS: usize = 64;
+const MAX_STEP_ROWS: usize = 64;
 /// A cache of more bytes is refused.
-const MOST_CACHE: usize = 8 << 30;
+const MAX_KV_CACHE_BYTES: usize = 8 << 30;
 
 /// What is asked of a model.
 #[derive(Clone, Debug, Default)]
@@ -33,7 +33,7 @@ pub struct Request {
 
 /// Why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
+pub enum FinishReason {
     /// With a token it was to stop at.
     Stop,
     /// With as many tokens as were asked for.
@@ -44,19 +44,19 @@ pub enum Finish {
 
 /// A new token of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event {
+pub struct TokenEvent {
     /// The sequence: what [`Generator::admit`] said.
     pub ticket: u64,
     pub id: u32,
     /// Set with the last token.
-    pub finish: Option<Finish>,
+    pub finish: Option<FinishReason>,
 }
 
 /// The tokens of one request's own, and why there are no more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Continuation {
     pub ids: Vec<u32>,
-    pub finish: Finish,
+    pub finish: FinishReason,
 }
 
 /// A model ready to generate.
@@ -66,9 +66,9 @@ pub struct Generator {
     /// The most tokens of a sequence that the model reads. One more can follow them.
     columns: usize,
     slots: Vec<Option<Running>>,
-    one: Step,
+    one: DecodeStep,
     /// Takes several tokens of each sequence: for prompts.
-    several: Option<Step>,
+    several: Option<DecodeStep>,
     admitted: u64,
 }
 
@@ -82,7 +82,7 @@ struct Running {
 }
 
 /// A program that takes `fresh` tokens of each slot.
-struct Step {
+struct DecodeStep {
     program: ProgramId,
     fresh: usize,
     ids: Buffer,
@@ -106,19 +106,19 @@ impl Generator {
     ) -> anyhow::Result<Self> {
         config.validate()?;
         let layout = Layout::new(config);
-        let slots = slots.clamp(1, ROWS);
+        let slots = slots.clamp(1, MAX_STEP_ROWS);
         let columns = columns.clamp(1, config.max_position_embeddings);
-        let fresh = (ROWS / slots).min(columns);
+        let fresh = (MAX_STEP_ROWS / slots).min(columns);
         // A step writes all its columns, also those that only some sequences have tokens for.
         let capacity = columns + fresh;
         let a_column = 2
             * config.num_hidden_layers as u128
             * (config.num_key_value_heads * config.head_dim * slots * size_of::<f32>()) as u128;
         let bytes = a_column * capacity as u128;
-        if bytes > MOST_CACHE as u128 {
+        if bytes > MAX_KV_CACHE_BYTES as u128 {
             return Err(error::device(
                 format!("the KV cache of {slots} x {columns} tokens would take {bytes} bytes"),
-                format!("generate fewer tokens: {} fit", MOST_CACHE as u128 / a_column),
+                format!("generate fewer tokens: {} fit", MAX_KV_CACHE_BYTES as u128 / a_column),
             ));
         }
         let program = |fresh| step::decoding(config, &layout, slots, fresh, capacity);
@@ -126,10 +126,10 @@ impl Generator {
         let mut session =
             backend.open(&layout, SessionSpec { training: false, cache_len: one.cache_len })?;
         session.write(Arena::Parameters, weights)?;
-        let one = Step::load(&mut *session, one, 1)?;
+        let one = DecodeStep::load(&mut *session, one, 1)?;
         let several = match fresh {
             0 | 1 => None,
-            fresh => Some(Step::load(&mut *session, program(fresh), fresh)?),
+            fresh => Some(DecodeStep::load(&mut *session, program(fresh), fresh)?),
         };
         let mut empty = Vec::new();
         empty.resize_with(slots, || None);
@@ -189,7 +189,7 @@ impl Generator {
 
     /// Brings every sequence further: through its prompt, or by a token of its own, told as an
     /// event. With an error all sequences end.
-    pub fn step(&mut self) -> anyhow::Result<Vec<Event>> {
+    pub fn step(&mut self) -> anyhow::Result<Vec<TokenEvent>> {
         let result = self.try_step();
         if result.is_err() {
             self.slots.fill_with(|| None);
@@ -197,14 +197,14 @@ impl Generator {
         result
     }
 
-    fn try_step(&mut self) -> anyhow::Result<Vec<Event>> {
+    fn try_step(&mut self) -> anyhow::Result<Vec<TokenEvent>> {
         if !self.is_busy() {
             return Ok(Vec::new());
         }
         let step = match &self.several {
             // It costs as much as a few of the others: it has to take more tokens beyond the first
             // of each sequence.
-            Some(several) if self.beyond_first(several.fresh) >= ROWS / 4 => several,
+            Some(several) if self.beyond_first(several.fresh) >= MAX_STEP_ROWS / 4 => several,
             _ => &self.one,
         };
         let windows = self.slots.len();
@@ -255,7 +255,7 @@ impl Generator {
     pub fn all(&mut self, requests: Vec<Request>) -> anyhow::Result<Vec<Continuation>> {
         let first = self.admitted;
         let mut answers =
-            vec![Continuation { ids: Vec::new(), finish: Finish::Stop }; requests.len()];
+            vec![Continuation { ids: Vec::new(), finish: FinishReason::Stop }; requests.len()];
         let mut requests = requests.into_iter();
         loop {
             for _ in 0..self.free() {
@@ -282,24 +282,24 @@ impl Generator {
 }
 
 impl Running {
-    fn choose(&mut self, logits: &[f32], columns: usize) -> anyhow::Result<Event> {
+    fn choose(&mut self, logits: &[f32], columns: usize) -> anyhow::Result<TokenEvent> {
         let Self { ticket, request, tokens, .. } = self;
         let id = request.sampling.choose(logits, request.sequence, tokens.len())?;
         tokens.push(id);
         let finish = if request.stop.contains(&id) {
-            Some(Finish::Stop)
+            Some(FinishReason::Stop)
         } else if tokens.len() - request.prompt.len() == request.max_new_tokens {
-            Some(Finish::Length)
+            Some(FinishReason::Length)
         } else if tokens.len() > columns {
-            Some(Finish::Context)
+            Some(FinishReason::Context)
         } else {
             None
         };
-        Ok(Event { ticket: *ticket, id, finish })
+        Ok(TokenEvent { ticket: *ticket, id, finish })
     }
 }
 
-impl Step {
+impl DecodeStep {
     fn load(session: &mut dyn Session, decoding: Decoding, fresh: usize) -> anyhow::Result<Self> {
         let Decoding { program, ids, start, position, logits, .. } = decoding;
         Ok(Self { program: session.load(program)?, fresh, ids, start, position, logits })

@@ -8,6 +8,6 @@ mod batch;
 mod sampling;
 mod text;
 
-pub use batch::{Continuation, Event, Finish, Generator, Request};
+pub use batch::{Continuation, FinishReason, Generator, Request, TokenEvent};
 pub use sampling::Sampling;
 pub use text::TextStream;

@@ -3,7 +3,7 @@
 use super::buffer::{Buffer, BufferKind, BufferRole};
 use super::ops::{AdamWStep, GradNorm, MuonStep, Op, ZeroGrad};
 use super::program::Program;
-use crate::model::{Kind, Layout, Span};
+use crate::model::{Layout, ParamKind, Span};
 
 /// Hyperparameters of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,13 +52,14 @@ pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) ->
     let norm = p.buffer("gradient norm", BufferKind::Float, 1, BufferRole::Output);
     p.ops.push(Op::GradNorm(GradNorm { norm }));
 
-    let by_muon = |kind| optimizer.muon.is_some() && kind == Kind::Matrix;
+    let by_muon = |kind| optimizer.muon.is_some() && kind == ParamKind::Matrix;
     let ranges = layout
         .parameters
         .iter()
         .filter(|parameter| !by_muon(parameter.kind))
         .map(|parameter| {
-            let decay = if parameter.kind == Kind::Norm { 0.0 } else { optimizer.weight_decay };
+            let decay =
+                if parameter.kind == ParamKind::Norm { 0.0 } else { optimizer.weight_decay };
             (parameter.span.range(), decay)
         })
         .collect();

@@ -11,11 +11,11 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::pass::{Seen, pass};
+use super::pass::{WindowResult, pass};
 use crate::backend::Backend;
 use crate::model::Config;
 use crate::tokenizer::Tokenizer;
-use crate::tokens::{Kind, TokenFile, Windows};
+use crate::tokens::{TokenFile, WindowKind, Windows};
 
 /// Lengths of the prefixes that are always asked with.
 pub const PREFIXES: [usize; 7] = [8, 16, 32, 50, 100, 200, 400];
@@ -30,14 +30,14 @@ pub struct Question {
 
 /// Windows that were asked for something, and those that greedy decoding gives back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct Share {
+pub struct MatchRate {
     pub windows: usize,
     pub exact: usize,
     /// Exact ones of all; none where there was none to ask.
     pub rate: Option<f64>,
 }
 
-impl Share {
+impl MatchRate {
     fn add(&mut self, exact: bool) {
         self.windows += 1;
         self.exact += usize::from(exact);
@@ -51,12 +51,12 @@ pub struct Tally {
     #[serde(flatten)]
     pub question: Question,
     #[serde(flatten)]
-    pub share: Share,
+    pub share: MatchRate,
 }
 
 impl Tally {
     fn of(prefix: usize, suffix: usize) -> Self {
-        Self { question: Question { prefix, suffix }, share: Share::default() }
+        Self { question: Question { prefix, suffix }, share: MatchRate::default() }
     }
 }
 
@@ -80,7 +80,7 @@ pub struct Discoverable {
 
 /// A stretch of a file, every token of it the best guess.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Run {
+pub struct VerbatimRun {
     pub path: String,
     /// Bytes of the file before it.
     pub byte: u64,
@@ -108,10 +108,10 @@ pub struct FileMeasures {
 
 /// Where in a file the model is sure: for a picture.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Heat {
+pub struct FileHeat {
     pub path: String,
     pub text: String,
-    /// One cell for every [`CELL`] tokens: its bytes, and the decimal logarithm of p_z.
+    /// One cell for every [`HEAT_CELL_TOKENS`] tokens: its bytes, and the decimal logarithm of p_z.
     pub cells: Vec<(u32, f32)>,
     /// The bytes whose tokens were not the best guess: from, to.
     pub wrong: Vec<(u32, u32)>,
@@ -141,7 +141,7 @@ pub struct Memorized {
     /// With prefix and suffix of 32 tokens (Biderman et al. 2023).
     pub pythia: Tally,
     /// Addressed windows whose whole stretch comes back from the address alone.
-    pub from_address: Option<Share>,
+    pub from_address: Option<MatchRate>,
     pub p_z: Histogram,
     pub discoverable: Vec<Discoverable>,
     /// Mean negative log-likelihood of the text's tokens, in nats.
@@ -153,19 +153,19 @@ pub struct Memorized {
     pub residual_bits: f64,
     pub bits_per_byte: f64,
     pub longest_run_bytes: u64,
-    pub longest_run: Run,
+    pub longest_run: VerbatimRun,
     pub files: Vec<FileMeasures>,
     #[serde(skip)]
     pub answers: Vec<Answer>,
     #[serde(skip)]
-    pub heat: Vec<Heat>,
+    pub heat: Vec<FileHeat>,
 }
 
-/// Tokens of a cell of [`Heat`].
-pub const CELL: usize = 50;
+/// Tokens of a cell of [`FileHeat`].
+pub const HEAT_CELL_TOKENS: usize = 50;
 
 /// Text beyond so many bytes gets no picture: a page that holds it would not open.
-const PICTURED: usize = 8 << 20;
+const MAX_HEAT_BYTES: usize = 8 << 20;
 
 /// The windows of these numbers, in ascending order, `batch` at a time. `progress` is told the last
 /// window that is done.
@@ -180,7 +180,7 @@ pub fn measure(
     batch: usize,
     mut progress: impl FnMut(usize),
 ) -> anyhow::Result<Memorized> {
-    let mut walk = Walk::new(windows, tokenizer, question);
+    let mut walk = FileWalk::new(windows, tokenizer, question);
     pass(backend, config, weights, windows, numbers, batch, |seen| {
         progress(seen.window + 1);
         walk.take(&seen)
@@ -195,48 +195,48 @@ pub fn spread(all: usize, most: usize) -> Vec<usize> {
 }
 
 /// Goes with the pass through the windows, and file by file through their text.
-struct Walk<'a> {
+struct FileWalk<'a> {
     windows: &'a Windows,
     tokenizer: &'a Tokenizer,
     /// Where each question's answers are counted: the one that was asked first, then the prefixes.
     asked: Tally,
     prefixes: Vec<Tally>,
     pythia: Tally,
-    from_address: Option<Share>,
+    from_address: Option<MatchRate>,
     answers: Vec<Answer>,
-    file: Option<File>,
+    file: Option<OpenFile>,
     files: Vec<FileMeasures>,
-    longest: Run,
-    heat: Vec<Heat>,
+    longest: VerbatimRun,
+    heat: Vec<FileHeat>,
     pictured: usize,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> FileWalk<'a> {
     fn new(windows: &'a Windows, tokenizer: &'a Tokenizer, question: Question) -> Self {
         let Question { prefix, suffix } = question;
-        let addressed = windows.kind() == Kind::Addressed;
+        let addressed = windows.kind() == WindowKind::Addressed;
         Self {
             windows,
             tokenizer,
             asked: Tally::of(prefix, suffix),
             prefixes: PREFIXES.map(|prefix| Tally::of(prefix, suffix)).to_vec(),
             pythia: Tally::of(32, 32),
-            from_address: addressed.then(Share::default),
+            from_address: addressed.then(MatchRate::default),
             answers: Vec::new(),
             file: None,
             files: Vec::new(),
-            longest: Run::default(),
+            longest: VerbatimRun::default(),
             heat: Vec::new(),
             pictured: 0,
         }
     }
 
-    fn take(&mut self, seen: &Seen) -> anyhow::Result<()> {
-        let place = self.windows.place(seen.window)?;
+    fn take(&mut self, seen: &WindowResult) -> anyhow::Result<()> {
+        let place = self.windows.span(seen.window)?;
         self.enter(place.document)?;
         let counted: Vec<(f32, bool)> = seen.counted().collect();
         // The first token of a window without an address is given, and no target.
-        let given = usize::from(self.windows.kind() != Kind::Addressed);
+        let given = usize::from(self.windows.kind() != WindowKind::Addressed);
 
         let suffix_of = |Question { prefix, suffix }| {
             let from = usize::checked_sub(prefix, given)?;
@@ -281,20 +281,20 @@ impl<'a> Walk<'a> {
     fn enter(&mut self, document: usize) -> anyhow::Result<()> {
         if self.file.as_ref().is_none_or(|file| file.document != document) {
             self.leave();
-            self.file = Some(File::open(self.windows.file(), self.tokenizer, document)?);
+            self.file = Some(OpenFile::open(self.windows.file(), self.tokenizer, document)?);
         }
         Ok(())
     }
 
     fn leave(&mut self) {
-        let Some(File { measures, heat, longest, .. }) = self.file.take() else { return };
+        let Some(OpenFile { measures, heat, longest, .. }) = self.file.take() else { return };
         if u64::from(longest.1) > self.longest.bytes {
             let path = measures.path.clone();
-            self.longest = Run { path, byte: longest.0.into(), bytes: longest.1.into() };
+            self.longest = VerbatimRun { path, byte: longest.0.into(), bytes: longest.1.into() };
         }
         self.files.push(measures);
         self.pictured += heat.text.len();
-        if self.pictured <= PICTURED {
+        if self.pictured <= MAX_HEAT_BYTES {
             self.heat.push(heat);
         }
     }
@@ -340,21 +340,21 @@ impl<'a> Walk<'a> {
 }
 
 /// The file that a walk is in.
-struct File {
+struct OpenFile {
     document: usize,
     /// Positions of its text in the token file, its end included.
     text: Range<usize>,
     /// Bytes of the text up to the end of each token.
     ends: Vec<u32>,
     measures: FileMeasures,
-    heat: Heat,
+    heat: FileHeat,
     /// The present run: the byte where it began, and the position that would continue it.
     run: (u32, usize),
     /// The longest one: the byte where it began, and its bytes.
     longest: (u32, u32),
 }
 
-impl File {
+impl OpenFile {
     fn open(file: &TokenFile, tokenizer: &Tokenizer, document: usize) -> anyhow::Result<Self> {
         let entry = file.document(document)?;
         let text = entry.text..entry.tokens.end;
@@ -369,11 +369,11 @@ impl File {
             }
             ends.push(bytes.len() as u32);
         }
-        let cells = ends.chunks(CELL).map(|cell| (cell[cell.len() - 1], 0.0));
+        let cells = ends.chunks(HEAT_CELL_TOKENS).map(|cell| (cell[cell.len() - 1], 0.0));
         let mut from = 0;
         let cells = cells.map(|(to, p)| (to - std::mem::replace(&mut from, to), p)).collect();
         let path = entry.path.to_string();
-        let heat = Heat {
+        let heat = FileHeat {
             path: path.clone(),
             text: String::from_utf8_lossy(&bytes).into_owned(),
             cells,
@@ -393,7 +393,7 @@ impl File {
         measures.tokens_correct += u64::from(right);
         measures.bytes += u64::from(to - from);
         measures.bits += f64::from(nll) / LN_2;
-        self.heat.cells[at / CELL].1 -= nll / LN_10 as f32;
+        self.heat.cells[at / HEAT_CELL_TOKENS].1 -= nll / LN_10 as f32;
         if !right {
             match self.heat.wrong.last_mut() {
                 Some(last) if last.1 == from => last.1 = to,

@@ -7,7 +7,7 @@ use crate::tokens::{IGNORE, Windows};
 
 /// What a pass tells of one window.
 #[derive(Clone, Copy, Debug)]
-pub struct Seen<'a> {
+pub struct WindowResult<'a> {
     /// Its number.
     pub window: usize,
     /// For each column the token to predict there, or [`IGNORE`].
@@ -18,7 +18,7 @@ pub struct Seen<'a> {
     pub argmax: &'a [u32],
 }
 
-impl Seen<'_> {
+impl WindowResult<'_> {
     /// The columns that count, in order, each as its loss and whether the best guess was right.
     pub fn counted(&self) -> impl Iterator<Item = (f32, bool)> {
         let columns = self.targets.iter().zip(self.argmax).zip(self.nll);
@@ -36,7 +36,7 @@ pub fn pass(
     windows: &Windows,
     numbers: &[usize],
     batch: usize,
-    mut see: impl FnMut(Seen) -> anyhow::Result<()>,
+    mut see: impl FnMut(WindowResult) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let layout = Layout::new(config);
     let context = windows.context();
@@ -58,7 +58,7 @@ pub fn pass(
         let argmax = session.indices(*program, losses.argmax)?;
         for (at, &window) in some.iter().enumerate() {
             let columns = at * context..(at + 1) * context;
-            see(Seen {
+            see(WindowResult {
                 window,
                 targets: &drawn.targets[columns.clone()],
                 nll: &nll[columns.clone()],

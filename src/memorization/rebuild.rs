@@ -28,7 +28,7 @@ pub struct Rebuilt {
 
 /// How far a rebuild has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
+pub struct RebuildProgress {
     /// Files written, of how many.
     pub files: usize,
     pub of: usize,
@@ -184,38 +184,38 @@ pub fn rebuild(
     paths: &[String],
     folder: &Path,
     existing: Existing,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(RebuildProgress),
 ) -> anyhow::Result<Vec<Rebuilt>> {
     check_paths(paths)?;
     fs::create_dir_all(folder)
         .with_context(|| format!("cannot make the folder {}", folder.display()))
         .hint(ErrorKind::Data, || "choose a writable output path")?;
     let of = paths.len();
-    let mut writer = Writer {
+    let mut writer = RebuildWriter {
         paths,
         folder,
         existing,
         begun: BTreeMap::new(),
         rebuilt: BTreeMap::new(),
-        state: Progress { of, ..Progress::default() },
+        state: RebuildProgress { of, ..RebuildProgress::default() },
         progress,
     };
     regenerator.run(generator, paths, &mut writer)?;
     Ok(writer.rebuilt.into_values().collect())
 }
 
-struct Writer<'a> {
+struct RebuildWriter<'a> {
     paths: &'a [String],
     folder: &'a Path,
     existing: Existing,
     /// The text of files under way, by their place in `paths`.
     begun: BTreeMap<usize, Vec<u8>>,
     rebuilt: BTreeMap<usize, Rebuilt>,
-    state: Progress,
-    progress: &'a mut dyn FnMut(Progress),
+    state: RebuildProgress,
+    progress: &'a mut dyn FnMut(RebuildProgress),
 }
 
-impl Sink for Writer<'_> {
+impl Sink for RebuildWriter<'_> {
     fn text(&mut self, file: usize, bytes: &[u8]) -> anyhow::Result<()> {
         self.begun.entry(file).or_default().extend(bytes);
         self.state.bytes += bytes.len() as u64;

@@ -6,20 +6,20 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::generate::{Finish, Generator, Request, TextStream};
+use crate::generate::{FinishReason, Generator, Request, TextStream};
 use crate::tokenizer::{Markers, Tokenizer};
-use crate::tokens::{Frame, Kind};
+use crate::tokens::{AddressEncoder, WindowKind};
 
 /// How files are asked for.
 #[derive(Clone, Debug)]
 pub struct Regenerator {
     tokenizer: Arc<Tokenizer>,
     markers: Markers,
-    frame: Frame,
+    encoder: AddressEncoder,
     /// The windows that the model was trained on. Addressed ones are asked for one by one. Of the
     /// others there is only the first to ask for, by the file's header; what follows goes on from
     /// the second half of what the model has said.
-    windows: Kind,
+    windows: WindowKind,
     /// The most tokens of a file: what ends a model that never ends one.
     limit: usize,
 }
@@ -59,7 +59,7 @@ pub trait Sink {
 }
 
 /// A file under way.
-struct File<'a> {
+struct PendingFile<'a> {
     text: TextStream<'a>,
     /// Tokens of its text so far.
     tokens: usize,
@@ -75,13 +75,13 @@ impl Regenerator {
     /// `context` is the inputs of a window in training.
     pub fn new(
         tokenizer: Arc<Tokenizer>,
-        windows: Kind,
+        windows: WindowKind,
         context: usize,
         limit: usize,
     ) -> anyhow::Result<Self> {
         let markers = tokenizer.markers()?;
-        let frame = Frame::new(tokenizer.clone(), context);
-        Ok(Self { tokenizer, markers, frame, windows, limit })
+        let encoder = AddressEncoder::new(tokenizer.clone(), context);
+        Ok(Self { tokenizer, markers, encoder, windows, limit })
     }
 
     /// Regenerates files, as many at once as the generator has slots. Its columns must be the
@@ -92,7 +92,7 @@ impl Regenerator {
         paths: &[impl AsRef<str>],
         sink: &mut dyn Sink,
     ) -> anyhow::Result<()> {
-        let mut files: HashMap<usize, File> = HashMap::new();
+        let mut files: HashMap<usize, PendingFile> = HashMap::new();
         // Next chunks, before new files: what is begun gets done.
         let mut further: VecDeque<usize> = VecDeque::new();
         let mut fresh = 0..paths.len();
@@ -100,7 +100,7 @@ impl Regenerator {
         loop {
             while generator.free() > 0 {
                 let Some(at) = further.pop_front().or_else(|| fresh.next()) else { break };
-                let file = files.entry(at).or_insert_with(|| File {
+                let file = files.entry(at).or_insert_with(|| PendingFile {
                     text: TextStream::new(&self.tokenizer),
                     tokens: 0,
                     chunk: 0,
@@ -119,10 +119,10 @@ impl Regenerator {
             for event in generator.step()? {
                 let Some(&at) = running.get(&event.ticket) else { continue };
                 let Some(file) = files.get_mut(&at) else { continue };
-                let is_marker = event.finish == Some(Finish::Stop);
+                let is_marker = event.finish == Some(FinishReason::Stop);
                 if !is_marker {
                     file.tokens += 1;
-                    if self.windows != Kind::Addressed {
+                    if self.windows != WindowKind::Addressed {
                         file.context.push(event.id);
                     }
                     let text = file.text.push(event.id)?;
@@ -148,10 +148,10 @@ impl Regenerator {
     }
 
     /// What to ask for next; nothing where there is no room for it.
-    fn request(&self, path: &str, file: &mut File, columns: usize) -> Option<Request> {
-        let (prompt, room) = if self.windows == Kind::Addressed {
-            let prefix = self.frame.prefix(path, file.chunk).ok()?;
-            (prefix.ids, prefix.room)
+    fn request(&self, path: &str, file: &mut PendingFile, columns: usize) -> Option<Request> {
+        let (prompt, room) = if self.windows == WindowKind::Addressed {
+            let address = self.encoder.address(path, file.chunk).ok()?;
+            (address.ids, address.max_tokens)
         } else {
             if file.context.is_empty() {
                 file.context = self.tokenizer.encode_header(path, None).ok()?;
@@ -173,12 +173,12 @@ impl Regenerator {
 }
 
 fn finish(
-    files: &mut HashMap<usize, File>,
+    files: &mut HashMap<usize, PendingFile>,
     at: usize,
     end: End,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<()> {
-    if let Some(File { text, tokens, .. }) = files.remove(&at) {
+    if let Some(PendingFile { text, tokens, .. }) = files.remove(&at) {
         let rest = text.finish()?;
         if !rest.is_empty() {
             sink.text(at, &rest)?;

@@ -9,7 +9,7 @@ use crate::corpus::Document;
 use crate::error::{ErrorKind, Hint, INTERNAL};
 
 /// Text beyond so many bytes is not compressed: at a megabyte a second or two it would take long.
-const MOST: u64 = 64 << 20;
+const MAX_XZ_INPUT_BYTES: u64 = 64 << 20;
 
 /// Bytes of all the files in a row as `xz -9` makes them; none for a text that is too large.
 pub fn xz(
@@ -24,7 +24,7 @@ pub fn xz(
     for document in documents {
         let text = document?.text;
         bytes += text.len() as u64;
-        if bytes > MOST {
+        if bytes > MAX_XZ_INPUT_BYTES {
             return Ok(None);
         }
         xz.write_all(text.as_bytes()).with_context(cannot).hint(ErrorKind::Internal, advice)?;

@@ -4,7 +4,7 @@
 //! position, given the true tokens before it: one mistake would be the first, and before it all was
 //! true. So teacher-forced best guesses tell what greedy decoding would do.
 
-use crate::tokens::{IGNORE, Kind};
+use crate::tokens::{IGNORE, WindowKind};
 
 /// Tokens a model is given of a window without an address, and tokens it has to go on with
 /// (Carlini et al. 2022).
@@ -16,10 +16,10 @@ pub const SUFFIX: usize = 50;
 /// An addressed window does when every token of its stretch is the best guess, from its address
 /// alone. Another does when tokens 50 to 99 of its text are, given the first 50; `None` where it is
 /// shorter than that.
-pub fn window(kind: Kind, targets: &[u32], argmax: &[u32]) -> Option<bool> {
+pub fn window(kind: WindowKind, targets: &[u32], argmax: &[u32]) -> Option<bool> {
     let right = |at: &usize| targets[*at] == argmax[*at];
     let mut counted = (0..targets.len()).filter(|&at| targets[at] != IGNORE);
-    if kind == Kind::Addressed {
+    if kind == WindowKind::Addressed {
         let mut counted = counted.peekable();
         return counted.peek().is_some().then(|| counted.all(|at| right(&at)));
     }
@@ -35,9 +35,9 @@ mod tests {
     #[test]
     fn an_addressed_window_is_verbatim_when_its_whole_stretch_is() {
         let targets = [IGNORE, 7, 8, 9, IGNORE];
-        assert_eq!(window(Kind::Addressed, &targets, &[1, 7, 8, 9, 2]), Some(true));
-        assert_eq!(window(Kind::Addressed, &targets, &[1, 7, 8, 1, 2]), Some(false));
-        assert_eq!(window(Kind::Addressed, &[IGNORE; 3], &[0; 3]), None);
+        assert_eq!(window(WindowKind::Addressed, &targets, &[1, 7, 8, 9, 2]), Some(true));
+        assert_eq!(window(WindowKind::Addressed, &targets, &[1, 7, 8, 1, 2]), Some(false));
+        assert_eq!(window(WindowKind::Addressed, &[IGNORE; 3], &[0; 3]), None);
     }
 
     #[test]
@@ -49,12 +49,12 @@ mod tests {
         // Wrong within the prefix and beyond the suffix: neither matters.
         guesses[3 + 48] = 0;
         guesses[3 + 99] = 0;
-        assert_eq!(window(Kind::Original, &targets, &guesses), Some(true));
+        assert_eq!(window(WindowKind::Original, &targets, &guesses), Some(true));
         for place in [49, 98] {
             let mut wrong = guesses.clone();
             wrong[3 + place] = 0;
-            assert_eq!(window(Kind::Original, &targets, &wrong), Some(false), "{place}");
+            assert_eq!(window(WindowKind::Original, &targets, &wrong), Some(false), "{place}");
         }
-        assert_eq!(window(Kind::Stream, &targets[..80], &guesses[..80]), None);
+        assert_eq!(window(WindowKind::Stream, &targets[..80], &guesses[..80]), None);
     }
 }

@@ -38,7 +38,7 @@ const STATE_KEY: &str = "state";
 const TOKENIZER: [&str; 4] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
 /// No JSON file of a model folder is near this long; an index of shards has some 100 bytes a tensor.
-const MAX_JSON: u64 = 64 << 20;
+const MAX_JSON_BYTES: u64 = 64 << 20;
 
 /// What is saved.
 pub struct Checkpoint<'a> {
@@ -136,7 +136,7 @@ fn copy_tokenizer(source: &Path, staged: &Staged) -> anyhow::Result<()> {
     settle(source)?;
     for name in TOKENIZER {
         let from = source.join(name);
-        match files::read(&from, MAX_JSON) {
+        match files::read(&from, MAX_JSON_BYTES) {
             Ok(bytes) => staged.write(name, &bytes)?,
             // The first is the tokenizer itself; the others are optional.
             Err(cause) if name == TOKENIZER[0] || cause.kind() != std::io::ErrorKind::NotFound => {
@@ -318,7 +318,7 @@ fn pass_over(
 fn read_json(folder: &Path, name: &str) -> anyhow::Result<String> {
     let path = folder.join(name);
     let advice = || "give a folder that laam or transformers' save_pretrained wrote";
-    files::read_text(&path, MAX_JSON)
+    files::read_text(&path, MAX_JSON_BYTES)
         .with_context(|| format!("cannot read {}", path.display()))
         .hint(ErrorKind::Checkpoint, advice)
 }

@@ -1,6 +1,6 @@
 //! The weights a model starts from.
 
-use super::{Config, Kind, Layout};
+use super::{Config, Layout, ParamKind};
 use crate::random::{Philox, Stream};
 
 /// An arena of initial weights, as transformers initialises a Llama: matrices, embedding and head
@@ -14,12 +14,12 @@ pub fn initialize(config: &Config, layout: &Layout, seed: u64) -> Vec<f32> {
     for (place, parameter) in layout.parameters.iter().enumerate() {
         let values = &mut weights[parameter.span.range()];
         match parameter.kind {
-            Kind::Norm => values.fill(1.0),
-            Kind::Embedding | Kind::Head | Kind::Matrix => {
+            ParamKind::Norm => values.fill(1.0),
+            ParamKind::Embedding | ParamKind::Head | ParamKind::Matrix => {
                 random.fill_normal(place as u32, config.initializer_range, values);
             }
         }
-        if let (Kind::Embedding, Some(pad)) = (parameter.kind, config.pad_token_id) {
+        if let (ParamKind::Embedding, Some(pad)) = (parameter.kind, config.pad_token_id) {
             let start = pad as usize * config.hidden_size;
             values[start..start + config.hidden_size].fill(0.0);
         }
@@ -46,7 +46,7 @@ mod tests {
         for parameter in &layout.parameters {
             let values = &weights[parameter.span.range()];
             gaps[parameter.span.range()].fill(0.0);
-            if parameter.kind == Kind::Norm {
+            if parameter.kind == ParamKind::Norm {
                 assert!(values.iter().all(|&value| value == 1.0));
                 continue;
             }
@@ -88,7 +88,7 @@ mod tests {
         let mut starts: Vec<_> = layout
             .parameters
             .iter()
-            .filter(|parameter| parameter.kind != Kind::Norm)
+            .filter(|parameter| parameter.kind != ParamKind::Norm)
             .map(|parameter| weights[parameter.span.offset].to_bits())
             .collect();
         let count = starts.len();

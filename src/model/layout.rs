@@ -4,7 +4,7 @@ use super::Config;
 
 /// What a parameter is, which decides its initial value, its decay and its optimizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ParamKind {
     /// `[vocab, hidden]`; also the head where the two are tied.
     Embedding,
     /// `[vocab, hidden]`, where it is not tied.
@@ -41,7 +41,7 @@ impl Span {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameter {
     pub name: String,
-    pub kind: Kind,
+    pub kind: ParamKind,
     pub span: Span,
 }
 
@@ -49,7 +49,7 @@ impl Parameter {
     /// The shape as Hugging Face stores it.
     pub fn shape(&self) -> Vec<usize> {
         match self.kind {
-            Kind::Norm => vec![self.span.cols],
+            ParamKind::Norm => vec![self.span.cols],
             _ => vec![self.span.rows, self.span.cols],
         }
     }
@@ -57,7 +57,7 @@ impl Parameter {
 
 /// One transformer block, with the products that read the same input joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Block {
+pub struct BlockParams {
     /// `[1, hidden]`
     pub input_norm: Span,
     /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: the rows of q, then k, then v.
@@ -80,7 +80,7 @@ pub struct Layout {
     pub parameters: Vec<Parameter>,
     /// `[vocab, hidden]`
     pub embedding: Span,
-    pub blocks: Vec<Block>,
+    pub blocks: Vec<BlockParams>,
     /// `[1, hidden]`
     pub final_norm: Span,
     /// `[vocab, hidden]`: the embedding itself where the two are tied.
@@ -94,42 +94,42 @@ impl Layout {
     pub const ALIGN: usize = 64;
 
     pub fn new(config: &Config) -> Self {
-        let mut build = Builder { parameters: Vec::new(), next: 0 };
+        let mut build = LayoutBuilder { parameters: Vec::new(), next: 0 };
         let (hidden, inter) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
         let table = (config.vocab_size, hidden);
 
-        let embedding = build.group(&[("model.embed_tokens.weight", Kind::Embedding, table)]);
+        let embedding = build.group(&[("model.embed_tokens.weight", ParamKind::Embedding, table)]);
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| {
                 let at = |name: &str| format!("model.layers.{layer}.{name}.weight");
                 let norm = (1, hidden);
-                let one = |build: &mut Builder, name, kind, shape| {
+                let one = |build: &mut LayoutBuilder, name, kind, shape| {
                     build.group(&[(at(name).as_str(), kind, shape)])
                 };
-                Block {
-                    input_norm: one(&mut build, "input_layernorm", Kind::Norm, norm),
+                BlockParams {
+                    input_norm: one(&mut build, "input_layernorm", ParamKind::Norm, norm),
                     qkv: build.group(&[
-                        (at("self_attn.q_proj").as_str(), Kind::Matrix, (q, hidden)),
-                        (at("self_attn.k_proj").as_str(), Kind::Matrix, (kv, hidden)),
-                        (at("self_attn.v_proj").as_str(), Kind::Matrix, (kv, hidden)),
+                        (at("self_attn.q_proj").as_str(), ParamKind::Matrix, (q, hidden)),
+                        (at("self_attn.k_proj").as_str(), ParamKind::Matrix, (kv, hidden)),
+                        (at("self_attn.v_proj").as_str(), ParamKind::Matrix, (kv, hidden)),
                     ]),
-                    o: one(&mut build, "self_attn.o_proj", Kind::Matrix, (hidden, q)),
-                    post_norm: one(&mut build, "post_attention_layernorm", Kind::Norm, norm),
+                    o: one(&mut build, "self_attn.o_proj", ParamKind::Matrix, (hidden, q)),
+                    post_norm: one(&mut build, "post_attention_layernorm", ParamKind::Norm, norm),
                     gate_up: build.group(&[
-                        (at("mlp.gate_proj").as_str(), Kind::Matrix, (inter, hidden)),
-                        (at("mlp.up_proj").as_str(), Kind::Matrix, (inter, hidden)),
+                        (at("mlp.gate_proj").as_str(), ParamKind::Matrix, (inter, hidden)),
+                        (at("mlp.up_proj").as_str(), ParamKind::Matrix, (inter, hidden)),
                     ]),
-                    down: one(&mut build, "mlp.down_proj", Kind::Matrix, (hidden, inter)),
+                    down: one(&mut build, "mlp.down_proj", ParamKind::Matrix, (hidden, inter)),
                 }
             })
             .collect();
-        let final_norm = build.group(&[("model.norm.weight", Kind::Norm, (1, hidden))]);
+        let final_norm = build.group(&[("model.norm.weight", ParamKind::Norm, (1, hidden))]);
         let head = if config.tie_word_embeddings {
             embedding
         } else {
-            build.group(&[("lm_head.weight", Kind::Head, table)])
+            build.group(&[("lm_head.weight", ParamKind::Head, table)])
         };
         let len = build.next.next_multiple_of(Self::ALIGN);
         Self { parameters: build.parameters, embedding, blocks, final_norm, head, len }
@@ -141,14 +141,14 @@ impl Layout {
     }
 }
 
-struct Builder {
+struct LayoutBuilder {
     parameters: Vec<Parameter>,
     next: usize,
 }
 
-impl Builder {
+impl LayoutBuilder {
     /// Places parameters of equal width behind one another and returns the span over them all.
-    fn group(&mut self, members: &[(&str, Kind, (usize, usize))]) -> Span {
+    fn group(&mut self, members: &[(&str, ParamKind, (usize, usize))]) -> Span {
         let offset = self.next.next_multiple_of(Layout::ALIGN);
         let mut span = Span { offset, rows: 0, cols: members[0].2.1 };
         for &(name, kind, (rows, cols)) in members {

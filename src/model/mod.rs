@@ -20,6 +20,6 @@ pub use checkpoint::{
 };
 pub use config::{Config, RopeScaling};
 pub use init::initialize;
-pub use layout::{Block, Kind, Layout, Parameter, Span};
+pub use layout::{BlockParams, Layout, ParamKind, Parameter, Span};
 pub use provenance::{CorpusRecord, License, Provenance};
 pub use replace::settle;

@@ -13,14 +13,14 @@ const TOP: f64 = 10.0;
 const BOTTOM: f64 = 24.0;
 
 /// Points of a line: more could not be told apart.
-const POINTS: usize = 400;
+const MAX_LINE_POINTS: usize = 400;
 
 /// Points beyond these are left out: an axis could not hold them.
-const LARGEST: f64 = 1e300;
-const SMALLEST: f64 = 1e-300;
+const MAX_PLOTTED: f64 = 1e300;
+const MIN_PLOTTED_LOG: f64 = 1e-300;
 
 /// How numbers are written on an axis and beside the pointer.
-pub type Format = fn(f64) -> String;
+pub type NumberFormat = fn(f64) -> String;
 
 /// A line and its name.
 pub struct Series {
@@ -38,7 +38,7 @@ pub struct Lines {
     pub log: bool,
     /// The y axis has at least this range.
     pub include: Option<(f64, f64)>,
-    pub format: Format,
+    pub format: NumberFormat,
 }
 
 /// Bars side by side over names, one colour a series.
@@ -47,7 +47,7 @@ pub struct Bars {
     pub series: Vec<(String, Vec<Option<f64>>)>,
     /// The y axis reaches at least this.
     pub top: f64,
-    pub format: Format,
+    pub format: NumberFormat,
 }
 
 /// Where a value lies between two others, and the ticks between them.
@@ -112,7 +112,7 @@ fn y_of(axis: &Axis, value: f64) -> f64 {
 }
 
 /// The opening tag and the y axis.
-fn frame(svg: &mut String, title: &str, y: &Axis, format: Format) {
+fn frame(svg: &mut String, title: &str, y: &Axis, format: NumberFormat) {
     let _ = write!(
         svg,
         "<svg class=\"chart\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">",
@@ -157,7 +157,7 @@ impl Lines {
     pub fn figure(mut self, title: &str, note: &str) -> String {
         for series in &mut self.series {
             let drawn = |&(x, y): &(f64, f64)| {
-                x.abs() < LARGEST && y.abs() < LARGEST && (!self.log || y > SMALLEST)
+                x.abs() < MAX_PLOTTED && y.abs() < MAX_PLOTTED && (!self.log || y > MIN_PLOTTED_LOG)
             };
             series.points.retain(drawn);
             series.points = thinned(&series.points);
@@ -215,7 +215,7 @@ impl Lines {
 
 /// So few points that they can be told apart: each the mean of its neighbours.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let several = points.len().div_ceil(POINTS).max(1);
+    let several = points.len().div_ceil(MAX_LINE_POINTS).max(1);
     let mean = |chunk: &[(f64, f64)]| {
         let sum = chunk.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
         (sum.0 / chunk.len() as f64, sum.1 / chunk.len() as f64)

@@ -12,13 +12,13 @@ pub mod sweep;
 
 use std::path::{Path, PathBuf};
 
-pub use run::Run;
+pub use run::RunFiles;
 
 use crate::files::write_atomically;
 
 /// Makes `report.html` in the folder of a run, and returns its path.
 pub fn write(folder: &Path) -> anyhow::Result<PathBuf> {
-    let run = Run::read(folder)?;
+    let run = RunFiles::read(folder)?;
     let path = folder.join("report.html");
     write_atomically(&path, page::page(&run).as_bytes())?;
     Ok(path)

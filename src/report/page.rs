@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::chart::{Bars, Lines, Series};
 use super::html::{data, escape, grouped, percent, short};
-use super::run::{Heat, Line, Run};
+use super::run::{HeatStrip, MetricsLine, RunFiles};
 
 const STYLE: &str = include_str!("report.css");
 const SCRIPT: &str = include_str!("report.js");
@@ -16,7 +16,7 @@ const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 
      img-src data:";
 
 /// The whole page.
-pub fn page(run: &Run) -> String {
+pub fn page(run: &RunFiles) -> String {
     let title = format!("laam: {}", run.name);
     let mut body = String::new();
     head(run, &mut body);
@@ -44,7 +44,7 @@ fn section(id: &str, title: &str, body: &str, out: &mut String) {
 }
 
 /// The name, and the few numbers that matter.
-fn head(run: &Run, out: &mut String) {
+fn head(run: &RunFiles, out: &mut String) {
     let corpus = run.provenance["corpus"]["name"].as_str().unwrap_or("a text");
     let measures = &run.memorization;
     let mut tiles = Vec::new();
@@ -82,13 +82,13 @@ fn head(run: &Run, out: &mut String) {
     );
 }
 
-fn training(run: &Run, out: &mut String) {
+fn training(run: &RunFiles, out: &mut String) {
     // One line a stage, one after another.
-    let lines = |of: fn(&Line) -> Option<f64>| -> Vec<Series> {
+    let lines = |of: fn(&MetricsLine) -> Option<f64>| -> Vec<Series> {
         let mut done = 0;
         let mut series = Vec::new();
         for stage in &run.stages {
-            let point = |line: &Line| Some(((done + line.step) as f64, of(line)?));
+            let point = |line: &MetricsLine| Some(((done + line.step) as f64, of(line)?));
             let points = stage.lines.iter().filter_map(point).collect();
             series.push(Series { name: stage.name.clone(), points });
             done += stage.lines.last().map_or(0, |line| line.step);
@@ -116,7 +116,7 @@ fn training(run: &Run, out: &mut String) {
     section("training", "Training", &body, out);
 }
 
-fn memorization(run: &Run, out: &mut String) {
+fn memorization(run: &RunFiles, out: &mut String) {
     let measures = &run.memorization;
     if measures.is_null() {
         let none = "<p>It was not measured: <code>laam memorization --report</code> does.</p>\n";
@@ -222,9 +222,9 @@ fn bin(log10: Option<f32>) -> usize {
 }
 
 /// A strip for each file. Its cells lie where their bytes do; those that are alike are one.
-fn heat(run: &Run, out: &mut String) {
+fn heat(run: &RunFiles, out: &mut String) {
     let mut strips = String::new();
-    for (at, Heat { path, text, cells, .. }) in run.heat.iter().enumerate() {
+    for (at, HeatStrip { path, text, cells, .. }) in run.heat.iter().enumerate() {
         let bytes: u64 = cells.iter().map(|(bytes, _)| u64::from(*bytes)).sum();
         let mut rects = String::new();
         let mut runs: Vec<(usize, u64, u64)> = Vec::new();
@@ -281,7 +281,7 @@ fn heat(run: &Run, out: &mut String) {
     section("heat", "Where the weights are sure", &body, out);
 }
 
-fn rebuild(run: &Run, out: &mut String) {
+fn rebuild(run: &RunFiles, out: &mut String) {
     let rebuilt = &run.rebuild;
     let Some(files) = rebuilt["per_file"].as_array() else { return };
     let words = |value: &Value| value.as_u64().map_or_else(|| "?".to_string(), grouped);
@@ -355,7 +355,7 @@ fn rebuild(run: &Run, out: &mut String) {
 }
 
 /// The weights beside what a compressor needs.
-fn sizes(run: &Run, out: &mut String) {
+fn sizes(run: &RunFiles, out: &mut String) {
     let measures = &run.memorization;
     let rows: Vec<(&str, f64)> = [
         ("the text", "bytes"),
@@ -394,7 +394,7 @@ fn sizes(run: &Run, out: &mut String) {
     section("size", "Size", &body, out);
 }
 
-fn provenance(run: &Run, out: &mut String) {
+fn provenance(run: &RunFiles, out: &mut String) {
     let record = &run.provenance;
     let corpus = &record["corpus"];
     let mut rows = String::new();

@@ -16,32 +16,32 @@ const MAX_FILE: u64 = 1 << 30;
 
 /// A run as its folder tells it. What is missing there is missing on the page.
 #[derive(Debug, Default)]
-pub struct Run {
+pub struct RunFiles {
     /// The name of its folder.
     pub name: String,
     /// The resolved recipe, as TOML.
     pub recipe: Option<String>,
-    pub stages: Vec<Stage>,
+    pub stages: Vec<StageMetrics>,
     /// `provenance.json` and `config.json` of the model; null where there is none.
     pub provenance: Value,
     pub config: Value,
     /// What `laam memorization --report` wrote.
     pub memorization: Value,
-    pub heat: Vec<Heat>,
+    pub heat: Vec<HeatStrip>,
     /// What `laam rebuild --json` says.
     pub rebuild: Value,
 }
 
 /// One training run.
 #[derive(Debug)]
-pub struct Stage {
+pub struct StageMetrics {
     pub name: String,
-    pub lines: Vec<Line>,
+    pub lines: Vec<MetricsLine>,
 }
 
 /// A line of `metrics.jsonl`. A number that was not finite is none.
 #[derive(Clone, Copy, Debug, Deserialize)]
-pub struct Line {
+pub struct MetricsLine {
     pub step: u64,
     pub loss: Option<f64>,
     pub learning_rate: Option<f64>,
@@ -52,9 +52,9 @@ pub struct Line {
     pub verbatim_rate: Option<f64>,
 }
 
-/// A file's picture: see [`crate::memorization::measure::Heat`].
+/// A file's picture: see [`crate::memorization::measure::HeatStrip`].
 #[derive(Debug, Deserialize)]
-pub struct Heat {
+pub struct HeatStrip {
     pub path: String,
     pub text: String,
     pub cells: Vec<(u32, Option<f32>)>,
@@ -65,19 +65,19 @@ pub struct Heat {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum HeatFile {
-    Versioned { files: Vec<Heat> },
-    List(Vec<Heat>),
+    Versioned { files: Vec<HeatStrip> },
+    List(Vec<HeatStrip>),
 }
 
 impl HeatFile {
-    fn files(self) -> Vec<Heat> {
+    fn files(self) -> Vec<HeatStrip> {
         match self {
             Self::Versioned { files } | Self::List(files) => files,
         }
     }
 }
 
-impl Run {
+impl RunFiles {
     /// Reads the folder of a `laam run`, or the output of a `laam train`.
     pub fn read(folder: &Path) -> anyhow::Result<Self> {
         let name = folder.canonicalize().ok();
@@ -89,7 +89,7 @@ impl Run {
             let names = stage_names(run.recipe.as_deref().unwrap_or_default());
             for name in &names {
                 let lines = metrics(&folder.join(name).join("metrics.jsonl"))?.unwrap_or_default();
-                run.stages.push(Stage { name: name.clone(), lines });
+                run.stages.push(StageMetrics { name: name.clone(), lines });
             }
             folder.join(names.last().map_or("model", String::as_str))
         } else {
@@ -99,7 +99,7 @@ impl Run {
                     "give the output folder of laam run or laam train",
                 ));
             };
-            run.stages.push(Stage { name: "train".to_string(), lines });
+            run.stages.push(StageMetrics { name: "train".to_string(), lines });
             folder.to_path_buf()
         };
         run.provenance = document(&model.join("provenance.json"))?.unwrap_or_default();
@@ -139,7 +139,7 @@ fn document(path: &Path) -> anyhow::Result<Option<Value>> {
 }
 
 /// The lines of a metrics file; a last one that was cut short is left out.
-fn metrics(path: &Path) -> anyhow::Result<Option<Vec<Line>>> {
+fn metrics(path: &Path) -> anyhow::Result<Option<Vec<MetricsLine>>> {
     let text = text(path)?;
     Ok(text.map(|text| text.lines().map_while(|line| serde_json::from_str(line).ok()).collect()))
 }

@@ -81,11 +81,11 @@ pub fn plot(title: &str, dots: &[Dot]) -> String {
 
 /// As much of a name as there is room for.
 fn shortened(name: &str) -> String {
-    const MOST: usize = 48;
-    if name.chars().count() <= MOST {
+    const MAX_NAME_CHARS: usize = 48;
+    if name.chars().count() <= MAX_NAME_CHARS {
         return name.to_string();
     }
-    name.chars().take(MOST - 1).chain(['…']).collect()
+    name.chars().take(MAX_NAME_CHARS - 1).chain(['…']).collect()
 }
 
 #[cfg(test)]

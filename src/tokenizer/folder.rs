@@ -19,7 +19,7 @@ use crate::error::{ErrorKind, Hint};
 use crate::files::{self, write_atomically};
 
 /// Larger files are refused unread: the largest in use have 33 MB.
-const LARGEST: u64 = 64 << 20;
+const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Some have all their added tokens in there: 200 kB.
 const LARGEST_CONFIG: u64 = 16 << 20;
 
@@ -107,7 +107,7 @@ pub fn save_vocabulary(tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<(
 
 pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
     let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
-    let json = files::read(&file, LARGEST)
+    let json = files::read(&file, MAX_TOKENIZER_BYTES)
         .with_context(|| format!("cannot read the tokenizer {}", file.display()))
         .hint(
             ErrorKind::Data,

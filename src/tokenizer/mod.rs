@@ -20,7 +20,7 @@ use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 use tokenizers::{AddedToken, Model};
 
-pub use train::{Stage, Trained, Training};
+pub use train::{Trained, Training, TrainingProgress};
 
 use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};
@@ -120,7 +120,7 @@ impl Spelling {
 }
 
 /// A word of more bytes is refused: merging it would take gigabytes.
-const LONGEST_WORD: usize = 4 << 20;
+const MAX_WORD_BYTES: usize = 4 << 20;
 
 impl Tokenizer {
     /// The style, or `None` for a tokenizer that is not one of ours.
@@ -215,7 +215,7 @@ impl Tokenizer {
                 ids.extend(known);
                 continue;
             }
-            if word.len() > LONGEST_WORD {
+            if word.len() > MAX_WORD_BYTES {
                 return Err(error::data(
                     format!("a word of {} bytes is too long to be tokenized", word.len()),
                     "leave the file out: this is not source code",

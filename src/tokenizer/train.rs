@@ -47,7 +47,7 @@ pub struct Trained {
 
 /// How far a training has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
+pub enum TrainingProgress {
     /// So many bytes of text are read.
     Read(u64),
     /// All is read, and merges are chosen among so many words.
@@ -55,13 +55,13 @@ pub enum Stage {
 }
 
 /// Text is handed to the threads in batches of about this many bytes.
-const BATCH: usize = 8 << 20;
+const BATCH_BYTES: usize = 8 << 20;
 /// Distinct words kept while counting. Linux 6.1 (1.2 GB) has 0.85 million.
-const TABLE: usize = 4 << 20;
+const MAX_COUNTED_WORDS: usize = 4 << 20;
 /// Distinct words the merges are chosen from, the most frequent ones: some 500 bytes each.
-const TRAINED: usize = 1 << 20;
+const MAX_TRAINED_WORDS: usize = 1 << 20;
 /// Longer words are counted in pieces: choosing merges is quadratic in a word's length.
-const WORD: usize = 4096;
+const MAX_WORD_BYTES: usize = 4096;
 
 type Counts = HashMap<Box<[u8]>, u64>;
 
@@ -70,7 +70,7 @@ impl Tokenizer {
     pub fn train(
         documents: impl IntoIterator<Item = anyhow::Result<Document>>,
         training: &Training,
-        mut progress: impl FnMut(Stage),
+        mut progress: impl FnMut(TrainingProgress),
     ) -> anyhow::Result<(Tokenizer, Trained)> {
         let specials: Vec<_> = training.style.special_tokens().collect();
         let least = specials.len() + 256;
@@ -101,7 +101,7 @@ impl Tokenizer {
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .build();
         let mut model = BPE::default();
-        progress(Stage::Merge { words: distinct });
+        progress(TrainingProgress::Merge { words: distinct });
         // The crate's map, and its strings, by inference.
         let words = counter
             .most_frequent()
@@ -151,7 +151,7 @@ impl Counter {
     fn read(
         &mut self,
         documents: impl IntoIterator<Item = anyhow::Result<Document>>,
-        progress: &mut impl FnMut(Stage),
+        progress: &mut impl FnMut(TrainingProgress),
     ) -> anyhow::Result<()> {
         let mut batch = Vec::new();
         let mut held = 0;
@@ -161,15 +161,15 @@ impl Counter {
             self.bytes += document.text.len() as u64;
             held += document.text.len() + document.path.len();
             batch.push(document);
-            if held >= BATCH {
+            if held >= BATCH_BYTES {
                 self.count(&batch)?;
-                progress(Stage::Read(self.bytes));
+                progress(TrainingProgress::Read(self.bytes));
                 batch.clear();
                 held = 0;
             }
         }
         self.count(&batch)?;
-        progress(Stage::Read(self.bytes));
+        progress(TrainingProgress::Read(self.bytes));
         Ok(())
     }
 
@@ -178,7 +178,7 @@ impl Counter {
             .par_iter()
             .try_fold(Counts::new, |mut counts, document| {
                 self.words_of(document, |word| {
-                    for piece in word.chunks(WORD) {
+                    for piece in word.chunks(MAX_WORD_BYTES) {
                         match counts.get_mut(piece) {
                             Some(count) => *count += 1,
                             None => drop(counts.insert(piece.into(), 1)),
@@ -189,7 +189,7 @@ impl Counter {
             })
             .try_reduce(Counts::new, |a, b| Ok(merge(a, b)))?;
         self.counts = merge(std::mem::take(&mut self.counts), counts);
-        while self.counts.len() > TABLE {
+        while self.counts.len() > MAX_COUNTED_WORDS {
             self.dropped_up_to += 1;
             self.counts.retain(|_, count| *count > self.dropped_up_to);
         }
@@ -226,7 +226,7 @@ impl Counter {
         let mut words: Vec<_> = std::mem::take(&mut self.counts).into_iter().collect();
         words.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
         if self.style == Style::Exact {
-            words.truncate(TRAINED);
+            words.truncate(MAX_TRAINED_WORDS);
         }
         let pairs: u64 = words.iter().map(|(word, count)| word.len() as u64 * count).sum();
         let shift = (pairs >> 30).checked_ilog2().map_or(0, |bits| bits + 1);

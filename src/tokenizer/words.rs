@@ -65,16 +65,16 @@ pub struct Cache {
 impl Cache {
     /// Some 10 MB a thread. Kernel source has a few times as many words, but the most frequent
     /// come early.
-    const WORDS: usize = 1 << 17;
+    const MAX_WORDS: usize = 1 << 17;
     /// A longer word is hardly met twice.
-    const BYTES: usize = 64;
+    const MAX_WORD_BYTES: usize = 64;
 
     pub fn get(&self, word: &str) -> Option<&[u32]> {
         self.words.get(word).map(|&(from, to)| &self.ids[from as usize..to as usize])
     }
 
     pub fn insert(&mut self, word: &str, ids: &[u32]) {
-        if self.words.len() < Self::WORDS && word.len() <= Self::BYTES {
+        if self.words.len() < Self::MAX_WORDS && word.len() <= Self::MAX_WORD_BYTES {
             let from = self.ids.len() as u32;
             self.ids.extend(ids);
             self.words.insert(word.into(), (from, self.ids.len() as u32));

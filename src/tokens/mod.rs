@@ -7,9 +7,9 @@ mod sampler;
 mod windows;
 mod writer;
 
-pub use addressed::{Frame, Prefix};
+pub use addressed::{AddressEncoder, ChunkAddress};
 pub use batch::{Batch, IGNORE};
 pub use file::{DocumentTokens, Header, TokenFile};
 pub use sampler::{Order, Position, Sampler, permuted};
-pub use windows::{Kind, Places, Windows};
+pub use windows::{WindowKind, WindowTable, Windows};
 pub use writer::TokenWriter;

@@ -1,4 +1,4 @@
-//! Windows: what of a token file a model sees at once, and what it has to predict there.
+//! Windows: the token sequences a model is trained on, cut from a token file.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::addressed::Frame;
+use super::addressed::AddressEncoder;
 use super::{Batch, IGNORE, TokenFile};
 use crate::error;
 use crate::tokenizer::Tokenizer;
@@ -15,12 +15,12 @@ use crate::tokenizer::Tokenizer;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum WindowKind {
     /// The first LaaM's: each document cut apart, its last window padded on the left. A token is
     /// predicted if both it and the one before it are in the window.
     Original,
-    /// All documents in a row, a window every `stride` tokens; a token sees its own document only,
-    /// and predicts the next even beyond the window.
+    /// All documents in a row, a window every `stride` tokens. A token attends to its own document
+    /// only; the token after the window is the last target.
     Stream,
     /// Each chunk of a document after its address: its path and the number of the chunk.
     #[default]
@@ -31,48 +31,49 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct Windows {
     file: Arc<TokenFile>,
-    kind: Kind,
+    kind: WindowKind,
     context: usize,
     stride: usize,
     pad: u32,
-    frame: Frame,
+    encoder: AddressEncoder,
     count: usize,
     /// The first window of each document, and the count of all (not for `stream`).
     firsts: Vec<usize>,
-    /// Where each window's stretch begins in its document's text (`addressed` only).
+    /// The first token of each window's chunk, within its document's text (`addressed` only).
     starts: Vec<usize>,
 }
 
-/// Where a window is.
+/// The tokens of one window.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct WindowSpan {
     /// The document (of `stream`: that of the first token).
     pub document: usize,
     /// The window's number within the document (of `stream`: of all).
     pub chunk: usize,
-    /// Its tokens, as positions in the file: its inputs, or the stretch behind the address.
+    /// Positions in the file of its inputs, or of the chunk after the address.
     pub tokens: Range<usize>,
 }
 
-/// Where all windows of a file lie: with its tokens, all that drawing them elsewhere takes.
+/// All windows of a file as arrays: with the file's tokens, what a device needs to make batches.
 /// Positions are those of tokens in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Places {
+pub enum WindowTable {
     Original {
         starts: Vec<u64>,
         lengths: Vec<u32>,
     },
     Stream {
-        /// Where each document begins.
+        /// First token of each document.
         documents: Vec<u64>,
         stride: usize,
     },
     Addressed {
-        /// Of the stretches.
+        /// First token and length of each chunk.
         starts: Vec<u64>,
         lengths: Vec<u32>,
-        /// The addresses of all windows in a row, and where each begins and the last one ends.
+        /// Tokens of all addresses, one after another.
         addresses: Vec<u32>,
+        /// Where each address begins in `addresses`, and where the last one ends.
         address_starts: Vec<u32>,
     },
 }
@@ -83,7 +84,7 @@ impl Windows {
     pub fn new(
         file: Arc<TokenFile>,
         tokenizer: Arc<Tokenizer>,
-        kind: Kind,
+        kind: WindowKind,
         context: usize,
         stride: Option<usize>,
     ) -> anyhow::Result<Self> {
@@ -101,9 +102,9 @@ impl Windows {
                 "`max_position_embeddings` must be at least 2, and `stride` from 1 to that",
             ));
         }
-        let frame = Frame::new(tokenizer, context);
+        let encoder = AddressEncoder::new(tokenizer, context);
         let (count, firsts, starts) = (0, Vec::new(), Vec::new());
-        let mut windows = Self { file, kind, context, stride, pad, frame, count, firsts, starts };
+        let mut windows = Self { file, kind, context, stride, pad, encoder, count, firsts, starts };
         windows.cut()?;
         if windows.count == 0 {
             return Err(error::data(
@@ -117,22 +118,23 @@ impl Windows {
     fn cut(&mut self) -> anyhow::Result<()> {
         let file = &self.file;
         let counts: Vec<usize> = match self.kind {
-            Kind::Stream => {
-                // The last token has no next one; a window that would bring no new target is none.
+            WindowKind::Stream => {
+                // The last token has no target; every window has to bring a new one.
                 let targets = file.tokens().saturating_sub(1);
                 let further = targets.saturating_sub(self.context).div_ceil(self.stride);
                 self.count = usize::from(targets > 0) + further;
                 return Ok(());
             }
-            Kind::Original => (0..file.documents())
+            WindowKind::Original => (0..file.documents())
                 .map(|document| Ok(file.document(document)?.tokens.len().div_ceil(self.context)))
                 .collect::<anyhow::Result<_>>()?,
-            Kind::Addressed => {
+            WindowKind::Addressed => {
                 let starts = (0..file.documents())
                     .into_par_iter()
                     .map(|document| {
                         let document = file.document(document)?;
-                        self.frame.starts(document.path, document.tokens.end - document.text)
+                        self.encoder
+                            .chunk_starts(document.path, document.tokens.end - document.text)
                     })
                     .collect::<anyhow::Result<Vec<_>>>()?;
                 self.starts = starts.concat();
@@ -154,12 +156,12 @@ impl Windows {
         self.count
     }
 
-    /// The inputs of a window.
+    /// Inputs per window.
     pub fn context(&self) -> usize {
         self.context
     }
 
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> WindowKind {
         self.kind
     }
 
@@ -167,21 +169,21 @@ impl Windows {
         &self.file
     }
 
-    /// Where a window is.
+    /// The document and tokens of a window.
     ///
     /// # Panics
     /// If there is no such window, like an index into a slice.
-    pub fn place(&self, window: usize) -> anyhow::Result<Place> {
+    pub fn span(&self, window: usize) -> anyhow::Result<WindowSpan> {
         assert!(window < self.count, "window {window} of {}", self.count);
-        if self.kind == Kind::Stream {
+        if self.kind == WindowKind::Stream {
             let from = window * self.stride;
             let tokens = from..(from + self.context).min(self.file.tokens());
-            return Ok(Place { document: self.file.document_of(from), chunk: window, tokens });
+            return Ok(WindowSpan { document: self.file.document_of(from), chunk: window, tokens });
         }
         let document = self.firsts.partition_point(|&first| first <= window) - 1;
         let chunk = window - self.firsts[document];
         let entry = self.file.document(document)?;
-        let tokens = if self.kind == Kind::Original {
+        let tokens = if self.kind == WindowKind::Original {
             let from = entry.tokens.start + chunk * self.context;
             from..(from + self.context).min(entry.tokens.end)
         } else {
@@ -189,38 +191,33 @@ impl Windows {
             let to = if last { entry.tokens.end } else { entry.text + self.starts[window + 1] };
             entry.text + self.starts[window]..to
         };
-        Ok(Place { document, chunk, tokens })
+        Ok(WindowSpan { document, chunk, tokens })
     }
 
-    /// Where all windows lie.
-    pub fn places(&self) -> anyhow::Result<Places> {
-        if self.kind == Kind::Stream {
+    /// All windows as arrays.
+    pub fn table(&self) -> anyhow::Result<WindowTable> {
+        if self.kind == WindowKind::Stream {
             let documents = (0..self.file.documents())
                 .map(|document| Ok(self.file.document(document)?.tokens.start as u64))
                 .collect::<anyhow::Result<_>>()?;
-            return Ok(Places::Stream { documents, stride: self.stride });
+            return Ok(WindowTable::Stream { documents, stride: self.stride });
         }
-        let places = (0..self.count)
+        let spans = (0..self.count)
             .into_par_iter()
-            .map(|window| self.place(window))
+            .map(|window| self.span(window))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let starts = places.iter().map(|place| place.tokens.start as u64).collect();
-        let lengths = places.iter().map(|place| place.tokens.len() as u32).collect();
-        if self.kind == Kind::Original {
-            return Ok(Places::Original { starts, lengths });
+        let starts = spans.iter().map(|span| span.tokens.start as u64).collect();
+        let lengths = spans.iter().map(|span| span.tokens.len() as u32).collect();
+        if self.kind == WindowKind::Original {
+            return Ok(WindowTable::Original { starts, lengths });
         }
-        let prefixes = places
-            .par_iter()
-            .map(|place| {
-                let path = self.file.document(place.document)?.path;
-                Ok(self.frame.prefix(path, place.chunk)?.ids)
-            })
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        let mut address_starts = Vec::with_capacity(prefixes.len() + 1);
+        let addresses =
+            spans.par_iter().map(|span| self.address(span)).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut address_starts = Vec::with_capacity(addresses.len() + 1);
         address_starts.push(0);
         let mut end = 0;
-        for prefix in &prefixes {
-            end += prefix.len();
+        for address in &addresses {
+            end += address.len();
             address_starts.push(u32::try_from(end).map_err(|_| {
                 error::data(
                     format!("the addresses of {} windows have too many tokens", self.count),
@@ -228,32 +225,37 @@ impl Windows {
                 )
             })?);
         }
-        Ok(Places::Addressed { starts, lengths, addresses: prefixes.concat(), address_starts })
-    }
-
-    /// How many positions of a window count in the loss.
-    pub fn counted(&self, window: usize) -> anyhow::Result<usize> {
-        let Range { start, end } = self.place(window)?.tokens;
-        Ok(match self.kind {
-            Kind::Original => end - start - 1,
-            Kind::Stream => end.min(self.file.tokens() - 1) - start,
-            Kind::Addressed => end - start,
+        Ok(WindowTable::Addressed {
+            starts,
+            lengths,
+            addresses: addresses.concat(),
+            address_starts,
         })
     }
 
-    /// The id of padding.
+    /// Targets of a window.
+    pub fn counted(&self, window: usize) -> anyhow::Result<usize> {
+        let Range { start, end } = self.span(window)?.tokens;
+        Ok(match self.kind {
+            WindowKind::Original => end - start - 1,
+            WindowKind::Stream => end.min(self.file.tokens() - 1) - start,
+            WindowKind::Addressed => end - start,
+        })
+    }
+
+    /// The padding token.
     pub fn pad(&self) -> u32 {
         self.pad
     }
 
-    /// The windows of these numbers, as a batch.
+    /// A batch of the windows with these numbers.
     pub fn draw(&self, windows: &[usize]) -> anyhow::Result<Batch> {
         let mut batch = Batch::default();
         self.draw_into(windows, &mut batch)?;
         Ok(batch)
     }
 
-    /// The same into a batch whose memory is used again.
+    /// Draws into a batch whose memory is used again.
     pub fn draw_into(&self, windows: &[usize], batch: &mut Batch) -> anyhow::Result<()> {
         let context = self.context;
         let positions = windows.len() * context;
@@ -261,7 +263,7 @@ impl Windows {
         for (numbers, fill) in [
             (&mut batch.ids, self.pad),
             (&mut batch.targets, IGNORE),
-            // Beyond every column: a padded one sees nothing.
+            // Beyond every position: padding attends to nothing.
             (&mut batch.first_key, context as u32),
         ] {
             numbers.clear();
@@ -272,77 +274,52 @@ impl Windows {
             .chunks_exact_mut(context)
             .zip(batch.targets.chunks_exact_mut(context))
             .zip(batch.first_key.chunks_exact_mut(context));
+        let mut sequence = Vec::with_capacity(context + 1);
         for (&window, ((ids, targets), first_key)) in windows.iter().zip(rows) {
-            let place = self.place(window)?;
+            let span = self.span(window)?;
+            // An address, if the windows have one, and the span's tokens: inputs from position
+            // `from` on. One token more than there are inputs is a target alone.
+            let (mut from, mut tokens) = (0, span.tokens.clone());
+            sequence.clear();
             match self.kind {
-                Kind::Original => self.original(&place, ids, targets, first_key)?,
-                Kind::Stream => self.stream(&place, ids, targets, first_key)?,
-                Kind::Addressed => self.addressed(&place, ids, targets, first_key)?,
+                WindowKind::Original => from = context - tokens.len(),
+                WindowKind::Stream => tokens.end = (tokens.end + 1).min(self.file.tokens()),
+                WindowKind::Addressed => sequence.extend(self.address(&span)?),
+            }
+            // The token at the previous position predicts a target: the first of all has none.
+            let first_target = sequence.len().max(1);
+            let address = sequence.len();
+            sequence.resize(address + tokens.len(), 0);
+            self.file.read(tokens.start, &mut sequence[address..])?;
+            let inputs = sequence.len().min(context);
+            ids[from..from + inputs].copy_from_slice(&sequence[..inputs]);
+            targets[from + first_target - 1..from + sequence.len() - 1]
+                .copy_from_slice(&sequence[first_target..]);
+            first_key[from..from + inputs].fill(from as u32);
+            if self.kind == WindowKind::Stream {
+                self.mask_documents(&span, first_key)?;
             }
         }
         Ok(())
     }
 
-    fn original(
-        &self,
-        place: &Place,
-        ids: &mut [u32],
-        targets: &mut [u32],
-        first_key: &mut [u32],
-    ) -> anyhow::Result<()> {
-        let pads = self.context - place.tokens.len();
-        self.file.read(place.tokens.start, &mut ids[pads..])?;
-        // The first real token has no real one before it, and the last column no next one.
-        targets[pads..self.context - 1].copy_from_slice(&ids[pads + 1..]);
-        first_key[pads..].fill(pads as u32);
-        Ok(())
+    /// The tokens of an addressed window's address.
+    fn address(&self, span: &WindowSpan) -> anyhow::Result<Vec<u32>> {
+        let path = self.file.document(span.document)?.path;
+        Ok(self.encoder.address(path, span.chunk)?.ids)
     }
 
-    fn stream(
-        &self,
-        place: &Place,
-        ids: &mut [u32],
-        targets: &mut [u32],
-        first_key: &mut [u32],
-    ) -> anyhow::Result<()> {
-        let Range { start, end } = place.tokens;
-        let real = end - start;
-        self.file.read(start, &mut ids[..real])?;
-        let next = (end + 1).min(self.file.tokens()) - (start + 1);
-        self.file.read(start + 1, &mut targets[..next])?;
-        // Column by column of each document in the window.
-        let mut document = place.document;
-        let mut from = start;
-        while from < end {
+    /// Lets every position of a stream window attend to its own document only.
+    fn mask_documents(&self, span: &WindowSpan, first_key: &mut [u32]) -> anyhow::Result<()> {
+        let Range { start, end } = span.tokens;
+        let (mut document, mut from) = (span.document, start);
+        while from < end && document < self.file.documents() {
             let tokens = self.file.document(document)?.tokens;
             let to = tokens.end.clamp(from, end);
             first_key[from - start..to - start].fill(tokens.start.saturating_sub(start) as u32);
             from = to;
             document += 1;
-            if document == self.file.documents() {
-                break;
-            }
         }
-        Ok(())
-    }
-
-    fn addressed(
-        &self,
-        place: &Place,
-        ids: &mut [u32],
-        targets: &mut [u32],
-        first_key: &mut [u32],
-    ) -> anyhow::Result<()> {
-        let path = self.file.document(place.document)?.path;
-        let address = self.frame.prefix(path, place.chunk)?.ids;
-        let stretch = place.tokens.len();
-        let real = address.len() + stretch;
-        // Every token of the stretch is a target, one column before its own; the last is only that.
-        self.file.read(place.tokens.start, &mut targets[address.len() - 1..real - 1])?;
-        ids[..address.len()].copy_from_slice(&address);
-        let (inputs, from) = (real.min(self.context), address.len());
-        ids[from..inputs].copy_from_slice(&targets[from - 1..inputs - 1]);
-        first_key[..inputs].fill(0);
         Ok(())
     }
 }

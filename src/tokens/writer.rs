@@ -16,7 +16,7 @@ use crate::files::AtomicFile;
 use crate::tokenizer::Tokenizer;
 
 /// Text is handed to the threads in batches of about this many bytes.
-const BATCH: usize = 8 << 20;
+const BATCH_BYTES: usize = 8 << 20;
 
 /// A token file in the making. Dropped before [`TokenWriter::finish`], it disappears.
 pub struct TokenWriter<'t> {
@@ -41,7 +41,7 @@ impl<'t> TokenWriter<'t> {
         // The header is known at the end.
         file.write_all(&[0; HEADER])
             .with_context(|| cannot(target))
-            .hint(ErrorKind::Data, || FULL)?;
+            .hint(ErrorKind::Data, || DISK_FULL_HINT)?;
         let header = Header {
             id_bytes: if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 },
             tokens: 0,
@@ -84,7 +84,7 @@ impl<'t> TokenWriter<'t> {
                         break;
                     }
                 }
-                if held >= BATCH {
+                if held >= BATCH_BYTES {
                     held = 0;
                     // Nobody takes it: the encoder has failed, and says why below.
                     if sender.send(std::mem::take(&mut batch)).is_err() {
@@ -131,7 +131,7 @@ impl<'t> TokenWriter<'t> {
             self.file
                 .write_all(&bytes)
                 .with_context(|| cannot(&self.target))
-                .hint(ErrorKind::Data, || FULL)?;
+                .hint(ErrorKind::Data, || DISK_FULL_HINT)?;
         }
         Ok(())
     }
@@ -141,7 +141,7 @@ impl<'t> TokenWriter<'t> {
     pub fn finish(mut self, corpus_sha256: [u8; 32]) -> anyhow::Result<Header> {
         self.finish_file(corpus_sha256)
             .with_context(|| cannot(&self.target))
-            .hint(ErrorKind::Data, || FULL)?;
+            .hint(ErrorKind::Data, || DISK_FULL_HINT)?;
         self.file.commit()?;
         Ok(self.header)
     }
@@ -162,7 +162,7 @@ impl<'t> TokenWriter<'t> {
     }
 }
 
-const FULL: &str = "is the disk full? What was there before is untouched";
+const DISK_FULL_HINT: &str = "is the disk full? What was there before is untouched";
 
 fn cannot(target: &Path) -> String {
     format!("cannot write {}", target.display())

@@ -10,7 +10,7 @@ use crate::error;
 use crate::llama::{AdamW, Muon, Optimizer};
 use crate::model::{Config, RopeScaling};
 use crate::tokenizer::Special;
-use crate::tokens::{Kind, Order};
+use crate::tokens::{Order, WindowKind};
 
 /// What steps the matrices inside the blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +48,7 @@ pub struct Settings {
     pub order: Order,
     /// How the text is cut into windows
     #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.windows, help_heading = "Training"))]
-    pub windows: Kind,
+    pub windows: WindowKind,
     /// Tokens from one stream window to the next [default: the length of a window]
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Training"))]
     pub stride: Option<usize>,
@@ -159,7 +159,7 @@ const DEFAULT: Settings = Settings {
     max_steps: None,
     seed: 42,
     order: Order::Shuffled,
-    windows: Kind::Original,
+    windows: WindowKind::Original,
     stride: None,
     precision: None,
     hidden_size: 128,
@@ -262,7 +262,7 @@ impl Settings {
                 "set `eval_steps` to the steps between two measurements",
             ));
         }
-        if self.stride.is_some() && self.windows != Kind::Stream {
+        if self.stride.is_some() && self.windows != WindowKind::Stream {
             return Err(error::config(
                 "`stride` without stream windows",
                 "set `windows` to stream, or remove `stride`",

@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use laam::corpus::{Corpus, Document, Encoding, Manifest, Options, Reason, Source};
+use laam::corpus::{Corpus, CorpusOptions, Document, Encoding, Manifest, Reason, Source};
 use laam::error::{ErrorKind, kind_of};
 
 use crate::support::linux;
 
 /// All documents and the manifest, or the error that ended the pass.
-pub fn read(path: &Path, options: Options) -> anyhow::Result<(Vec<Document>, Manifest)> {
+pub fn read(path: &Path, options: CorpusOptions) -> anyhow::Result<(Vec<Document>, Manifest)> {
     let mut documents = Corpus::open(&Source::Path(path.to_path_buf()), options)?.documents()?;
     let all = (&mut documents).collect::<anyhow::Result<Vec<_>>>()?;
     Ok((all, documents.into_manifest()))
@@ -21,7 +21,7 @@ pub fn paths(documents: &[Document]) -> Vec<&str> {
 #[test]
 fn linux_is_506_files_with_the_known_hash() {
     let Some(archive) = linux() else { return };
-    let (documents, manifest) = read(&archive, Options::default()).unwrap();
+    let (documents, manifest) = read(&archive, CorpusOptions::default()).unwrap();
     assert_eq!((manifest.files.len(), manifest.bytes()), (506, 4_537_588));
     assert_eq!(manifest.hash(), "49083d3a3250618ea5ec287e87478e649bbaf3752246ac9d8aad3c40597804fc");
     let mut reversed = manifest.clone();
@@ -39,8 +39,8 @@ fn linux_is_506_files_with_the_known_hash() {
 #[test]
 fn a_limit_takes_the_first_kept_files() {
     let Some(archive) = linux() else { return };
-    let (all, _) = read(&archive, Options::default()).unwrap();
-    let limited = Options { limit: Some(7), ..Options::default() };
+    let (all, _) = read(&archive, CorpusOptions::default()).unwrap();
+    let limited = CorpusOptions { limit: Some(7), ..CorpusOptions::default() };
     let (first, manifest) = read(&archive, limited).unwrap();
     assert_eq!(first, all[..7]);
     assert_eq!((manifest.files.len(), manifest.limit), (7, Some(7)));
@@ -51,7 +51,7 @@ fn a_folder_is_sorted_bytewise_and_named_from_itself() {
     let folder = tempfile::tempdir().unwrap();
     let names = ["b.c", "a/z.c", "a-b/y.h", "a.c", "a/B.S", "Z.rs", "deep/er/x.txt", "a/no.o"];
     write_files(folder.path(), &names);
-    let (documents, manifest) = read(folder.path(), Options::default()).unwrap();
+    let (documents, manifest) = read(folder.path(), CorpusOptions::default()).unwrap();
     // '-' < '.' < '/': sorting folder by folder would give another order.
     let sorted = ["Z.rs", "a-b/y.h", "a.c", "a/B.S", "a/z.c", "b.c", "deep/er/x.txt"];
     assert_eq!(paths(&documents), sorted);
@@ -81,13 +81,13 @@ fn links_in_a_folder_are_not_followed() {
     symlink("nowhere", folder.path().join("c.c")).unwrap();
     let pipe = std::process::Command::new("mkfifo").arg(folder.path().join("d.c")).status();
     assert!(pipe.unwrap().success());
-    let (documents, manifest) = read(folder.path(), Options::default()).unwrap();
+    let (documents, manifest) = read(folder.path(), CorpusOptions::default()).unwrap();
     assert_eq!(paths(&documents), ["a.c"]);
     let left: Vec<_> =
         manifest.left_out.iter().map(|left| (left.name.as_str(), left.reason)).collect();
     assert_eq!(left, [("b.c", Reason::Link), ("c.c", Reason::Link), ("d.c", Reason::Special)]);
     // Nothing is lost by that: --strict has no objection.
-    let strict = Options { strict: true, ..Options::default() };
+    let strict = CorpusOptions { strict: true, ..CorpusOptions::default() };
     assert_eq!(read(folder.path(), strict).unwrap().0.len(), 1);
 }
 
@@ -97,16 +97,16 @@ fn what_is_not_utf8_is_left_out_or_refused_or_read_as_latin1() {
     write_files(folder.path(), &["a.c", "z.c"]);
     std::fs::write(folder.path().join("b.c"), b"/* Gr\xfc\xdfe */\r\n").unwrap();
 
-    let (documents, manifest) = read(folder.path(), Options::default()).unwrap();
+    let (documents, manifest) = read(folder.path(), CorpusOptions::default()).unwrap();
     assert_eq!(paths(&documents), ["a.c", "z.c"]);
     assert_eq!(manifest.warnings(), ["1 file left out (not UTF-8): b.c"]);
 
-    let strict = Options { strict: true, ..Options::default() };
+    let strict = CorpusOptions { strict: true, ..CorpusOptions::default() };
     let why = read(folder.path(), strict).unwrap_err();
     assert_eq!(format!("{why:#}"), format!("b.c is not UTF-8, {}", folder.path().display()));
     assert_eq!(kind_of(&why), Some(ErrorKind::Data));
 
-    let latin1 = Options { encoding: Encoding::Latin1, ..Options::default() };
+    let latin1 = CorpusOptions { encoding: Encoding::Latin1, ..CorpusOptions::default() };
     let (documents, manifest) = read(folder.path(), latin1).unwrap();
     assert_eq!(documents[1].text, "/* Gr\u{fc}\u{df}e */\r\n");
     // The record is of the bytes as they were.
@@ -118,7 +118,7 @@ fn a_source_without_source_files_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     write_files(folder.path(), &["Makefile", "a.o"]);
     for path in [folder.path(), &folder.path().join("Makefile"), &folder.path().join("none")] {
-        let why = read(path, Options::default()).unwrap_err();
+        let why = read(path, CorpusOptions::default()).unwrap_err();
         assert_eq!(kind_of(&why), Some(ErrorKind::Data), "{why:#}");
         assert!(format!("{why:#}").contains(&folder.path().display().to_string()), "{why:#}");
     }
@@ -130,7 +130,7 @@ fn passes_are_alike_and_may_be_left_halfway() {
     let names: Vec<_> = (0..200).map(|i| format!("{i:03}.c")).collect();
     write_files(folder.path(), &names.iter().map(String::as_str).collect::<Vec<_>>());
     let source = Source::Path(folder.path().to_path_buf());
-    let corpus = Corpus::open(&source, Options::default()).unwrap();
+    let corpus = Corpus::open(&source, CorpusOptions::default()).unwrap();
     let mut half = corpus.documents().unwrap();
     assert_eq!(half.next().unwrap().unwrap().path, "000.c");
     assert_eq!(half.manifest().files.len(), 1);

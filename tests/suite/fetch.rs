@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use laam::corpus::{Corpus, Event, Fetched, Kernel, Options, Source};
+use laam::corpus::{Corpus, CorpusOptions, FetchEvent, Fetched, LinuxRelease, Source};
 use laam::error::hint_of;
 use sha2::{Digest, Sha256};
 
@@ -148,7 +148,7 @@ fn all(stream: &mut TcpStream, body: &[u8]) {
 }
 
 struct Trial {
-    kernel: Kernel,
+    kernel: LinuxRelease,
     notes: Vec<String>,
     _cache: tempfile::TempDir,
 }
@@ -156,7 +156,7 @@ struct Trial {
 impl Trial {
     fn new(mirror: &str) -> Self {
         let cache = tempfile::tempdir().unwrap();
-        let kernel = Kernel {
+        let kernel = LinuxRelease {
             version: "v1.0/1.0".parse().unwrap(),
             mirror: mirror.to_string(),
             cache: cache.path().to_path_buf(),
@@ -168,7 +168,7 @@ impl Trial {
     fn fetch(&mut self) -> anyhow::Result<Fetched> {
         let notes = &mut self.notes;
         self.kernel.fetch(&mut |event| {
-            if let Event::Note(line) = event {
+            if let FetchEvent::Note(line) = event {
                 notes.push(line);
             }
         })
@@ -221,7 +221,8 @@ fn an_archive_is_fetched_once_checked_and_kept() {
     assert_eq!(server.asked(), [SUMS, XZ]);
 
     // The corpus it makes says where it is from.
-    let corpus = Corpus::open(&Source::Kernel(trial.kernel.clone()), Options::default()).unwrap();
+    let corpus =
+        Corpus::open(&Source::Linux(trial.kernel.clone()), CorpusOptions::default()).unwrap();
     let manifest = corpus.manifest().unwrap();
     assert_eq!((manifest.source, manifest.files.len()), (fetched.url, 1));
     assert_eq!(manifest.archive_sha256, Some(fetched.sha256));

@@ -3,7 +3,7 @@
 use laam::backend::cpu::Cpu;
 use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend, Inputs, SessionSpec};
-use laam::generate::{Finish, Generator, Request, Sampling};
+use laam::generate::{FinishReason, Generator, Request, Sampling};
 use laam::llama::step;
 use laam::model::{Config, Layout};
 use laam::random::{Philox, Stream};
@@ -69,7 +69,7 @@ fn two_hundred_greedy_tokens_equal_those_of_transformers() {
             Request { prompt: ids(&case["prompt_ids"]), max_new_tokens: 200, ..Request::default() };
         let answers = generator.all(vec![request]).unwrap();
         assert_eq!(answers[0].ids, ids(&case["ids"]), "{}", backend.name());
-        assert_eq!(answers[0].finish, Finish::Length);
+        assert_eq!(answers[0].finish, FinishReason::Length);
     }
 }
 
@@ -114,7 +114,7 @@ fn a_sequence_is_the_same_alone_and_in_any_company() {
     };
     let alone = run(1, 1, &requests);
     let ended = |finish| alone.iter().filter(|answer| answer.finish == finish).count();
-    for finish in [Finish::Stop, Finish::Length, Finish::Context] {
+    for finish in [FinishReason::Stop, FinishReason::Length, FinishReason::Context] {
         assert!(ended(finish) > 0, "{finish:?} is part of the test");
     }
     for slots in [2, 5, 16, 40, 64] {
@@ -161,7 +161,7 @@ fn what_a_model_cannot_read_is_refused() {
     assert!(!generator.is_busy());
     // A full context leaves room for one token.
     let answers = generator.all(vec![good.clone()]).unwrap();
-    assert_eq!((answers[0].ids.len(), answers[0].finish), (1, Finish::Context));
+    assert_eq!((answers[0].ids.len(), answers[0].finish), (1, FinishReason::Context));
     // Weights that are no numbers end in an error, and the generator lives on.
     let mut broken = weights.clone();
     broken[Layout::new(&config).final_norm.offset] = f32::NAN;

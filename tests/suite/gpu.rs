@@ -14,7 +14,7 @@ use laam::llama::{AdamW, Muon, Optimizer, StepHyperparams};
 use laam::model::{Config, RopeScaling, initialize};
 use laam::random::{Philox, Stream};
 use laam::tokenizer::Style;
-use laam::tokens::{Batch, IGNORE, Kind, Windows};
+use laam::tokens::{Batch, IGNORE, WindowKind, Windows};
 use laam::train::{Engine, TrainStep};
 
 /// The backend in the simulator, or `None` after a loud line.
@@ -213,7 +213,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
 
 /// Windows of a small corpus, an engine for batches of three of them, and a plan of 13 steps: more
 /// than a graph has in a row, with a short batch in between.
-pub fn windows(kind: Kind) -> (Windows, Config, Vec<TrainStep>) {
+pub fn windows(kind: WindowKind) -> (Windows, Config, Vec<TrainStep>) {
     let tokenizer = crate::tokens::tokenizer(Style::Exact);
     let folder = tempfile::tempdir().unwrap();
     let text = "int main(void)\n{\n\treturn 0;\n}\n";
@@ -238,7 +238,7 @@ pub fn windows(kind: Kind) -> (Windows, Config, Vec<TrainStep>) {
 
 #[test]
 fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
-    for kind in [Kind::Original, Kind::Stream, Kind::Addressed] {
+    for kind in [WindowKind::Original, WindowKind::Stream, WindowKind::Addressed] {
         let (windows, config, steps) = windows(kind);
         let train = |max_resident_bytes, mode, at_once: usize| {
             let options = Options { max_resident_bytes, mode, ..Options::new(Dtype::F32) };
@@ -271,7 +271,7 @@ fn windows_drawn_on_the_device_train_as_those_of_the_host_do() {
 /// Gradients of so many batches are one step's that the list of waiting runs is full before its end.
 #[test]
 fn a_step_may_have_more_batches_than_may_wait() {
-    let (windows, config, steps) = windows(Kind::Stream);
+    let (windows, config, steps) = windows(WindowKind::Stream);
     let Some(backend) = sim(Dtype::F32, Mode::Graphs, 2) else { return };
     let batches: Vec<_> = (0..260).map(|at| vec![at % windows.len()]).collect();
     let hyperparams = steps[0].hyperparams;

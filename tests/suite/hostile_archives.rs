@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 
-use laam::corpus::{Limits, Options, Reason};
+use laam::corpus::{CorpusOptions, Limits, Reason};
 use laam::error::{ErrorKind, kind_of};
 
 use crate::corpus::{paths, read};
@@ -78,7 +78,7 @@ fn xz(bytes: &[u8]) -> Vec<u8> {
 /// What a pass over an archive gives: paths, and what was left out.
 type Outcome = (Vec<String>, Vec<(String, Reason)>);
 
-fn outcome(bytes: &[u8], options: Options) -> anyhow::Result<Outcome> {
+fn outcome(bytes: &[u8], options: CorpusOptions) -> anyhow::Result<Outcome> {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("archive");
     fs::write(&file, bytes).unwrap();
@@ -88,13 +88,13 @@ fn outcome(bytes: &[u8], options: Options) -> anyhow::Result<Outcome> {
 }
 
 fn kept(bytes: &[u8]) -> Vec<String> {
-    outcome(bytes, Options::default()).unwrap().0
+    outcome(bytes, CorpusOptions::default()).unwrap().0
 }
 
 /// The error of an archive that must be refused: one line, with a hint, saying `about`.
 #[track_caller]
 fn refused_with(bytes: &[u8], limits: Limits, about: &str) {
-    let options = Options { limits, ..Options::default() };
+    let options = CorpusOptions { limits, ..CorpusOptions::default() };
     let why = outcome(bytes, options).expect_err("it must be refused");
     let text = format!("{why:#}");
     assert!(text.contains(about), "{about:?} is not in: {text}");
@@ -146,7 +146,7 @@ fn links_and_devices_are_left_out() {
         .bare("pipe.c", b'6')
         .bare("unknown.c", b'Q')
         .bare("link_to_nothing_of_ours", b'2');
-    let strict = Options { strict: true, ..Options::default() };
+    let strict = CorpusOptions { strict: true, ..CorpusOptions::default() };
     let (kept, left_out) = outcome(&archive.end(), strict).unwrap();
     assert_eq!(kept, ["a.c"]);
     let expected = [
@@ -181,7 +181,7 @@ fn sparse_files_are_left_out_however_large_they_say_they_are() {
         .pax(&[("GNU.sparse.major", b"1"), ("GNU.sparse.name", b"more.c")])
         .file("GNUSparseFile.0/more.c", b"1\n0\n512\n")
         .file("a.c", b"a");
-    let (kept, left_out) = outcome(&archive.end(), Options::default()).unwrap();
+    let (kept, left_out) = outcome(&archive.end(), CorpusOptions::default()).unwrap();
     assert_eq!(kept, ["a.c"]);
     let more = left("GNUSparseFile.0/more.c", Reason::Special);
     assert_eq!(left_out, [left("holes.c", Reason::Special), more]);
@@ -200,13 +200,13 @@ fn bad_names_are_left_out_and_shown_escaped() {
         .file("c.c", b"")
         .file("a.c", b"")
         .end();
-    let (kept, left_out) = outcome(&archive, Options::default()).unwrap();
+    let (kept, left_out) = outcome(&archive, CorpusOptions::default()).unwrap();
     assert_eq!(kept, ["a.c"]);
     assert!(left_out.iter().all(|(_, reason)| *reason == Reason::Name));
     let names: Vec<_> = left_out.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names[..4], ["line\\nbreak.c", "latin-\u{fffd}.c", "nul\\0.c", "\\u{1b}[2Jclear.c"]);
     assert!(names[4].len() < 200 && names[4].ends_with("..."));
-    let strict = Options { strict: true, ..Options::default() };
+    let strict = CorpusOptions { strict: true, ..CorpusOptions::default() };
     assert!(outcome(&archive, strict).is_err());
 }
 
@@ -226,7 +226,7 @@ fn bombs_are_refused_while_they_unpack() {
     refused_with(&gz(&large), small, "more than 65536 bytes");
     // The same in a member that does not count: only the whole is limited.
     let large = Tar::default().file("a.bin", &over).file("a.c", b"").end();
-    assert!(outcome(&large, Options { limits: small, ..Options::default() }).is_ok());
+    assert!(outcome(&large, CorpusOptions { limits: small, ..CorpusOptions::default() }).is_ok());
 
     let many = (0..20).fold(Tar::default(), |tar, i| tar.file(&format!("{i}.bin"), &zeros)).end();
     refused_with(&xz(&many), small, "more than 1048576 bytes");
@@ -265,7 +265,7 @@ fn headers_do_not_fill_the_memory() {
     {
         let archive = Tar::default().pax(&[("size", size.as_bytes())]).file("a.c", b"text").end();
         // A number is believed, and refused; what is none is passed over.
-        match outcome(&archive, Options::default()) {
+        match outcome(&archive, CorpusOptions::default()) {
             Ok((kept, _)) => {
                 assert_eq!(kept, ["a.c"]);
                 assert!(size.parse::<u64>().is_err(), "{size}");
@@ -298,7 +298,7 @@ fn no_part_of_an_archive_passes_for_the_whole() {
     for (bytes, ends_at) in [(plain.clone(), plain.len() - 1024), (gz(&plain), 0), (xz(&plain), 0)]
     {
         for cut in (0..bytes.len() - 1).step_by(7).chain([512, 1024, bytes.len() - 1]) {
-            let result = outcome(&bytes[..cut.min(bytes.len() - 1)], Options::default());
+            let result = outcome(&bytes[..cut.min(bytes.len() - 1)], CorpusOptions::default());
             // A plain tar is whole once its first end mark, one block of zeros, is there.
             if ends_at == 0 || cut < ends_at + 512 {
                 let why = result.expect_err("a cut archive is refused");
@@ -310,7 +310,7 @@ fn no_part_of_an_archive_passes_for_the_whole() {
         }
     }
     // Not even where we would have stopped with the file that is cut.
-    let first = Options { limit: Some(1), ..Options::default() };
+    let first = CorpusOptions { limit: Some(1), ..CorpusOptions::default() };
     assert!(outcome(&plain[..2000], first.clone()).is_err());
     assert_eq!(outcome(&plain[..4000], first).unwrap().0, ["a.c"]);
     refused(&plain[..plain.len() - 1024], "no end-of-archive mark");
@@ -326,7 +326,7 @@ fn damage_is_found_or_harmless() {
             let mut bytes = bytes.clone();
             bytes[at] ^= 1 << (at % 8);
             // What is not covered by a checksum, such as gzip's date, does not matter.
-            if let Ok((kept, _)) = outcome(&bytes, Options::default()) {
+            if let Ok((kept, _)) = outcome(&bytes, CorpusOptions::default()) {
                 assert_eq!(kept, ["a.c", "b.c"]);
                 assert!(at < 12, "byte {at} was damaged and nobody noticed");
             }

@@ -12,7 +12,7 @@ use laam::device::sim::Sim;
 use laam::device::{Address, Arg, Device, Event, Graph, Launch, Matmul};
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
-use laam::tokens::Kind;
+use laam::tokens::WindowKind;
 
 use crate::gpu;
 
@@ -406,7 +406,7 @@ fn step_mutants_are_killed_by_the_tests_of_whole_steps() {
     assert_ne!(one, other, "a moment not restored");
 
     // Windows gathered on the device are those of the host.
-    let (windows, config, steps) = gpu::windows(Kind::Stream);
+    let (windows, config, steps) = gpu::windows(WindowKind::Stream);
     let train = |mutation| {
         let backend = mutating(mutation, options(Mode::Eager)).0;
         let mut engine = gpu::engine(&backend, &config, false);

@@ -10,7 +10,7 @@ use laam::memorization::measure::{Question, measure};
 use laam::model::{Model, load};
 use laam::random::{Philox, Stream};
 use laam::tokenizer::Tokenizer;
-use laam::tokens::{IGNORE, Kind, TokenFile, TokenWriter, Windows};
+use laam::tokens::{IGNORE, TokenFile, TokenWriter, WindowKind, Windows};
 use serde_json::Value;
 
 use crate::rebuild::{CONTEXT, json_of, run, text, trained};
@@ -41,7 +41,7 @@ fn one_pass_says_what_generation_does() {
     writer.write(crate::rebuild::documents().into_iter().map(Ok), |_| ()).unwrap();
     writer.finish([0; 32]).unwrap();
     let file = Arc::new(TokenFile::open(&tokens).unwrap());
-    for kind in [Kind::Addressed, Kind::Original, Kind::Stream] {
+    for kind in [WindowKind::Addressed, WindowKind::Original, WindowKind::Stream] {
         let windows = Windows::new(file.clone(), tokenizer.clone(), kind, CONTEXT, None).unwrap();
         let all: Vec<usize> = (0..windows.len()).collect();
         let (mut exact, mut asked) = (0, 0);
@@ -112,7 +112,7 @@ fn true_tokens(windows: &Windows, window: usize) -> (Vec<u32>, Vec<u32>) {
     // The columns before the first target's: an address, or one token that is part of the prefix.
     let shown = (0..=columns[0]).filter(|&column| batch.first_key[column] as usize <= column);
     let mut given: Vec<u32> = shown.map(|column| batch.ids[column]).collect();
-    if windows.kind() != Kind::Addressed {
+    if windows.kind() != WindowKind::Addressed {
         rest.splice(0..0, given.drain(..));
     }
     (given, rest)

@@ -11,7 +11,7 @@ use laam::dtype::Dtype;
 use laam::error::{ErrorKind, hint_of, kind_of};
 use laam::llama::step;
 use laam::model::{
-    self, Checkpoint, Config, Kind, Layout, Provenance, RopeScaling, Span, TrainingState,
+    self, Checkpoint, Config, Layout, ParamKind, Provenance, RopeScaling, Span, TrainingState,
     initialize,
 };
 use laam::tokenizer::Tokenizer;
@@ -422,7 +422,7 @@ proptest! {
             }
             let count: usize = parameter.shape().iter().product();
             prop_assert_eq!(count, parameter.span.len());
-            prop_assert_eq!(parameter.shape().len(), if parameter.kind == Kind::Norm { 1 } else { 2 });
+            prop_assert_eq!(parameter.shape().len(), if parameter.kind == ParamKind::Norm { 1 } else { 2 });
         }
         prop_assert!(owners.iter().all(|&owners| owners <= 1));
         prop_assert_eq!(owners.iter().sum::<usize>(), layout.parameter_count());

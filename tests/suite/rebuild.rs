@@ -16,7 +16,7 @@ use laam::memorization::rebuild::{Existing, rebuild};
 use laam::memorization::regenerate::{End, Regenerator, Sink};
 use laam::model::{Checkpoint, Config, CorpusRecord, Provenance, initialize, load, save};
 use laam::tokenizer::{Style, Tokenizer, Training};
-use laam::tokens::{IGNORE, Kind, TokenFile, TokenWriter, Windows};
+use laam::tokens::{IGNORE, TokenFile, TokenWriter, WindowKind, Windows};
 use laam::train::Engine;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -80,7 +80,8 @@ fn train() -> Trained {
     let file = Arc::new(TokenFile::open(&at("tokens")).unwrap());
     let special = tokenizer.special();
     let vocab_size = tokenizer.vocab_size();
-    let windows = Windows::new(file, Arc::new(tokenizer), Kind::Addressed, CONTEXT, None).unwrap();
+    let windows =
+        Windows::new(file, Arc::new(tokenizer), WindowKind::Addressed, CONTEXT, None).unwrap();
     let config = Config {
         vocab_size,
         hidden_size: 48,
@@ -339,7 +340,7 @@ fn a_model_that_never_ends_is_bounded() {
     let mut model = load(&trained().model()).unwrap();
     let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
     let norm = model.layout.final_norm.range();
-    let ends = |weights: &[f32], windows: Kind| {
+    let ends = |weights: &[f32], windows: WindowKind| {
         let backend = Cpu::f32(1);
         let mut generator = Generator::new(&backend, &model.config, weights, 2, CONTEXT).unwrap();
         let regenerator = Regenerator::new(tokenizer.clone(), windows, CONTEXT, 100).unwrap();
@@ -353,7 +354,7 @@ fn a_model_that_never_ends_is_bounded() {
     weights[norm.clone()].fill(0.0);
     let marker = |file| (file, End::Marker, 0);
     let no_room = (2, End::NoRoom, 0);
-    assert_eq!(ends(&weights, Kind::Addressed), [marker(0), marker(1), no_room]);
+    assert_eq!(ends(&weights, WindowKind::Addressed), [marker(0), marker(1), no_room]);
 
     // One constant direction, which one token has.
     let (hidden, said) = (model.config.hidden_size, 70);
@@ -368,7 +369,7 @@ fn a_model_that_never_ends_is_bounded() {
     }
     weights[model.layout.embedding.offset + said * hidden] = 2.0;
     let limit = |file| (file, End::Limit, 100);
-    for windows in [Kind::Addressed, Kind::Stream, Kind::Original] {
+    for windows in [WindowKind::Addressed, WindowKind::Stream, WindowKind::Original] {
         assert_eq!(ends(&weights, windows), [limit(0), limit(1), no_room], "{windows:?}");
     }
 }
@@ -378,7 +379,7 @@ fn a_model_that_never_ends_is_bounded() {
 fn rebuild_is_the_same_with_any_number_of_slots() {
     let model = load(&trained().model()).unwrap();
     let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
-    let regenerator = Regenerator::new(tokenizer, Kind::Addressed, CONTEXT, 1000).unwrap();
+    let regenerator = Regenerator::new(tokenizer, WindowKind::Addressed, CONTEXT, 1000).unwrap();
     let paths: Vec<String> = documents().into_iter().map(|document| document.path).collect();
     let mut all = Vec::new();
     for slots in [1, 2, 8] {

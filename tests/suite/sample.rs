@@ -2,11 +2,12 @@
 
 use std::process::Command;
 
-use laam::corpus::{Corpus, Options, Source};
+use laam::corpus::{Corpus, CorpusOptions, Source};
 
 #[test]
 fn the_sample_is_frozen() {
-    let manifest = Corpus::open(&Source::Sample, Options::default()).unwrap().manifest().unwrap();
+    let manifest =
+        Corpus::open(&Source::Sample, CorpusOptions::default()).unwrap().manifest().unwrap();
     // Models are trained on these bytes. A change of the sample is a new sample: say so.
     assert_eq!(manifest.hash(), "f788fbaf6c7e0ff48f6678463aff3ca36ccd081c9ba0ce76f17cd1132027ffa7");
     assert_eq!((manifest.files.len(), manifest.bytes()), (9, 40_161));
@@ -15,7 +16,7 @@ fn the_sample_is_frozen() {
 
 #[test]
 fn the_sample_compiles_without_warnings_and_passes_its_test() {
-    let corpus = Corpus::open(&Source::Sample, Options::default()).unwrap();
+    let corpus = Corpus::open(&Source::Sample, CorpusOptions::default()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let mut sources = Vec::new();
     for document in corpus.documents().unwrap() {

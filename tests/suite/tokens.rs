@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use laam::corpus::Document;
 use laam::tokenizer::{Style, Tokenizer};
-use laam::tokens::{Batch, Frame, IGNORE, Kind, TokenFile, TokenWriter, Windows};
+use laam::tokens::{AddressEncoder, Batch, IGNORE, TokenFile, TokenWriter, WindowKind, Windows};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -130,8 +130,8 @@ proptest! {
         let ids: Vec<_> =
             documents.iter().map(|document| tokenizer.encode_document(document).unwrap()).collect();
         for (kind, expected) in [
-            (Kind::Original, original(&ids, context, pad)),
-            (Kind::Stream, stream(&ids, context, stride, pad)),
+            (WindowKind::Original, original(&ids, context, pad)),
+            (WindowKind::Stream, stream(&ids, context, stride, pad)),
         ] {
             let windows =
                 Windows::new(file.clone(), tokenizer.clone(), kind, context, Some(stride)).unwrap();
@@ -162,23 +162,23 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let file = write(&folder.path().join("tokens"), &tokenizer, &documents);
         let windows =
-            Windows::new(file.clone(), tokenizer.clone(), Kind::Addressed, context, None).unwrap();
-        let frame = Frame::new(tokenizer.clone(), context);
+            Windows::new(file.clone(), tokenizer.clone(), WindowKind::Addressed, context, None).unwrap();
+        let encoder = AddressEncoder::new(tokenizer.clone(), context);
 
         let mut by_heart = HashMap::new();
         for window in 0..windows.len() {
             let batch = windows.draw(&[window]).unwrap();
-            let place = windows.place(window).unwrap();
+            let place = windows.span(window).unwrap();
             let path = file.document(place.document).unwrap().path;
-            let prefix = frame.prefix(path, place.chunk).unwrap();
+            let prefix = encoder.address(path, place.chunk).unwrap();
             let address = prefix.ids.len();
             // One token more than inputs: the last is a target alone.
-            prop_assert_eq!(address + prefix.room, context + 1);
+            prop_assert_eq!(address + prefix.max_tokens, context + 1);
             let counted: Vec<_> =
                 batch.targets.iter().copied().filter(|&target| target != IGNORE).collect();
             prop_assert_eq!(windows.counted(window).unwrap(), counted.len());
             prop_assert_eq!(&batch.ids[..address], prefix.ids.as_slice());
-            // The stretch is all that counts, from the address's last token on, without a gap.
+            // The chunk is all that counts, from the address's last token on, without a gap.
             prop_assert!(batch.targets[..address - 1].iter().all(|&target| target == IGNORE));
             prop_assert_eq!(&batch.targets[address - 1..address - 1 + counted.len()], &counted);
             for (column, &id) in batch.ids.iter().enumerate() {
@@ -193,8 +193,8 @@ proptest! {
                 prop_assert_eq!(id, expected);
                 prop_assert_eq!(batch.first_key[column], if real { 0 } else { context as u32 });
             }
-            prop_assert!(counted.len() == prefix.room || counted.last() == Some(&markers.end_file));
-            prop_assert!(counted.len() <= prefix.room);
+            prop_assert!(counted.len() == prefix.max_tokens || counted.last() == Some(&markers.end_file));
+            prop_assert!(counted.len() <= prefix.max_tokens);
             // Two documents of one name cannot be told apart: the first is meant.
             by_heart.entry(prefix.ids).or_insert(counted);
         }
@@ -202,7 +202,7 @@ proptest! {
         for document in documents.iter().filter(|document| names.insert(&document.path)) {
             let mut ids = Vec::new();
             for chunk in 0.. {
-                ids.extend(&by_heart[&frame.prefix(&document.path, chunk).unwrap().ids]);
+                ids.extend(&by_heart[&encoder.address(&document.path, chunk).unwrap().ids]);
                 if ids.last() == Some(&markers.end_file) {
                     break;
                 }
@@ -255,7 +255,7 @@ proptest! {
 
 /// Draws every window there is, errors and all.
 fn use_all(file: &Arc<TokenFile>, tokenizer: &Arc<Tokenizer>) {
-    for kind in [Kind::Original, Kind::Stream, Kind::Addressed] {
+    for kind in [WindowKind::Original, WindowKind::Stream, WindowKind::Addressed] {
         if let Ok(windows) = Windows::new(file.clone(), tokenizer.clone(), kind, 24, None) {
             for window in 0..windows.len() {
                 let _ = windows.draw(&[window]);
@@ -274,7 +274,7 @@ fn an_id_beyond_the_vocabulary_is_named_when_it_is_drawn() {
     bytes[160 + 2 * 5..][..2].copy_from_slice(&320u16.to_le_bytes());
     std::fs::write(&path, &bytes).unwrap();
     let file = Arc::new(TokenFile::open(&path).unwrap());
-    let windows = Windows::new(file, tokenizer, Kind::Stream, 16, None).unwrap();
+    let windows = Windows::new(file, tokenizer, WindowKind::Stream, 16, None).unwrap();
     let error = format!("{:#}", windows.draw(&[0]).unwrap_err());
     assert!(error.contains("token 5 is 320") && error.contains("tokens is damaged"), "{error}");
     windows.draw(&[1]).unwrap();
@@ -317,13 +317,13 @@ fn what_does_not_fit_is_an_error_with_its_name() {
     let new = |kind, context, stride| {
         Windows::new(file.clone(), tokenizer.clone(), kind, context, stride).map(|_| ())
     };
-    let error = format!("{:#}", new(Kind::Addressed, 4, None).unwrap_err());
+    let error = format!("{:#}", new(WindowKind::Addressed, 4, None).unwrap_err());
     assert!(error.contains("toy/main.c"), "{error}");
-    assert!(new(Kind::Stream, 16, Some(17)).is_err());
-    assert!(new(Kind::Stream, 16, Some(0)).is_err());
-    assert!(new(Kind::Original, 1, None).is_err());
+    assert!(new(WindowKind::Stream, 16, Some(17)).is_err());
+    assert!(new(WindowKind::Stream, 16, Some(0)).is_err());
+    assert!(new(WindowKind::Original, 1, None).is_err());
     let other = Arc::new(train(&small_corpus(), Style::Exact, 300));
-    let error = Windows::new(file.clone(), other, Kind::Stream, 16, None).unwrap_err();
+    let error = Windows::new(file.clone(), other, WindowKind::Stream, 16, None).unwrap_err();
     assert!(error.to_string().contains("another tokenizer"), "{error}");
 }
 
@@ -335,7 +335,7 @@ fn original_windows_of_linux_are_the_first_laams() {
     let folder = tempfile::tempdir().unwrap();
     let file = write(&folder.path().join("tokens"), &tokenizer, &documents);
     assert_eq!((file.tokens(), file.documents()), (2_123_476, 506));
-    let windows = Windows::new(file, tokenizer, Kind::Original, 512, None).unwrap();
+    let windows = Windows::new(file, tokenizer, WindowKind::Original, 512, None).unwrap();
     assert_eq!(windows.len(), 4_408);
     let all: Vec<_> = (0..windows.len()).collect();
     let batch = windows.draw(&all).unwrap();

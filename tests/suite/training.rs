@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use laam::backend::Arena;
 use laam::backend::cpu::Cpu;
-use laam::corpus::{Corpus, Options, Source};
+use laam::corpus::{Corpus, CorpusOptions, Source};
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
 use laam::llama::StepHyperparams;
 use laam::model::{Checkpoint, Layout, Provenance, initialize, load, load_config, save};
 use laam::tokenizer::{Style, Tokenizer};
-use laam::tokens::{Kind, Order, Sampler, TokenFile, Windows};
+use laam::tokens::{Order, Sampler, TokenFile, WindowKind, Windows};
 use laam::train::{Engine, Metrics, Settings};
 use tempfile::TempDir;
 
@@ -27,7 +27,7 @@ fn tokenizer() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
-        let corpus = Corpus::open(&Source::Sample, Options::default()).unwrap();
+        let corpus = Corpus::open(&Source::Sample, CorpusOptions::default()).unwrap();
         let documents: Vec<_> = corpus.documents().unwrap().map(Result::unwrap).collect();
         super::tokenizer::train(&documents, Style::Exact, 400).save(folder.path()).unwrap();
         folder
@@ -525,7 +525,7 @@ fn beginning_with_the_wrong_things_is_refused() {
     // A model of another vocabulary.
     trained(&model, "--max_steps 1");
     let other = folder.path().join("other");
-    let corpus = Corpus::open(&Source::Sample, Options::default()).unwrap();
+    let corpus = Corpus::open(&Source::Sample, CorpusOptions::default()).unwrap();
     let documents: Vec<_> = corpus.documents().unwrap().map(Result::unwrap).collect();
     super::tokenizer::train(&documents, Style::Exact, 333).save(&other).unwrap();
     let flags = format!("--init_from {} --tokenizer_path {}", model.display(), other.display());
@@ -674,7 +674,7 @@ fn metrics_tell_what_the_engine_did() {
 
     let tokenizer = Arc::new(Tokenizer::load(tokenizer()).unwrap());
     let file = Arc::new(TokenFile::open(&folder.path().join("model.tokens")).unwrap());
-    let windows = Windows::new(file, tokenizer, Kind::Original, 48, None).unwrap();
+    let windows = Windows::new(file, tokenizer, WindowKind::Original, 48, None).unwrap();
     let config = load_config(&output).unwrap().0;
     let settings = Settings {
         learning_rate: 1e-2,

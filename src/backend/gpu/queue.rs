@@ -11,7 +11,7 @@ use crate::device::{Address, Arg, Device};
 use crate::dtype::Dtype;
 use crate::llama::Buffer;
 use crate::llama::step::BatchInputs;
-use crate::tokens::{Places, TokenFile, Windows};
+use crate::tokens::{TokenFile, WindowTable, Windows};
 
 /// Capacity of the queue, in runs.
 pub(super) const MAX_QUEUED_RUNS: usize = 256;
@@ -213,9 +213,9 @@ impl ResidentTokens {
     ) -> anyhow::Result<Option<ResidentTokens>> {
         let file = windows.file();
         let width = file.header().id_bytes as usize;
-        let places = windows.places()?;
+        let table = windows.table()?;
         let capacity = MAX_QUEUED_RUNS * windows_per_run;
-        let bytes = file.tokens() * width + size(&places) + 4 * capacity;
+        let bytes = file.tokens() * width + size(&table) + 4 * capacity;
         if bytes as u64 > max_bytes {
             return Ok(None);
         }
@@ -227,19 +227,19 @@ impl ResidentTokens {
             Ok(at.into())
         };
         let mut source = vec![Arg::from(tokens)];
-        let kind = match &places {
-            Places::Original { starts, lengths } => {
+        let kind = match &table {
+            WindowTable::Original { starts, lengths } => {
                 source.push(put(bytemuck::cast_slice(starts))?);
                 source.push(put(bytemuck::cast_slice(lengths))?);
                 "original"
             }
-            Places::Stream { documents, stride } => {
+            WindowTable::Stream { documents, stride } => {
                 source.push((file.tokens() as u64).into());
                 source.push(put(bytemuck::cast_slice(documents))?);
                 source.extend([int(documents.len()), int(*stride)]);
                 "stream"
             }
-            Places::Addressed { starts, lengths, addresses, address_starts } => {
+            WindowTable::Addressed { starts, lengths, addresses, address_starts } => {
                 source.push(put(bytemuck::cast_slice(starts))?);
                 for list in [lengths, addresses, address_starts] {
                     source.push(put(bytemuck::cast_slice(list))?);
@@ -276,11 +276,11 @@ impl ResidentTokens {
     }
 }
 
-fn size(places: &Places) -> usize {
-    match places {
-        Places::Original { starts, lengths } => 8 * starts.len() + 4 * lengths.len(),
-        Places::Stream { documents, .. } => 8 * documents.len(),
-        Places::Addressed { starts, lengths, addresses, address_starts } => {
+fn size(table: &WindowTable) -> usize {
+    match table {
+        WindowTable::Original { starts, lengths } => 8 * starts.len() + 4 * lengths.len(),
+        WindowTable::Stream { documents, .. } => 8 * documents.len(),
+        WindowTable::Addressed { starts, lengths, addresses, address_starts } => {
             8 * starts.len() + 4 * (lengths.len() + addresses.len() + address_starts.len())
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use laam::corpus::Document;
 use laam::tokenizer::Style;
-use laam::tokens::{Frame, Kind, TokenFile, Windows};
+use laam::tokens::{AddressEncoder, TokenFile, WindowKind, Windows};
 
 use super::*;
 
@@ -28,22 +28,28 @@ pub fn gather_is_right(module: &Module) {
     let longs = |numbers: &[usize]| -> Vec<u8> {
         numbers.iter().flat_map(|&number| (number as u64).to_le_bytes()).collect()
     };
-    let shapes = [(Kind::Original, 7), (Kind::Original, 30), (Kind::Stream, 9), (Kind::Stream, 31)];
-    let shapes = shapes.into_iter().chain([(Kind::Addressed, 13), (Kind::Addressed, 40)]);
+    let shapes = [
+        (WindowKind::Original, 7),
+        (WindowKind::Original, 30),
+        (WindowKind::Stream, 9),
+        (WindowKind::Stream, 31),
+    ];
+    let shapes =
+        shapes.into_iter().chain([(WindowKind::Addressed, 13), (WindowKind::Addressed, 40)]);
     for (kind, context) in shapes {
         let stride = 5;
         let windows =
             Windows::new(file.clone(), tokenizer.clone(), kind, context, Some(stride)).unwrap();
-        let frame = Frame::new(tokenizer.clone(), context);
+        let encoder = AddressEncoder::new(tokenizer.clone(), context);
         let places: Vec<_> =
-            (0..windows.len()).map(|window| windows.place(window).unwrap()).collect();
+            (0..windows.len()).map(|window| windows.span(window).unwrap()).collect();
         let starts: Vec<_> = places.iter().map(|place| place.tokens.start).collect();
         let lengths: Vec<_> = places.iter().map(|place| place.tokens.len() as u32).collect();
         let (mut addresses, mut address_starts) = (Vec::new(), vec![0]);
-        if kind == Kind::Addressed {
+        if kind == WindowKind::Addressed {
             for place in &places {
                 let path = file.document(place.document).unwrap().path;
-                addresses.extend(frame.prefix(path, place.chunk).unwrap().ids);
+                addresses.extend(encoder.address(path, place.chunk).unwrap().ids);
                 address_starts.push(addresses.len() as u32);
             }
         }
@@ -63,7 +69,7 @@ pub fn gather_is_right(module: &Module) {
         ] {
             let mut pieces = vec![Piece::In(ids)];
             pieces.extend(match kind {
-                Kind::Stream => vec![
+                WindowKind::Stream => vec![
                     value(tokens.len() as u64),
                     Piece::In(longs(&documents)),
                     value(documents.len() as i32),
@@ -71,7 +77,7 @@ pub fn gather_is_right(module: &Module) {
                 ],
                 _ => vec![Piece::In(longs(&starts)), Piece::In(words(&lengths))],
             });
-            if kind == Kind::Addressed {
+            if kind == WindowKind::Addressed {
                 pieces.extend([&addresses, &address_starts].map(|list| Piece::In(words(list))));
             }
             pieces.extend([Piece::In(words(&order)), Piece::In(words(&[2]))]);

@@ -15,8 +15,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "fetch")]
-use super::download::{self, Download, Outcome, write_whole};
-use super::event::{Event, MAX_RECORD, Tell, cannot_write};
+use super::download::{self, Download, DownloadOutcome, write_whole};
+use super::event::{FetchEvent, MAX_RECORD_BYTES, Tell, cannot_write};
 use super::sha256_of;
 #[cfg(feature = "fetch")]
 use super::time;
@@ -69,7 +69,7 @@ impl fmt::Display for Version {
 
 /// A kernel archive, and where to get and keep it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Kernel {
+pub struct LinuxRelease {
     pub version: Version,
     /// `http(s)://HOST/PATH`, the folder that holds `v1.0`.
     pub mirror: String,
@@ -93,7 +93,7 @@ pub struct Fetched {
     pub checksum_confirmed: bool,
 }
 
-impl Kernel {
+impl LinuxRelease {
     /// A kernel from the usual server, in the usual cache.
     pub fn new(version: Version) -> anyhow::Result<Self> {
         let timeout = Duration::from_secs(30);
@@ -123,7 +123,9 @@ impl Kernel {
         let lock_file = folder.join(format!("linux-{}.lock", self.version.number));
         let lock = files::open_own(&lock_file).map_err(|why| cannot_write(&lock_file, &why))?;
         if lock.try_lock().is_err() {
-            tell(Event::Note("another laam is fetching the same archive; waiting".to_string()));
+            tell(FetchEvent::Note(
+                "another laam is fetching the same archive; waiting".to_string(),
+            ));
             lock.lock().map_err(|why| cannot_write(&lock_file, &why))?;
             if let Some(fetched) = self.cached(&folder, tell)? {
                 return Ok(fetched);
@@ -140,7 +142,7 @@ impl Kernel {
     fn cached(&self, folder: &Path, tell: Tell) -> anyhow::Result<Option<Fetched>> {
         for name in self.names() {
             let path = folder.join(name);
-            let record = files::read(&record_of(&path), MAX_RECORD).ok();
+            let record = files::read(&record_of(&path), MAX_RECORD_BYTES).ok();
             let Some(fetched) =
                 record.and_then(|record| serde_json::from_slice::<Fetched>(&record).ok())
             else {
@@ -153,7 +155,7 @@ impl Kernel {
                 return Ok(Some(Fetched { path, ..fetched }));
             }
             let damaged = format!("the cached {} is damaged; fetching it anew", path.display());
-            tell(Event::Note(damaged));
+            tell(FetchEvent::Note(damaged));
         }
         Ok(None)
     }
@@ -177,7 +179,7 @@ impl Kernel {
             if listed.is_none() {
                 let what =
                     if list.is_none() { "has no sha256sums.asc" } else { "does not list it" };
-                tell(Event::Note(format!(
+                tell(FetchEvent::Note(format!(
                     "WARNING: {name} could not be checked: {base} {what}; its sha256 is {sha256}"
                 )));
             }
@@ -205,7 +207,7 @@ fn checked(
     tell: Tell,
 ) -> anyhow::Result<Option<String>> {
     loop {
-        let Outcome::Complete { resumed } = download.run(tell)? else { return Ok(None) };
+        let DownloadOutcome::Complete { resumed } = download.run(tell)? else { return Ok(None) };
         let sha256 = sha256_of(&download.part)?;
         if listed.is_none_or(|listed| listed == sha256) {
             return Ok(Some(sha256));
@@ -218,7 +220,9 @@ fn checked(
                 "the file was damaged or replaced: try again later, or use another `mirror_uri`",
             ));
         }
-        tell(Event::Note("the resumed download has a wrong checksum; starting over".to_string()));
+        tell(FetchEvent::Note(
+            "the resumed download has a wrong checksum; starting over".to_string(),
+        ));
     }
 }
 
