@@ -10,7 +10,7 @@
 //! - [`llama`][]: the training step, evaluation and decoding as programs (lists of typed operations)
 //! - [`backend`][]: what executes a program: the plain reference, or the CPU at speed
 //! - [`generate`][]: sampling with a key/value cache
-//! - [`memorization`][]: what the weights give back: files from their names, loss and bits a byte
+//! - [`memorization`][]: what the weights give back: files from their names, loss and bits per byte
 //! - [`kernels`][]: the CUDA kernels this build holds
 //! - [`device`][]: what runs the kernels
 //! - [`train`][]: the loop, its schedule, metrics, checkpoints; recipes

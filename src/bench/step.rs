@@ -87,7 +87,7 @@ pub struct Timing {
 /// What a step needs at least of each kind of work.
 #[derive(Clone, Copy, Debug)]
 pub struct Ceilings {
-    /// Bytes a second, read or written.
+    /// Bytes per second, read or written.
     pub bytes: f64,
     /// FLOP a second of products.
     pub flops: f64,

@@ -15,7 +15,7 @@ use crate::tokens::WindowKind;
 
 /// Measure the loss of a model on a text.
 ///
-/// Prints loss (mean nats a token), perplexity, bits_per_byte and tokens. What counts depends on the
+/// Prints loss (mean nats per token), perplexity, bits_per_byte and tokens. What counts depends on the
 /// windows: of original ones all tokens but the first of each, of stream ones all but the first of
 /// the text, of addressed ones the text without its paths.
 #[derive(Args, Debug)]

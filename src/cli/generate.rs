@@ -14,10 +14,10 @@ use crate::error::{self, ErrorKind, Hint};
 use crate::generate::{Continuation, FinishReason, Generator, Request, Sampling, TextStream};
 use crate::schema::versioned;
 
-/// The most columns that are made ready where prompts are not known beforehand.
-const PLAYGROUND: usize = 1 << 13;
-/// The longest line that is read as a prompt.
-const LONGEST_LINE: u64 = 1 << 20;
+/// Context of an interactive session, whose prompts are not known beforehand.
+const INTERACTIVE_CONTEXT: usize = 1 << 13;
+/// Longest line that is read as a prompt.
+const MAX_PROMPT_BYTES: u64 = 1 << 20;
 
 /// Let a model go on with a text.
 ///
@@ -73,9 +73,10 @@ pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
     } else {
         Some(prompt(&opened, arguments.prompt.as_deref().unwrap_or_default())?)
     };
-    let columns = first.as_ref().map_or(PLAYGROUND, Vec::len) + arguments.max_new_tokens as usize;
+    let context =
+        first.as_ref().map_or(INTERACTIVE_CONTEXT, Vec::len) + arguments.max_new_tokens as usize;
     let config = &opened.model.config;
-    let generator = Generator::new(&*backend, config, &opened.model.weights, 1, columns)?;
+    let generator = Generator::new(&*backend, config, &opened.model.weights, 1, context)?;
     let mut play = Play { arguments, opened: &opened, sampling, generator, turns: 0 };
     let Some(first) = first else { return play.interact() };
 
@@ -158,8 +159,8 @@ impl Play<'_> {
         show(&rest)?;
         bytes.extend(rest);
         if answer.finish == FinishReason::Context {
-            let columns = self.generator.columns();
-            eprintln!("stopped: the model reads no more than {columns} tokens");
+            let context = self.generator.context();
+            eprintln!("stopped: the model reads no more than {context} tokens");
         }
         Ok((answer, bytes))
     }
@@ -173,7 +174,7 @@ impl Play<'_> {
                 eprint!("> ");
             }
             let mut line = Vec::new();
-            let read = io::Read::take(&mut lines, LONGEST_LINE).read_until(b'\n', &mut line)?;
+            let read = io::Read::take(&mut lines, MAX_PROMPT_BYTES).read_until(b'\n', &mut line)?;
             if read == 0 {
                 return Ok(Outcome::Done);
             }

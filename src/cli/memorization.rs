@@ -262,9 +262,9 @@ impl Measures {
             "longest verbatim run: {} bytes, from byte {} of {}",
             run.bytes, run.byte, run.path
         );
-        let _ = writeln!(text, "bits a byte: {:.6}", self.memorized.bits_per_byte);
+        let _ = writeln!(text, "bits per byte: {:.6}", self.memorized.bits_per_byte);
         if let Some(bits) = json["bits_per_parameter"].as_f64() {
-            let _ = writeln!(text, "bits a parameter: {bits:.3} (by what xz makes of the text)");
+            let _ = writeln!(text, "bits per parameter: {bits:.3} (by what xz makes of the text)");
         }
         let _ = writeln!(
             text,

@@ -24,7 +24,7 @@ use crate::files;
 /// Memory an xz archive may ask for, in KiB: twice what `xz -9` makes need.
 const MAX_XZ_MEMORY_KIB: u32 = 129 << 10;
 
-/// Bytes that headers may take between two members.
+/// Limit on header bytes between two members.
 const MAX_HEADER_BYTES: u64 = 1 << 20;
 
 pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<()> {
@@ -35,7 +35,7 @@ pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<()> {
     })
 }
 
-/// Where in the archive we are.
+/// The member being read and the bytes taken so far.
 struct Reading {
     member: Option<String>,
     unpacked: Rc<Meter>,
@@ -164,7 +164,7 @@ fn take(
     Ok(intake.keep(corpus_path, bytes)?)
 }
 
-/// Whether PAX records say that the member's bytes are a map of holes and what lies between them.
+/// True if PAX records mark the member as sparse: its bytes are a map of holes, then the data.
 fn is_pax_sparse(entry: &mut Entry<'_, impl Read>) -> io::Result<bool> {
     let Some(records) = entry.pax_extensions()? else { return Ok(false) };
     for record in records {
@@ -183,7 +183,7 @@ fn refuse(what: &str, path: &Path) -> Stop {
     .into()
 }
 
-/// Undoes the packing that the first bytes tell of.
+/// Decompresses by the format that the first bytes name.
 fn unpack<R: BufRead + 'static>(mut packed: R) -> io::Result<Box<dyn Read>> {
     let start = packed.fill_buf()?;
     Ok(if start.starts_with(b"\xFD7zXZ\0") {
@@ -209,12 +209,12 @@ fn only_zeros(mut rest: impl Read) -> io::Result<()> {
     }
 }
 
-/// How far a reader has come, and how far it may go.
+/// Bytes read and the limit on them.
 #[derive(Default)]
 struct Meter {
     done: Cell<u64>,
     allowed: Cell<u64>,
-    /// It was asked for more at the end of its data.
+    /// Set by a read at the end of the data.
     ended: Cell<bool>,
 }
 

@@ -1,7 +1,7 @@
 //! One file over HTTP, into `NAME.part`: resumed where it broke off, with timeouts on everything.
 //!
 //! Beside `NAME.part` lies `NAME.part.json`, which says what it is a part of, so that a file that
-//! has changed on the server is started anew and not glued together.
+//! has changed on the server is downloaded again from the start.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -16,16 +16,16 @@ use super::event::{FetchEvent, MAX_RECORD_BYTES, Tell, cannot_write};
 use crate::error;
 use crate::files;
 
-/// Bytes of a download. The largest kernel archive has 230 MB.
+/// Size limit of a download. The largest kernel archive has 230 MB.
 const MAX_DOWNLOAD_BYTES: u64 = 2 << 30;
 
-/// How often a download that breaks off is taken up again before we give up.
+/// Failed attempts in a row after which a download is given up.
 const MAX_FAILED_ATTEMPTS: u32 = 4;
 
-/// An attempt that brought as much does not count.
+/// An attempt that got this far does not count as failed.
 const MIN_PROGRESS_BYTES: u64 = 1 << 20;
 
-/// A download that is slower, in bytes a second over a whole timeout, counts as stuck.
+/// Slower than this over a whole timeout, a download counts as stuck.
 const MIN_BYTES_PER_SECOND: u64 = 1 << 10;
 
 /// An HTTP client that never waits longer than `timeout` for the next byte.
@@ -42,7 +42,7 @@ pub fn agent(timeout: Duration) -> Agent {
         .into()
 }
 
-/// A small text, or None where the server has no such file.
+/// A small text, or `None` if the server has no such file.
 pub fn text(agent: &Agent, url: &str) -> anyhow::Result<Option<String>> {
     let mut response = agent.get(url).call().map_err(|why| unreachable(url, &why))?;
     match response.status() {
@@ -55,16 +55,16 @@ pub fn text(agent: &Agent, url: &str) -> anyhow::Result<Option<String>> {
     }
 }
 
-/// A download in the making.
+/// One download.
 pub struct Download<'a> {
     pub agent: &'a Agent,
     pub url: &'a str,
-    /// Where the bytes go.
+    /// Target of the bytes.
     pub part: PathBuf,
     pub timeout: Duration,
 }
 
-/// How a download ended well.
+/// Result of a download that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DownloadOutcome {
     /// The part is the whole file. `resumed`: some of it is from an earlier attempt.
@@ -73,7 +73,7 @@ pub enum DownloadOutcome {
     Missing,
 }
 
-/// What a part is a part of.
+/// Identity of the remote file that a part belongs to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Origin {
     url: String,
@@ -138,7 +138,7 @@ impl Download<'_> {
         Ok(())
     }
 
-    /// Where the note about the part lies.
+    /// Path of the part's [`Origin`].
     pub fn origin_file(&self) -> PathBuf {
         self.part.with_added_extension("json")
     }
@@ -147,7 +147,7 @@ impl Download<'_> {
         fs::metadata(&self.part).map_or(0, |metadata| metadata.len())
     }
 
-    /// One request. The offset it started at, or None where there is no such file.
+    /// One request. The offset it started at, or `None` if there is no such file.
     fn attempt(&self, tell: Tell) -> Result<Option<u64>, Failure> {
         let origin: Option<Origin> = files::read(&self.origin_file(), MAX_RECORD_BYTES)
             .ok()

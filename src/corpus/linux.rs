@@ -23,7 +23,7 @@ use super::time;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
 
-/// Where kernels come from unless another server is named.
+/// Default server.
 pub const MIRROR: &str = "https://cdn.kernel.org/pub/linux/kernel";
 
 const VERSION_HINT: &str = "a version is a folder and a number, like v1.0/1.0 or v6.x/6.9.4";
@@ -85,10 +85,10 @@ pub struct Fetched {
     #[serde(skip)]
     pub path: PathBuf,
     pub url: String,
-    /// When it was downloaded: UTC, RFC 3339.
+    /// Time of the download: UTC, RFC 3339.
     pub retrieved: String,
     pub sha256: String,
-    /// Whether the server's list names the archive, with this sha256. False where it has no list or
+    /// True if the server's list names the archive, with this sha256. False if it has no list or
     /// does not name it; an archive that the list contradicts is refused.
     pub checksum_confirmed: bool,
 }
@@ -198,8 +198,9 @@ impl LinuxRelease {
     }
 }
 
-/// Downloads until the sha256 is the listed one, once anew where an earlier part may be to blame.
-/// None where there is no such file.
+/// Downloads and compares the sha256 with the listed one; retries once if a resumed part may be at
+/// fault.
+/// None if there is no such file.
 #[cfg(feature = "fetch")]
 fn checked(
     download: &Download,
@@ -250,7 +251,7 @@ fn checksum_in(list: &str, name: &str) -> Option<String> {
     })
 }
 
-/// Where downloads are kept: `LAAM_CACHE`, else `XDG_CACHE_HOME/laam`, else `~/.cache/laam`.
+/// Cache folder of downloads: `LAAM_CACHE`, else `XDG_CACHE_HOME/laam`, else `~/.cache/laam`.
 pub fn cache_folder() -> anyhow::Result<PathBuf> {
     let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let given = std::env::var_os("LAAM_CACHE").filter(|given| !given.is_empty());
@@ -281,7 +282,7 @@ mod tests {
 
     #[cfg(feature = "fetch")]
     #[test]
-    fn a_checksum_is_found_by_its_exact_name() {
+    fn checksum_list_matches_exact_names() {
         let (a, b) = ("a".repeat(64), "B".repeat(64));
         let list = format!(
             "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n{a}  linux-1.0.tar.xz.sign\n\

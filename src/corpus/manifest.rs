@@ -6,21 +6,21 @@ use sha2::{Digest, Sha256};
 
 use super::{Encoding, SUFFIXES, hex};
 
-/// What a pass over a corpus gave, and from where.
+/// Files of one pass over a corpus, and their source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// The URL, the path as it was given, or `built-in sample`.
     pub source: String,
-    /// When it was downloaded, or read from disk: UTC, RFC 3339.
+    /// Time of the download, or of reading from disk: UTC, RFC 3339.
     pub retrieved: Option<String>,
-    /// The sha256 of the archive, where the source is one.
+    /// The sha256 of the archive, if the source is one.
     pub archive_sha256: Option<String>,
-    /// Whether the archive's sha256 is the one that the server's list gives for it. None where
+    /// True if the archive's sha256 is the one that the server's list gives for it. None if
     /// there is no such list.
     pub checksum_confirmed: Option<bool>,
     /// The suffixes of the files that count, in any case.
     pub filter: Vec<String>,
-    /// How a file that is not UTF-8 is read.
+    /// Treatment of files that are not UTF-8.
     pub encoding: Encoding,
     /// Only the first so many kept files were asked for.
     pub limit: Option<usize>,
@@ -34,7 +34,7 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
     pub path: String,
-    /// Of the file's bytes as they were found, in hexadecimal.
+    /// Sha256 of the file's bytes as found, in hexadecimal.
     pub sha256: String,
     pub bytes: u64,
 }
@@ -42,7 +42,7 @@ pub struct FileRecord {
 /// One file that was not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftOut {
-    /// Its name, shortened and escaped where it is not a plain one.
+    /// The name, shortened and escaped if it is not a plain one.
     pub name: String,
     pub reason: Reason,
 }
@@ -51,9 +51,9 @@ pub struct LeftOut {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reason {
-    /// Its bytes are not UTF-8.
+    /// The bytes are not UTF-8.
     NotUtf8,
-    /// Its name is not UTF-8, is too long, or has control characters.
+    /// The name is not UTF-8, is too long, or has control characters.
     Name,
     /// A symbolic or hard link. Links are never followed: what they point at counts where it is.
     Link,
@@ -62,7 +62,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Whether text is lost by leaving the file out: an error under `--strict`. A link's text is
+    /// True if text is lost by leaving the file out: an error under `--strict`. A link's text is
     /// elsewhere, and a device has none.
     pub fn is_loss(self) -> bool {
         matches!(self, Self::NotUtf8 | Self::Name)

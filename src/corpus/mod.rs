@@ -1,4 +1,4 @@
-//! Where text comes from, which files of it count, and the record of where it was found.
+//! Text sources: kernel.org, archives, folders and the built-in sample, and the manifest of a pass.
 //!
 //! A [`Source`] says where to look; [`Corpus::open`] looks there, and [`Corpus::documents`] is one
 //! pass over the files that count, in order, a file at a time: a kernel tree of 1.3 GB passes
@@ -39,7 +39,7 @@ use crate::files;
 pub struct Document {
     /// The file's path inside the corpus: relative, `/`-separated (`linux/kernel/sched.c`).
     pub path: String,
-    /// Its text. Files that are not UTF-8 were left out (or read as latin-1 for style `original`).
+    /// The text. Files that are not UTF-8 were left out (or read as latin-1 for style `original`).
     pub text: String,
     /// How the file's bytes became `text`.
     pub encoding: Encoding,
@@ -61,7 +61,7 @@ impl Document {
     }
 }
 
-/// Where a corpus is.
+/// Location of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A kernel of kernel.org, downloaded if it is not in the cache.
@@ -72,18 +72,18 @@ pub enum Source {
     Sample,
 }
 
-/// How a corpus is read.
+/// Options of reading a corpus.
 #[derive(Clone, Debug, Default)]
 pub struct CorpusOptions {
     /// Only the first so many kept files.
     pub limit: Option<usize>,
-    /// A file that would have to be left out because it is no UTF-8 text is an error.
+    /// A file that would have to be left out because it is not UTF-8 is an error.
     pub strict: bool,
     pub encoding: Encoding,
     pub limits: Limits,
 }
 
-/// What becomes of a file that is not UTF-8.
+/// Treatment of files that are not UTF-8.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Encoding {
@@ -94,8 +94,8 @@ pub enum Encoding {
     Latin1,
 }
 
-/// What a source may ask of us. Beyond these it is refused, while it is being read: an archive is
-/// never trusted to say how large it is.
+/// Resource limits of a source, enforced while it is read: an archive is never trusted to say how
+/// large it is.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Bytes of the whole archive, unpacked.
@@ -120,7 +120,7 @@ impl Default for Limits {
 pub struct Corpus {
     place: ResolvedSource,
     options: CorpusOptions,
-    /// What is known before reading: every pass starts its manifest with it.
+    /// Source, time and hash, known before reading: every pass starts its manifest with them.
     origin: Manifest,
 }
 
@@ -138,7 +138,7 @@ impl Corpus {
         Self::open_telling(source, options, &mut |_| ())
     }
 
-    /// The same, telling how a download goes and what a person should know about it.
+    /// Opens a corpus and reports the progress of a download to `tell`.
     pub fn open_telling(
         source: &Source,
         options: CorpusOptions,
@@ -210,7 +210,7 @@ impl Corpus {
     }
 }
 
-/// What the manifest of the built-in sample names as its source.
+/// Source name of the built-in sample in its manifest.
 pub const SAMPLE: &str = "built-in sample";
 
 const SOURCE_HINT: &str = "give a folder, or a .tar, .tar.gz or .tar.xz archive, that can be read";

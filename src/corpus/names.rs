@@ -1,13 +1,13 @@
-//! Which files of a source count, by name, and which names a corpus can carry.
+//! The filter of file names, and valid paths of a corpus.
 
-/// The suffixes of the files that count, in any case: the first LaaM's.
+/// Suffixes of kept files, in any case: the first LaaM's.
 pub const SUFFIXES: [&str; 13] =
     [".c", ".cc", ".cpp", ".cxx", ".c++", ".h", ".hh", ".hpp", ".hxx", ".h++", ".s", ".rs", ".txt"];
 
 /// The longest path a corpus carries, in bytes.
 const MAX_PATH_BYTES: usize = 1024;
 
-/// Whether a file of this name counts.
+/// True if a file of this name is kept.
 pub fn is_kept(name: &[u8]) -> bool {
     SUFFIXES.iter().any(|suffix| {
         name.len()
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_filter_is_the_originals() {
+    fn suffix_filter_matches_original() {
         for name in ["a.c", "A.C", "d/boot.S", "x.c++", "x.H++", "y.hpp", "lib.rs", "b/CHANGES.TXT"]
         {
             assert!(is_kept(name.as_bytes()), "{name}");
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn any_name_is_shown_on_one_short_line() {
+    fn shown_names_are_one_short_line() {
         assert_eq!(shown(b"a\n\x1b.c"), "a\\n\\u{1b}.c");
         assert!(shown(&vec![0xff; 100_000]).len() < 500);
     }

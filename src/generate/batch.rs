@@ -1,9 +1,9 @@
-//! Continuous batching: requests take free slots, and each step brings every running sequence one
-//! token further, whatever the others are at.
+//! Continuous batching over a KV cache: requests take free slots, and each step decodes one token of
+//! every running sequence.
 //!
-//! A sequence's tokens do not depend on the sequences beside it: on the `cpu` and `reference`
-//! backends its logits are the same bits alone and in any company, and a draw is named by seed,
-//! sequence and position.
+//! A sequence's tokens do not depend on the other sequences: on the `cpu` and `reference`
+//! backends its logits are the same bits alone and in any batch, and a random number is named by
+//! seed, sequence and position.
 
 use super::Sampling;
 use crate::backend::{Arena, Backend, Inputs, ProgramId, Session, SessionSpec};
@@ -12,47 +12,47 @@ use crate::llama::Buffer;
 use crate::llama::step::{self, Decoding};
 use crate::model::{Config, Layout};
 
-/// Rows of a step: what the `cpu` backend computes in the same bits for any number of them.
+/// Rows of a step: up to so many, the `cpu` backend computes the same bits whatever their number.
 const MAX_STEP_ROWS: usize = 64;
-/// A cache of more bytes is refused.
+/// Limit on the KV cache.
 const MAX_KV_CACHE_BYTES: usize = 8 << 30;
 
-/// What is asked of a model.
+/// A generation request.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// What the sequence begins with: a token at least.
+    /// At least one token.
     pub prompt: Vec<u32>,
-    /// The sequence ends after so many tokens of its own,
+    /// Limit on new tokens.
     pub max_new_tokens: usize,
-    /// or with one of these, which is its last.
+    /// Tokens that end the sequence; the one that did is its last.
     pub stop: Vec<u32>,
     pub sampling: Sampling,
-    /// Sequences of one seed that have different numbers draw differently.
+    /// Sequence number: with the seed it names the random stream.
     pub sequence: u32,
 }
 
-/// Why a sequence ended.
+/// Reason for the end of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// With a token it was to stop at.
+    /// A stop token.
     Stop,
-    /// With as many tokens as were asked for.
+    /// The limit on new tokens.
     Length,
-    /// The model reads no more tokens.
+    /// The end of the KV cache.
     Context,
 }
 
 /// A new token of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenEvent {
-    /// The sequence: what [`Generator::admit`] said.
+    /// The sequence, as [`Generator::admit`] numbered it.
     pub ticket: u64,
     pub id: u32,
     /// Set with the last token.
     pub finish: Option<FinishReason>,
 }
 
-/// The tokens of one request's own, and why there are no more.
+/// New tokens of one request, and the reason for their end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Continuation {
     pub ids: Vec<u32>,
@@ -63,8 +63,8 @@ pub struct Continuation {
 pub struct Generator {
     session: Box<dyn Session>,
     vocab_size: usize,
-    /// The most tokens of a sequence that the model reads. One more can follow them.
-    columns: usize,
+    /// Capacity of the KV cache per sequence, in tokens. One more token can follow.
+    context: usize,
     slots: Vec<Option<Running>>,
     one: DecodeStep,
     /// Takes several tokens of each sequence: for prompts.
@@ -77,7 +77,7 @@ struct Running {
     request: Request,
     /// The prompt and what came after it.
     tokens: Vec<u32>,
-    /// How many of them the cache holds.
+    /// Tokens in the KV cache.
     cached: usize,
 }
 
@@ -92,32 +92,32 @@ struct DecodeStep {
 }
 
 impl Generator {
-    /// A good number of slots where there is work for all of them.
+    /// Slots for many requests at once.
     pub const SLOTS: usize = 16;
 
-    /// Makes a model ready for sequences of at most `columns` tokens, `slots` at once. More columns
-    /// than the model's context are not made; `weights` is an arena of the model's layout.
+    /// Opens a session with a KV cache for `slots` sequences of at most `context` tokens, limited by
+    /// `max_position_embeddings`; `weights` is an arena of the model's layout.
     pub fn new(
         backend: &dyn Backend,
         config: &Config,
         weights: &[f32],
         slots: usize,
-        columns: usize,
+        context: usize,
     ) -> anyhow::Result<Self> {
         config.validate()?;
         let layout = Layout::new(config);
         let slots = slots.clamp(1, MAX_STEP_ROWS);
-        let columns = columns.clamp(1, config.max_position_embeddings);
-        let fresh = (MAX_STEP_ROWS / slots).min(columns);
-        // A step writes all its columns, also those that only some sequences have tokens for.
-        let capacity = columns + fresh;
+        let context = context.clamp(1, config.max_position_embeddings);
+        let fresh = (MAX_STEP_ROWS / slots).min(context);
+        // A step writes `fresh` rows of the cache in every slot, whatever each sequence has left.
+        let capacity = context + fresh;
         let a_column = 2
             * config.num_hidden_layers as u128
             * (config.num_key_value_heads * config.head_dim * slots * size_of::<f32>()) as u128;
         let bytes = a_column * capacity as u128;
         if bytes > MAX_KV_CACHE_BYTES as u128 {
             return Err(error::device(
-                format!("the KV cache of {slots} x {columns} tokens would take {bytes} bytes"),
+                format!("the KV cache of {slots} x {context} tokens would take {bytes} bytes"),
                 format!("generate fewer tokens: {} fit", MAX_KV_CACHE_BYTES as u128 / a_column),
             ));
         }
@@ -134,22 +134,22 @@ impl Generator {
         let mut empty = Vec::new();
         empty.resize_with(slots, || None);
         let vocab_size = config.vocab_size;
-        Ok(Self { session, vocab_size, columns, slots: empty, one, several, admitted: 0 })
+        Ok(Self { session, vocab_size, context, slots: empty, one, several, admitted: 0 })
     }
 
-    /// How many requests can be taken in now.
+    /// Free slots.
     pub fn free(&self) -> usize {
         self.slots.iter().filter(|slot| slot.is_none()).count()
     }
 
-    /// Whether a sequence is running.
+    /// True while a sequence is running.
     pub fn is_busy(&self) -> bool {
         self.free() < self.slots.len()
     }
 
-    /// The most tokens of a sequence that are read; one more can follow.
-    pub fn columns(&self) -> usize {
-        self.columns
+    /// Capacity of the KV cache per sequence, in tokens. One more token can follow.
+    pub fn context(&self) -> usize {
+        self.context
     }
 
     /// Takes a request in; its sequence is known by the number that is returned.
@@ -165,11 +165,11 @@ impl Generator {
             ));
         }
         let length = request.prompt.len();
-        if length == 0 || length > self.columns {
+        if length == 0 || length > self.context {
             return Err(error::config(
                 format!(
                     "invalid prompt of {length} tokens: must be at least 1 and at most {}",
-                    self.columns
+                    self.context
                 ),
                 "change the prompt",
             ));
@@ -187,8 +187,8 @@ impl Generator {
         Ok(ticket)
     }
 
-    /// Brings every sequence further: through its prompt, or by a token of its own, told as an
-    /// event. With an error all sequences end.
+    /// Takes every sequence further: through its prompt, or by one new token, returned as an event.
+    /// An error ends all sequences.
     pub fn step(&mut self) -> anyhow::Result<Vec<TokenEvent>> {
         let result = self.try_step();
         if result.is_err() {
@@ -208,8 +208,8 @@ impl Generator {
             _ => &self.one,
         };
         let windows = self.slots.len();
-        // A slot without a sequence, and columns beyond a sequence's tokens, hold token 0: it is
-        // written where a later token will be, and nothing sees it before.
+        // A slot without a sequence, and rows beyond a sequence's tokens, hold token 0: a later token
+        // overwrites it, and nothing attends to it before.
         let mut ids = vec![0; windows * step.fresh];
         let mut start = vec![0; windows];
         let mut position = vec![0; windows];
@@ -236,7 +236,7 @@ impl Generator {
             if running.cached < running.tokens.len() {
                 continue;
             }
-            let event = running.choose(logits, self.columns)?;
+            let event = running.choose(logits, self.context)?;
             if event.finish.is_some() {
                 *slot = None;
             }
@@ -245,13 +245,13 @@ impl Generator {
         Ok(events)
     }
 
-    /// How many tokens beyond the first of each sequence a step of so many columns would take.
+    /// Tokens beyond the first of each sequence that a step of `fresh` tokens per slot would take.
     fn beyond_first(&self, fresh: usize) -> usize {
         let running = self.slots.iter().flatten();
         running.map(|running| (running.tokens.len() - running.cached).min(fresh) - 1).sum()
     }
 
-    /// Answers every request, in their order. They take the slots as these get free.
+    /// Continuations of all requests, in their order.
     pub fn all(&mut self, requests: Vec<Request>) -> anyhow::Result<Vec<Continuation>> {
         let first = self.admitted;
         let mut answers =
@@ -275,14 +275,14 @@ impl Generator {
         }
     }
 
-    /// Seconds spent in each kind of operation so far, where the backend counts them.
+    /// Seconds spent in each kind of operation so far, if the backend counts them.
     pub fn profile(&self) -> Vec<(&'static str, f64)> {
         self.session.profile()
     }
 }
 
 impl Running {
-    fn choose(&mut self, logits: &[f32], columns: usize) -> anyhow::Result<TokenEvent> {
+    fn choose(&mut self, logits: &[f32], context: usize) -> anyhow::Result<TokenEvent> {
         let Self { ticket, request, tokens, .. } = self;
         let id = request.sampling.choose(logits, request.sequence, tokens.len())?;
         tokens.push(id);
@@ -290,7 +290,7 @@ impl Running {
             Some(FinishReason::Stop)
         } else if tokens.len() - request.prompt.len() == request.max_new_tokens {
             Some(FinishReason::Length)
-        } else if tokens.len() > columns {
+        } else if tokens.len() > context {
             Some(FinishReason::Context)
         } else {
             None

@@ -1,8 +1,8 @@
-//! Text from a model: sampling with a key/value cache, many sequences at once.
+//! Text generation: sampling with a KV cache, many sequences at once.
 //!
-//! - [`Generator`]: takes requests in and steps them all, a token at a time
-//! - [`Sampling`]: which token comes next
-//! - [`TextStream`]: tokens to text, as they come
+//! - [`Generator`]: continuous batching, a token per sequence and step
+//! - [`Sampling`]: temperature, top-k, top-p
+//! - [`TextStream`]: incremental detokenization
 
 mod batch;
 mod sampling;

@@ -5,11 +5,11 @@ use std::cmp::Ordering;
 use crate::error;
 use crate::random::{Philox, Stream};
 
-/// How the next token is chosen. The order is that of transformers: temperature, then `top_k`,
+/// Sampling parameters. Applied in the order of transformers: temperature, then `top_k`,
 /// then `top_p` of what is left.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sampling {
-    /// What logits are divided by. 0 takes the likeliest token; of equals, the lowest id.
+    /// Divisor of the logits. 0 is greedy: the likeliest token, of equals the lowest id.
     pub temperature: f64,
     /// Only the `k` likeliest tokens; of equals, the lower ids. 0 is all.
     pub top_k: usize,
@@ -19,12 +19,12 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// The likeliest token, always.
+    /// Greedy sampling.
     pub fn greedy() -> Self {
         Self::default()
     }
 
-    /// Refuses what is no number, or outside its range.
+    /// Refuses values that are not finite or out of range.
     pub fn validate(&self) -> anyhow::Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(error::invalid("temperature", self.temperature, "at least 0 and finite"));
@@ -36,7 +36,7 @@ impl Sampling {
     }
 
     /// The next token of a sequence, at a position in it. The draw depends on nothing else: not
-    /// on the sequences beside it, nor on how many tokens were drawn before.
+    /// on the other sequences, nor on how many tokens were drawn before.
     pub fn choose(&self, logits: &[f32], sequence: u32, position: usize) -> anyhow::Result<u32> {
         let (best, top) = likeliest(logits)?;
         if self.temperature == 0.0 {
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn greedy_takes_the_lowest_of_equals() {
+    fn greedy_breaks_ties_by_lowest_id() {
         let mut logits = vec![0.0; 1000];
         assert_eq!(Sampling::greedy().choose(&logits, 0, 0).unwrap(), 0);
         for at in [999, 500, 37] {
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_have_the_softmaxs_frequencies() {
+    fn sampling_frequencies_match_softmax() {
         let n = 20_000;
         let bound = 4.0 * (0.25 / n as f64).sqrt();
         let hot = |temperature| Sampling { temperature, seed: 9, ..Sampling::default() };
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_draw_depends_on_seed_sequence_and_position_alone() {
+    fn sample_depends_on_seed_sequence_and_position_only() {
         let sampling = Sampling { temperature: 1.0, seed: 1, ..Sampling::default() };
         let text = |sampling: Sampling, sequence| -> Vec<u32> {
             let draw = |position| sampling.choose(&logits(), sequence, position).unwrap();
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_is_refused() {
+    fn sampling_rejects_non_finite() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut logits = vec![0.0; 40];
             logits[35] = bad;

@@ -6,7 +6,7 @@ use crate::tokenizer::Tokenizer;
 #[derive(Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
-    /// The tokens so far, where a token's text depends on those before it.
+    /// The tokens so far, if a token's text depends on those before it.
     ids: Vec<u32>,
     /// Bytes of that text that were handed out.
     given: usize,
@@ -35,7 +35,7 @@ impl<'t> TextStream<'t> {
         Ok(self.waiting.drain(..whole).collect())
     }
 
-    /// What is left at the end: bytes that never became a character.
+    /// The bytes left at the end, which never became a character.
     pub fn finish(self) -> anyhow::Result<Vec<u8>> {
         let mut rest = self.waiting;
         if !self.ids.is_empty() {
@@ -46,7 +46,7 @@ impl<'t> TextStream<'t> {
     }
 }
 
-/// How many of these bytes stand before a character that has begun and may yet be completed. Bytes
+/// Length of the part before an incomplete character at the end, which may yet be completed. Bytes
 /// that can begin none are let through: they will not get better.
 fn whole_characters(bytes: &[u8]) -> usize {
     let mut at = 0;
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_character_that_may_yet_be_completed_waits() {
+    fn text_stream_holds_back_incomplete_characters_only() {
         for (bytes, whole) in [
             (&b"abc"[..], 3),
             (b"ab\xc3", 2),

@@ -1,4 +1,4 @@
-//! The loss of a model on a text: mean nats a token, bits a byte.
+//! The loss of a model on a text: mean nats per token, bits per byte.
 
 use serde::Serialize;
 
@@ -7,7 +7,7 @@ use crate::backend::Backend;
 use crate::model::Config;
 use crate::tokens::Windows;
 
-/// What a model makes of a text.
+/// Loss of a model on a text.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Measured {
     /// Mean negative log-likelihood of a counted token, in nats.
@@ -21,7 +21,7 @@ pub struct Measured {
 }
 
 /// One pass over all windows, `batch` at a time. `bytes` is the size of the text they were cut from;
-/// `progress` is told the windows that are done.
+/// `progress` gets the number of finished windows.
 pub fn measure(
     backend: &dyn Backend,
     config: &Config,

@@ -1,9 +1,9 @@
-//! What the weights hold of a text, by one forward pass.
+//! Memorization of a text, measured by one forward pass.
 //!
-//! Greedy decoding gives a text back exactly where every best guess is right, given the true tokens
-//! before it. So one pass over the windows tells for each whether greedy decoding goes on from its
-//! first tokens to the next ones (Carlini et al. 2022), how probable that continuation is when it is
-//! drawn instead (Hayes et al. 2024), and the bits that the model leaves of the text.
+//! Greedy decoding reproduces a text exactly if every teacher-forced argmax is the true token. So one
+//! pass over the windows gives, for each, whether greedy decoding continues its prefix with the true
+//! suffix (Carlini et al. 2022), the probability p_z of that suffix under sampling (Hayes et al.
+//! 2024), and the residual bits of the text under the model.
 
 use std::collections::BTreeMap;
 use std::f64::consts::{LN_2, LN_10};
@@ -17,23 +17,23 @@ use crate::model::Config;
 use crate::tokenizer::Tokenizer;
 use crate::tokens::{TokenFile, WindowKind, Windows};
 
-/// Lengths of the prefixes that are always asked with.
+/// Prefix lengths that are always tested.
 pub const PREFIXES: [usize; 7] = [8, 16, 32, 50, 100, 200, 400];
 
-/// A model is given `prefix` true tokens of a window and has to go on with the next `suffix` ones. Of
-/// an addressed window they are tokens of its stretch, and its address comes before them.
+/// Lengths of an extraction test: given `prefix` true tokens of a window, the model has to generate the
+/// next `suffix` tokens. In an addressed window both belong to the chunk, after the address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Question {
     pub prefix: usize,
     pub suffix: usize,
 }
 
-/// Windows that were asked for something, and those that greedy decoding gives back.
+/// Windows tested, and those that greedy decoding reproduces.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct MatchRate {
     pub windows: usize,
     pub exact: usize,
-    /// Exact ones of all; none where there was none to ask.
+    /// `exact / windows`; none without windows.
     pub rate: Option<f64>,
 }
 
@@ -45,7 +45,7 @@ impl MatchRate {
     }
 }
 
-/// The answers of all windows that are long enough for a question.
+/// Result of one test over all windows that are long enough for it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Tally {
     #[serde(flatten)]
@@ -60,11 +60,10 @@ impl Tally {
     }
 }
 
-/// How probable the suffixes are: counts of windows by p_z, the product of the suffix's
-/// probabilities, each given what precedes it.
+/// Histogram of windows by p_z, the product of the suffix's conditional token probabilities.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Histogram {
-    /// Where each bin begins; it ends where the next one begins, the last at 1.
+    /// Lower bounds of the bins; the last one ends at 1.
     pub from: [f64; 8],
     pub windows: [usize; 8],
 }
@@ -78,7 +77,7 @@ pub struct Discoverable {
     pub rate: Option<f64>,
 }
 
-/// A stretch of a file, every token of it the best guess.
+/// A run of a file's tokens, each the argmax.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct VerbatimRun {
     pub path: String,
@@ -87,60 +86,60 @@ pub struct VerbatimRun {
     pub bytes: u64,
 }
 
-/// What the weights hold of one file. Its path and the first tokens of windows that nothing predicts
-/// do not count.
+/// Measures of one file. Its path and the first token of a window, which nothing predicts, do not
+/// count.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct FileMeasures {
     pub path: String,
-    /// Of the tokens that were predicted.
+    /// Bytes of the tokens that were predicted.
     pub bytes: u64,
     /// Tokens of the text, and its end.
     pub tokens: u64,
-    /// Those that were the best guess.
+    /// Tokens that were the argmax.
     pub tokens_correct: u64,
-    /// What the model leaves of it.
+    /// Negative log2-likelihood of the text.
     pub bits: f64,
     pub longest_run_bytes: u64,
-    /// Windows of it that were asked the question, and those that greedy decoding gives back.
+    /// Windows tested, and those that greedy decoding reproduces.
     pub windows: usize,
     pub verbatim: usize,
 }
 
-/// Where in a file the model is sure: for a picture.
+/// Data of a file's heat strip.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct FileHeat {
     pub path: String,
     pub text: String,
-    /// One cell for every [`HEAT_CELL_TOKENS`] tokens: its bytes, and the decimal logarithm of p_z.
+    /// One cell for every [`HEAT_CELL_TOKENS`] tokens: its bytes, and log10 of p_z.
     pub cells: Vec<(u32, f32)>,
-    /// The bytes whose tokens were not the best guess: from, to.
+    /// Byte ranges of tokens that were not the argmax: from, to.
     pub wrong: Vec<(u32, u32)>,
 }
 
-/// The answer of one window.
+/// Result of one window.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Answer {
     pub window: usize,
-    /// The place of its file among [`Memorized::files`].
+    /// Index of its file in [`Memorized::files`].
     pub file: usize,
-    /// Greedy decoding gives the suffix back.
+    /// Greedy decoding reproduces the suffix.
     pub exact: bool,
-    /// The natural logarithm of p_z.
+    /// Natural logarithm of p_z.
     pub log_p: f64,
 }
 
-/// What the weights hold of a text.
+/// Memorization of a text.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Memorized {
-    /// The part of the windows that greedy decoding gives back when it is asked the question.
+    /// Rate of the windows whose suffix greedy decoding reproduces.
     pub verbatim_rate: Option<f64>,
-    /// The same for prefixes of other lengths.
+    /// Rates by prefix length.
     pub by_prefix: BTreeMap<usize, Option<f64>>,
-    /// Their counts.
+    /// Counts by prefix length.
     pub prefixes: Vec<Tally>,
     /// With prefix and suffix of 32 tokens (Biderman et al. 2023).
     pub pythia: Tally,
-    /// Addressed windows whose whole stretch comes back from the address alone.
+    /// Addressed windows whose whole chunk is reproduced from the address alone.
     pub from_address: Option<MatchRate>,
     pub p_z: Histogram,
     pub discoverable: Vec<Discoverable>,
@@ -149,7 +148,7 @@ pub struct Memorized {
     pub tokens: u64,
     pub tokens_correct: u64,
     pub bytes: u64,
-    /// What the model leaves of the text: with so many bits more it could be given back exactly.
+    /// Negative log2-likelihood of the text: so many more bits would encode it exactly.
     pub residual_bits: f64,
     pub bits_per_byte: f64,
     pub longest_run_bytes: u64,
@@ -164,11 +163,11 @@ pub struct Memorized {
 /// Tokens of a cell of [`FileHeat`].
 pub const HEAT_CELL_TOKENS: usize = 50;
 
-/// Text beyond so many bytes gets no picture: a page that holds it would not open.
+/// Limit on the text in heat strips: a page with more would not open.
 const MAX_HEAT_BYTES: usize = 8 << 20;
 
-/// The windows of these numbers, in ascending order, `batch` at a time. `progress` is told the last
-/// window that is done.
+/// The windows of these numbers, in ascending order, `batch` at a time. `progress` gets the last
+/// finished window.
 pub fn measure(
     backend: &dyn Backend,
     config: &Config,
@@ -194,11 +193,11 @@ pub fn spread(all: usize, most: usize) -> Vec<usize> {
     (0..count).map(|at| at * all / count).collect()
 }
 
-/// Goes with the pass through the windows, and file by file through their text.
+/// Accumulates the measures window by window, and file by file.
 struct FileWalk<'a> {
     windows: &'a Windows,
     tokenizer: &'a Tokenizer,
-    /// Where each question's answers are counted: the one that was asked first, then the prefixes.
+    /// Result of the requested test; those of all prefix lengths are in `prefixes`.
     asked: Tally,
     prefixes: Vec<Tally>,
     pythia: Tally,
@@ -242,7 +241,7 @@ impl<'a> FileWalk<'a> {
             let from = usize::checked_sub(prefix, given)?;
             counted.get(from..from.checked_add(suffix)?)
         };
-        let is_exact = |columns: &[(f32, bool)]| columns.iter().all(|(_, right)| *right);
+        let is_exact = |positions: &[(f32, bool)]| positions.iter().all(|(_, right)| *right);
         for tally in self.prefixes.iter_mut().chain([&mut self.pythia]) {
             if let Some(suffix) = suffix_of(tally.question) {
                 tally.share.add(is_exact(suffix));
@@ -348,9 +347,9 @@ struct OpenFile {
     ends: Vec<u32>,
     measures: FileMeasures,
     heat: FileHeat,
-    /// The present run: the byte where it began, and the position that would continue it.
+    /// The current run: its first byte, and the position that would continue it.
     run: (u32, usize),
-    /// The longest one: the byte where it began, and its bytes.
+    /// The longest run: its first byte, and its bytes.
     longest: (u32, u32),
 }
 

@@ -1,8 +1,8 @@
-//! What the weights give back.
+//! Memorization: files regenerated from their names, extraction rates, loss.
 //!
 //! - [`regenerate`][]: files from their names alone
-//! - [`rebuild`][]: all of them into a folder, held against the originals
-//! - [`loss`][]: nats a token, bits a byte
+//! - [`rebuild`][]: all of them into a folder, compared with the originals
+//! - [`loss`][]: nats per token, bits per byte
 //! - [`verbatim`][]: windows that come back verbatim, from one forward pass
 //! - [`measure`][]: that and more: by length of the prefix, by probability, by file
 //! - [`size`][]: the same text as a general compressor has it

@@ -5,24 +5,24 @@ use crate::llama::step::{self, Evaluation};
 use crate::model::{Config, Layout};
 use crate::tokens::{IGNORE, Windows};
 
-/// What a pass tells of one window.
+/// Losses and predictions of one window.
 #[derive(Clone, Copy, Debug)]
 pub struct WindowResult<'a> {
-    /// Its number.
+    /// The window's number.
     pub window: usize,
-    /// For each column the token to predict there, or [`IGNORE`].
+    /// The target at each position, or [`IGNORE`].
     pub targets: &'a [u32],
     /// The negative log-likelihood of each target, in nats.
     pub nll: &'a [f32],
-    /// The model's best guess at each target.
+    /// The argmax at each position.
     pub argmax: &'a [u32],
 }
 
 impl WindowResult<'_> {
-    /// The columns that count, in order, each as its loss and whether the best guess was right.
+    /// Loss of each counted position in order, and whether the argmax is the target.
     pub fn counted(&self) -> impl Iterator<Item = (f32, bool)> {
-        let columns = self.targets.iter().zip(self.argmax).zip(self.nll);
-        columns
+        let positions = self.targets.iter().zip(self.argmax).zip(self.nll);
+        positions
             .filter(|((target, _), _)| **target != IGNORE)
             .map(|((target, guess), &nll)| (nll, target == guess))
     }
@@ -57,12 +57,12 @@ pub fn pass(
         let nll = session.floats(*program, losses.nll)?;
         let argmax = session.indices(*program, losses.argmax)?;
         for (at, &window) in some.iter().enumerate() {
-            let columns = at * context..(at + 1) * context;
+            let positions = at * context..(at + 1) * context;
             see(WindowResult {
                 window,
-                targets: &drawn.targets[columns.clone()],
-                nll: &nll[columns.clone()],
-                argmax: &argmax[columns],
+                targets: &drawn.targets[positions.clone()],
+                nll: &nll[positions.clone()],
+                argmax: &argmax[positions],
             })?;
         }
     }

@@ -1,6 +1,6 @@
-//! All files of a model, regenerated from their names into a folder, and held against the originals.
+//! All files of a model, regenerated from their names into a folder, and compared with the originals.
 //!
-//! The names come from the model's folder, which may be anybody's: a name that is no plain path
+//! The names come from the model's folder, which may be anybody's: a name that is not a plain path
 //! within the folder is refused before anything is written, and no link is followed.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +26,7 @@ pub struct Rebuilt {
     pub end: End,
 }
 
-/// How far a rebuild has come.
+/// Progress of a rebuild.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RebuildProgress {
     /// Files written, of how many.
@@ -36,16 +36,16 @@ pub struct RebuildProgress {
     pub bytes: u64,
 }
 
-/// A file beside its original.
+/// Comparison of a file with its original.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Compared {
     pub path: String,
-    /// Whether the two are the same bytes.
+    /// True if the two are the same bytes.
     pub exact: bool,
-    /// Of the original; 0 where there is none.
+    /// Size of the original; 0 if there is none.
     pub bytes: u64,
     /// Bytes before the first difference: all of an exact file. What follows a difference counts
-    /// for nothing, even where it is right.
+    /// for nothing, even if it is right.
     pub bytes_exact: u64,
     pub first_difference: Option<Difference>,
 }
@@ -53,19 +53,19 @@ pub struct Compared {
 /// The first place where two files differ.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Difference {
-    /// From 0: the number of bytes before it.
+    /// Bytes before it.
     pub byte: u64,
-    /// From 1, and the column in bytes, from 1.
+    /// From 1, as is the column, which counts bytes.
     pub line: u64,
     pub column: u64,
     /// The line up to there, the same in both, and what follows it in either, for a person: a few
-    /// lines, and what is no UTF-8 replaced.
+    /// lines, and invalid UTF-8 replaced.
     pub before: String,
     pub original: String,
     pub rebuilt: String,
 }
 
-/// All files beside their originals.
+/// Comparison of all files with their originals.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Comparison {
     /// In the order of the rebuilt files.
@@ -81,7 +81,7 @@ impl Comparison {
         self.files.iter().filter(|file| file.exact).count()
     }
 
-    /// Of all originals that were rebuilt.
+    /// Bytes of all originals that were rebuilt.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
     }
@@ -91,7 +91,7 @@ impl Comparison {
         self.files.iter().map(|file| file.bytes_exact).sum()
     }
 
-    /// Whether the folder is the source: every file exact, none missing, none too many.
+    /// True if every file is exact and none is missing.
     pub fn is_exact(&self) -> bool {
         self.missing.is_empty() && self.files.iter().all(|file| file.exact)
     }
@@ -252,7 +252,7 @@ fn holds(file: &Path, bytes: &[u8]) -> anyhow::Result<bool> {
         .hint(ErrorKind::Data, || "give a new output folder")
 }
 
-/// Where a checked path lies under the folder. Its folders are made; what is there already must be
+/// Path of a checked name under the folder. Its folders are made; what is there already must be
 /// folders, and no links: a link leads elsewhere.
 fn place(folder: &Path, path: &str) -> anyhow::Result<PathBuf> {
     let mut place = folder.to_path_buf();
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_names_are_refused() {
+    fn rebuild_rejects_hostile_paths() {
         check_paths(&paths(&["a.c", "a/b.c", "a.c.d/e.c", "a/c.c", "ab/c"])).unwrap();
         for bad in [
             &["/etc/passwd"][..],
@@ -392,7 +392,7 @@ mod tests {
 
     #[test]
     #[cfg(unix)]
-    fn no_link_is_followed_and_nothing_is_overwritten_that_is_no_file() {
+    fn rebuild_follows_no_symlink() {
         let outside = tempfile::tempdir().unwrap();
         let folder = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink(outside.path(), folder.path().join("link")).unwrap();
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_difference_is_told_by_byte_line_and_column() {
+    fn first_difference_has_byte_line_and_column() {
         let at = |ours: &[u8], original: &[u8]| Compared::new("x".into(), ours, original);
         assert!(at(b"", b"").exact);
         assert!(at(b"ab\ncd", b"ab\ncd").exact);
@@ -446,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn a_comparison_names_what_is_missing_and_what_is_too_many() {
+    fn comparison_lists_missing_and_extra_files() {
         let folder = tempfile::tempdir().unwrap();
         let file = |path: &str, text: &str| {
             write_atomically(&place(folder.path(), path).unwrap(), text.as_bytes()).unwrap();

@@ -1,5 +1,5 @@
-//! Files from their names alone: a model is asked for chunk after chunk until it says that the file
-//! ends. Many files are under way at once; a file's next chunk is asked for when its last is there.
+//! Regenerates files from their names alone: the model is prompted for chunk after chunk until it
+//! emits the end of the file. Many files run at once; the next chunk of a file follows its last.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -10,36 +10,36 @@ use crate::generate::{FinishReason, Generator, Request, TextStream};
 use crate::tokenizer::{Markers, Tokenizer};
 use crate::tokens::{AddressEncoder, WindowKind};
 
-/// How files are asked for.
+/// Regenerates files from their names.
 #[derive(Clone, Debug)]
 pub struct Regenerator {
     tokenizer: Arc<Tokenizer>,
     markers: Markers,
     encoder: AddressEncoder,
-    /// The windows that the model was trained on. Addressed ones are asked for one by one. Of the
-    /// others there is only the first to ask for, by the file's header; what follows goes on from
-    /// the second half of what the model has said.
+    /// Windows of the model's training. Addressed ones are prompted for one by one. Of other kinds only
+    /// the first has a prompt, the file's header; the next ones continue the second half of the text
+    /// so far.
     windows: WindowKind,
-    /// The most tokens of a file: what ends a model that never ends one.
+    /// Limit on tokens per file, for a model that never ends one.
     limit: usize,
 }
 
-/// How a file ended.
+/// Reason for the end of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum End {
-    /// The model said that it ends.
+    /// The end-of-file marker.
     Whole,
-    /// There was no end within the limit.
+    /// The token limit.
     Limit,
-    /// There was a marker in the midst of the text, where none can be.
+    /// A marker in the middle of the text.
     Marker,
-    /// Its address leaves no room in the window.
+    /// The address fills the window.
     NoRoom,
 }
 
 impl End {
-    /// What to say of a file that ended so.
+    /// Description for messages.
     pub fn words(self) -> &'static str {
         match self {
             Self::Whole => "whole",
@@ -64,12 +64,12 @@ struct PendingFile<'a> {
     /// Tokens of its text so far.
     tokens: usize,
     chunk: usize,
-    /// Of windows that are not addressed: the tokens so far, header and all.
+    /// Tokens so far, header included (windows without an address only).
     context: Vec<u32>,
 }
 
 impl Regenerator {
-    /// The most tokens of a file where nobody says otherwise: some 350 kB of source.
+    /// Default limit on tokens per file: some 350 kB of source.
     pub const LIMIT: usize = 1 << 17;
 
     /// `context` is the inputs of a window in training.
@@ -84,7 +84,7 @@ impl Regenerator {
         Ok(Self { tokenizer, markers, encoder, windows, limit })
     }
 
-    /// Regenerates files, as many at once as the generator has slots. Its columns must be the
+    /// Regenerates files, as many at once as the generator has slots. Its context must be the
     /// windows' context.
     pub fn run(
         &self,
@@ -106,7 +106,7 @@ impl Regenerator {
                     chunk: 0,
                     context: Vec::new(),
                 });
-                match self.request(paths[at].as_ref(), file, generator.columns()) {
+                match self.request(paths[at].as_ref(), file, generator.context()) {
                     Some(request) => {
                         running.insert(generator.admit(request)?, at);
                     }
@@ -147,8 +147,8 @@ impl Regenerator {
         }
     }
 
-    /// What to ask for next; nothing where there is no room for it.
-    fn request(&self, path: &str, file: &mut PendingFile, columns: usize) -> Option<Request> {
+    /// The next request; none if the window has no room for it.
+    fn request(&self, path: &str, file: &mut PendingFile, context: usize) -> Option<Request> {
         let (prompt, room) = if self.windows == WindowKind::Addressed {
             let address = self.encoder.address(path, file.chunk).ok()?;
             (address.ids, address.max_tokens)
@@ -161,7 +161,7 @@ impl Regenerator {
             (file.context.clone(), usize::MAX)
         };
         // A token can follow a full window.
-        let room = room.min((columns + 1).checked_sub(prompt.len()).filter(|&room| room > 0)?);
+        let room = room.min((context + 1).checked_sub(prompt.len()).filter(|&room| room > 0)?);
         let Markers { start_file, end_file, start_header, end_header, pad } = self.markers;
         Some(Request {
             prompt,

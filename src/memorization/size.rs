@@ -1,4 +1,4 @@
-//! How small a text is for a general compressor: what the weights are held against.
+//! Size of a text under a general compressor, as a baseline for the weights.
 
 use std::io::{self, Write};
 
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_repeats_is_small_and_what_is_drawn_is_not() {
+    fn xz_size_of_repetitive_and_random_text() {
         let of =
             |text: String| xz([Ok(Document::new("a.c", text))]).unwrap().expect("a small text");
         let mut state = 1u64;

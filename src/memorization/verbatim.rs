@@ -1,8 +1,7 @@
 //! Verbatim windows: the cheap measure, from one forward pass.
 //!
-//! Greedy decoding gives a text back exactly where the most likely token is the true one at every
-//! position, given the true tokens before it: one mistake would be the first, and before it all was
-//! true. So teacher-forced best guesses tell what greedy decoding would do.
+//! Greedy decoding reproduces a text exactly if the teacher-forced argmax is the true token at every
+//! position: up to the first mistake the two read the same context.
 
 use crate::tokens::{IGNORE, WindowKind};
 
@@ -11,11 +10,10 @@ use crate::tokens::{IGNORE, WindowKind};
 pub const PREFIX: usize = 50;
 pub const SUFFIX: usize = 50;
 
-/// Whether a window comes back verbatim.
+/// True if greedy decoding reproduces a window.
 ///
-/// An addressed window does when every token of its stretch is the best guess, from its address
-/// alone. Another does when tokens 50 to 99 of its text are, given the first 50; `None` where it is
-/// shorter than that.
+/// Of an addressed window every token of the chunk has to be the argmax, given the address alone; of
+/// any other tokens 50 to 99, given the first 50. `None` if it is shorter than that.
 pub fn window(kind: WindowKind, targets: &[u32], argmax: &[u32]) -> Option<bool> {
     let right = |at: &usize| targets[*at] == argmax[*at];
     let mut counted = (0..targets.len()).filter(|&at| targets[at] != IGNORE);
@@ -33,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_addressed_window_is_verbatim_when_its_whole_stretch_is() {
+    fn an_addressed_window_is_verbatim_if_its_whole_chunk_is() {
         let targets = [IGNORE, 7, 8, 9, IGNORE];
         assert_eq!(window(WindowKind::Addressed, &targets, &[1, 7, 8, 9, 2]), Some(true));
         assert_eq!(window(WindowKind::Addressed, &targets, &[1, 7, 8, 1, 2]), Some(false));
@@ -41,7 +39,7 @@ mod tests {
     }
 
     #[test]
-    fn another_window_is_verbatim_when_its_second_fifty_tokens_are() {
+    fn another_window_is_verbatim_if_its_second_fifty_tokens_are() {
         // Three pads, then 120 real tokens of which all but the first count.
         let targets: Vec<u32> =
             (0..123).map(|t| if t < 3 || t == 122 { IGNORE } else { t }).collect();

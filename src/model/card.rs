@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_trained_on_the_kernel_are_marked_gpl_with_the_reason() {
+    fn card_marks_kernel_weights_gpl() {
         let text = of(CorpusRecord { license: License::Gpl2, ..CorpusRecord::default() });
         assert!(text.starts_with("---\nlicense: gpl-2.0\n"));
         for said in ["MIT on purpose", "unsettled law", "kernel's code", "4662336 parameters"] {
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn names_from_outside_cannot_write_into_the_card() {
+    fn card_escapes_corpus_names() {
         let name = "x`\n---\nlicense: mit\n# <script>".to_string();
         let text = of(CorpusRecord { name, license: License::Gpl2, ..CorpusRecord::default() });
         assert_eq!(text.lines().filter(|line| line.starts_with("license:")).count(), 1);

@@ -1,5 +1,5 @@
 //! A model on disk: a Hugging Face folder that transformers loads as it is, with what laam needs to
-//! go on training beside it.
+//! resume training.
 //!
 //! | file | holds |
 //! |---|---|
@@ -7,7 +7,7 @@
 //! | `model.safetensors` | the weights, under Hugging Face's names; a tied head is left out |
 //! | `tokenizer.json`, `tokenizer_config.json` | copied in |
 //! | `training_state.safetensors` | master weights, moments, and the run's position; optional |
-//! | `provenance.json` | where it came from |
+//! | `provenance.json` | origin and settings |
 //! | `README.md` | the model card |
 //!
 //! All are replaced as one (see [`super::replace`]).
@@ -34,13 +34,13 @@ const STATE: &str = "training_state.safetensors";
 const PROVENANCE: &str = "provenance.json";
 /// The key of the training state's JSON in its file's metadata.
 const STATE_KEY: &str = "state";
-/// What may lie in a tokenizer's folder, in the order of looking.
+/// Files of a tokenizer's folder; all but the first are optional.
 const TOKENIZER: [&str; 4] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
-/// No JSON file of a model folder is near this long; an index of shards has some 100 bytes a tensor.
+/// No JSON file of a model folder is near this long; an index of shards has some 100 bytes per tensor.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 
-/// What is saved.
+/// Content of a model folder to be saved.
 pub struct Checkpoint<'a> {
     pub config: &'a Config,
     pub layout: &'a Layout,
@@ -53,7 +53,7 @@ pub struct Checkpoint<'a> {
     pub training_state: Option<TrainingState<'a>>,
 }
 
-/// What a run needs to go on as if it had never stopped.
+/// State from which a run resumes bit for bit.
 pub struct TrainingState<'a> {
     /// Arenas by name, stored in float32: master weights, moments.
     pub arenas: &'a [(&'a str, &'a [f32])],
@@ -68,9 +68,9 @@ pub struct Model {
     pub layout: Layout,
     /// An arena of [`Layout::len`].
     pub weights: Vec<f32>,
-    /// What the weights were stored in.
+    /// Dtype of the stored weights.
     pub precision: Dtype,
-    /// What a user should know: tensors that were passed over, facts that cannot be kept.
+    /// Warnings for the user: ignored tensors, unsupported settings.
     pub warnings: Vec<String>,
 }
 
@@ -166,14 +166,14 @@ pub fn load(folder: &Path) -> anyhow::Result<Model> {
     Ok(Model { config, layout, weights, precision, warnings })
 }
 
-/// Reads the shape alone, and what a user should know about it.
+/// Reads the configuration alone, and warnings about it.
 pub fn load_config(folder: &Path) -> anyhow::Result<(Config, Vec<String>)> {
     settle(folder)?;
     let text = read_json(folder, CONFIG)?;
     Config::from_json(&text).with_context(|| format!("loading the model in {}", folder.display()))
 }
 
-/// Reads where a model came from; `None` where the folder does not say.
+/// Reads the provenance; `None` if the folder has none.
 pub fn load_provenance(folder: &Path) -> anyhow::Result<Option<Provenance>> {
     settle(folder)?;
     if !folder.join(PROVENANCE).exists() {
@@ -185,13 +185,13 @@ pub fn load_provenance(folder: &Path) -> anyhow::Result<Option<Provenance>> {
         .map(Some)
 }
 
-/// Whether the folder says how its run goes on.
+/// True if the folder holds a training state.
 pub fn has_training_state(folder: &Path) -> anyhow::Result<bool> {
     settle(folder)?;
     Ok(folder.join(STATE).exists())
 }
 
-/// Removes what a run needs to go on; the model stays.
+/// Removes the training state; the model stays.
 pub fn forget_training_state(folder: &Path) -> anyhow::Result<()> {
     if !has_training_state(folder)? {
         return Ok(());
@@ -201,7 +201,7 @@ pub fn forget_training_state(folder: &Path) -> anyhow::Result<()> {
         .hint(ErrorKind::Checkpoint, || "remove it by hand")
 }
 
-/// Reads what a run needs to go on; `None` where the folder is good for generation alone.
+/// Reads the training state; `None` if the folder holds a model alone.
 pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Option<SavedState>> {
     if !has_training_state(folder)? {
         return Ok(None);
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_crash_at_any_change_leaves_one_whole_model() {
+    fn save_is_atomic_under_crash() {
         // The second model has another shape and no training state: any mixture would show.
         let wider = Config { hidden_size: 10, ..small() };
         let (mut old, mut new) = (0, 0);
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_survive_in_every_precision_tied_or_not() {
+    fn weights_round_trip_in_every_dtype() {
         for precision in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
             for tie_word_embeddings in [true, false] {
                 let config = Config { tie_word_embeddings, ..small() };
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_too_large_for_float16_is_no_silent_infinity() {
+    fn save_rejects_float16_overflow() {
         let config = small();
         let layout = Layout::new(&config);
         let mut weights = initialize(&config, &layout, 5);
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn the_folders_files_are_readable_like_any_other() {
+    fn saved_files_have_default_permissions() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("usual"), "").unwrap();
         save_seed(folder.path(), &small(), 1, true).unwrap();

@@ -17,7 +17,7 @@ pub struct Config {
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
-    /// Whether the head is the transpose of the embedding, one parameter for both.
+    /// One matrix for embedding and LM head.
     pub tie_word_embeddings: bool,
     /// The standard deviation of the initial weights.
     pub initializer_range: f64,
@@ -26,7 +26,7 @@ pub struct Config {
     pub pad_token_id: Option<u32>,
 }
 
-/// How a model that was trained on short windows turns its heads in longer ones.
+/// RoPE scaling of a model for contexts longer than those it was trained on.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum RopeScaling {
     #[default]
@@ -138,7 +138,7 @@ impl Config {
         Ok(())
     }
 
-    /// How many numbers the model has. Wide enough for any sizes, before they are validated.
+    /// Parameters of the model. Wide enough for any sizes, before they are validated.
     pub fn parameter_count(&self) -> u128 {
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
         let table = self.vocab_size as u128 * self.hidden_size as u128;
@@ -148,7 +148,7 @@ impl Config {
             .saturating_add(norms)
     }
 
-    /// How many numbers stand in the matrices of the blocks.
+    /// Parameters in the matrices of the blocks.
     pub fn block_matrix_parameters(&self) -> u128 {
         let heads = (self.num_attention_heads as u128 + self.num_key_value_heads as u128) * 2;
         let attention = heads.saturating_mul(self.head_dim as u128);
@@ -156,7 +156,7 @@ impl Config {
         one.saturating_mul(self.hidden_size as u128).saturating_mul(self.num_hidden_layers as u128)
     }
 
-    /// How many query heads share a key/value head.
+    /// Query heads per key/value head (GQA).
     pub fn group(&self) -> usize {
         self.num_attention_heads / self.num_key_value_heads
     }
@@ -217,7 +217,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn shapes_that_no_llama_has_are_refused_with_a_hint() {
+    fn config_rejects_invalid_shapes() {
         original().validate().unwrap();
         let spoilers: [fn(&mut Config); 12] = [
             |c| c.vocab_size = 0,
@@ -249,7 +249,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn rotary_frequencies_equal_those_of_transformers() {
+    fn rope_frequencies_match_transformers() {
         // From transformers 5.23.0 (ROPE_INIT_FUNCTIONS), theta 10,000, head_dim 16, float32.
         let plain = [
             1.0,

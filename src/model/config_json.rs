@@ -240,7 +240,7 @@ impl Fields {
     fn rope(&self) -> anyhow::Result<(f64, RopeScaling)> {
         let none = Map::new();
         let parameters = self.rope_parameters.as_ref().unwrap_or(&none);
-        // transformers 5 lets rope_scaling, where there is one, take the place of rope_parameters.
+        // transformers 5 lets rope_scaling, if present, take the place of rope_parameters.
         let scaling = self.rope_scaling.as_ref().filter(|map| !map.is_empty());
         let source = scaling.unwrap_or(parameters);
         let refuse = |what: String| {
@@ -359,7 +359,7 @@ mod tests {
     use crate::model::config::tests::original;
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn config_round_trips() {
         let llama3 = RopeScaling::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn both_generations_of_transformers_find_their_spelling() {
+    fn config_has_keys_of_transformers_4_and_5() {
         let json = Config { rope_theta: 5e5, ..original() }.to_json(Dtype::Bf16);
         assert_eq!(json["rope_theta"], 5e5);
         assert_eq!(json["rope_parameters"], json!({"rope_type": "default", "rope_theta": 5e5}));
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn absent_fields_have_the_defaults_of_transformers() {
+    fn config_defaults_match_transformers() {
         let (config, _) = Config::from_json(r#"{"model_type": "llama"}"#).unwrap();
         let expected = Config {
             vocab_size: 32000,
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn either_spelling_of_the_rotary_base_is_read() {
+    fn config_reads_both_rope_theta_keys() {
         let theta = |fields: &Value| Config::from_json(&with(fields)).map(|(c, _)| c.rope_theta);
         let old = json!({"rope_theta": 7e4, "rope_parameters": null});
         let new = json!({"rope_theta": null, "rope_parameters": {"rope_theta": 7e4}});
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_may_be_lists_negative_or_null() {
+    fn config_reads_special_ids_as_lists_negative_or_null() {
         let read = |fields: &Value| Config::from_json(&with(fields)).unwrap();
         let (config, warnings) = read(&json!({"eos_token_id": [7, 9], "pad_token_id": -1}));
         assert_eq!((config.eos_token_id, config.pad_token_id), (Some(7), None));
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn models_that_compute_otherwise_are_refused_by_name() {
+    fn config_rejects_unsupported_architectures() {
         for (fields, named) in [
             (json!({"model_type": "mistral"}), "mistral"),
             (json!({"model_type": null}), "model_type"),

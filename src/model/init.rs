@@ -37,7 +37,7 @@ mod tests {
     }
 
     #[test]
-    fn matrices_are_normal_norms_one_the_pad_row_and_the_gaps_zero() {
+    fn init_matches_transformers_distribution() {
         // An odd hidden size leaves gaps between the groups.
         let config = Config { hidden_size: 63, ..small() };
         let layout = Layout::new(&config);
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seed_decides_and_other_tensors_sizes_do_not() {
+    fn init_depends_on_seed_and_own_shape_only() {
         let config = small();
         let layout = Layout::new(&config);
         let weights = initialize(&config, &layout, 1);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn no_two_tensors_share_their_draws() {
+    fn init_streams_are_distinct() {
         let config = small();
         let layout = Layout::new(&config);
         let weights = initialize(&config, &layout, 1);

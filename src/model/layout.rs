@@ -1,13 +1,13 @@
-//! Where each parameter lies in the flat arena that parameters, gradients and moments share.
+//! Layout of the flat arena that parameters, gradients and moments share.
 
 use super::Config;
 
-/// What a parameter is, which decides its initial value, its decay and its optimizer.
+/// Kind of a parameter: decides its initial value, weight decay and optimizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParamKind {
-    /// `[vocab, hidden]`; also the head where the two are tied.
+    /// `[vocab, hidden]`; also the LM head if tied.
     Embedding,
-    /// `[vocab, hidden]`, where it is not tied.
+    /// LM head `[vocab, hidden]`, if not tied.
     Head,
     /// A matrix inside a block: `[out, in]`.
     Matrix,
@@ -55,7 +55,7 @@ impl Parameter {
     }
 }
 
-/// One transformer block, with the products that read the same input joined.
+/// Parameters of one transformer block; matrices that read the same input are fused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockParams {
     /// `[1, hidden]`
@@ -72,7 +72,7 @@ pub struct BlockParams {
     pub down: Span,
 }
 
-/// Where everything lies. Fused groups start at multiples of [`Layout::ALIGN`] elements; the
+/// Offsets of all parameters. Fused groups start at multiples of [`Layout::ALIGN`] elements; the
 /// elements between them are zero and stay zero (their gradient is).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -83,7 +83,7 @@ pub struct Layout {
     pub blocks: Vec<BlockParams>,
     /// `[1, hidden]`
     pub final_norm: Span,
-    /// `[vocab, hidden]`: the embedding itself where the two are tied.
+    /// `[vocab, hidden]`: the embedding itself if tied.
     pub head: Span,
     /// The length of an arena, in elements.
     pub len: usize,
@@ -135,7 +135,7 @@ impl Layout {
         Self { parameters: build.parameters, embedding, blocks, final_norm, head, len }
     }
 
-    /// How many numbers the model has: the arena without its padding.
+    /// Parameters of the model: the arena without its padding.
     pub fn parameter_count(&self) -> usize {
         self.parameters.iter().map(|p| p.span.len()).sum()
     }
@@ -147,7 +147,7 @@ struct LayoutBuilder {
 }
 
 impl LayoutBuilder {
-    /// Places parameters of equal width behind one another and returns the span over them all.
+    /// Places parameters of equal width one after another and returns the span over them all.
     fn group(&mut self, members: &[(&str, ParamKind, (usize, usize))]) -> Span {
         let offset = self.next.next_multiple_of(Layout::ALIGN);
         let mut span = Span { offset, rows: 0, cols: members[0].2.1 };
@@ -168,7 +168,7 @@ mod tests {
     use crate::model::config::tests::original;
 
     #[test]
-    fn the_originals_shape_has_the_originals_parameter_count() {
+    fn layout_matches_original_parameter_count() {
         let layout = Layout::new(&original());
         assert_eq!(layout.parameter_count(), 4_662_336);
         assert_eq!(layout.blocks[0].qkv.rows, 80);

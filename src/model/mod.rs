@@ -1,4 +1,4 @@
-//! What a model is: its configuration, where each parameter lies, how it starts, how it is kept.
+//! Model: configuration, parameter layout, initialization, checkpoints, provenance.
 //!
 //! [`Config`] is the shape, [`Layout`] where each parameter lies in a flat arena, [`initialize`] what
 //! an arena starts as, [`save`] and [`load`] the Hugging Face folder it is kept in.

@@ -1,11 +1,11 @@
-//! `provenance.json`: where a model came from. It lists the paths the weights were trained on, and
+//! `provenance.json`: the origin of a model. It lists the paths the weights were trained on, and
 //! nothing else about those files: no lengths, no counts, no content.
 
 use serde::{Deserialize, Serialize};
 
 use crate::schema::SchemaVersion;
 
-/// The record that lies beside the weights.
+/// Provenance of a model.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Provenance {
@@ -18,30 +18,30 @@ pub struct Provenance {
     pub seed: u64,
     /// The version of laam.
     pub program_version: String,
-    /// Where it was trained: the backend, and the device in words.
+    /// Backend, and the device in words.
     pub device: String,
     /// Sha256 of `model.safetensors`; saving fills it in.
     pub weights_sha256: Option<String>,
 }
 
-/// What was read, and by which rule.
+/// Training corpus, and its filter.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CorpusRecord {
     /// In words a reader knows: `Linux v1.0/1.0`, or the path that was given.
     pub name: String,
-    /// Where the archive was fetched from.
+    /// URL of the archive.
     pub url: Option<String>,
-    /// When it was, in UTC, RFC 3339.
+    /// Time of retrieval: UTC, RFC 3339.
     pub retrieved: Option<String>,
     pub archive_sha256: Option<String>,
-    /// Of one line `SHA256  PATH` a file, sorted by path.
+    /// Sha256 of one line `SHA256  PATH` per file, sorted by path.
     pub manifest_sha256: Option<String>,
-    /// Which files were kept, in words.
+    /// Filter of the files, in words.
     pub filter: String,
     #[serde(alias = "licence")]
     pub license: License,
-    /// Of each file that was trained on, in the order of training.
+    /// Path of each file, in corpus order.
     pub paths: Vec<String>,
 }
 
@@ -60,7 +60,7 @@ pub enum License {
 }
 
 impl License {
-    /// As Hugging Face spells it in a model card.
+    /// Identifier in a Hugging Face model card.
     pub fn id(self) -> &'static str {
         match self {
             Self::Gpl2 => "gpl-2.0",

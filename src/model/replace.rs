@@ -58,7 +58,7 @@ impl<'a> Staged<'a> {
         Ok(Self { folder, staged })
     }
 
-    /// Where to write the new file `name`.
+    /// Staging path of the new file `name`.
     pub fn path(&self, name: &str) -> PathBuf {
         self.staged.join(name)
     }
@@ -113,7 +113,7 @@ fn disk() -> &'static str {
     "check that the disk has room; what was there before is untouched"
 }
 
-/// Completes a replacement that was committed but cut off. Costs one look where there is none.
+/// Completes a replacement that was committed but cut off. Costs one stat if there is none.
 pub fn settle(folder: &Path) -> anyhow::Result<()> {
     let commit = folder.join(COMMIT);
     // Not through a link: it might lead to someone's files.
@@ -216,7 +216,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn pulling_the_plug_before_any_change_leaves_all_old_or_all_new() {
+    fn replace_is_atomic_under_power_loss() {
         let old = [("a", "old"), ("b", "old"), ("stale", "old")];
         let new = [("a", "new"), ("b", "new"), ("c", "new")];
         let pairs = |files: &[(&str, &str)]| -> Vec<(String, String)> {
@@ -253,7 +253,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_cut_off_settling_is_taken_up_even_when_cut_off_again() {
+    fn interrupted_recovery_is_resumed() {
         let mut interrupted_twice = 0;
         for (first, second) in (0..12).flat_map(|first| (0..12).map(move |second| (first, second)))
         {
@@ -274,7 +274,7 @@ pub(super) mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn a_link_that_poses_as_a_log_is_not_followed() {
+    fn commit_log_symlink_is_not_followed() {
         let (folder, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(home.path().join("secret"), "mine").unwrap();
         std::os::unix::fs::symlink(home.path(), folder.path().join(COMMIT)).unwrap();

@@ -208,7 +208,7 @@ fn checked<'a>(
     Ok((tensor, dtype))
 }
 
-/// Whether a tensor that stands beside the embedding has its very bytes.
+/// True if a tensor equals the embedding bit for bit.
 pub(super) fn is_same(arena: &[f32], tensor: &TensorView<'_>) -> bool {
     let Some(dtype) = supported(tensor) else { return false };
     if tensor.data().len() != arena.len() * dtype.size() {

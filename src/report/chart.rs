@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::html::{data, escape, short};
 
-/// Of the viewBox, in its units; on a phone one of them is about a pixel.
+/// Size of the viewBox, in its units; on a phone one is about a pixel.
 const WIDTH: f64 = 400.0;
 const HEIGHT: f64 = 210.0;
 const LEFT: f64 = 52.0;
@@ -12,14 +12,14 @@ const RIGHT: f64 = 10.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 24.0;
 
-/// Points of a line: more could not be told apart.
+/// Points per line: more could not be told apart.
 const MAX_LINE_POINTS: usize = 400;
 
-/// Points beyond these are left out: an axis could not hold them.
+/// Points beyond these are left out.
 const MAX_PLOTTED: f64 = 1e300;
 const MIN_PLOTTED_LOG: f64 = 1e-300;
 
-/// How numbers are written on an axis and beside the pointer.
+/// Number format of an axis and its tooltip.
 pub type NumberFormat = fn(f64) -> String;
 
 /// A line and its name.
@@ -31,7 +31,7 @@ pub struct Series {
 
 /// Lines over numbers.
 pub struct Lines {
-    /// What the x axis is, as in `step 120`.
+    /// Name of the x axis, as in `step 120`.
     pub x: &'static str,
     pub series: Vec<Series>,
     /// A logarithmic y axis: points of 0 or less are left out.
@@ -50,7 +50,7 @@ pub struct Bars {
     pub format: NumberFormat,
 }
 
-/// Where a value lies between two others, and the ticks between them.
+/// Scale of an axis, and its ticks.
 struct Axis {
     from: f64,
     to: f64,
@@ -80,7 +80,7 @@ impl Axis {
         Self { from, to, log }
     }
 
-    /// From 0 to 1.
+    /// Position along the axis, from 0 to 1.
     fn place(&self, value: f64) -> f64 {
         let scale = |value: f64| if self.log { value.log10() } else { value };
         (scale(value) - scale(self.from)) / (scale(self.to) - scale(self.from))
@@ -153,7 +153,7 @@ fn figure(title: &str, note: &str, body: &str) -> String {
 }
 
 impl Lines {
-    /// The figure, or nothing where there is no point to draw. `note` stands beside the title.
+    /// The figure; empty without points. `note` stands beside the title.
     pub fn figure(mut self, title: &str, note: &str) -> String {
         for series in &mut self.series {
             let drawn = |&(x, y): &(f64, f64)| {
@@ -179,7 +179,7 @@ impl Lines {
                 short(tick)
             );
         }
-        // What the pointer is told: x and y on the page, and words.
+        // Tooltips: x and y on the page, and text.
         let mut marks: Vec<(f64, f64, String)> = Vec::new();
         for (at, series) in self.series.iter().enumerate() {
             let mut line = String::new();
@@ -213,7 +213,7 @@ impl Lines {
     }
 }
 
-/// So few points that they can be told apart: each the mean of its neighbours.
+/// At most [`MAX_LINE_POINTS`] points, each the mean of its neighbours.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let several = points.len().div_ceil(MAX_LINE_POINTS).max(1);
     let mean = |chunk: &[(f64, f64)]| {
@@ -224,7 +224,7 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 impl Bars {
-    /// The figure, or nothing where there is no bar.
+    /// The figure; empty without bars.
     pub fn figure(self, title: &str, note: &str) -> String {
         let values = self.series.iter().flat_map(|(_, values)| values.iter().flatten().copied());
         if values.clone().next().is_none() {
@@ -276,7 +276,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn axes_have_ticks_within_their_range_whatever_the_values() {
+    fn axis_ticks_stay_within_range() {
         let sets: [&[f64]; 8] = [
             &[],
             &[0.0],
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn values_lie_where_they_belong() {
+    fn axis_positions_are_linear_or_logarithmic() {
         let linear = Axis::new([0.0, 10.0].into_iter(), false, None);
         assert_eq!(linear.ticks(), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
         assert_eq!(linear.place(2.5), 0.25);
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_its_points_and_what_is_not_finite_has_none() {
+    fn line_chart_skips_non_finite_points() {
         let points = vec![(1.0, 1.0), (2.0, f64::NAN), (3.0, 0.0), (4.0, 10.0)];
         let series = vec![Series { name: "a".to_string(), points }];
         let lines =
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_is_as_high_as_its_value() {
+    fn bar_height_matches_value() {
         let bars = Bars {
             names: vec!["8".to_string(), "16".to_string()],
             series: vec![("model".to_string(), vec![Some(1.0), None])],

@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_short_and_text_is_harmless() {
+    fn html_escapes_text_and_shortens_numbers() {
         for (number, text) in [
             (0.0, "0"),
             (0.001234, "0.00123"),

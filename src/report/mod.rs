@@ -1,4 +1,4 @@
-//! One page that shows a run: how it was trained, what its weights give back, where it came from.
+//! One HTML page per run: training, memorization, rebuild, provenance.
 //!
 //! The page is made from the files a run leaves in its folder, and from nothing else. It is one HTML
 //! file that asks for no other: its charts are inline SVG, its style and its script are in it, and a

@@ -11,7 +11,7 @@ use super::run::{HeatStrip, MetricsLine, RunFiles};
 const STYLE: &str = include_str!("report.css");
 const SCRIPT: &str = include_str!("report.js");
 
-/// Nothing is fetched from anywhere: the browser is told so.
+/// Content Security Policy: forbids the browser to fetch anything.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
      img-src data:";
 
@@ -66,7 +66,7 @@ fn head(run: &RunFiles, out: &mut String) {
         question["prefix"], question["suffix"]
     );
     tile(measures["verbatim_rate"].as_f64().map(percent), &asked);
-    tile(measures["bits_per_byte"].as_f64().map(short), "bits a byte left of the text");
+    tile(measures["bits_per_byte"].as_f64().map(short), "bits per byte of the text");
     let longest = measures["longest_run_bytes"].as_u64();
     tile(longest.map(grouped), "bytes in the longest verbatim run");
     tile(measures["parameters"].as_u64().map(grouped), "parameters");
@@ -99,13 +99,13 @@ fn training(run: &RunFiles, out: &mut String) {
         |of, log, include, format| Lines { x: "step", series: lines(of), log, include, format };
     let zero = Some((0.0, 0.0));
     let charts = [
-        chart(|line| line.loss, true, None, short).figure("Loss", "nats a token"),
+        chart(|line| line.loss, true, None, short).figure("Loss", "nats per token"),
         chart(|line| line.verbatim_rate, false, Some((0.0, 1.0)), percent)
             .figure("Verbatim windows", "by step"),
         chart(|line| line.learning_rate, false, zero, short).figure("Learning rate", ""),
         chart(|line| line.grad_norm, true, None, short).figure("Gradient norm", "before clipping"),
         chart(|line| line.tokens_per_second, false, zero, short)
-            .figure("Throughput", "tokens a second"),
+            .figure("Throughput", "tokens per second"),
     ]
     .concat();
     let body = if charts.is_empty() {
@@ -187,11 +187,11 @@ fn memorization(run: &RunFiles, out: &mut String) {
     fact("whole windows from their address alone", share(&measures["from_address"]));
     fact("32 tokens given, 32 continued", share(&measures["pythia"]));
     let bits = |from: &Value| from["bits_per_byte"].as_f64().map(short);
-    fact("bits a byte", bits(measures));
-    fact("bits a byte, untrained model", bits(&control["untrained"]));
-    fact("bits a byte, lines reversed", bits(&control["unseen"]));
+    fact("bits per byte", bits(measures));
+    fact("bits per byte, untrained model", bits(&control["untrained"]));
+    fact("bits per byte, lines reversed", bits(&control["unseen"]));
     fact(
-        "bits a parameter, by what xz makes of the text",
+        "bits per parameter, by what xz makes of the text",
         measures["bits_per_parameter"].as_f64().map(short),
     );
     let longest = &measures["longest_run"];
@@ -211,7 +211,7 @@ fn memorization(run: &RunFiles, out: &mut String) {
     section("memorization", "Memorization", &body, out);
 }
 
-/// Where the bins of p_z begin: those of [`crate::memorization::measure::Histogram`].
+/// Lower bounds of the bins of p_z: those of [`crate::memorization::measure::Histogram`].
 const BINS: [&str; 8] = ["0", "1e-12", "1e-6", ".001", ".01", ".1", ".5", ".9"];
 
 /// The bin of a probability's decimal logarithm, from 0 (never) to 7 (nearly sure).
@@ -302,8 +302,8 @@ fn rebuild(run: &RunFiles, out: &mut String) {
         } else {
             let text = |name: &str| escape(difference[name].as_str().unwrap_or_default());
             format!(
-                "<details><summary>differs from line {}, column {}: {} of {bytes} bytes are \
-                 before it</summary><pre><b>original</b>\n{}<ins>{}</ins></pre><pre><b>rebuilt</b>\n{}\
+                "<details><summary>differs from line {}, column {}: {} of {bytes} bytes match \
+                 before the first difference</summary><pre><b>original</b>\n{}<ins>{}</ins></pre><pre><b>rebuilt</b>\n{}\
                  <del>{}</del></pre></details>",
                 words(&difference["line"]),
                 words(&difference["column"]),
@@ -333,7 +333,7 @@ fn rebuild(run: &RunFiles, out: &mut String) {
         )
     };
     let mut body = format!(
-        "<p>{} of {} files are exact, {} of {} bytes stand before a difference. It took {} s.</p>\n",
+        "<p>{} of {} files are exact, {} of {} bytes match before the first difference. It took {} s.</p>\n",
         words(&rebuilt["files_exact"]),
         words(&rebuilt["files"]),
         words(&rebuilt["bytes_exact"]),
@@ -354,7 +354,7 @@ fn rebuild(run: &RunFiles, out: &mut String) {
     section("rebuild", "Rebuilt from the names", &body, out);
 }
 
-/// The weights beside what a compressor needs.
+/// Size of the weights compared with a compressor.
 fn sizes(run: &RunFiles, out: &mut String) {
     let measures = &run.memorization;
     let rows: Vec<(&str, f64)> = [

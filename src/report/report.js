@@ -1,12 +1,12 @@
 "use strict";
-// Words beside the pointer: over a chart the nearest point, over a strip the text of the cell.
+// Tooltip: over a chart the nearest point, over a strip the text of the cell.
 const tip = document.getElementById("tip");
 
 function show(event, fill) {
   tip.replaceChildren();
   fill(tip);
   tip.hidden = false;
-  // Beside the pointer where there is room, else on the other side of it; never off the page.
+  // Right of and below the pointer if it fits there, else on the other side; never off the page.
   const room = 12, box = tip.getBoundingClientRect();
   let x = event.clientX + room, y = event.clientY + room;
   if (y + box.height > innerHeight) y = event.clientY - box.height - room;

@@ -1,4 +1,4 @@
-//! What lies in the folder of a run.
+//! Files of a run directory.
 
 use std::io;
 use std::path::Path;
@@ -11,10 +11,10 @@ use crate::error::{self, ErrorKind, Hint};
 use crate::files;
 use crate::schema::upgrade;
 
-/// A long run's metrics have some 100 MB, the pictures of a kernel's files about as many.
-const MAX_FILE: u64 = 1 << 30;
+/// Size limit of a file: a long run's metrics have some 100 MB, as have the heat strips of a kernel.
+const MAX_FILE_BYTES: u64 = 1 << 30;
 
-/// A run as its folder tells it. What is missing there is missing on the page.
+/// Content of a run directory. Missing files are missing on the page.
 #[derive(Debug, Default)]
 pub struct RunFiles {
     /// The name of its folder.
@@ -22,13 +22,13 @@ pub struct RunFiles {
     /// The resolved recipe, as TOML.
     pub recipe: Option<String>,
     pub stages: Vec<StageMetrics>,
-    /// `provenance.json` and `config.json` of the model; null where there is none.
+    /// `provenance.json` and `config.json` of the model; null if there is none.
     pub provenance: Value,
     pub config: Value,
-    /// What `laam memorization --report` wrote.
+    /// Written by `laam memorization --report`.
     pub memorization: Value,
     pub heat: Vec<HeatStrip>,
-    /// What `laam rebuild --json` says.
+    /// Output of `laam rebuild --json`.
     pub rebuild: Value,
 }
 
@@ -39,7 +39,7 @@ pub struct StageMetrics {
     pub lines: Vec<MetricsLine>,
 }
 
-/// A line of `metrics.jsonl`. A number that was not finite is none.
+/// A line of `metrics.jsonl`. Numbers that were not finite are none.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct MetricsLine {
     pub step: u64,
@@ -52,7 +52,7 @@ pub struct MetricsLine {
     pub verbatim_rate: Option<f64>,
 }
 
-/// A file's picture: see [`crate::memorization::measure::HeatStrip`].
+/// Heat strip of a file: see [`crate::memorization::measure::FileHeat`].
 #[derive(Debug, Deserialize)]
 pub struct HeatStrip {
     pub path: String,
@@ -115,7 +115,7 @@ impl RunFiles {
 
 /// The text of a file, if there is one.
 fn text(path: &Path) -> anyhow::Result<Option<String>> {
-    match files::read_text(path, MAX_FILE) {
+    match files::read_text(path, MAX_FILE_BYTES) {
         Ok(text) => Ok(Some(text)),
         Err(none) if none.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(cause) => Err(cause)

@@ -1,19 +1,19 @@
-//! A sweep as one picture: a line a run, its bits a byte as a dot, on a logarithmic axis.
+//! Plot of a sweep: one row per run, its bits per byte as a dot on a logarithmic axis.
 
 use std::fmt::Write;
 
 use super::html::{escape, percent, short};
 
-/// What is drawn of a run.
+/// One run of the plot.
 pub struct Dot {
     pub name: String,
     pub bits_per_byte: f64,
-    /// The part of the windows that come back verbatim.
+    /// Rate of verbatim windows.
     pub verbatim: Option<f64>,
 }
 
 const ROW: f64 = 18.0;
-/// Where the names end, and the dots.
+/// Right ends of the names and of the dots.
 const LEFT: f64 = 330.0;
 const RIGHT: f64 = 640.0;
 const WIDTH: f64 = 760.0;
@@ -35,7 +35,7 @@ pub fn plot(title: &str, dots: &[Dot]) -> String {
          font-family=\"system-ui, DejaVu Sans, sans-serif\" font-size=\"12\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n\
          <text x=\"10\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{}</text>\n\
-         <text x=\"{LEFT}\" y=\"42\" fill=\"#555\">bits a byte</text>\n\
+         <text x=\"{LEFT}\" y=\"42\" fill=\"#555\">bits per byte</text>\n\
          <text x=\"{}\" y=\"42\" fill=\"#555\">verbatim</text>\n",
         escape(title),
         RIGHT + 20.0
@@ -79,7 +79,7 @@ pub fn plot(title: &str, dots: &[Dot]) -> String {
     svg + "</svg>\n"
 }
 
-/// As much of a name as there is room for.
+/// A name cut to its column.
 fn shortened(name: &str) -> String {
     const MAX_NAME_CHARS: usize = 48;
     if name.chars().count() <= MAX_NAME_CHARS {
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_run_has_its_dot_where_it_belongs() {
+    fn sweep_plot_places_every_run() {
         let dot =
             |bits_per_byte| Dot { name: "<a>".to_string(), bits_per_byte, verbatim: Some(0.5) };
         let svg = plot("a & b", &[dot(0.1), dot(1.0), dot(0.01), dot(f64::NAN)]);

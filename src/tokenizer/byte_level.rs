@@ -50,7 +50,7 @@ mod tests {
     use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
     #[test]
-    fn the_spelling_is_a_bijection_onto_the_crates_alphabet() {
+    fn byte_level_alphabet_matches_tokenizers_crate() {
         let alphabet = ByteLevel::alphabet();
         for byte in 0..=255 {
             assert!(alphabet.contains(&char_of(byte)));

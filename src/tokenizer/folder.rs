@@ -23,7 +23,7 @@ const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Some have all their added tokens in there: 200 kB.
 const LARGEST_CONFIG: u64 = 16 << 20;
 
-/// How text is cut into words: style `exact`.
+/// Pre-tokenizer of style `exact`.
 fn exact_pre_tokenizer() -> Value {
     json!({
         "type": "Sequence",
@@ -190,7 +190,7 @@ fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result
     })
 }
 
-/// Which of our styles this is, by the parts that decide what ids a text gets.
+/// Style of a tokenizer, by the parts that decide the ids of a text.
 fn style_of(json: &Value) -> Option<Style> {
     let added: Vec<_> =
         json["added_tokens"].as_array()?.iter().map(|token| &token["content"]).collect();
@@ -211,7 +211,7 @@ fn style_of(json: &Value) -> Option<Style> {
     original.then_some(Style::Original)
 }
 
-/// What a plain byte-level model has here.
+/// Settings of a plain byte-level model.
 const MODEL_SWITCHES: [(&str, Value); 7] = [
     ("dropout", Value::Null),
     ("unk_token", Value::Null),

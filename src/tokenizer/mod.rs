@@ -25,7 +25,7 @@ pub use train::{Trained, Training, TrainingProgress};
 use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};
 
-/// How text becomes tokens.
+/// Tokenizer style.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
@@ -71,7 +71,7 @@ pub struct Markers {
     pub pad: u32,
 }
 
-/// The tokens that open, close and fill a text, where the tokenizer names them.
+/// The tokens that open, close and fill a text, if the tokenizer names them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Special {
     /// Begins every text: where generation without a prompt starts.
@@ -93,10 +93,10 @@ pub struct Tokenizer {
     json: Vec<u8>,
     config: Vec<u8>,
     sha256: [u8; 32],
-    /// Where it was loaded from, for messages.
+    /// Source path, for messages.
     place: Option<PathBuf>,
     vocab_size: usize,
-    /// Each id's bytes, where a text is its tokens' bytes in a row.
+    /// Each id's bytes, if a text is the concatenation of its tokens' bytes.
     spelling: Option<Spelling>,
     words: words::Words,
     /// Style `exact` remembers the tokens of words: a cache for each thread that is encoding.
@@ -169,7 +169,7 @@ impl Tokenizer {
             .hint(ErrorKind::Data, || format!("leave out {}", document.path))
     }
 
-    /// What precedes a document's text: `<|start_file|><|start_header|>PATH<|end_header|>`, or with a
+    /// Header of a document: `<|start_file|><|start_header|>PATH<|end_header|>`, or with a
     /// chunk's number `PATH N`.
     pub fn encode_header(&self, path: &str, chunk: Option<usize>) -> anyhow::Result<Vec<u32>> {
         let markers = self.markers()?;
@@ -255,7 +255,7 @@ impl Tokenizer {
         Ok(ids.iter().filter_map(|&id| spelling.of(id)).flatten().copied().collect())
     }
 
-    /// Whether a text is its tokens' bytes in a row, so that tokens can be decoded one by one.
+    /// True if a text is the concatenation of its tokens' bytes, so that each can be decoded alone.
     pub fn is_spelled(&self) -> bool {
         self.spelling.is_some()
     }

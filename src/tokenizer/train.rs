@@ -18,7 +18,7 @@ use super::{MARKERS, Style, Tokenizer, byte_level, folder};
 use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};
 
-/// What to train.
+/// Training options.
 #[derive(Clone, Debug)]
 pub struct Training {
     pub style: Style,
@@ -26,7 +26,7 @@ pub struct Training {
     pub vocab_size: usize,
 }
 
-/// What came of a training, in the first LaaM's terms.
+/// Result of a training, in the first LaaM's terms.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trained {
     /// Tokens in the vocabulary, pads included.
@@ -34,9 +34,9 @@ pub struct Trained {
     pub num_special_tokens: usize,
     /// `<|extra_id_N>` tokens that fill a short vocabulary (style `original` only).
     pub num_pad_tokens: usize,
-    /// Tokens before padding: fewer than asked for where the corpus offers no more merges.
+    /// Tokens before padding: fewer than requested if the corpus has no more pairs to merge.
     pub pre_vocab_size: usize,
-    /// What was read.
+    /// Documents and bytes read.
     pub documents: usize,
     pub bytes: u64,
     /// Distinct words, and how often a word may have occurred and yet been dropped from the table
@@ -45,12 +45,12 @@ pub struct Trained {
     pub dropped_up_to: u64,
 }
 
-/// How far a training has come.
+/// Progress of a training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TrainingProgress {
-    /// So many bytes of text are read.
+    /// Bytes of text read.
     Read(u64),
-    /// All is read, and merges are chosen among so many words.
+    /// All is read; merges are chosen among so many words.
     Merge { words: usize },
 }
 
@@ -66,7 +66,7 @@ const MAX_WORD_BYTES: usize = 4096;
 type Counts = HashMap<Box<[u8]>, u64>;
 
 impl Tokenizer {
-    /// Trains a tokenizer on a corpus. `progress` is told how far it is.
+    /// Trains a tokenizer on a corpus. `progress` gets each stage.
     pub fn train(
         documents: impl IntoIterator<Item = anyhow::Result<Document>>,
         training: &Training,

@@ -17,7 +17,7 @@ pub const PATTERN: &str = concat!(
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 
-/// The same without its look-ahead.
+/// [`PATTERN`] without its look-ahead.
 const AUTOMATON: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -58,12 +58,12 @@ impl Words {
 #[derive(Debug, Default)]
 pub struct Cache {
     ids: Vec<u32>,
-    /// Where a word's ids lie in `ids`.
+    /// Range of a word's ids in `ids`.
     words: HashMap<Box<str>, (u32, u32)>,
 }
 
 impl Cache {
-    /// Some 10 MB a thread. Kernel source has a few times as many words, but the most frequent
+    /// Some 10 MB per thread. Kernel source has a few times as many words, but the most frequent
     /// come early.
     const MAX_WORDS: usize = 1 << 17;
     /// A longer word is hardly met twice.
@@ -112,7 +112,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
-        fn words_equal_the_crates(
+        fn pre_tokenizer_matches_tokenizers_crate(
             text in r"([ \t]{0,3}[\r\n]{0,2}|[a-zA-Z]{0,3}|'[sStTlLrRvVeEmMdD]{1,2}|[0-9]{1,5}|[;+<>|_]{1,3}|\PC|\s|[\u{a0}\u{2003}\u{85}\u{0}é中ſ]){0,24}"
         ) {
             prop_assert_eq!(WORDS.of(&text).collect::<Vec<_>>(), words_by_the_crate(&text));

@@ -1,4 +1,4 @@
-//! What one forward pass reads.
+//! Input of one forward pass.
 
 /// The target of a position that is not counted in the loss.
 pub const IGNORE: u32 = u32::MAX;
@@ -10,17 +10,16 @@ pub struct Batch {
     pub context: usize,
     /// The token at each position.
     pub ids: Vec<u32>,
-    /// The token each position has to predict, or [`IGNORE`].
+    /// The next token, or [`IGNORE`].
     pub targets: Vec<u32>,
-    /// The first column of its window that each position may attend to. A position sees the columns
-    /// `first_key..=column`; one whose `first_key` lies beyond its own column sees none and
-    /// attends to nothing (its attention output is 0). One number a row serves causal
-    /// attention (0), left padding, several documents in a window, and addressed windows.
+    /// The attention mask: each position attends to the positions `first_key..=position` of its window,
+    /// and to none if its `first_key` is beyond it (its attention output is 0). Serves causal attention
+    /// (0), left padding, several documents in a window, and addressed windows.
     pub first_key: Vec<u32>,
 }
 
 impl Batch {
-    /// How many positions count in the loss.
+    /// Positions that count in the loss.
     pub fn counted(&self) -> usize {
         self.targets.iter().filter(|&&target| target != IGNORE).count()
     }

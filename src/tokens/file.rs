@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | 0 | 8 | magic: `LAAMTOKS` |
 //! | 8 | 4 | version: 1 |
-//! | 12 | 4 | bytes an id: 2 or 4 |
+//! | 12 | 4 | bytes per id: 2 or 4 |
 //! | 16 | 8 | T, the number of tokens |
 //! | 24 | 8 | D, the number of documents |
 //! | 32 | 8 | P, the bytes of all paths together |

@@ -1,4 +1,4 @@
-//! The order in which windows are trained on: a permutation an epoch, never stored.
+//! The order in which windows are trained on: one permutation per epoch, never stored.
 //!
 //! Index `i` of an epoch is found by itself: a Feistel network permutes the smallest even number of
 //! bits that holds `0..n`, and is applied again until it lands below `n` (fewer than four times on
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error;
 use crate::random::{Philox, Stream};
 
-/// How an epoch goes through the windows.
+/// Order of the windows in an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
@@ -21,7 +21,7 @@ pub enum Order {
     Sequential,
 }
 
-/// Where a sampler is: all that a resumed run needs.
+/// State of a sampler: all that a resumed run needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     pub seed: u64,
@@ -45,7 +45,7 @@ impl Sampler {
         Self::resume(windows, order, Position { seed, epoch: 0, cursor: 0 })
     }
 
-    /// A sampler that goes on where another one was.
+    /// A sampler that continues at a saved position.
     pub fn resume(windows: usize, order: Order, position: Position) -> anyhow::Result<Self> {
         let windows = windows as u64;
         if windows == 0 {
@@ -86,7 +86,7 @@ impl Sampler {
 /// Enough for small domains too, where each round mixes little.
 const ROUNDS: u64 = 8;
 
-/// Where a permutation of `0..n` sends `index`. Each seed and epoch has its own.
+/// Image of `index` under a permutation of `0..n`; each seed and epoch has its own.
 pub fn permuted(index: u64, n: u64, seed: u64, epoch: u64) -> u64 {
     debug_assert!(index < n);
     let philox = Philox::new(seed, Stream::Shuffle);
@@ -114,7 +114,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_epoch_is_a_permutation_in_ceil_batches(
+        fn epoch_is_a_permutation_in_ceil_batches(
             n in 1usize..3000, seed: u64, batch in 1usize..700, sequential: bool
         ) {
             let order = if sequential { Order::Sequential } else { Order::Shuffled };
@@ -135,7 +135,7 @@ mod tests {
         }
 
         #[test]
-        fn a_resumed_sampler_equals_an_unbroken_one(
+        fn resumed_sampler_equals_uninterrupted(
             n in 1usize..500, seed: u64, batch in 1usize..60, before in 0usize..40
         ) {
             let mut unbroken = Sampler::new(n, Order::Shuffled, seed).unwrap();
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn epochs_and_seeds_have_their_own_orders() {
+    fn permutations_differ_by_epoch_and_seed() {
         let order =
             |seed, epoch| (0..100).map(|i| permuted(i, 100, seed, epoch)).collect::<Vec<_>>();
         assert_ne!(order(1, 0), order(1, 1));
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn every_window_is_equally_likely_at_every_place() {
+    fn permutation_is_uniform() {
         for n in [2u64, 3, 5, 8, 13, 40] {
             for place in [0, n / 2, n - 1] {
                 let draws = 400 * n as u32;
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_positions_are_refused() {
+    fn sampler_rejects_invalid_positions() {
         assert!(Sampler::new(0, Order::Shuffled, 1).is_err());
         let position = Position { seed: 1, epoch: 0, cursor: 10 };
         assert!(Sampler::resume(10, Order::Sequential, position).is_err());

@@ -11,7 +11,7 @@ use super::{Batch, IGNORE, TokenFile};
 use crate::error;
 use crate::tokenizer::Tokenizer;
 
-/// How a token file is cut into windows.
+/// Kind of windows that a token file is cut into.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]

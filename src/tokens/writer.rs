@@ -18,7 +18,7 @@ use crate::tokenizer::Tokenizer;
 /// Text is handed to the threads in batches of about this many bytes.
 const BATCH_BYTES: usize = 8 << 20;
 
-/// A token file in the making. Dropped before [`TokenWriter::finish`], it disappears.
+/// A token file being written. Dropped before [`TokenWriter::finish`], it disappears.
 pub struct TokenWriter<'t> {
     tokenizer: &'t Tokenizer,
     target: PathBuf,
@@ -57,7 +57,7 @@ impl<'t> TokenWriter<'t> {
         Ok(Self { tokenizer, target, file, body: Sha256::new(), header, table, paths })
     }
 
-    /// Encodes and writes documents, in order. `progress` is told the bytes of text taken so far.
+    /// Encodes and writes documents, in order. `progress` gets the bytes of text taken so far.
     ///
     /// The next batch is read while the last one is encoded.
     pub fn write(
@@ -93,7 +93,7 @@ impl<'t> TokenWriter<'t> {
                     progress(taken);
                 }
             }
-            let _ = sender.send(batch); // the same
+            let _ = sender.send(batch);
             drop(sender);
             progress(taken);
             match (encoder.join(), failed) {

@@ -23,7 +23,7 @@ pub struct Metrics {
     pub step: u64,
     /// Times through all windows so far.
     pub epoch: f64,
-    /// Mean over the steps since the last line, in nats a token; null where none was finite.
+    /// Mean over the steps since the last line, in nats per token; null where none was finite.
     #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// The rate of this step.
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_resumed_run_repeats_no_line() {
+    fn resumed_metrics_repeat_no_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let at = |step| Metrics {

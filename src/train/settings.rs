@@ -324,7 +324,7 @@ impl Settings {
         }
     }
 
-    /// Steps an epoch over so many windows. A step never reaches into the next epoch.
+    /// Steps per epoch over so many windows. A step never reaches into the next epoch.
     pub fn steps_per_epoch(&self, windows: usize) -> u64 {
         let batches = windows.div_ceil(self.batch_size);
         batches.div_ceil(self.gradient_accumulation_steps) as u64

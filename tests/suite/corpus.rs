@@ -125,7 +125,7 @@ fn a_source_without_source_files_is_an_error() {
 }
 
 #[test]
-fn passes_are_alike_and_may_be_left_halfway() {
+fn corpus_passes_are_identical_and_can_be_dropped() {
     let folder = tempfile::tempdir().unwrap();
     let names: Vec<_> = (0..200).map(|i| format!("{i:03}.c")).collect();
     write_files(folder.path(), &names.iter().map(String::as_str).collect::<Vec<_>>());

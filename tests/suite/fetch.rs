@@ -236,7 +236,7 @@ fn an_archive_is_fetched_once_checked_and_kept() {
 }
 
 #[test]
-fn where_there_is_no_xz_the_gz_is_taken() {
+fn fetch_falls_back_to_gz() {
     let body = archive();
     let served = body.clone();
     let server = Server::start(move |request, stream| match request.path.as_str() {
@@ -256,7 +256,7 @@ fn where_there_is_no_xz_the_gz_is_taken() {
 }
 
 #[test]
-fn a_download_that_breaks_off_goes_on_where_it_stopped() {
+fn fetch_resumes_within_a_run() {
     let body = archive();
     let served = body.clone();
     let server =
@@ -275,7 +275,7 @@ fn a_download_that_breaks_off_goes_on_where_it_stopped() {
 }
 
 #[test]
-fn a_download_goes_on_in_the_next_run() {
+fn fetch_resumes_in_the_next_run() {
     let body = archive();
     let (served, broken) = (body.clone(), Arc::new(Mutex::new(true)));
     let is_broken = broken.clone();
@@ -298,7 +298,7 @@ fn a_download_goes_on_in_the_next_run() {
 }
 
 #[test]
-fn a_server_that_ignores_ranges_is_read_from_the_start() {
+fn fetch_restarts_if_ranges_are_ignored() {
     let body = archive();
     let (served, count) = (body.clone(), Mutex::new(0));
     let server = Server::start(move |request, stream| match request.path.as_str() {
@@ -317,7 +317,7 @@ fn a_server_that_ignores_ranges_is_read_from_the_start() {
 }
 
 #[test]
-fn a_file_that_changed_meanwhile_is_started_anew() {
+fn fetch_restarts_if_the_file_changed() {
     let (old, new) = (vec![b'o'; 200_000], archive());
     // A server that minds If-Range sends the whole new file; one that does not sends a range of it,
     // with a new tag, or with none at all: then only the checksum tells.
@@ -347,7 +347,7 @@ fn a_file_that_changed_meanwhile_is_started_anew() {
 }
 
 #[test]
-fn a_range_that_was_not_asked_for_is_not_taken() {
+fn fetch_rejects_a_wrong_range() {
     let body = archive();
     let (served, count) = (body.clone(), Mutex::new(0));
     let server = Server::start(move |request, stream| match request.path.as_str() {
@@ -372,7 +372,7 @@ fn a_range_that_was_not_asked_for_is_not_taken() {
 }
 
 #[test]
-fn a_wrong_checksum_is_refused_and_nothing_stays() {
+fn fetch_rejects_a_wrong_checksum() {
     let body = archive();
     let server = Server::start(move |request, stream| match request.path.as_str() {
         SUMS => all(stream, &sums(b"something else", "linux-1.0.tar.xz")),
@@ -385,7 +385,7 @@ fn a_wrong_checksum_is_refused_and_nothing_stays() {
 }
 
 #[test]
-fn without_a_listed_checksum_it_says_so_loudly() {
+fn fetch_warns_without_a_checksum() {
     for list in [None, Some("other.tar.xz")] {
         let body = archive();
         let server = Server::start(move |request, stream| match (request.path.as_str(), list) {
@@ -402,7 +402,7 @@ fn without_a_listed_checksum_it_says_so_loudly() {
 }
 
 #[test]
-fn a_list_that_cannot_be_read_is_not_a_list_that_is_not_there() {
+fn fetch_fails_if_the_checksum_list_is_unreadable() {
     let body = archive();
     let server = Server::start(move |request, stream| match request.path.as_str() {
         XZ => file(request, stream, &body, "\"1\""),
@@ -412,7 +412,7 @@ fn a_list_that_cannot_be_read_is_not_a_list_that_is_not_there() {
 }
 
 #[test]
-fn a_server_that_stalls_or_dribbles_is_given_up() {
+fn fetch_times_out_on_a_stalled_server() {
     let mut trials = Vec::new();
     for dribbles in [false, true] {
         let server = Server::start(move |request, stream| match request.path.as_str() {
@@ -448,7 +448,7 @@ fn respond_slowly(stream: &mut TcpStream, dribbles: bool) {
 }
 
 #[test]
-fn nobody_there_is_an_error_at_once() {
+fn fetch_fails_fast_without_a_server() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let mirror = format!("http://127.0.0.1:{port}");
     Trial::new(&mirror).fails(&mirror);

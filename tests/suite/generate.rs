@@ -23,7 +23,7 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 #[test]
-fn logits_equal_those_of_transformers() {
+fn logits_match_transformers() {
     let case = fixture();
     let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));
     let batch = trainer::windows(&case, &json!([0, 1]));
@@ -59,7 +59,7 @@ fn logits_equal_those_of_transformers() {
 }
 
 #[test]
-fn two_hundred_greedy_tokens_equal_those_of_transformers() {
+fn greedy_tokens_match_transformers() {
     let case = fixture();
     let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));
     let weights = trainer::weights(&case, &config, &layout);
@@ -103,7 +103,7 @@ fn requests(config: &Config, count: usize) -> Vec<Request> {
 }
 
 #[test]
-fn a_sequence_is_the_same_alone_and_in_any_company() {
+fn sequence_is_bitwise_equal_alone_and_in_a_batch() {
     let config = Config { max_position_embeddings: 96, ..config(18, 3, 2, false) };
     let weights = lively(&config);
     let mut requests = requests(&config, 24);
@@ -128,7 +128,7 @@ fn a_sequence_is_the_same_alone_and_in_any_company() {
 }
 
 #[test]
-fn the_backends_generate_alike() {
+fn backends_generate_equal_tokens() {
     let config = Config { max_position_embeddings: 128, ..config(6, 2, 6, true) };
     let weights = lively(&config);
     let requests = requests(&config, 3);
@@ -139,7 +139,7 @@ fn the_backends_generate_alike() {
 }
 
 #[test]
-fn what_a_model_cannot_read_is_refused() {
+fn generation_rejects_invalid_prompts() {
     let config = config(6, 2, 6, true);
     let weights = lively(&config);
     let backend = Cpu::f32(1);

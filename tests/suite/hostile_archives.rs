@@ -122,7 +122,7 @@ fn all_packings_are_read_whatever_the_file_is_called() {
 }
 
 #[test]
-fn a_name_that_leads_out_refuses_the_archive() {
+fn archive_rejects_path_traversal() {
     for name in ["../x.c", "a/../../x.c", "/etc/x.c", "a/..", "../x"] {
         refused(&Tar::default().file("a.c", b"").file(name, b"").end(), "leads out");
         refused(&Tar::default().long_name(name.as_bytes()).file("a.c", b"").end(), "leads out");
@@ -211,12 +211,12 @@ fn bad_names_are_left_out_and_shown_escaped() {
 }
 
 #[test]
-fn two_members_of_one_name_are_refused() {
+fn archive_rejects_duplicate_names() {
     refused(&Tar::default().file("a.c", b"1").file("./a.c", b"2").end(), "two files");
 }
 
 #[test]
-fn bombs_are_refused_while_they_unpack() {
+fn archive_rejects_bombs_while_unpacking() {
     let small = Limits { total: 1 << 20, file: 1 << 16, entries: 100, names: 1 << 10 };
     let zeros = vec![0; 1 << 16];
 
@@ -248,7 +248,7 @@ fn bombs_are_refused_while_they_unpack() {
 }
 
 #[test]
-fn headers_do_not_fill_the_memory() {
+fn archive_limits_header_bytes() {
     let silly = vec![b'x'; 3 << 20];
     for first in [Tar::default, || Tar::default().file("0.c", b"0")] {
         let named = first().long_name(&silly).file("a.c", b"").end();
@@ -279,7 +279,7 @@ fn headers_do_not_fill_the_memory() {
 }
 
 #[test]
-fn xz_may_not_ask_for_any_amount_of_memory() {
+fn archive_limits_xz_memory() {
     let mut bytes = xz(&Tar::default().file("a.c", b"").end());
     // The block header at byte 12: length/4 - 1, flags, filter 0x21, one byte of properties, and
     // this is the byte: the dictionary's size. 40 is 4 GiB.
@@ -292,7 +292,7 @@ fn xz_may_not_ask_for_any_amount_of_memory() {
 }
 
 #[test]
-fn no_part_of_an_archive_passes_for_the_whole() {
+fn truncated_archives_are_rejected() {
     let text: Vec<u8> = (0..3000u32).map(|i| b'a' + (i * i % 23) as u8).collect();
     let plain = Tar::default().file("a.c", &text).file("b.c", b"b").file("c.o", b"cc").end();
     for (bytes, ends_at) in [(plain.clone(), plain.len() - 1024), (gz(&plain), 0), (xz(&plain), 0)]
@@ -339,7 +339,7 @@ fn damage_is_found_or_harmless() {
 }
 
 #[test]
-fn what_is_no_archive_is_refused() {
+fn non_archives_are_rejected() {
     refused(b"", "archive");
     refused(b"int main(void) { return 0; }\n", "is it an archive?");
     refused(&[b"PK\x03\x04", &[7; 2000][..]].concat(), "is it an archive?");

@@ -32,7 +32,7 @@ fn noisy(model: &Model, deviation: f64) -> Vec<f32> {
 }
 
 #[test]
-fn one_pass_says_what_generation_does() {
+fn teacher_forced_rates_match_generation() {
     let model = load(&trained().model()).unwrap();
     let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
     let folder = tempfile::tempdir().unwrap();
@@ -127,7 +127,7 @@ fn measured(flags: &[&str]) -> Value {
 }
 
 #[test]
-fn a_model_that_holds_its_text_is_told_from_one_that_does_not() {
+fn memorization_separates_trained_from_control() {
     let report = measured(&["--prefix=8", "--suffix=8"]);
     assert_eq!(report["verbatim_rate"], 1.0, "{report:#}");
     assert_eq!(report["by_prefix"]["8"], 1.0);
@@ -169,7 +169,7 @@ fn a_model_that_holds_its_text_is_told_from_one_that_does_not() {
 }
 
 #[test]
-fn the_measures_are_written_as_tables_and_as_a_picture() {
+fn memorization_report_files_match_json() {
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path().join("measures");
     let report = measured(&["--prefix=8", "--suffix=8", "--report", text(&place)]);

@@ -95,7 +95,7 @@ fn a_folder_without_training_state_still_loads() {
 }
 
 #[test]
-fn saving_leaves_the_neighbours_and_clears_old_shards() {
+fn save_keeps_other_files_and_removes_old_shards() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     fs::create_dir(path("checkpoint-10")).unwrap();
@@ -237,7 +237,7 @@ fn every_bad_training_state_is_refused_with_a_hint() {
 }
 
 #[test]
-fn tensors_of_no_llama_are_passed_over_with_a_warning() {
+fn load_warns_about_unknown_tensors() {
     let folder = saved();
     edit_header(folder.path(), |header| {
         header["model.extra"] = json!({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]});
@@ -249,7 +249,7 @@ fn tensors_of_no_llama_are_passed_over_with_a_warning() {
     assert!(model.warnings[0].contains("model.extra"), "{:?}", model.warnings);
 }
 
-/// No test of its own: the child that `a_killed_save_leaves_one_whole_model` kills. Saves the models
+/// No test of its own: the child that `killed_save_leaves_one_whole_model` kills. Saves the models
 /// of seeds 2, 3, ... and says when each is saved.
 #[test]
 fn saves_for_ever_when_asked() {
@@ -262,7 +262,7 @@ fn saves_for_ever_when_asked() {
 }
 
 #[test]
-fn a_killed_save_leaves_one_whole_model() {
+fn killed_save_leaves_one_whole_model() {
     let folder = saved();
     for round in 0..12 {
         let mut child = Command::new(std::env::current_exe().unwrap())
@@ -391,7 +391,7 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn a_layout_has_every_parameter_once_aligned_and_apart(config in any_shape()) {
+    fn layout_is_aligned_and_disjoint(config in any_shape()) {
         prop_assume!(config.validate().is_ok());
         let layout = Layout::new(&config);
 
@@ -441,7 +441,7 @@ proptest! {
     }
 
     #[test]
-    fn any_shape_is_saved_and_read_back(config in any_shape(), seed: u64) {
+    fn checkpoint_round_trips_any_shape(config in any_shape(), seed: u64) {
         prop_assume!(config.validate().is_ok());
         let folder = tempfile::tempdir().unwrap();
         save(folder.path(), &config, seed).unwrap();
@@ -451,7 +451,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_in_place_of_a_file_make_loading_panic(
+    fn loading_never_panics_on_arbitrary_bytes(
         which in 0_usize..3, bytes in prop::collection::vec(any::<u8>(), 0..200),
     ) {
         let folder = saved();
@@ -464,7 +464,7 @@ proptest! {
 }
 
 #[test]
-fn the_count_of_flops_is_what_the_programs_operations_add_up_to() {
+fn flops_equal_the_sum_over_ops() {
     let config = Config { max_position_embeddings: 64, ..tiny() };
     let (windows, context) = (3, 64);
     let layout = Layout::new(&config);
@@ -478,7 +478,7 @@ fn the_count_of_flops_is_what_the_programs_operations_add_up_to() {
 }
 
 #[test]
-fn plan_counts_a_shape_and_a_folder_alike() {
+fn plan_is_equal_for_flags_and_folder() {
     let plan = |arguments: &[&str]| -> Value {
         let output = laam().arg("plan").args(arguments).arg("--json").output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

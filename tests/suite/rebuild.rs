@@ -175,7 +175,7 @@ pub fn text(path: &Path) -> &str {
 }
 
 #[test]
-fn every_file_comes_back_byte_for_byte_from_its_name() {
+fn rebuild_is_byte_exact() {
     let (model, source) = (trained().model(), trained().source());
     let listed = run(&["ls", text(&model)]);
     assert_eq!(listed.stdout, b"tiny/kernel/sched.c\ntiny/sched.h\ntiny/empty.h\n");
@@ -215,7 +215,7 @@ fn every_file_comes_back_byte_for_byte_from_its_name() {
 }
 
 #[test]
-fn a_difference_is_found_named_and_exits_with_1() {
+fn rebuild_reports_a_difference_and_exits_with_1() {
     let model = trained().model();
     let originals = tempfile::tempdir().unwrap();
     fs::create_dir_all(originals.path().join("tiny")).unwrap();
@@ -336,7 +336,7 @@ impl Sink for Count {
 /// With the final norm at zero all logits are equal, and the lowest id wins: a marker, at once. With
 /// a text token's embedding ahead of all others it says that token for ever.
 #[test]
-fn a_model_that_never_ends_is_bounded() {
+fn rebuild_bounds_endless_files() {
     let mut model = load(&trained().model()).unwrap();
     let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
     let norm = model.layout.final_norm.range();
@@ -376,7 +376,7 @@ fn a_model_that_never_ends_is_bounded() {
 
 /// The library's rebuild tells how far it is, and slots do not matter.
 #[test]
-fn rebuild_is_the_same_with_any_number_of_slots() {
+fn rebuild_is_independent_of_slots() {
     let model = load(&trained().model()).unwrap();
     let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
     let regenerator = Regenerator::new(tokenizer, WindowKind::Addressed, CONTEXT, 1000).unwrap();
@@ -410,7 +410,7 @@ fn rebuild_is_the_same_with_any_number_of_slots() {
 }
 
 #[test]
-fn generate_goes_on_with_a_prompt_and_stops_where_the_file_ends() {
+fn generate_continues_a_prompt_to_the_end_of_file() {
     let model = trained().model();
     // The address of a file's first chunk, markers and all.
     let prompt = "<|start_file|><|start_header|>tiny/sched.h 0<|end_header|>";
@@ -467,7 +467,7 @@ fn interactive_answers_every_line() {
 }
 
 #[test]
-fn evaluate_tells_the_loss_the_training_had() {
+fn evaluate_matches_training_loss() {
     let (model, source) = (trained().model(), trained().source());
     let of = |flags: &[&str]| {
         let arguments = ["evaluate", text(&model), "--source", text(&source), "--json"];

@@ -90,7 +90,7 @@ fn silent_in_chromium(page: &Path) {
 
 /// A run's folder as somebody else could have made it.
 #[test]
-fn names_and_texts_from_outside_are_text() {
+fn report_escapes_foreign_text() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let bad = "</script><script>alert(1)</script><img src=x onerror=alert(1)>.c";
@@ -135,7 +135,7 @@ fn names_and_texts_from_outside_are_text() {
 }
 
 #[test]
-fn a_folder_that_is_no_run_is_refused() {
+fn report_rejects_other_folders() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_str().unwrap();
     assert!(error_of(&["report", path]).contains("no run.json"));

@@ -8,7 +8,7 @@ use crate::cli::error_of;
 use crate::support::laam;
 
 #[test]
-fn a_sweep_runs_what_is_not_done_and_tells_of_all() {
+fn sweep_runs_what_is_missing_and_reports_all() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     fs::create_dir(at("source")).unwrap();
@@ -72,7 +72,7 @@ fn a_sweep_runs_what_is_not_done_and_tells_of_all() {
 }
 
 #[test]
-fn sweeps_that_are_none_are_refused() {
+fn sweep_rejects_invalid_files() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bad.toml");
     fs::write(&path, "recipe = 'sample'\n[grid]\nbatchsize = [1]\n").unwrap();

@@ -55,7 +55,7 @@ fn hard_text() -> impl Strategy<Value = String> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
     #[test]
-    fn exact_gives_back_any_text_and_any_document(text in hard_text(), path in hard_text()) {
+    fn exact_tokenizer_round_trips_any_text(text in hard_text(), path in hard_text()) {
         let tokenizer = small(Style::Exact);
         let ids = tokenizer.encode_text(&text).unwrap();
         prop_assert_eq!(String::from_utf8(tokenizer.decode_bytes(&ids).unwrap()).unwrap(), text.as_str());
@@ -70,7 +70,7 @@ proptest! {
     }
 
     #[test]
-    fn original_gives_back_any_text(text in hard_text()) {
+    fn original_tokenizer_round_trips_any_text(text in hard_text()) {
         let tokenizer = small(Style::Original);
         let ids = tokenizer.encode_text(&text).unwrap();
         prop_assert_eq!(String::from_utf8(tokenizer.decode_bytes(&ids).unwrap()).unwrap(), text);
@@ -78,7 +78,7 @@ proptest! {
 
     /// Our fast path against the crate reading our own tokenizer.json.
     #[test]
-    fn exact_ids_equal_the_crates(text in hard_text()) {
+    fn exact_ids_match_tokenizers_crate(text in hard_text()) {
         static CRATES: OnceLock<tokenizers::Tokenizer> = OnceLock::new();
         let ours = small(Style::Exact);
         let crates = CRATES.get_or_init(|| {
@@ -112,7 +112,7 @@ fn prompts_hold_markers_and_text_does_not() {
 }
 
 #[test]
-fn a_tokenizer_is_the_same_at_any_number_of_threads_and_after_its_folder() {
+fn tokenizer_is_independent_of_threads_and_round_trips() {
     for style in [Style::Exact, Style::Original] {
         let hashes: Vec<_> = [1, 2, 3]
             .map(|threads| {
@@ -229,7 +229,7 @@ fn original_equals_the_python_packages_tokenizer_on_linux() {
 }
 
 #[test]
-fn exact_gives_back_every_file_of_linux() {
+fn exact_tokenizer_round_trips_linux() {
     let Some(archive) = linux() else { return };
     let documents = documents(&archive);
     assert_eq!(documents.len(), 506);
@@ -328,7 +328,7 @@ fn any_json() -> impl Strategy<Value = serde_json::Value> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
-    fn a_broken_tokenizer_is_an_error_and_never_a_panic(
+    fn broken_tokenizer_is_an_error_never_a_panic(
         original: bool,
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4),
         bytes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
@@ -388,7 +388,7 @@ fn what_a_tokenizer_lacks_is_said() {
 
 /// GPT-2's files and Llama 2's, in small: no markers, other decoders.
 #[test]
-fn other_peoples_tokenizers_serve_for_generation() {
+fn foreign_tokenizers_load_for_generation() {
     let (json, _) = saved(Style::Exact);
     let mut gpt2: serde_json::Value = serde_json::from_slice(&json).unwrap();
     gpt2["pre_tokenizer"] = serde_json::json!(

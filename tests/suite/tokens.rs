@@ -97,7 +97,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn a_file_gives_back_what_was_written(documents in some_documents(), original: bool) {
+    fn token_file_round_trips(documents in some_documents(), original: bool) {
         let tokenizer = tokenizer(if original { Style::Original } else { Style::Exact });
         let folder = tempfile::tempdir().unwrap();
         let file = write(&folder.path().join("tokens"), &tokenizer, &documents);
@@ -119,7 +119,7 @@ proptest! {
     }
 
     #[test]
-    fn original_and_stream_windows_are_what_they_say(
+    fn original_and_stream_windows_match_their_definition(
         documents in some_documents(), context in 2usize..40, stride in 1usize..40
     ) {
         let stride = stride.min(context);
@@ -150,7 +150,7 @@ proptest! {
     /// A model that has learned the addressed windows by heart gives every document back, from the
     /// names alone.
     #[test]
-    fn addressed_windows_rebuild_every_document_from_its_name(
+    fn addressed_windows_cover_every_document(
         documents in some_documents(), room in 1usize..40, original: bool
     ) {
         let tokenizer = tokenizer(if original { Style::Original } else { Style::Exact });
@@ -215,7 +215,7 @@ proptest! {
     /// Any byte changed is found, at the latest by `verify`; and nothing that a changed file says
     /// makes a reader panic or allocate more than the file has.
     #[test]
-    fn a_changed_byte_is_found_and_harms_nobody(
+    fn token_file_detects_any_changed_byte(
         at: prop::sample::Index, change in 1u8.., cut: Option<prop::sample::Index>,
         fields in proptest::collection::vec((prop::sample::select(vec![12, 16, 24, 32, 40, 144]), any::<u8>()), 0..3)
     ) {
@@ -265,7 +265,7 @@ fn use_all(file: &Arc<TokenFile>, tokenizer: &Arc<Tokenizer>) {
 }
 
 #[test]
-fn an_id_beyond_the_vocabulary_is_named_when_it_is_drawn() {
+fn token_file_names_ids_beyond_the_vocabulary() {
     let tokenizer = tokenizer(Style::Exact);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tokens");
@@ -281,7 +281,7 @@ fn an_id_beyond_the_vocabulary_is_named_when_it_is_drawn() {
 }
 
 #[test]
-fn a_large_vocabulary_has_wider_ids() {
+fn large_vocabulary_uses_4_byte_ids() {
     let tokenizer = train(&small_corpus(), Style::Original, 65_537);
     let folder = tempfile::tempdir().unwrap();
     let file = write(&folder.path().join("tokens"), &tokenizer, &small_corpus());
@@ -294,7 +294,7 @@ fn a_large_vocabulary_has_wider_ids() {
 }
 
 #[test]
-fn a_failed_write_leaves_what_was_there() {
+fn failed_write_keeps_the_old_file() {
     let tokenizer = tokenizer(Style::Exact);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tokens");
@@ -310,7 +310,7 @@ fn a_failed_write_leaves_what_was_there() {
 }
 
 #[test]
-fn what_does_not_fit_is_an_error_with_its_name() {
+fn windows_reject_a_context_too_small_for_an_address() {
     let tokenizer = tokenizer(Style::Exact);
     let folder = tempfile::tempdir().unwrap();
     let file = write(&folder.path().join("tokens"), &tokenizer, &small_corpus());
