@@ -123,6 +123,9 @@ impl Stage<'_> {
         } else {
             (settings.config(tokenizer.vocab_size(), tokenizer.special())?, None)
         };
+        for warning in config.compatibility_warnings() {
+            eprintln!("warning: {warning}");
+        }
         let provenance = Provenance {
             corpus: prepare::record(&manifest),
             tokenizer_sha256: Some(hex(&tokenizer.sha256())),

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `config.json`, `generation_config.json` | the shape |
 //! | `model.safetensors` | the weights, under Hugging Face's names; a tied head is left out |
-//! | `tokenizer.json`, `tokenizer_config.json` | copied in |
+//! | `tokenizer.json`, `tokenizer_config.json` | copied in, with the context |
 //! | `training_state.safetensors` | master weights, moments, and the run's position; optional |
 //! | `provenance.json` | origin and settings |
 //! | `README.md` | the model card |
@@ -36,7 +36,8 @@ const PROVENANCE: &str = "provenance.json";
 const STATE_KEY: &str = "state";
 /// Files of a tokenizer's folder; all but the first are optional.
 const TOKENIZER: [&str; 4] =
-    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+    ["tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"];
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// No JSON file of a model folder is near this long; an index of shards has some 100 bytes per tensor.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 
@@ -123,7 +124,7 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
         None => staged.remove(STATE)?,
     }
     if let Some(source) = checkpoint.tokenizer {
-        copy_tokenizer(source, staged)?;
+        copy_tokenizer(source, config.max_position_embeddings, staged)?;
     }
     // Shards of an earlier model would only take room; one file takes precedence over them.
     for shard in shards_of(folder).unwrap_or_default() {
@@ -132,11 +133,14 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
     staged.remove(INDEX)
 }
 
-fn copy_tokenizer(source: &Path, staged: &Staged) -> anyhow::Result<()> {
+fn copy_tokenizer(source: &Path, context: usize, staged: &Staged) -> anyhow::Result<()> {
     settle(source)?;
     for name in TOKENIZER {
         let from = source.join(name);
         match files::read(&from, MAX_JSON_BYTES) {
+            Ok(bytes) if name == TOKENIZER_CONFIG => {
+                staged.write(name, &completed_tokenizer_config(bytes, context)?)?;
+            }
             Ok(bytes) => staged.write(name, &bytes)?,
             // The first is the tokenizer itself; the others are optional.
             Err(cause) if name == TOKENIZER[0] || cause.kind() != std::io::ErrorKind::NotFound => {
@@ -148,6 +152,17 @@ fn copy_tokenizer(source: &Path, staged: &Staged) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// `tokenizer_config.json` of a model. Without `model_input_names` transformers' tokenizer returns
+/// token_type_ids, which `generate` refuses for Llama; `model_max_length` is where it truncates.
+fn completed_tokenizer_config(bytes: Vec<u8>, context: usize) -> anyhow::Result<Vec<u8>> {
+    let Ok(Value::Object(mut config)) = serde_json::from_slice(&bytes) else { return Ok(bytes) };
+    config
+        .entry("model_input_names")
+        .or_insert_with(|| serde_json::json!(["input_ids", "attention_mask"]));
+    config.insert("model_max_length".to_string(), context.into());
+    Ok(serde_json::to_vec_pretty(&config)?)
 }
 
 /// Reads a model folder: laam's, or any Llama that transformers saved.

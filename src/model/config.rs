@@ -138,6 +138,19 @@ impl Config {
         Ok(())
     }
 
+    /// What other programs do not support of this shape.
+    pub fn compatibility_warnings(&self) -> Vec<String> {
+        let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
+        let mut warnings = Vec::new();
+        if !hidden.is_multiple_of(heads) {
+            warnings.push(format!(
+                "hidden_size {hidden} is not a multiple of num_attention_heads {heads}: transformers 5 \
+                 does not load such a model"
+            ));
+        }
+        warnings
+    }
+
     /// Parameters of the model. Wide enough for any sizes, before they are validated.
     pub fn parameter_count(&self) -> u128 {
         let tables = if self.tie_word_embeddings { 1 } else { 2 };

@@ -84,6 +84,7 @@ pub fn assemble(style: Style, model: BPE, pads: Vec<AddedToken>) -> anyhow::Resu
         "pad_token": MARKERS[4],
         "add_prefix_space": style == Style::Original,
         "clean_up_tokenization_spaces": false,
+        "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left"
     });
     parse(serde_json::to_vec_pretty(&json)?, serde_json::to_vec_pretty(&config)?, None)

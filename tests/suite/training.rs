@@ -739,6 +739,25 @@ fn metrics_tell_what_the_engine_did() {
     );
 }
 
+#[test]
+fn saved_folder_suits_transformers_or_warns() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("model");
+    let said = trained(&output, "--max_steps 1");
+    assert!(!said.contains("transformers"), "{said}");
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_str(&fs::read_to_string(output.join(name)).unwrap()).unwrap()
+    };
+    let config = read("tokenizer_config.json");
+    assert_eq!(config["model_input_names"], serde_json::json!(["input_ids", "attention_mask"]));
+    assert_eq!(config["model_max_length"], 48);
+    assert_eq!(config["pad_token"], "<|pad|>");
+
+    let odd = "--max_steps 1 --hidden_size 18 --head_dim 4";
+    let said = trained(&folder.path().join("odd"), odd);
+    assert!(said.contains("warning: hidden_size 18 is not a multiple of num_attention_heads 4"));
+}
+
 /// CRC-32C bit by bit, as RFC 3720 defines it: the code under test takes it from a crate.
 fn crc32c(data: &[u8]) -> u32 {
     !data.iter().fold(!0u32, |crc, &byte| {
