@@ -6,11 +6,11 @@ use super::html::{data, escape, short};
 
 /// Size of the viewBox, in its units; on a phone one is about a pixel.
 const WIDTH: f64 = 400.0;
-const HEIGHT: f64 = 210.0;
+const HEIGHT: f64 = 232.0;
 const LEFT: f64 = 52.0;
 const RIGHT: f64 = 10.0;
-const TOP: f64 = 10.0;
-const BOTTOM: f64 = 24.0;
+const TOP: f64 = 20.0;
+const BOTTOM: f64 = 36.0;
 
 /// Points per line: more could not be told apart.
 const MAX_LINE_POINTS: usize = 400;
@@ -33,6 +33,8 @@ pub struct Series {
 pub struct Lines {
     /// Name of the x axis, as in `step 120`.
     pub x: &'static str,
+    /// Unit of the y axis.
+    pub y: &'static str,
     pub series: Vec<Series>,
     /// A logarithmic y axis: points of 0 or less are left out.
     pub log: bool,
@@ -43,6 +45,9 @@ pub struct Lines {
 
 /// Bars side by side over names, one colour a series.
 pub struct Bars {
+    /// Names of the axes.
+    pub x: String,
+    pub y: &'static str,
     pub names: Vec<String>,
     pub series: Vec<(String, Vec<Option<f64>>)>,
     /// The y axis reaches at least this.
@@ -73,9 +78,9 @@ impl Axis {
             (from, to) = (from - room, to + room);
         }
         if log {
-            // To where ticks are, so that every axis has two.
-            let (low, high) = (from.log10().floor(), to.log10().ceil());
-            (from, to) = (10f64.powf(low), 10f64.powf(high.max(low + 1.0)));
+            // To 1, 2 or 5 times a power of ten: within a decade too there are ticks.
+            let (low, high) = (round_125(from, false), round_125(to, true));
+            (from, to) = (low, if high > low { high } else { 10.0 * low });
         }
         Self { from, to, log }
     }
@@ -88,9 +93,17 @@ impl Axis {
 
     fn ticks(&self) -> Vec<f64> {
         if self.log {
-            let (from, to) = (self.from.log10().round() as i32, self.to.log10().round() as i32);
-            let every = ((to - from) / 5 + 1) as usize;
-            return (from..=to).step_by(every).map(|power| 10f64.powi(power)).collect();
+            let (low, high) = (self.from.log10().floor() as i32, self.to.log10().ceil() as i32);
+            let decades = (self.to / self.from).log10();
+            let every = ((high - low) / 5 + 1) as usize;
+            let multiples: &[f64] = if decades <= 2.5 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+            let within =
+                |tick: &f64| (self.from * (1.0 - 1e-9)..=self.to * (1.0 + 1e-9)).contains(tick);
+            return (low..=high)
+                .step_by(every)
+                .flat_map(|power| multiples.iter().map(move |times| times * 10f64.powi(power)))
+                .filter(within)
+                .collect();
         }
         // 1, 2 or 5 times a power of ten, four of them or so.
         let raw = (self.to - self.from) / 4.0;
@@ -103,6 +116,18 @@ impl Axis {
     }
 }
 
+/// The next 1, 2 or 5 times a power of ten, at or above a value, or at or below it.
+fn round_125(value: f64, up: bool) -> f64 {
+    let power = 10f64.powf(value.log10().floor());
+    let steps = [1.0, 2.0, 5.0, 10.0].map(|times| times * power);
+    let found = if up {
+        steps.into_iter().find(|step| *step >= value * (1.0 - 1e-9))
+    } else {
+        steps.into_iter().rev().find(|step| *step <= value * (1.0 + 1e-9))
+    };
+    found.unwrap_or(value)
+}
+
 fn x_of(axis: &Axis, value: f64) -> f64 {
     LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT)
 }
@@ -111,12 +136,18 @@ fn y_of(axis: &Axis, value: f64) -> f64 {
     HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM)
 }
 
-/// The opening tag and the y axis.
-fn frame(svg: &mut String, title: &str, y: &Axis, format: NumberFormat) {
+/// The opening tag, the names of the axes, and the ticks of the y axis.
+fn frame(svg: &mut String, title: &str, names: (&str, &str), y: &Axis, format: NumberFormat) {
     let _ = write!(
         svg,
-        "<svg class=\"chart\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">",
-        escape(title)
+        "<svg class=\"chart\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\
+         <text class=\"tick\" x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>\
+         <text class=\"tick\" x=\"4\" y=\"11\">{}</text>",
+        escape(title),
+        WIDTH - RIGHT,
+        HEIGHT - 5.0,
+        escape(names.0),
+        escape(names.1)
     );
     for tick in y.ticks() {
         let at = y_of(y, tick);
@@ -169,13 +200,13 @@ impl Lines {
         let x = Axis::new(all().map(|point| point.0), false, Some((0.0, 0.0)));
         let y = Axis::new(all().map(|point| point.1), self.log, self.include);
         let mut svg = String::new();
-        frame(&mut svg, title, &y, self.format);
+        frame(&mut svg, title, (self.x, self.y), &y, self.format);
         for tick in x.ticks() {
             let _ = write!(
                 svg,
                 "<text class=\"tick\" x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
                 x_of(&x, tick),
-                HEIGHT - 7.0,
+                HEIGHT - BOTTOM + 14.0,
                 short(tick)
             );
         }
@@ -232,7 +263,7 @@ impl Bars {
         }
         let y = Axis::new(values, false, Some((0.0, self.top)));
         let mut svg = String::new();
-        frame(&mut svg, title, &y, self.format);
+        frame(&mut svg, title, (&self.x, self.y), &y, self.format);
         let room = (WIDTH - LEFT - RIGHT) / self.names.len() as f64;
         let bar = (room * 0.8 / self.series.len() as f64).min(48.0);
         let zero = y_of(&y, 0.0);
@@ -241,7 +272,7 @@ impl Bars {
             let _ = write!(
                 svg,
                 "<text class=\"tick\" x=\"{middle:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
-                HEIGHT - 7.0,
+                HEIGHT - BOTTOM + 14.0,
                 escape(name)
             );
             let mut left = middle - bar * self.series.len() as f64 / 2.0;
@@ -307,21 +338,34 @@ mod tests {
         let linear = Axis::new([0.0, 10.0].into_iter(), false, None);
         assert_eq!(linear.ticks(), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
         assert_eq!(linear.place(2.5), 0.25);
-        let log = Axis::new([0.02, 50.0].into_iter(), true, None);
+        let log = Axis::new([0.01, 100.0].into_iter(), true, None);
         assert_eq!(log.ticks(), [0.01, 0.1, 1.0, 10.0, 100.0]);
         assert!((log.place(1.0) - 0.5).abs() < 1e-12);
+        let within_a_decade = Axis::new([2.1, 4.8].into_iter(), true, None);
+        assert_eq!(within_a_decade.ticks(), [2.0, 5.0]);
+        assert_eq!(
+            Axis::new([0.3, 7.0].into_iter(), true, None).ticks(),
+            [0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+        );
     }
 
     #[test]
     fn line_chart_skips_non_finite_points() {
         let points = vec![(1.0, 1.0), (2.0, f64::NAN), (3.0, 0.0), (4.0, 10.0)];
         let series = vec![Series { name: "a".to_string(), points }];
-        let lines =
-            |log| Lines { x: "step", series: Vec::new(), log, include: None, format: short };
+        let lines = |log| Lines {
+            x: "step",
+            y: "nats",
+            series: Vec::new(),
+            log,
+            include: None,
+            format: short,
+        };
         let drawn = Lines { series, ..lines(true) }.figure("loss <", "");
         assert_eq!(drawn.matches("<polyline").count(), 1);
         let points = drawn.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
-        assert_eq!(points, "136.5,186.0 390.0,10.0");
+        assert_eq!(points, "136.5,196.0 390.0,20.0");
+        assert!(drawn.contains(">step</text>") && drawn.contains(">nats</text>"));
         assert!(drawn.contains("loss &lt;") && drawn.contains("step 4: 10"));
         assert_eq!(lines(false).figure("nothing", ""), "");
     }
@@ -329,6 +373,8 @@ mod tests {
     #[test]
     fn bar_height_matches_value() {
         let bars = Bars {
+            x: "tokens given".to_string(),
+            y: "windows",
             names: vec!["8".to_string(), "16".to_string()],
             series: vec![("model".to_string(), vec![Some(1.0), None])],
             top: 2.0,

@@ -58,6 +58,16 @@ pub fn short(number: f64) -> String {
     }
 }
 
+/// A time in its two largest units: 45.2 s, 3 min 5 s, 2 h 10 min.
+pub fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match whole {
+        0..60 => format!("{} s", short(seconds)),
+        60..3600 => format!("{} min {} s", whole / 60, whole % 60),
+        _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
 /// A part of 1: 98.4%. All is 100% and none is 0% only when they are.
 pub fn percent(part: f64) -> String {
     if part == 0.0 || part == 1.0 {
@@ -73,6 +83,8 @@ mod tests {
 
     #[test]
     fn html_escapes_text_and_shortens_numbers() {
+        let times = [0.123, 59.4, 185.0, 7800.0].map(duration);
+        assert_eq!(times, ["0.123 s", "59.4 s", "3 min 5 s", "2 h 10 min"]);
         for (number, text) in [
             (0.0, "0"),
             (0.001234, "0.00123"),

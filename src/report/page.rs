@@ -5,8 +5,8 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::chart::{Bars, Lines, Series};
-use super::html::{data, escape, grouped, percent, short};
-use super::run::{HeatStrip, MetricsLine, RunFiles};
+use super::html::{data, duration, escape, grouped, percent, short};
+use super::run::{HeatStrip, MetricsLine, RunFiles, StageMetrics};
 
 const STYLE: &str = include_str!("report.css");
 const SCRIPT: &str = include_str!("report.js");
@@ -72,6 +72,10 @@ fn head(run: &RunFiles, out: &mut String) {
     tile(measures["parameters"].as_u64().map(grouped), "parameters");
     let steps: u64 = run.stages.iter().filter_map(|stage| stage.lines.last()).map(|l| l.step).sum();
     tile((steps > 0).then(|| grouped(steps)), "steps of training");
+    let last = run.stages.iter().rev().find_map(|stage| stage.lines.last());
+    tile(last.and_then(|line| line.loss).map(short), "final training loss, nats per token");
+    let seconds: f64 = run.stages.iter().map(StageMetrics::seconds).sum();
+    tile((seconds > 0.0).then(|| duration(seconds)), "training time");
     let _ = writeln!(
         out,
         "<header>\n<h1>What the weights give back</h1>\n<p>Run <b>{}</b>, trained on <b>{}</b>.</p>\n\
@@ -95,17 +99,20 @@ fn training(run: &RunFiles, out: &mut String) {
         }
         series
     };
-    let chart =
-        |of, log, include, format| Lines { x: "step", series: lines(of), log, include, format };
+    let chart = |of, y, log, include, format| {
+        let series = lines(of);
+        Lines { x: "step", y, series, log, include, format }
+    };
     let zero = Some((0.0, 0.0));
     let charts = [
-        chart(|line| line.loss, true, None, short).figure("Loss", "nats per token"),
-        chart(|line| line.verbatim_rate, false, Some((0.0, 1.0)), percent)
-            .figure("Verbatim windows", "by step"),
-        chart(|line| line.learning_rate, false, zero, short).figure("Learning rate", ""),
-        chart(|line| line.grad_norm, true, None, short).figure("Gradient norm", "before clipping"),
-        chart(|line| line.tokens_per_second, false, zero, short)
-            .figure("Throughput", "tokens per second"),
+        chart(|line| line.loss, "nats per token", true, None, short).figure("Loss", ""),
+        chart(|line| line.verbatim_rate, "of all windows", false, Some((0.0, 1.0)), percent)
+            .figure("Verbatim windows", ""),
+        chart(|line| line.learning_rate, "AdamW", false, zero, short).figure("Learning rate", ""),
+        chart(|line| line.grad_norm, "L2 norm", true, None, short)
+            .figure("Gradient norm", "before clipping"),
+        chart(|line| line.tokens_per_second, "tokens per second", false, zero, short)
+            .figure("Throughput", ""),
     ]
     .concat();
     let body = if charts.is_empty() {
@@ -132,6 +139,8 @@ fn memorization(run: &RunFiles, out: &mut String) {
         prefixes.iter().map(|prefix| from["by_prefix"][prefix].as_f64()).collect()
     };
     let by_prefix = Bars {
+        x: "tokens given".to_string(),
+        y: "of all windows",
         names: prefixes.clone(),
         series: vec![
             ("this model".to_string(), rates(measures)),
@@ -141,12 +150,14 @@ fn memorization(run: &RunFiles, out: &mut String) {
         top: 1.0,
         format: percent,
     };
-    let suffix = format!("next {}, by tokens given", measures["question"]["suffix"]);
+    let suffix = format!("next {} tokens", measures["question"]["suffix"]);
 
     let numbers = |values: &Value| -> Vec<Option<f64>> {
         values.as_array().into_iter().flatten().map(Value::as_f64).collect()
     };
     let histogram = Bars {
+        x: "p_z of the suffix".to_string(),
+        y: "windows",
         names: BINS.map(|bin| format!("≥{bin}")).to_vec(),
         series: vec![("windows".to_string(), numbers(&measures["p_z"]["windows"]))],
         top: 1.0,
@@ -161,6 +172,7 @@ fn memorization(run: &RunFiles, out: &mut String) {
     };
     let curves = Lines {
         x: "p",
+        y: "of all windows",
         series: [1, 10, 100].map(of).into(),
         log: false,
         include: Some((0.0, 1.0)),
@@ -168,8 +180,8 @@ fn memorization(run: &RunFiles, out: &mut String) {
     };
     let charts = [
         by_prefix.figure("Verbatim windows", &suffix),
-        histogram.figure("Windows by p_z", "of their suffix"),
-        curves.figure("(n, p)-discoverable", "windows found in n draws"),
+        histogram.figure("Windows by p_z", ""),
+        curves.figure("(n, p)-discoverable", "in n samples"),
     ]
     .concat();
 
@@ -383,6 +395,7 @@ fn sizes(run: &RunFiles, out: &mut String) {
     let number = |name: &str| measures[name].as_f64();
     if let (Some(weights), Some(rest), Some(xz)) =
         (number("weights_bytes"), number("residual_bytes"), number("xz_bytes"))
+        && weights + rest > xz
     {
         let _ = writeln!(
             body,

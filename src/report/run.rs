@@ -50,6 +50,19 @@ pub struct MetricsLine {
     #[serde(alias = "tokens_a_second")]
     pub tokens_per_second: Option<f64>,
     pub verbatim_rate: Option<f64>,
+    pub seconds: Option<f64>,
+}
+
+impl StageMetrics {
+    /// Wall time. `seconds` begins anew where a run was resumed.
+    pub fn seconds(&self) -> f64 {
+        let (mut total, mut before) = (0.0, 0.0);
+        for seconds in self.lines.iter().filter_map(|line| line.seconds) {
+            total += if seconds < before { seconds } else { seconds - before };
+            before = seconds;
+        }
+        total
+    }
 }
 
 /// Heat strip of a file: see [`crate::memorization::measure::FileHeat`].
