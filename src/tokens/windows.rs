@@ -129,14 +129,16 @@ impl Windows {
                 .map(|document| Ok(file.document(document)?.tokens.len().div_ceil(self.context)))
                 .collect::<anyhow::Result<_>>()?,
             WindowKind::Addressed => {
-                let starts = (0..file.documents())
+                let starts: Vec<_> = (0..file.documents())
                     .into_par_iter()
                     .map(|document| {
                         let document = file.document(document)?;
                         self.encoder
                             .chunk_starts(document.path, document.tokens.end - document.text)
                     })
-                    .collect::<anyhow::Result<Vec<_>>>()?;
+                    .collect();
+                // The error of the first document that has one, whatever the threads' order.
+                let starts = starts.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
                 self.starts = starts.concat();
                 starts.iter().map(Vec::len).collect()
             }
