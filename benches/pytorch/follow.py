@@ -50,7 +50,7 @@ def tokens(path):
 
 
 def pytorch(folder, ids, lines, dtype, device):
-    """Losses and gradient norms of the steps, at the rates that laam told."""
+    """Losses and gradient norms of the steps, at the rates that laam logged."""
     import torch
     import transformers
 
@@ -112,7 +112,7 @@ def main():
         exact = pytorch(first, ids, lines, "float32", device)
         mixed = pytorch(first, ids, lines, "bfloat16", device) if args.precision == "bfloat16" else None
 
-    told = dict(backend=args.backend, precision=args.precision, torch=torch.__version__, steps=STEPS,
+    summary = dict(backend=args.backend, precision=args.precision, torch=torch.__version__, steps=STEPS,
                 first_loss=exact[0][0], last_loss=exact[0][-1])
     held = True
     for at, what in enumerate(("loss", "grad_norm")):
@@ -120,8 +120,8 @@ def main():
         theirs = apart(mixed[at], exact[at]) if mixed else None
         bound = 2 * theirs + 1e-3 if mixed else 1e-4
         held &= ours <= bound
-        told[what] = dict(laam=ours, pytorch=theirs, bound=bound)
-    print(json.dumps(told | dict(held=held)))
+        summary[what] = dict(laam=ours, pytorch=theirs, bound=bound)
+    print(json.dumps(summary | dict(held=held)))
     sys.exit(0 if held else 1)
 
 

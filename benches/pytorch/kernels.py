@@ -8,9 +8,9 @@ what the operation has to do at least, at two bytes an activation; a way that do
   kernels.py --device cuda                       # bfloat16, every row
   kernels.py --device cuda --only head --shape original
   kernels.py --laam target/release/laam          # laam's own kernels too, as `laam bench kernels` times them
-  kernels.py --device cpu --dtype float32        # no card: shows that the rows run, and little else
+  kernels.py --device cpu --dtype float32        # no GPU: shows that the rows run, and little else
 
-On a card a row is captured into a CUDA graph of --repeats calls and the graph is replayed, so that launching costs
+On a GPU a row is captured into a CUDA graph of --repeats calls and the graph is replayed, so that launching costs
 nothing; inputs of different calls are different memory, more than three times the second-level cache in all, unless
 --warm. A row that cannot be captured is timed call by call and says so; a row that PyTorch refuses says why.
 Ways: eager, compile (torch.compile), and for attention the backends flash, cudnn, efficient, math.
@@ -130,9 +130,9 @@ def rows(torch, shape, dtype, device, compiled):
     name = f"{tokens} x {hidden} to {vocab}"
     once = 2 * tokens * hidden + 2 * vocab * hidden + 12 * tokens
     for way, f in ways(head):
-        yield Row("head_loss", way, name, lambda: head_inputs(False), lambda i, f=f: f(*i), bytes=once,
+        yield Row("fused_linear_cross_entropy", way, name, lambda: head_inputs(False), lambda i, f=f: f(*i), bytes=once,
                   flops=2 * tokens * vocab * hidden)
-        yield Row("head_loss and gradient", way, name, lambda: head_inputs(True),
+        yield Row("fused_linear_cross_entropy forward and backward", way, name, lambda: head_inputs(True),
                   lambda i, f=f: back(f(*i), i[:2], None),
                   bytes=once + 2 * tokens * hidden + 8 * vocab * hidden, flops=6 * tokens * vocab * hidden)
 
@@ -171,7 +171,7 @@ def several(torch, row, args):
     return [first] + [row.make() for _ in range(count - 1)]
 
 
-def on_card(torch, row, args):
+def on_gpu(torch, row, args):
     """Microseconds a call, one number a sample, and whether a graph was replayed."""
     inputs = several(torch, row, args)
     calls = [inputs[i % len(inputs)] for i in range(args.repeats)]
@@ -246,7 +246,7 @@ def main():
     parser.add_argument("--shape", choices=[*SHAPES, "tiny"], action="append", help="default: all but tiny")
     parser.add_argument("--only", default="", help="rows whose names contain this")
     parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=10, help="calls a graph")
+    parser.add_argument("--repeats", type=int, default=10, help="calls per graph")
     parser.add_argument("--warm", action="store_true", help="the same inputs for every call")
     parser.add_argument("--laam", metavar="PROGRAM", help="also run this laam's kernels")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -256,10 +256,10 @@ def main():
     except ImportError:
         sys.exit("kernels.py: there is no torch here; pip install torch")
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("kernels.py: PyTorch sees no CUDA card here, so there is nothing to compare kernels with; "
+        sys.exit("kernels.py: PyTorch sees no CUDA GPU here, so there is nothing to compare kernels with; "
                  "--device cpu --shape tiny shows that the rows run")
     if args.device == "cpu":
-        print("kernels.py: on the CPU, without graphs: these times say nothing of a card", file=sys.stderr)
+        print("kernels.py: on the CPU, without graphs: these times say nothing of a GPU", file=sys.stderr)
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     failed = 0
@@ -269,9 +269,9 @@ def main():
             if args.only not in row.name:
                 continue
             line = dict(program="pytorch", torch=torch.__version__, device=device, dtype=args.dtype, preset=shape,
-                        operation=row.name, way=row.way, shape=row.shape)
+                        operation=row.name, implementation=row.way, shape=row.shape)
             try:
-                samples, graphed = (on_card if args.device == "cuda" else on_cpu)(torch, row, args)
+                samples, graphed = (on_gpu if args.device == "cuda" else on_cpu)(torch, row, args)
             except Exception as why:
                 # What a backend of attention does not take, and what does not fit, is a result too.
                 line["refused"] = str(why).strip().splitlines()[0][:200] if str(why).strip() else type(why).__name__

@@ -107,7 +107,7 @@ def measure(args):
 
 
 def whole_graph(torch, step, batches, args):
-    """Seconds a step of some rows of replays, and the first and last loss."""
+    """Seconds per step of some rows of replays, and the first and last loss."""
     ids = batches[0].clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -165,8 +165,8 @@ def laam(args, batch, dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="original")
-    parser.add_argument("--batch", default="8", help="windows a step, several with commas")
-    parser.add_argument("--context", type=int, help="tokens a window (default: the preset's)")
+    parser.add_argument("--batch", default="8", help="windows per step, several with commas")
+    parser.add_argument("--context", type=int, help="tokens per window (default: the preset's)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16, or both with a comma")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
@@ -221,15 +221,15 @@ def compare(args, batch, dtype, hows, speeds):
         theirs = medians[fastest]
         speeds["laam"][dtype] = ours["tokens_per_second"]
         speeds["pytorch"][dtype] = theirs["tokens_per_second"]
-        told = dict(preset=args.preset, batch=batch, precision=dtype, rounds=args.rounds,
+        summary = dict(preset=args.preset, batch=batch, precision=dtype, rounds=args.rounds,
                     tokens_per_second={name: round(median["tokens_per_second"], 1)
                                        for name, median in (medians | {"laam": ours}).items()},
                     fastest_peer=fastest,
                     times_as_fast=round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3))
-        # On a card, laam counts the memory of its process here, PyTorch the card's.
+        # On a GPU, laam counts the memory of its process here, PyTorch that of the GPU.
         if args.device == "cpu":
-            told["share_of_memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 4)
-        print(json.dumps(told), flush=True)
+            summary["share_of_memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 4)
+        print(json.dumps(summary), flush=True)
     return failed
 
 
