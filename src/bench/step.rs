@@ -48,8 +48,9 @@ pub fn preset(name: &str) -> Option<Config> {
         tie_word_embeddings: false,
         initializer_range: 0.02,
         bos_token_id: Some(0),
-        eos_token_id: Some(1),
+        eos_token_ids: vec![1],
         pad_token_id: Some(4),
+        window_kind: None,
     })
 }
 

@@ -48,12 +48,13 @@ pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     let config = &opened.model.config;
     let context = config.max_position_embeddings;
     let regenerator = Regenerator::new(
-        opened.tokenizer,
+        opened.tokenizer.clone(),
         windows.unwrap_or(WindowKind::Stream),
         context,
         arguments.max_tokens,
     )?;
-    let mut generator = Generator::new(&*backend, config, &opened.model.weights, 1, context)?;
+    let mut generator = Generator::new(&*backend, config, &opened.model.weights, 1, context)?
+        .with_tokens(opened.tokenizer.vocab_size());
     let mut print = Print { out: io::stdout().lock(), end: None };
     regenerator.run(&mut generator, &[&arguments.path], &mut print)?;
     match print.end {

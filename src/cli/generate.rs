@@ -9,10 +9,13 @@ use serde_json::json;
 
 use super::backend::BackendArgs;
 use super::model::Opened;
-use super::{Outcome, model};
+use super::{Outcome, model, windows};
 use crate::error::{self, ErrorKind, Hint};
 use crate::generate::{Continuation, FinishReason, Generator, Request, Sampling, TextStream};
+use crate::model::{GenerationDefaults, load_generation_defaults};
 use crate::schema::versioned;
+use crate::tokenizer::{MARKERS, Markers};
+use crate::tokens::WindowKind;
 
 /// Context of an interactive session, whose prompts are not known beforehand.
 const INTERACTIVE_CONTEXT: usize = 1 << 13;
@@ -40,13 +43,15 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 256,
         value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: u32,
-    /// What logits are divided by before drawing: 0 takes the likeliest token, always
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
-    temperature: f64,
-    /// Draw only among the K likeliest tokens: 0 is all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: usize,
-    /// Draw only among the likeliest tokens that together have this probability [default: all]
+    /// What logits are divided by before drawing: 0 takes the likeliest token, always [default:
+    /// what the model's generation_config.json says, else 0]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f64>,
+    /// Draw only among the K likeliest tokens: 0 is all [default: the same, else 0]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Draw only among the likeliest tokens that together have this probability [default: the same,
+    /// else all]
     #[arg(long, value_name = "P")]
     top_p: Option<f64>,
     /// For the draws: the same seed draws the same text
@@ -63,8 +68,7 @@ pub struct GenerateArgs {
 }
 
 pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
-    let GenerateArgs { temperature, top_k, top_p, seed, .. } = *arguments;
-    let sampling = Sampling { temperature, top_k, top_p, seed };
+    let sampling = arguments.sampling(&load_generation_defaults(&arguments.model)?);
     sampling.validate()?;
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
@@ -76,7 +80,8 @@ pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
     let context =
         first.as_ref().map_or(INTERACTIVE_CONTEXT, Vec::len) + arguments.max_new_tokens as usize;
     let config = &opened.model.config;
-    let generator = Generator::new(&*backend, config, &opened.model.weights, 1, context)?;
+    let generator = Generator::new(&*backend, config, &opened.model.weights, 1, context)?
+        .with_tokens(opened.tokenizer.vocab_size());
     let mut play = Play { arguments, opened: &opened, sampling, generator, turns: 0 };
     let Some(first) = first else { return play.interact() };
 
@@ -105,9 +110,33 @@ pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// The tokens of a prompt; of an empty one, what texts begin with.
+impl GenerateArgs {
+    /// How tokens are chosen: as the flags say, else as the model's folder does.
+    fn sampling(&self, defaults: &GenerationDefaults) -> Sampling {
+        let (temperature, top_k, top_p) = defaults.sampling.unwrap_or_default();
+        Sampling {
+            temperature: self.temperature.unwrap_or(temperature),
+            top_k: self.top_k.unwrap_or(top_k),
+            top_p: self.top_p.or(top_p),
+            seed: self.seed,
+        }
+    }
+}
+
+/// The tokens of a prompt; of an empty one, what texts begin with. A model of addressed windows has
+/// learnt to answer addresses alone, which a note says to whoever asks for something else.
 fn prompt(opened: &Opened, text: &str) -> anyhow::Result<Vec<u32>> {
     let ids = opened.tokenizer.encode_prompt(text)?;
+    let is_address = |markers: Markers| ids.first() == Some(&markers.start_file);
+    if windows::told(opened) == Some(WindowKind::Addressed)
+        && !opened.tokenizer.markers().is_ok_and(is_address)
+    {
+        let [start_file, _, start_header, end_header, _] = MARKERS;
+        eprintln!(
+            "note: this model answers addresses, such as {start_file}{start_header}PATH \
+             0{end_header}; laam cat gives a whole file"
+        );
+    }
     if !ids.is_empty() {
         return Ok(ids);
     }
@@ -133,15 +162,15 @@ impl Play<'_> {
         prompt: Vec<u32>,
         mut show: impl FnMut(&[u8]) -> io::Result<()>,
     ) -> anyhow::Result<(Continuation, Vec<u8>)> {
+        let mut stream = TextStream::new(&self.opened.tokenizer, &prompt)?;
         self.generator.admit(Request {
             prompt,
             max_new_tokens: self.arguments.max_new_tokens as usize,
-            stop: self.opened.model.config.eos_token_id.into_iter().collect(),
+            stop: self.opened.model.config.eos_token_ids.clone(),
             sampling: self.sampling,
             sequence: self.turns,
         })?;
         self.turns += 1;
-        let mut stream = TextStream::new(&self.opened.tokenizer);
         let mut answer = Continuation { ids: Vec::new(), finish: FinishReason::Length };
         let mut bytes = Vec::new();
         while self.generator.is_busy() {

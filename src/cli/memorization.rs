@@ -21,7 +21,7 @@ use crate::files::write_atomically;
 use crate::memorization::measure::{Memorized, Question, measure, spread};
 use crate::memorization::size;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
-use crate::model::{Layout, initialize};
+use crate::model::{Layout, initialize, weight_paths};
 use crate::schema::versioned;
 use crate::tokens::{WindowKind, Windows};
 
@@ -146,11 +146,11 @@ impl Measures {
         };
 
         let xz = size::xz(corpus.documents()?)?;
-        let weights = folder.join("model.safetensors");
-        let weights_bytes = fs::metadata(&weights)
-            .with_context(|| format!("cannot look at {}", weights.display()))
-            .hint(ErrorKind::Checkpoint, || "the model may have changed meanwhile: run it again")?
-            .len();
+        let weights_bytes = weight_paths(folder)?
+            .iter()
+            .try_fold(0, |sum, file| Ok::<u64, io::Error>(sum + fs::metadata(file)?.len()))
+            .with_context(|| format!("cannot look at the weights in {}", folder.display()))
+            .hint(ErrorKind::Checkpoint, || "the model may have changed meanwhile: run it again")?;
         let parameters = config.parameter_count() as f64;
         let bits_per_parameter =
             xz.map(|xz| (8.0 * xz as f64 - memorized.residual_bits) / parameters);

@@ -26,16 +26,6 @@ pub fn open(folder: &Path) -> anyhow::Result<Opened> {
         eprintln!("warning: {warning}");
     }
     let tokenizer = Arc::new(Tokenizer::load(folder)?);
-    let (ids, rows) = (tokenizer.vocab_size(), model.config.vocab_size);
-    if ids > rows {
-        return Err(error::checkpoint(
-            format!(
-                "the tokenizer has {ids} tokens, the model only {rows}, in {}",
-                folder.display()
-            ),
-            "use the tokenizer that the model was trained with",
-        ));
-    }
     Ok(Opened { model, tokenizer, provenance: load_provenance(folder)? })
 }
 

@@ -149,7 +149,8 @@ impl Rebuild {
         let context = config.max_position_embeddings;
         let regenerator = Regenerator::new(opened.tokenizer.clone(), windows, context, limit)?;
         let slots = Generator::SLOTS.min(paths.len());
-        let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?;
+        let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?
+            .with_tokens(opened.tokenizer.vocab_size());
         let began = Instant::now();
         let mut bar = (!quiet).then(|| Files::new("rebuilt", paths.len()));
         let files =

@@ -118,7 +118,13 @@ impl Stage<'_> {
                 eprintln!("warning: {warning}");
             }
             check_vocabulary(&model.config, &tokenizer, folder)?;
-            let config = Config { max_position_embeddings: context, ..model.config };
+            windows.file().check_fits(model.config.vocab_size)?;
+            let trained = settings.config(model.config.vocab_size, tokenizer.special())?;
+            let config = Config {
+                max_position_embeddings: context,
+                window_kind: trained.window_kind,
+                ..model.config
+            };
             (config, Some(model.weights))
         } else {
             (settings.config(tokenizer.vocab_size(), tokenizer.special())?, None)
@@ -166,8 +172,12 @@ impl Stage<'_> {
     }
 }
 
+/// Refuses a tokenizer of another size than the model's, unless it is the one in the model's folder: its
+/// embedding may have rows to spare.
 fn check_vocabulary(config: &Config, tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<()> {
-    if config.vocab_size == tokenizer.vocab_size() {
+    if config.vocab_size == tokenizer.vocab_size()
+        || Tokenizer::load(folder).is_ok_and(|own| own.sha256() == tokenizer.sha256())
+    {
         return Ok(());
     }
     Err(error::config(

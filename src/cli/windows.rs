@@ -22,9 +22,22 @@ pub struct Cut {
     _scratch: Scratch,
 }
 
+/// How the windows that a model was trained on were cut, if its folder says so.
+pub fn told(opened: &Opened) -> Option<WindowKind> {
+    let told = opened.model.config.window_kind.clone();
+    let told = told.and_then(|name| serde_json::from_value(name.into()).ok());
+    told.or(model::windows(opened.provenance.as_ref()))
+}
+
 /// How a model's windows are cut: as it was asked for, else as in training, else as a stream.
 pub fn kind(asked: Option<WindowKind>, opened: &Opened) -> WindowKind {
-    asked.or(model::windows(opened.provenance.as_ref())).unwrap_or(WindowKind::Stream)
+    asked.or(told(opened)).unwrap_or_else(|| {
+        eprintln!(
+            "warning: the model's folder does not say how its windows were cut: stream is assumed \
+             (--windows)"
+        );
+        WindowKind::Stream
+    })
 }
 
 /// Cuts a corpus into windows of the model's context.
@@ -63,6 +76,7 @@ impl Cut {
                 format!("set it to at most {LONGEST}"),
             ));
         }
+        file.check_fits(opened.model.config.vocab_size)?;
         let windows = Windows::new(file, opened.tokenizer.clone(), kind, context, None)?;
         Ok(Self { windows, _scratch: scratch })
     }

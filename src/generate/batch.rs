@@ -63,6 +63,8 @@ pub struct Continuation {
 pub struct Generator {
     session: Box<dyn Session>,
     vocab_size: usize,
+    /// Tokens from here on are never chosen.
+    choices: usize,
     /// Capacity of the KV cache per sequence, in tokens. One more token can follow.
     context: usize,
     slots: Vec<Option<Running>>,
@@ -134,7 +136,24 @@ impl Generator {
         let mut empty = Vec::new();
         empty.resize_with(slots, || None);
         let vocab_size = config.vocab_size;
-        Ok(Self { session, vocab_size, context, slots: empty, one, several, admitted: 0 })
+        Ok(Self {
+            session,
+            vocab_size,
+            choices: vocab_size,
+            context,
+            slots: empty,
+            one,
+            several,
+            admitted: 0,
+        })
+    }
+
+    /// Never chooses a token that the tokenizer does not have: embeddings are often padded to a
+    /// multiple of 64 rows.
+    #[must_use]
+    pub fn with_tokens(mut self, tokens: usize) -> Self {
+        self.choices = self.choices.min(tokens.max(1));
+        self
     }
 
     /// Free slots.
@@ -236,7 +255,7 @@ impl Generator {
             if running.cached < running.tokens.len() {
                 continue;
             }
-            let event = running.choose(logits, self.context)?;
+            let event = running.choose(&logits[..self.choices], self.context)?;
             if event.finish.is_some() {
                 *slot = None;
             }

@@ -2,21 +2,28 @@
 
 use crate::tokenizer::Tokenizer;
 
-/// The text of one sequence of tokens, handed out in pieces that are whole UTF-8 characters.
+/// The text of one continuation, handed out in pieces that are whole UTF-8 characters.
 #[derive(Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
-    /// The tokens so far, if a token's text depends on those before it.
+    /// Prompt and continuation, if a token's text depends on those before it: a blank that begins a
+    /// word, or one of several tokens that spell a character.
     ids: Vec<u32>,
-    /// Bytes of that text that were handed out.
+    /// Bytes of that text that are the prompt's, or were handed out.
     given: usize,
     /// Bytes that wait for the rest of a character.
     waiting: Vec<u8>,
 }
 
 impl<'t> TextStream<'t> {
-    pub fn new(tokenizer: &'t Tokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), given: 0, waiting: Vec::new() }
+    /// A stream of what follows `prompt`.
+    pub fn new(tokenizer: &'t Tokenizer, prompt: &[u32]) -> anyhow::Result<Self> {
+        let mut stream = Self { tokenizer, ids: Vec::new(), given: 0, waiting: Vec::new() };
+        if !tokenizer.is_spelled() {
+            stream.ids.extend(prompt);
+            stream.given = stable(&tokenizer.decode_bytes(prompt)?).len();
+        }
+        Ok(stream)
     }
 
     /// The text that one more token completes; it may be empty. Markers are spelled out.
@@ -26,10 +33,9 @@ impl<'t> TextStream<'t> {
         } else {
             self.ids.push(id);
             let text = self.tokenizer.decode_bytes(&self.ids)?;
-            // Bytes that are no character yet decode to U+FFFD, and to something else later.
-            let whole = text.strip_suffix("\u{fffd}".as_bytes()).unwrap_or(&text);
-            self.waiting.extend(whole.get(self.given..).unwrap_or_default());
-            self.given = self.given.max(whole.len());
+            let stable = stable(&text);
+            self.waiting.extend(stable.get(self.given..).unwrap_or_default());
+            self.given = self.given.max(stable.len());
         }
         let whole = whole_characters(&self.waiting);
         Ok(self.waiting.drain(..whole).collect())
@@ -44,6 +50,16 @@ impl<'t> TextStream<'t> {
         }
         Ok(rest)
     }
+}
+
+/// The part of a decoded text that later tokens cannot change: each byte of a character that is not
+/// complete yet decodes to a U+FFFD at the end.
+fn stable(text: &[u8]) -> &[u8] {
+    let mut text = text;
+    while let Some(before) = text.strip_suffix("\u{fffd}".as_bytes()) {
+        text = before;
+    }
+    text
 }
 
 /// Length of the part before an incomplete character at the end, which may yet be completed. Bytes

@@ -100,8 +100,9 @@ impl Regenerator {
         loop {
             while generator.free() > 0 {
                 let Some(at) = further.pop_front().or_else(|| fresh.next()) else { break };
+                let text = TextStream::new(&self.tokenizer, &[])?;
                 let file = files.entry(at).or_insert_with(|| PendingFile {
-                    text: TextStream::new(&self.tokenizer),
+                    text,
                     tokens: 0,
                     chunk: 0,
                     context: Vec::new(),

@@ -12,7 +12,7 @@
 //!
 //! All are replaced as one (see [`super::replace`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -21,13 +21,14 @@ use serde_json::Value;
 
 use super::replace::{Staged, settle};
 use super::weights::{self, Mapped, Tensors};
-use super::{Config, Layout, Provenance, card};
+use super::{Config, GenerationDefaults, Layout, Provenance, card};
 use crate::corpus::hex;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
 
 const CONFIG: &str = "config.json";
+const GENERATION: &str = "generation_config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const STATE: &str = "training_state.safetensors";
@@ -98,7 +99,7 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
     let disk = || "check that the disk has room; what was there before is untouched";
     let json = |name: &str, value: &Value| staged.write(name, format!("{value:#}\n").as_bytes());
     json(CONFIG, &config.to_json(precision))?;
-    json("generation_config.json", &config.to_generation_json())?;
+    json(GENERATION, &config.to_generation_json())?;
 
     // Without this entry transformers 4 does not load the file.
     let format = ("format", "pt".to_string());
@@ -170,8 +171,10 @@ pub fn load(folder: &Path) -> anyhow::Result<Model> {
     let (config, mut warnings) = load_config(folder)?;
     let mut load = || {
         let layout = Layout::new(&config);
-        let mapped = Mapped::open(&weight_files(folder)?)?;
-        let mut tensors = mapped.tensors()?;
+        let (files, places) = weight_files(folder)?;
+        let mapped = Mapped::open(&files)?;
+        let mut tensors = mapped.tensors(&places)?;
+        weights::name_as_a_llama(&mut tensors, &config);
         let (weights, precision) = weights::take_arena(&mut tensors, &layout, "")?;
         pass_over(tensors, &config, &layout, &weights, &mut warnings)?;
         anyhow::Ok((layout, weights, precision))
@@ -185,7 +188,23 @@ pub fn load(folder: &Path) -> anyhow::Result<Model> {
 pub fn load_config(folder: &Path) -> anyhow::Result<(Config, Vec<String>)> {
     settle(folder)?;
     let text = read_json(folder, CONFIG)?;
-    Config::from_json(&text).with_context(|| format!("loading the model in {}", folder.display()))
+    let loading = || format!("loading the model in {}", folder.display());
+    let (mut config, warnings) = Config::from_json(&text).with_context(loading)?;
+    for id in load_generation_defaults(folder)?.eos_token_ids {
+        if (id as usize) < config.vocab_size && !config.eos_token_ids.contains(&id) {
+            config.eos_token_ids.push(id);
+        }
+    }
+    Ok((config, warnings))
+}
+
+/// Reads how the folder says its model generates; the plain defaults if it does not.
+pub fn load_generation_defaults(folder: &Path) -> anyhow::Result<GenerationDefaults> {
+    if !folder.join(GENERATION).exists() {
+        return Ok(GenerationDefaults::default());
+    }
+    GenerationDefaults::from_json(&read_json(folder, GENERATION)?)
+        .with_context(|| format!("loading the model in {}", folder.display()))
 }
 
 /// Reads the provenance; `None` if the folder has none.
@@ -231,7 +250,7 @@ pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Opt
                 ErrorKind::Checkpoint,
                 || "laam did not write it; start a fresh run with `init_from`",
             )?;
-        let mut tensors = mapped.tensors()?;
+        let mut tensors = mapped.tensors(&BTreeMap::new())?;
         let mut arenas = BTreeMap::new();
         while let Some(name) = tensors.keys().next() {
             let prefix = name.split_once('/').map_or("", |(prefix, _)| prefix).to_string();
@@ -250,14 +269,23 @@ pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Opt
     load().with_context(|| format!("loading the training state in {}", folder.display())).map(Some)
 }
 
-/// The safetensors files of a model, one or several.
-fn weight_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+/// The safetensors files of a model, one or several, in the order of their names.
+pub fn weight_paths(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    Ok(weight_files(folder)?.0)
+}
+
+/// The safetensors files of a model and, for several, which of them has each tensor.
+fn weight_files(folder: &Path) -> anyhow::Result<(Vec<PathBuf>, BTreeMap<String, PathBuf>)> {
     let single = folder.join(WEIGHTS);
     if single.exists() {
-        return Ok(vec![single]);
+        return Ok((vec![single], BTreeMap::new()));
     }
     if folder.join(INDEX).exists() {
-        return Ok(shards_of(folder)?.iter().map(|shard| folder.join(shard)).collect());
+        let map = index_of(folder)?;
+        let places: BTreeMap<String, PathBuf> =
+            map.into_iter().map(|(name, shard)| (name, folder.join(shard))).collect();
+        let files: BTreeSet<PathBuf> = places.values().cloned().collect();
+        return Ok((files.into_iter().collect(), places));
     }
     let advice = if folder.join("pytorch_model.bin").exists() {
         "the weights are a pickle, which can hold a program: load the model in transformers and \
@@ -269,7 +297,12 @@ fn weight_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 /// The names of the shards that the index lists, each once.
-fn shards_of(folder: &Path) -> anyhow::Result<Vec<String>> {
+fn shards_of(folder: &Path) -> anyhow::Result<BTreeSet<String>> {
+    Ok(index_of(folder)?.into_values().collect())
+}
+
+/// The shard of each tensor, as the index has it.
+fn index_of(folder: &Path) -> anyhow::Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
@@ -277,10 +310,7 @@ fn shards_of(folder: &Path) -> anyhow::Result<Vec<String>> {
     let index: Index = serde_json::from_str(&read_json(folder, INDEX)?)
         .with_context(|| format!("invalid {INDEX}, in {}", folder.display()))
         .hint(ErrorKind::Checkpoint, || "copy or save the model again")?;
-    let mut shards: Vec<_> = index.weight_map.into_values().collect();
-    shards.sort();
-    shards.dedup();
-    for shard in &shards {
+    for shard in index.weight_map.values() {
         // A shard lies beside its index: no way up, no absolute path, no other drive.
         let is_plain = !shard.contains(['/', '\\', ':', '\0']) && !shard.starts_with('.');
         if !is_plain || !shard.ends_with(".safetensors") {
@@ -290,7 +320,7 @@ fn shards_of(folder: &Path) -> anyhow::Result<Vec<String>> {
             ));
         }
     }
-    Ok(shards)
+    Ok(index.weight_map)
 }
 
 /// Judges the tensors that no parameter asked for.
@@ -442,7 +472,8 @@ mod tests {
                 assert_eq!((model.precision, &model.config), (precision, &config));
                 assert!(model.warnings.is_empty());
                 let file = Mapped::open(&[folder.path().join(WEIGHTS)]).unwrap();
-                let has_head = file.tensors().unwrap().contains_key("lm_head.weight");
+                let has_head =
+                    file.tensors(&BTreeMap::new()).unwrap().contains_key("lm_head.weight");
                 assert_eq!(has_head, !tie_word_embeddings);
                 assert_eq!(file.metadata("format").as_deref(), Some("pt"));
             }

@@ -22,8 +22,11 @@ pub struct Config {
     /// The standard deviation of the initial weights.
     pub initializer_range: f64,
     pub bos_token_id: Option<u32>,
-    pub eos_token_id: Option<u32>,
+    /// Each ends a text.
+    pub eos_token_ids: Vec<u32>,
     pub pad_token_id: Option<u32>,
+    /// How the windows the model was trained on were cut, in laam's word for it, if it is known.
+    pub window_kind: Option<String>,
 }
 
 /// RoPE scaling of a model for contexts longer than those it was trained on.
@@ -121,13 +124,11 @@ impl Config {
                 "at least 0 and at most 1",
             ));
         }
-        let ids = [
-            ("bos_token_id", self.bos_token_id),
-            ("eos_token_id", self.eos_token_id),
-            ("pad_token_id", self.pad_token_id),
-        ];
-        for (name, id) in ids {
-            if let Some(id) = id.filter(|&id| id as usize >= self.vocab_size) {
+        let ids = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)];
+        let ids = ids.into_iter().filter_map(|(name, id)| Some((name, id?)));
+        let eos = self.eos_token_ids.iter().map(|&id| ("eos_token_id", id));
+        for (name, id) in ids.chain(eos) {
+            if id as usize >= self.vocab_size {
                 return Err(error::invalid(
                     name,
                     id,
@@ -224,8 +225,9 @@ pub(crate) mod tests {
             tie_word_embeddings: false,
             initializer_range: 0.02,
             bos_token_id: Some(0),
-            eos_token_id: Some(1),
+            eos_token_ids: vec![1],
             pad_token_id: Some(4),
+            window_kind: None,
         }
     }
 

@@ -52,6 +52,13 @@ struct Fields {
     #[serde(default = "llama::eos_token_id")]
     eos_token_id: Option<Ids>,
     pad_token_id: Option<Ids>,
+    laam: Option<Laam>,
+}
+
+/// What laam adds; transformers keeps keys it does not know.
+#[derive(Deserialize)]
+struct Laam {
+    windows: Option<String>,
 }
 
 /// transformers' defaults for a Llama.
@@ -116,6 +123,15 @@ impl Config {
             Some(head_dim) => head_dim,
             None => fields.hidden_size.checked_div(fields.num_attention_heads).unwrap_or(0),
         };
+        let mut ids = |name: &str, given| -> anyhow::Result<Vec<u32>> {
+            let (known, beyond) =
+                ids(name, given)?.into_iter().partition(|&id| (id as usize) < fields.vocab_size);
+            warnings.extend(Vec::<u32>::into_iter(beyond).map(|id| {
+                let rows = fields.vocab_size;
+                format!("config.json has {name} {id} in a vocabulary of {rows}: it is ignored")
+            }));
+            Ok(known)
+        };
         let config = Self {
             vocab_size: fields.vocab_size,
             hidden_size: fields.hidden_size,
@@ -130,9 +146,10 @@ impl Config {
             rope_scaling,
             tie_word_embeddings: fields.tie_word_embeddings,
             initializer_range: fields.initializer_range,
-            bos_token_id: one_id("bos_token_id", fields.bos_token_id.as_ref(), &mut warnings)?,
-            eos_token_id: one_id("eos_token_id", fields.eos_token_id.as_ref(), &mut warnings)?,
-            pad_token_id: one_id("pad_token_id", fields.pad_token_id.as_ref(), &mut warnings)?,
+            bos_token_id: ids("bos_token_id", fields.bos_token_id)?.first().copied(),
+            eos_token_ids: ids("eos_token_id", fields.eos_token_id)?,
+            pad_token_id: ids("pad_token_id", fields.pad_token_id)?.first().copied(),
+            window_kind: fields.laam.and_then(|laam| laam.windows),
         };
         // Here the fields are keys of a file, never flags.
         config.validate().map_err(|why| {
@@ -164,7 +181,7 @@ impl Config {
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": true,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": ids_json(&self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
             "rope_theta": self.rope_theta,
         });
@@ -193,6 +210,9 @@ impl Config {
         if let Some(scaling) = scaling {
             json["rope_scaling"] = scaling;
         }
+        if let Some(windows) = &self.window_kind {
+            json["laam"] = json!({"windows": windows});
+        }
         json["torch_dtype"] = json!(precision.name());
         json["dtype"] = json!(precision.name());
         json
@@ -203,9 +223,41 @@ impl Config {
         json!({
             "_from_model_config": true,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": ids_json(&self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
         })
+    }
+}
+
+/// What `generation_config.json` says of how to generate.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationDefaults {
+    /// Each ends a text, beside those of `config.json`.
+    pub eos_token_ids: Vec<u32>,
+    /// Temperature, top-k and top-p, if tokens are to be drawn; else the likeliest is taken.
+    pub sampling: Option<(f64, usize, Option<f64>)>,
+}
+
+impl GenerationDefaults {
+    /// Reads the text of a `generation_config.json`. Without `do_sample` the numbers that shape a
+    /// draw are ignored; with it, an absent one has transformers' default.
+    pub fn from_json(text: &str) -> anyhow::Result<Self> {
+        #[derive(Deserialize)]
+        struct Fields {
+            eos_token_id: Option<Ids>,
+            do_sample: Option<bool>,
+            temperature: Option<f64>,
+            top_k: Option<usize>,
+            top_p: Option<f64>,
+        }
+        let fields: Fields = serde_json::from_str(text)
+            .map_err(|cause| anyhow::anyhow!("invalid generation_config.json: {cause}"))
+            .hint(ErrorKind::Checkpoint, || "fix that line, or remove generation_config.json")?;
+        let sampling = fields.do_sample.unwrap_or(false).then(|| {
+            let top_p = fields.top_p.filter(|&p| p < 1.0);
+            (fields.temperature.unwrap_or(1.0), fields.top_k.unwrap_or(50), top_p)
+        });
+        Ok(Self { eos_token_ids: ids("eos_token_id", fields.eos_token_id)?, sampling })
     }
 }
 
@@ -223,7 +275,9 @@ impl Fields {
             Some(kind) => return refuse(format!("model_type is {kind:?}, not \"llama\"")),
             None => return refuse("model_type is missing".to_string()),
         }
-        if let Some(act) = self.hidden_act.as_ref().filter(|act| *act != "silu") {
+        if let Some(act) =
+            self.hidden_act.as_ref().filter(|act| !matches!(act.as_str(), "silu" | "swish"))
+        {
             return refuse(format!("hidden_act is {act:?}, not \"silu\""));
         }
         if self.attention_bias || self.mlp_bias {
@@ -321,35 +375,35 @@ fn number(value: &Value, name: &str) -> anyhow::Result<f64> {
     })
 }
 
-/// One id of those given. Below 0 stands for none, as in the first Llama's files.
-fn one_id(
-    name: &str,
-    ids: Option<&Ids>,
-    warnings: &mut Vec<String>,
-) -> anyhow::Result<Option<u32>> {
-    let id = match ids {
-        None => return Ok(None),
-        Some(Ids::One(id)) => *id,
-        Some(Ids::Many(ids)) => {
-            let Some(&first) = ids.first() else { return Ok(None) };
-            if ids.len() > 1 {
-                warnings.push(format!(
-                    "config.json gives {} ids as {name}; laam keeps the first, {first}",
-                    ids.len()
-                ));
-            }
-            first
-        }
+/// The ids given, each once. Below 0 stands for none, as in the first Llama's files.
+fn ids(name: &str, given: Option<Ids>) -> anyhow::Result<Vec<u32>> {
+    let given = match given {
+        None => Vec::new(),
+        Some(Ids::One(id)) => vec![id],
+        Some(Ids::Many(ids)) => ids,
     };
-    if id < 0 {
-        return Ok(None);
+    let mut ids = Vec::new();
+    for id in given.into_iter().filter(|&id| id >= 0) {
+        let id = u32::try_from(id).map_err(|_| {
+            error::checkpoint(
+                format!("invalid {name} {id}: must be a token id"),
+                format!("set {name} to a token id"),
+            )
+        })?;
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
     }
-    u32::try_from(id).map(Some).map_err(|_| {
-        error::checkpoint(
-            format!("invalid {name} {id}: must be a token id, in config.json"),
-            format!("set {name} to a token id"),
-        )
-    })
+    Ok(ids)
+}
+
+/// None, one id, or a list, as transformers writes them.
+fn ids_json(ids: &[u32]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [id] => json!(id),
+        ids => json!(ids),
+    }
 }
 
 #[cfg(test)]
@@ -405,8 +459,9 @@ mod tests {
             head_dim: 128,
             max_position_embeddings: 2048,
             bos_token_id: Some(1),
-            eos_token_id: Some(2),
+            eos_token_ids: vec![2],
             pad_token_id: None,
+            window_kind: None,
             ..original()
         };
         assert_eq!(config, expected);
@@ -436,8 +491,8 @@ mod tests {
     fn config_reads_special_ids_as_lists_negative_or_null() {
         let read = |fields: &Value| Config::from_json(&with(fields)).unwrap();
         let (config, warnings) = read(&json!({"eos_token_id": [7, 9], "pad_token_id": -1}));
-        assert_eq!((config.eos_token_id, config.pad_token_id), (Some(7), None));
-        assert!(warnings[0].contains("eos_token_id") && warnings.len() == 1, "{warnings:?}");
+        assert_eq!((config.eos_token_ids, config.pad_token_id), (vec![7, 9], None));
+        assert!(warnings.is_empty(), "{warnings:?}");
         assert_eq!(read(&json!({"bos_token_id": null})).0.bos_token_id, None);
     }
 

@@ -16,9 +16,11 @@ mod weights;
 
 pub use checkpoint::{
     Checkpoint, Model, SavedState, TrainingState, forget_training_state, has_training_state, load,
-    load_config, load_provenance, load_training_state, save,
+    load_config, load_generation_defaults, load_provenance, load_training_state, save,
+    weight_paths,
 };
 pub use config::{Config, RopeScaling};
+pub use config_json::GenerationDefaults;
 pub use init::initialize;
 pub use layout::{BlockParams, Layout, ParamKind, Parameter, Span};
 pub use provenance::{CorpusRecord, License, Provenance};

@@ -8,7 +8,7 @@ use anyhow::Context;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype as StoredDtype, SafeTensors, TensorView, View};
 
-use super::{Layout, Parameter};
+use super::{Config, Layout, Parameter};
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
@@ -21,8 +21,23 @@ fn stored(dtype: Dtype) -> StoredDtype {
     }
 }
 
+/// What a stored tensor is read as: float64 is rounded to float32.
 fn supported(tensor: &TensorView<'_>) -> Option<Dtype> {
+    if tensor.dtype() == StoredDtype::F64 {
+        return Some(Dtype::F32);
+    }
     Dtype::ALL.into_iter().find(|&dtype| stored(dtype) == tensor.dtype())
+}
+
+/// The values of a tensor that is [`supported`] as `dtype`.
+fn decode(tensor: &TensorView<'_>, dtype: Dtype, out: &mut [f32]) {
+    if tensor.dtype() == StoredDtype::F64 {
+        for (out, bytes) in out.iter_mut().zip(tensor.data().as_chunks::<8>().0) {
+            *out = f64::from_le_bytes(*bytes) as f32;
+        }
+    } else {
+        dtype.decode_into(tensor.data(), out);
+    }
 }
 
 /// A tensor on its way to a file, converted only when it is written.
@@ -107,8 +122,9 @@ impl Mapped {
         Ok(Self { files: files.collect::<anyhow::Result<_>>()? })
     }
 
-    /// Reads and checks the headers: sizes, offsets, and that each file has all of its bytes.
-    pub fn tensors(&self) -> anyhow::Result<Tensors<'_>> {
+    /// Reads and checks the headers: sizes, offsets, and that each file has all of its bytes. Of
+    /// a tensor that several files have, the one in its file of `places` counts.
+    pub fn tensors(&self, places: &BTreeMap<String, PathBuf>) -> anyhow::Result<Tensors<'_>> {
         let mut tensors = Tensors::new();
         for (path, bytes) in &self.files {
             let file = SafeTensors::deserialize(bytes)
@@ -117,6 +133,9 @@ impl Mapped {
                 })
                 .hint(ErrorKind::Checkpoint, || "copy or save it again")?;
             for (name, tensor) in file.tensors() {
+                if places.get(&name).is_some_and(|place| place != path) {
+                    continue;
+                }
                 if let Some((_, other)) = tensors.insert(name.clone(), (tensor, path.as_path())) {
                     return Err(error::checkpoint(
                         format!("{name} is both in {} and {}", other.display(), path.display()),
@@ -166,11 +185,29 @@ pub(super) fn take_arena(
     }
     let mut arena = vec![0.0; layout.len];
     for (parameter, (tensor, dtype)) in &found {
-        dtype.decode_into(tensor.data(), &mut arena[parameter.span.range()]);
+        decode(tensor, *dtype, &mut arena[parameter.span.range()]);
     }
     // Embeddings are first: what they are stored in, the model is said to be stored in.
     let dtype = found.first().map_or(Dtype::F32, |(_, (_, dtype))| *dtype);
     Ok((arena, dtype))
+}
+
+/// Gives tensors the names they have in a `LlamaForCausalLM`: transformers also saves the model below
+/// the LM head by itself, without `model.`, and finds a tied embedding under the LM head's name.
+pub(super) fn name_as_a_llama(tensors: &mut Tensors<'_>, config: &Config) {
+    const EMBEDDING: &str = "model.embed_tokens.weight";
+    const HEAD: &str = "lm_head.weight";
+    if !tensors.keys().any(|name| name.starts_with("model.")) {
+        let with_prefix = |name: String| if name == HEAD { name } else { format!("model.{name}") };
+        *tensors = std::mem::take(tensors)
+            .into_iter()
+            .map(|(name, tensor)| (with_prefix(name), tensor))
+            .collect();
+    }
+    if config.tie_word_embeddings && !tensors.contains_key(EMBEDDING) {
+        let head = tensors.remove(HEAD);
+        tensors.extend(head.map(|head| (EMBEDDING.to_string(), head)));
+    }
 }
 
 fn missing(name: &str) -> anyhow::Error {
@@ -202,7 +239,7 @@ fn checked<'a>(
     let dtype = supported(&tensor).ok_or_else(|| {
         error::checkpoint(
             format!("{name} is stored as {:?}, in {}", tensor.dtype(), path.display()),
-            "laam reads float32, float16 and bfloat16: save the model in one of them",
+            "laam reads float64, float32, float16 and bfloat16: save the model in one of them",
         )
     })?;
     Ok((tensor, dtype))
@@ -211,10 +248,10 @@ fn checked<'a>(
 /// True if a tensor equals the embedding bit for bit.
 pub(super) fn is_same(arena: &[f32], tensor: &TensorView<'_>) -> bool {
     let Some(dtype) = supported(tensor) else { return false };
-    if tensor.data().len() != arena.len() * dtype.size() {
+    if tensor.shape().iter().product::<usize>() != arena.len() {
         return false;
     }
     let mut values = vec![0.0; arena.len()];
-    dtype.decode_into(tensor.data(), &mut values);
+    decode(tensor, dtype, &mut values);
     values == arena
 }

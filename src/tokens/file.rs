@@ -275,6 +275,28 @@ impl TokenFile {
         }
     }
 
+    /// Refuses a token that a model with a vocabulary of `rows` has no row for.
+    ///
+    /// # Errors
+    /// A token is `rows` or more, or the file is damaged.
+    pub fn check_fits(&self, rows: usize) -> anyhow::Result<()> {
+        if self.header.vocab_size as usize <= rows {
+            return Ok(());
+        }
+        let mut ids = vec![0; 1 << 16];
+        for from in (0..self.tokens()).step_by(ids.len()) {
+            let ids = &mut ids[..(self.tokens() - from).min(1 << 16)];
+            self.read(from, ids)?;
+            if let Some(id) = ids.iter().find(|&&id| id as usize >= rows) {
+                return Err(error::data(
+                    format!("the text has token {id}, but the model's vocabulary ends at {rows}"),
+                    "use the tokenizer that the model was trained with",
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// The sha256 of the whole file. Reads it afresh: through the map, all of it would come to lie
     /// in memory.
     pub fn sha256(&self) -> anyhow::Result<[u8; 32]> {

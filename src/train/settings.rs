@@ -298,8 +298,9 @@ impl Settings {
             tie_word_embeddings: self.tie_word_embeddings,
             initializer_range: self.initializer_range,
             bos_token_id: special.bos,
-            eos_token_id: special.eos,
+            eos_token_ids: special.eos.into_iter().collect(),
             pad_token_id: special.pad,
+            window_kind: serde_json::json!(self.windows).as_str().map(String::from),
         };
         config.validate()?;
         Ok(config)

@@ -34,8 +34,9 @@ pub fn config(heads: usize, kv_heads: usize, head_dim: usize, tied: bool) -> Con
         tie_word_embeddings: tied,
         initializer_range: 0.02,
         bos_token_id: None,
-        eos_token_id: None,
+        eos_token_ids: Vec::new(),
         pad_token_id: None,
+        window_kind: None,
     }
 }
 

@@ -23,6 +23,28 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 #[test]
+fn rows_beyond_the_tokenizer_are_never_chosen() {
+    let config = Config { vocab_size: 64, ..config(2, 1, 4, false) };
+    let layout = Layout::new(&config);
+    let weights = laam::model::initialize(&config, &layout, 3);
+    let request = |sequence| Request {
+        prompt: vec![sequence, 1],
+        max_new_tokens: 12,
+        sampling: Sampling { temperature: 50.0, seed: 5, ..Sampling::default() },
+        sequence,
+        ..Request::default()
+    };
+    let backend = Cpu::f32(1);
+    let largest = |tokens: usize| -> u32 {
+        let generator = Generator::new(&backend, &config, &weights, 2, 32).unwrap();
+        let answers = generator.with_tokens(tokens).all((0..4).map(request).collect()).unwrap();
+        answers.iter().flat_map(|answer| answer.ids.clone()).max().expect("there are tokens")
+    };
+    assert!(largest(64) >= 50, "all rows can be chosen");
+    assert!((20..50).contains(&largest(50)));
+}
+
+#[test]
 fn logits_match_transformers() {
     let case = fixture();
     let (config, layout) = (trainer::config(&case), Layout::new(&trainer::config(&case)));

@@ -49,8 +49,9 @@ pub fn config(head_dim: usize) -> Config {
         tie_word_embeddings: false,
         initializer_range: 0.02,
         bos_token_id: None,
-        eos_token_id: None,
+        eos_token_ids: Vec::new(),
         pad_token_id: None,
+        window_kind: None,
     }
 }
 

@@ -16,6 +16,7 @@ use laam::model::{
 };
 use laam::tokenizer::Tokenizer;
 use proptest::prelude::*;
+use safetensors::tensor::{Dtype as StoredDtype, TensorView};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -107,6 +108,119 @@ fn save_keeps_other_files_and_removes_old_shards() {
     assert!(path("checkpoint-10").is_dir() && path("metrics.jsonl").is_file());
     assert!(!path("model.safetensors.index.json").exists());
     assert!(!path("model-00001-of-00001.safetensors").exists());
+}
+
+/// Replaces the weights of a folder by tensors of other names or types, in files of one or several.
+fn store(folder: &Path, file: &str, tensors: &[(String, Vec<usize>, Vec<f32>)], f64s: bool) {
+    let bytes = |values: &[f32]| -> Vec<u8> {
+        if f64s {
+            values.iter().flat_map(|&x| f64::from(x).to_le_bytes()).collect()
+        } else {
+            values.iter().flat_map(|x| x.to_le_bytes()).collect()
+        }
+    };
+    let stored = if f64s { StoredDtype::F64 } else { StoredDtype::F32 };
+    let data: Vec<_> = tensors.iter().map(|(.., values)| bytes(values)).collect();
+    let views = tensors.iter().zip(&data).map(|((name, shape, _), data)| {
+        (name.as_str(), TensorView::new(stored, shape.clone(), data).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &folder.join(file)).unwrap();
+}
+
+#[test]
+fn folders_that_transformers_loads_are_loaded() {
+    for (tied, edit) in [
+        (true, "lm_head only"),
+        (true, "no prefix"),
+        (false, "float64"),
+        (false, "swish"),
+        (false, "bos beyond the vocabulary"),
+        (false, "a stale copy in another shard"),
+    ] {
+        let config = Config { tie_word_embeddings: tied, ..tiny() };
+        let folder = tempfile::tempdir().unwrap();
+        save(folder.path(), &config, 1).unwrap();
+        let expected = model::load(folder.path()).unwrap();
+        let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = expected
+            .layout
+            .parameters
+            .iter()
+            .map(|parameter| {
+                let values = expected.weights[parameter.span.range()].to_vec();
+                (parameter.name.clone(), parameter.shape(), values)
+            })
+            .collect();
+        let set = |key: &str, value: Value| {
+            let path = folder.path().join("config.json");
+            let mut json: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            json[key] = value;
+            fs::write(path, json.to_string()).unwrap();
+        };
+        let mut file = "model.safetensors";
+        match edit {
+            "lm_head only" => {
+                for tensor in &mut tensors {
+                    tensor.0 = tensor.0.replace("model.embed_tokens.weight", "lm_head.weight");
+                }
+            }
+            "no prefix" => {
+                for tensor in &mut tensors {
+                    tensor.0 = tensor.0.trim_start_matches("model.").to_string();
+                }
+            }
+            "swish" => set("hidden_act", json!("swish")),
+            "bos beyond the vocabulary" => set("bos_token_id", json!(1000)),
+            "a stale copy in another shard" => {
+                fs::remove_file(folder.path().join(file)).unwrap();
+                file = "a.safetensors";
+                let (name, shape, values) = tensors[1].clone();
+                let stale = (name.clone(), shape, vec![9.0; values.len()]);
+                store(folder.path(), "b.safetensors", &[stale, tensors.pop().unwrap()], false);
+                let last = &expected.layout.parameters.last().unwrap().name;
+                let mut map: BTreeMap<&str, &str> =
+                    tensors.iter().map(|(name, ..)| (name.as_str(), file)).collect();
+                map.insert(last, "b.safetensors");
+                let index = json!({"weight_map": map}).to_string();
+                fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+            }
+            _ => {}
+        }
+        store(folder.path(), file, &tensors, edit == "float64");
+        let found = model::load(folder.path()).unwrap_or_else(|why| panic!("{edit}: {why:#}"));
+        assert_eq!(found.weights, expected.weights, "{edit}");
+    }
+}
+
+#[test]
+fn every_end_of_text_of_both_files_is_kept_and_saved_again() {
+    let folder = saved();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    let mut config = tiny().to_json(Dtype::F32);
+    config["eos_token_id"] = json!([7, 9]);
+    write("config.json", &config.to_string());
+    write("generation_config.json", r#"{"eos_token_id": [9, 11], "temperature": 0.5}"#);
+    let loaded = model::load(folder.path()).unwrap();
+    assert_eq!(loaded.config.eos_token_ids, [7, 9, 11]);
+    assert_eq!(model::load_generation_defaults(folder.path()).unwrap().sampling, None);
+    save(folder.path(), &loaded.config, 2).unwrap();
+    for name in ["config.json", "generation_config.json"] {
+        let json: Value =
+            serde_json::from_slice(&fs::read(folder.path().join(name)).unwrap()).unwrap();
+        assert_eq!(json["eos_token_id"], json!([7, 9, 11]), "{name}");
+    }
+    let drawn = r#"{"do_sample": true, "temperature": 0.5, "top_p": 1.0}"#;
+    write("generation_config.json", drawn);
+    let sampling = model::load_generation_defaults(folder.path()).unwrap().sampling;
+    assert_eq!(sampling, Some((0.5, 50, None)), "top_k is transformers' default");
+}
+
+#[test]
+fn the_window_kind_survives_a_folder_without_provenance() {
+    let config = Config { window_kind: Some("addressed".into()), ..tiny() };
+    let json = config.to_json(Dtype::F32);
+    assert_eq!(json["laam"], json!({"windows": "addressed"}));
+    assert_eq!(Config::from_json(&json.to_string()).unwrap().0.window_kind, config.window_kind);
+    assert_eq!(tiny().to_json(Dtype::F32).get("laam"), None);
 }
 
 /// Spoils a saved folder.
@@ -332,8 +446,9 @@ fn writes_folders_for_transformers_when_asked() {
             rope_scaling,
             tie_word_embeddings,
             bos_token_id: special.bos,
-            eos_token_id: special.eos,
+            eos_token_ids: special.eos.into_iter().collect(),
             pad_token_id: special.pad,
+            window_kind: None,
             ..tiny()
         };
         let layout = Layout::new(&config);

@@ -93,8 +93,9 @@ fn train() -> Trained {
         max_position_embeddings: CONTEXT,
         tie_word_embeddings: true,
         bos_token_id: special.bos,
-        eos_token_id: special.eos,
+        eos_token_ids: special.eos.into_iter().collect(),
         pad_token_id: special.pad,
+        window_kind: None,
         ..crate::backend::config(3, 3, 16, true)
     };
 

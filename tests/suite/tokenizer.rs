@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use laam::corpus::Document;
 use laam::error::{ErrorKind, kind_of};
+use laam::generate::TextStream;
 use laam::tokenizer::{MARKERS, Style, Tokenizer, Training};
 use proptest::prelude::*;
 use rayon::prelude::*;
@@ -413,7 +414,14 @@ fn foreign_tokenizers_load_for_generation() {
     let error = tokenizer.encode_document(&small_corpus()[0]).unwrap_err();
     assert!(error.to_string().contains("no document markers"), "{error:#}");
 
-    let llama2 = serde_json::json!({
+    let tokenizer = load_and_use(&serde_json::to_vec(&llama2()).unwrap(), b"{}").unwrap();
+    assert_eq!(tokenizer.encode_prompt("a bé").unwrap(), [0, 4, 1, 3, 5, 6]);
+    assert_eq!(tokenizer.decode_bytes(&[4, 1, 3, 5, 6]).unwrap(), "a bé".as_bytes());
+}
+
+/// The tokenizer.json of a small Llama 2: blanks before words, characters it lacks as bytes.
+fn llama2() -> serde_json::Value {
+    serde_json::json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false, "special": true}],
@@ -431,10 +439,30 @@ fn foreign_tokenizers_load_for_generation() {
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "fuse_unk": true,
             "byte_fallback": true, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-            "vocab": {"<s>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4, "<0xC3>": 5, "<0xA9>": 6},
+            "vocab": {"<s>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4, "<0xC3>": 5, "<0xA9>": 6,
+                "<0xF0>": 7, "<0x9F>": 8, "<0x99>": 9, "<0x82>": 10, "▁b": 11},
             "merges": ["▁ a"]}
-    });
-    let tokenizer = load_and_use(&serde_json::to_vec(&llama2).unwrap(), b"{}").unwrap();
-    assert_eq!(tokenizer.encode_prompt("a bé").unwrap(), [0, 4, 1, 3, 5, 6]);
-    assert_eq!(tokenizer.decode_bytes(&[4, 1, 3, 5, 6]).unwrap(), "a bé".as_bytes());
+    })
+}
+
+/// The pieces of a stream of `ids` behind `prompt`, the rest last.
+fn pieces(tokenizer: &Tokenizer, prompt: &[u32], ids: &[u32]) -> Vec<String> {
+    let mut stream = TextStream::new(tokenizer, prompt).unwrap();
+    let mut pieces: Vec<_> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    pieces.push(stream.finish().unwrap());
+    pieces.into_iter().map(|piece| String::from_utf8(piece).unwrap()).collect()
+}
+
+#[test]
+fn a_stream_is_the_text_of_the_prompt_and_all_tokens_together() {
+    let tokenizer = load_and_use(&serde_json::to_vec(&llama2()).unwrap(), b"{}").unwrap();
+    // A character of four tokens comes with the last of them, and takes nothing with it.
+    assert_eq!(pieces(&tokenizer, &[0, 4], &[7, 8, 9, 10, 3]), ["", "", "", "\u{1f642}", "b", ""]);
+    // The prompt ends within the character.
+    assert_eq!(pieces(&tokenizer, &[0, 4, 7, 8], &[9, 10, 3]), ["", "\u{1f642}", "b", ""]);
+    // The first word keeps its blank; at the beginning of a text it has none.
+    assert_eq!(pieces(&tokenizer, &[0, 4], &[11, 4]), [" b", " a", ""]);
+    assert_eq!(pieces(&tokenizer, &[], &[11, 4]), ["b", " a", ""]);
+    // What never becomes a character is text too.
+    assert_eq!(pieces(&tokenizer, &[4], &[7, 3, 5]), ["", "\u{fffd}b", "", "\u{fffd}"]);
 }

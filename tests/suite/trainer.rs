@@ -49,8 +49,9 @@ pub fn config(case: &Value) -> Config {
         tie_word_embeddings: case["tie_word_embeddings"] == true,
         initializer_range: number(case, "initializer_range"),
         bos_token_id: None,
-        eos_token_id: None,
+        eos_token_ids: Vec::new(),
         pad_token_id: Some(size(case, "pad_token_id") as u32),
+        window_kind: None,
     }
 }
 
