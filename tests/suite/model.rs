@@ -270,7 +270,7 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
             fs::create_dir(f.join("config.json")).unwrap();
         }),
         ("no model.safetensors", |f| fs::remove_file(f.join("model.safetensors")).unwrap()),
-        ("is not a file", |f| {
+        ("not a regular file", |f| {
             fs::remove_file(f.join("model.safetensors")).unwrap();
             fs::create_dir(f.join("model.safetensors")).unwrap();
         }),
