@@ -215,7 +215,7 @@ fn execute_op(
         Op::SwiGlu(o) => elementwise::swiglu(arch, o, memory),
         Op::SwiGluBackward(o) => elementwise::swiglu_backward(arch, o, memory),
         Op::FusedLinearCrossEntropy(o) => {
-            fused_linear_cross_entropy::run(arch, o, memory, inputs.loss_scale as f32, logits)
+            fused_linear_cross_entropy::run(arch, o, memory, inputs.loss_scale as f32, logits);
         }
         Op::GatherRows(o) => elementwise::gather_rows(o, memory),
         Op::ZeroGrad(_) => memory.gradients.fill(0.0),

@@ -127,7 +127,7 @@ impl ReferenceExecutor {
             Op::SwiGlu(o) => self.swiglu(o, memory),
             Op::SwiGluBackward(o) => self.swiglu_backward(o, memory),
             Op::FusedLinearCrossEntropy(o) => {
-                self.fused_linear_cross_entropy(o, memory, inputs.loss_scale)
+                self.fused_linear_cross_entropy(o, memory, inputs.loss_scale);
             }
             Op::GatherRows(o) => self.gather_rows(o, memory),
             Op::ZeroGrad(_) => memory.gradients.fill(R::zero()),

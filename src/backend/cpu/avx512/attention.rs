@@ -1,6 +1,6 @@
 //! Attention in f32 for heads of 2, 4, 6 or 8 components, where the exponentials are most of the work.
 //!
-//! A task is one KV head of one batch entry with the query heads that share it (GQA). Keys and values are
+//! A task is one KV head of one sequence with the query heads that share it (GQA). Keys and values are
 //! transposed, so that a vector holds one component of 16 keys. Four query rows go together in a register
 //! tile. If no score can be large, which the longest query and the longest key tell, softmax needs no maximum,
 //! and scores, exponentials and both sums are one pass in registers; else a pass for the maxima comes first.

@@ -107,7 +107,7 @@ impl Avx512Kernels {
         let avx512 = self.avx512;
         match op {
             Op::FusedLinearCrossEntropy(o) if self.bf16 => {
-                self.cross_entropy.run(avx512, o, memory, loss_scale)
+                self.cross_entropy.run(avx512, o, memory, loss_scale);
             }
             Op::Linear(o) if self.bf16 => self.matmul.linear(avx512, o, memory),
             Op::Linear(o) if o.rows <= MAX_SMALL_M => {
