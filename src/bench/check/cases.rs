@@ -757,11 +757,11 @@ fn update(b: &mut Build, draw: &mut Draw, second: bool, norm: f32) -> Buffer {
     let mut gradients = draw.floats(len, 1.0);
     let mut first = draw.floats(len, 0.5);
     let mut squares: Vec<f32> = draw.floats(len, 0.5).iter().map(|x| x * x).collect();
-    // Some so small that AdamW's epsilon matters.
-    for at in 0..if second { len / 4 } else { 0 } {
-        gradients[at] *= 1e-8;
-        first[at] *= 1e-8;
-        squares[at] = 1e-16;
+    if second {
+        // Some so small that AdamW's epsilon matters.
+        gradients[..len / 4].iter_mut().for_each(|g| *g *= 1e-8);
+        first[..len / 4].iter_mut().for_each(|m| *m *= 1e-8);
+        squares[..len / 4].fill(1e-16);
     }
     b.case.outputs.push(Output::Arena(Arena::Parameters, 0..len));
     b.case.outputs.push(Output::Arena(Arena::FirstMoment, 0..len));

@@ -3,11 +3,11 @@
 //!
 //! The bound is a rule: at most twice the error of the same operation in plain loops of the
 //! backend's own precision (f32, rounding to bf16 or f16 where mixed precision does), and the
-//! rounding of the output. An output of a few numbers may cancel by chance, and scores in the hundreds
-//! make a few rows of a softmax as sensitive: their rounding is then
-//! relative to the terms that cancel, which is how far the exact result moves when its inputs move by
-//! a few roundings of f32. A logarithm is off by what its argument is off relatively, however small
-//! it is itself. An index may be any that inputs a few roundings away give.
+//! rounding of the output. An output of a few numbers may cancel by chance, and scores in the
+//! hundreds make a few rows of a softmax as sensitive: their rounding is relative to the terms that
+//! cancel, which is how far the exact result moves when its inputs move by a few roundings of f32. A
+//! logarithm is off by what its argument is off relatively, however small it is itself. An index may
+//! be any that inputs a few roundings away give.
 
 mod cases;
 mod draw;
