@@ -106,15 +106,12 @@ pub fn with_flags(text: &str, flag: impl Fn(&str) -> Option<String>) -> String {
     let mut parts = text.split('`');
     let mut replaced = parts.next().unwrap_or_default().to_string();
     while let Some(part) = parts.next() {
-        match flag(part) {
-            Some(flag) => {
-                replaced.push_str(&flag);
-                replaced.push_str(parts.next().unwrap_or_default());
-            }
-            None => {
-                replaced.push('`');
-                replaced.push_str(part);
-            }
+        if let Some(flag) = flag(part) {
+            replaced.push_str(&flag);
+            replaced.push_str(parts.next().unwrap_or_default());
+        } else {
+            replaced.push('`');
+            replaced.push_str(part);
         }
     }
     replaced

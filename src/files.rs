@@ -24,13 +24,15 @@ pub fn open(path: &Path) -> io::Result<File> {
     // Without O_NONBLOCK, opening a FIFO waits for a writer. Regular files ignore the flag.
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     match OpenOptions::new().read(true).custom_flags(flags).open(path) {
-        Ok(file) => only_regular(file.metadata()?).map(|()| file),
+        Ok(file) => only_regular(&file.metadata()?).map(|()| file),
         // A socket cannot be opened at all.
-        Err(why) => Err(fs::metadata(path).and_then(only_regular).err().unwrap_or(why)),
+        Err(why) => {
+            Err(fs::metadata(path).and_then(|found| only_regular(&found)).err().unwrap_or(why))
+        }
     }
 }
 
-fn only_regular(found: fs::Metadata) -> io::Result<()> {
+fn only_regular(found: &fs::Metadata) -> io::Result<()> {
     let kind = found.file_type();
     let what = match () {
         () if kind.is_file() => return Ok(()),
@@ -52,10 +54,14 @@ pub fn open_own(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).custom_flags(flags);
     let irregular = |found: fs::Metadata| {
-        if found.is_symlink() { Err(io::Error::other("it is a link")) } else { only_regular(found) }
+        if found.is_symlink() {
+            Err(io::Error::other("it is a link"))
+        } else {
+            only_regular(&found)
+        }
     };
     match options.open(path) {
-        Ok(file) => only_regular(file.metadata()?).map(|()| file),
+        Ok(file) => only_regular(&file.metadata()?).map(|()| file),
         Err(why) => Err(fs::symlink_metadata(path).and_then(irregular).err().unwrap_or(why)),
     }
 }

@@ -271,7 +271,7 @@ fn compile_and_test(run: &Path) -> anyhow::Result<String> {
     fresh()
         .with_context(|| format!("cannot copy the rebuilt sample to {}", folder.display()))
         .hint(ErrorKind::Data, || "remove that folder, and free some disk space")?;
-    let is_c = |name: &&&str| name.ends_with(".c");
+    let is_c = |name: &&&str| Path::new(name).extension().is_some_and(|suffix| suffix == "c");
     let sources = SAMPLE_NAMES.iter().filter(is_c).map(|name| folder.join(name));
     let program = folder.join("toy-kernel");
     let compiled = match Command::new("cc").arg("-o").arg(&program).args(sources).output() {

@@ -144,7 +144,8 @@ pub fn check_apart(output: &Path, source: &Path) -> anyhow::Result<()> {
 
 /// A path without links, `.` and `..`, whether or not its last parts exist yet.
 fn resolve(path: &Path) -> anyhow::Result<PathBuf> {
-    let path = std::path::absolute(path).with_context(|| format!("invalid path {path:?}"))?;
+    let path =
+        std::path::absolute(path).with_context(|| format!("invalid path {}", path.display()))?;
     let mut missing = Vec::new();
     let mut existing = path.as_path();
     loop {

@@ -114,9 +114,9 @@ fn follow(backend: &dyn Backend, case: &Value) {
         total: size(case, "max_steps") as u64,
         wsd_decay: 0.0,
     };
-    let windows_a_step = size(case, "batch_size");
+    let windows_per_step = size(case, "batch_size");
     let context = size(case, "context");
-    let mut engine = Engine::new(backend, &config, &optimizer, windows_a_step, context).unwrap();
+    let mut engine = Engine::new(backend, &config, &optimizer, windows_per_step, context).unwrap();
     engine.write(Arena::Parameters, &weights(case, &config, &layout)).unwrap();
     let steps = case["steps"].as_array().expect("steps");
     for (k, (step, which)) in
