@@ -1,23 +1,29 @@
 //! laam (Linux as a Model) trains a Llama until it has memorized a body of source code,
 //! and shows, byte for byte, what the weights give back.
 //!
-//! The way of the data, which is also the order of the rooms:
+//! Modules, lowest first. A module may depend only on modules above it in this list:
 //!
-//! - [`corpus`][]: where text comes from (kernel.org, archives, folders, the built-in sample)
+//! - [`error`][]: errors with a kind and a hint
+//! - [`files`][]: atomic and bounded file access
+//! - [`random`][]: counter-based random numbers
+//! - [`dtype`][]: element types of tensors
+//! - [`schema`][]: versions of the JSON files
+//! - [`corpus`][]: text sources (kernel.org, archives, folders, the built-in sample) and their manifest
 //! - [`tokenizer`][]: byte-level BPE
-//! - [`tokens`][]: the memory-mapped token file, and the windows and batches drawn from it
-//! - [`model`][]: configuration, the layout of the parameters, initialisation, checkpoints
-//! - [`llama`][]: the training step, evaluation and decoding as programs (lists of typed operations)
-//! - [`backend`][]: what executes a program: the plain reference, or the CPU at speed
-//! - [`generate`][]: sampling with a key/value cache
-//! - [`memorization`][]: what the weights give back: files from their names, loss and bits per byte
-//! - [`kernels`][]: the CUDA kernels this build holds
-//! - [`device`][]: what runs the kernels
-//! - [`train`][]: the loop, its schedule, metrics, checkpoints; recipes
-//! - [`report`][]: a run as one page
-//! - [`bench`][]: timings
+//! - [`tokens`][]: the memory-mapped token file, its windows, the sampler
+//! - [`kernels`][]: the compiled CUDA kernels and their signatures
+//! - [`device`][]: memory, kernel launches, matmuls, graphs; a GPU or the simulator
+//! - [`model`][]: configuration, parameter layout, initialization, checkpoints, presets
+//! - [`llama`][]: training step, evaluation and decoding as programs: lists of typed ops
+//! - [`backend`][]: execution of programs: `reference`, `cpu`, `gpu`
+//! - [`generate`][]: sampling with a KV cache
+//! - [`memorization`][]: extraction, files regenerated from their names, bits per byte
+//! - [`train`][]: the loop: schedule, metrics, checkpoints, resume; recipes and sweeps
+//! - [`report`][]: a run directory as one HTML page
+//! - [`bench`][]: `check` of every op against f64, timings, roofline
+//! - `cli`: the command line
 //!
-//! A room uses only the rooms named before it.
+//! `tests/suite/architecture.rs` checks this order.
 
 pub mod backend;
 pub mod bench;

@@ -1,4 +1,4 @@
-//! Whole training steps, timed.
+//! Timing of whole training steps.
 
 use std::path::Path;
 use std::time::Instant;
@@ -8,53 +8,17 @@ use serde::Serialize;
 use crate::backend::{Arena, Backend};
 use crate::files;
 use crate::llama::{AdamW, Cost, Optimizer, Program, StepHyperparams, append_update, step};
-use crate::model::{Config, Layout, RopeScaling};
+use crate::model::{Config, Layout};
 use crate::random::{Philox, Stream};
 use crate::tokens::{Batch, IGNORE};
 use crate::train::Engine;
 
 use super::roofline::Ceiling;
 
-/// Seconds of steps that are timed together on a device.
+/// Least duration of one measurement on a device, which times several steps together.
 const MIN_TIMED_SECONDS: f64 = 0.2;
 
-/// A model's shape by name, and the context it is trained at.
-pub const PRESETS: [&str; 6] = ["original", "32m", "124m", "350m", "1.3b", "7b"];
-
-/// The configuration a preset names.
-pub fn preset(name: &str) -> Option<Config> {
-    //                          hidden inter layers heads kv vocab context
-    let [hidden, inter, layers, heads, kv, vocab, context] = match name {
-        "original" => [64, 256, 8, 32, 4, 32768, 512],
-        "32m" => [256, 1024, 8, 16, 16, 32768, 512],
-        "124m" => [768, 2048, 12, 12, 12, 32768, 1024],
-        "350m" => [1024, 2816, 24, 16, 16, 32768, 1024],
-        "1.3b" => [2048, 5632, 24, 16, 16, 32768, 2048],
-        "7b" => [4096, 11008, 32, 32, 32, 32000, 4096],
-        _ => return None,
-    };
-    Some(Config {
-        vocab_size: vocab,
-        hidden_size: hidden,
-        intermediate_size: inter,
-        num_hidden_layers: layers,
-        num_attention_heads: heads,
-        num_key_value_heads: kv,
-        head_dim: hidden / heads,
-        max_position_embeddings: context,
-        rms_norm_eps: 1e-6,
-        rope_theta: 10000.0,
-        rope_scaling: RopeScaling::None,
-        tie_word_embeddings: false,
-        initializer_range: 0.02,
-        bos_token_id: Some(0),
-        eos_token_ids: vec![1],
-        pad_token_id: Some(4),
-        window_kind: None,
-    })
-}
-
-/// What a run of steps took.
+/// Timing of training steps.
 #[derive(Clone, Debug, Serialize)]
 pub struct Timing {
     pub backend: String,
@@ -64,40 +28,40 @@ pub struct Timing {
     pub batch: usize,
     pub context: usize,
     pub parameters: usize,
-    /// The median of the timed steps.
+    /// Median of the timed steps.
     pub step_seconds: f64,
     pub tokens_per_second: f64,
-    /// Of the products a step needs at least, recomputed ones not counted, in units of 1e12.
+    /// Model FLOP/s (recomputation not counted) in units of 1e12.
     pub teraflops: f64,
-    /// Those FLOPs over the device's peak, where that is known.
+    /// Model FLOPs utilization: the share of the device's peak, if known.
     pub mfu: Option<f64>,
-    /// Seconds that a step takes at least by the device's ceilings, where they were measured.
+    /// Roofline floor of a step in seconds, if the device's ceilings were measured.
     pub floor: Option<f64>,
     pub fastest: f64,
     pub slowest: f64,
-    /// The most memory the process has held.
+    /// Peak resident memory of the process.
     pub peak_bytes: u64,
-    /// Memory of the model, its optimizer and its activations: on a device, the device's.
+    /// Memory of the model, its optimizer and its activations, on the device if there is one.
     pub model_bytes: usize,
-    /// Of the first and of the last step.
+    /// Losses of the first and the last step.
     pub losses: [f64; 2],
-    /// Seconds a step in each kind of operation, the longest first.
+    /// Seconds per step in each kind of op, longest first.
     pub operations: Vec<(&'static str, f64)>,
 }
 
-/// What a step needs at least of each kind of work.
+/// Measured roofline ceilings of a device.
 #[derive(Clone, Copy, Debug)]
 pub struct Ceilings {
     /// Bytes per second, read or written.
     pub bytes: f64,
-    /// FLOP a second of products.
+    /// FLOP per second of matmuls.
     pub flops: f64,
-    /// Exponentials a second.
+    /// Exponentials per second.
     pub exponentials: f64,
 }
 
 impl Ceilings {
-    /// Of those that [`measure`](super::roofline::measure) found, if all are there.
+    /// The ceilings that [`measure`](super::roofline::measure) returned, if none is missing.
     pub fn of(found: &[Ceiling]) -> Option<Ceilings> {
         let value = |name| Some(found.iter().find(|ceiling| ceiling.name == name)?.value);
         Some(Ceilings {
@@ -107,7 +71,7 @@ impl Ceilings {
         })
     }
 
-    /// The composite floor of a program: each operation as long as the scarcest of the three takes.
+    /// Roofline floor of a program: the sum over ops of the time at the binding ceiling.
     fn floor(&self, program: &Program, arena: usize) -> f64 {
         let seconds = |cost: Cost| {
             let bytes = cost.bytes as f64 / self.bytes;
@@ -142,7 +106,7 @@ pub fn time(
     engine.write(Arena::Parameters, &arena)?;
     drop(arena);
 
-    // What waits for nobody is timed some steps at a time, as it is trained with.
+    // A device runs several steps without synchronization, as in training.
     let mut together = 1;
     let mut seconds = Vec::with_capacity(steps);
     let mut losses = [f64::NAN; 2];
@@ -223,7 +187,7 @@ fn random_windows(windows: usize, context: usize, vocab: usize, step: u32) -> Ba
     Batch { windows, context, targets, first_key: vec![0; ids.len()], ids }
 }
 
-/// The most resident memory this process has had, in bytes, where the system tells (Linux).
+/// Peak resident memory of this process in bytes, if the system reports it (Linux).
 pub fn peak_bytes() -> u64 {
     let status = files::read_text(Path::new("/proc/self/status"), 1 << 20).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

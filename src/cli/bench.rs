@@ -14,6 +14,7 @@ use crate::bench::{kernels, smoke, step};
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::error;
+use crate::model::{PRESETS, preset};
 use crate::schema::versioned;
 
 /// Time what the program does, on this machine.
@@ -196,10 +197,10 @@ fn time_kernels(arguments: &KernelBenchArgs) -> anyhow::Result<Outcome> {
 }
 
 fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
-    let mut config = step::preset(&arguments.preset).ok_or_else(|| {
+    let mut config = preset(&arguments.preset).ok_or_else(|| {
         error::config(
             format!("unknown `preset` {}", arguments.preset),
-            format!("use one of {}", step::PRESETS.join(", ")),
+            format!("use one of {}", PRESETS.join(", ")),
         )
     })?;
     if let Some(context) = arguments.context {

@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     fn snapshot(output: &Path) -> Snapshot {
-        let config = crate::bench::step::preset("original").expect("it is one");
+        let config = crate::model::preset("original").expect("a preset");
         let config = Config { vocab_size: 32, num_hidden_layers: 1, ..config };
         let len = Layout::new(&config).len;
         let arenas = checkpoints::ARENAS.iter().map(|(name, _)| (*name, vec![0.5; len])).collect();

@@ -1,9 +1,10 @@
-//! The one integration binary: a module for each room of the library, and `support` for what they
+//! The one integration binary: a module for each module of the library, and `support` for what they
 //! share.
 //!
 //! Tests on the real corpus look for `linux-1.0.tar.xz` in `LAAM_TEST_CORPUS` (a file or its
 //! folder) and in `../shared/corpus`, and say so loudly when they skip.
 
+mod architecture;
 mod backend;
 mod cli;
 mod corpus;
