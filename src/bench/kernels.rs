@@ -10,7 +10,7 @@ use crate::llama::{Cost, Op};
 
 /// One operation at one shape.
 #[derive(Clone, Debug, Serialize)]
-pub struct Row {
+pub struct KernelTiming {
     pub operation: &'static str,
     pub shape: String,
     pub dtype: &'static str,
@@ -39,8 +39,8 @@ pub fn time(
     backend: &dyn Backend,
     only: Option<&str>,
     size: Size,
-    mut on_row: impl FnMut(&Row),
-) -> anyhow::Result<Vec<Row>> {
+    mut on_row: impl FnMut(&KernelTiming),
+) -> anyhow::Result<Vec<KernelTiming>> {
     let chosen: Vec<&str> =
         operations().filter(|name| only.is_none_or(|only| name_matches(name, only))).collect();
     if chosen.is_empty() {
@@ -61,7 +61,7 @@ pub fn time(
     Ok(rows)
 }
 
-fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<Row> {
+fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<KernelTiming> {
     // Of two operations, the first of which fills a KV cache, the second is timed.
     let timed: Op = case.program.ops.last().expect("a case has an operation").clone();
     let cost: Cost = timed.cost(|buffer| case.program.info(buffer).len, case.layout.len);
@@ -77,7 +77,7 @@ fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<Row> {
     let median = seconds[RUNS / 2];
     let rate = |count: usize| count as f64 / median;
     let pairs = matches!(timed, Op::Attention(_) | Op::AttentionBackward(_));
-    Ok(Row {
+    Ok(KernelTiming {
         operation: case.operation,
         shape: case.shape.clone(),
         dtype: backend.compute_dtype().suffix(),

@@ -44,7 +44,7 @@ pub struct BackendArgs {
     pub threads: Option<usize>,
     /// Attention kernels of a GPU
     #[arg(long, alias = "attention", value_enum, default_value_t)]
-    pub attention_kernel: AttentionKernel,
+    pub attention_kernel: AttentionKernelArg,
     /// LM head and loss kernels of a GPU
     #[arg(long, alias = "head", value_enum, default_value_t)]
     pub lm_head_kernel: LmHeadKernel,
@@ -66,7 +66,7 @@ pub enum LmHeadKernel {
 
 /// Kernels for attention on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum AttentionKernel {
+pub enum AttentionKernelArg {
     /// The fastest for the shape
     #[default]
     Auto,
@@ -110,9 +110,9 @@ impl BackendArgs {
             mode: if profile { Mode::Profile } else { Mode::Graphs },
             generic_lm_head: self.lm_head_kernel == LmHeadKernel::Generic,
             attention: match self.attention_kernel {
-                AttentionKernel::Auto => gpu::AttentionChoice::Auto,
-                AttentionKernel::NoTensorCores => gpu::AttentionChoice::NoTensorCores,
-                AttentionKernel::Generic => gpu::AttentionChoice::Generic,
+                AttentionKernelArg::Auto => gpu::AttentionChoice::Auto,
+                AttentionKernelArg::NoTensorCores => gpu::AttentionChoice::NoTensorCores,
+                AttentionKernelArg::Generic => gpu::AttentionChoice::Generic,
             },
             max_resident_bytes: None,
         };

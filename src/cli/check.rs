@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::Outcome;
 use super::backend::BackendArgs;
-use crate::bench::check::{Row, Selection, Size, check};
+use crate::bench::check::{CheckRow, Selection, Size, check};
 use crate::dtype::Dtype;
 use crate::schema::versioned;
 
@@ -44,7 +44,7 @@ pub fn run(arguments: &CheckArgs) -> anyhow::Result<Outcome> {
         some => some,
     };
     let mut out = io::stdout().lock();
-    let mut runs: Vec<(&str, String, Vec<Row>)> = Vec::new();
+    let mut runs: Vec<(&str, String, Vec<CheckRow>)> = Vec::new();
     let mut failed = 0;
     for &precision in precisions {
         let backend = arguments.backend.open_in(Some(precision))?;
@@ -77,10 +77,10 @@ pub fn run(arguments: &CheckArgs) -> anyhow::Result<Outcome> {
     Ok(if failed == 0 { Outcome::Done } else { Outcome::Different })
 }
 
-fn print(out: &mut impl Write, dtype: &str, row: &Row) -> io::Result<()> {
+fn print(out: &mut impl Write, dtype: &str, row: &CheckRow) -> io::Result<()> {
     let verdict = match row {
-        Row { passed: true, .. } => "ok",
-        Row { repeats: false, .. } => "FAILED: a second run gave other bits",
+        CheckRow { passed: true, .. } => "ok",
+        CheckRow { repeats: false, .. } => "FAILED: a second run gave other bits",
         _ => "FAILED",
     };
     writeln!(

@@ -44,11 +44,11 @@ struct Findings {
     cards: Vec<Result<String, String>>,
     cublaslt: Library,
     cache: Option<PathBuf>,
-    advice: Vec<Advice>,
+    advice: Vec<MissingPart>,
 }
 
 /// Something missing, and what to do about it.
-struct Advice {
+struct MissingPart {
     missing: String,
     hint: String,
 }
@@ -77,7 +77,7 @@ impl Findings {
 
     fn advise(&mut self) {
         let mut add = |missing: String, hint: &str| {
-            self.advice.push(Advice { missing, hint: hint.into() });
+            self.advice.push(MissingPart { missing, hint: hint.into() });
         };
         for (feature, built) in [
             ("cuda", cfg!(feature = "cuda")),
@@ -166,7 +166,7 @@ impl Findings {
         writeln!(out, "  cublas  {cublaslt}")?;
         let cache = self.cache.as_ref().map(|path| path.display().to_string());
         writeln!(out, "  cache   {}", or_none(cache))?;
-        for Advice { missing, hint } in &self.advice {
+        for MissingPart { missing, hint } in &self.advice {
             writeln!(out, "missing: {missing}")?;
             writeln!(out, "   hint: {hint}")?;
         }

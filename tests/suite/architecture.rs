@@ -70,11 +70,12 @@ fn stated_order() -> Vec<String> {
     let line = Regex::new(r"(?m)^//! - (?:\[`(\w+)`\]\[\]|`(\w+)`): ").unwrap();
     let name = |found: regex::Captures| found.get(1).or(found.get(2)).unwrap().as_str().to_string();
     let order: Vec<String> = line.captures_iter(&lib).map(name).collect();
-    let declared = Regex::new(r"(?m)^pub mod (\w+);").unwrap();
-    let mut declared: Vec<_> = declared.captures_iter(&lib).map(|found| &found[1]).collect();
-    let mut stated: Vec<_> = order.iter().map(String::as_str).collect();
-    stated.sort_unstable();
-    declared.sort_unstable();
+    let module = Regex::new(r"(?m)^pub mod (\w+);").unwrap();
+    let mut declared: Vec<_> =
+        module.captures_iter(&lib).map(|found| found[1].to_string()).collect();
+    let mut stated = order.clone();
+    stated.sort();
+    declared.sort();
     assert_eq!(stated, declared, "src/lib.rs lists every module once");
     order
 }

@@ -140,12 +140,12 @@ fn alone(rows: usize, cols: usize) -> (Layout, Span) {
 }
 
 /// A case under construction.
-struct Build {
+struct CaseBuilder {
     case: Case,
 }
 
-impl Build {
-    fn new(shape: String, (layout, _): (Layout, Span), training: bool) -> Build {
+impl CaseBuilder {
+    fn new(shape: String, (layout, _): (Layout, Span), training: bool) -> CaseBuilder {
         let case = Case {
             operation: "",
             shape,
@@ -159,7 +159,7 @@ impl Build {
             errors_average: true,
             hyperparams: StepHyperparams::default(),
         };
-        Build { case }
+        CaseBuilder { case }
     }
 
     /// An input of activations of size one.
@@ -243,7 +243,8 @@ fn embedding(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     );
     for (rows, vocab, hidden) in shapes {
         let (layout, table) = alone(vocab, hidden);
-        let mut b = Build::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), false);
+        let mut b =
+            CaseBuilder::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), false);
         b.weights(draw, table, 1.0);
         let ids = b.index("ids", draw.indices(rows, vocab));
         let out = b.output("out", BufferKind::Activation, rows * hidden);
@@ -260,7 +261,8 @@ fn embedding_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dty
     );
     for (rows, vocab, hidden) in shapes {
         let (layout, table) = alone(vocab, hidden);
-        let mut b = Build::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), true);
+        let mut b =
+            CaseBuilder::new(format!("{rows} of {vocab} x {hidden}"), (layout, table), true);
         b.accumulates(draw, table);
         let ids = b.index("ids", draw.indices(rows, vocab));
         let dout = b.input(draw, "dout", rows * hidden);
@@ -282,7 +284,8 @@ fn rms_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         for adds in [false, true] {
             let with = if adds { " and residual" } else { "" };
             let (layout, weight) = alone(1, hidden);
-            let mut b = Build::new(format!("{rows} x {hidden}{with}"), (layout, weight), false);
+            let mut b =
+                CaseBuilder::new(format!("{rows} x {hidden}{with}"), (layout, weight), false);
             b.weights(draw, weight, 1.0);
             let x = b.input(draw, "x", rows * hidden);
             let add = adds.then(|| ResidualAdd {
@@ -301,7 +304,8 @@ fn rms_norm_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtyp
         for past in [false, true] {
             let with = if past { " and residual" } else { "" };
             let (layout, weight) = alone(1, hidden);
-            let mut b = Build::new(format!("{rows} x {hidden}{with}"), (layout, weight), true);
+            let mut b =
+                CaseBuilder::new(format!("{rows} x {hidden}{with}"), (layout, weight), true);
             b.weights(draw, weight, 1.0);
             let values = draw.activations(rows * hidden, 1.0);
             let rstd = |row: &[f32]| {
@@ -334,7 +338,7 @@ fn products(size: Size) -> Vec<(usize, usize, usize)> {
 fn linear(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, out, inner) in products(size) {
         let (layout, w) = alone(out, inner);
-        let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
+        let mut b = CaseBuilder::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
         b.weights(draw, w, 1.0);
         let x = b.input(draw, "x", rows * inner);
         let y = b.output("y", BufferKind::Activation, rows * out);
@@ -345,7 +349,7 @@ fn linear(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
 fn linear_backward_input(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, out, inner) in products(size) {
         let (layout, w) = alone(out, inner);
-        let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
+        let mut b = CaseBuilder::new(format!("{rows} x {inner} to {out}"), (layout, w), false);
         b.weights(draw, w, 1.0);
         let dy = b.input(draw, "dy", rows * out);
         let dx = b.output("dx", BufferKind::Activation, rows * inner);
@@ -356,7 +360,7 @@ fn linear_backward_input(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: 
 fn linear_backward_weight(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, out, inner) in products(size) {
         let (layout, w) = alone(out, inner);
-        let mut b = Build::new(format!("{rows} x {inner} to {out}"), (layout, w), true);
+        let mut b = CaseBuilder::new(format!("{rows} x {inner} to {out}"), (layout, w), true);
         b.accumulates(draw, w);
         let dy = b.input(draw, "dy", rows * out);
         let x = b.input(draw, "x", rows * inner);
@@ -405,7 +409,7 @@ fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         for starts in [false, true] {
             let with = if starts { ", from anywhere" } else { "" };
             let none = alone(1, 1);
-            let mut b = Build::new(format!("{}{with}", describe(&shape)), none, false);
+            let mut b = CaseBuilder::new(format!("{}{with}", describe(&shape)), none, false);
             let qkv = b.input(draw, "qkv", shape.rows() * shape.qkv_width());
             let start =
                 starts.then(|| b.index("start", draw.indices(shape.batch, 8192 - shape.seq_len)));
@@ -422,7 +426,7 @@ fn rope(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
 
 fn rope_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for shape in ropes(size) {
-        let mut b = Build::new(describe(&shape), alone(1, 1), false);
+        let mut b = CaseBuilder::new(describe(&shape), alone(1, 1), false);
         let dq = b.input(draw, "dq", shape.rows() * shape.q_width());
         let dk = b.input(draw, "dk", shape.rows() * shape.kv_width());
         let dv = b.input(draw, "dv", shape.rows() * shape.kv_width());
@@ -500,7 +504,7 @@ fn masks(draw: &mut Draw, shape: &AttentionShape, size: Size) -> Vec<u32> {
 
 /// Attention's inputs and the mask; scores grow with `deviation`, that of q.
 fn attends(
-    b: &mut Build,
+    b: &mut CaseBuilder,
     draw: &mut Draw,
     shape: &AttentionShape,
     size: Size,
@@ -520,7 +524,7 @@ fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         let deviations: &[_] = if size.is_timed() { &[1.0] } else { &[1.0, 100.0] };
         for &deviation in deviations {
             let with = if deviation > 1.0 { ", large scores" } else { "" };
-            let mut b = Build::new(format!("{}{with}", describe(&shape)), alone(1, 1), false);
+            let mut b = CaseBuilder::new(format!("{}{with}", describe(&shape)), alone(1, 1), false);
             // Two scores of a row that are nearly equal: their difference is all rounding.
             b.case.errors_average = deviation == 1.0;
             let [q, k, v, first_key] = attends(&mut b, draw, &shape, size, deviation);
@@ -533,7 +537,7 @@ fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
 
 fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, dtype: Dtype) {
     for shape in attentions(size) {
-        let mut b = Build::new(describe(&shape), alone(1, 1), false);
+        let mut b = CaseBuilder::new(describe(&shape), alone(1, 1), false);
         let [q, k, v, first_key] = attends(&mut b, draw, &shape, size, 1.0);
         let (out, lse) = if size.is_timed() {
             // Any numbers take as long; those of f64 would take hours.
@@ -600,7 +604,7 @@ fn attention_decode(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype
     for (shape, before, capacity) in shapes {
         let plane = shape.batch * shape.kv_width() * capacity;
         let what = format!("{} after {before} of {capacity}", describe(&shape));
-        let mut b = Build::new(what, alone(1, 1), false);
+        let mut b = CaseBuilder::new(what, alone(1, 1), false);
         // The second of two layers.
         b.case.spec.cache_len = 4 * plane;
         let (keys, values) = (2 * plane, 3 * plane);
@@ -635,7 +639,7 @@ fn gates(size: Size) -> Vec<(usize, usize)> {
 
 fn swiglu(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, inter) in gates(size) {
-        let mut b = Build::new(format!("{rows} x {inter}"), alone(1, 1), false);
+        let mut b = CaseBuilder::new(format!("{rows} x {inter}"), alone(1, 1), false);
         let gate_up = draw.activations(2 * rows * inter, 3.0);
         let gate_up = b.given("gate_up", BufferKind::Activation, gate_up);
         let out = b.output("out", BufferKind::Activation, rows * inter);
@@ -645,7 +649,7 @@ fn swiglu(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
 
 fn swiglu_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for (rows, inter) in gates(size) {
-        let mut b = Build::new(format!("{rows} x {inter}"), alone(1, 1), false);
+        let mut b = CaseBuilder::new(format!("{rows} x {inter}"), alone(1, 1), false);
         let gate_up = draw.activations(2 * rows * inter, 3.0);
         let gate_up = b.given("gate_up", BufferKind::Activation, gate_up);
         let dout = b.input(draw, "dout", rows * inter);
@@ -679,7 +683,7 @@ fn fused_linear_cross_entropy(cases: &mut Vec<Case>, draw: &mut Draw, size: Size
             let with = if gradient { " and gradient" } else { "" };
             let (layout, w) = alone(vocab, hidden);
             let shape = format!("{rows} x {hidden} to {vocab}{with}");
-            let mut b = Build::new(shape, (layout, w), gradient);
+            let mut b = CaseBuilder::new(shape, (layout, w), gradient);
             // Logits of size two: some ids are likely, none is certain.
             b.weights(draw, w, 2.0 / (hidden as f64).sqrt());
             if !size.is_timed() {
@@ -714,7 +718,7 @@ fn gather_rows(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         size.shapes([(1, 1, 1), (3, 7, 5), (9, 4, 64)], [], [(1, 512, 64)], [(64, 4, 64)])
     {
         let shape = format!("{batch} x {seq_len} x {hidden}");
-        let mut b = Build::new(shape, alone(1, 1), false);
+        let mut b = CaseBuilder::new(shape, alone(1, 1), false);
         let x = b.input(draw, "x", batch * seq_len * hidden);
         let position = b.index("position", draw.indices(batch, seq_len));
         let out = b.output("out", BufferKind::Activation, batch * hidden);
@@ -730,7 +734,7 @@ fn lengths(size: Size) -> Vec<usize> {
 fn zero_grad(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for len in lengths(size) {
         let (layout, span) = alone(1, len);
-        let mut b = Build::new(format!("{len}"), (layout, span), true);
+        let mut b = CaseBuilder::new(format!("{len}"), (layout, span), true);
         b.accumulates(draw, span);
         b.finish(Op::ZeroGrad(ZeroGrad), cases);
     }
@@ -742,7 +746,7 @@ fn grad_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
         let deviations: &[_] = if size.is_timed() { &[1.0] } else { &[1.0, 1e25] };
         for &deviation in deviations {
             let (layout, span) = alone(1, len);
-            let mut b = Build::new(format!("{len} of {deviation:e}"), (layout, span), true);
+            let mut b = CaseBuilder::new(format!("{len} of {deviation:e}"), (layout, span), true);
             let gradients = draw.floats(b.case.layout.len, deviation);
             b.case.arenas.push((Arena::Gradients, gradients));
             let norm = b.output("norm", BufferKind::Float, 1);
@@ -752,7 +756,7 @@ fn grad_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
 }
 
 /// A gradient, moments and parameters in the middle of a training run; the norm of all gradients.
-fn update(b: &mut Build, draw: &mut Draw, second: bool, norm: f32) -> Buffer {
+fn update(b: &mut CaseBuilder, draw: &mut Draw, second: bool, norm: f32) -> Buffer {
     let len = b.case.layout.len;
     let mut gradients = draw.floats(len, 1.0);
     let mut first = draw.floats(len, 0.5);
@@ -787,7 +791,7 @@ fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     for len in lengths(size) {
         for &norm in gradient_norms(size) {
             let (layout, span) = alone(1, len);
-            let mut b = Build::new(format!("{len}, norm {norm}"), (layout, span), true);
+            let mut b = CaseBuilder::new(format!("{len}, norm {norm}"), (layout, span), true);
             let norm = update(&mut b, draw, true, norm);
             // Three ranges that begin anywhere, a hole between the first two, two decays.
             let (a, z) = (len / 3, 2 * len / 3);
@@ -814,7 +818,7 @@ fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
             let matrices = vec![place(2), place(0)];
             let (layout, span) = alone(3 * rows, cols);
             let shape = format!("2 of {rows} x {cols}, norm {norm}");
-            let mut b = Build::new(shape, (layout, span), true);
+            let mut b = CaseBuilder::new(shape, (layout, span), true);
             let norm = update(&mut b, draw, false, norm);
             let op =
                 MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, weight_decay: 0.1, matrices };

@@ -26,7 +26,7 @@ pub use cases::{Case, Size, cases, operations};
 
 /// One output of one operation at one shape.
 #[derive(Clone, Debug, Serialize)]
-pub struct Row {
+pub struct CheckRow {
     pub operation: &'static str,
     pub shape: String,
     pub output: String,
@@ -52,8 +52,8 @@ pub struct Selection<'a> {
 pub fn check(
     backend: &dyn Backend,
     selection: &Selection,
-    mut on_row: impl FnMut(&Row),
-) -> anyhow::Result<Vec<Row>> {
+    mut on_row: impl FnMut(&CheckRow),
+) -> anyhow::Result<Vec<CheckRow>> {
     let dtype = backend.compute_dtype();
     let chosen = |name: &str| selection.only.is_none_or(|only| name_matches(name, only));
     if !operations().any(chosen) {
@@ -118,7 +118,7 @@ fn ones(b: &[f32]) -> f64 {
 
 impl Case {
     /// A row for each output of the first of `runs`, all of which must have the same bits.
-    pub fn compare(&self, dtype: Dtype, runs: &[Outputs]) -> anyhow::Result<Vec<Row>> {
+    pub fn compare(&self, dtype: Dtype, runs: &[Outputs]) -> anyhow::Result<Vec<CheckRow>> {
         let exact = self.run(&Reference::F64, 1)?.remove(0);
         let plain = self.run(&Reference::mixed(dtype), 1)?.remove(0);
         let got = &runs[0];
@@ -157,7 +157,7 @@ impl Case {
             }
             let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             let repeats = runs.iter().all(|run| bits(&run[at]) == bits(got));
-            rows.push(Row {
+            rows.push(CheckRow {
                 operation: self.operation,
                 shape: self.shape.clone(),
                 output: self.name(output),
