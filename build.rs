@@ -163,24 +163,15 @@ fn sources() -> Outcome<Vec<String>> {
     Ok(names)
 }
 
-/// Compiles `kernels/NAME.cu` with one run of nvcc each.
+/// Compiles every `kernels/NAME.cu`.
 fn compile(nvcc: &Nvcc, kernels: &[String], archs: &[String], out: &Path) -> Outcome<()> {
-    let arguments = if feature("CUDA") {
-        let mut arguments =
-            vec!["-fatbin".into(), "-gencode=arch=compute_80,code=compute_80".to_string()];
-        arguments.extend(archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
-        arguments.extend(["-Xfatbin=-compress-all", "--keep", "--keep-dir"].map(String::from));
-        arguments
-    } else {
-        vec!["-ptx".to_string(), "-arch=compute_80".to_string()]
-    };
     let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
     let (next, errors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..threads.clamp(1, kernels.len().max(1)) {
             scope.spawn(|| {
                 while let Some(name) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(why) = compile_file(nvcc, name, &arguments, out) {
+                    if let Err(why) = compile_file(nvcc, name, archs, out) {
                         errors.lock().expect("no thread panicked").push(why);
                     }
                 }
@@ -193,19 +184,28 @@ fn compile(nvcc: &Nvcc, kernels: &[String], archs: &[String], out: &Path) -> Out
 }
 
 /// Writes `NAME.ptx` and, for a GPU, `NAME.fatbin`, unless they are newer than all they were made
-/// from. The PTX is the one that nvcc made on its way to the fatbin.
-fn compile_file(nvcc: &Nvcc, name: &str, arguments: &[String], out: &Path) -> Outcome<()> {
+/// from.
+fn compile_file(nvcc: &Nvcc, name: &str, archs: &[String], out: &Path) -> Outcome<()> {
     let file = |suffix: &str| out.join(format!("{name}.{suffix}"));
     let io = |path: &Path, e: std::io::Error| format!("{}: {e}", path.display());
-    let (source, new, keep) = (format!("kernels/{name}.cu"), file("new"), file("keep"));
-    let mut command = Command::new(&nvcc.path);
-    command.args(["-O3", "-std=c++17", "-lineinfo", "-MD", "-MF"]).arg(file("d")).args(arguments);
-    if feature("CUDA") {
-        command.arg(&keep);
-    }
-    command.arg("-o").arg(&new).arg(&source);
-    // Written before nvcc starts: a source that changes while it runs is newer than this.
-    let record = format!("{} {command:?}", nvcc.version);
+    let (new, keep) = (file("new"), file("keep"));
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(&nvcc.path);
+        command.args(["-O3", "-std=c++17", "-lineinfo", "-MD", "-MF"]).arg(file("d"));
+        command.args(arguments).arg("-o").arg(&new).arg(format!("kernels/{name}.cu"));
+        command
+    };
+    let ptx = command(&["-ptx", "-arch=compute_80"]);
+    let fatbin = feature("CUDA").then(|| {
+        let keep = keep.display().to_string();
+        let sass: Vec<String> =
+            archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
+        let mut arguments = vec!["-fatbin", "-gencode=arch=compute_80,code=compute_80"];
+        arguments.extend(sass.iter().map(String::as_str));
+        arguments.extend(["-Xfatbin=-compress-all", "--keep", "--keep-dir", keep.as_str()]);
+        command(&arguments)
+    });
+    let record = format!("{} {fatbin:?} {ptx:?}", nvcc.version);
     let outputs: &[&str] = if feature("CUDA") { &["ptx", "fatbin"] } else { &["ptx"] };
     let is_there = outputs.iter().all(|suffix| file(suffix).is_file());
     if is_there && is_current(&file("record"), &record, &file("d")) {
@@ -214,29 +214,44 @@ fn compile_file(nvcc: &Nvcc, name: &str, arguments: &[String], out: &Path) -> Ou
     for suffix in outputs {
         let _ = fs::remove_file(file(suffix));
     }
+    // Written before nvcc starts: a source that changes while it runs is newer than this.
     fs::write(file("record"), record).map_err(|e| io(&file("record"), e))?;
-    fs::create_dir_all(&keep).map_err(|e| io(&keep, e))?;
-    let output = command.output().map_err(|e| io(&nvcc.path, e))?;
+    if let Some(fatbin) = fatbin {
+        // What a failed run kept is not of this one.
+        let _ = fs::remove_dir_all(&keep);
+        fs::create_dir_all(&keep).map_err(|e| io(&keep, e))?;
+        run(fatbin, name)?;
+        fs::rename(&new, file("fatbin")).map_err(|e| io(&new, e))?;
+        // nvcc made the PTX on its way, and named its architecture if there are several. A compiler
+        // cache in its place gives back the fatbin alone.
+        for kept in ["compute_80.ptx", "ptx"] {
+            let _ = fs::rename(keep.join(format!("{name}.{kept}")), file("ptx"));
+        }
+        fs::remove_dir_all(&keep).map_err(|e| io(&keep, e))?;
+    }
+    if !file("ptx").is_file() {
+        run(ptx, name)?;
+        fs::rename(&new, file("ptx")).map_err(|e| io(&new, e))?;
+    }
+    Ok(())
+}
+
+/// Runs nvcc on a kernel file; its warnings become cargo's.
+fn run(mut nvcc: Command, name: &str) -> Outcome<()> {
+    let output = nvcc.output().map_err(|e| format!("{:?}: {e}", nvcc.get_program()))?;
     let mut talk = String::from_utf8_lossy(&output.stdout).into_owned();
     talk.push_str(&String::from_utf8_lossy(&output.stderr));
     if !output.status.success() {
-        return Err(format!("nvcc fails on {source} ({}):\n{}", output.status, talk.trim()));
+        return Err(format!(
+            "nvcc fails on kernels/{name}.cu ({}):\n{}",
+            output.status,
+            talk.trim()
+        ));
     }
     for line in talk.lines().filter(|line| !line.trim().is_empty()) {
         println!("cargo::warning={line}");
     }
-    if feature("CUDA") {
-        // Without the architecture in its name if there is only one.
-        let mut kept = keep.join(format!("{name}.compute_80.ptx"));
-        if !kept.is_file() {
-            kept.set_file_name(format!("{name}.ptx"));
-        }
-        fs::rename(&kept, file("ptx")).map_err(|e| io(&kept, e))?;
-        fs::rename(&new, file("fatbin")).map_err(|e| io(&new, e))?;
-    } else {
-        fs::rename(&new, file("ptx")).map_err(|e| io(&new, e))?;
-    }
-    fs::remove_dir_all(&keep).map_err(|e| io(&keep, e))
+    Ok(())
 }
 
 /// Whether a feature of the package is on.
