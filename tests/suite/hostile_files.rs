@@ -161,9 +161,9 @@ fn links_and_fifos_in_the_cache_are_neither_followed_nor_waited_for() {
             fs::write(&victim, "precious").unwrap();
             let path = folder.join(format!("linux-1.0.{name}"));
             if kind == "link" {
-                symlink(&victim, &path).unwrap()
+                symlink(&victim, &path).unwrap();
             } else {
-                put(kind, &path)
+                put(kind, &path);
             }
             let mut command = laam();
             command.args(["fetch", "--version", "v1.0/1.0", "--mirror_uri", "http://127.0.0.1:1"]);

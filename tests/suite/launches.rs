@@ -203,7 +203,7 @@ fn launch_mutants_are_killed_by_the_check_of_their_op() {
             "rms_norm_backward",
             Dtype::Bf16,
             Mutation::Launch("rms_norm_backward_bf16", |launch| {
-                launch.args[4] = Address::NULL.into()
+                launch.args[4] = Address::NULL.into();
             }),
         ),
         (

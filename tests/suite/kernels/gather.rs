@@ -98,7 +98,7 @@ fn gather_draws_the_windows_that_the_library_draws() {
     holds("gather_windows", gather_is_right);
 }
 
-pub const GATHER_WINDOWS: Mutants = Mutants {
+pub const GATHER_WINDOWS: MutationSet = MutationSet {
     kernel: "gather_windows",
     only: &[],
     mutants: &[

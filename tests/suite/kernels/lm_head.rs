@@ -152,7 +152,7 @@ fn cross_entropy_gradient_is_the_same_in_place_and_at_any_stride() {
     holds("cross_entropy", cross_entropy_at_any_stride);
 }
 
-pub const LCE_F16: Mutants = Mutants {
+pub const LCE_F16: MutationSet = MutationSet {
     kernel: "fused_linear_cross_entropy",
     only: &["FWD_DX(32, T)", "FWD_DX(64, T)", "DW(32, T)", "DW(64, T)", "ENTRIES(f16)"],
     mutants: &[
@@ -167,7 +167,7 @@ pub const LCE_F16: Mutants = Mutants {
     },
 };
 
-pub const LCE: Mutants = Mutants {
+pub const LCE: MutationSet = MutationSet {
     kernel: "fused_linear_cross_entropy",
     only: &["ENTRIES(bf16)"],
     mutants: &[

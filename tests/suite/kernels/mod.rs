@@ -15,7 +15,7 @@ use laam::device::sim::Sim;
 use laam::device::{Arg as DeviceArg, Launch as DeviceLaunch};
 pub use laam::dtype::Dtype;
 use laam::random::{Philox, Stream};
-pub use mutants::Mutants;
+pub use mutants::MutationSet;
 pub use ptxsim::{Arg, Check, Memory, Schedule};
 pub use ptxsim::{Config, Module};
 
@@ -97,9 +97,9 @@ fn on_few_blocks(launch: &mut DeviceLaunch) {
         }
     } else if entry.starts_with("swiglu_") {
         launch.grid[1] = launch.grid[1].min(2);
-    } else if entry.starts_with("embedding_") && !entry.starts_with("embedding_sort") {
-        launch.grid[0] = launch.grid[0].min(2);
-    } else if ANY_GRID.iter().any(|name| entry.starts_with(name)) {
+    } else if (entry.starts_with("embedding_") && !entry.starts_with("embedding_sort"))
+        || ANY_GRID.iter().any(|name| entry.starts_with(name))
+    {
         launch.grid[0] = launch.grid[0].min(2);
     }
     if entry.starts_with("cross_entropy_") {

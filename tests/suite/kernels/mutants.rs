@@ -15,7 +15,7 @@ use std::process::Command;
 use super::{Module, gather, lm_head, operations, queue, single};
 
 /// A set of mutants of one kernel file, or of the headers it includes, and the check that kills them.
-pub struct Mutants {
+pub struct MutationSet {
     /// File stem in `kernels/`.
     pub kernel: &'static str,
     /// Macro instantiations to compile, of each macro named here; the others take time.
@@ -29,7 +29,7 @@ pub type Mutant = (&'static str, &'static str, &'static str);
 
 macro_rules! mutation_tests {
     ($($(#[$attribute:meta])* $test:ident: $mutants:path,)*) => {
-        const TESTS: &[(&str, &Mutants)] = &[$((stringify!($test), &$mutants)),*];
+        const TESTS: &[(&str, &MutationSet)] = &[$((stringify!($test), &$mutants)),*];
         $(
             #[test]
             $(#[$attribute])*
@@ -85,7 +85,7 @@ fn labels(line: &str) -> impl Iterator<Item = &str> {
     line.split_once(MARK).into_iter().flat_map(|(_, names)| names.split(", "))
 }
 
-impl Mutants {
+impl MutationSet {
     /// The file that a label is in, its lines after the mutation, and the line before and after it.
     fn apply(&self, &(label, from, to): &Mutant) -> (String, Vec<String>, [String; 2]) {
         let own = format!("{}.cu", self.kernel);
@@ -127,7 +127,7 @@ impl Mutants {
 }
 
 /// Compiles the kernel with each mutant by itself, and demands that the check fails.
-fn kills_mutants(set: &Mutants) {
+fn kills_mutants(set: &MutationSet) {
     let nvcc = match laam::kernels::BUILD.cuda {
         Ok(nvcc) if Path::new(nvcc.path).is_file() => nvcc,
         Ok(nvcc) => return eprintln!("SKIPPED: mutation tests, as {} is gone", nvcc.path),
@@ -175,7 +175,8 @@ fn mutants_are_those_of_the_table() {
     }
     let names = fs::read_dir(folder()).unwrap().map(|file| file.unwrap().file_name());
     let sources = names.filter_map(|name| Some(name.to_str()?.to_string()));
-    let files = sources.filter(|name| name.ends_with(".cu")).chain(headers());
+    let files =
+        sources.filter(|name| Path::new(name).extension() == Some("cu".as_ref())).chain(headers());
     let labelled: BTreeSet<_> = files
         .flat_map(|file| {
             let names: Vec<_> = read(&file)

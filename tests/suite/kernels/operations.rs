@@ -58,7 +58,7 @@ fn generic_lm_head_matches_f64_under_every_schedule() {
     }
 }
 
-pub const GENERIC: Mutants = Mutants {
+pub const GENERIC: MutationSet = MutationSet {
     kernel: "attention_generic",
     only: &["ENTRIES(f32)"],
     mutants: &[
@@ -72,7 +72,7 @@ pub const GENERIC: Mutants = Mutants {
     check: |module| pass(&ATTENTION, generic(Dtype::F32), "", Some(("attention_generic", module))),
 };
 
-pub const SMALLHEAD: Mutants = Mutants {
+pub const SMALLHEAD: MutationSet = MutationSet {
     kernel: "attention_smallhead",
     only: &["FORWARD(2, 4, T)", "BACKWARD(2, 4, T)", "ENTRIES(f32)"],
     mutants: &[
@@ -90,11 +90,11 @@ pub const SMALLHEAD: Mutants = Mutants {
             Options::new(Dtype::F32),
             "heads of 2",
             Some(("attention_smallhead", module)),
-        )
+        );
     },
 };
 
-pub const SMALLHEAD_TF32: Mutants = Mutants {
+pub const SMALLHEAD_TF32: MutationSet = MutationSet {
     kernel: "attention_smallhead_tf32",
     only: &["FORWARD_AND_DQ(2, 4, T)", "DKDV(2, 8, T)", "ENTRIES(bf16)"],
     mutants: &[
@@ -113,11 +113,11 @@ pub const SMALLHEAD_TF32: Mutants = Mutants {
             Options::new(Dtype::Bf16),
             "heads of 2",
             Some(("attention_smallhead_tf32", module)),
-        )
+        );
     },
 };
 
-pub const FLASH: Mutants = Mutants {
+pub const FLASH: MutationSet = MutationSet {
     kernel: "flash_attention",
     only: &["ENTRIES(32, bf16)"],
     mutants: &[
@@ -136,11 +136,11 @@ pub const FLASH: Mutants = Mutants {
             Options::new(Dtype::Bf16),
             "heads of 32",
             Some(("flash_attention", module)),
-        )
+        );
     },
 };
 
-pub const DECODE: Mutants = Mutants {
+pub const DECODE: MutationSet = MutationSet {
     kernel: "attention_decode",
     only: &["ENTRIES(f32)"],
     mutants: &[
@@ -155,11 +155,11 @@ pub const DECODE: Mutants = Mutants {
             Options::new(Dtype::F32),
             "",
             Some(("attention_decode", module)),
-        )
+        );
     },
 };
 
-pub const RMS_NORM: Mutants = Mutants {
+pub const RMS_NORM: MutationSet = MutationSet {
     kernel: "rms_norm",
     only: &[],
     mutants: &[
@@ -171,7 +171,7 @@ pub const RMS_NORM: Mutants = Mutants {
     check: |module| pass(&["rms_norm"], Options::new(Dtype::F32), "", Some(("rms_norm", module))),
 };
 
-pub const RMS_NORM_BACKWARD: Mutants = Mutants {
+pub const RMS_NORM_BACKWARD: MutationSet = MutationSet {
     kernel: "rms_norm",
     only: &[],
     mutants: &[
@@ -182,11 +182,11 @@ pub const RMS_NORM_BACKWARD: Mutants = Mutants {
         ("last_partial_dropped", "block < blocks;", "block < blocks - 1;"),
     ],
     check: |module| {
-        pass(&["rms_norm_backward"], Options::new(Dtype::F32), "", Some(("rms_norm", module)))
+        pass(&["rms_norm_backward"], Options::new(Dtype::F32), "", Some(("rms_norm", module)));
     },
 };
 
-pub const ROPE: Mutants = Mutants {
+pub const ROPE: MutationSet = MutationSet {
     kernel: "rope",
     only: &[],
     mutants: &[
@@ -198,11 +198,11 @@ pub const ROPE: Mutants = Mutants {
         ("one_position_too_many", "t >= shape.seq_len", "t > shape.seq_len"),
     ],
     check: |module| {
-        pass(&["rope", "rope_backward"], Options::new(Dtype::F32), "", Some(("rope", module)))
+        pass(&["rope", "rope_backward"], Options::new(Dtype::F32), "", Some(("rope", module)));
     },
 };
 
-pub const SWIGLU: Mutants = Mutants {
+pub const SWIGLU: MutationSet = MutationSet {
     kernel: "swiglu",
     only: &[],
     mutants: &[
@@ -216,11 +216,11 @@ pub const SWIGLU: Mutants = Mutants {
             Options::new(Dtype::Bf16),
             "",
             Some(("swiglu", module)),
-        )
+        );
     },
 };
 
-pub const EMBEDDING_BACKWARD: Mutants = Mutants {
+pub const EMBEDDING_BACKWARD: MutationSet = MutationSet {
     kernel: "embedding",
     only: &[],
     mutants: &[
@@ -230,20 +230,20 @@ pub const EMBEDDING_BACKWARD: Mutants = Mutants {
         ("partial_in_wrong_slot", "began_before ? 0 : 1", "continues ? 1 : 0"),
     ],
     check: |module| {
-        pass(&["embedding_backward"], Options::new(Dtype::F32), "", Some(("embedding", module)))
+        pass(&["embedding_backward"], Options::new(Dtype::F32), "", Some(("embedding", module)));
     },
 };
 
-pub const GATHER_ROWS: Mutants = Mutants {
+pub const GATHER_ROWS: MutationSet = MutationSet {
     kernel: "gather_rows",
     only: &[],
     mutants: &[("position_ignored", " + position[b]", "")],
     check: |module| {
-        pass(&["gather_rows"], Options::new(Dtype::F32), "", Some(("gather_rows", module)))
+        pass(&["gather_rows"], Options::new(Dtype::F32), "", Some(("gather_rows", module)));
     },
 };
 
-pub const CROSS_ENTROPY: Mutants = Mutants {
+pub const CROSS_ENTROPY: MutationSet = MutationSet {
     kernel: "cross_entropy",
     only: &[],
     mutants: &[
@@ -267,7 +267,7 @@ pub const CROSS_ENTROPY: Mutants = Mutants {
     },
 };
 
-pub const GRAD_NORM: Mutants = Mutants {
+pub const GRAD_NORM: MutationSet = MutationSet {
     kernel: "grad_norm",
     only: &[],
     mutants: &[
@@ -283,7 +283,7 @@ pub const GRAD_NORM: Mutants = Mutants {
     },
 };
 
-pub const ADAMW: Mutants = Mutants {
+pub const ADAMW: MutationSet = MutationSet {
     kernel: "adamw",
     only: &[],
     mutants: &[
@@ -307,7 +307,7 @@ pub const ADAMW: Mutants = Mutants {
     },
 };
 
-pub const MUON: Mutants = Mutants {
+pub const MUON: MutationSet = MutationSet {
     kernel: "muon",
     only: &[],
     mutants: &[

@@ -88,7 +88,7 @@ fn queued_runs_find_their_records_and_leave_what_they_found() {
     holds("step_queue", queue_is_right);
 }
 
-pub const STEP_QUEUE: Mutants = Mutants {
+pub const STEP_QUEUE: MutationSet = MutationSet {
     kernel: "step_queue",
     only: &[],
     mutants: &[

@@ -59,7 +59,7 @@ fn embedding_sort_is_stable() {
     holds("embedding", sorts_stably);
 }
 
-pub const EMBEDDING_SORT: Mutants = Mutants {
+pub const EMBEDDING_SORT: MutationSet = MutationSet {
     kernel: "embedding",
     only: &[],
     mutants: &[
@@ -86,7 +86,7 @@ fn fill_is_exact(module: &Module) {
     }
 }
 
-pub const FILL: Mutants = Mutants {
+pub const FILL: MutationSet = MutationSet {
     kernel: "fill",
     only: &[],
     mutants: &[("vector_tail_skipped", "at < count", "at < vector_end")],
