@@ -209,7 +209,7 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
     config.validate()?;
     let backend = arguments.backend.open_for(arguments.precision, arguments.profile)?;
     warn_of_another(&*backend, arguments.precision);
-    // The floor of a step is made of what this very card reaches.
+    // The floor of a step is made of what this GPU reaches.
     let ceilings = if backend.name() == "cuda" {
         let found = roofline::measure(&mut *arguments.backend.device()?, Effort::Full, |_| {})?;
         step::Ceilings::of(&found)

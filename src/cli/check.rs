@@ -21,7 +21,7 @@ pub struct CheckArgs {
     /// The precisions to check [default: all that the backend computes in]
     #[arg(long, value_enum)]
     precision: Vec<Dtype>,
-    /// Large shapes too: seconds on a card, minutes for the f64 reference
+    /// Large shapes too: seconds on a GPU, minutes for the f64 reference
     #[arg(long)]
     full: bool,
     /// The seed of the inputs [default: the time]

@@ -40,8 +40,8 @@ struct Findings {
     driver: Driver,
     /// Names of the backends that this build and this machine offer.
     backends: Vec<&'static str>,
-    /// Each card the driver shows, or why it cannot be used.
-    cards: Vec<Result<String, String>>,
+    /// Each GPU the driver shows, or why it cannot be used.
+    gpus: Vec<Result<String, String>>,
     cublaslt: Library,
     cache: Option<PathBuf>,
     advice: Vec<MissingPart>,
@@ -60,7 +60,7 @@ impl Findings {
             features: cpu_features(),
             driver: Driver::find(),
             backends: vec!["cpu", "reference"],
-            cards: (0..backend::gpu_count()).map(card).collect(),
+            gpus: (0..backend::gpu_count()).map(gpu).collect(),
             cublaslt: backend::cublaslt(),
             cache: cache_folder().ok(),
             advice: Vec::new(),
@@ -68,7 +68,7 @@ impl Findings {
         if BUILD.cuda.is_ok() && cfg!(feature = "sim") {
             findings.backends.push("sim");
         }
-        if findings.cards.iter().any(Result::is_ok) {
+        if findings.gpus.iter().any(Result::is_ok) {
             findings.backends.push("cuda");
         }
         findings.advise();
@@ -101,7 +101,7 @@ impl Findings {
             None if driver.library.is_some() => {} // As under WSL: the driver is the host's.
             None => add(
                 "no NVIDIA driver".into(),
-                "with an NVIDIA card, install its driver (580 or newer); without one, train on the CPU",
+                "with an NVIDIA GPU, install its driver (580 or newer); without one, train on the CPU",
             ),
             Some(major) if major < wanted => add(
                 format!("driver {major} is too old for these kernels, which need {wanted}"),
@@ -112,7 +112,7 @@ impl Findings {
                 "install the driver's libraries; in a container, start it with the GPU passed in",
             ),
             Some(_) if driver.gpus == 0 => add(
-                "a driver, but no card under /dev".into(),
+                "a driver, but no GPU under /dev".into(),
                 "in a container, start it with the GPU passed in",
             ),
             Some(_) => {}
@@ -125,8 +125,8 @@ impl Findings {
                 "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
             );
         }
-        for card in self.cards.iter().filter_map(|card| card.as_ref().err()) {
-            add(format!("a card that cannot be used: {card}"), "use --backend cpu until then");
+        for gpu in self.gpus.iter().filter_map(|gpu| gpu.as_ref().err()) {
+            add(format!("a GPU that cannot be used: {gpu}"), "use --backend cpu until then");
         }
         let writable = self.cache.as_deref().is_some_and(is_writable);
         if !writable {
@@ -154,9 +154,9 @@ impl Findings {
         writeln!(out, "  driver  {}", or_none(self.driver.version.clone()))?;
         let library = self.driver.library.as_ref().map(|path| path.display().to_string());
         writeln!(out, "  libcuda {}", or_none(library))?;
-        writeln!(out, "  cards   {}", self.driver.gpus)?;
-        for card in self.cards.iter().flatten() {
-            writeln!(out, "          {card}")?;
+        writeln!(out, "  GPUs    {}", self.driver.gpus)?;
+        for gpu in self.gpus.iter().flatten() {
+            writeln!(out, "          {gpu}")?;
         }
         let cublaslt = match &self.cublaslt {
             Library::Missing => "none".to_string(),
@@ -191,7 +191,7 @@ impl Findings {
             "driver": self.driver.version,
             "libcuda": self.driver.library,
             "gpus": self.driver.gpus,
-            "usable_gpus": self.cards.iter().flatten().collect::<Vec<_>>(),
+            "usable_gpus": self.gpus.iter().flatten().collect::<Vec<_>>(),
             "cublaslt": self.cublaslt != Library::Missing,
             "cache": self.cache,
             "missing": self.advice.iter()
@@ -201,8 +201,8 @@ impl Findings {
     }
 }
 
-/// What a card is, or why it cannot be used.
-fn card(ordinal: usize) -> Result<String, String> {
+/// What a GPU is, or why it cannot be used.
+fn gpu(ordinal: usize) -> Result<String, String> {
     let describe = || {
         let device = backend::open_cuda(ordinal)?;
         let (free, total) = device.memory()?;
