@@ -238,7 +238,7 @@ fn compile_file(nvcc: &Nvcc, name: &str, archs: &[String], out: &Path) -> Outcom
 
 /// Runs nvcc on a kernel file; its warnings become cargo's.
 fn run(mut nvcc: Command, name: &str) -> Outcome<()> {
-    let output = nvcc.output().map_err(|e| format!("{:?}: {e}", nvcc.get_program()))?;
+    let output = nvcc.output().map_err(|e| format!("{}: {e}", nvcc.get_program().display()))?;
     let mut talk = String::from_utf8_lossy(&output.stdout).into_owned();
     talk.push_str(&String::from_utf8_lossy(&output.stderr));
     if !output.status.success() {
