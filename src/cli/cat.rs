@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::backend::BackendArgs;
-use super::{Outcome, model};
+use super::{Outcome, model, windows};
 use crate::error;
 use crate::generate::Generator;
 use crate::memorization::regenerate::{End, Regenerator, Sink};
@@ -44,15 +44,11 @@ pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
             format!("laam ls {} lists its files", arguments.model.display()),
         ));
     }
-    let windows = arguments.windows.or(model::windows(opened.provenance.as_ref()));
+    let windows = windows::kind(arguments.windows, &opened);
     let config = &opened.model.config;
     let context = config.max_position_embeddings;
-    let regenerator = Regenerator::new(
-        opened.tokenizer.clone(),
-        windows.unwrap_or(WindowKind::Stream),
-        context,
-        arguments.max_tokens,
-    )?;
+    let regenerator =
+        Regenerator::new(opened.tokenizer.clone(), windows, context, arguments.max_tokens)?;
     let mut generator = Generator::new(&*backend, config, &opened.model.weights, 1, context)?
         .with_tokens(opened.tokenizer.vocab_size());
     let mut print = Print { out: io::stdout().lock(), end: None };
