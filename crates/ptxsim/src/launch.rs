@@ -137,6 +137,13 @@ impl Kernel {
         self.code().registers
     }
 
+    /// Threads per block that its launch bounds allow; `None` without launch bounds.
+    pub fn max_threads(&self) -> Option<u32> {
+        let code = self.code();
+        let shape = code.required_block.or(code.max_block)?;
+        Some(shape.iter().fold(1, |all, &n| u32::saturating_mul(all, n)))
+    }
+
     /// Bytes of static shared memory.
     pub fn static_shared(&self) -> usize {
         self.module.entry(self.index).layout.static_bytes as usize

@@ -12,19 +12,15 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUstream;
 use serde::{Deserialize, Serialize};
 
-use super::super::driver::Library;
 use super::super::{Address, Matmul, Matrix};
-use super::libraries;
 use crate::dtype::Dtype;
 use crate::error;
 
-/// A cuBLASLt handle, its workspace, and the plans made so far.
+/// The process's cuBLASLt handle, a workspace, and the plans made so far.
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     workspace: Address,
     plans: HashMap<MatmulKey, MatmulPlan>,
-    /// Algorithms of an earlier run.
-    pinned: HashMap<MatmulKey, Algorithm>,
 }
 
 /// The algorithm of each matmul.
@@ -71,13 +67,34 @@ impl Operand {
     }
 }
 
-/// cuBLASLt's descriptors and the algorithm. They are few and live as long as the process.
+/// cuBLASLt's descriptors and the algorithm.
 struct MatmulPlan {
+    descriptors: Descriptors,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// cuBLASLt's descriptors of a matmul; null until created.
+struct Descriptors {
     description: sys::cublasLtMatmulDesc_t,
     first: sys::cublasLtMatrixLayout_t,
     second: sys::cublasLtMatrixLayout_t,
     out: sys::cublasLtMatrixLayout_t,
-    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        // SAFETY: each descriptor was created by this plan and is destroyed once.
+        unsafe {
+            if !self.description.is_null() {
+                let _ = result::destroy_matmul_desc(self.description);
+            }
+            for layout in [self.first, self.second, self.out] {
+                if !layout.is_null() {
+                    let _ = result::destroy_matrix_layout(layout);
+                }
+            }
+        }
+    }
 }
 
 impl CublasLt {
@@ -85,15 +102,8 @@ impl CublasLt {
     /// because the choice of an algorithm depends on it.
     pub const WORKSPACE_BYTES: usize = 32 << 20;
 
-    pub fn new(workspace: Address) -> anyhow::Result<CublasLt> {
-        if libraries::cublaslt() == Library::Missing {
-            return Err(error::device(
-                "cuBLASLt was not found: libcublasLt.so.13 or .12",
-                "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
-            ));
-        }
-        let handle = result::create_handle().map_err(|e| failed("initializing cuBLASLt", e))?;
-        Ok(CublasLt { handle, workspace, plans: HashMap::new(), pinned: HashMap::new() })
+    pub fn new(handle: sys::cublasLtHandle_t, workspace: Address) -> CublasLt {
+        CublasLt { handle, workspace, plans: HashMap::new() }
     }
 
     /// Version of the cuBLASLt that was found.
@@ -110,10 +120,20 @@ impl CublasLt {
         PinnedPlans { version: Self::version(), matmuls }
     }
 
-    /// Uses these algorithms from now on.
-    pub fn pin(&mut self, plans: PinnedPlans) {
-        self.pinned = plans.matmuls.into_iter().collect();
+    /// Uses these algorithms from now on, and returns how many of them cuBLASLt refuses for their
+    /// matmul: they come from a file, and their driver or GPU may have been another.
+    pub fn pin(&mut self, plans: PinnedPlans) -> usize {
         self.plans.clear();
+        let mut refused = 0;
+        for (key, algorithm) in plans.matmuls {
+            match plan(self.handle, &key, Some(&algorithm)) {
+                Ok(plan) => {
+                    self.plans.insert(key, plan);
+                }
+                Err(_) => refused += 1,
+            }
+        }
+        refused
     }
 
     /// Executes a matmul. cuBLASLt is column-major, and a row-major `[rows, cols]` matrix is its
@@ -124,11 +144,11 @@ impl CublasLt {
         let operand = |matrix| Operand::of(matrix, batch);
         let key = MatmulKey { a: operand(a), b: operand(b), c: operand(c), accumulate, batch };
         if !self.plans.contains_key(&key) {
-            let plan = plan(self.handle, &key, self.pinned.get(&key))
+            let plan = plan(self.handle, &key, None)
                 .map_err(|e| failed(&format!("planning a matmul of {m} x {k} by {k} x {n}"), e))?;
             self.plans.insert(key, plan);
         }
-        let plan = &self.plans[&key];
+        let MatmulPlan { descriptors, algorithm } = &self.plans[&key];
         let (alpha, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
         let pointer = |address: Address| address.0 as *mut c_void;
         // SAFETY: the descriptors were created for exactly these shapes and live as long as the plan;
@@ -136,31 +156,24 @@ impl CublasLt {
         unsafe {
             result::matmul(
                 self.handle,
-                plan.description,
+                descriptors.description,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
                 pointer(b.at),
-                plan.first,
+                descriptors.first,
                 pointer(a.at),
-                plan.second,
+                descriptors.second,
                 pointer(c.at),
-                plan.out,
+                descriptors.out,
                 pointer(c.at),
-                plan.out,
-                &raw const plan.algorithm,
+                descriptors.out,
+                std::ptr::from_ref(algorithm),
                 pointer(self.workspace),
                 Self::WORKSPACE_BYTES,
                 stream.cast(),
             )
         }
         .map_err(|e| failed(&format!("a matmul of {m} x {k} by {k} x {n}"), e))
-    }
-}
-
-impl Drop for CublasLt {
-    fn drop(&mut self) {
-        // SAFETY: the handle was created in `new` and is destroyed once.
-        let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
 
@@ -172,7 +185,13 @@ fn plan(
     use sys::cublasLtMatmulDescAttributes_t as Describe;
     use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
 
-    let description = result::create_matmul_desc(
+    let mut descriptors = Descriptors {
+        description: std::ptr::null_mut(),
+        first: std::ptr::null_mut(),
+        second: std::ptr::null_mut(),
+        out: std::ptr::null_mut(),
+    };
+    descriptors.description = result::create_matmul_desc(
         sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
         sys::cudaDataType_t::CUDA_R_32F,
     )?;
@@ -185,16 +204,16 @@ fn plan(
         // SAFETY: the attribute is an i32, which is read before the call returns.
         unsafe {
             result::set_matmul_desc_attribute(
-                description,
+                descriptors.description,
                 attribute,
                 (&raw const operation).cast(),
                 size_of::<i32>(),
             )?;
         }
     }
-    let layout = |operand: Operand| {
+    let layout = |layout: &mut sys::cublasLtMatrixLayout_t, operand: Operand| {
         use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
-        let layout = result::create_matrix_layout(
+        *layout = result::create_matrix_layout(
             data_type(operand.dtype),
             operand.cols as u64,
             operand.rows as u64,
@@ -205,22 +224,26 @@ fn plan(
             // SAFETY: the attributes are an i32 and an i64, which are read before the call returns.
             unsafe {
                 result::set_matrix_layout_attribute(
-                    layout,
+                    *layout,
                     Attribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
                     (&raw const count).cast(),
                     size_of::<i32>(),
                 )?;
                 result::set_matrix_layout_attribute(
-                    layout,
+                    *layout,
                     Attribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
                     (&raw const stride).cast(),
                     size_of::<i64>(),
                 )?;
             }
         }
-        Ok::<_, CublasError>(layout)
+        Ok::<_, CublasError>(())
     };
-    let (first, second, out) = (layout(key.b)?, layout(key.a)?, layout(key.c)?);
+    layout(&mut descriptors.first, key.b)?;
+    layout(&mut descriptors.second, key.a)?;
+    layout(&mut descriptors.out, key.c)?;
+    let (description, first, second, out) =
+        (descriptors.description, descriptors.first, descriptors.second, descriptors.out);
     if let Some(&data) = pinned {
         let algorithm = sys::cublasLtMatmulAlgo_t { data };
         let mut result = sys::cublasLtMatmulHeuristicResult_t {
@@ -245,51 +268,68 @@ fn plan(
             )
         }
         .result()?;
-        return Ok(MatmulPlan { description, first, second, out, algorithm });
+        if result.workspaceSize > CublasLt::WORKSPACE_BYTES {
+            return Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
+        }
+        return Ok(MatmulPlan { descriptors, algorithm });
     }
 
-    let preference = result::create_matmul_pref()?;
+    let preference = Preference(result::create_matmul_pref()?);
     let workspace = CublasLt::WORKSPACE_BYTES;
     // SAFETY: the attribute is a usize, which is read before the call returns.
     unsafe {
         result::set_matmul_pref_attribute(
-            preference,
+            preference.0,
             Prefer::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
             (&raw const workspace).cast(),
             size_of::<usize>(),
         )?;
     }
-    for (attribute, operand) in [
-        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.b),
-        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.a),
-        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.c),
-        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.c),
-    ] {
+    let mut numbers = vec![
+        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.b.alignment),
+        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.a.alignment),
+        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.c.alignment),
+        (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.c.alignment),
+    ];
+    if key.c.dtype != Dtype::F32 {
+        // A matmul is summed in f32 and rounded once: no partial sums in the output's dtype.
+        let in_f32 = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        numbers.push((Prefer::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, in_f32));
+    }
+    for (attribute, number) in numbers {
         // SAFETY: the attribute is a u32, which is read before the call returns.
         unsafe {
             result::set_matmul_pref_attribute(
-                preference,
+                preference.0,
                 attribute,
-                (&raw const operand.alignment).cast(),
+                (&raw const number).cast(),
                 size_of::<u32>(),
             )?;
         }
     }
     // SAFETY: all descriptors were created above.
     let chosen = unsafe {
-        let chosen = result::get_matmul_algo_heuristic(
+        result::get_matmul_algo_heuristic(
             handle,
             description,
             first,
             second,
             out,
             out,
-            preference,
-        );
-        result::destroy_matmul_pref(preference)?;
-        chosen?
-    };
-    Ok(MatmulPlan { description, first, second, out, algorithm: chosen.algo })
+            preference.0,
+        )
+    }?;
+    Ok(MatmulPlan { descriptors, algorithm: chosen.algo })
+}
+
+/// cuBLASLt's preference of a heuristic.
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: it was created once and is destroyed once.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
 }
 
 fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
@@ -300,7 +340,7 @@ fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
     }
 }
 
-fn failed(what: &str, why: CublasError) -> anyhow::Error {
+pub(super) fn failed(what: &str, why: CublasError) -> anyhow::Error {
     error::device(
         format!("{what}: cuBLASLt returned {why}"),
         "laam doctor shows which libraries were found",

@@ -3,6 +3,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
+use cudarc::driver::sys::{CUevent, CUresult};
 use cudarc::{cublaslt, driver};
 
 use crate::device::driver::Library;
@@ -16,14 +17,107 @@ pub(super) fn driver() -> bool {
     unsafe { driver::sys::is_culib_present() }
 }
 
-/// Finds cuBLASLt and loads it.
+/// Functions of the driver that this program calls. A missing one is an error of [`super::Cuda::new`]:
+/// cudarc panics when it is called.
+const DRIVER_SYMBOLS: [&str; 37] = [
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetCount",
+    "cuDeviceGetName",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDriverGetVersion",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventElapsedTime",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuFuncGetAttribute",
+    "cuFuncSetAttribute",
+    "cuGetErrorString",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuGraphUpload",
+    "cuInit",
+    "cuLaunchKernel",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemGetInfo_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuStreamBeginCapture_v2",
+    "cuStreamCreate",
+    "cuStreamEndCapture",
+    "cuStreamSynchronize",
+];
+
+/// Functions of cuBLASLt that this program calls.
+const CUBLASLT_SYMBOLS: [&str; 15] = [
+    "cublasLtCreate",
+    "cublasLtGetVersion",
+    "cublasLtMatmul",
+    "cublasLtMatmulAlgoCheck",
+    "cublasLtMatmulAlgoGetHeuristic",
+    "cublasLtMatmulDescCreate",
+    "cublasLtMatmulDescDestroy",
+    "cublasLtMatmulDescSetAttribute",
+    "cublasLtMatmulPreferenceCreate",
+    "cublasLtMatmulPreferenceDestroy",
+    "cublasLtMatmulPreferenceSetAttribute",
+    "cublasLtMatrixLayoutCreate",
+    "cublasLtMatrixLayoutDestroy",
+    "cublasLtMatrixLayoutSetAttribute",
+    "cublasLtDestroy",
+];
+
+/// A function that the driver's library lacks; the library must be there.
+pub(super) fn missing_driver_symbol() -> Option<&'static str> {
+    // SAFETY: this loads only libcuda, which is there.
+    missing(unsafe { driver::sys::culib() }, &DRIVER_SYMBOLS)
+}
+
+/// A function that cuBLASLt's library lacks; the library must be there.
+pub(super) fn missing_cublaslt_symbol() -> Option<&'static str> {
+    // SAFETY: this loads only cuBLASLt, which is there.
+    missing(unsafe { cublaslt::sys::culib() }, &CUBLASLT_SYMBOLS)
+}
+
+fn missing(library: &libloading::Library, symbols: &[&'static str]) -> Option<&'static str> {
+    // SAFETY: the symbol is not used, so its type does not matter.
+    let has = |symbol: &str| unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_ok();
+    symbols.iter().copied().find(|symbol| !has(symbol))
+}
+
+/// `cuEventElapsedTime`, in the version of CUDA 12.8 if the driver has it.
+pub(super) fn event_elapsed_time() -> unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult {
+    // SAFETY: the library is there, and both versions have this prototype.
+    unsafe {
+        let library = driver::sys::culib();
+        let newest = library.get(b"cuEventElapsedTime_v2");
+        *newest.or_else(|_| library.get(b"cuEventElapsedTime")).expect("a checked symbol")
+    }
+}
+
+/// Finds cuBLASLt and loads it. `LAAM_CUBLASLT` goes before all other places.
 pub fn cublaslt() -> Library {
     // SAFETY: this loads only cuBLASLt, by its names, whose initializers are safe to run.
     let present = || unsafe { cublaslt::sys::is_culib_present() };
-    if present() {
+    let given = env::var_os("LAAM_CUBLASLT").filter(|path| !path.is_empty()).map(PathBuf::from);
+    if given.is_none() && present() {
         return Library::Known;
     }
-    for path in folders().iter().flat_map(|folder| CUBLASLT.map(|name| folder.join(name))) {
+    let in_folders =
+        folders().into_iter().flat_map(|folder| CUBLASLT.map(|name| folder.join(name)));
+    let places: Vec<PathBuf> = given.map_or_else(|| in_folders.collect(), |path| vec![path]);
+    for path in places {
         if !path.is_file() {
             continue;
         }

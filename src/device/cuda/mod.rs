@@ -3,31 +3,27 @@
 mod cublaslt;
 mod gpus;
 mod libraries;
+mod shared;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, sys,
-};
-use cudarc::nvrtc::Ptx;
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, sys};
 use sys::CUdevice_attribute as Attribute;
 
 use serde_json::{Value, json};
 
 use self::cublaslt::{CublasLt, PinnedPlans};
+use self::shared::SharedGpu;
 use super::driver::{Library, oldest_driver};
 use super::{Address, Arg, Device, Event, Graph, Launch, Matmul, launch};
 use crate::dtype::Dtype;
 use crate::error;
-use crate::kernels::{self, BUILD};
+use crate::kernels::BUILD;
 
 pub use libraries::cublaslt;
-
-/// Shared memory per block that needs no opt-in, in bytes.
-const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 
 /// A GPU, its kernels, and one stream.
 pub struct Cuda {
@@ -35,19 +31,14 @@ pub struct Cuda {
     graphs: Vec<CudaGraph>,
     events: Vec<CudaEvent>,
     cublaslt: Option<CublasLt>,
-    /// Plans of an earlier run, until cuBLASLt is first used.
-    pinned: Option<PinnedPlans>,
-    functions: HashMap<String, Function>,
-    modules: HashMap<&'static str, Arc<CudaModule>>,
     allocations: HashMap<Address, usize>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
+    shared: Arc<SharedGpu>,
     /// Name and multiprocessors: `NVIDIA H100 80GB HBM3, 132 SMs`.
     gpu: String,
     /// `NVIDIA H100 80GB HBM3, 132 SMs, driver of CUDA 13.0`
     description: String,
-    /// Limit of shared memory per block, in bytes.
-    max_shared: u32,
 }
 
 // SAFETY: the driver's handles may be used by any thread on which their context is current, one at a
@@ -55,15 +46,9 @@ pub struct Cuda {
 // type is not `Sync`.
 unsafe impl Send for Cuda {}
 
-struct Function {
-    function: CudaFunction,
-    /// Dynamic shared memory it may use, in bytes.
-    shared: u32,
-}
-
 /// Number of GPUs the driver shows; 0 without a driver or if it fails to initialize.
 pub fn count() -> usize {
-    if !libraries::driver() {
+    if !libraries::driver() || libraries::missing_driver_symbol().is_some() {
         return 0;
     }
     let count = result::init().and_then(|()| result::device::get_count());
@@ -83,6 +68,12 @@ impl Cuda {
             return Err(error::device(
                 "no NVIDIA driver: libcuda.so.1 was not found",
                 "install the driver; in a container, pass the GPU in; or set `backend` to cpu",
+            ));
+        }
+        if let Some(symbol) = libraries::missing_driver_symbol() {
+            return Err(error::device(
+                format!("the driver's libcuda.so.1 has no {symbol}"),
+                format!("update the driver to {} or newer", oldest_driver(nvcc.major())),
             ));
         }
         result::init().map_err(|e| failed("initializing the driver", e))?;
@@ -108,18 +99,13 @@ impl Cuda {
                 "check nvidia-smi and CUDA_VISIBLE_DEVICES, or set `backend` to cpu",
             ));
         }
-        let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", e))?;
-        // SAFETY: event tracking synchronizes cudarc's own slices, and no such slice is created.
-        unsafe { context.disable_event_tracking() };
+        let shared = SharedGpu::open(ordinal)?;
+        let context = shared.context.clone();
         let about = || -> Result<_, DriverError> {
-            let (major, minor) = context.compute_capability()?;
             let sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-            let shared = context
-                .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-            Ok((context.name()?, (major, minor), sms, shared as u32))
+            Ok((context.name()?, context.compute_capability()?, sms))
         };
-        let (name, capability, sms, max_shared) =
-            about().map_err(|e| failed("querying the GPU", e))?;
+        let (name, capability, sms) = about().map_err(|e| failed("querying the GPU", e))?;
         if capability < (8, 0) {
             return Err(error::device(
                 format!("{name} has compute capability {}.{}", capability.0, capability.1),
@@ -134,15 +120,12 @@ impl Cuda {
             graphs: Vec::new(),
             events: Vec::new(),
             cublaslt: None,
-            pinned: None,
-            functions: HashMap::new(),
-            modules: HashMap::new(),
             allocations: HashMap::new(),
             stream,
             context,
+            shared,
             gpu,
             description,
-            max_shared,
         })
     }
 
@@ -150,47 +133,14 @@ impl Cuda {
         self.context.bind_to_thread().map_err(|e| failed("making the context current", e))
     }
 
-    /// The function of a kernel, loaded on first use and opted in to its shared memory.
-    fn function(
-        &mut self,
-        module: &kernels::CudaModule,
-        entry: &str,
-        shared: u32,
-    ) -> anyhow::Result<sys::CUfunction> {
-        if !self.functions.contains_key(entry) {
-            if !self.modules.contains_key(module.name) {
-                let loaded = self
-                    .context
-                    .load_module(Ptx::from_binary(module.fatbin.to_vec()))
-                    .map_err(|e| failed(&format!("loading kernels/{}.cu", module.name), e))?;
-                self.modules.insert(module.name, loaded);
-            }
-            let function = self.modules[module.name]
-                .load_function(entry)
-                .map_err(|e| failed(&format!("finding kernel {entry}"), e))?;
-            self.functions
-                .insert(entry.to_string(), Function { function, shared: DEFAULT_SHARED_BYTES });
+    /// cuBLASLt, opened on first use.
+    fn cublaslt(&mut self) -> anyhow::Result<&mut CublasLt> {
+        if self.cublaslt.is_none() {
+            let handle = self.shared.cublaslt()?;
+            let workspace = self.alloc(CublasLt::WORKSPACE_BYTES)?;
+            self.cublaslt = Some(CublasLt::new(handle, workspace));
         }
-        let function = self.functions.get_mut(entry).expect("it was put there");
-        if shared > function.shared {
-            if shared > self.max_shared {
-                return Err(error::device(
-                    format!(
-                        "kernel {entry} needs {shared} bytes of shared memory, but the GPU has {}",
-                        self.max_shared
-                    ),
-                    "this shape is too large for this GPU; set `backend` to cpu",
-                ));
-            }
-            let attribute =
-                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function
-                .function
-                .set_attribute(attribute, shared as i32)
-                .map_err(|e| failed(&format!("setting the shared memory of {entry}"), e))?;
-            function.shared = shared;
-        }
-        Ok(function.function.cu_function())
+        Ok(self.cublaslt.as_mut().expect("opened above"))
     }
 }
 
@@ -300,21 +250,21 @@ impl Device for Cuda {
     fn load(&mut self, entry: &str) -> anyhow::Result<()> {
         let module = launch::find(entry)?.module;
         self.bind()?;
-        self.function(module, entry, 0)?;
+        self.shared.function(module, entry, 0)?;
         Ok(())
     }
 
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         let module = launch.check()?;
         self.bind()?;
-        let function = self.function(module, &launch.entry, launch.shared)?;
+        let function = self.shared.function(module, &launch.entry, launch.shared)?;
         let bits: Vec<u64> = launch.args.iter().map(Arg::bits).collect();
         let mut pointers: Vec<*mut c_void> =
             bits.iter().map(|bits| std::ptr::from_ref(bits).cast_mut().cast()).collect();
         let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
         // SAFETY: number and sizes of the arguments match the kernel's parameters (`Launch::check`),
-        // the driver copies them before it returns, and the function's module lives in
-        // `self.modules`. The kernel touches device memory only.
+        // the driver copies them before it returns, and the function's module lives as long as the
+        // process. The kernel touches device memory only.
         unsafe {
             result::launch_kernel(
                 function,
@@ -330,16 +280,8 @@ impl Device for Cuda {
 
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
         self.bind()?;
-        if self.cublaslt.is_none() {
-            let workspace = self.alloc(CublasLt::WORKSPACE_BYTES)?;
-            let mut cublaslt = CublasLt::new(workspace)?;
-            if let Some(plans) = self.pinned.take() {
-                cublaslt.pin(plans);
-            }
-            self.cublaslt = Some(cublaslt);
-        }
-        let cublaslt = self.cublaslt.as_mut().expect("created above");
-        cublaslt.run(matmul, self.stream.cu_stream())
+        let stream = self.stream.cu_stream();
+        self.cublaslt()?.run(matmul, stream)
     }
 
     fn begin_capture(&mut self) -> anyhow::Result<()> {
@@ -370,16 +312,15 @@ impl Device for Cuda {
     }
 
     fn elapsed(&mut self, Event(from): Event, Event(to): Event) -> anyhow::Result<f64> {
-        // The only call of this program that drivers before CUDA 12.8 lack.
-        let driver = driver_version().map_err(|e| failed("querying the driver", e))?;
-        if driver < 12_080 {
-            return Err(error::device(
-                "this driver cannot time events",
-                "update it to one for CUDA 12.8 or newer",
-            ));
-        }
-        let ms = self.events[from].elapsed_ms(&self.events[to]);
-        Ok(f64::from(ms.map_err(|e| failed("timing events", e))?) / 1e3)
+        let (from, to) = (&self.events[from], &self.events[to]);
+        let timed = from.synchronize().and_then(|()| to.synchronize()).and_then(|()| {
+            let mut ms = 0.0;
+            let elapsed = libraries::event_elapsed_time();
+            // SAFETY: the call writes one f32; both events are alive.
+            unsafe { elapsed(&raw mut ms, from.cu_event(), to.cu_event()) }.result()?;
+            Ok(ms)
+        });
+        Ok(f64::from(timed.map_err(|e| failed("timing events", e))?) / 1e3)
     }
 
     fn clear_events(&mut self) {
@@ -418,11 +359,17 @@ impl Device for Cuda {
                 if pinned.version != CublasLt::version() {
                     return differs("version of cuBLASLt");
                 }
-                match &mut self.cublaslt {
-                    Some(cublaslt) => cublaslt.pin(pinned),
-                    None => self.pinned = Some(pinned),
+                let pinning = self.bind().and_then(|()| Ok(self.cublaslt()?.pin(pinned)));
+                match pinning {
+                    Ok(0) => None,
+                    Ok(refused) => Some(format!(
+                        "warning: cuBLASLt refuses {refused} of the checkpoint's matmul algorithms: \
+                         this run chooses others, and may differ from an uninterrupted one in the \
+                         last bits"
+                    )),
+                    // The first matmul meets the same error, and reports it.
+                    Err(_) => differs("cuBLASLt"),
                 }
-                None
             }
             _ => differs("cuBLASLt"),
         }

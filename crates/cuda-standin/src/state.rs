@@ -1,0 +1,337 @@
+//! The driver's state: what exists, and what each stream has still to do.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, ThreadId};
+use std::time::Instant;
+
+use ptxsim::{Kernel, Memory, Module, Options};
+
+use crate::codes::Code;
+use crate::settings::Settings;
+use crate::work::{self, Done, Op};
+
+pub(crate) type Outcome<T = ()> = Result<T, Code>;
+
+/// Warp instructions per launch after which a kernel counts as hung: minutes of simulation.
+const MAX_INSTRUCTIONS_PER_LAUNCH: u64 = 1 << 32;
+
+/// Bytes of copies that a stream holds back before it executes what it has.
+const MAX_QUEUED_BYTES: usize = 64 << 20;
+
+thread_local! {
+    /// Handle of the context that is current on this thread; 0 for none.
+    pub(crate) static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Everything that exists. Handles are numbers that are never given out twice, so that the use of a
+/// destroyed object is always an error: the reference leaves it undefined.
+pub(crate) struct State {
+    pub settings: Settings,
+    pub initialized: bool,
+    next_handle: usize,
+    /// Calls so far, by symbol.
+    pub calls: BTreeMap<&'static str, u64>,
+    kernels: u64,
+    injected: u64,
+    pub memory: Memory,
+    /// Size of each allocation, by address.
+    pub allocations: BTreeMap<u64, u64>,
+    pub primary: HashMap<i32, Primary>,
+    pub streams: HashMap<usize, Stream>,
+    pub events: HashMap<usize, Event>,
+    pub modules: HashMap<usize, LoadedModule>,
+    pub functions: HashMap<usize, Function>,
+    pub graphs: HashMap<usize, Vec<Op>>,
+    pub execs: HashMap<usize, Vec<Op>>,
+}
+
+/// A device's primary context.
+pub(crate) struct Primary {
+    pub handle: usize,
+    pub retained: u32,
+    /// The error that made the context unusable.
+    pub sticky: Option<Code>,
+}
+
+pub(crate) struct Stream {
+    queue: VecDeque<Op>,
+    queued_bytes: usize,
+    pub capture: Option<Capture>,
+}
+
+/// A stream capture in progress.
+pub(crate) struct Capture {
+    ops: Vec<Op>,
+    pub thread: ThreadId,
+    /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
+    pub relaxed: bool,
+    /// A forbidden call has ended the capture.
+    pub invalid: bool,
+}
+
+pub(crate) struct Event {
+    pub timed: bool,
+    pub recordings: u64,
+    /// Stream and number of the last recording.
+    pub pending: Option<(usize, u64)>,
+    pub at: Option<Instant>,
+    pub captured: bool,
+}
+
+pub(crate) struct LoadedModule {
+    pub module: Module,
+    pub functions: HashMap<String, usize>,
+}
+
+pub(crate) struct Function {
+    pub kernel: Kernel,
+    /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
+    pub max_dynamic: u64,
+}
+
+pub(crate) fn state() -> MutexGuard<'static, State> {
+    static STATE: OnceLock<Mutex<State>> = OnceLock::new();
+    let state = STATE.get_or_init(|| Mutex::new(State::new(Settings::from_env())));
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    pub fn new(settings: Settings) -> State {
+        State {
+            settings,
+            initialized: false,
+            next_handle: 0x5AD0_0000_0000,
+            calls: BTreeMap::new(),
+            kernels: 0,
+            injected: 0,
+            memory: Memory::new(),
+            allocations: BTreeMap::new(),
+            primary: HashMap::new(),
+            streams: HashMap::new(),
+            events: HashMap::new(),
+            modules: HashMap::new(),
+            functions: HashMap::new(),
+            graphs: HashMap::new(),
+            execs: HashMap::new(),
+        }
+    }
+
+    pub fn handle(&mut self) -> usize {
+        self.next_handle += 16;
+        self.next_handle
+    }
+
+    /// Counts a call, and returns the fault on request for it.
+    pub fn count(&mut self, symbol: &'static str) -> Outcome {
+        let calls = self.calls.entry(symbol).or_default();
+        *calls += 1;
+        let call = *calls;
+        self.fault(symbol, call)
+    }
+
+    fn fault(&mut self, symbol: &str, call: u64) -> Outcome {
+        let mut faults = self.settings.faults.iter();
+        let Some(fault) = faults.find(|fault| fault.symbol == symbol && fault.call == call) else {
+            return Ok(());
+        };
+        let code = fault.code;
+        self.injected += 1;
+        if code.is_sticky() {
+            self.poison(code);
+        }
+        Err(code)
+    }
+
+    /// Makes the contexts unusable.
+    fn poison(&mut self, code: Code) {
+        self.primary.values_mut().for_each(|primary| primary.sticky = Some(code));
+    }
+
+    /// The context that is current on this thread, if it can be used.
+    pub fn current(&self) -> Outcome<&Primary> {
+        let current = CURRENT.get();
+        if current == 0 {
+            return Err(Code::INVALID_CONTEXT);
+        }
+        let primary = self.primary.values().find(|primary| primary.handle == current);
+        let primary = primary.ok_or(Code::CONTEXT_IS_DESTROYED)?;
+        match primary.sticky {
+            Some(code) => Err(code),
+            None => Ok(primary),
+        }
+    }
+
+    /// Destroys all that a context holds.
+    pub fn reset(&mut self) {
+        let addresses: Vec<u64> = self.allocations.keys().copied().collect();
+        for address in addresses {
+            let _ = self.memory.free(address);
+        }
+        self.allocations.clear();
+        self.streams.clear();
+        self.events.clear();
+        self.modules.clear();
+        self.functions.clear();
+        self.graphs.clear();
+        self.execs.clear();
+    }
+
+    pub fn used(&self) -> u64 {
+        self.allocations.values().sum()
+    }
+
+    /// Refuses a range that is not within one allocation (`cuMemcpy*`, `cuMemset*`:
+    /// `CUDA_ERROR_INVALID_VALUE`).
+    pub fn check_range(&self, at: u64, len: usize) -> Outcome {
+        let before = self.allocations.range(..=at).next_back();
+        let (base, size) = before.ok_or(Code::INVALID_VALUE)?;
+        let inside = (at - base).checked_add(len as u64).is_some_and(|end| end <= *size);
+        if inside { Ok(()) } else { Err(Code::INVALID_VALUE) }
+    }
+
+    /// Queues an operation, or records it if the stream captures.
+    pub fn submit(&mut self, stream: usize, op: Op) -> Outcome {
+        let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
+        if let Some(capture) = &mut each.capture {
+            if capture.invalid {
+                return Err(Code::STREAM_CAPTURE_INVALIDATED);
+            }
+            capture.ops.push(op);
+            return Ok(());
+        }
+        if let Op::Write { bytes, .. } = &op {
+            each.queued_bytes += bytes.len();
+        }
+        each.queue.push_back(op);
+        if each.queued_bytes > MAX_QUEUED_BYTES {
+            // Work may be executed at any time; an error is seen by the next call.
+            let _ = self.drain(stream);
+        }
+        Ok(())
+    }
+
+    /// Executes all that a stream has queued.
+    pub fn drain(&mut self, stream: usize) -> Outcome {
+        let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
+        let queue = std::mem::take(&mut each.queue);
+        each.queued_bytes = 0;
+        let options = Options {
+            threads: self.settings.threads,
+            arch: self.settings.arch,
+            max_instructions: MAX_INSTRUCTIONS_PER_LAUNCH,
+            ..Options::default()
+        };
+        for op in queue {
+            if matches!(op, Op::Kernel { .. }) {
+                self.kernels += 1;
+                let kernels = self.kernels;
+                if let Err(code) = self.fault("kernel", kernels) {
+                    self.poison(code);
+                    return Err(code);
+                }
+            }
+            match work::execute(&op, &self.memory, &options) {
+                Ok(Done::Plain) => {}
+                Ok(Done::Event(event, recording, at)) => {
+                    let event = self.events.get_mut(&event);
+                    if let Some(event) = event.filter(|event| event.recordings == recording) {
+                        event.at = Some(at);
+                    }
+                }
+                Err(code) => {
+                    self.poison(code);
+                    return Err(code);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub fn drain_all(&mut self) -> Outcome {
+        let streams: Vec<usize> = self.streams.keys().copied().collect();
+        streams.into_iter().try_for_each(|stream| self.drain(stream))
+    }
+
+    /// Refuses a call that must not be made while this thread captures, and invalidates the capture:
+    /// programming guide, "Prohibited and Unhandled Operations"; `cuThreadExchangeStreamCaptureMode`.
+    pub fn forbid_in_capture(&mut self) -> Outcome {
+        let here = thread::current().id();
+        let mut found = false;
+        for capture in self.streams.values_mut().filter_map(|stream| stream.capture.as_mut()) {
+            if capture.thread == here && !capture.relaxed {
+                capture.invalid = true;
+                found = true;
+            }
+        }
+        if found { Err(Code::STREAM_CAPTURE_UNSUPPORTED) } else { Ok(()) }
+    }
+
+    pub fn new_stream(&mut self) -> usize {
+        let handle = self.handle();
+        let stream = Stream { queue: VecDeque::new(), queued_bytes: 0, capture: None };
+        self.streams.insert(handle, stream);
+        handle
+    }
+
+    pub fn begin_capture(&mut self, stream: usize, relaxed: bool) -> Outcome {
+        // Work queued before the capture is not part of it.
+        let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
+        if each.capture.is_some() {
+            return Err(Code::ILLEGAL_STATE);
+        }
+        let thread = thread::current().id();
+        each.capture = Some(Capture { ops: Vec::new(), thread, relaxed, invalid: false });
+        Ok(())
+    }
+
+    pub fn end_capture(&mut self, stream: usize) -> Outcome<usize> {
+        let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
+        let capture = each.capture.take().ok_or(Code::ILLEGAL_STATE)?;
+        if capture.thread != thread::current().id() && !capture.relaxed {
+            each.capture = Some(capture);
+            return Err(Code::STREAM_CAPTURE_WRONG_THREAD);
+        }
+        if capture.invalid {
+            return Err(Code::STREAM_CAPTURE_INVALIDATED);
+        }
+        let handle = self.handle();
+        self.graphs.insert(handle, capture.ops);
+        Ok(handle)
+    }
+
+    /// What was not given back: a process that ends well leaves none of these. Contexts and modules may
+    /// live as long as the process.
+    pub fn leaks(&self) -> Vec<String> {
+        let mut leaks = Vec::new();
+        for (count, what) in [
+            (self.allocations.len(), "allocations"),
+            (self.streams.len(), "streams"),
+            (self.events.len(), "events"),
+            (self.graphs.len(), "graphs"),
+            (self.execs.len(), "executable graphs"),
+        ] {
+            if count > 0 {
+                leaks.push(format!("{count} {what}"));
+            }
+        }
+        leaks
+    }
+
+    /// Calls, leaks and faults as JSON.
+    pub fn report(&self) -> String {
+        let calls: Vec<_> =
+            self.calls.iter().map(|(name, count)| format!("\"{name}\": {count}")).collect();
+        let leaks: Vec<_> = self.leaks().iter().map(|leak| format!("\"{leak}\"")).collect();
+        let sticky = self.primary.values().find_map(|primary| primary.sticky);
+        format!(
+            "{{\"calls\": {{{}}}, \"kernels\": {}, \"leaks\": [{}], \"injected\": {}, \"sticky\": {}}}\n",
+            calls.join(", "),
+            self.kernels,
+            leaks.join(", "),
+            self.injected,
+            sticky.map_or(0, |code| code.0)
+        )
+    }
+}
