@@ -64,6 +64,8 @@ impl Watcher {
         if finish.interrupted {
             let folder = output.display();
             eprintln!("stopped after step {steps} of {total}; --resume goes on, {folder}");
+        } else if total == 0 {
+            eprintln!("no step needed, saved in {}", output.display());
         } else if steps == self.from {
             eprintln!("nothing to do: all {total} steps were done, {}", output.display());
         } else {

@@ -34,6 +34,10 @@ pub struct TrainState {
     /// Sum and number of the finite losses since the last line of metrics.
     pub unlogged: (f64, u64),
     pub settings: Settings,
+    /// The highest verbatim rate measured, and the step it was first measured at; kept if the run is to
+    /// end with these weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<(f64, u64)>,
     /// Of the token file.
     pub tokens_sha256: String,
     /// What beside the arenas the backend's next step depends on.
@@ -80,13 +84,15 @@ pub fn is_resumable(output: &Path) -> bool {
     !steps(output).is_empty() || has_training_state(output).unwrap_or(true)
 }
 
-/// Leaves the newest `keep` checkpoints up to `step`, the one just saved. Those beyond it are none of
-/// this run: it could not be resumed from them, or it replaces the run they belong to.
-pub fn prune(output: &Path, step: u64, keep: usize) -> anyhow::Result<()> {
+/// Leaves the newest `keep` checkpoints up to `step`, the one just saved, and that of the step `best`.
+/// Those beyond it are none of this run: it could not be resumed from them, or it replaces the run they
+/// belong to.
+pub fn prune(output: &Path, step: u64, keep: usize, best: Option<u64>) -> anyhow::Result<()> {
     let (ours, beyond): (Vec<u64>, Vec<u64>) =
         steps(output).into_iter().partition(|&other| other <= step);
     let outdated = &ours[..ours.len().saturating_sub(keep)];
-    for &step in outdated.iter().chain(&beyond) {
+    let outdated = outdated.iter().filter(|step| best != Some(**step));
+    for &step in outdated.chain(&beyond) {
         remove(&folder(output, step))?;
     }
     Ok(())
@@ -133,6 +139,17 @@ pub fn latest(output: &Path, note: &mut dyn FnMut(String)) -> anyhow::Result<Opt
         (None, Some(error)) => Err(error),
         (furthest, _) => Ok(furthest),
     }
+}
+
+/// The state after `step`, of which the caller knows that it was saved.
+pub fn at_step(output: &Path, step: u64) -> anyhow::Result<SavedRun> {
+    let folder = folder(output, step);
+    read(&folder)?.ok_or_else(|| {
+        error::checkpoint(
+            format!("{} has no training state", folder.display()),
+            "resume the run from an older checkpoint: remove this folder",
+        )
+    })
 }
 
 /// The state in one folder; `None` where there is none: a save that was cut off leaves nothing else.

@@ -138,12 +138,20 @@ pub struct Settings {
     /// Steps from one measurement of the verbatim rate to the next
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Progress"))]
     pub eval_steps: Option<u64>,
-    /// Stop once this fraction of the windows is reproduced verbatim, measured every eval-steps
+    /// Epochs from one measurement of the verbatim rate to the next
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "cli",
-        arg(long, value_name = "RATE", requires = "eval_steps", help_heading = "Progress")
+        arg(long, value_name = "N", conflicts_with = "eval_steps", help_heading = "Progress")
     )]
+    pub eval_epochs: Option<u64>,
+    /// Stop once this fraction of the windows is reproduced verbatim by the weights as they are saved
+    #[cfg_attr(feature = "cli", arg(long, value_name = "RATE", help_heading = "Progress"))]
     pub stop_at_verbatim: Option<f64>,
+    /// End with the weights whose verbatim rate was the highest measured, not with the last
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[cfg_attr(feature = "cli", arg(long, help_heading = "Progress"))]
+    pub load_best_model_at_end: bool,
 
     /// Accepted in files of earlier versions, and without effect.
     #[doc(hidden)]
@@ -188,7 +196,9 @@ const DEFAULT: Settings = Settings {
     save_steps: 1000,
     save_total_limit: 3,
     eval_steps: None,
+    eval_epochs: None,
     stop_at_verbatim: None,
+    load_best_model_at_end: false,
     deterministic: IgnoredAny,
 };
 
@@ -214,6 +224,7 @@ impl Settings {
             ("save_total_limit", self.save_total_limit as u64),
             ("max_steps", self.max_steps.unwrap_or(1)),
             ("eval_steps", self.eval_steps.unwrap_or(1)),
+            ("eval_epochs", self.eval_epochs.unwrap_or(1)),
             ("stride", self.stride.unwrap_or(1) as u64),
         ] {
             if value == 0 {
@@ -256,11 +267,23 @@ impl Settings {
                 return Err(error::invalid(name, value, "at least 0 and at most 1"));
             }
         }
-        if self.stop_at_verbatim.is_some() && self.eval_steps.is_none() {
+        if self.eval_steps.is_some() && self.eval_epochs.is_some() {
             return Err(error::config(
-                "`stop_at_verbatim` without `eval_steps`: the verbatim rate is never measured",
-                "set `eval_steps` to the steps between two measurements",
+                "both `eval_steps` and `eval_epochs`",
+                "remove one of the two",
             ));
+        }
+        let is_measured = self.eval_steps.is_some() || self.eval_epochs.is_some();
+        for (name, needs_measure) in [
+            ("stop_at_verbatim", self.stop_at_verbatim.is_some()),
+            ("load_best_model_at_end", self.load_best_model_at_end),
+        ] {
+            if needs_measure && !is_measured {
+                return Err(error::config(
+                    format!("`{name}` without `eval_steps`: the verbatim rate is never measured"),
+                    "set `eval_steps` or `eval_epochs`: steps or epochs between two measurements",
+                ));
+            }
         }
         if self.stride.is_some() && self.windows != WindowKind::Stream {
             return Err(error::config(
@@ -335,6 +358,12 @@ impl Settings {
     pub fn total_steps(&self, windows: usize) -> u64 {
         let by_epochs = (self.epochs * self.steps_per_epoch(windows) as f64).ceil() as u64;
         self.max_steps.unwrap_or(by_epochs)
+    }
+
+    /// Steps from one measurement of the verbatim rate to the next, if there are any.
+    pub fn eval_interval(&self, windows: usize) -> Option<u64> {
+        let of_epochs = self.eval_epochs.map(|epochs| epochs * self.steps_per_epoch(windows));
+        self.eval_steps.or(of_epochs)
     }
 
     pub fn schedule(&self, total: u64) -> LrSchedule {

@@ -52,6 +52,8 @@ pub struct CheckpointTarget {
     pub first: bool,
     /// Of a periodic one: its step, and how many stay.
     pub keep: Option<(u64, usize)>,
+    /// The step whose checkpoint stays beside them: the best one's.
+    pub best: Option<u64>,
 }
 
 impl CheckpointTarget {
@@ -62,7 +64,7 @@ impl CheckpointTarget {
             checkpoints::replace_other_run(&self.output, &self.folder)?;
         }
         match self.keep {
-            Some((step, keep)) => checkpoints::prune(&self.output, step, keep),
+            Some((step, keep)) => checkpoints::prune(&self.output, step, keep, self.best),
             None => Ok(()),
         }
     }
@@ -132,6 +134,7 @@ mod tests {
             folder: folder.path().join("checkpoint-1"),
             first: false,
             keep: None,
+            best: None,
         };
         let mut writer = CheckpointWriter::default();
         // There is no tokenizer to copy.

@@ -79,6 +79,10 @@ pub struct Trainer<'a> {
     lost: u64,
     /// Nothing of this run lies in the output folder yet.
     unsaved: bool,
+    /// It begins with the weights of another run, which may hold all that is asked for.
+    is_continuation: bool,
+    /// Steps from one measurement of the verbatim rate to the next.
+    eval_interval: Option<u64>,
     writer: CheckpointWriter,
     /// Whether a step of this run was looked at for parameters without a gradient.
     looked_for_lost: bool,
@@ -114,6 +118,7 @@ impl<'a> Trainer<'a> {
             tokens: 0,
             skipped: 0,
             unlogged: (0.0, 0),
+            best: None,
             settings: known,
             tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
             backend: serde_json::Value::Null,
@@ -139,10 +144,9 @@ impl<'a> Trainer<'a> {
             windows.context(),
         )?;
         let unsaved = saved.is_none();
+        let is_continuation = unsaved && weights.is_some();
         if let Some(saved) = saved {
-            for ((_, arena), values) in checkpoints::ARENAS.iter().zip(&saved.arenas) {
-                engine.write(*arena, values)?;
-            }
+            write(&mut engine, &saved.arenas)?;
             let restored = engine.restore(&saved.state.backend);
             notes.extend(restored.hint(
                 ErrorKind::Checkpoint,
@@ -164,6 +168,8 @@ impl<'a> Trainer<'a> {
             state,
             lost: 0,
             unsaved,
+            is_continuation,
+            eval_interval: settings.eval_interval(windows.len()),
             writer: CheckpointWriter::default(),
             looked_for_lost,
             precision,
@@ -209,6 +215,14 @@ impl<'a> Trainer<'a> {
             interrupted: false,
         };
         let already = self.state.step;
+        if self.is_continuation && settings.stop_at_verbatim.is_some() {
+            finish.verbatim_rate = self.verbatim_rate()?;
+            if self.is_enough(finish.verbatim_rate) {
+                observer
+                    .note("the weights it begins with have the verbatim rate that was asked for");
+                (self.state.total, finish.total) = (0, 0);
+            }
+        }
         let begin = Instant::now();
         let (mut last_line, mut last_tokens) = (begin, self.state.tokens);
         while self.state.step < self.state.total {
@@ -221,14 +235,14 @@ impl<'a> Trainer<'a> {
             let last = step == self.state.total;
             finish = TrainSummary { steps: step, loss: outcome.loss, ..finish };
 
-            let measured = settings.eval_steps.is_some_and(|every| step.is_multiple_of(every));
+            let measured = self.eval_interval.is_some_and(|every| step.is_multiple_of(every))
+                || (last && settings.load_best_model_at_end);
+            let mut is_best = false;
             if measured {
                 finish.verbatim_rate = self.verbatim_rate()?;
+                is_best = settings.load_best_model_at_end && self.note_best(finish.verbatim_rate);
             }
-            let enough = measured
-                && settings
-                    .stop_at_verbatim
-                    .is_some_and(|wanted| finish.verbatim_rate.is_some_and(|rate| rate >= wanted));
+            let enough = measured && self.is_enough(finish.verbatim_rate);
             let mut line = None;
             if step.is_multiple_of(settings.logging_steps) || last || measured {
                 let seconds = last_line.elapsed().as_secs_f64();
@@ -263,22 +277,50 @@ impl<'a> Trainer<'a> {
                 self.state.total = step;
                 break;
             }
+            if is_best && !last {
+                self.writer.finish()?;
+                self.save(Some(step))?;
+            }
             finish.interrupted = !last && observer.stop();
             if finish.interrupted {
                 self.writer.finish()?;
                 self.save(Some(step))?;
                 return Ok(finish);
             }
-            if !last && step.is_multiple_of(settings.save_steps) {
+            if !last && !is_best && step.is_multiple_of(settings.save_steps) {
                 self.save_meanwhile(step, observer)?;
             }
         }
         self.writer.finish()?;
         // A run that was finished before has nothing new to save.
-        if self.state.step > already {
+        if self.state.step > already || self.unsaved {
+            if let Some((rate, step)) = self.state.best.filter(|(_, step)| *step < self.state.step)
+            {
+                let best = checkpoints::at_step(self.job.output, step)?;
+                write(&mut self.engine, &best.arenas)?;
+                finish.verbatim_rate = Some(rate);
+                let percent = 100.0 * rate;
+                observer
+                    .note(&format!("saving the weights of step {step}, verbatim {percent:.1}%"));
+            }
             self.save(None)?;
         }
         Ok(finish)
+    }
+
+    fn is_enough(&self, verbatim_rate: Option<f64>) -> bool {
+        let wanted = self.job.settings.stop_at_verbatim;
+        wanted.is_some_and(|wanted| verbatim_rate.is_some_and(|rate| rate >= wanted))
+    }
+
+    /// Notes this step if its verbatim rate is higher than all measured before it.
+    fn note_best(&mut self, verbatim_rate: Option<f64>) -> bool {
+        let Some(rate) = verbatim_rate else { return false };
+        let is_best = self.state.best.is_none_or(|(best, _)| rate > best);
+        if is_best {
+            self.state.best = Some((rate, self.state.step));
+        }
+        is_best
     }
 
     /// How many steps can be asked for before somebody has to look: to the next line of metrics,
@@ -294,7 +336,7 @@ impl<'a> Trainer<'a> {
             None => 1,
             Some(pace) => ((MAX_BATCHED_SECONDS / pace) as u64).clamp(1, room.max(1) as u64),
         };
-        [Some(settings.logging_steps), Some(settings.save_steps), settings.eval_steps]
+        [Some(settings.logging_steps), Some(settings.save_steps), self.eval_interval]
             .into_iter()
             .flatten()
             .map(to_next)
@@ -399,8 +441,23 @@ impl<'a> Trainer<'a> {
         position.epoch as f64 + position.cursor as f64 / self.job.windows.len() as f64
     }
 
-    /// The part of the windows that come back verbatim (see [`verbatim::window`]).
+    /// The part of the windows that come back verbatim (see [`verbatim::window`]) from the weights as
+    /// they are saved, which `precision` rounds.
     fn verbatim_rate(&mut self) -> anyhow::Result<Option<f64>> {
+        if self.precision == Dtype::F32 {
+            return self.count_verbatim();
+        }
+        let weights = self.engine.read(Arena::Parameters)?;
+        let rounded: Vec<f32> =
+            weights.iter().map(|&weight| self.precision.round(weight)).collect();
+        self.engine.write(Arena::Parameters, &rounded)?;
+        let rate = self.count_verbatim();
+        self.engine.write(Arena::Parameters, &weights)?;
+        rate
+    }
+
+    /// [`Self::verbatim_rate`] of the weights as they are.
+    fn count_verbatim(&mut self) -> anyhow::Result<Option<f64>> {
         let windows = self.job.windows;
         let context = windows.context();
         let (mut exact, mut all) = (0, 0);
@@ -445,7 +502,8 @@ impl<'a> Trainer<'a> {
         let output = self.job.output.to_path_buf();
         let folder = step.map_or(output.clone(), |step| checkpoints::folder(&output, step));
         let keep = step.map(|step| (step, self.job.settings.save_total_limit));
-        CheckpointTarget { output, folder, first: self.unsaved, keep }
+        let best = self.state.best.map(|(_, step)| step);
+        CheckpointTarget { output, folder, first: self.unsaved, keep, best }
     }
 
     fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
@@ -463,6 +521,14 @@ impl<'a> Trainer<'a> {
             state: serde_json::to_value(&self.state)?,
         })
     }
+}
+
+/// Sets weights and moments to those of a checkpoint.
+fn write(engine: &mut Engine, arenas: &[Vec<f32>]) -> anyhow::Result<()> {
+    for ((_, arena), values) in checkpoints::ARENAS.iter().zip(arenas) {
+        engine.write(*arena, values)?;
+    }
+    Ok(())
 }
 
 /// A resumed run equals an unbroken one only if it is the same run.

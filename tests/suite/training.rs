@@ -166,7 +166,8 @@ const KINDS: [&str; 3] = [
     "--batch_size 7 --max_steps 60 --save_steps 10 --logging_steps 3",
     "--batch_size 5 --gradient_accumulation_steps 3 --max_steps 50 --save_steps 7 \
      --logging_steps 2 --optimizer muon --windows addressed --max_position_embeddings 64 \
-     --tie_word_embeddings --lr_scheduler_type wsd --precision bfloat16",
+     --tie_word_embeddings --lr_scheduler_type wsd --precision bfloat16 --eval_epochs 1 \
+     --load_best_model_at_end",
     "--batch_size 9 --epochs 3.5 --save_steps 8 --logging_steps 3 --windows stream --stride 20 \
      --eval_steps 11 --order sequential",
 ];
@@ -539,6 +540,51 @@ fn beginning_with_the_wrong_things_is_refused() {
     assert_eq!(fs::read(model.join("model.safetensors")).unwrap(), before);
 }
 
+/// A model that holds some of the windows, and fewer of them once its weights are rounded to bfloat16.
+const PARTIAL: &str = "--windows addressed --hidden_size 32 --intermediate_size 48 \
+                       --num_key_value_heads 4 --optimizer muon --weight_decay 0 --batch_size 8";
+
+#[test]
+fn the_verbatim_rate_is_that_of_the_saved_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let [full, rounded, again] = ["full", "rounded", "again"].map(|name| folder.path().join(name));
+    let rate = |output: &Path| metrics(output).last().unwrap().verbatim_rate.unwrap();
+    let flags = format!("{PARTIAL} --max_steps 400 --eval_steps 400");
+    trained(&full, &flags);
+    trained(&rounded, &format!("{flags} --precision bfloat16"));
+    assert_ne!(rate(&rounded), rate(&full), "rounding has to change a window for this test");
+    // A step that changes nothing measures the weights as they were saved.
+    let no_step = "--max_steps 1 --eval_steps 1 --learning_rate 0 --muon_learning_rate 0";
+    trained(&again, &format!("{PARTIAL} {no_step} --init_from {}", rounded.display()));
+    assert_eq!(rate(&rounded), rate(&again));
+}
+
+#[test]
+fn a_run_ends_with_the_weights_of_its_highest_verbatim_rate() {
+    let folder = tempfile::tempdir().unwrap();
+    let [start, output, none] = ["start", "output", "none"].map(|name| folder.path().join(name));
+    trained(&start, &format!("{PARTIAL} --max_steps 400"));
+    // Rates that rise lose windows from step to step.
+    let harmful = format!(
+        "{PARTIAL} --init_from {} --warmup_steps 100 --max_steps 60 \
+         --muon_learning_rate 0.02",
+        start.display()
+    );
+    let said = trained(&output, &format!("{harmful} --eval_epochs 1 --load_best_model_at_end"));
+    let rates: Vec<_> =
+        metrics(&output).iter().filter_map(|line| Some((line.step, line.verbatim_rate?))).collect();
+    let best = rates.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a }).unwrap();
+    assert!(rates.len() > 2 && best.0 < 60, "{rates:?}");
+    assert!(said.contains(&format!("saving the weights of step {}", best.0)), "{said}");
+    let weights = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
+    let kept = output.join(format!("checkpoint-{}", best.0));
+    assert!(weights(&output) == weights(&kept), "the final model is the best one");
+    // Weights that hold enough from the start are saved as they are.
+    let said = trained(&none, &format!("{harmful} --eval_steps 9 --stop_at_verbatim 0.5"));
+    assert!(said.contains("no step needed"), "{said}");
+    assert!(weights(&none) == weights(&start), "no step was taken");
+}
+
 #[test]
 fn resume_without_a_checkpoint_begins_and_says_so() {
     let folder = tempfile::tempdir().unwrap();
@@ -561,6 +607,7 @@ fn numbers_that_no_run_can_have_are_refused_by_their_flag() {
         "save_total_limit",
         "max_steps",
         "eval_steps",
+        "eval_epochs",
         "threads",
         "limit",
     ];
