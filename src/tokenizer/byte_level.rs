@@ -39,11 +39,6 @@ pub fn text(bytes: &[u8]) -> String {
     bytes.iter().map(|&byte| char_of(byte)).collect()
 }
 
-/// The bytes that text in this spelling stands for. Other characters are left out.
-pub fn bytes(text: &str) -> Vec<u8> {
-    text.chars().filter_map(byte_of).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

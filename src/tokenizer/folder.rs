@@ -1,18 +1,20 @@
 //! A tokenizer's files: `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
 //!
-//! A tokenizer.json is hostile until checked: the `tokenizers` crate panics on some that are
-//! broken (merges whose result is no token, among others) and quietly renumbers others.
+//! A tokenizer.json is hostile until checked: the `tokenizers` crate panics on some that are broken
+//! (merges whose result is no token, among others) and renumbers others without a warning.
 
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokenizers::models::bpe::BPE;
 use tokenizers::{AddedToken, ModelWrapper};
 
+use super::limits::{self, Growth, guarded};
+use super::original::AddedTokens;
 use super::words::{PATTERN, Words};
 use super::{BLANKS, MARKERS, Markers, Special, Spelling, Style, Tokenizer, byte_level};
 use crate::error::{ErrorKind, Hint};
@@ -20,8 +22,8 @@ use crate::files::{self, write_atomically};
 
 /// Larger files are refused unread: the largest in use have 33 MB.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
-/// Some have all their added tokens in there: 200 kB.
-const LARGEST_CONFIG: u64 = 16 << 20;
+/// Some list all their added tokens: 200 kB.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Pre-tokenizer of style `exact`.
 fn exact_pre_tokenizer() -> Value {
@@ -63,7 +65,7 @@ fn original_decoder() -> Value {
 pub fn assemble(style: Style, model: BPE, pads: Vec<AddedToken>) -> anyhow::Result<Tokenizer> {
     let mut inner = tokenizers::Tokenizer::new(ModelWrapper::from(model));
     let specials = style.special_tokens().chain(pads);
-    inner.add_special_tokens(specials).map_err(|error| anyhow!("{error}"))?;
+    guarded(|| inner.add_special_tokens(specials))?;
     let mut json = serde_json::to_value(&inner)?;
     // tokenizers 0.19 and older read merges as strings alone.
     for merge in json["model"]["merges"].as_array_mut().into_iter().flatten() {
@@ -116,7 +118,7 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
         )?;
     // A tokenizer.json by itself is a tokenizer too.
     let config_file = file.with_file_name("tokenizer_config.json");
-    let config = match files::read(&config_file, LARGEST_CONFIG) {
+    let config = match files::read(&config_file, MAX_CONFIG_BYTES) {
         Ok(config) => config,
         Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => b"{}".to_vec(),
         Err(error) => {
@@ -131,20 +133,29 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
 }
 
 fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result<Tokenizer> {
+    limits::check_values(&json)?;
+    limits::check_values(&config).context("in tokenizer_config.json")?;
     let value: Value = serde_json::from_slice(&json).context("not JSON")?;
     let config_value: Value =
         serde_json::from_slice(&config).context("tokenizer_config.json is not JSON")?;
     let vocabulary = check(&value)?;
-    let mut inner = tokenizers::Tokenizer::from_bytes(&json).map_err(|error| anyhow!("{error}"))?;
+    let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&json))?;
     // They concern batches of a training in Python.
     inner.with_padding(None);
-    inner.with_truncation(None).map_err(|error| anyhow!("{error}"))?;
+    guarded(|| inner.with_truncation(None).map(drop))?;
     for (content, id) in &vocabulary.added {
         let given = inner.token_to_id(content);
         if given != Some(*id) {
             bail!("added token {content:?} has id {id}, but its position gives it {given:?}");
         }
     }
+    // Parts that the crate cannot work with show here, not at the first prompt.
+    guarded(|| {
+        let _ = inner.encode_fast(" a1\n\u{e9}", true);
+        let first: Vec<u32> = (0..vocabulary.size.min(16) as u32).collect();
+        let _ = inner.decode(&first, false);
+        Ok(())
+    })?;
     let id_of = |token: &str| inner.token_to_id(token);
     let markers = (|| {
         let [start_file, end_file, start_header, end_header, pad] = MARKERS.map(id_of);
@@ -184,8 +195,12 @@ fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result
         config,
         place: place.map(Path::to_path_buf),
         vocab_size: vocabulary.size,
+        growth: vocabulary.growth,
         spelling: vocabulary.spelling(&value["decoder"]),
-        words: Words::new(),
+        words: Words::new(style.unwrap_or_default()),
+        added: style
+            .filter(|&style| style == Style::Original)
+            .and_then(|_| AddedTokens::new(&value["added_tokens"])),
         caches: Mutex::default(),
         inner,
     })
@@ -231,9 +246,10 @@ struct Vocabulary<'a> {
     added: Vec<(&'a str, u32)>,
     /// One more than the largest id.
     size: usize,
+    growth: Growth,
 }
 
-/// Refuses what the crate would panic on, misread or run wild with.
+/// Refuses what the crate would panic on or misread.
 fn check(json: &Value) -> anyhow::Result<Vocabulary<'_>> {
     let model = &json["model"];
     if model["type"] != "BPE" {
@@ -247,10 +263,6 @@ fn check(json: &Value) -> anyhow::Result<Vocabulary<'_>> {
     if !model["dropout"].is_null() && model["dropout"] != 0.0 {
         bail!("the model drops merges at random (dropout {})", model["dropout"]);
     }
-    check_parts(&json["normalizer"], "normalizers", &NORMALIZERS)?;
-    check_parts(&json["pre_tokenizer"], "pretokenizers", &PRE_TOKENIZERS)?;
-    check_parts(&json["post_processor"], "processors", &POST_PROCESSORS)?;
-    check_parts(&json["decoder"], "decoders", &DECODERS)?;
 
     let entries = model["vocab"].as_object().context("its model has no vocab")?;
     let mut vocab = HashMap::with_capacity(entries.len());
@@ -283,40 +295,14 @@ fn check(json: &Value) -> anyhow::Result<Vocabulary<'_>> {
         }
         ids.extend(id);
     }
+    limits::check_added(&added)?;
     let size = ids.iter().max().map_or(0, |&id| id as usize + 1);
     // Ids may have gaps, but not such that a table of them is out of all proportion.
     if size == 0 || size > 2 * ids.len() + 65_536 {
         bail!("{} tokens, but ids up to {}", ids.len(), size.saturating_sub(1));
     }
-    Ok(Vocabulary { model: vocab, added, size })
-}
-
-/// The parts that are known not to panic and to read text as transformers does.
-const NORMALIZERS: [&str; 7] = ["NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Strip"];
-const PRE_TOKENIZERS: [&str; 6] =
-    ["ByteLevel", "Split", "Digits", "Metaspace", "Whitespace", "WhitespaceSplit"];
-const POST_PROCESSORS: [&str; 2] = ["ByteLevel", "TemplateProcessing"];
-const DECODERS: [&str; 6] = ["ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"];
-
-/// A part, or a sequence of parts (one level deep), of known kinds.
-fn check_parts(part: &Value, list: &str, known: &[&str]) -> anyhow::Result<()> {
-    let parts = match part {
-        Value::Null => return Ok(()),
-        sequence if sequence["type"] == "Sequence" => {
-            sequence[list].as_array().map(Vec::as_slice).unwrap_or_default()
-        }
-        one => std::slice::from_ref(one),
-    };
-    for part in parts {
-        let kind = &part["type"];
-        if !kind.as_str().is_some_and(|kind| known.contains(&kind)) {
-            bail!("unsupported {kind}, in {list}");
-        }
-        if kind == "Replace" && part["pattern"]["String"] == "" {
-            bail!("a Replace with an empty pattern, in {list}");
-        }
-    }
-    Ok(())
+    let growth = limits::check_parts(json, size)?;
+    Ok(Vocabulary { model: vocab, added, size, growth })
 }
 
 fn pair(merge: &Value) -> Option<(&str, &str)> {

@@ -10,13 +10,15 @@
 
 mod byte_level;
 mod folder;
+mod limits;
+mod original;
 mod train;
 mod words;
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::anyhow;
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tokenizers::{AddedToken, Model};
 
@@ -24,6 +26,8 @@ pub use train::{Trained, Training, TrainingProgress};
 
 use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};
+use limits::guarded;
+use words::{Cache, Words};
 
 /// Tokenizer style.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,9 +102,13 @@ pub struct Tokenizer {
     vocab_size: usize,
     /// Each id's bytes, if a text is the concatenation of its tokens' bytes.
     spelling: Option<Spelling>,
-    words: words::Words,
-    /// Style `exact` remembers the tokens of words: a cache for each thread that is encoding.
-    caches: Mutex<Vec<words::Cache>>,
+    growth: limits::Growth,
+    /// The words of its style.
+    words: Words,
+    /// Added tokens of style `original`, if they are found in text as the first LaaM found them.
+    added: Option<original::AddedTokens>,
+    /// Tokens of words seen before: a cache for each thread that is encoding.
+    caches: Mutex<Vec<Cache>>,
 }
 
 /// The bytes of every id, end to end.
@@ -190,22 +198,34 @@ impl Tokenizer {
             self.encode_words(text, &mut ids)?;
             return Ok(ids);
         }
-        self.encode_by_the_crate(text, false)
+        self.encode_with_added_tokens(text, false)
     }
 
     /// A prompt as transformers encodes it: markers are markers, and what the tokenizer puts before
     /// every text is put there.
     pub fn encode_prompt(&self, text: &str) -> anyhow::Result<Vec<u32>> {
-        self.encode_by_the_crate(text, true)
+        self.encode_with_added_tokens(text, true)
     }
 
-    fn encode_by_the_crate(&self, text: &str, specials: bool) -> anyhow::Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, specials);
-        let encoding = encoding.map_err(|error| anyhow!("cannot encode text: {error}"));
-        Ok(encoding
-            .hint(ErrorKind::Data, || format!("check the tokenizer{}", self.at()))?
-            .get_ids()
-            .to_vec())
+    /// `specials`: with what the tokenizer puts before and behind every text.
+    fn encode_with_added_tokens(&self, text: &str, specials: bool) -> anyhow::Result<Vec<u32>> {
+        let Some(added) = &self.added else {
+            let encoded = self.growth.check_encoding(text.len()).and_then(|()| {
+                guarded(|| Ok(self.inner.encode_fast(text, specials)?.get_ids().to_vec()))
+            });
+            return encoded
+                .context("cannot encode text")
+                .hint(ErrorKind::Data, || format!("check the tokenizer{}", self.at()));
+        };
+        let mut ids = Vec::with_capacity(text.len() / 2);
+        for piece in added.pieces(text) {
+            match piece {
+                original::Piece::Added(id) => ids.push(id),
+                // A blank comes before every piece of text.
+                original::Piece::Text(text) => self.encode_words(&format!(" {text}"), &mut ids)?,
+            }
+        }
+        Ok(ids)
     }
 
     fn encode_words(&self, text: &str, ids: &mut Vec<u32>) -> anyhow::Result<()> {
@@ -222,8 +242,10 @@ impl Tokenizer {
                 ));
             }
             let from = ids.len();
-            let tokens = self.inner.get_model().tokenize(&byte_level::text(word.as_bytes()));
-            let tokens = tokens.map_err(|error| anyhow!("cannot encode {word:?}: {error}"))?;
+            let tokens =
+                guarded(|| self.inner.get_model().tokenize(&byte_level::text(word.as_bytes())))
+                    .with_context(|| format!("cannot encode {word:?}"))
+                    .hint(ErrorKind::Data, || format!("check the tokenizer{}", self.at()))?;
             ids.extend(tokens.iter().map(|token| token.id));
             cache.insert(word, &ids[from..]);
         }
@@ -232,7 +254,7 @@ impl Tokenizer {
         Ok(())
     }
 
-    fn take_cache(&self) -> words::Cache {
+    fn take_cache(&self) -> Cache {
         let mut caches = self.caches.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         caches.pop().unwrap_or_default()
     }
@@ -246,9 +268,11 @@ impl Tokenizer {
             ));
         }
         let Some(spelling) = &self.spelling else {
-            let text = self.inner.decode(ids, false);
-            let text = text.map_err(|error| anyhow!("cannot decode: {error}"));
+            let length = |&id: &u32| self.inner.id_to_token(id).map_or(0, |token| token.len());
+            let text = self.growth.check_decoding(ids.iter().map(length).sum());
             return Ok(text
+                .and_then(|()| guarded(|| self.inner.decode(ids, false)))
+                .context("cannot decode")
                 .hint(ErrorKind::Data, || format!("check the tokenizer{}", self.at()))?
                 .into_bytes());
         };

@@ -7,12 +7,12 @@
 
 use std::collections::HashMap;
 
-use anyhow::anyhow;
+use anyhow::Context;
 use rayon::prelude::*;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
+use super::limits::guarded;
 use super::words::Words;
 use super::{MARKERS, Style, Tokenizer, byte_level, folder};
 use crate::corpus::Document;
@@ -108,7 +108,9 @@ impl Tokenizer {
             .into_iter()
             .map(|(word, count)| (byte_level::text(&word).into(), count))
             .collect();
-        trainer.do_train(&words, &mut model).map_err(|error| anyhow!("{error}"))?;
+        guarded(|| trainer.do_train(&words, &mut model))
+            .context("cannot choose merges")
+            .hint(ErrorKind::Data, || "train on other text")?;
         drop(words);
 
         let pre_vocab_size = model.get_vocab().len();
@@ -145,7 +147,7 @@ struct Counter {
 impl Counter {
     fn new(style: Style) -> Self {
         let counts = Counts::new();
-        Self { style, words: Words::new(), counts, documents: 0, bytes: 0, dropped_up_to: 0 }
+        Self { style, words: Words::new(style), counts, documents: 0, bytes: 0, dropped_up_to: 0 }
     }
 
     fn read(
@@ -162,21 +164,21 @@ impl Counter {
             held += document.text.len() + document.path.len();
             batch.push(document);
             if held >= BATCH_BYTES {
-                self.count(&batch)?;
+                self.count(&batch);
                 progress(TrainingProgress::Read(self.bytes));
                 batch.clear();
                 held = 0;
             }
         }
-        self.count(&batch)?;
+        self.count(&batch);
         progress(TrainingProgress::Read(self.bytes));
         Ok(())
     }
 
-    fn count(&mut self, batch: &[Document]) -> anyhow::Result<()> {
+    fn count(&mut self, batch: &[Document]) {
         let counts: Counts = batch
             .par_iter()
-            .try_fold(Counts::new, |mut counts, document| {
+            .fold(Counts::new, |mut counts, document| {
                 self.words_of(document, |word| {
                     for piece in word.chunks(MAX_WORD_BYTES) {
                         match counts.get_mut(piece) {
@@ -184,39 +186,30 @@ impl Counter {
                             None => drop(counts.insert(piece.into(), 1)),
                         }
                     }
-                })
-                .map(|()| counts)
+                });
+                counts
             })
-            .try_reduce(Counts::new, |a, b| Ok(merge(a, b)))?;
+            .reduce(Counts::new, merge);
         self.counts = merge(std::mem::take(&mut self.counts), counts);
         while self.counts.len() > MAX_COUNTED_WORDS {
             self.dropped_up_to += 1;
             self.counts.retain(|_, count| *count > self.dropped_up_to);
         }
-        Ok(())
     }
 
     /// The words of a document, each as the bytes it stands for.
-    fn words_of(&self, document: &Document, mut each: impl FnMut(&[u8])) -> anyhow::Result<()> {
+    fn words_of(&self, document: &Document, mut each: impl FnMut(&[u8])) {
         match self.style {
             // Paths are words of headers; markers never come from text.
             Style::Exact => {
                 for text in [&document.path, &document.text] {
                     self.words.of(text).for_each(|word| each(word.as_bytes()));
                 }
-                Ok(())
             }
             // The first LaaM trained on documents whole, their markers as plain text.
             Style::Original => {
-                let mut words = PreTokenizedString::from(format_document(document));
-                ByteLevel::default()
-                    .pre_tokenize(&mut words)
-                    .map_err(|error| anyhow!("{error}"))
-                    .hint(ErrorKind::Data, || format!("leave out {}", document.path))?;
-                for (word, ..) in words.get_splits(OffsetReferential::Original, OffsetType::Byte) {
-                    each(&byte_level::bytes(word));
-                }
-                Ok(())
+                let text = format!(" {}", format_document(document));
+                self.words.of(&text).for_each(|word| each(word.as_bytes()));
             }
         }
     }

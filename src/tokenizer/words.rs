@@ -1,15 +1,18 @@
-//! Text into words for the `exact` style, and the words' tokens remembered.
+//! Text into words, and the words' tokens remembered.
 //!
 //! Most of the time of encoding goes into finding words and into the merges of words that were seen
 //! before. The `tokenizers` crate finds them with a backtracking matcher, for the sake of one
-//! look-ahead; here the same pattern runs as a finite automaton, and the look-ahead is two lines of
-//! code. The test beside this file and the tests on real text hold both to equal words.
+//! look-ahead, and keeps some 200 bytes for each byte of text; here the same patterns run as finite
+//! automata, and the look-ahead is two lines of code. The tests beside this file and the tests on real
+//! text hold both to equal words.
 
 use std::collections::HashMap;
 
 use regex::Regex;
 
-/// The pattern as `tokenizer.json` holds it: Llama 3's. Words are letters with one leading other
+use super::Style;
+
+/// The pattern of style `exact` as `tokenizer.json` holds it: Llama 3's. Words are letters with one leading other
 /// character, numbers of up to three digits, punctuation with the line breaks behind it, line breaks
 /// with the blanks before them, and blanks, the last of which goes to the word that follows.
 pub const PATTERN: &str = concat!(
@@ -18,32 +21,44 @@ pub const PATTERN: &str = concat!(
 );
 
 /// [`PATTERN`] without its look-ahead.
-const AUTOMATON: &str = concat!(
+const EXACT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 );
 
+/// GPT-2's pattern, which is the crate's `ByteLevel`, without its look-ahead.
+const ORIGINAL: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+";
+
 /// The words of a text, in order; together they are the text.
 #[derive(Debug)]
-pub struct Words(Regex);
+pub struct Words {
+    pattern: Regex,
+    /// Whether the look-ahead concerns line breaks as it does blanks.
+    breaks_lines: bool,
+}
 
 impl Words {
-    pub fn new() -> Self {
-        Self(Regex::new(AUTOMATON).expect("a constant pattern"))
+    pub fn new(style: Style) -> Self {
+        let pattern = match style {
+            Style::Exact => EXACT,
+            Style::Original => ORIGINAL,
+        };
+        let pattern = Regex::new(pattern).expect("a constant pattern");
+        Self { pattern, breaks_lines: style == Style::Original }
     }
 
     pub fn of<'a, 't: 'a>(&'a self, text: &'t str) -> impl Iterator<Item = &'t str> + use<'a, 't> {
         let mut at = 0;
         std::iter::from_fn(move || {
-            let found = self.0.find_at(text, at)?;
+            let found = self.pattern.find_at(text, at)?;
             debug_assert_eq!(found.start(), at, "the pattern covers every character");
             let mut word = found.as_str();
-            // `\s+(?!\S)`: blanks before a word leave their last one to it. (A run that holds a
-            // line break ends with it: an earlier alternative took it.)
+            // `\s+(?!\S)`: blanks before a word leave their last one to it. In style `exact` a run
+            // that ends with a line break was taken by an earlier alternative.
             if found.end() < text.len()
                 && let Some(last) = word.chars().next_back()
                 && last.is_whitespace()
-                && !matches!(last, '\r' | '\n')
+                && (self.breaks_lines || !matches!(last, '\r' | '\n'))
                 && word.len() > last.len_utf8()
             {
                 word = &word[..word.len() - last.len_utf8()];
@@ -87,21 +102,25 @@ mod tests {
     use super::*;
     use std::sync::LazyLock;
 
+    use crate::tokenizer::byte_level;
+
     use proptest::prelude::*;
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
     use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
     use tokenizers::{
         OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior,
     };
 
-    static WORDS: LazyLock<Words> = LazyLock::new(Words::new);
+    static WORDS: LazyLock<[Words; 2]> =
+        LazyLock::new(|| [Style::Exact, Style::Original].map(Words::new));
     static SPLIT: LazyLock<Split> = LazyLock::new(|| {
         let pattern = SplitPattern::Regex(PATTERN.to_string());
         Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap()
     });
 
-    fn words_by_the_crate(text: &str) -> Vec<String> {
+    fn words_by_the_crate(text: &str, pre_tokenizer: &impl PreTokenizer) -> Vec<String> {
         let mut words = PreTokenizedString::from(text);
-        SPLIT.pre_tokenize(&mut words).unwrap();
+        pre_tokenizer.pre_tokenize(&mut words).unwrap();
         words
             .get_splits(OffsetReferential::Original, OffsetType::Byte)
             .into_iter()
@@ -115,7 +134,14 @@ mod tests {
         fn pre_tokenizer_matches_tokenizers_crate(
             text in r"([ \t]{0,3}[\r\n]{0,2}|[a-zA-Z]{0,3}|'[sStTlLrRvVeEmMdD]{1,2}|[0-9]{1,5}|[;+<>|_]{1,3}|\PC|\s|[\u{a0}\u{2003}\u{85}\u{0}é中ſ]){0,24}"
         ) {
-            prop_assert_eq!(WORDS.of(&text).collect::<Vec<_>>(), words_by_the_crate(&text));
+            let [exact, original] = &*WORDS;
+            prop_assert_eq!(exact.of(&text).collect::<Vec<_>>(), words_by_the_crate(&text, &*SPLIT));
+            let spelled = |word: &str| byte_level::text(word.as_bytes());
+            let byte_level = ByteLevel::default().add_prefix_space(false);
+            prop_assert_eq!(
+                original.of(&text).map(spelled).collect::<Vec<_>>(),
+                words_by_the_crate(&text, &byte_level)
+            );
         }
     }
 }

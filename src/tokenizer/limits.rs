@@ -1,0 +1,220 @@
+//! Limits on what a tokenizer.json asks of the `tokenizers` crate, and guarded calls into the crate.
+//!
+//! A tokenizer.json may come from anyone. The crate panics on some parts (a template with a special
+//! token that is not listed) and lets text grow without bound in others (replacements of replacements).
+//! The parts are checked before the crate sees them; a panic that no check foresees is caught.
+
+use std::panic::{self, AssertUnwindSafe};
+
+use anyhow::{Context, anyhow, bail};
+use serde_json::Value;
+
+/// Most values in a tokenizer.json: lists, objects and what is in them, at some 80 bytes each. The
+/// largest vocabularies in use have two million.
+const MAX_VALUES: usize = 4 << 20;
+/// Most parts of a normalizer, pre-tokenizer, post-processor or decoder.
+const MAX_PARTS: usize = 32;
+/// Longest text that a part inserts, in bytes.
+const MAX_INSERTED: usize = 1024;
+/// Largest factor by which normalizers or decoders may lengthen a text: Llama 2's is 12.
+const MAX_GROWTH: f64 = 256.0;
+/// Longest text inside the crate, in bytes after normalization: it needs some 200 bytes for each.
+const MAX_TEXT: f64 = (16 << 20) as f64;
+/// Most added tokens, and bytes of all of them: the crate builds an automaton of their bytes.
+const MAX_ADDED_TOKENS: usize = 1 << 18;
+const MAX_ADDED_BYTES: usize = 8 << 20;
+/// Most pieces of a template, and most ids of one of its special tokens.
+const MAX_PIECES: usize = 64;
+
+const NORMALIZERS: [&str; 7] = ["NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Strip"];
+const PRE_TOKENIZERS: [&str; 6] =
+    ["ByteLevel", "Split", "Digits", "Metaspace", "Whitespace", "WhitespaceSplit"];
+const POST_PROCESSORS: [&str; 2] = ["ByteLevel", "TemplateProcessing"];
+const DECODERS: [&str; 6] = ["ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"];
+
+/// Calls into the crate. A panic there becomes an error; the program's panic hook keeps its message
+/// off stderr.
+pub fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> anyhow::Result<T> {
+    match panic::catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|why| anyhow!("{why}")),
+        Err(_) => bail!("the tokenizers crate cannot work with it"),
+    }
+}
+
+/// Refuses JSON of more values than memory is meant for, before it is parsed.
+pub fn check_values(json: &[u8]) -> anyhow::Result<()> {
+    let (mut values, mut in_string, mut escaped) = (1, false, false);
+    for &byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => values += 1,
+            _ => {}
+        }
+    }
+    if values > MAX_VALUES {
+        bail!("{values} values: at most {MAX_VALUES} are read");
+    }
+    Ok(())
+}
+
+/// Largest factors by which the parts lengthen a text.
+#[derive(Clone, Copy, Debug)]
+pub struct Growth {
+    encoding: f64,
+    decoding: f64,
+}
+
+impl Growth {
+    /// Refuses a text of so many bytes if it may become too long inside the crate.
+    pub fn check_encoding(self, bytes: usize) -> anyhow::Result<()> {
+        check_length(bytes, self.encoding)
+    }
+
+    /// Refuses tokens of so many bytes in all if their text may become too long inside the crate.
+    pub fn check_decoding(self, bytes: usize) -> anyhow::Result<()> {
+        check_length(bytes, self.decoding)
+    }
+}
+
+fn check_length(bytes: usize, growth: f64) -> anyhow::Result<()> {
+    if bytes as f64 * growth > MAX_TEXT {
+        bail!("{bytes} bytes of text: at most {} for this tokenizer", (MAX_TEXT / growth) as usize);
+    }
+    Ok(())
+}
+
+/// Refuses more added tokens than the crate's automaton has memory for.
+pub fn check_added(added: &[(&str, u32)]) -> anyhow::Result<()> {
+    let bytes: usize = added.iter().map(|(content, _)| content.len()).sum();
+    if added.len() > MAX_ADDED_TOKENS || bytes > MAX_ADDED_BYTES {
+        bail!(
+            "{} added tokens of {bytes} bytes: at most {MAX_ADDED_TOKENS} of {MAX_ADDED_BYTES} bytes",
+            added.len()
+        );
+    }
+    Ok(())
+}
+
+/// Refuses parts that are not supported: of other kinds, that panic, or that lengthen text without
+/// bound. `vocab_size` is one more than the largest id.
+pub fn check_parts(json: &Value, vocab_size: usize) -> anyhow::Result<Growth> {
+    let [mut encoding, mut decoding] = [1.0; 2];
+    for part in parts(&json["normalizer"], "normalizers", &NORMALIZERS)? {
+        encoding *= growth(part).context("in the normalizer")?;
+    }
+    for part in parts(&json["pre_tokenizer"], "pretokenizers", &PRE_TOKENIZERS)? {
+        encoding *= growth(part).context("in the pre_tokenizer")?;
+    }
+    for part in parts(&json["decoder"], "decoders", &DECODERS)? {
+        decoding *= growth(part).context("in the decoder")?;
+        // It panics on tokens that are shorter than what it takes from their ends.
+        if part["type"] == "Strip"
+            && (part["stop"] != 0 || part["start"].as_u64().is_none_or(|start| start > 1024))
+        {
+            bail!("a Strip of start {} and stop {}, in the decoder", part["start"], part["stop"]);
+        }
+    }
+    let processors = parts(&json["post_processor"], "processors", &POST_PROCESSORS)?;
+    let templates = || processors.iter().filter(|part| part["type"] == "TemplateProcessing");
+    if templates().count() > 1 {
+        bail!("{} templates in the post_processor: at most 1", templates().count());
+    }
+    for template in templates() {
+        check_template(template, vocab_size).context("in the post_processor")?;
+    }
+    if encoding > MAX_GROWTH || decoding > MAX_GROWTH {
+        bail!("its parts may lengthen a text by more than {MAX_GROWTH} times");
+    }
+    Ok(Growth { encoding, decoding })
+}
+
+/// The parts of a sequence (one level deep), or the one part, all of known kinds.
+fn parts<'a>(part: &'a Value, list: &str, known: &[&str]) -> anyhow::Result<&'a [Value]> {
+    let parts = match part {
+        Value::Null => return Ok(&[]),
+        sequence if sequence["type"] == "Sequence" => {
+            sequence[list].as_array().map(Vec::as_slice).unwrap_or_default()
+        }
+        one => std::slice::from_ref(one),
+    };
+    if parts.len() > MAX_PARTS {
+        bail!("{} {list}: at most {MAX_PARTS} are supported", parts.len());
+    }
+    for kind in parts.iter().map(|part| &part["type"]) {
+        if !kind.as_str().is_some_and(|kind| known.contains(&kind)) {
+            bail!("unsupported {kind}, in {list}");
+        }
+    }
+    Ok(parts)
+}
+
+/// The largest factor by which a part lengthens a text of one byte or more.
+fn growth(part: &Value) -> anyhow::Result<f64> {
+    let inserted = |key: &str| {
+        let text = part[key].as_str().with_context(|| format!("{} without {key}", part["type"]))?;
+        if text.len() > MAX_INSERTED {
+            bail!("a {} of {} bytes: at most {MAX_INSERTED}", part["type"], text.len());
+        }
+        Ok(text.len() as f64)
+    };
+    Ok(match part["type"].as_str().unwrap_or_default() {
+        "Replace" => {
+            let content = inserted("content")?;
+            match part["pattern"]["String"].as_str() {
+                Some("") => bail!("a Replace with an empty pattern"),
+                Some(pattern) => (content / pattern.len() as f64).max(1.0),
+                // A regular expression may match nothing, between any two bytes.
+                None => 1.0 + content,
+            }
+        }
+        // Before every piece between two added tokens.
+        "Prepend" => 1.0 + inserted("prepend")?,
+        // The longest decompositions: of U+0390 and of U+FDFA.
+        "NFC" | "NFD" => 3.0,
+        "NFKC" | "NFKD" => 11.0,
+        // A blank before every piece, in up to three bytes each.
+        "Metaspace" => 6.0,
+        // Two bytes for most.
+        "ByteLevel" => 4.0,
+        _ => 1.0,
+    })
+}
+
+/// A template that names listed special tokens and, for one text, that text alone.
+fn check_template(part: &Value, vocab_size: usize) -> anyhow::Result<()> {
+    let tokens = part["special_tokens"].as_object().context("no special_tokens")?;
+    for (name, token) in tokens {
+        let [ids, texts] = ["ids", "tokens"].map(|key| token[key].as_array());
+        let (Some(ids), Some(texts)) = (ids, texts) else { bail!("{name:?} has no ids or tokens") };
+        let known = |id: &Value| id.as_u64().is_some_and(|id| id < vocab_size as u64);
+        if ids.len() != texts.len() || ids.len() > MAX_PIECES || !ids.iter().all(known) {
+            bail!("the special token {name:?} has invalid ids or tokens");
+        }
+    }
+    if tokens.len() > MAX_PIECES {
+        bail!("{} special tokens: at most {MAX_PIECES}", tokens.len());
+    }
+    for template in ["single", "pair"] {
+        let pieces = part[template].as_array().with_context(|| format!("no {template}"))?;
+        if pieces.len() > MAX_PIECES {
+            bail!("{} pieces in {template}: at most {MAX_PIECES}", pieces.len());
+        }
+        let sequences = pieces.iter().filter(|piece| piece.get("Sequence").is_some()).count();
+        if template == "single" && sequences > 1 {
+            bail!("single has {sequences} sequences: at most 1");
+        }
+        for piece in pieces {
+            if let Some(token) = piece.get("SpecialToken") {
+                let name = token["id"].as_str().unwrap_or_default();
+                if !tokens.contains_key(name) {
+                    bail!("the special token {name:?} is not listed");
+                }
+            } else if template == "single" && piece["Sequence"]["id"] != "A" {
+                bail!("single has a piece {piece}: it has one sequence, A");
+            }
+        }
+    }
+    Ok(())
+}
