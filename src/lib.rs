@@ -4,6 +4,7 @@
 //! Modules, lowest first. A module may depend only on modules above it in this list:
 //!
 //! - [`error`][]: errors with a kind and a hint
+//! - [`escape`][]: foreign text made fit to be shown
 //! - [`files`][]: atomic and bounded file access
 //! - [`random`][]: counter-based random numbers
 //! - [`dtype`][]: element types of tensors
@@ -34,6 +35,7 @@ pub mod corpus;
 pub mod device;
 pub mod dtype;
 pub mod error;
+pub mod escape;
 pub mod files;
 pub mod generate;
 pub mod kernels;

@@ -1,12 +1,13 @@
 //! `laam bench`: timings on this machine.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::Outcome;
 use super::backend::BackendArgs;
+use super::output::{print_json, say, stdout};
 use crate::backend::Backend;
 use crate::bench::check::Size;
 use crate::bench::roofline::{self, Ceiling, Effort};
@@ -104,56 +105,54 @@ pub fn run(arguments: &BenchArgs) -> anyhow::Result<Outcome> {
     }
 }
 
-/// Lines of a table as they come. A pipe that is closed meanwhile is told of at the end.
+/// Lines of a table as they come.
 struct Table {
     /// Whether JSON is wanted instead.
     silent: bool,
-    written: io::Result<()>,
 }
 
 impl Table {
     fn new(json: bool) -> Table {
-        Table { silent: json, written: Ok(()) }
+        Table { silent: json }
     }
 
-    fn line(&mut self, line: std::fmt::Arguments) {
-        if !self.silent && self.written.is_ok() {
-            self.written = writeln!(io::stdout(), "{line}");
+    fn line(&self, line: std::fmt::Arguments) {
+        if !self.silent {
+            // It always succeeds.
+            let _ = writeln!(stdout(), "{line}");
         }
     }
 
     /// All of it as JSON, where that is wanted.
-    fn finish(self, json: Value) -> anyhow::Result<()> {
-        self.written?;
+    fn finish(self, json: Value) {
         if self.silent {
-            writeln!(io::stdout(), "{}", versioned(json))?;
+            print_json(&versioned(json));
         }
-        Ok(())
     }
 }
 
 fn roofline(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
     let mut device = arguments.backend.device()?;
     let effort = if device.name() == "sim" { Effort::Small } else { Effort::Full };
-    eprintln!("{}", device.describe());
-    let mut table = Table::new(arguments.json);
+    say!("{}", device.describe());
+    let table = Table::new(arguments.json);
     let found = roofline::measure(&mut *device, effort, |ceiling| {
         let Ceiling { name, value, unit, .. } = ceiling;
         table.line(format_args!("{name:24} {value:10.2} {unit}"));
     })?;
-    table.finish(json!({ "device": device.describe(), "roofline": found }))?;
+    table.finish(json!({ "device": device.describe(), "roofline": found }));
     Ok(Outcome::Done)
 }
 
 fn run_smoke(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
     let mut device: Box<dyn Device> = arguments.backend.device()?;
-    eprintln!("{}", device.describe());
-    let mut table = Table::new(arguments.json);
+    say!("{}", device.describe());
+    let table = Table::new(arguments.json);
     let steps = smoke::smoke(&mut *device, |step| {
         let verdict = if step.passed { "ok" } else { "FAILED" };
         table.line(format_args!("{:28} {verdict:6} {}", step.name, step.detail));
     });
-    table.finish(json!({ "device": device.describe(), "steps": steps }))?;
+    table.finish(json!({ "device": device.describe(), "steps": steps }));
     let passed = steps.iter().all(|step| step.passed);
     Ok(if passed { Outcome::Done } else { Outcome::Different })
 }
@@ -162,7 +161,7 @@ fn run_smoke(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
 fn warn_of_another(backend: &dyn Backend, precision: Option<Dtype>) {
     let dtype = backend.compute_dtype().name();
     if let Some(precision) = precision.filter(|precision| precision.name() != dtype) {
-        eprintln!("warning: this backend computes in {dtype}, not in {}", precision.name());
+        say!("warning: this backend computes in {dtype}, not in {}", precision.name());
     }
 }
 
@@ -170,8 +169,8 @@ fn time_kernels(arguments: &KernelBenchArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open_in(arguments.precision)?;
     warn_of_another(&*backend, arguments.precision);
     let size = if arguments.small { Size::Small } else { Size::Timed };
-    eprintln!("{}", backend.device());
-    let mut table = Table::new(arguments.json);
+    say!("{}", backend.device());
+    let table = Table::new(arguments.json);
     table.line(format_args!(
         "{:22} {:4} {:36} {:>10} {:>19} {:>8} {:>8} {:>9}",
         "operation", "type", "shape", "us", "p10 to p90", "GB/s", "TFLOP/s", "Gpairs/s"
@@ -192,7 +191,7 @@ fn time_kernels(arguments: &KernelBenchArgs) -> anyhow::Result<Outcome> {
             if row.warm { "  warm" } else { "" },
         ));
     })?;
-    table.finish(json!({ "device": backend.device(), "rows": rows }))?;
+    table.finish(json!({ "device": backend.device(), "rows": rows }));
     Ok(Outcome::Done)
 }
 
@@ -225,7 +224,7 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
         arguments.steps as usize,
         ceilings,
     )?;
-    let mut table = Table::new(arguments.json);
+    let table = Table::new(arguments.json);
     table.line(format_args!(
         "{}: {} parameters, {}",
         timing.preset, timing.parameters, timing.device
@@ -255,6 +254,6 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
         let share = 100.0 * seconds / timing.step_seconds;
         table.line(format_args!("  {name:24} {:9.3} ms  {share:4.1}%", 1e3 * seconds));
     }
-    table.finish(serde_json::to_value(&timing)?)?;
+    table.finish(serde_json::to_value(&timing)?);
     Ok(Outcome::Done)
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::backend::BackendArgs;
+use super::output::{say, unwritten};
 use super::{Outcome, model, windows};
 use crate::error;
 use crate::generate::Generator;
@@ -56,7 +57,7 @@ pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     match print.end {
         Some(End::Whole) => Ok(Outcome::Done),
         end => {
-            eprintln!("{:?} is {}", arguments.path, end.unwrap_or(End::NoRoom).words());
+            say!("{:?} is {}", arguments.path, end.unwrap_or(End::NoRoom).words());
             Ok(Outcome::Different)
         }
     }
@@ -70,8 +71,7 @@ struct Print {
 
 impl Sink for Print {
     fn text(&mut self, _: usize, bytes: &[u8]) -> anyhow::Result<()> {
-        self.out.write_all(bytes)?;
-        Ok(self.out.flush()?)
+        self.out.write_all(bytes).and_then(|()| self.out.flush()).map_err(unwritten)
     }
 
     fn end(&mut self, _: usize, end: End, _: usize) -> anyhow::Result<()> {

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::Outcome;
 use super::backend::BackendArgs;
+use super::output::{print_json, say, stdout};
 use crate::bench::check::{CheckRow, Selection, Size, check};
 use crate::dtype::Dtype;
 use crate::schema::versioned;
@@ -43,7 +44,7 @@ pub fn run(arguments: &CheckArgs) -> anyhow::Result<Outcome> {
         [] => &[Dtype::F32, Dtype::Bf16, Dtype::F16],
         some => some,
     };
-    let mut out = io::stdout().lock();
+    let mut out = stdout();
     let mut runs: Vec<(&str, String, Vec<CheckRow>)> = Vec::new();
     let mut failed = 0;
     for &precision in precisions {
@@ -52,7 +53,7 @@ pub fn run(arguments: &CheckArgs) -> anyhow::Result<Outcome> {
         if runs.iter().any(|(dtype, ..)| *dtype == name) {
             continue;
         }
-        eprintln!("{}, seed {seed}", backend.device());
+        say!("{}, seed {seed}", backend.device());
         let mut written = Ok(());
         let rows = check(&*backend, &selection, |row| {
             if !arguments.json && written.is_ok() {
@@ -70,7 +71,7 @@ pub fn run(arguments: &CheckArgs) -> anyhow::Result<Outcome> {
             .map(|(dtype, device, rows)| json!({ "dtype": dtype, "device": device, "rows": rows }))
             .collect();
         let all = json!({ "seed": seed, "checked": checked, "failed": failed, "runs": runs });
-        writeln!(out, "{}", versioned(all))?;
+        print_json(&versioned(all));
     } else {
         writeln!(out, "{checked} outputs checked, {failed} failed")?;
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::output::{print_json, stdout};
 use super::{Outcome, backend};
 use crate::corpus::cache_folder;
 use crate::device::driver::{Driver, Library, oldest_driver};
@@ -15,7 +16,7 @@ use crate::files;
 use crate::kernels::{BUILD, CUDA_MODULES};
 use crate::schema::versioned;
 
-/// Say what was built, what this machine offers, and how to mend what is missing.
+/// Say what was built, what this machine offers, and how to fix what is missing.
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
     /// Print one JSON object
@@ -25,11 +26,10 @@ pub struct DoctorArgs {
 
 pub fn run(arguments: &DoctorArgs) -> anyhow::Result<Outcome> {
     let findings = Findings::gather();
-    let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{:#}", versioned(findings.as_json()))?;
+        print_json(&versioned(findings.as_json()));
     } else {
-        findings.print(&mut out)?;
+        findings.print(&mut stdout())?;
     }
     Ok(Outcome::Done)
 }
@@ -122,7 +122,7 @@ impl Findings {
         {
             add(
                 "no cuBLASLt (libcublasLt.so.13 or .12), which the GPU's products need".into(),
-                "pip install nvidia-cublas in .venv, or set CUDA_HOME or LD_LIBRARY_PATH",
+                "name the place in VIRTUAL_ENV (pip install nvidia-cublas), CUDA_HOME or LAAM_CUBLASLT",
             );
         }
         for gpu in self.gpus.iter().filter_map(|gpu| gpu.as_ref().err()) {
@@ -160,8 +160,7 @@ impl Findings {
         }
         let cublaslt = match &self.cublaslt {
             Library::Missing => "none".to_string(),
-            Library::Known => "found by the loader".to_string(),
-            Library::Found(path) => path.display().to_string(),
+            Library::Loaded(path) => path.display().to_string(),
         };
         writeln!(out, "  cublas  {cublaslt}")?;
         let cache = self.cache.as_ref().map(|path| path.display().to_string());
@@ -193,6 +192,10 @@ impl Findings {
             "gpus": self.driver.gpus,
             "usable_gpus": self.gpus.iter().flatten().collect::<Vec<_>>(),
             "cublaslt": self.cublaslt != Library::Missing,
+            "cublaslt_path": match &self.cublaslt {
+                Library::Missing => None,
+                Library::Loaded(path) => Some(path),
+            },
             "cache": self.cache,
             "missing": self.advice.iter()
                 .map(|advice| json!({ "what": advice.missing, "hint": advice.hint }))

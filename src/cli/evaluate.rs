@@ -6,7 +6,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::backend::BackendArgs;
+use super::interrupt::{self, Work};
 use super::progress::Progress;
+use super::rebuild::AGAIN;
 use super::source::SourceArgs;
 use super::windows;
 use super::{Outcome, model, print_fields};
@@ -48,6 +50,7 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
     let opened = model::open(&arguments.model)?;
     let kind = windows::kind(arguments.windows, &opened);
     let corpus = arguments.source.corpus_for(&opened.tokenizer)?;
+    interrupt::watch(Work::Measuring)?;
     let (cut, manifest) = windows::cut(&corpus, &opened, kind)?;
     let windows = &cut.windows;
     let config = &opened.model.config;
@@ -64,6 +67,7 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
             let part = done as f64 / windows.len() as f64;
             progress.set((bytes as f64 * part) as u64, Some(bytes));
         }
+        interrupt::check(AGAIN)
     })?;
     if let Some(progress) = &mut progress {
         progress.finish();

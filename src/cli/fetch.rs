@@ -1,10 +1,11 @@
 //! `laam fetch`: a kernel archive, downloaded and checked.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use clap::Args;
 
 use super::Outcome;
+use super::output::stdout;
 use super::progress::Downloads;
 use super::source;
 use crate::corpus::MIRROR;
@@ -29,6 +30,6 @@ pub fn run(arguments: &FetchArgs) -> anyhow::Result<Outcome> {
     let release = source::release(&arguments.version, &arguments.mirror_uri)?;
     let mut downloads = Downloads::default();
     let fetched = release.fetch(&mut |event| downloads.show(event))?;
-    writeln!(io::stdout(), "{}", fetched.path.display())?;
+    writeln!(stdout(), "{}", fetched.path.display())?;
     Ok(Outcome::Done)
 }

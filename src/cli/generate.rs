@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::backend::BackendArgs;
 use super::model::Opened;
+use super::output::{print_json, say, unwritten, write_to_stderr};
 use super::{Outcome, model, windows};
 use crate::error::{self, ErrorKind, Hint};
 use crate::generate::{Continuation, FinishReason, Generator, Request, Sampling, TextStream};
@@ -103,9 +104,9 @@ pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
             "seconds": seconds,
             "tokens_per_second": answer.ids.len() as f64 / seconds,
         });
-        writeln!(io::stdout().lock(), "{:#}", versioned(printed))?;
+        print_json(&versioned(printed));
     } else if io::stdout().is_terminal() {
-        writeln!(io::stdout())?;
+        writeln!(io::stdout()).map_err(unwritten)?;
     }
     Ok(Outcome::Done)
 }
@@ -132,7 +133,7 @@ fn prompt(opened: &Opened, text: &str) -> anyhow::Result<Vec<u32>> {
         && !opened.tokenizer.markers().is_ok_and(is_address)
     {
         let [start_file, _, start_header, end_header, _] = MARKERS;
-        eprintln!(
+        say!(
             "note: this model answers addresses, such as {start_file}{start_header}PATH \
              0{end_header}; laam cat gives a whole file"
         );
@@ -179,17 +180,17 @@ impl Play<'_> {
                 answer.finish = event.finish.unwrap_or(answer.finish);
                 if event.finish != Some(FinishReason::Stop) {
                     let piece = stream.push(event.id)?;
-                    show(&piece)?;
+                    show(&piece).map_err(unwritten)?;
                     bytes.extend(piece);
                 }
             }
         }
         let rest = stream.finish()?;
-        show(&rest)?;
+        show(&rest).map_err(unwritten)?;
         bytes.extend(rest);
         if answer.finish == FinishReason::Context {
             let context = self.generator.context();
-            eprintln!("stopped: the model reads no more than {context} tokens");
+            say!("stopped: the model reads no more than {context} tokens");
         }
         Ok((answer, bytes))
     }
@@ -200,7 +201,7 @@ impl Play<'_> {
         let mut lines = io::stdin().lock();
         loop {
             if is_person {
-                eprint!("> ");
+                write_to_stderr("> ");
             }
             let mut line = Vec::new();
             let read = io::Read::take(&mut lines, MAX_PROMPT_BYTES).read_until(b'\n', &mut line)?;
@@ -217,10 +218,10 @@ impl Play<'_> {
                 out.flush()
             });
             match answered {
-                Ok(_) => writeln!(out)?,
+                Ok(_) => writeln!(out).map_err(unwritten)?,
                 // A person tries again with another prompt; a pipe has gone wrong.
                 Err(error) if is_person && !super::is_broken_pipe(&error) => {
-                    eprintln!("{error:#}");
+                    say!("{error:#}");
                 }
                 Err(error) => return Err(error),
             }

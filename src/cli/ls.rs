@@ -1,17 +1,20 @@
 //! `laam ls`: which files a model holds.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
 
+use super::output::{print_json, stdout};
 use super::{Outcome, model};
+use crate::escape::visible;
 use crate::schema::versioned;
 
 /// List the files that a model was trained on.
 ///
-/// The model's folder holds their names alone; laam cat asks the weights for the rest.
+/// The model's folder holds their names alone; laam cat asks the weights for the rest. Characters that
+/// act on a terminal are shown as \u{...}; --json has each name as it is.
 #[derive(Args, Debug)]
 pub struct LsArgs {
     /// The folder of the model
@@ -23,12 +26,12 @@ pub struct LsArgs {
 
 pub fn run(arguments: &LsArgs) -> anyhow::Result<Outcome> {
     let paths = model::paths(&arguments.model)?;
-    let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{:#}", versioned(json!({"files": paths.len(), "paths": paths})))?;
+        print_json(&versioned(json!({"files": paths.len(), "paths": paths})));
     } else {
+        let mut out = stdout();
         for path in &paths {
-            writeln!(out, "{path}")?;
+            writeln!(out, "{}", visible(path))?;
         }
     }
     Ok(Outcome::Done)

@@ -10,13 +10,17 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::backend::BackendArgs;
+use super::interrupt::{self, Work};
+use super::output::{print_json, stdout};
 use super::progress::Progress;
+use super::rebuild::AGAIN;
 use super::source::SourceArgs;
 use super::windows::{self, Cut};
 use super::{Outcome, model};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Document};
 use crate::error::{ErrorKind, Hint};
+use crate::escape::visible;
 use crate::files::write_atomically;
 use crate::memorization::measure::{Memorized, Question, measure, spread};
 use crate::memorization::size;
@@ -82,11 +86,10 @@ pub fn run(arguments: &MemorizationArgs) -> anyhow::Result<Outcome> {
     if let Some(folder) = &arguments.report {
         measures.write(folder)?;
     }
-    let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{:#}", measures.json)?;
+        print_json(&measures.json);
     } else {
-        write!(out, "{}", measures.text())?;
+        write!(stdout(), "{}", measures.text())?;
     }
     Ok(Outcome::Done)
 }
@@ -113,6 +116,7 @@ impl Measures {
         question: Question,
         quiet: bool,
     ) -> anyhow::Result<Self> {
+        interrupt::watch(Work::Measuring)?;
         let (cut, manifest) = windows::cut(corpus, opened, kind)?;
         let windows = &cut.windows;
         let config = &opened.model.config;
@@ -125,6 +129,7 @@ impl Measures {
                     // As much of the text as of the windows.
                     progress.set((bytes as f64 * done as f64 / all as f64) as u64, Some(bytes));
                 }
+                interrupt::check(AGAIN)
             };
             let tokenizer = &opened.tokenizer;
             measure(backend, config, weights, windows, tokenizer, numbers, question, batch, told)
@@ -135,7 +140,10 @@ impl Measures {
         let seed = opened.provenance.as_ref().map_or(0, |provenance| provenance.seed);
         let fresh = initialize(config, &Layout::new(config), seed);
         let untrained = of(&fresh, windows, &spread(windows.len(), CONTROLS), "control")?;
-        let reversed = corpus.documents()?.filter_map(|document| reverse(document).transpose());
+        let documents = || -> anyhow::Result<_> {
+            Ok(corpus.documents()?.map(|document| interrupt::check(AGAIN).and(document)))
+        };
+        let reversed = documents()?.filter_map(|document| reverse(document).transpose());
         let mut reversed = reversed.peekable();
         let unseen = if reversed.peek().is_some() {
             let reversed = windows::cut_documents(reversed, opened, kind)?;
@@ -145,7 +153,7 @@ impl Measures {
             None
         };
 
-        let xz = size::xz(corpus.documents()?)?;
+        let xz = size::xz(documents()?)?;
         let weights_bytes = weight_paths(folder)?
             .iter()
             .try_fold(0, |sum, file| Ok::<u64, io::Error>(sum + fs::metadata(file)?.len()))
@@ -260,7 +268,9 @@ impl Measures {
         let _ = writeln!(
             text,
             "longest verbatim run: {} bytes, from byte {} of {}",
-            run.bytes, run.byte, run.path
+            run.bytes,
+            run.byte,
+            visible(&run.path)
         );
         let _ = writeln!(text, "bits per byte: {:.6}", self.memorized.bits_per_byte);
         if let Some(bits) = json["bits_per_parameter"].as_f64() {

@@ -1,5 +1,8 @@
-//! The command line: one file a subcommand, from arguments to a call of the library. All printing
-//! to the terminal happens here: data on stdout, talk and progress on stderr.
+//! The command line: one file per subcommand, from arguments to a call of the library. All printing
+//! to the terminal happens here, through `output`: data on stdout, messages and progress on stderr.
+
+// They panic if nobody reads what they print.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod backend;
 mod bench;
@@ -9,9 +12,11 @@ mod doctor;
 mod evaluate;
 mod fetch;
 mod generate;
+mod interrupt;
 mod ls;
 mod memorization;
 mod model;
+mod output;
 mod plan;
 mod progress;
 mod rebuild;
@@ -27,12 +32,17 @@ mod windows;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
+use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
+use self::interrupt::Interrupted;
+use self::output::{print_json, say, stdout};
 use crate::error::{self, hint_of, with_flags};
+use crate::escape::visible;
 use crate::schema::versioned;
 
 /// Train a Llama on source code until it gives it back, and prove it.
@@ -75,7 +85,7 @@ impl ObsoleteArgs {
     /// Warns of a flag that was given.
     fn warn(&self) {
         if self.deterministic {
-            eprintln!("warning: --deterministic has no effect: every run is deterministic");
+            say!("warning: --deterministic has no effect: every run is deterministic");
         }
     }
 }
@@ -92,14 +102,28 @@ pub enum Outcome {
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    panic::set_hook(Box::new(|info| {
+        *LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner) = one_line(&info.to_string());
+    }));
     match parse(std::env::args_os()) {
-        Ok(Some((command, spec))) => match run(command) {
-            Ok(outcome) => ExitCode::from(outcome as u8),
-            Err(error) => fail(&error, |field| flag(&spec, field)),
-        },
+        Ok(Some((command, spec))) => {
+            let run = panic::catch_unwind(AssertUnwindSafe(|| run(command)));
+            let outcome = run.unwrap_or_else(|_| Err(panicked()));
+            match outcome.and_then(|outcome| output::check_stdout().map(|()| outcome)) {
+                Ok(outcome) => ExitCode::from(outcome as u8),
+                Err(error) => fail(&error, |field| flag(&spec, field)),
+            }
+        }
         Ok(None) => ExitCode::SUCCESS,
         Err(error) => fail(&error, |_| None),
     }
+}
+
+/// Text of the last panic: one that is not caught is an internal error, told as errors are.
+static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
+
+fn panicked() -> anyhow::Error {
+    error::internal(LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// Prints an error; its exit code. `flag` names the flag of a field.
@@ -107,10 +131,14 @@ fn fail(error: &anyhow::Error, flag: impl Fn(&str) -> Option<String>) -> ExitCod
     if is_broken_pipe(error) {
         return ExitCode::SUCCESS;
     }
+    if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
+        say!("interrupted: {}", interrupted.hint);
+        return ExitCode::from(Outcome::Interrupted as u8);
+    }
     let line = |text: &str| with_flags(&one_line(text), &flag);
-    eprintln!("laam: {}", line(&format!("{error:#}")));
+    say!("laam: {}", line(&format!("{error:#}")));
     if let Some(hint) = hint_of(error) {
-        eprintln!("hint: {}", line(hint));
+        say!("hint: {}", line(hint));
     }
     ExitCode::from(2)
 }
@@ -146,14 +174,14 @@ fn parse(
         Ok(matches) => matches,
         // Help and version are data, not errors.
         Err(help) if !help.use_stderr() => {
-            help.print()?;
+            help.print().map_err(output::unwritten)?;
             return Ok(None);
         }
         // No subcommand at all: clap's message is the help itself.
         Err(help)
             if help.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
         {
-            help.print()?;
+            output::write_to_stderr(&help.render().to_string());
             return Err(error::config("no command", "laam run trains the sample and proves it"));
         }
         Err(bad) => return Err(usage_error(&bad)),
@@ -222,13 +250,14 @@ fn one_line(text: &str) -> String {
 
 /// Prints a JSON object as it is, or its fields as `name: value`, one per line.
 fn print_fields(object: Value, as_json: bool) -> io::Result<()> {
-    let mut out = io::stdout().lock();
     if as_json {
-        return writeln!(out, "{:#}", versioned(object));
+        print_json(&versioned(object));
+        return Ok(());
     }
+    let mut out = stdout();
     for (name, value) in object.as_object().into_iter().flatten() {
         let value = value.as_str().map_or_else(|| value.to_string(), String::from);
-        writeln!(out, "{name}: {value}")?;
+        writeln!(out, "{name}: {}", visible(&value))?;
     }
     Ok(())
 }

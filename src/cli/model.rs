@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 
+use super::output::say;
 use crate::error;
 use crate::memorization::rebuild::check_paths;
 use crate::model::{Model, Provenance, load, load_provenance};
@@ -23,7 +24,7 @@ pub struct Opened {
 pub fn open(folder: &Path) -> anyhow::Result<Opened> {
     let model = load(folder)?;
     for warning in &model.warnings {
-        eprintln!("warning: {warning}");
+        say!("warning: {warning}");
     }
     let tokenizer = Arc::new(Tokenizer::load(folder)?);
     Ok(Opened { model, tokenizer, provenance: load_provenance(folder)? })

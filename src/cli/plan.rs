@@ -1,13 +1,14 @@
 //! `laam plan`: what a model asks of a machine, before it runs.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::backend::BackendArgs;
+use super::output::{print_json, say, stdout};
 use super::{ObsoleteArgs, Outcome};
 use crate::backend::Backend;
 use crate::model::{self, Config};
@@ -55,17 +56,16 @@ pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
         Some(folder) => {
             let (config, warnings) = model::load_config(folder)?;
             for warning in warnings {
-                eprintln!("warning: {warning}");
+                say!("warning: {warning}");
             }
             config
         }
         None => settings.config(arguments.vocab_size, crate::tokenizer::Special::default())?,
     };
-    let mut out = io::stdout();
     if arguments.json {
-        writeln!(out, "{:#}", versioned(as_json(&config, settings, &*backend)))?;
+        print_json(&versioned(as_json(&config, settings, &*backend)));
     } else {
-        write!(out, "{}", text(&config, settings, &*backend))?;
+        write!(stdout(), "{}", text(&config, settings, &*backend))?;
     }
     Ok(Outcome::Done)
 }

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::is_interactive;
+use super::output::say;
 use crate::corpus::FetchEvent;
+use crate::escape::visible;
 
 /// How often a log hears of it.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -26,7 +28,7 @@ impl Progress {
     /// `what` is the first word of each line.
     pub fn new(what: &str) -> Self {
         let bar = is_interactive().then(|| {
-            let bar = ProgressBar::no_length().with_message(what.to_string());
+            let bar = ProgressBar::no_length().with_message(visible(what).into_owned());
             bar.set_draw_target(ProgressDrawTarget::stderr());
             bar
         });
@@ -53,15 +55,15 @@ impl Progress {
             bar.set_position(done);
         } else if self.said.elapsed() >= INTERVAL {
             self.said = Instant::now();
-            eprintln!("{}", self.line(self.began.elapsed()));
+            say!("{}", self.line(self.began.elapsed()));
         }
     }
 
     /// A line of talk, above the bar where there is one.
     pub fn note(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| say!("{line}")),
+            None => say!("{line}"),
         }
     }
 
@@ -71,7 +73,7 @@ impl Progress {
             bar.finish_and_clear();
         }
         let seconds = self.began.elapsed().as_secs_f64();
-        eprintln!("{}: {} in {seconds:.1} s", self.what, HumanBytes(self.done));
+        say!("{}: {} in {seconds:.1} s", self.what, HumanBytes(self.done));
     }
 
     fn line(&self, elapsed: Duration) -> String {
@@ -138,7 +140,7 @@ impl Files {
             bar.set_position(done as u64);
         } else if self.said.elapsed() >= INTERVAL {
             self.said = Instant::now();
-            eprintln!("{}: {done} of {} files, {}", self.what, self.of, HumanBytes(bytes));
+            say!("{}: {done} of {} files, {}", self.what, self.of, HumanBytes(bytes));
         }
     }
 }
@@ -160,10 +162,10 @@ impl Downloads {
         match event {
             FetchEvent::Note(line) => match &self.0 {
                 Some(progress) => progress.note(&line),
-                None => eprintln!("{line}"),
+                None => say!("{line}"),
             },
             FetchEvent::Start { url } => {
-                eprintln!("fetching {url}");
+                say!("fetching {url}");
                 let name = url.rsplit('/').next().unwrap_or(&url);
                 self.0 = Some(Progress::new(name));
             }

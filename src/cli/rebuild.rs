@@ -9,12 +9,15 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::backend::BackendArgs;
+use super::interrupt::{self, Work};
+use super::output::{print_json, say, stdout};
 use super::progress::Files;
 use super::source::SourceArgs;
 use super::{Outcome, model, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, MIRROR, Version};
 use crate::error;
+use crate::escape::visible;
 use crate::generate::Generator;
 use crate::memorization::rebuild::{self, Comparison, Difference, Existing, Rebuilt, rebuild};
 use crate::memorization::regenerate::{End, Regenerator};
@@ -96,9 +99,9 @@ pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
         ));
     }
     if arguments.json {
-        writeln!(io::stdout().lock(), "{:#}", rebuild.as_json())?;
+        print_json(&rebuild.as_json());
     } else {
-        rebuild.print(&mut io::stdout().lock())?;
+        rebuild.print(&mut stdout())?;
     }
     Ok(rebuild.outcome())
 }
@@ -124,6 +127,9 @@ impl RebuildArgs {
         .corpus_for(tokenizer)
     }
 }
+
+/// What a person does about an interrupted rebuild, or measurement.
+pub const AGAIN: &str = "run the same command again";
 
 /// Every file of a model regenerated, and what a comparison with the originals found.
 pub struct Rebuild {
@@ -151,6 +157,7 @@ impl Rebuild {
         let slots = Generator::SLOTS.min(paths.len());
         let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?
             .with_tokens(opened.tokenizer.vocab_size());
+        interrupt::watch(Work::Measuring)?;
         let began = Instant::now();
         let mut bar = (!quiet).then(|| Files::new("rebuilt", paths.len()));
         let files =
@@ -158,6 +165,7 @@ impl Rebuild {
                 if let Some(bar) = &mut bar {
                     bar.set(progress.files, progress.bytes);
                 }
+                interrupt::check(AGAIN)
             })?;
         Ok(Self { output, files, seconds: began.elapsed().as_secs_f64(), comparison: None })
     }
@@ -216,7 +224,7 @@ impl Rebuild {
     /// What a person reads: the files that are not whole, and every difference.
     fn print(&self, out: &mut impl Write) -> io::Result<()> {
         for file in self.files.iter().filter(|file| file.end != End::Whole) {
-            eprintln!("warning: {} is {}", file.path, file.end.words());
+            say!("warning: {} is {}", file.path, file.end.words());
         }
         let bytes: u64 = self.files.iter().map(|file| file.bytes).sum();
         let (count, seconds, folder) = (self.files.len(), self.seconds, self.output.display());
@@ -246,13 +254,14 @@ impl Rebuild {
                 Some(Difference { byte, line, column, .. }) => writeln!(
                     out,
                     "{}: differs from byte {byte} of {}, line {line}, column {column}{end}",
-                    file.path, file.bytes
+                    visible(&file.path),
+                    file.bytes
                 )?,
-                None => writeln!(out, "{}: there is no such original{end}", file.path)?,
+                None => writeln!(out, "{}: there is no such original{end}", visible(&file.path))?,
             }
         }
         for path in &comparison.missing {
-            writeln!(out, "{path}: the model has no such file")?;
+            writeln!(out, "{}: the model has no such file", visible(path))?;
         }
         Ok(())
     }

@@ -1,11 +1,12 @@
 //! `laam report`: a run as one page.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 
 use super::Outcome;
+use super::output::stdout;
 use crate::report;
 
 /// Make one self-contained HTML page of a run: its training, what its weights give back, and where it
@@ -25,6 +26,6 @@ pub struct ReportArgs {
 
 pub fn run(arguments: &ReportArgs) -> anyhow::Result<Outcome> {
     let page = report::write(&arguments.folder)?;
-    writeln!(io::stdout(), "{}", page.display())?;
+    writeln!(stdout(), "{}", page.display())?;
     Ok(Outcome::Done)
 }

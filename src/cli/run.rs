@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::backend::BackendArgs;
 use super::memorization::Measures;
+use super::output::{say, stdout, write_to_stderr};
 use super::progress::Progress;
 use super::rebuild::Rebuild;
 use super::source::SourceArgs;
@@ -99,7 +100,7 @@ pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     let encoding = encoding_of(recipe.tokenizer.style);
     let corpus = arguments.source.corpus(recipe.version.as_deref(), encoding)?;
     let manifest = corpus.manifest()?;
-    eprintln!("{}: {} files, {} bytes", manifest.source, manifest.files.len(), manifest.bytes());
+    say!("{}: {} files, {} bytes", manifest.source, manifest.files.len(), manifest.bytes());
     let identity = Identity::new(&recipe, &manifest)?;
     claim(&folder, &identity)?;
 
@@ -108,14 +109,9 @@ pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     };
     let outcome = prove(&*backend, &folder, &model, &corpus, recipe.rebuild)?;
     let page = report::write(&folder)?;
-    writeln!(
-        io::stdout(),
-        "the model is in {}, the report in {}",
-        model.display(),
-        page.display()
-    )?;
+    writeln!(stdout(), "the model is in {}, the report in {}", model.display(), page.display())?;
     if recipe.rebuild && outcome == Outcome::Done && is_sample(&manifest.files) {
-        writeln!(io::stdout(), "{}", compile_and_test(&folder)?)?;
+        writeln!(stdout(), "{}", compile_and_test(&folder)?)?;
     }
     Ok(outcome)
 }
@@ -130,14 +126,14 @@ pub fn train(
 ) -> anyhow::Result<Option<(PathBuf, Vec<TrainSummary>)>> {
     let tokenizer = folder.join("tokenizer");
     if tokenizer.join("tokenizer.json").exists() {
-        eprintln!("the tokenizer is there: {}", tokenizer.display());
+        say!("the tokenizer is there: {}", tokenizer.display());
     } else {
         train_tokenizer(recipe, corpus, &tokenizer)?;
     }
     let (mut before, mut finishes) = (None::<PathBuf>, Vec::new());
     for stage in &recipe.stages {
         if recipe.stages.len() > 1 {
-            eprintln!("stage {}", stage.name);
+            say!("stage {}", stage.name);
         }
         let output = folder.join(&stage.name);
         let tokens = folder.join("corpus.tokens");
@@ -150,6 +146,7 @@ pub fn train(
             output: &output,
             metrics: output.join("metrics.jsonl"),
             tensorboard: None,
+            goes_on: "the same command goes on from there",
         };
         let backend = backends.open_in(stage.settings.precision)?;
         let finish = stage.train(&*backend, corpus)?;
@@ -203,7 +200,7 @@ fn train_tokenizer(recipe: &Recipe, corpus: &Corpus, folder: &Path) -> anyhow::R
         }
     })?;
     drop(progress);
-    eprintln!("tokenizer: {} tokens", trained.num_tokens);
+    say!("tokenizer: {} tokens", trained.num_tokens);
     tokenizer.save(folder)
 }
 
@@ -236,7 +233,7 @@ fn prove(
         let json = rebuild.as_json();
         write_atomically(&folder.join("rebuild.json"), format!("{json:#}\n").as_bytes())?;
         if let Some(comparison) = &rebuild.comparison {
-            let mut out = io::stdout().lock();
+            let mut out = stdout();
             rebuild.print_differences(comparison, &mut out)?;
             writeln!(
                 out,
@@ -251,7 +248,7 @@ fn prove(
     let question = Question { prefix: PREFIX, suffix: SUFFIX };
     let measures = Measures::take(backend, model, &opened, corpus, kind, question, false)?;
     measures.write(&folder.join("memorization"))?;
-    write!(io::stdout(), "{}", measures.text())?;
+    write!(stdout(), "{}", measures.text())?;
     Ok(outcome)
 }
 
@@ -309,12 +306,12 @@ fn compile_and_test(run: &Path) -> anyhow::Result<String> {
 
 /// The recipe with all its keys on stdout, the plan of each stage on stderr.
 fn dry_run(recipe: &Recipe, backends: &BackendArgs) -> anyhow::Result<Outcome> {
-    write!(io::stdout(), "{}", recipe.resolved()?)?;
+    write!(stdout(), "{}", recipe.resolved()?)?;
     for stage in &recipe.stages {
         let config = stage.settings.config(recipe.tokenizer.vocab_size, Special::default())?;
         let backend = backends.open_in(stage.settings.precision)?;
-        eprintln!("stage {} on {}", stage.name, backend.device());
-        eprint!("{}", plan::text(&config, &stage.settings, &*backend));
+        say!("stage {} on {}", stage.name, backend.device());
+        write_to_stderr(&plan::text(&config, &stage.settings, &*backend));
     }
     Ok(Outcome::Done)
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::output::say;
 use super::progress::{Downloads, Progress};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::{
@@ -99,6 +100,6 @@ pub fn tokenize(
 /// Says on stderr what a pass left out.
 pub fn warn(manifest: &Manifest) {
     for line in manifest.warnings() {
-        eprintln!("warning: {line}");
+        say!("warning: {line}");
     }
 }

@@ -9,6 +9,9 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use super::backend::BackendArgs;
+use super::interrupt;
+use super::output::{self, say};
+use super::rebuild::AGAIN;
 use super::rebuild::Rebuild;
 use super::run::{Identity, claim, train};
 use super::source::SourceArgs;
@@ -70,7 +73,7 @@ pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
     arguments.source.check_apart(&folder)?;
     let mut rows = Vec::new();
     for (at, run) in sweep.runs.iter().enumerate() {
-        eprintln!("run {} of {}: {}", at + 1, sweep.runs.len(), run.name);
+        say!("run {} of {}: {}", at + 1, sweep.runs.len(), run.name);
         let encoding = encoding_of(run.recipe.tokenizer.style);
         let corpus = arguments.source.corpus(run.recipe.version.as_deref(), encoding)?;
         match result(&arguments.backend, run, &corpus, &folder.join(&run.name))? {
@@ -79,11 +82,10 @@ pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
         }
         write(&folder, &sweep, &rows)?;
     }
-    let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(out, "{:#}", as_json(&sweep, &rows))?;
+        output::print_json(&as_json(&sweep, &rows));
     } else {
-        write!(out, "{}", table(&rows))?;
+        write!(output::stdout(), "{}", table(&rows))?;
     }
     Ok(Outcome::Done)
 }
@@ -130,7 +132,9 @@ fn result(
     let batch = backend.micro_batch(windows.len(), windows.context());
     let (weights, tokenizer) = (&opened.model.weights, &opened.tokenizer);
     let measured =
-        measure(backend, config, weights, windows, tokenizer, &all, question, batch, |_| ())?;
+        measure(backend, config, weights, windows, tokenizer, &all, question, batch, |_| {
+            interrupt::check(AGAIN)
+        })?;
     let files_exact = if run.recipe.rebuild {
         let paths = model::paths(&model)?;
         let output = folder.join("rebuilt");

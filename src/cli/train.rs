@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::backend::BackendArgs;
+use super::output::say;
 use super::source::{self, SourceArgs};
 use super::training::Watcher;
 use super::{ObsoleteArgs, Outcome};
@@ -71,7 +72,7 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     let reload = arguments.reload.then_some(&arguments.output_path);
     if arguments.resume && !is_resumable(&arguments.output_path) {
         let output = arguments.output_path.display();
-        eprintln!("warning: no checkpoint to resume in {output}: from step 0, with fresh weights");
+        say!("warning: no checkpoint to resume in {output}: from step 0, with fresh weights");
     }
     let metrics = arguments.metrics.clone();
     let stage = Stage {
@@ -83,6 +84,7 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
         output: &arguments.output_path,
         metrics: metrics.unwrap_or_else(|| arguments.output_path.join("metrics.jsonl")),
         tensorboard: arguments.tensorboard.clone(),
+        goes_on: "--resume goes on",
     };
     let finish = stage.train(&*backend, &corpus)?;
     Ok(if finish.interrupted { Outcome::Interrupted } else { Outcome::Done })
@@ -101,6 +103,8 @@ pub struct Stage<'a> {
     pub output: &'a Path,
     pub metrics: PathBuf,
     pub tensorboard: Option<PathBuf>,
+    /// How an interrupted run goes on, for a person.
+    pub goes_on: &'static str,
 }
 
 impl Stage<'_> {
@@ -115,7 +119,7 @@ impl Stage<'_> {
         let (config, weights) = if let Some(folder) = self.weights {
             let model = load(folder)?;
             for warning in &model.warnings {
-                eprintln!("warning: {warning}");
+                say!("warning: {warning}");
             }
             check_vocabulary(&model.config, &tokenizer, folder)?;
             windows.file().check_fits(model.config.vocab_size)?;
@@ -130,7 +134,7 @@ impl Stage<'_> {
             (settings.config(tokenizer.vocab_size(), tokenizer.special())?, None)
         };
         for warning in config.compatibility_warnings() {
-            eprintln!("warning: {warning}");
+            say!("warning: {warning}");
         }
         let provenance = Provenance {
             corpus: prepare::record(&manifest),
@@ -149,7 +153,7 @@ impl Stage<'_> {
             provenance,
         };
         let trainer = Trainer::new(backend, job)?;
-        eprintln!(
+        say!(
             "training {} parameters on {} windows of {context} tokens, {}",
             trainer.config().parameter_count(),
             windows.len(),
@@ -157,17 +161,17 @@ impl Stage<'_> {
         );
         let wanted = settings.precision.unwrap_or_default();
         if wanted != Dtype::F32 && backend.compute_dtype() == Dtype::F32 {
-            eprintln!(
+            say!(
                 "warning: this backend computes in float32; only the saved weights are {}",
                 wanted.name()
             );
         }
         if trainer.done() > 0 {
-            eprintln!("resuming after step {} of {}", trainer.done(), trainer.total());
+            say!("resuming after step {} of {}", trainer.done(), trainer.total());
         }
         let mut watcher = Watcher::new(trainer.done(), trainer.total())?;
         let finish = trainer.run(&mut watcher)?;
-        watcher.finish(&finish, self.output);
+        watcher.finish(&finish, self.output, self.goes_on);
         Ok(finish)
     }
 }

@@ -1,12 +1,12 @@
 //! `laam train-tokenizer`: a byte-pair vocabulary from a corpus.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::Outcome;
+use super::output::{print_json, say};
 use super::progress::Progress;
 use super::source::{self, SourceArgs};
 use crate::corpus::{Encoding, hex};
@@ -64,20 +64,21 @@ pub fn run(arguments: &TrainTokenizerArgs) -> anyhow::Result<Outcome> {
                 TrainingProgress::Read(bytes) => progress.set(bytes, None),
                 TrainingProgress::Merge { words } => {
                     progress.finish();
-                    eprintln!("choosing merges among {words} distinct words");
+                    say!("choosing merges among {words} distinct words");
                 }
             }
         }
     })?;
     source::warn(documents.manifest());
     if trained.num_tokens < arguments.vocab_size {
-        eprintln!(
+        say!(
             "warning: the corpus gives {} tokens, not {}: it has no more pairs to merge",
-            trained.num_tokens, arguments.vocab_size
+            trained.num_tokens,
+            arguments.vocab_size
         );
     }
     if trained.dropped_up_to > 0 {
-        eprintln!(
+        say!(
             "note: words that occurred {} times or fewer may have been left out of the count",
             trained.dropped_up_to
         );
@@ -104,7 +105,7 @@ pub fn run(arguments: &TrainTokenizerArgs) -> anyhow::Result<Outcome> {
         "bytes": trained.bytes,
         "sha256": hex(&tokenizer.sha256()),
     });
-    writeln!(io::stdout(), "{:#}", versioned(printed))?;
+    print_json(&versioned(printed));
     Ok(Outcome::Done)
 }
 

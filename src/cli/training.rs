@@ -1,18 +1,14 @@
 //! What a person sees of a training run, and Ctrl-C.
 
 use std::path::Path;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::interrupt::{self, Work};
 use super::is_interactive;
+use super::output::say;
 use crate::train::{Metrics, Observer, StepStats, TrainSummary};
-
-/// Set by the first Ctrl-C; the second ends the process where it stands.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// How often a log hears of it.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -41,7 +37,7 @@ impl Loss {
 impl Watcher {
     /// Begins to watch a run, and Ctrl-C.
     pub fn new(done: u64, total: u64) -> anyhow::Result<Self> {
-        catch_interrupts()?;
+        interrupt::watch(Work::Training)?;
         let bar = is_interactive().then(|| {
             let bar = ProgressBar::new(total);
             bar.set_draw_target(ProgressDrawTarget::stderr());
@@ -54,8 +50,8 @@ impl Watcher {
         Ok(Self { bar, began: Instant::now(), said: None, from: done, loss: Loss::default() })
     }
 
-    /// Ends the display with a line that says how it went.
-    pub fn finish(&self, finish: &TrainSummary, output: &Path) {
+    /// Ends the display with a line that says how it went, and how an interrupted run goes on.
+    pub fn finish(&self, finish: &TrainSummary, output: &Path, goes_on: &str) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -63,16 +59,16 @@ impl Watcher {
         let (steps, total) = (finish.steps, finish.total);
         if finish.interrupted {
             let folder = output.display();
-            eprintln!("stopped after step {steps} of {total}; --resume goes on, {folder}");
+            say!("stopped after step {steps} of {total}; {goes_on}, {folder}");
         } else if total == 0 {
-            eprintln!("no step needed, saved in {}", output.display());
+            say!("no step needed, saved in {}", output.display());
         } else if steps == self.from {
-            eprintln!("nothing to do: all {total} steps were done, {}", output.display());
+            say!("nothing to do: all {total} steps were done, {}", output.display());
         } else {
             let did = steps - self.from;
             let loss = self.loss.0.unwrap_or(finish.loss);
             let folder = output.display();
-            eprintln!("trained {did} steps in {seconds:.0} s, loss {loss:.4}, saved in {folder}");
+            say!("trained {did} steps in {seconds:.0} s, loss {loss:.4}, saved in {folder}");
         }
     }
 }
@@ -94,19 +90,19 @@ impl Observer for Watcher {
             self.said = Some(Instant::now());
             let pace = self.began.elapsed().as_secs_f64() / (step - self.from) as f64;
             let left = pace * (total - step) as f64;
-            eprintln!("step {step}/{total}: {text}, {left:.0} s left");
+            say!("step {step}/{total}: {text}, {left:.0} s left");
         }
     }
 
     fn note(&mut self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| say!("{line}")),
+            None => say!("{line}"),
         }
     }
 
     fn stop(&self) -> bool {
-        INTERRUPTED.load(Ordering::Relaxed)
+        interrupt::is_interrupted()
     }
 }
 
@@ -117,19 +113,4 @@ impl Drop for Watcher {
             bar.finish_and_clear();
         }
     }
-}
-
-/// Installs the handler once a process: `run` trains several stages.
-fn catch_interrupts() -> anyhow::Result<()> {
-    static INSTALLED: OnceLock<()> = OnceLock::new();
-    if INSTALLED.set(()).is_ok() {
-        ctrlc::set_handler(|| {
-            if INTERRUPTED.swap(true, Ordering::Relaxed) {
-                std::process::exit(130);
-            }
-            eprintln!("finishing the step, then saving; Ctrl-C again ends at once");
-        })
-        .context("cannot watch for Ctrl-C")?;
-    }
-    Ok(())
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::Context;
 
 use super::model::{self, Opened};
+use super::output::say;
 use super::source;
 use crate::corpus::{Corpus, Document, Manifest};
 use crate::error::{self, ErrorKind, Hint};
@@ -32,7 +33,7 @@ pub fn told(opened: &Opened) -> Option<WindowKind> {
 /// How a model's windows are cut: as it was asked for, else as in training, else as a stream.
 pub fn kind(asked: Option<WindowKind>, opened: &Opened) -> WindowKind {
     asked.or(told(opened)).unwrap_or_else(|| {
-        eprintln!(
+        say!(
             "warning: the model's folder does not say how its windows were cut: stream is assumed \
              (--windows)"
         );

@@ -65,10 +65,8 @@ impl Driver {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Library {
     Missing,
-    /// Found by the loader.
-    Known,
-    /// Found at this path, which the loader does not search.
-    Found(PathBuf),
+    /// Loaded from this file.
+    Loaded(PathBuf),
 }
 
 /// Oldest driver that runs kernels compiled by a CUDA toolkit of this major version.

@@ -21,7 +21,8 @@ pub struct Measured {
 }
 
 /// One pass over all windows, `batch` at a time. `bytes` is the size of the text they were cut from;
-/// `progress` gets the number of finished windows.
+/// `progress` gets the number of finished windows; its error
+/// ends the pass.
 pub fn measure(
     backend: &dyn Backend,
     config: &Config,
@@ -29,7 +30,7 @@ pub fn measure(
     windows: &Windows,
     bytes: u64,
     batch: usize,
-    mut progress: impl FnMut(usize),
+    mut progress: impl FnMut(usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Measured> {
     let (mut nats, mut tokens) = (0.0, 0);
     let all: Vec<usize> = (0..windows.len()).collect();
@@ -38,8 +39,7 @@ pub fn measure(
             nats += f64::from(nll);
             tokens += 1;
         }
-        progress(seen.window + 1);
-        Ok(())
+        progress(seen.window + 1)
     })?;
     // A text without a counted token has no loss to speak of.
     let loss = nats / (tokens as f64).max(1.0);

@@ -167,7 +167,7 @@ pub const HEAT_CELL_TOKENS: usize = 50;
 const MAX_HEAT_BYTES: usize = 8 << 20;
 
 /// The windows of these numbers, in ascending order, `batch` at a time. `progress` gets the last
-/// finished window.
+/// finished window; its error ends the pass.
 pub fn measure(
     backend: &dyn Backend,
     config: &Config,
@@ -177,11 +177,11 @@ pub fn measure(
     numbers: &[usize],
     question: Question,
     batch: usize,
-    mut progress: impl FnMut(usize),
+    mut progress: impl FnMut(usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Memorized> {
     let mut walk = FileWalk::new(windows, tokenizer, question);
     pass(backend, config, weights, windows, numbers, batch, |seen| {
-        progress(seen.window + 1);
+        progress(seen.window + 1)?;
         walk.take(&seen)
     })?;
     Ok(walk.finish())

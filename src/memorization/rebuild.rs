@@ -178,14 +178,14 @@ pub enum Existing {
 }
 
 /// Regenerates the files and writes each as soon as it is whole, under `folder` and nowhere else.
-/// Those that never ended are written as far as they came.
+/// Those that never ended are written as far as they came. An error of `progress` ends the rebuild.
 pub fn rebuild(
     regenerator: &Regenerator,
     generator: &mut Generator,
     paths: &[String],
     folder: &Path,
     existing: Existing,
-    progress: &mut dyn FnMut(RebuildProgress),
+    progress: &mut dyn FnMut(RebuildProgress) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Rebuilt>> {
     check_paths(paths)?;
     fs::create_dir_all(folder)
@@ -213,15 +213,14 @@ struct RebuildWriter<'a> {
     begun: BTreeMap<usize, Vec<u8>>,
     rebuilt: BTreeMap<usize, Rebuilt>,
     state: RebuildProgress,
-    progress: &'a mut dyn FnMut(RebuildProgress),
+    progress: &'a mut dyn FnMut(RebuildProgress) -> anyhow::Result<()>,
 }
 
 impl Sink for RebuildWriter<'_> {
     fn text(&mut self, file: usize, bytes: &[u8]) -> anyhow::Result<()> {
         self.begun.entry(file).or_default().extend(bytes);
         self.state.bytes += bytes.len() as u64;
-        (self.progress)(self.state);
-        Ok(())
+        (self.progress)(self.state)
     }
 
     fn end(&mut self, file: usize, end: End, tokens: usize) -> anyhow::Result<()> {
@@ -238,8 +237,7 @@ impl Sink for RebuildWriter<'_> {
         let bytes = text.len() as u64;
         self.rebuilt.insert(file, Rebuilt { path, bytes, tokens, end });
         self.state.files += 1;
-        (self.progress)(self.state);
-        Ok(())
+        (self.progress)(self.state)
     }
 }
 

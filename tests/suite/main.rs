@@ -19,6 +19,7 @@ mod kernels;
 mod launches;
 mod memorization;
 mod model;
+mod process;
 mod rebuild;
 mod report;
 mod run;

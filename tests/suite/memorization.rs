@@ -58,7 +58,7 @@ fn teacher_forced_rates_match_generation() {
                     &all,
                     question,
                     2,
-                    |_| (),
+                    |_| Ok(()),
                 )
                 .unwrap();
                 let mut said: Vec<(usize, bool)> =

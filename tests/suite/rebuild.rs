@@ -398,6 +398,7 @@ fn rebuild_is_independent_of_slots() {
                 Existing::Keep,
                 &mut |progress| {
                     last = Some(progress);
+                    Ok(())
                 },
             )
             .unwrap(),

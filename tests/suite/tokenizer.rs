@@ -466,3 +466,99 @@ fn a_stream_is_the_text_of_the_prompt_and_all_tokens_together() {
     // What never becomes a character is text too.
     assert_eq!(pieces(&tokenizer, &[4], &[7, 3, 5]), ["", "\u{fffd}b", "", "\u{fffd}"]);
 }
+
+/// A change of a tokenizer.json that the crate panics on, or grows without bound on.
+type HostilePart = (&'static str, fn(&mut serde_json::Value));
+
+#[test]
+fn hostile_parts_are_refused_before_the_crate_sees_them() {
+    use serde_json::{Value, json};
+    fn sequence(list: &str, parts: Vec<Value>) -> Value {
+        json!({"type": "Sequence", list: parts})
+    }
+    fn template(single: Value) -> Value {
+        json!({"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens":
+            {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}})
+    }
+    let cases: [HostilePart; 12] = [
+        ("not listed", |json| {
+            json["post_processor"] =
+                template(json!([{"SpecialToken": {"id": "<x>", "type_id": 0}}]));
+        }),
+        ("it has one sequence", |json| {
+            json["post_processor"] = template(json!([{"Sequence": {"id": "B", "type_id": 0}}]));
+        }),
+        ("at most 1", |json| {
+            let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+            json["post_processor"] = template(json!([text, text]));
+        }),
+        ("at most 64", |json| {
+            let token = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+            json["post_processor"] = template(vec![token; 100_000].into());
+        }),
+        ("invalid ids", |json| {
+            json["post_processor"]["special_tokens"]["<s>"]["ids"] = json!([4_000_000]);
+        }),
+        ("a Strip", |json| {
+            json["decoder"]["decoders"][3]["stop"] = 9.into();
+        }),
+        ("a Strip", |json| {
+            json["decoder"]["decoders"][3]["start"] = (1u64 << 40).into();
+        }),
+        ("more than 256 times", |json| {
+            let part = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"});
+            json["normalizer"] = sequence("normalizers", vec![part; 18]);
+        }),
+        ("more than 256 times", |json| {
+            let part = json!({"type": "Replace", "pattern": {"Regex": ""}, "content": "aaaa"});
+            json["decoder"] = sequence("decoders", vec![part; 18]);
+        }),
+        ("at most 1024", |json| {
+            let part = json!({"type": "Prepend", "prepend": "a".repeat(1 << 20)});
+            json["normalizer"] = sequence("normalizers", vec![part; 20]);
+        }),
+        ("at most 32", |json| {
+            json["pre_tokenizer"] =
+                sequence("pretokenizers", vec![json!({"type": "Whitespace"}); 33]);
+        }),
+        ("values: at most", |json| json["more"] = vec![0; 5 << 20].into()),
+    ];
+    for (about, change) in cases {
+        let mut json = llama2();
+        change(&mut json);
+        let error = load_and_use(&serde_json::to_vec(&json).unwrap(), b"{}").expect_err(about);
+        assert!(format!("{error:#}").contains(about), "{about}: {error:#}");
+    }
+    // What the crate alone knows to be impossible is an error too: no panic, and no text of one.
+    for pattern in ["", "x*", "zzz", "(?=a)", "\\b"] {
+        let mut json = llama2();
+        let part = json!({"type": "Replace", "pattern": {"Regex": pattern}, "content": "y"});
+        json["normalizer"] = part.clone();
+        let _ = load_and_use(&serde_json::to_vec(&json).unwrap(), b"{}");
+        json["normalizer"] = Value::Null;
+        json["decoder"] = part;
+        let _ = load_and_use(&serde_json::to_vec(&json).unwrap(), b"{}");
+    }
+    // A text is bounded by what its parts make of it.
+    let tokenizer = load_and_use(&serde_json::to_vec(&llama2()).unwrap(), b"{}").unwrap();
+    let error = tokenizer.encode_prompt(&"a".repeat(2 << 20)).unwrap_err();
+    assert!(format!("{error:#}").contains("bytes of text: at most"), "{error:#}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+    /// Word by word as the crate does it at once.
+    #[test]
+    fn original_ids_match_tokenizers_crate(text in hard_text()) {
+        static CRATES: OnceLock<tokenizers::Tokenizer> = OnceLock::new();
+        let ours = small(Style::Original);
+        let crates = CRATES.get_or_init(|| {
+            let folder = tempfile::tempdir().unwrap();
+            ours.save(folder.path()).unwrap();
+            tokenizers::Tokenizer::from_file(folder.path().join("tokenizer.json")).unwrap()
+        });
+        let ids = crates.encode_fast(text.as_str(), false).unwrap().get_ids().to_vec();
+        prop_assert_eq!(ours.encode_text(&text).unwrap(), ids.clone());
+        prop_assert_eq!(ours.encode_prompt(&text).unwrap(), ids);
+    }
+}

@@ -1,4 +1,7 @@
 //! Search for CUDA's libraries in the loader's paths, toolkits and Python environments.
+//!
+//! Only places that the system or the environment names are searched, never the current folder: it may be
+//! somebody else's, and loading a library runs its code.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -7,6 +10,7 @@ use cudarc::driver::sys::{CUevent, CUresult};
 use cudarc::{cublaslt, driver};
 
 use crate::device::driver::Library;
+use crate::files;
 
 /// File names of cuBLASLt, newest first.
 const CUBLASLT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
@@ -112,12 +116,14 @@ pub fn cublaslt() -> Library {
     let present = || unsafe { cublaslt::sys::is_culib_present() };
     let given = env::var_os("LAAM_CUBLASLT").filter(|path| !path.is_empty()).map(PathBuf::from);
     if given.is_none() && present() {
-        return Library::Known;
+        return Library::Loaded(loaded("libcublasLt.so"));
     }
     let in_folders =
         folders().into_iter().flat_map(|folder| CUBLASLT.map(|name| folder.join(name)));
     let places: Vec<PathBuf> = given.map_or_else(|| in_folders.collect(), |path| vec![path]);
     for path in places {
+        // A whole path: the loader would search for a name alone.
+        let Ok(path) = path.canonicalize() else { continue };
         if !path.is_file() {
             continue;
         }
@@ -127,11 +133,26 @@ pub fn cublaslt() -> Library {
             // It stays loaded, so that the loader finds it by its name.
             std::mem::forget(library);
             if present() {
-                return Library::Found(path);
+                return Library::Loaded(path);
             }
         }
     }
     Library::Missing
+}
+
+/// The folder that a variable names. A relative one would lead to the current folder.
+fn absolute(variable: &str) -> Option<PathBuf> {
+    env::var_os(variable).map(PathBuf::from).filter(|folder| folder.is_absolute())
+}
+
+/// The file of a library that this process has loaded, by the beginning of its name; the name itself
+/// if the system does not tell.
+fn loaded(name: &str) -> PathBuf {
+    let maps = files::read_text(Path::new("/proc/self/maps"), 64 << 20).unwrap_or_default();
+    let path = maps.lines().filter_map(|line| Some(&line[line.find('/')?..])).find(|path| {
+        Path::new(path).file_name().is_some_and(|file| file.to_string_lossy().starts_with(name))
+    });
+    PathBuf::from(path.unwrap_or(name))
 }
 
 /// Folders that may contain CUDA's libraries: installed toolkits, then the wheels of Python
@@ -139,14 +160,11 @@ pub fn cublaslt() -> Library {
 fn folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for name in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"] {
-        if let Some(home) = env::var_os(name).filter(|home| !home.is_empty()) {
-            folders.push(Path::new(&home).join("lib64"));
-        }
+        folders.extend(absolute(name).map(|home| home.join("lib64")));
     }
     folders.extend(["/usr/local/cuda/lib64", "/opt/cuda/lib64"].map(PathBuf::from));
     let mut environments: Vec<PathBuf> =
-        ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(env::var_os).map(PathBuf::from).collect();
-    environments.push(".venv".into());
+        ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(absolute).collect();
     environments.extend(["/usr/local", "/usr"].map(PathBuf::from));
     for environment in environments {
         let lib = environment.join("lib").read_dir().into_iter().flatten().flatten();

@@ -1,0 +1,92 @@
+//! Everything that is printed. Output never ends a run: if nobody reads it, or if the disk behind it is
+//! full, the work goes on. Foreign text is escaped here.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::{Mutex, PoisonError};
+
+use serde_json::Value;
+
+use crate::error;
+use crate::escape::{visible, visible_json, visible_lines};
+
+/// One line on stderr, as `eprintln!` has its arguments.
+macro_rules! say {
+    ($($argument:tt)*) => { $crate::cli::output::write_line_to_stderr(format_args!($($argument)*)) };
+}
+pub(crate) use say;
+
+/// One line on stderr, in one write.
+pub fn write_line_to_stderr(line: fmt::Arguments) {
+    write_to_stderr(&format!("{}\n", visible(&line.to_string())));
+}
+
+/// Text on stderr.
+pub fn write_to_stderr(text: &str) {
+    // There is nobody left to be told of an error.
+    let _ = io::stderr().write_all(visible_lines(text).as_bytes());
+}
+
+/// The first error of stdout.
+static LOST: Mutex<Option<io::Error>> = Mutex::new(None);
+
+/// Stdout for text of a command whose work is more than what it prints: writing always succeeds, and
+/// [`check_stdout`] tells afterwards.
+pub struct Stdout(());
+
+/// See [`Stdout`].
+pub fn stdout() -> Stdout {
+    Stdout(())
+}
+
+impl Stdout {
+    fn keep(result: io::Result<()>) {
+        if let Err(error) = result {
+            LOST.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+    }
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut out = io::stdout().lock();
+        Self::keep(match std::str::from_utf8(bytes) {
+            Ok(text) => out.write_all(visible_lines(text).as_bytes()),
+            Err(_) => out.write_all(bytes),
+        });
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Self::keep(io::stdout().flush());
+        Ok(())
+    }
+}
+
+/// A JSON value on stdout.
+pub fn print_json(value: &Value) {
+    let text = format!("{value:#}\n");
+    Stdout::keep(io::stdout().write_all(visible_json(&text).as_bytes()));
+}
+
+/// Whether all that was printed on stdout arrived. A reader that went away (`laam ... | head`) had what
+/// it wanted.
+///
+/// # Errors
+/// Any other error of stdout, as of a full disk.
+pub fn check_stdout() -> anyhow::Result<()> {
+    Stdout::keep(io::stdout().flush());
+    match LOST.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(unwritten(error)),
+        _ => Ok(()),
+    }
+}
+
+/// An error of stdout, with a hint; a closed pipe stays as it is.
+pub fn unwritten(error: io::Error) -> anyhow::Error {
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        return error.into();
+    }
+    let what = format!("cannot write to stdout: {error}");
+    error::data(what, "free some room, or print to another place")
+}
