@@ -311,7 +311,7 @@ fn dry_run(recipe: &Recipe, backends: &BackendArgs) -> anyhow::Result<Outcome> {
         let config = stage.settings.config(recipe.tokenizer.vocab_size, Special::default())?;
         let backend = backends.open_in(stage.settings.precision)?;
         say!("stage {} on {}", stage.name, backend.device());
-        write_to_stderr(&plan::text(&config, &stage.settings, &*backend));
+        write_to_stderr(&plan::text(&config, &stage.settings, &*backend)?);
     }
     Ok(Outcome::Done)
 }

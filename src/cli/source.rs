@@ -26,6 +26,9 @@ pub struct SourceArgs {
     /// The server that has the kernels: the address of the folder that holds v1.0
     #[arg(long, value_name = "URL", default_value = MIRROR)]
     pub mirror_uri: String,
+    /// Accept a kernel that the server has no checksum of
+    #[arg(long)]
+    pub unverified: bool,
     /// A folder, or a .tar, .tar.gz or .tar.xz archive
     #[arg(long, value_name = "PATH")]
     pub source: Option<PathBuf>,
@@ -63,7 +66,9 @@ impl SourceArgs {
         };
         let source = match (&self.source, self.version.as_deref().or(default)) {
             (Some(path), _) => Source::Path(path.clone()),
-            (None, Some(version)) => Source::Linux(release(version, &self.mirror_uri)?),
+            (None, Some(version)) => {
+                Source::Linux(release(version, &self.mirror_uri, self.unverified)?)
+            }
             (None, None) => Source::Sample,
         };
         let mut downloads = Downloads::default();
@@ -72,9 +77,9 @@ impl SourceArgs {
 }
 
 /// A kernel's version and server as they were given.
-pub fn release(version: &str, mirror_uri: &str) -> anyhow::Result<LinuxRelease> {
+pub fn release(version: &str, mirror_uri: &str, unverified: bool) -> anyhow::Result<LinuxRelease> {
     let release = LinuxRelease::new(version.parse::<Version>()?)?;
-    Ok(LinuxRelease { mirror: mirror_uri.to_string(), ..release })
+    Ok(LinuxRelease { mirror: mirror_uri.to_string(), unverified, ..release })
 }
 
 /// Writes a corpus as a token file, with progress unless `quiet`, and says what it left out.

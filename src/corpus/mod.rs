@@ -24,7 +24,7 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 pub use event::{FetchEvent, Tell};
-pub use linux::{Fetched, LinuxRelease, MIRROR, Version, cache_folder};
+pub use linux::{Fetched, LinuxRelease, MIRROR, Version, cache_folder, checksum_in};
 pub use manifest::{FileRecord, LeftOut, Manifest, Reason};
 pub use names::SUFFIXES;
 pub(crate) use names::{corpus_path, shown};

@@ -10,6 +10,7 @@ use super::manifest::{FileRecord, LeftOut, Manifest, Reason};
 use super::names::{self, shown};
 use super::{CorpusOptions, Document, Encoding, Limits, hex};
 use crate::error;
+use crate::threads;
 
 /// Files the reader may be ahead of its consumer.
 const FILES_AHEAD: usize = 4;
@@ -42,9 +43,7 @@ impl Documents {
                 let result = read(&mut intake);
                 let _ = intake.sender.send(Message::End(result)); // nobody left to hear it: fine
             })
-            .map_err(|why| {
-                error::device(format!("cannot start a reader thread: {why}"), "free some memory")
-            })?;
+            .map_err(|why| threads::none_to_be_had(&why))?;
         Ok(Self { receiver: Some(receiver), manifest: origin })
     }
 

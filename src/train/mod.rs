@@ -16,7 +16,7 @@ pub mod sweep;
 mod tensorboard;
 mod trainer;
 
-pub use checkpoints::is_resumable;
+pub use checkpoints::{TrainState, is_resumable};
 pub use engine::{Engine, StepStats, TrainStep};
 pub use footprint::Footprint;
 pub use metrics::{MAX_METRICS, Metrics, MetricsFile};
