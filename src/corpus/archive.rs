@@ -13,6 +13,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::rc::Rc;
 
+use flate2::bufread::GzDecoder;
 use tar::{Archive, Entry, EntryType};
 
 use super::manifest::Reason;
@@ -23,11 +24,6 @@ use crate::files;
 
 /// Memory an xz archive may ask for, in KiB: twice what `xz -9` makes need.
 const MAX_XZ_MEMORY_KIB: u32 = 129 << 10;
-
-/// Limit on the ratio of unpacked to packed bytes, and the unpacked bytes to which it does not apply.
-/// Source code packs to a tenth; xz makes a seven-thousandth of zeros.
-const MAX_RATIO: u64 = 200;
-const ANY_RATIO_BYTES: u64 = 64 << 20;
 
 /// Limit on header bytes between two members.
 const MAX_HEADER_BYTES: u64 = 1 << 20;
@@ -70,11 +66,9 @@ impl Reading {
         let limits = *intake.limits();
         self.packed.allowed.set(u64::MAX);
         self.unpacked.allowed.set(MAX_HEADER_BYTES);
-        let packed =
-            Metered { inner: files::open(path)?, meter: self.packed.clone(), packed: None };
+        let packed = Metered { inner: files::open(path)?, meter: self.packed.clone() };
         let unpacked = unpack(BufReader::with_capacity(1 << 16, packed))?;
-        let (meter, packed) = (self.unpacked.clone(), Some(self.packed.clone()));
-        let mut archive = Archive::new(Metered { inner: unpacked, meter, packed });
+        let mut archive = Archive::new(Metered { inner: unpacked, meter: self.unpacked.clone() });
 
         let mut entries = archive.entries()?;
         let mut count = 0;
@@ -121,11 +115,11 @@ impl Reading {
                 "if you trust it, unpack it and give the folder",
             );
         }
-        if why.kind() == io::ErrorKind::QuotaExceeded {
-            let what = format!("unpacks to more than {MAX_RATIO} times its size");
+        if self.member.is_none() && unpacked <= 512 && is_text(path) {
             return error::data(
-                format!("{what}, {}", path.display()),
-                "if you trust it, unpack it and give the folder",
+                format!("{} does not begin as an archive does: is it an archive?", path.display()),
+                "laam reads .tar, .tar.gz and .tar.xz, and a single file if its suffix counts or `include` \
+                 matches it",
             );
         }
         let near = match &self.member {
@@ -143,6 +137,13 @@ impl Reading {
     }
 }
 
+/// True if a file begins as text does: a tar header has zero bytes.
+fn is_text(path: &Path) -> bool {
+    let mut start = Vec::new();
+    let read = files::open(path).and_then(|file| file.take(512).read_to_end(&mut start));
+    read.is_ok() && !start.contains(&0) && str::from_utf8(&start).is_ok()
+}
+
 /// Keeps a member, or leaves it out.
 fn take(
     mut entry: Entry<'_, impl Read>,
@@ -154,7 +155,11 @@ fn take(
     if corpus_path == Err(Fault::LeadsOut) {
         return Err(refuse(&format!("member {} leads out of it", shown(name)), path));
     }
-    if !names::is_kept(name) {
+    if !intake.filter().keeps(name) {
+        let is_file = matches!(entry.header().entry_type(), EntryType::Regular);
+        if is_file && !name.ends_with(b"/") && intake.filter().lacks_suffix(name) {
+            intake.pass_by(name);
+        }
         return Ok(Flow::Continue(()));
     }
     match entry.header().entry_type() {
@@ -163,8 +168,10 @@ fn take(
         EntryType::Regular | EntryType::Continuous if !is_pax_sparse(&mut entry)? => {}
         _ => return Ok(intake.leave_out(name, Reason::Special)?),
     }
-    let Ok(corpus_path) = corpus_path else {
-        return Ok(intake.leave_out(name, Reason::Name)?);
+    let corpus_path = match corpus_path {
+        Ok(path) => path,
+        Err(Fault::LongPart) => return Ok(intake.leave_out(name, Reason::LongName)?),
+        Err(_) => return Ok(intake.leave_out(name, Reason::Name)?),
     };
     let (size, most) = (entry.size(), intake.limits().file);
     if size > most {
@@ -203,10 +210,46 @@ fn unpack<R: BufRead + 'static>(mut packed: R) -> io::Result<Box<dyn Read>> {
     Ok(if start.starts_with(b"\xFD7zXZ\0") {
         Box::new(lzma_rust2::XzReader::new_mem_limit(packed, true, MAX_XZ_MEMORY_KIB))
     } else if start.starts_with(&[0x1F, 0x8B]) {
-        Box::new(flate2::bufread::MultiGzDecoder::new(packed))
+        Box::new(Gzip::Member(GzDecoder::new(packed)))
     } else {
         Box::new(packed)
     })
+}
+
+/// The members of a gzip file, one after another. As gzip itself does, zero bytes after the last one
+/// are passed over: tapes and some servers pad with them.
+enum Gzip<R: BufRead> {
+    Member(GzDecoder<R>),
+    End,
+}
+
+impl<R: BufRead> Read for Gzip<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let Self::Member(member) = self else { return Ok(0) };
+            let n = member.read(buffer)?;
+            if n > 0 || buffer.is_empty() {
+                return Ok(n);
+            }
+            let Self::Member(member) = std::mem::replace(self, Self::End) else { return Ok(0) };
+            let mut rest = member.into_inner();
+            let mut padded = false;
+            loop {
+                let packed = rest.fill_buf()?;
+                let zeros = packed.iter().take_while(|&&byte| byte == 0).count();
+                match packed.len() {
+                    0 => return Ok(0),
+                    length if zeros == length => padded = true,
+                    _ if zeros > 0 || padded => {
+                        return Err(io::Error::other("more data after the padding of a gzip file"));
+                    }
+                    _ => break,
+                }
+                rest.consume(zeros);
+            }
+            *self = Self::Member(GzDecoder::new(rest));
+        }
+    }
 }
 
 /// Reads on to the end, where only the padding of the last record may come.
@@ -235,8 +278,6 @@ struct Meter {
 struct Metered<R> {
     inner: R,
     meter: Rc<Meter>,
-    /// Of the packed bytes, if these are the unpacked ones.
-    packed: Option<Rc<Meter>>,
 }
 
 impl<R: Read> Read for Metered<R> {
@@ -245,11 +286,6 @@ impl<R: Read> Read for Metered<R> {
         let done = self.meter.done.get() + n as u64;
         self.meter.done.set(done);
         self.meter.ended.set(n == 0 && !buffer.is_empty());
-        let most =
-            |packed: &Rc<Meter>| MAX_RATIO.saturating_mul(packed.done.get()).max(ANY_RATIO_BYTES);
-        if self.packed.as_ref().is_some_and(|packed| done > most(packed)) {
-            return Err(io::ErrorKind::QuotaExceeded.into());
-        }
         if done > self.meter.allowed.get() {
             return Err(io::Error::other("more headers or padding than an archive needs"));
         }

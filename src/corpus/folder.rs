@@ -1,12 +1,13 @@
 //! A folder's files, sorted bytewise by path relative to it. Links in it are never followed, so the
 //! walk stays inside and ends.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::manifest::Reason;
+use super::manifest::{MAX_NAMED_FILES, OtherFiles, Reason};
 use super::names::{self, Fault};
 use super::pass::{Flow, Intake};
 use crate::error;
@@ -20,7 +21,8 @@ struct Found {
 }
 
 pub fn read(folder: &Path, intake: &mut Intake) -> anyhow::Result<()> {
-    let mut found = walk(folder, intake.limits().entries, intake.limits().names)?;
+    let (mut found, other) = walk(folder, intake)?;
+    intake.passed_by(other);
     found.sort_by(|a, b| a.name.cmp(&b.name));
     for Found { name, kind } in found {
         let flow = if kind.is_symlink() {
@@ -33,6 +35,7 @@ pub fn read(folder: &Path, intake: &mut Intake) -> anyhow::Result<()> {
                     let file = folder.join(std::ffi::OsStr::from_bytes(&name));
                     intake.keep(path, contents(&file, intake.limits().file)?)?
                 }
+                Err(Fault::LongPart) => intake.leave_out(&name, Reason::LongName)?,
                 Err(Fault::Unusable | Fault::LeadsOut) => intake.leave_out(&name, Reason::Name)?,
             }
         };
@@ -43,9 +46,25 @@ pub fn read(folder: &Path, intake: &mut Intake) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// All that counts by its name in the folder and the folders in it, in no order.
-fn walk(folder: &Path, most_entries: u64, most_names: u64) -> anyhow::Result<Vec<Found>> {
+/// One file by itself, named without its folder.
+pub fn read_file(file: &Path, intake: &mut Intake) -> anyhow::Result<()> {
+    let name = file.file_name().unwrap_or_default().as_bytes();
+    let read = match names::corpus_path(name) {
+        Ok(path) => intake.keep(path, contents(file, intake.limits().file)?),
+        Err(Fault::LongPart) => intake.leave_out(name, Reason::LongName),
+        Err(Fault::Unusable | Fault::LeadsOut) => intake.leave_out(name, Reason::Name),
+    };
+    read.map(drop)
+}
+
+/// All that counts by its name in the folder and the folders in it, in no order, and the files with
+/// other suffixes, but for those of git.
+fn walk(folder: &Path, intake: &Intake) -> anyhow::Result<(Vec<Found>, OtherFiles)> {
+    let (most_entries, most_names) = (intake.limits().entries, intake.limits().names);
+    let filter = intake.filter();
     let mut found = Vec::new();
+    // Files by the first of their names, whatever the order of the folder.
+    let (mut other, mut first_names) = (0, BTreeSet::new());
     let (mut entries, mut name_bytes) = (0, 0);
     let mut folders = vec![PathBuf::new()];
     while let Some(relative) = folders.pop() {
@@ -55,7 +74,7 @@ fn walk(folder: &Path, most_entries: u64, most_names: u64) -> anyhow::Result<Vec
             let kind = entry.file_type().map_err(|why| unreadable(&why, &entry.path()))?;
             let relative = relative.join(entry.file_name());
             let name = relative.as_os_str().as_bytes();
-            let counts = !kind.is_dir() && names::is_kept(name);
+            let counts = !kind.is_dir() && filter.keeps(name);
             entries += 1;
             name_bytes += if counts || kind.is_dir() { name.len() as u64 } else { 0 };
             if entries > most_entries || name_bytes > most_names {
@@ -68,10 +87,17 @@ fn walk(folder: &Path, most_entries: u64, most_names: u64) -> anyhow::Result<Vec
                 folders.push(relative);
             } else if counts {
                 found.push(Found { name: name.to_vec(), kind });
+            } else if kind.is_file() && !name.starts_with(b".git/") && filter.lacks_suffix(name) {
+                other += 1;
+                first_names.insert(name.to_vec());
+                if first_names.len() > MAX_NAMED_FILES {
+                    first_names.pop_last();
+                }
             }
         }
     }
-    Ok(found)
+    let names = first_names.iter().map(|name| names::shown(name)).collect();
+    Ok((found, OtherFiles { files: other, names }))
 }
 
 fn contents(file: &Path, most: u64) -> anyhow::Result<Vec<u8>> {

@@ -1,8 +1,8 @@
 //! Kernel archives from kernel.org by version, checked and kept in a cache.
 //!
 //! An archive is compared with the `sha256sums.asc` of its folder. That guards against damage and
-//! against a mirror that serves something else than it lists. No hash is pinned in the program, and the
-//! list's PGP signature is not verified: trust in the list is trust in the server and its TLS certificate.
+//! against a mirror that serves something else than it lists; the list's PGP signature is not
+//! verified, so trust in the list is trust in the server and its TLS certificate.
 
 use std::fmt;
 use std::fs;
@@ -77,8 +77,6 @@ pub struct LinuxRelease {
     pub cache: PathBuf,
     /// The longest wait for a server.
     pub timeout: Duration,
-    /// Accept an archive that no checksum list names.
-    pub unverified: bool,
 }
 
 /// An archive in the cache. The record beside it (`ARCHIVE.json`) holds the same.
@@ -93,34 +91,20 @@ pub struct Fetched {
     /// True if the server's list names the archive, with this sha256. False if it has no list or
     /// does not name it; an archive that the list contradicts is refused.
     pub checksum_confirmed: bool,
-    /// The addresses that redirects led to, in order.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub redirects: Vec<String>,
 }
 
 impl LinuxRelease {
     /// A kernel from the usual server, in the usual cache.
     pub fn new(version: Version) -> anyhow::Result<Self> {
         let timeout = Duration::from_secs(30);
-        let (mirror, cache) = (MIRROR.to_string(), cache_folder()?);
-        Ok(Self { version, mirror, cache, timeout, unverified: false })
+        Ok(Self { version, mirror: MIRROR.to_string(), cache: cache_folder()?, timeout })
     }
 
     /// The archive: from the cache if it is there and unharmed, else downloaded. The whole file is
     /// hashed either way.
     pub fn fetch(&self, tell: Tell) -> anyhow::Result<Fetched> {
         let mirror = self.mirror.trim_end_matches('/');
-        let host = mirror.strip_prefix("https://").or_else(|| mirror.strip_prefix("http://"));
-        let Some(host) = host.filter(|host| !host.is_empty()) else {
-            return Err(error::config(
-                format!("invalid `mirror_uri` {}", super::names::shown(mirror.as_bytes())),
-                format!("give the http or https address of a folder, like {MIRROR}"),
-            ));
-        };
-        // Each server has its own folder: what one says is never taken for what another said.
-        let plain = |c: char| if c.is_ascii_alphanumeric() || ".-".contains(c) { c } else { '_' };
-        let host: String = host.chars().map(plain).collect();
-        let folder = self.cache.join(format!("at-{host}")).join(&self.version.folder);
+        let folder = self.folder()?;
         if let Some(fetched) = self.cached(&folder, tell)? {
             return Ok(fetched);
         }
@@ -140,6 +124,34 @@ impl LinuxRelease {
         self.download(&format!("{mirror}/{}", self.version.folder), &folder, tell)
     }
 
+    /// Takes the archive from the mirror that a URL of it names, if that is in the cache. A URL that a
+    /// model's folder gives is never asked for anything.
+    pub fn use_cached_mirror(&mut self, url: &str) {
+        let [xz, gz] = self.names().map(|name| format!("/{}/{name}", self.version.folder));
+        let Some(mirror) = url.strip_suffix(&xz).or_else(|| url.strip_suffix(&gz)) else { return };
+        let there = Self { mirror: mirror.to_string(), ..self.clone() };
+        let folder = there.folder();
+        if folder.is_ok_and(|folder| self.names().iter().any(|name| folder.join(name).is_file())) {
+            *self = there;
+        }
+    }
+
+    /// The folder of the cache for the version and the mirror.
+    fn folder(&self) -> anyhow::Result<PathBuf> {
+        let mirror = self.mirror.trim_end_matches('/');
+        let host = mirror.strip_prefix("https://").or_else(|| mirror.strip_prefix("http://"));
+        let Some(host) = host.filter(|host| !host.is_empty()) else {
+            return Err(error::config(
+                format!("invalid `mirror_uri` {}", super::names::shown(mirror.as_bytes())),
+                format!("give the http or https address of a folder, like {MIRROR}"),
+            ));
+        };
+        // Each server has its own folder: what one says is never taken for what another said.
+        let plain = |c: char| if c.is_ascii_alphanumeric() || ".-".contains(c) { c } else { '_' };
+        let host: String = host.chars().map(plain).collect();
+        Ok(self.cache.join(format!("at-{host}")).join(&self.version.folder))
+    }
+
     fn names(&self) -> [String; 2] {
         ["xz", "gz"].map(|packing| format!("linux-{}.tar.{packing}", self.version.number))
     }
@@ -154,8 +166,7 @@ impl LinuxRelease {
             else {
                 continue;
             };
-            // One that was accepted unverified counts only where that is accepted again.
-            if !path.is_file() || !(fetched.checksum_confirmed || self.unverified) {
+            if !path.is_file() {
                 continue;
             }
             if sha256_of(&path)? == fetched.sha256 {
@@ -175,36 +186,14 @@ impl LinuxRelease {
     #[cfg(feature = "fetch")]
     fn download(&self, base: &str, folder: &Path, tell: Tell) -> anyhow::Result<Fetched> {
         let agent = download::agent(self.timeout);
-        let list = download::text(&agent, &format!("{base}/sha256sums.asc"), self.timeout)?;
-        let list = list.filter(|list| is_checksum_list(list));
-        let listed = |name: &str| checksum_in(list.as_deref()?, name);
-        if !self.unverified && !self.names().iter().any(|name| listed(name).is_some()) {
-            let what = match &list {
-                None => "the server has no list of checksums",
-                Some(_) => "the server's list of checksums does not name it",
-            };
-            return Err(error::data(
-                format!(
-                    "linux-{} cannot be checked: {what}, {base}/sha256sums.asc",
-                    self.version.number
-                ),
-                format!(
-                    "{VERSION_HINT}; to accept an archive that cannot be checked, set `unverified`"
-                ),
-            ));
-        }
+        let list = download::text(&agent, &format!("{base}/sha256sums.asc"))?;
         for name in self.names() {
             let url = format!("{base}/{name}");
             let path = folder.join(&name);
             let part = path.with_added_extension("part");
             let download = Download { agent: &agent, url: &url, part, timeout: self.timeout };
-            let listed = listed(&name);
-            if listed.is_none() && !self.unverified {
-                continue;
-            }
-            let Some((sha256, redirects)) = checked(&download, listed.as_deref(), tell)? else {
-                continue;
-            };
+            let listed = list.as_deref().and_then(|list| checksum_in(list, &name));
+            let Some(sha256) = checked(&download, listed.as_deref(), tell)? else { continue };
             if listed.is_none() {
                 let what =
                     if list.is_none() { "has no sha256sums.asc" } else { "does not list it" };
@@ -218,7 +207,6 @@ impl LinuxRelease {
                 retrieved: time::now(),
                 sha256,
                 checksum_confirmed: listed.is_some(),
-                redirects,
             };
             keep(&download, &path, &fetched).map_err(|why| cannot_write(&path, &why))?;
             return Ok(fetched);
@@ -229,23 +217,22 @@ impl LinuxRelease {
 }
 
 /// Downloads and compares the sha256 with the listed one; retries once if a resumed part may be at
-/// fault. Returns the sha256 and the redirects; none if there is no such file.
+/// fault.
+/// None if there is no such file.
 #[cfg(feature = "fetch")]
 fn checked(
     download: &Download,
     listed: Option<&str>,
     tell: Tell,
-) -> anyhow::Result<Option<(String, Vec<String>)>> {
-    for is_last in [false, true] {
-        let DownloadOutcome::Complete { resumed, redirects } = download.run(tell)? else {
-            return Ok(None);
-        };
+) -> anyhow::Result<Option<String>> {
+    loop {
+        let DownloadOutcome::Complete { resumed } = download.run(tell)? else { return Ok(None) };
         let sha256 = sha256_of(&download.part)?;
         if listed.is_none_or(|listed| listed == sha256) {
-            return Ok(Some((sha256, redirects)));
+            return Ok(Some(sha256));
         }
         download.discard().map_err(|why| cannot_write(&download.part, &why))?;
-        if !resumed || is_last {
+        if !resumed {
             let listed = listed.unwrap_or_default();
             return Err(error::data(
                 format!("sha256 is {sha256}, but the server lists {listed}, {}", download.url),
@@ -256,14 +243,6 @@ fn checked(
             "the resumed download has a wrong checksum; starting over".to_string(),
         ));
     }
-    Err(error::internal("a download has two attempts"))
-}
-
-/// True of a text with a line `HASH  NAME`: a page in place of the list has none.
-#[cfg(feature = "fetch")]
-fn is_checksum_list(text: &str) -> bool {
-    let is_html = text.trim_start().starts_with('<');
-    !is_html && text.lines().any(|line| hash_and_name(line).is_some())
 }
 
 /// Moves the part into place. The record comes first: alone, it counts for nothing.
@@ -279,16 +258,15 @@ fn record_of(path: &Path) -> PathBuf {
 }
 
 /// The hash of a file in a list of lines `HASH  NAME` (or `HASH *NAME`), which may be signed text.
-pub fn checksum_in(list: &str, name: &str) -> Option<String> {
-    let mut lines = list.lines().filter_map(hash_and_name);
-    lines.find(|(_, listed)| *listed == name).map(|(hash, _)| hash.to_ascii_lowercase())
-}
-
-fn hash_and_name(line: &str) -> Option<(&str, &str)> {
-    let (hash, name) = line.trim_end().split_once(' ')?;
-    let name = name.strip_prefix([' ', '*'])?;
-    let is_hash = hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
-    is_hash.then_some((hash, name))
+#[cfg(feature = "fetch")]
+fn checksum_in(list: &str, name: &str) -> Option<String> {
+    list.lines().find_map(|line| {
+        let (hash, listed) = line.trim_end().split_once(' ')?;
+        let named =
+            matches!(listed.as_bytes(), [b' ' | b'*', rest @ ..] if rest == name.as_bytes());
+        let is_hash = hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+        (named && is_hash).then(|| hash.to_ascii_lowercase())
+    })
 }
 
 /// Cache folder of downloads: `LAAM_CACHE`, else `XDG_CACHE_HOME/laam`, else `~/.cache/laam`.

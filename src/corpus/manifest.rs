@@ -4,12 +4,28 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Encoding, SUFFIXES, hex};
+use super::names::MAX_PART_BYTES;
+use super::{Encoding, SUFFIXES, hex, shown};
+
+/// Kind of a source.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SourceOrigin {
+    /// The sample that is built into the program.
+    Sample,
+    /// A kernel of kernel.org or of a mirror, by its version: `v1.0/1.0`.
+    Release(String),
+    #[default]
+    Folder,
+    Archive,
+    File,
+}
 
 /// Files of one pass over a corpus, and their source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// The URL, the path as it was given, or `built-in sample`.
+    pub origin: SourceOrigin,
+    /// The URL without credentials, the path as it was given, or `built-in sample`.
     pub source: String,
     /// Time of the download, or of reading from disk: UTC, RFC 3339.
     pub retrieved: Option<String>,
@@ -18,8 +34,12 @@ pub struct Manifest {
     /// True if the archive's sha256 is the one that the server's list gives for it. None if
     /// there is no such list.
     pub checksum_confirmed: Option<bool>,
-    /// The suffixes of the files that count, in any case.
+    /// The suffixes of the files that count, in any case; none if there are globs to include.
     pub filter: Vec<String>,
+    /// Globs of the files that count instead, and of those that do not (see
+    /// [`NameFilter`](super::NameFilter)).
+    pub include: Vec<String>,
+    pub exclude: Vec<String>,
     /// Treatment of files that are not UTF-8.
     pub encoding: Encoding,
     /// Only the first so many kept files were asked for.
@@ -28,7 +48,30 @@ pub struct Manifest {
     pub files: Vec<FileRecord>,
     /// The files that would count by their names, but were left out.
     pub left_out: Vec<LeftOut>,
+    /// The files that do not count, because of the suffix of their names.
+    pub other: OtherFiles,
 }
+
+/// Files with other suffixes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OtherFiles {
+    pub files: u64,
+    /// The first few names, escaped.
+    pub names: Vec<String>,
+}
+
+impl OtherFiles {
+    /// Counts a file. Its name is kept if it is among the first.
+    pub(super) fn add(&mut self, name: &[u8]) {
+        self.files += 1;
+        if self.names.len() < MAX_NAMED_FILES {
+            self.names.push(shown(name));
+        }
+    }
+}
+
+/// Files that a warning names.
+pub(super) const MAX_NAMED_FILES: usize = 5;
 
 /// One file that was given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +98,8 @@ pub enum Reason {
     NotUtf8,
     /// The name is not UTF-8, is too long, or has control characters.
     Name,
+    /// A part of the name is too long for the file to be written back.
+    LongName,
     /// A symbolic or hard link. Links are never followed: what they point at counts where it is.
     Link,
     /// A device, a pipe, a socket, or a sparse file.
@@ -65,16 +110,17 @@ impl Reason {
     /// True if text is lost by leaving the file out: an error under `--strict`. A link's text is
     /// elsewhere, and a device has none.
     pub fn is_loss(self) -> bool {
-        matches!(self, Self::NotUtf8 | Self::Name)
+        matches!(self, Self::NotUtf8 | Self::Name | Self::LongName)
     }
 
     /// The reason in words: "3 files are ...".
-    pub fn words(self) -> &'static str {
+    pub fn words(self) -> String {
         match self {
-            Self::NotUtf8 => "not UTF-8",
-            Self::Name => "badly named",
-            Self::Link => "links",
-            Self::Special => "not regular files",
+            Self::NotUtf8 => "not UTF-8".to_string(),
+            Self::Name => "badly named".to_string(),
+            Self::LongName => format!("named with more than {MAX_PART_BYTES} bytes"),
+            Self::Link => "links".to_string(),
+            Self::Special => "not regular files".to_string(),
         }
     }
 }
@@ -82,15 +128,19 @@ impl Reason {
 impl Default for Manifest {
     fn default() -> Self {
         Self {
+            origin: SourceOrigin::default(),
             source: String::new(),
             retrieved: None,
             archive_sha256: None,
             checksum_confirmed: None,
             filter: SUFFIXES.map(String::from).to_vec(),
+            include: Vec::new(),
+            exclude: Vec::new(),
             encoding: Encoding::default(),
             limit: None,
             files: Vec::new(),
             left_out: Vec::new(),
+            other: OtherFiles::default(),
         }
     }
 }
@@ -115,21 +165,25 @@ impl Manifest {
 
     /// Warnings for a person: one line for each reason files were left out, naming the first few.
     pub fn warnings(&self) -> Vec<String> {
-        const MAX_NAMED_FILES: usize = 5;
-        [Reason::NotUtf8, Reason::Name, Reason::Link, Reason::Special]
-            .into_iter()
-            .filter_map(|reason| {
-                let of_it = |left: &&LeftOut| left.reason == reason;
-                let names = self.left_out.iter().filter(of_it).map(|left| left.name.as_str());
-                let count = names.clone().count();
-                let mut named = names.take(MAX_NAMED_FILES).collect::<Vec<_>>().join(", ");
-                if count > MAX_NAMED_FILES {
-                    named.push_str(", ...");
-                }
-                let files = if count == 1 { "file" } else { "files" };
-                let line = format!("{count} {files} left out ({}): {named}", reason.words());
-                (count > 0).then_some(line)
-            })
-            .collect()
+        let line = |count: u64, why: &str, names: &mut dyn Iterator<Item = &str>| {
+            let mut named = names.take(MAX_NAMED_FILES).collect::<Vec<_>>().join(", ");
+            if count > MAX_NAMED_FILES as u64 {
+                named.push_str(", ...");
+            }
+            let files = if count == 1 { "file" } else { "files" };
+            (count > 0).then(|| format!("{count} {files} left out ({why}): {named}"))
+        };
+        let lines =
+            [Reason::NotUtf8, Reason::Name, Reason::LongName, Reason::Link, Reason::Special]
+                .into_iter()
+                .filter_map(|reason| {
+                    let of_it = |left: &&LeftOut| left.reason == reason;
+                    let mut names =
+                        self.left_out.iter().filter(of_it).map(|left| left.name.as_str());
+                    line(names.clone().count() as u64, &reason.words(), &mut names)
+                });
+        let names = &mut self.other.names.iter().map(String::as_str);
+        let other = line(self.other.files, "by their suffix; `include` takes them", names);
+        lines.chain(other).collect()
     }
 }

@@ -1,4 +1,4 @@
-//! Text sources: kernel.org, archives, folders and the built-in sample, and the manifest of a pass.
+//! Text sources: kernel.org, archives, folders, single files and the built-in sample, and the manifest of a pass.
 //!
 //! A [`Source`] says where to look; [`Corpus::open`] looks there, and [`Corpus::documents`] is one
 //! pass over the files that count, in order, a file at a time: a kernel tree of 1.3 GB passes
@@ -13,6 +13,7 @@ mod archive;
 mod download;
 mod event;
 mod folder;
+mod known;
 mod linux;
 mod manifest;
 mod names;
@@ -21,15 +22,19 @@ mod sample;
 mod time;
 
 use std::borrow::Cow;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 pub use event::{FetchEvent, Tell};
-pub use linux::{Fetched, LinuxRelease, MIRROR, Version, cache_folder, checksum_in};
-pub use manifest::{FileRecord, LeftOut, Manifest, Reason};
-pub use names::SUFFIXES;
+pub use known::{is_linux_1_0, linux_1_0_files};
+pub use linux::{Fetched, LinuxRelease, MIRROR, Version, cache_folder};
+pub use manifest::{FileRecord, LeftOut, Manifest, OtherFiles, Reason, SourceOrigin};
+pub use names::{NameFilter, SUFFIXES};
 pub(crate) use names::{corpus_path, shown};
 pub use pass::Documents;
-pub use sample::{NAMES as SAMPLE_NAMES, is_sample};
+pub use sample::{NAMES as SAMPLE_NAMES, is_part_of_sample, is_sample};
+pub use time::now;
 
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
@@ -66,7 +71,7 @@ impl Document {
 pub enum Source {
     /// A kernel of kernel.org, downloaded if it is not in the cache.
     Linux(LinuxRelease),
-    /// A folder, or a .tar, .tar.gz or .tar.xz archive.
+    /// A folder, a .tar, .tar.gz or .tar.xz archive, or one file of text.
     Path(PathBuf),
     /// The small C program that is built into this one.
     Sample,
@@ -75,12 +80,16 @@ pub enum Source {
 /// Options of reading a corpus.
 #[derive(Clone, Debug, Default)]
 pub struct CorpusOptions {
+    /// Files that count, by their names.
+    pub filter: NameFilter,
     /// Only the first so many kept files.
     pub limit: Option<usize>,
     /// A file that would have to be left out because it is not UTF-8 is an error.
     pub strict: bool,
     pub encoding: Encoding,
     pub limits: Limits,
+    /// The manifest hash that a whole pass must have.
+    pub expected: Option<String>,
 }
 
 /// Treatment of files that are not UTF-8.
@@ -128,6 +137,7 @@ pub struct Corpus {
 enum ResolvedSource {
     Archive(PathBuf),
     Folder(PathBuf),
+    File(PathBuf),
     Sample,
 }
 
@@ -146,28 +156,40 @@ impl Corpus {
     ) -> anyhow::Result<Self> {
         let mut origin = Manifest { encoding: options.encoding, ..Manifest::default() };
         origin.limit = options.limit;
+        (origin.include, origin.exclude) =
+            (options.filter.include().to_vec(), options.filter.exclude().to_vec());
+        if !origin.include.is_empty() {
+            origin.filter.clear();
+        }
         let place = match source {
             Source::Linux(release) => {
                 let fetched = release.fetch(tell)?;
-                origin.source = fetched.url;
+                origin.origin = SourceOrigin::Release(release.version.to_string());
+                origin.source = public_url(&fetched.url);
                 origin.retrieved = Some(fetched.retrieved);
                 origin.archive_sha256 = Some(fetched.sha256);
                 origin.checksum_confirmed = Some(fetched.checksum_confirmed);
                 ResolvedSource::Archive(fetched.path)
             }
             Source::Sample => {
+                origin.origin = SourceOrigin::Sample;
                 origin.source = SAMPLE.to_string();
                 ResolvedSource::Sample
             }
             Source::Path(path) => {
                 origin.source = path.display().to_string();
                 origin.retrieved = Some(time::now());
-                let metadata = std::fs::metadata(path).map_err(|why| {
-                    error::data(format!("{why}, {}", path.display()), SOURCE_HINT)
-                })?;
+                let metadata = std::fs::metadata(path).map_err(|why| missing(path, &why))?;
+                let name = path.file_name().unwrap_or_default().as_bytes();
                 if metadata.is_dir() {
                     ResolvedSource::Folder(path.clone())
+                } else if metadata.is_file() && (names::is_kept(name) || options.filter.keeps(name))
+                {
+                    origin.origin = SourceOrigin::File;
+                    ResolvedSource::File(path.clone())
                 } else if metadata.is_file() {
+                    refuse_unreadable_format(path)?;
+                    origin.origin = SourceOrigin::Archive;
                     origin.archive_sha256 = Some(sha256_of(path)?);
                     ResolvedSource::Archive(path.clone())
                 } else {
@@ -192,12 +214,22 @@ impl Corpus {
                     folder::read(&folder, intake)
                 })
             }
+            ResolvedSource::File(file) => {
+                Documents::start(self.origin.clone(), options, move |intake| {
+                    folder::read_file(&file, intake)
+                })
+            }
             ResolvedSource::Archive(file) => {
                 Documents::start(self.origin.clone(), options, move |intake| {
                     archive::read(&file, intake)
                 })
             }
         }
+    }
+
+    /// The source and its options; no files.
+    pub fn origin(&self) -> &Manifest {
+        &self.origin
     }
 
     /// The manifest of a whole pass, made by reading everything once.
@@ -213,7 +245,51 @@ impl Corpus {
 /// Source name of the built-in sample in its manifest.
 pub const SAMPLE: &str = "built-in sample";
 
-const SOURCE_HINT: &str = "give a folder, or a .tar, .tar.gz or .tar.xz archive, that can be read";
+const SOURCE_HINT: &str =
+    "give a folder, a .tar, .tar.gz or .tar.xz archive, or a source file, that can be read";
+
+/// The error of a path that leads nowhere.
+fn missing(path: &Path, why: &std::io::Error) -> anyhow::Error {
+    match path.to_str() {
+        Some(url) if url.contains("://") => error::data(
+            format!("{} is a URL, and a source is a file or a folder", public_url(url)),
+            "download it and give the file; `version` fetches a kernel, from `mirror_uri`",
+        ),
+        _ => error::data(format!("{why}, {}", path.display()), SOURCE_HINT),
+    }
+}
+
+/// A URL without what may be secret: user, password, query and fragment.
+pub fn public_url(url: &str) -> String {
+    let url = url.split(['?', '#']).next().unwrap_or_default();
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_string() };
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+    format!("{scheme}://{host}{path}")
+}
+
+/// Refuses a file that begins as some format does which is not read, by the format's name.
+fn refuse_unreadable_format(path: &Path) -> anyhow::Result<()> {
+    const FORMATS: [(&[u8], &str); 7] = [
+        (b"PK\x03\x04", "zip"),
+        (b"PK\x05\x06", "zip"),
+        (b"BZh", "bzip2"),
+        (b"\x28\xB5\x2F\xFD", "zstd"),
+        (b"7z\xBC\xAF\x27\x1C", "7-Zip"),
+        (b"Rar!", "RAR"),
+        (b"LZIP", "lzip"),
+    ];
+    let mut start = Vec::new();
+    let read = files::open(path).and_then(|file| file.take(8).read_to_end(&mut start));
+    read.map_err(|why| error::data(format!("{why}, {}", path.display()), SOURCE_HINT))?;
+    match FORMATS.iter().find(|(magic, _)| start.starts_with(magic)) {
+        None => Ok(()),
+        Some((_, format)) => Err(error::data(
+            format!("{} is a {format} file, which laam does not read", path.display()),
+            "unpack it and give the folder, or pack it as .tar, .tar.gz or .tar.xz",
+        )),
+    }
+}
 
 /// The sha256 of a file, in hexadecimal.
 fn sha256_of(path: &Path) -> anyhow::Result<String> {
@@ -241,4 +317,21 @@ pub(crate) fn unhex(text: &str) -> anyhow::Result<[u8; 32]> {
             .map_err(|_| error::internal(format!("invalid sha256 {text}")))?;
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn public_urls_have_no_credentials() {
+        for (url, public) in [
+            ("https://a:b@host.org:8/p/x.tar?token=1#f", "https://host.org:8/p/x.tar"),
+            ("http://user@host", "http://host"),
+            ("http://a@b@host/@c", "http://host/@c"),
+            ("https://cdn.kernel.org/pub/a.xz", "https://cdn.kernel.org/pub/a.xz"),
+        ] {
+            assert_eq!(public_url(url), public);
+        }
+    }
 }

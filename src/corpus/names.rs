@@ -1,11 +1,19 @@
 //! The filter of file names, and valid paths of a corpus.
 
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+
+use crate::error;
+
 /// Suffixes of kept files, in any case: the first LaaM's.
 pub const SUFFIXES: [&str; 13] =
     [".c", ".cc", ".cpp", ".cxx", ".c++", ".h", ".hh", ".hpp", ".hxx", ".h++", ".s", ".rs", ".txt"];
 
 /// The longest path a corpus carries, in bytes.
 const MAX_PATH_BYTES: usize = 1024;
+
+/// The longest name of a file or folder in a path, in bytes: file systems take 255, and a file that is
+/// rebuilt is written under a longer, temporary name first.
+pub const MAX_PART_BYTES: usize = 240;
 
 /// True if a file of this name is kept.
 pub fn is_kept(name: &[u8]) -> bool {
@@ -16,6 +24,88 @@ pub fn is_kept(name: &[u8]) -> bool {
     })
 }
 
+/// Patterns that a filter takes, and bytes of one.
+const MAX_GLOBS: usize = 1000;
+const MAX_GLOB_BYTES: usize = 1000;
+
+/// Which files count, by their names: those with one of [`SUFFIXES`], or those that match one of the
+/// globs to include, whatever their suffix; without those that match one to exclude.
+///
+/// A glob without `/` matches the name of a file in any folder, another the whole path in the corpus;
+/// `*` stays within a folder and `**` does not.
+#[derive(Clone, Debug, Default)]
+pub struct NameFilter {
+    include: Vec<String>,
+    exclude: Vec<String>,
+    includes: GlobSet,
+    excludes: GlobSet,
+}
+
+impl NameFilter {
+    /// Compiles the globs.
+    ///
+    /// # Errors
+    /// A glob that is invalid, by its text.
+    pub fn new(include: &[String], exclude: &[String]) -> anyhow::Result<Self> {
+        Ok(Self {
+            include: include.to_vec(),
+            exclude: exclude.to_vec(),
+            includes: compile("include", include)?,
+            excludes: compile("exclude", exclude)?,
+        })
+    }
+
+    pub fn include(&self) -> &[String] {
+        &self.include
+    }
+
+    pub fn exclude(&self) -> &[String] {
+        &self.exclude
+    }
+
+    /// True if a file of this name is kept.
+    pub fn keeps(&self, name: &[u8]) -> bool {
+        let is_included = if self.include.is_empty() {
+            is_kept(name)
+        } else {
+            self.includes.is_match(as_path(name))
+        };
+        is_included && !self.excludes.is_match(as_path(name))
+    }
+
+    /// True if only the suffix of its name keeps a file out.
+    pub fn lacks_suffix(&self, name: &[u8]) -> bool {
+        self.include.is_empty() && !is_kept(name) && !self.excludes.is_match(as_path(name))
+    }
+}
+
+/// A name as globs see it: as in the corpus, if it can be there.
+fn as_path(name: &[u8]) -> String {
+    corpus_path(name).unwrap_or_else(|_| String::from_utf8_lossy(name).into_owned())
+}
+
+fn compile(field: &str, globs: &[String]) -> anyhow::Result<GlobSet> {
+    let invalid = |glob: &str, why: String| {
+        let hint = "a glob is like '*.py', 'drivers/**' or 'fs/[a-m]*.c'";
+        error::config(format!("invalid `{field}` {}: {why}", shown(glob.as_bytes())), hint)
+    };
+    if let Some(extra) = globs.get(MAX_GLOBS) {
+        return Err(invalid(extra, format!("more than {MAX_GLOBS} globs")));
+    }
+    let mut set = GlobSetBuilder::new();
+    for glob in globs {
+        if glob.is_empty() || glob.len() > MAX_GLOB_BYTES {
+            return Err(invalid(glob, format!("must have 1 to {MAX_GLOB_BYTES} bytes")));
+        }
+        let anywhere = if glob.contains('/') { "" } else { "**/" };
+        let pattern =
+            format!("{anywhere}{}", glob.trim_start_matches("./").trim_start_matches('/'));
+        let compiled = GlobBuilder::new(&pattern).literal_separator(true).build();
+        set.add(compiled.map_err(|why| invalid(glob, why.kind().to_string()))?);
+    }
+    set.build().map_err(|why| invalid(&globs.join(" "), why.kind().to_string()))
+}
+
 /// Why a name cannot be a path of a corpus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -23,6 +113,8 @@ pub enum Fault {
     LeadsOut,
     /// It is empty, not UTF-8, too long, or has control characters.
     Unusable,
+    /// A part of it is longer than [`MAX_PART_BYTES`].
+    LongPart,
 }
 
 /// A member's name as a path of the corpus: relative, `/`-separated, without `.` and empty parts.
@@ -38,7 +130,8 @@ pub fn corpus_path(name: &[u8]) -> Result<String, Fault> {
                 && path.len() <= MAX_PATH_BYTES
                 && !path.chars().any(char::is_control) =>
         {
-            Ok(path)
+            let is_long = path.split('/').any(|part| part.len() > MAX_PART_BYTES);
+            if is_long { Err(Fault::LongPart) } else { Ok(path) }
         }
         _ => Err(Fault::Unusable),
     }
@@ -78,11 +171,47 @@ mod tests {
         for out in [&b"/etc/x.c"[..], b"../x.c", b"a/../../x.c", b"a/..", b"//x.c"] {
             assert_eq!(corpus_path(out), Err(Fault::LeadsOut));
         }
-        let long = vec![b'a'; MAX_PATH_BYTES + 1];
-        for bad in [&b""[..], b"./", b"a\nb.c", b"a\0.c", b"\x1b[2J.c", b"\xff.c", &long] {
+        let part = vec![b'a'; MAX_PART_BYTES + 1];
+        assert_eq!(corpus_path(&part), Err(Fault::LongPart));
+        assert_eq!(corpus_path(&[b"a/", &part[..], b"/b.c"].concat()), Err(Fault::LongPart));
+        assert!(corpus_path(&part[1..]).is_ok());
+        let long = b"a/".repeat(MAX_PATH_BYTES / 2 + 1);
+        let long = &long[..MAX_PATH_BYTES + 1];
+        for bad in [&b""[..], b"./", b"a\nb.c", b"a\0.c", b"\x1b[2J.c", b"\xff.c", long] {
             assert_eq!(corpus_path(bad), Err(Fault::Unusable));
         }
-        assert!(corpus_path(&long[1..]).is_ok());
+        assert!(corpus_path(&long[2..]).is_ok());
+    }
+
+    #[test]
+    fn globs_include_whatever_the_suffix_and_exclude() {
+        let filter = |include: &[&str], exclude: &[&str]| {
+            let owned =
+                |globs: &[&str]| globs.iter().map(|glob| (*glob).to_string()).collect::<Vec<_>>();
+            NameFilter::new(&owned(include), &owned(exclude))
+        };
+        let plain = filter(&[], &[]).unwrap();
+        assert!(plain.keeps(b"a/b.c") && plain.lacks_suffix(b"a/b.py"));
+        let python = filter(&["*.py", "./doc/*.md"], &["test_*"]).unwrap();
+        for (name, kept) in [
+            ("a.py", true),
+            ("x/y/a.py", true),
+            ("./a.py", true),
+            ("a.c", false),
+            ("doc/a.md", true),
+            ("doc/x/a.md", false),
+            ("a.md", false),
+            ("x/test_a.py", false),
+        ] {
+            assert_eq!(python.keeps(name.as_bytes()), kept, "{name}");
+            assert!(!python.lacks_suffix(name.as_bytes()), "{name}");
+        }
+        let without = filter(&[], &["drivers/**"]).unwrap();
+        assert!(!without.keeps(b"drivers/net/a.c") && without.keeps(b"fs/drivers.c"));
+        for bad in ["", "[a", "{a", &"a".repeat(MAX_GLOB_BYTES + 1)] {
+            let said = filter(&[], &[bad]).unwrap_err().to_string();
+            assert!(said.contains("`exclude`"), "{bad}: {said}");
+        }
     }
 
     #[test]

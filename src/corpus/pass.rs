@@ -6,11 +6,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use sha2::{Digest, Sha256};
 
-use super::manifest::{FileRecord, LeftOut, Manifest, Reason};
-use super::names::{self, shown};
+use super::manifest::{FileRecord, LeftOut, Manifest, OtherFiles, Reason};
+use super::names::{self, NameFilter, shown};
 use super::{CorpusOptions, Document, Encoding, Limits, hex};
 use crate::error;
-use crate::threads;
 
 /// Files the reader may be ahead of its consumer.
 const FILES_AHEAD: usize = 4;
@@ -19,11 +18,14 @@ const FILES_AHEAD: usize = 4;
 pub struct Documents {
     receiver: Option<Receiver<Message>>,
     manifest: Manifest,
+    /// The hash that the manifest must have at the end.
+    expected: Option<String>,
 }
 
 enum Message {
     Kept(Document, FileRecord),
     LeftOut(LeftOut),
+    Other(OtherFiles),
     End(anyhow::Result<()>),
 }
 
@@ -36,15 +38,19 @@ impl Documents {
     ) -> anyhow::Result<Self> {
         let (sender, receiver) = sync_channel(FILES_AHEAD);
         let source = origin.source.clone();
+        let expected = options.expected.clone();
         std::thread::Builder::new()
             .name("corpus".to_string())
             .spawn(move || {
                 let mut intake = Intake::new(source, options, sender);
                 let result = read(&mut intake);
+                let _ = intake.sender.send(Message::Other(std::mem::take(&mut intake.other)));
                 let _ = intake.sender.send(Message::End(result)); // nobody left to hear it: fine
             })
-            .map_err(|why| threads::none_to_be_had(&why))?;
-        Ok(Self { receiver: Some(receiver), manifest: origin })
+            .map_err(|why| {
+                error::device(format!("cannot start a reader thread: {why}"), "free some memory")
+            })?;
+        Ok(Self { receiver: Some(receiver), manifest: origin, expected })
     }
 
     /// The record of what this pass has given; the whole corpus once there is no next document.
@@ -61,16 +67,34 @@ impl Documents {
         self.receiver = None;
         let nothing = || {
             let mut what = format!("no source files in {}", self.manifest.source);
-            if !self.manifest.left_out.is_empty() {
+            let warnings = self.manifest.warnings();
+            if !warnings.is_empty() {
                 what.push_str(" (");
-                what.push_str(&self.manifest.warnings().join("; "));
+                what.push_str(&warnings.join("; "));
                 what.push(')');
             }
-            error::data(what, format!("source files end in {}", names::SUFFIXES.join(" ")))
+            let hint = if self.manifest.include.is_empty() {
+                format!("source files end in {}; `include` takes others", names::SUFFIXES.join(" "))
+            } else {
+                "a glob without / matches names, like '*.py', another whole paths, like 'doc/**'"
+                    .to_string()
+            };
+            error::data(what, hint)
         };
         match result {
             Ok(()) if self.manifest.files.is_empty() => Some(Err(nothing())),
-            Ok(()) => None,
+            Ok(()) => {
+                let found = self.manifest.hash();
+                let expected = self.expected.take().filter(|expected| *expected != found)?;
+                Some(Err(error::data(
+                    format!(
+                        "{} is not the text that is recorded: its manifest sha256 is {found}, not \
+                         {expected}",
+                        self.manifest.source
+                    ),
+                    "name the text with `source` or `version`",
+                )))
+            }
             Err(error) => Some(Err(error)),
         }
     }
@@ -87,6 +111,7 @@ impl Iterator for Documents {
                     return Some(Ok(document));
                 }
                 Ok(Message::LeftOut(left_out)) => self.manifest.left_out.push(left_out),
+                Ok(Message::Other(other)) => self.manifest.other = other,
                 Ok(Message::End(result)) => return self.end(result),
                 // The thread is gone without a last word.
                 Err(_) => {
@@ -104,8 +129,11 @@ pub(super) struct Intake {
     source: String,
     options: CorpusOptions,
     sender: SyncSender<Message>,
+    /// Paths of the files given, and of all folders that they are in.
     seen: HashSet<String>,
+    folders: HashSet<String>,
     names: u64,
+    other: OtherFiles,
 }
 
 /// Continue, or stop reading.
@@ -113,7 +141,22 @@ pub(super) type Flow = ControlFlow<()>;
 
 impl Intake {
     fn new(source: String, options: CorpusOptions, sender: SyncSender<Message>) -> Self {
-        Self { source, options, sender, seen: HashSet::new(), names: 0 }
+        let (seen, folders) = (HashSet::new(), HashSet::new());
+        Self { source, options, sender, seen, folders, names: 0, other: OtherFiles::default() }
+    }
+
+    pub fn filter(&self) -> &NameFilter {
+        &self.options.filter
+    }
+
+    /// Counts a file that is not taken because of the suffix of its name.
+    pub fn pass_by(&mut self, name: &[u8]) {
+        self.other.add(name);
+    }
+
+    /// Sets the files that were not taken because of the suffix of their names.
+    pub fn passed_by(&mut self, other: OtherFiles) {
+        self.other = other;
     }
 
     pub fn limits(&self) -> &Limits {
@@ -141,10 +184,30 @@ impl Intake {
                 "pack the archive again, with each file once",
             ));
         }
+        self.check_folders(&record.path)?;
         let document = Document { path: record.path.clone(), text, encoding };
         let flow = self.send(Message::Kept(document, record));
         let full = self.options.limit.is_some_and(|limit| self.seen.len() >= limit);
         Ok(if full { Flow::Break(()) } else { flow })
+    }
+
+    /// Refuses a file that another needs as a folder: the two could not be written back.
+    fn check_folders(&mut self, path: &str) -> anyhow::Result<()> {
+        let mut both = self.folders.contains(path).then_some(path);
+        for (end, _) in path.match_indices('/') {
+            let folder = &path[..end];
+            if self.seen.contains(folder) {
+                both = Some(folder);
+            }
+            if !self.folders.contains(folder) {
+                self.folders.insert(folder.to_string());
+            }
+        }
+        let Some(both) = both else { return Ok(()) };
+        Err(error::data(
+            format!("{} is both a file and a folder, {}", shown(both.as_bytes()), self.source),
+            "leave one of them out with `exclude`, or pack the archive again",
+        ))
     }
 
     /// Notes that a file which counts by its name is not taken.

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use laam::corpus::{Corpus, CorpusOptions, Document, Encoding, Manifest, Reason, Source};
+use laam::corpus::{
+    Corpus, CorpusOptions, Document, Encoding, Manifest, NameFilter, Reason, Source, SourceOrigin,
+};
 use laam::error::{ErrorKind, kind_of};
 
 use crate::support::linux;
@@ -122,6 +124,57 @@ fn a_source_without_source_files_is_an_error() {
         assert_eq!(kind_of(&why), Some(ErrorKind::Data), "{why:#}");
         assert!(format!("{why:#}").contains(&folder.path().display().to_string()), "{why:#}");
     }
+}
+
+#[test]
+fn files_with_other_suffixes_are_counted_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    write_files(folder.path(), &["a.c", "b.py", "README", "d/c.md", ".git/objects/ab"]);
+    let (documents, manifest) = read(folder.path(), CorpusOptions::default()).unwrap();
+    assert_eq!(paths(&documents), ["a.c"]);
+    let warning = "3 files left out (by their suffix; `include` takes them): README, b.py, d/c.md";
+    assert_eq!(manifest.warnings(), [warning]);
+    // Whatever the suffix, if a glob says so; what nobody asked for is no loss then.
+    let filter = |include: &[&str], exclude: &[&str]| {
+        let [include, exclude] = [include, exclude]
+            .map(|globs| globs.iter().map(|glob| (*glob).to_string()).collect::<Vec<_>>());
+        let filter = NameFilter::new(&include, &exclude).unwrap();
+        read(folder.path(), CorpusOptions { filter, ..CorpusOptions::default() })
+    };
+    let (documents, manifest) = filter(&["*.py", "*.md"], &["b.*"]).unwrap();
+    assert_eq!(paths(&documents), ["d/c.md"]);
+    assert_eq!(manifest.warnings(), [] as [&str; 0]);
+    assert_eq!((manifest.include.len(), manifest.exclude.len(), manifest.filter.len()), (2, 1, 0));
+    let nothing = format!("{:#}", filter(&[], &["*.c"]).unwrap_err());
+    assert!(nothing.contains("3 files left out") && nothing.contains("README"), "{nothing}");
+}
+
+#[test]
+fn one_file_is_a_corpus_and_other_formats_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    write_files(folder.path(), &["deep/notes.txt", "Makefile"]);
+    let open = |name: &str, include: &[String]| {
+        let filter = NameFilter::new(include, &[]).unwrap();
+        read(&folder.path().join(name), CorpusOptions { filter, ..CorpusOptions::default() })
+    };
+    let (documents, manifest) = open("deep/notes.txt", &[]).unwrap();
+    assert_eq!(
+        (paths(&documents), documents[0].text.as_str()),
+        (vec!["notes.txt"], "deep/notes.txt")
+    );
+    assert_eq!(manifest.origin, SourceOrigin::File);
+    assert_eq!(paths(&open("Makefile", &["Make*".to_string()]).unwrap().0), ["Makefile"]);
+    let error = |name: &str| format!("{:#}", open(name, &[]).unwrap_err());
+    assert!(error("Makefile").contains("is it an archive?"));
+    for (magic, format) in
+        [(&b"PK\x03\x04"[..], "a zip file"), (b"\x28\xB5\x2F\xFD", "a zstd file")]
+    {
+        std::fs::write(folder.path().join("x.bin"), magic).unwrap();
+        assert!(error("x.bin").contains(format), "{}", error("x.bin"));
+    }
+    let why = read(Path::new("https://me:secret@host/a.tar.xz?t=1"), CorpusOptions::default());
+    let why = format!("{:#}", why.unwrap_err());
+    assert!(why.contains("https://host/a.tar.xz is a URL") && !why.contains("secret"), "{why}");
 }
 
 #[test]
