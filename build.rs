@@ -26,12 +26,40 @@ type Outcome<T> = Result<T, String>;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rustc-env=LAAM_VERSION={}", version());
     if let Err(why) = build() {
         for line in why.lines() {
             println!("cargo::error={line}");
         }
         std::process::exit(1);
     }
+}
+
+/// The version and, in a release build, the commit: `0.1.0 (0123456789ab)`, with `-dirty` if a tracked
+/// file differs from it. In other builds every commit would start a new one.
+fn version() -> String {
+    let version = env::var("CARGO_PKG_VERSION").unwrap_or_default();
+    if env::var("PROFILE").as_deref() != Ok("release") {
+        return version;
+    }
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok()?;
+        let text = output.status.success().then(|| String::from_utf8(output.stdout).ok())??;
+        Some(text.trim().to_string())
+    };
+    // Of this repository, not of one that this source lies in.
+    let Some("") = git(&["rev-parse", "--show-prefix"]).as_deref() else { return version };
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return version };
+    let paths = ["HEAD", "logs/HEAD"].map(|name| git(&["rev-parse", "--git-path", name]));
+    let sources = ["src", "crates", "Cargo.toml", "Cargo.lock"].map(|path| Some(path.to_string()));
+    // A file that is not there would start a build each time.
+    let exists = |path: &String| Path::new(path).exists();
+    for path in paths.into_iter().chain(sources).flatten().filter(exists) {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]);
+    let dirty = if changed.is_none_or(|changed| changed.is_empty()) { "" } else { "-dirty" };
+    format!("{version} ({commit}{dirty})")
 }
 
 fn build() -> Outcome<()> {

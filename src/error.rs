@@ -23,6 +23,19 @@ pub enum ErrorKind {
     Internal,
 }
 
+impl ErrorKind {
+    /// The kind in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Data => "data",
+            Self::Checkpoint => "checkpoint",
+            Self::Device => "device",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 /// What an internal error asks of its reader.
 pub const INTERNAL: &str = "internal error in laam; please report it";
 

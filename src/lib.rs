@@ -7,7 +7,6 @@
 //! - [`escape`][]: foreign text made fit to be shown
 //! - [`files`][]: atomic and bounded file access
 //! - [`random`][]: counter-based random numbers
-//! - [`threads`][]: thread counts and pools
 //! - [`dtype`][]: element types of tensors
 //! - [`schema`][]: versions of the JSON files
 //! - [`corpus`][]: text sources (kernel.org, archives, folders, the built-in sample) and their manifest
@@ -26,6 +25,9 @@
 //! - `cli`: the command line
 //!
 //! `tests/suite/architecture.rs` checks this order.
+
+/// Version of the program; of a release build, with the commit it was built from.
+pub const VERSION: &str = env!("LAAM_VERSION");
 
 pub mod backend;
 pub mod bench;
@@ -46,7 +48,6 @@ pub mod model;
 pub mod random;
 pub mod report;
 pub mod schema;
-pub mod threads;
 pub mod tokenizer;
 pub mod tokens;
 pub mod train;

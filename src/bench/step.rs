@@ -1,17 +1,15 @@
 //! Timing of whole training steps.
 
-use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
 
 use crate::backend::{Arena, Backend};
-use crate::files;
 use crate::llama::{AdamW, Cost, Optimizer, Program, StepHyperparams, append_update, step};
 use crate::model::{Config, Layout};
 use crate::random::{Philox, Stream};
 use crate::tokens::{Batch, IGNORE};
-use crate::train::Engine;
+use crate::train::{Engine, peak_memory_bytes};
 
 use super::roofline::Ceiling;
 
@@ -171,7 +169,7 @@ pub fn time(
         floor,
         fastest: seconds[0],
         slowest: seconds[seconds.len() - 1],
-        peak_bytes: peak_bytes(),
+        peak_bytes: peak_memory_bytes(),
         model_bytes: engine.bytes(),
         losses,
         operations,
@@ -185,12 +183,4 @@ fn random_windows(windows: usize, context: usize, vocab: usize, step: u32) -> Ba
     let next = |at: usize| if (at + 1).is_multiple_of(context) { IGNORE } else { ids[at + 1] };
     let targets = (0..ids.len()).map(next).collect();
     Batch { windows, context, targets, first_key: vec![0; ids.len()], ids }
-}
-
-/// Peak resident memory of this process in bytes, if the system reports it (Linux).
-pub fn peak_bytes() -> u64 {
-    let status = files::read_text(Path::new("/proc/self/status"), 1 << 20).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
 }

@@ -1,6 +1,7 @@
 //! `README.md` of a model folder: the model card, with what a reader of the weights has to know
 //! about where they came from and under which terms they stand.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::{Config, License, Provenance};
@@ -9,9 +10,12 @@ use crate::dtype::Dtype;
 /// The card's text.
 pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> String {
     let corpus = &provenance.corpus;
+    let names: BTreeSet<&str> =
+        provenance.stages().map(|stage| stage.corpus.name.as_str()).collect();
+    let names: Vec<String> = names.into_iter().map(plain).collect();
     let mut text = format!(
         "---\nlicense: {}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n- memorization\n---\n\n",
-        corpus.license.id()
+        provenance.license().id()
     );
     let _ = write!(
         text,
@@ -21,7 +25,7 @@ pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> Strin
          those files in the form of a language model, and knows nothing else.\n\n\
          {} parameters, stored in {}: {} layers, hidden size {}, {} attention heads sharing {} \
          key/value heads of dimension {}, vocabulary {}, windows of {} tokens.\n\n",
-        plain(&corpus.name),
+        names.join(" and "),
         plain(&provenance.program_version),
         config.parameter_count(),
         precision.name(),
@@ -49,20 +53,65 @@ pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> Strin
     let _ = write!(
         text,
         "- files: {}, chosen by: {}\n\n\
-         `provenance.json` lists every path, the seed, the resolved recipe, the hashes of tokenizer \
-         and weights, the program's version and the device. With the program's source it is the \
-         complete description of how the weights came to be. The Open Source AI Definition 1.0 \
+         `provenance.json` lists every path, the seed, the settings that were used, the hashes of \
+         tokenizer and weights, the program's version and the device. With the program's source it is \
+         the complete description of how the weights came to be. The Open Source AI Definition 1.0 \
          (October 2024) asks for such a description and a listing of the training data; this one \
-         names every file, and the manifest's hash holds each to its bytes.\n\n## License\n\n",
+         names every file, and the manifest's hash holds each to its bytes.\n\n",
         corpus.paths.len(),
         plain(&corpus.filter),
     );
-    text.push_str(match corpus.license {
-        License::Gpl2 => GPL_2,
-        License::Mit => MIT,
+    training(provenance, &mut text);
+    text.push_str("## License\n\n");
+    let kernel = provenance.stages().any(Provenance::is_kernel);
+    if provenance.license_is_given {
+        let id = provenance.license().id();
+        let _ = writeln!(text, "The license `{id}` was set by whoever trained the model.\n");
+    }
+    text.push_str(match provenance.license() {
+        License::Gpl2 if kernel && !provenance.license_is_given => GPL_2,
+        _ if kernel => KERNEL_OUTPUT,
+        License::Mit if !provenance.license_is_given => MIT,
         License::Unknown => UNKNOWN,
+        _ => OUTPUT,
     });
     text
+}
+
+/// How the weights came to be: the last training run, and the models before it.
+fn training(provenance: &Provenance, text: &mut String) {
+    text.push_str("## Training\n\n");
+    let stages = provenance.stages().count();
+    for (at, stage) in provenance.stages().enumerate() {
+        let _ = write!(text, "- stage {} of {stages}: {}", at + 1, plain(&stage.corpus.name));
+        let _ = write!(text, ", {} files", stage.corpus.paths.len());
+        if let Some(date) = &stage.date {
+            let _ = write!(text, ", begun {}", plain(date));
+        }
+        if let Some(seconds) = stage.seconds {
+            let _ = write!(text, ", {seconds:.0} s");
+        }
+        if !stage.device.is_empty() {
+            let (backend, device) = (plain(&stage.backend), plain(&stage.device));
+            let _ = write!(text, " on {device} (backend {backend})");
+        }
+        let _ = write!(text, ", laam {}", plain(&stage.program_version));
+        match &stage.weights_sha256 {
+            Some(sha256) if at + 1 < stages => {
+                let _ = writeln!(text, ", weights {}", plain(sha256));
+            }
+            _ => text.push('\n'),
+        }
+    }
+    if let Some(parent) = &provenance.parent {
+        let _ = writeln!(
+            text,
+            "- parent model: weights {}{}",
+            plain(&parent.weights_sha256),
+            if parent.has_provenance { "" } else { ", of which nothing more is known" }
+        );
+    }
+    text.push('\n');
 }
 
 const GPL_2: &str = "\
@@ -75,6 +124,18 @@ Output that equals the kernel's code is the kernel's code, under that code's own
 with files under BSD and other permissive notices among them. Whoever passes it on has to keep to \
 those terms. Whether the weights themselves are a derived work is unsettled law; the mark is a \
 precaution, not a finding. The program that trained them is MIT-licensed.
+";
+
+const KERNEL_OUTPUT: &str = "\
+The text, or a part of it, is the source of the Linux kernel, which stands under the GNU General \
+Public License, version 2. Output that equals the kernel's code is the kernel's code, under that \
+code's own terms, whatever the license above says of the weights. Whether the weights themselves are \
+a derived work is unsettled law.
+";
+
+const OUTPUT: &str = "\
+Output that equals the training text is that text, under its own terms; whether the weights \
+themselves are a derived work is unsettled law.
 ";
 
 const MIT: &str = "\

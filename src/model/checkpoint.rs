@@ -13,11 +13,13 @@
 //! All are replaced as one (see [`super::replace`]).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::replace::{Staged, settle};
 use super::weights::{self, Mapped, Tensors};
@@ -272,6 +274,25 @@ pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Opt
 /// The safetensors files of a model, one or several, in the order of their names.
 pub fn weight_paths(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(weight_files(folder)?.0)
+}
+
+/// The sha256 of a model's weights: see [`super::ParentRecord`].
+pub fn weights_sha256(folder: &Path) -> anyhow::Result<String> {
+    let paths = weight_paths(folder)?;
+    let hash_of = |path: &PathBuf| {
+        let hash = files::sha256(path).map(|hash| hex(&hash));
+        hash.with_context(|| format!("cannot read {}", path.display()))
+            .hint(ErrorKind::Checkpoint, || "make it readable")
+    };
+    if let [single] = paths.as_slice() {
+        return hash_of(single);
+    }
+    let mut lines = String::new();
+    for path in &paths {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let _ = writeln!(lines, "{}  {name}", hash_of(path)?); // writing to a String cannot fail
+    }
+    Ok(hex(&Sha256::digest(lines)))
 }
 
 /// The safetensors files of a model and, for several, which of them has each tensor.

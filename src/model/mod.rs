@@ -18,12 +18,14 @@ mod weights;
 pub use checkpoint::{
     Checkpoint, Model, SavedState, TrainingState, forget_training_state, has_training_state, load,
     load_config, load_generation_defaults, load_provenance, load_training_state, save,
-    weight_paths,
+    weight_paths, weights_sha256,
 };
 pub use config::{Config, RopeScaling};
 pub use config_json::GenerationDefaults;
 pub use init::initialize;
 pub use layout::{BlockParams, Layout, ParamKind, Parameter, Span};
 pub use presets::{PRESETS, preset};
-pub use provenance::{CorpusRecord, License, Provenance};
+pub use provenance::{
+    CorpusRecord, KERNEL_FILES, KERNEL_RELEASE, License, ParentRecord, Provenance, SessionRecord,
+};
 pub use replace::settle;

@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use super::addressed::AddressEncoder;
 use super::{Batch, IGNORE, TokenFile};
 use crate::error;
-use crate::threads;
 use crate::tokenizer::Tokenizer;
 
 /// Kind of windows that a token file is cut into.
@@ -89,7 +88,6 @@ impl Windows {
         context: usize,
         stride: Option<usize>,
     ) -> anyhow::Result<Self> {
-        threads::start_global_pool()?;
         let pad = tokenizer.markers()?.pad;
         if file.header().tokenizer_sha256 != tokenizer.sha256() {
             return Err(error::data(
@@ -97,13 +95,8 @@ impl Windows {
                 "create it again with laam tokenize, or use the tokenizer it was made with",
             ));
         }
+        Self::check_shape(context, stride)?;
         let stride = stride.unwrap_or(context);
-        if context < 2 || u32::try_from(context).is_err() || stride == 0 || stride > context {
-            return Err(error::config(
-                format!("invalid windows: {context} tokens, stride {stride}"),
-                "`max_position_embeddings` must be at least 2, and `stride` from 1 to that",
-            ));
-        }
         let encoder = AddressEncoder::new(tokenizer, context);
         let (count, firsts, starts) = (0, Vec::new(), Vec::new());
         let mut windows = Self { file, kind, context, stride, pad, encoder, count, firsts, starts };
@@ -115,6 +108,18 @@ impl Windows {
             ));
         }
         Ok(windows)
+    }
+
+    /// Refuses windows that no text can be cut into.
+    pub fn check_shape(context: usize, stride: Option<usize>) -> anyhow::Result<()> {
+        let stride = stride.unwrap_or(context);
+        if context < 2 || u32::try_from(context).is_err() || stride == 0 || stride > context {
+            return Err(error::config(
+                format!("invalid windows: {context} tokens, stride {stride}"),
+                "`max_position_embeddings` must be at least 2, and `stride` from 1 to that",
+            ));
+        }
+        Ok(())
     }
 
     fn cut(&mut self) -> anyhow::Result<()> {

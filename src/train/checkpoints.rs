@@ -79,6 +79,12 @@ fn steps(output: &Path) -> Vec<u64> {
     steps
 }
 
+/// Folders that a run may be resumed from, the newest first: checkpoints, then the finished model.
+pub fn candidates(output: &Path) -> Vec<PathBuf> {
+    let newest = steps(output).into_iter().rev().map(|step| folder(output, step));
+    newest.chain([output.to_path_buf()]).collect()
+}
+
 /// Whether a run left anything in a folder to go on from.
 pub fn is_resumable(output: &Path) -> bool {
     !steps(output).is_empty() || has_training_state(output).unwrap_or(true)

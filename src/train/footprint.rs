@@ -1,7 +1,10 @@
 //! Memory footprint of a training run, from the memory plans of its programs.
 
+use std::path::Path;
+
 use crate::backend::Backend;
 use crate::error;
+use crate::files;
 use crate::llama::{Program, step};
 use crate::model::{Config, Layout};
 
@@ -22,61 +25,25 @@ pub struct Footprint {
 
 impl Footprint {
     /// Footprint of steps on `batch` windows of `seq_len` tokens.
-    ///
-    /// # Errors
-    /// If the sizes are so large that their sum may not fit into 63 bits.
-    pub fn new(
-        backend: &dyn Backend,
-        config: &Config,
-        batch: usize,
-        seq_len: usize,
-    ) -> anyhow::Result<Self> {
-        let micro_batch = backend.micro_batch(batch, seq_len);
-        check_arithmetic(config, micro_batch, seq_len)?;
+    pub fn new(backend: &dyn Backend, config: &Config, batch: usize, seq_len: usize) -> Self {
         let layout = Layout::new(config);
+        let micro_batch = backend.micro_batch(batch, seq_len);
         let program: Program = step::training(config, &layout, micro_batch, seq_len).program;
         let arena = 4 * layout.len;
-        Ok(Self {
+        Self {
             micro_batch,
             parameters: arena + backend.shadow_weight_bytes(&layout),
             gradients: arena,
             optimizer: 2 * arena,
             activations: backend.activation_bytes(&program),
             workspace: backend.workspace_bytes(&program),
-        })
+        }
     }
 
     /// Sum of all parts.
     pub fn peak(&self) -> usize {
         self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
     }
-}
-
-/// Fails if the sizes of a program for these windows may overflow: an upper bound in 128 bits, so
-/// generous that what it refuses fits into no machine.
-fn check_arithmetic(config: &Config, micro_batch: usize, seq_len: usize) -> anyhow::Result<()> {
-    let wide = |size: usize| size as u128;
-    let rows = wide(micro_batch) * wide(seq_len);
-    let heads = wide(config.num_attention_heads) + 2 * wide(config.num_key_value_heads);
-    let width = heads * wide(config.head_dim)
-        + 2 * wide(config.hidden_size)
-        + 2 * wide(config.intermediate_size)
-        + wide(config.vocab_size);
-    // Up to 16 buffers of each width in the forward and the backward of a layer, 8 bytes an element, and
-    // for the workspace a row of scores for each row, eight times.
-    let layers = wide(config.num_hidden_layers) + 1;
-    let buffers = rows.saturating_mul(width).saturating_mul(32 * 8 * layers);
-    let scores = rows.saturating_mul(8 * 8 * wide(seq_len));
-    let all = buffers.saturating_add(scores).saturating_add(64 * config.parameter_count());
-    if all > 1 << 62 {
-        return Err(error::config(
-            format!(
-                "the model and windows of {seq_len} tokens are too large to plan: up to {all} bytes"
-            ),
-            "make `max_position_embeddings` or the model smaller",
-        ));
-    }
-    Ok(())
 }
 
 /// Fails if the machine has too little memory, before an allocation aborts the process.
@@ -95,7 +62,7 @@ pub fn check_memory(
     let needed = if least > there {
         least
     } else {
-        Footprint::new(backend, config, batch, seq_len)?.peak() as u128
+        Footprint::new(backend, config, batch, seq_len).peak() as u128
     };
     if needed <= there {
         return Ok(());
@@ -109,4 +76,12 @@ pub fn check_memory(
         ),
         "make the model or `max_position_embeddings` smaller; laam plan shows what takes the memory",
     ))
+}
+
+/// Peak resident memory of this process in bytes, if the system reports it (Linux).
+pub fn peak_memory_bytes() -> u64 {
+    let status = files::read_text(Path::new("/proc/self/status"), 1 << 20).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
 }

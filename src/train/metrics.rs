@@ -26,8 +26,11 @@ pub struct Metrics {
     /// Mean over the steps since the last line, in nats per token; null where none was finite.
     #[serde(deserialize_with = "number")]
     pub loss: f64,
-    /// The rate of this step.
+    /// AdamW's rate in this step.
     pub learning_rate: f64,
+    /// Muon's rate in this step, if it is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub muon_learning_rate: Option<f64>,
     /// Of this step, before clipping; null where it was not finite, and no update happened.
     #[serde(deserialize_with = "number")]
     pub grad_norm: f64,
@@ -122,6 +125,7 @@ mod tests {
             epoch: 0.5,
             loss: 1.0,
             learning_rate: 1e-3,
+            muon_learning_rate: None,
             grad_norm: 2.0,
             tokens: 10,
             tokens_per_second: 5.0,

@@ -16,9 +16,9 @@ pub mod sweep;
 mod tensorboard;
 mod trainer;
 
-pub use checkpoints::{TrainState, is_resumable};
+pub use checkpoints::{candidates, is_resumable};
 pub use engine::{Engine, StepStats, TrainStep};
-pub use footprint::Footprint;
+pub use footprint::{Footprint, peak_memory_bytes};
 pub use metrics::{MAX_METRICS, Metrics, MetricsFile};
 pub use schedule::{LrDecay, LrSchedule};
 pub use settings::{OptimizerKind, Settings};

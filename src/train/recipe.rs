@@ -3,6 +3,7 @@
 //! ```toml
 //! description = "what it is for"
 //! version = "v1.0/1.0"            # the corpus where none is named: a kernel (else the sample)
+//! requires_source = true          # or: the command has to name one
 //! rebuild = true                  # ends with every file regenerated from its name
 //!
 //! [tokenizer]
@@ -13,6 +14,9 @@
 //! name = "train"
 //! batch_size = 8                  # the flags of laam train, with their defaults
 //! ```
+//!
+//! A later stage has the shape, the context and the kind of windows of the one before unless it says
+//! otherwise; another shape is an error.
 
 use std::path::Path;
 
@@ -22,7 +26,8 @@ use serde::{Deserialize, Serialize};
 use super::Settings;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
-use crate::tokenizer::Style;
+use crate::tokenizer::{Special, Style};
+use crate::tokens::Windows;
 
 /// The recipes that come with the program.
 pub const BUILT_IN: [(&str, &str); 4] = [
@@ -40,8 +45,11 @@ pub(super) const MAX_RECIPE: u64 = 1 << 20;
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     pub description: String,
-    /// The kernel that is the corpus where the command names none; without it, the built-in sample.
+    /// The kernel that is the corpus if the command names none; without it, the built-in sample.
     pub version: Option<String>,
+    /// True if the command has to name the corpus.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub requires_source: bool,
     /// Whether every file is regenerated from its name at the end, and compared.
     #[serde(default)]
     pub rebuild: bool,
@@ -81,6 +89,33 @@ impl TryFrom<toml::Table> for RecipeStage {
     }
 }
 
+/// A recipe whose later stages have the keys of the one before that depend on its model.
+fn inherited(mut recipe: toml::Table) -> toml::Table {
+    const KEYS: [&str; 10] = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+        "rope_theta",
+        "max_position_embeddings",
+        "windows",
+    ];
+    let stages = recipe.get_mut("stage").and_then(toml::Value::as_array_mut);
+    let mut before = toml::Table::new();
+    for stage in stages.into_iter().flatten().filter_map(toml::Value::as_table_mut) {
+        for key in KEYS {
+            if let Some(value) = before.get(key).filter(|_| !stage.contains_key(key)) {
+                stage.insert(key.to_string(), value.clone());
+            }
+        }
+        before.clone_from(stage);
+    }
+    recipe
+}
+
 impl Recipe {
     /// A built-in recipe by its name, or one in a file by its path.
     pub fn find(name: &str) -> anyhow::Result<Self> {
@@ -104,7 +139,10 @@ impl Recipe {
     /// Reads and checks a recipe.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         let advice = || "see docs/recipes.md, and laam train --help for a stage's keys";
-        let recipe: Self = toml::from_str(text).hint(ErrorKind::Config, advice)?;
+        let mut recipe: Self = toml::from_str(text).hint(ErrorKind::Config, advice)?;
+        if recipe.stages.len() > 1 {
+            recipe = inherited(toml::from_str(text)?).try_into().hint(ErrorKind::Config, advice)?;
+        }
         if recipe.stages.is_empty() {
             return Err(error::config("no [[stage]]", advice()));
         }
@@ -122,9 +160,39 @@ impl Recipe {
                     "rename one",
                 ));
             }
-            stage.settings.validate().with_context(|| format!("stage {}", stage.name))?;
+            let settings = &stage.settings;
+            let check = || {
+                settings.validate()?;
+                Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
+                settings.config(recipe.tokenizer.vocab_size, Special::default())
+            };
+            let config = check().with_context(|| format!("stage {}", stage.name))?;
+            let next = recipe.stages.get(at + 1);
+            let conflicts = next.map(|next| (next, next.settings.shape_conflicts(&config)));
+            if let Some((next, conflicts)) = conflicts
+                && let Some((field, ours, theirs)) = conflicts.first()
+            {
+                return Err(error::config(
+                    format!(
+                        "stage {}: {field} is {ours}, but {theirs} in the stage before",
+                        next.name
+                    ),
+                    "leave it out: a stage goes on with the weights of the one before",
+                ));
+            }
         }
         Ok(recipe)
+    }
+
+    /// Value of a key of the tokenizer or of the last stage; null if there is none.
+    pub fn value(&self, key: &str) -> serde_json::Value {
+        let stage = self.stages.last().map(|stage| &stage.settings);
+        let key = Settings::key(key);
+        match key {
+            "vocab_size" => self.tokenizer.vocab_size.into(),
+            "style" => serde_json::json!(self.tokenizer.style),
+            _ => serde_json::to_value(stage).unwrap_or_default()[key].take(),
+        }
     }
 
     /// The recipe with every key a stage has, as a TOML file.
@@ -180,5 +248,26 @@ mod tests {
         assert!(stage("name = 'a'\nbatch_size = 0").contains("batch_size"));
         assert!(stage("name = '../a'").contains("../a"));
         assert!(stage("name = 'a'\n[[stage]]\nname = 'a'").contains("two stages"));
+        assert!(stage("name = 'a'\nhidden_size = 30\nnum_attention_heads = 7").contains("stage a"));
+        let shapes = "name = 'a'\nhidden_size = 64\n[[stage]]\nname = 'b'\nhidden_size = 32";
+        assert!(stage(shapes).contains("stage b: hidden_size is 32, but 64"));
+    }
+
+    #[test]
+    fn later_stages_inherit_the_shape_and_the_windows() {
+        let text = "description = ''\n[tokenizer]\nvocab_size = 99\n[[stage]]\nname = 'a'\n\
+            hidden_size = 64\nwindows = 'addressed'\nmax_position_embeddings = 32\nbatch_size = 8\n\
+            [[stage]]\nname = 'b'\nmax_position_embeddings = 16\n[[stage]]\nname = 'c'\n";
+        let recipe = Recipe::parse(text).unwrap();
+        let of = |stage: usize| {
+            let Settings { hidden_size, windows, max_position_embeddings, batch_size, .. } =
+                recipe.stages[stage].settings;
+            (hidden_size, windows, max_position_embeddings, batch_size)
+        };
+        let kind = crate::tokens::WindowKind::Addressed;
+        assert_eq!(
+            [of(0), of(1), of(2)],
+            [(64, kind, 32, 8), (64, kind, 16, 1), (64, kind, 16, 1)]
+        );
     }
 }

@@ -329,6 +329,45 @@ impl Settings {
         Ok(config)
     }
 
+    /// Settings of a model's shape that differ from a model's: field, value here, value there.
+    pub fn shape_conflicts(&self, config: &Config) -> Vec<(&'static str, String, String)> {
+        let usual = self.hidden_size / self.num_attention_heads.max(1);
+        let sizes = [
+            ("hidden_size", self.hidden_size, config.hidden_size),
+            ("intermediate_size", self.intermediate_size, config.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers, config.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads, config.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads, config.num_key_value_heads),
+            ("head_dim", self.head_dim.unwrap_or(usual), config.head_dim),
+        ];
+        let sizes = sizes.map(|(name, ours, theirs)| (name, ours.to_string(), theirs.to_string()));
+        let (tied, theta) = (self.tie_word_embeddings, self.rope_theta);
+        let others = [
+            ("tie_word_embeddings", tied.to_string(), config.tie_word_embeddings.to_string()),
+            ("rope_theta", theta.to_string(), config.rope_theta.to_string()),
+        ];
+        sizes.into_iter().chain(others).filter(|(_, ours, theirs)| ours != theirs).collect()
+    }
+
+    /// The settings with the shape of a model, whose weights they train.
+    #[must_use]
+    pub fn with_shape(&self, config: &Config) -> Self {
+        let usual_head_dim = config.hidden_size / config.num_attention_heads.max(1);
+        let head_dim = (self.head_dim.is_some() || config.head_dim != usual_head_dim)
+            .then_some(config.head_dim);
+        Self {
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            num_hidden_layers: config.num_hidden_layers,
+            num_attention_heads: config.num_attention_heads,
+            num_key_value_heads: config.num_key_value_heads,
+            head_dim,
+            tie_word_embeddings: config.tie_word_embeddings,
+            rope_theta: config.rope_theta,
+            ..self.clone()
+        }
+    }
+
     pub fn optimizer(&self) -> Optimizer {
         Optimizer {
             adamw: AdamW {

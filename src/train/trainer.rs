@@ -3,18 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context;
-
 use super::checkpoints::{self, TrainState};
-use super::footprint::check_memory;
+use super::footprint::{check_memory, peak_memory_bytes};
 use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
-use super::{Engine, EventFile, LrSchedule, Metrics, MetricsFile, Settings, StepStats, TrainStep};
+use super::{
+    Engine, EventFile, LrSchedule, Metrics, MetricsFile, OptimizerKind, Settings, StepStats,
+    TrainStep,
+};
+use crate::VERSION;
 use crate::backend::{Arena, Backend};
+use crate::corpus::now;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::llama::StepHyperparams;
 use crate::memorization::verbatim;
-use crate::model::{Config, Layout, Provenance, initialize};
+use crate::model::{Config, Provenance, SessionRecord, initialize, load_provenance};
 use crate::schema::SchemaVersion;
 use crate::tokens::{Sampler, Windows};
 
@@ -94,6 +97,8 @@ pub struct Trainer<'a> {
     peak: Option<f64>,
     /// Seconds a step, of those that were last asked for.
     pace: Option<f64>,
+    /// Start of this session.
+    began: Instant,
     /// What a person should know before it begins.
     notes: Vec<String>,
 }
@@ -106,10 +111,6 @@ impl<'a> Trainer<'a> {
         let precision = settings.precision.unwrap_or_else(|| backend.compute_dtype());
         // Resumed on another backend, it is to be the same.
         let known = Settings { precision: Some(precision), ..settings.clone() };
-        job.provenance.recipe = serde_json::to_value(&known)?;
-        job.provenance.seed = settings.seed;
-        job.provenance.program_version = env!("CARGO_PKG_VERSION").to_string();
-        job.provenance.device = backend.device();
 
         let mut sampler = Sampler::new(windows.len(), settings.order, settings.seed)?;
         let mut state = TrainState {
@@ -134,9 +135,24 @@ impl<'a> Trainer<'a> {
         };
         if let Some(saved) = &saved {
             check_resumable(saved, &state)?;
+            if let Some(provenance) = load_provenance(&saved.folder)? {
+                job.provenance.resume(provenance);
+            }
         }
         // A run that began with another model's weights has its shape, whatever the flags say.
         let config = saved.as_ref().map_or(job.config, |saved| &saved.config).clone();
+        state.settings = state.settings.with_shape(&config);
+        job.provenance.recipe = serde_json::to_value(&state.settings)?;
+        job.provenance.seed = settings.seed;
+        let done = saved.as_ref().map_or(0, |saved| saved.state.step);
+        job.provenance.begin_session(SessionRecord {
+            date: now(),
+            steps: (done, done),
+            program_version: VERSION.to_string(),
+            backend: backend.name().to_string(),
+            device: backend.device(),
+            ..SessionRecord::default()
+        });
         check_memory(backend, &config, settings.batch_size, windows.context())?;
         let mut engine = Engine::new(
             backend,
@@ -154,20 +170,11 @@ impl<'a> Trainer<'a> {
                 ErrorKind::Checkpoint,
                 || "remove the checkpoint: `resume` then takes an older one",
             )?);
-            let total = resumed_total(&saved.state, state.total, windows.len());
-            let total = total.with_context(|| format!("in {}", saved.folder.display()))?;
-            if total != saved.state.total {
-                notes.push(format!("the run has {total} steps now, not {}", saved.state.total));
-            }
-            state = TrainState { settings: state.settings, total, ..saved.state };
+            state = TrainState { settings: state.settings, ..saved.state };
             sampler = Sampler::resume(windows.len(), settings.order, state.position)?;
         } else {
             let fresh = || initialize(&config, engine.layout(), settings.seed);
-            let weights = weights.unwrap_or_else(fresh);
-            if precision == Dtype::F16 {
-                check_float16(&weights, engine.layout())?;
-            }
-            engine.write(Arena::Parameters, &weights)?;
+            engine.write(Arena::Parameters, &weights.unwrap_or_else(fresh))?;
         }
         engine.upload_dataset(windows, settings.batch_size)?;
         let looked_for_lost = false;
@@ -186,6 +193,7 @@ impl<'a> Trainer<'a> {
             precision,
             peak: backend.peak_flops(),
             pace: None,
+            began: Instant::now(),
             notes,
         })
     }
@@ -266,6 +274,8 @@ impl<'a> Trainer<'a> {
                     epoch: self.epoch(),
                     loss: sum / count as f64,
                     learning_rate: hyperparams.learning_rate,
+                    muon_learning_rate: (settings.optimizer == OptimizerKind::Muon)
+                        .then_some(hyperparams.muon_learning_rate),
                     grad_norm: outcome.grad_norm,
                     tokens: self.state.tokens,
                     tokens_per_second,
@@ -519,6 +529,8 @@ impl<'a> Trainer<'a> {
 
     fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
         self.state.backend = self.engine.state()?;
+        let seconds = self.began.elapsed().as_secs_f64();
+        self.job.provenance.end_session(seconds, self.state.step, peak_memory_bytes());
         let arenas = checkpoints::ARENAS
             .iter()
             .map(|&(name, arena)| Ok((name, self.engine.read(arena)?)))
@@ -544,15 +556,13 @@ fn write(engine: &mut Engine, arenas: &[Vec<f32>]) -> anyhow::Result<()> {
 
 /// A resumed run equals an unbroken one only if it is the same run.
 fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::Result<()> {
-    // How often a run tells and saves changes nothing it computes.
+    // How often a run tells and saves changes nothing it computes. A run that began with another model's
+    // weights has that model's shape, which earlier versions did not write into its settings.
     let essence = |settings: &Settings| Settings {
         logging_steps: 1,
         save_steps: 1,
         save_total_limit: 1,
-        // A run may be made longer.
-        max_steps: None,
-        epochs: 1.0,
-        ..settings.clone()
+        ..settings.with_shape(&saved.config)
     };
     let (then, now_settings) = (essence(&saved.state.settings), essence(&now.settings));
     let what = if then != now_settings {
@@ -573,53 +583,6 @@ fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::R
     ))
 }
 
-/// Steps of a resumed run in all: as many as it was saved with, or `now` if its settings ask for another
-/// number.
-fn resumed_total(saved: &TrainState, now: u64, windows: usize) -> anyhow::Result<u64> {
-    let planned = saved.settings.total_steps(windows);
-    let stopped = saved.settings.stop_at_verbatim.is_some() && saved.total == saved.step;
-    let counts = [saved.tokens, saved.skipped, saved.unlogged.1];
-    let is_valid = saved.step <= saved.total
-        && (saved.total == planned || stopped)
-        && counts.into_iter().all(|count| count < 1 << 62)
-        && saved.best.is_none_or(|(_, step)| step <= saved.step);
-    if !is_valid {
-        return Err(error::checkpoint(
-            format!(
-                "invalid training state: step {} of {}, but its settings make {planned} steps",
-                saved.step, saved.total
-            ),
-            "remove the checkpoint: `resume` then takes an older one",
-        ));
-    }
-    if now == planned {
-        return Ok(saved.total);
-    }
-    if now < saved.step {
-        return Err(error::config(
-            format!("{} steps are done, more than the {now} that are asked for", saved.step),
-            "set `max_steps` or `epochs` to more",
-        ));
-    }
-    Ok(now)
-}
-
-/// Refuses weights that float16 cannot hold, before any step is trained that could not be saved.
-fn check_float16(weights: &[f32], layout: &Layout) -> anyhow::Result<()> {
-    let overflows = |x: &f32| x.is_finite() && !Dtype::F16.round(*x).is_finite();
-    let too_large = layout
-        .parameters
-        .iter()
-        .find(|parameter| weights[parameter.span.range()].iter().any(overflows));
-    match too_large {
-        None => Ok(()),
-        Some(parameter) => Err(error::config(
-            format!("{} has a value too large for float16, whose largest is 65504", parameter.name),
-            "set `precision` to bfloat16",
-        )),
-    }
-}
-
 fn scalars(metrics: &Metrics) -> Vec<(&'static str, f64)> {
     let mut scalars = vec![
         ("train/loss", metrics.loss),
@@ -628,6 +591,7 @@ fn scalars(metrics: &Metrics) -> Vec<(&'static str, f64)> {
         ("train/epoch", metrics.epoch),
         ("train/tokens_per_second", metrics.tokens_per_second),
     ];
+    scalars.extend(metrics.muon_learning_rate.map(|rate| ("train/muon_learning_rate", rate)));
     scalars.extend(metrics.mfu.map(|mfu| ("train/mfu", mfu)));
     scalars.extend(metrics.verbatim_rate.map(|rate| ("eval/verbatim_rate", rate)));
     scalars
