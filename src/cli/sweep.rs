@@ -1,5 +1,6 @@
 //! `laam sweep`: one recipe again and again, with a few keys changed.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -15,7 +16,6 @@ use super::rebuild::AGAIN;
 use super::rebuild::Rebuild;
 use super::run::{Identity, claim, train};
 use super::source::SourceArgs;
-use super::train_tokenizer::encoding_of;
 use super::{Outcome, model, windows};
 use crate::corpus::Corpus;
 use crate::error::{ErrorKind, Hint};
@@ -23,7 +23,8 @@ use crate::files::{self, write_atomically};
 use crate::memorization::measure::{Question, measure};
 use crate::memorization::rebuild::Existing;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
-use crate::report::sweep::{Dot, plot};
+use crate::model::License;
+use crate::report::{self, sweep::plot_of};
 use crate::schema::{SCHEMA_FIELD, upgrade, versioned};
 use crate::tokens::TokenFile;
 use crate::train::MAX_METRICS;
@@ -35,8 +36,8 @@ const MAX_RESULT: u64 = 1 << 20;
 /// Run a recipe with a grid or a list of changes, and tell what came of each.
 ///
 /// Every run has a folder of its own. Runs that are done are skipped and one that was cut off is
-/// resumed: run the same command again. table.tsv, table.json and plot.svg are written after each
-/// run. Where the recipe says rebuild, files_exact counts the files that came back from their names.
+/// resumed: run the same command again. table.tsv, table.json, plot.svg and report.html are written
+/// after each run. Where the recipe says rebuild, files_exact counts the files that came back from their names.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 A sweep is a TOML file:
@@ -59,9 +60,12 @@ pub struct SweepArgs {
     /// The folder for all runs [default: sweeps/NAME]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// The license of the weights [default: by what the text is]
+    #[arg(long, value_name = "ID")]
+    license: Option<License>,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
@@ -74,14 +78,14 @@ pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
     let mut rows = Vec::new();
     for (at, run) in sweep.runs.iter().enumerate() {
         say!("run {} of {}: {}", at + 1, sweep.runs.len(), run.name);
-        let encoding = encoding_of(run.recipe.tokenizer.style);
-        let corpus = arguments.source.corpus(run.recipe.version.as_deref(), encoding)?;
-        match result(&arguments.backend, run, &corpus, &folder.join(&run.name))? {
+        let corpus = arguments.source.corpus_of_recipe(&run.recipe)?;
+        match result(arguments, run, &corpus, &folder.join(&run.name))? {
             Some(row) => rows.push((run, row)),
             None => return Ok(Outcome::Interrupted),
         }
         write(&folder, &sweep, &rows)?;
     }
+    say!("the report is in {}", folder.join("report.html").display());
     if arguments.json {
         output::print_json(&as_json(&sweep, &rows));
     } else {
@@ -92,7 +96,7 @@ pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
 
 /// What came of a run, which is done first if it was not yet; none where it was interrupted.
 fn result(
-    backends: &BackendArgs,
+    arguments: &SweepArgs,
     run: &SweepRun,
     corpus: &Corpus,
     folder: &Path,
@@ -118,11 +122,13 @@ fn result(
                 .hint(ErrorKind::Data, || "make it readable, or remove it");
         }
     }
-    let Some((model, finishes)) = train(backends, &run.recipe, corpus, folder)? else {
+    let license = arguments.license.as_ref();
+    let Some((model, finishes)) = train(&arguments.backend, &run.recipe, corpus, folder, license)?
+    else {
         return Ok(None);
     };
     // Measures are taken in f32, whatever the weights were trained in.
-    let backend = &*backends.open()?;
+    let backend = &*arguments.backend.open()?;
     let opened = model::open(&model)?;
     let (cut, manifest) = windows::cut(corpus, &opened, windows::kind(None, &opened))?;
     let windows = &cut.windows;
@@ -182,28 +188,22 @@ fn last_line(model: &Path) -> anyhow::Result<Value> {
 
 fn write(folder: &Path, sweep: &Sweep, rows: &[(&SweepRun, Value)]) -> anyhow::Result<()> {
     write_atomically(&folder.join("table.tsv"), table(rows).as_bytes())?;
-    let json = format!("{:#}\n", as_json(sweep, rows));
+    let table = as_json(sweep, rows);
+    let json = format!("{table:#}\n");
     write_atomically(&folder.join("table.json"), json.as_bytes())?;
-    let dots: Vec<Dot> = rows
-        .iter()
-        .map(|(run, row)| {
-            let exact = row["windows_exact"].as_f64();
-            let share = exact.zip(row["windows"].as_f64()).map(|(exact, all)| exact / all);
-            Dot {
-                name: run.name.clone(),
-                bits_per_byte: row["bits_per_byte"].as_f64().unwrap_or(f64::NAN),
-                verbatim: share.or(row["verbatim_rate"].as_f64()),
-            }
-        })
-        .collect();
-    write_atomically(&folder.join("plot.svg"), plot(&sweep.description, &dots).as_bytes())
+    write_atomically(&folder.join("plot.svg"), plot_of(&table).as_bytes())?;
+    report::write(folder).map(drop)
 }
 
 fn as_json(sweep: &Sweep, rows: &[(&SweepRun, Value)]) -> Value {
+    // With the recipe's values, so that every run has a value for what any run changes.
+    let keys: BTreeSet<&String> = rows.iter().flat_map(|(run, _)| run.changed.keys()).collect();
     let rows = rows.iter().map(|(run, row)| {
         let mut row = row.clone();
         row["name"] = json!(run.name);
+        row["given"] = json!(run.given);
         row["changed"] = json!(run.changed);
+        row["differs"] = keys.iter().map(|key| ((*key).clone(), run.recipe.value(key))).collect();
         row
     });
     versioned(json!({"description": sweep.description, "runs": rows.collect::<Vec<_>>()}))

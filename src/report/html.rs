@@ -68,6 +68,16 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
+/// A number of bytes in its largest unit: 512 bytes, 1.23 MB.
+pub fn bytes(bytes: f64) -> String {
+    let units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
+    let unit = units.into_iter().find(|(size, _)| bytes >= *size);
+    unit.map_or_else(
+        || format!("{} bytes", short(bytes)),
+        |(size, unit)| format!("{} {unit}", short(bytes / size)),
+    )
+}
+
 /// A part of 1: 98.4%. All is 100% and none is 0% only when they are.
 pub fn percent(part: f64) -> String {
     if part == 0.0 || part == 1.0 {
@@ -98,6 +108,7 @@ mod tests {
         ] {
             assert_eq!(short(number), text);
         }
+        assert_eq!([512.0, 1.234e8, 2e9].map(bytes), ["512 bytes", "123 MB", "2 GB"]);
         assert_eq!(grouped(4_662_336), "4,662,336");
         let parts = [1.0, 0.99999, 0.2, 0.0].map(percent);
         assert_eq!(parts, ["100%", "99.9%", "20%", "0%"]);

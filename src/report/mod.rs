@@ -1,4 +1,4 @@
-//! One HTML page per run: training, memorization, rebuild, provenance.
+//! One HTML page per run: training, memorization, rebuild, provenance. And one per sweep.
 //!
 //! The page is made from the files a run leaves in its folder, and from nothing else. It is one HTML
 //! file that asks for no other: its charts are inline SVG, its style and its script are in it, and a
@@ -16,10 +16,13 @@ pub use run::RunFiles;
 
 use crate::files::write_atomically;
 
-/// Makes `report.html` in the folder of a run, and returns its path.
+/// Makes `report.html` in the folder of a run or of a sweep, and returns its path.
 pub fn write(folder: &Path) -> anyhow::Result<PathBuf> {
-    let run = RunFiles::read(folder)?;
     let path = folder.join("report.html");
-    write_atomically(&path, page::page(&run).as_bytes())?;
+    let html = match run::read_sweep(folder)? {
+        Some(sweep) => sweep::page(&sweep),
+        None => page::page(&RunFiles::read(folder)?),
+    };
+    write_atomically(&path, html.as_bytes())?;
     Ok(path)
 }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::chart::{Bars, Lines, Series};
-use super::html::{data, duration, escape, grouped, percent, short};
+use super::html::{bytes, data, duration, escape, grouped, percent, short};
 use super::run::{HeatStrip, MetricsLine, RunFiles, StageMetrics};
 
 const STYLE: &str = include_str!("report.css");
@@ -26,14 +26,19 @@ pub fn page(run: &RunFiles) -> String {
     rebuild(run, &mut body);
     sizes(run, &mut body);
     provenance(run, &mut body);
+    document(&title, &body, SCRIPT)
+}
+
+/// A page of its own, which asks for no other file.
+pub fn document(title: &str, body: &str, script: &str) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta name=\"color-scheme\" content=\"light dark\">\n<link rel=\"icon\" href=\"data:,\">\n\
          <title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{body}\
-         <div id=\"tip\" role=\"status\" hidden></div>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n",
-        escape(&title)
+         <div id=\"tip\" role=\"status\" hidden></div>\n<script>\n{script}</script>\n</body>\n</html>\n",
+        escape(title)
     )
 }
 
@@ -74,16 +79,55 @@ fn head(run: &RunFiles, out: &mut String) {
     tile((steps > 0).then(|| grouped(steps)), "steps of training");
     let last = run.stages.iter().rev().find_map(|stage| stage.lines.last());
     tile(last.and_then(|line| line.loss).map(short), "final training loss, nats per token");
-    let seconds: f64 = run.stages.iter().map(StageMetrics::seconds).sum();
-    tile((seconds > 0.0).then(|| duration(seconds)), "training time");
+    let training = Recorded::of(run);
+    tile(training.seconds.map(duration), "wall time of training");
+    tile(training.peak_memory_bytes.map(bytes), "peak memory of the process");
+    let mut made = String::new();
+    for (what, value) in [(" on ", &training.date), (" by laam ", &training.program)] {
+        if let Some(value) = value {
+            let _ = write!(made, "{what}<b>{}</b>", escape(value));
+        }
+    }
     let _ = writeln!(
         out,
-        "<header>\n<h1>What the weights give back</h1>\n<p>Run <b>{}</b>, trained on <b>{}</b>.</p>\n\
+        "<header>\n<h1>What the weights give back</h1>\n<p>Run <b>{}</b>, trained on <b>{}</b>{made}.</p>\n\
          <div class=\"tiles\">\n{}</div>\n</header>",
         escape(&run.name),
         escape(corpus),
         tiles.concat()
     );
+}
+
+/// What the provenance records of this run's stages.
+#[derive(Default)]
+struct Recorded {
+    /// Wall time; by the metrics if the provenance does not say.
+    seconds: Option<f64>,
+    peak_memory_bytes: Option<f64>,
+    /// Day of the first start.
+    date: Option<String>,
+    /// Version and commit.
+    program: Option<String>,
+}
+
+impl Recorded {
+    fn of(run: &RunFiles) -> Self {
+        let earlier = run.provenance["earlier_stages"].as_array().map_or(&[][..], Vec::as_slice);
+        let own = run.stages.len().saturating_sub(1).min(earlier.len());
+        let stages = || earlier[earlier.len() - own..].iter().chain([&run.provenance]);
+        let recorded: Option<f64> = stages().map(|stage| stage["seconds"].as_f64()).sum();
+        let told: f64 = run.stages.iter().map(StageMetrics::seconds).sum();
+        let sessions = stages().filter_map(|stage| stage["sessions"].as_array()).flatten();
+        let peaks = sessions.filter_map(|session| session["peak_memory_bytes"].as_f64());
+        let date = stages().find_map(|stage| stage["date"].as_str());
+        let program = run.provenance["program_version"].as_str();
+        Self {
+            seconds: recorded.or((told > 0.0).then_some(told)),
+            peak_memory_bytes: peaks.reduce(f64::max).filter(|peak| *peak > 0.0),
+            date: date.map(|date| date.split('T').next().unwrap_or(date).to_string()),
+            program: program.filter(|program| !program.is_empty()).map(String::from),
+        }
+    }
 }
 
 fn training(run: &RunFiles, out: &mut String) {
@@ -104,11 +148,24 @@ fn training(run: &RunFiles, out: &mut String) {
         Lines { x: "step", y, series, log, include, format }
     };
     let zero = Some((0.0, 0.0));
+    // Both optimizers of each stage, if there are two.
+    let named = |of: fn(&MetricsLine) -> Option<f64>, optimizer: &'static str| {
+        let series = lines(of).into_iter().filter(|series| !series.points.is_empty());
+        let several = run.stages.len() > 1;
+        series.map(move |Series { name, points }| Series {
+            name: if several { format!("{name}, {optimizer}") } else { optimizer.to_string() },
+            points,
+        })
+    };
+    let adamw = named(|line| line.learning_rate, "AdamW");
+    let series = adamw.chain(named(|line| line.muon_learning_rate, "Muon")).collect();
+    let rates =
+        Lines { x: "step", y: "learning rate", series, log: false, include: zero, format: short };
     let charts = [
         chart(|line| line.loss, "nats per token", true, None, short).figure("Loss", ""),
         chart(|line| line.verbatim_rate, "of all windows", false, Some((0.0, 1.0)), percent)
             .figure("Verbatim windows", ""),
-        chart(|line| line.learning_rate, "AdamW", false, zero, short).figure("Learning rate", ""),
+        rates.figure("Learning rate", ""),
         chart(|line| line.grad_norm, "L2 norm", true, None, short)
             .figure("Gradient norm", "before clipping"),
         chart(|line| line.tokens_per_second, "tokens per second", false, zero, short)
@@ -410,6 +467,9 @@ fn sizes(run: &RunFiles, out: &mut String) {
 fn provenance(run: &RunFiles, out: &mut String) {
     let record = &run.provenance;
     let corpus = &record["corpus"];
+    // In files of earlier versions, the corpus has it alone.
+    let license = Some(&record["license"]).filter(|license| license.is_string());
+    let license = license.unwrap_or(&corpus["license"]);
     let mut rows = String::new();
     let mut row = |name: &str, value: &Value| {
         let text = match value {
@@ -429,17 +489,28 @@ fn provenance(run: &RunFiles, out: &mut String) {
         ("sha256 of the tokenizer", &record["tokenizer_sha256"]),
         ("sha256 of the weights", &record["weights_sha256"]),
         ("seed", &record["seed"]),
+        ("training began", &record["date"]),
+        ("backend", &record["backend"]),
         ("device", &record["device"]),
         ("laam", &record["program_version"]),
-        ("license of the weights", &corpus["license"]),
+        ("parent model, sha256 of its weights", &record["parent"]["weights_sha256"]),
+        ("license of the weights", license),
     ] {
         row(name, value);
     }
+    let training = Recorded::of(run);
+    row("wall time of training", &json!(training.seconds.map(duration)));
+    row("peak memory of the process", &json!(training.peak_memory_bytes.map(bytes)));
     let files = corpus["paths"].as_array().map_or(0, Vec::len) as u64;
     row("files", &json!(grouped(files)));
     row("parameters", &run.memorization["parameters"]);
     let mut body = format!("<table class=\"facts\">\n{rows}</table>\n");
-    let license = match corpus["license"].as_str() {
+    let license = match license.as_str() {
+        _ if record["license_is_given"] == true => {
+            "The license of the weights was set by whoever trained the model. What they give back is the \
+             text they were trained on, under its own terms; so are the passages of it that this page \
+             shows."
+        }
         Some("gpl-2.0") => {
             "The text is the Linux kernel's, under the GNU General Public License, version 2; so are the \
              passages of it that this page shows, and what the weights give back. Whether the weights \

@@ -45,6 +45,7 @@ pub struct MetricsLine {
     pub step: u64,
     pub loss: Option<f64>,
     pub learning_rate: Option<f64>,
+    pub muon_learning_rate: Option<f64>,
     pub grad_norm: Option<f64>,
     pub tokens: u64,
     #[serde(alias = "tokens_a_second")]
@@ -124,6 +125,14 @@ impl RunFiles {
         run.rebuild = document(&folder.join("rebuild.json"))?.unwrap_or_default();
         Ok(run)
     }
+}
+
+/// The table of a sweep, if the folder is a sweep's.
+pub fn read_sweep(folder: &Path) -> anyhow::Result<Option<Value>> {
+    if folder.join("run.json").exists() {
+        return Ok(None);
+    }
+    document(&folder.join("table.json"))
 }
 
 /// The text of a file, if there is one.
