@@ -2,39 +2,67 @@
 
 use crate::dtype::Dtype;
 
-/// Dense f16 and bf16 matmuls with f32 accumulation, in TFLOP/s, by a substring of the GPU's name;
-/// the first match counts.
-const PEAK_TFLOPS: [(&str, f64); 22] = [
-    ("B200", 2250.0),
-    ("GH200", 989.4),
-    ("H200 NVL", 835.5),
-    ("H200", 989.4),
-    ("H100 NVL", 835.5),
-    ("H100 PCIe", 756.5),
-    ("H100", 989.4),
-    ("H800", 989.4),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("A30", 165.0),
-    ("A40", 149.7),
-    ("A10G", 70.0),
-    ("A10", 125.0),
-    ("L40S", 362.1),
-    ("L40", 181.1),
-    ("L4", 121.0),
-    ("RTX 6000 Ada", 364.2),
-    ("RTX 5090", 209.5),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
+/// Dense f16 and bf16 matmuls with f32 accumulation, in TFLOP/s, by the GPU's whole name as the driver
+/// reports it. Data sheets with a rate "with sparsity" alone have twice the dense one.
+const PEAK_TFLOPS: [(&str, f64); 37] = [
+    // NVIDIA DGX B200 data sheet: 72 PFLOP/s of FP8 with sparsity for eight, a quarter of that in bf16.
+    ("NVIDIA B200", 2250.0),
+    // NVIDIA GH200 Grace Hopper Superchip data sheet: 1,979 with sparsity.
+    ("NVIDIA GH200 480GB", 989.4),
+    ("NVIDIA GH200 120GB", 989.4),
+    ("NVIDIA GH200 144G HBM3e", 989.4),
+    // NVIDIA H200 Tensor Core GPU data sheet: 1,979 and 1,671 with sparsity.
+    ("NVIDIA H200", 989.4),
+    ("NVIDIA H200 NVL", 835.5),
+    // NVIDIA H100 Tensor Core GPU Architecture white paper, table 3: 989.4 and 756; data sheet: 1,671
+    // with sparsity for the NVL. The H800 differs in NVLink and f64.
+    ("NVIDIA H100 80GB HBM3", 989.4),
+    ("NVIDIA H100 PCIe", 756.5),
+    ("NVIDIA H100 NVL", 835.5),
+    ("NVIDIA H800", 989.4),
+    ("NVIDIA H800 PCIe", 756.5),
+    // NVIDIA A100 Tensor Core GPU data sheet: 312. The A800 differs in NVLink.
+    ("NVIDIA A100-SXM4-40GB", 312.0),
+    ("NVIDIA A100-SXM4-80GB", 312.0),
+    ("NVIDIA A100-PCIE-40GB", 312.0),
+    ("NVIDIA A100 80GB PCIe", 312.0),
+    ("A100-SXM4-40GB", 312.0),
+    ("A100-SXM4-80GB", 312.0),
+    ("A100-PCIE-40GB", 312.0),
+    ("NVIDIA A800-SXM4-40GB", 312.0),
+    ("NVIDIA A800-SXM4-80GB", 312.0),
+    ("NVIDIA A800 80GB PCIe", 312.0),
+    // Data sheets of the A30 (165), A40 (149.7), A10 (125) and A10G (70).
+    ("NVIDIA A30", 165.0),
+    ("NVIDIA A40", 149.7),
+    ("NVIDIA A10", 125.0),
+    ("NVIDIA A10G", 70.0),
+    // Data sheets of the L40S (362.05), L40 (181.05) and L4 (242 with sparsity).
+    ("NVIDIA L40S", 362.05),
+    ("NVIDIA L40", 181.05),
+    ("NVIDIA L4", 121.0),
+    // NVIDIA Ampere GA102 GPU Architecture white paper 2.0, appendices A and C.
+    ("NVIDIA RTX A6000", 154.8),
+    ("NVIDIA GeForce RTX 3080", 59.5),
+    ("NVIDIA GeForce RTX 3090", 71.0),
     ("RTX A6000", 154.8),
+    ("GeForce RTX 3090", 71.0),
+    // NVIDIA Ada GPU Architecture white paper 2.1, appendices A and B.
+    ("NVIDIA RTX 6000 Ada Generation", 364.2),
+    ("NVIDIA GeForce RTX 4080", 97.5),
+    ("NVIDIA GeForce RTX 4090", 165.2),
+    // NVIDIA RTX Blackwell GPU Architecture white paper 1.1, appendix A.
+    ("NVIDIA GeForce RTX 5090", 209.5),
 ];
 
-/// Peak FLOP/s of matmuls, the denominator of MFU; `None` for f32 and for a GPU not in the table.
+/// Peak FLOP/s of matmuls, the denominator of MFU; `None` for f32 and for a GPU not in the table, such
+/// as a laptop's of a similar name or a MIG slice. `gpu` is the name, or the name and more after a comma.
 pub(super) fn peak_flops(gpu: &str, dtype: Dtype) -> Option<f64> {
     if dtype == Dtype::F32 {
         return None;
     }
-    PEAK_TFLOPS.iter().find(|(name, _)| gpu.contains(name)).map(|(_, teraflops)| teraflops * 1e12)
+    let gpu = gpu.split_once(',').map_or(gpu, |(name, _)| name);
+    PEAK_TFLOPS.iter().find(|(name, _)| gpu == *name).map(|(_, teraflops)| teraflops * 1e12)
 }
 
 #[cfg(test)]
@@ -42,17 +70,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn peak_flops_are_found_by_the_names_the_driver_reports() {
+    fn peak_flops_are_found_by_the_whole_name_that_the_driver_reports() {
         for (name, teraflops) in [
             ("NVIDIA H100 80GB HBM3, 132 SMs", 989.4),
             ("NVIDIA H100 PCIe, 114 SMs", 756.5),
+            ("NVIDIA H100 NVL, 132 SMs", 835.5),
+            ("NVIDIA H200, 132 SMs", 989.4),
             ("NVIDIA A100-SXM4-80GB, 108 SMs", 312.0),
-            ("NVIDIA L40S, 142 SMs", 362.1),
+            ("NVIDIA A10, 72 SMs", 125.0),
+            ("NVIDIA L40S, 142 SMs", 362.05),
             ("NVIDIA GeForce RTX 4090, 128 SMs", 165.2),
         ] {
             assert_eq!(peak_flops(name, Dtype::Bf16), Some(teraflops * 1e12), "{name}");
         }
         assert_eq!(peak_flops("NVIDIA H100 80GB HBM3", Dtype::F32), None);
-        assert_eq!(peak_flops("an unknown GPU", Dtype::Bf16), None);
+        for name in [
+            "NVIDIA RTX A1000, 18 SMs",
+            "NVIDIA RTX A1000 Laptop GPU, 16 SMs",
+            "NVIDIA RTX A4000, 48 SMs",
+            "NVIDIA RTX A3000 Laptop GPU, 32 SMs",
+            "NVIDIA GeForce RTX 4090 Laptop GPU, 76 SMs",
+            "NVIDIA GeForce RTX 3090 Ti, 84 SMs",
+            "NVIDIA A100-SXM4-80GB MIG 1g.10gb, 14 SMs",
+            "NVIDIA L400, 1 SMs",
+            "an unknown GPU",
+        ] {
+            assert_eq!(peak_flops(name, Dtype::Bf16), None, "{name}");
+        }
     }
 }
