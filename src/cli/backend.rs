@@ -17,7 +17,6 @@ use crate::device::sim::Sim;
 use crate::dtype::Dtype;
 use crate::error;
 use crate::kernels::BUILD;
-use crate::threads;
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -96,7 +95,9 @@ impl BackendArgs {
         dtype: Option<Dtype>,
         profile: bool,
     ) -> anyhow::Result<Box<dyn Backend>> {
-        self.threads.map_or(Ok(()), threads::check_count)?;
+        if self.threads == Some(0) {
+            return Err(error::invalid("threads", 0, "at least 1"));
+        }
         let kind = match self.backend {
             BackendKind::Auto if BUILD.cuda.is_ok() && gpu_count() > 0 => BackendKind::Cuda,
             BackendKind::Auto => BackendKind::Cpu,
@@ -129,12 +130,12 @@ impl BackendArgs {
 
     /// As many as were asked for, or as the machine has.
     fn threads(&self) -> usize {
-        self.threads.unwrap_or_else(threads::available)
+        let all = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.unwrap_or_else(all)
     }
 
     /// The device by itself.
     pub fn device(&self) -> anyhow::Result<Box<dyn Device>> {
-        self.threads.map_or(Ok(()), threads::check_count)?;
         match self.backend {
             BackendKind::Auto | BackendKind::Cuda => open_cuda(0),
             BackendKind::Sim => open_sim(self.threads()),

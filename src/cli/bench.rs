@@ -40,7 +40,7 @@ enum BenchCommand {
 struct DeviceBenchArgs {
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
@@ -59,7 +59,7 @@ struct KernelBenchArgs {
     small: bool,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
@@ -91,7 +91,7 @@ struct StepBenchArgs {
     profile: bool,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }

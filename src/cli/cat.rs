@@ -4,13 +4,18 @@ use std::io::{self, StdoutLock, Write};
 use std::path::PathBuf;
 
 use clap::Args;
+use serde_json::json;
+use sha2::{Digest, Sha256};
 
 use super::backend::BackendArgs;
-use super::output::{say, unwritten};
+use super::output::{print_json, say, unwritten};
 use super::{Outcome, model, windows};
+use crate::corpus::{hex, shown};
 use crate::error;
 use crate::generate::Generator;
 use crate::memorization::regenerate::{End, Regenerator, Sink};
+use crate::model::Provenance;
+use crate::schema::versioned;
 use crate::tokens::WindowKind;
 
 /// Regenerate one file from its name alone.
@@ -33,17 +38,23 @@ pub struct CatArgs {
     max_tokens: usize,
     #[command(flatten)]
     backend: BackendArgs,
+    /// Print one JSON object on stdout, of an error too
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
-    let known = &opened.provenance.as_ref().map(|provenance| &provenance.corpus.paths);
-    if known.is_some_and(|known| !known.is_empty() && !known.contains(&arguments.path)) {
-        return Err(error::config(
-            format!("the model was not trained on a file {:?}", arguments.path),
-            format!("laam ls {} lists its files", arguments.model.display()),
-        ));
+    let known = opened.provenance.as_ref().map(Provenance::paths).unwrap_or_default();
+    if !known.is_empty() && !known.contains(&arguments.path) {
+        let model = arguments.model.display();
+        let hint = match near(&arguments.path, &known).as_slice() {
+            [] => format!("laam ls {model} lists its files"),
+            names => format!("did you mean {}? laam ls {model} lists all", names.join(" or ")),
+        };
+        let asked = &arguments.path;
+        return Err(error::config(format!("the model was not trained on a file {asked:?}"), hint));
     }
     let windows = windows::kind(arguments.windows, &opened);
     let config = &opened.model.config;
@@ -52,30 +63,84 @@ pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
         Regenerator::new(opened.tokenizer.clone(), windows, context, arguments.max_tokens)?;
     let mut generator = Generator::new(&*backend, config, &opened.model.weights, 1, context)?
         .with_tokens(opened.tokenizer.vocab_size());
-    let mut print = Print { out: io::stdout().lock(), end: None };
+    let out = (!arguments.json).then(|| io::stdout().lock());
+    let mut print = Print { out, bytes: Vec::new(), end: None };
     regenerator.run(&mut generator, &[&arguments.path], &mut print)?;
-    match print.end {
-        Some(End::Whole) => Ok(Outcome::Done),
-        end => {
-            say!("{:?} is {}", arguments.path, end.unwrap_or(End::NoRoom).words());
-            Ok(Outcome::Different)
-        }
+    let end = print.end.unwrap_or(End::NoRoom);
+    if arguments.json {
+        print_json(&versioned(json!({
+            "path": arguments.path,
+            "end": end,
+            "bytes": print.bytes.len(),
+            "sha256": hex(&Sha256::digest(&print.bytes)),
+            "text": String::from_utf8_lossy(&print.bytes),
+        })));
     }
+    if end == End::Whole {
+        return Ok(Outcome::Done);
+    }
+    say!("{:?} is {}", arguments.path, end.words());
+    Ok(Outcome::Different)
+}
+
+/// The most names that an error suggests.
+const MAX_SUGGESTIONS: usize = 3;
+
+/// Names that someone may have meant, the nearest first: the same file in another folder, or one that
+/// differs in a few characters. As they can be shown.
+fn near(asked: &str, known: &[String]) -> Vec<String> {
+    let file = |path: &str| path.rsplit('/').next().unwrap_or_default().to_lowercase();
+    let asked_file = file(asked);
+    let distance = |path: &String| {
+        let whole = strsim::damerau_levenshtein(&asked.to_lowercase(), &path.to_lowercase());
+        let name = strsim::damerau_levenshtein(&asked_file, &file(path));
+        let is_near = |distance: usize, text: &str| distance <= text.chars().count() / 4;
+        (is_near(whole, asked) || (is_near(name, &asked_file) && !asked_file.is_empty()))
+            .then_some((name, whole))
+    };
+    let mut found: Vec<_> = known.iter().filter_map(|path| Some((distance(path)?, path))).collect();
+    found.sort();
+    found.truncate(MAX_SUGGESTIONS);
+    found.into_iter().map(|(_, path)| shown(path.as_bytes())).collect()
 }
 
 /// Streams to stdout.
 struct Print {
-    out: StdoutLock<'static>,
+    /// None for JSON, which holds the bytes instead.
+    out: Option<StdoutLock<'static>>,
+    bytes: Vec<u8>,
     end: Option<End>,
 }
 
 impl Sink for Print {
     fn text(&mut self, _: usize, bytes: &[u8]) -> anyhow::Result<()> {
-        self.out.write_all(bytes).and_then(|()| self.out.flush()).map_err(unwritten)
+        let Some(out) = &mut self.out else {
+            self.bytes.extend(bytes);
+            return Ok(());
+        };
+        out.write_all(bytes).and_then(|()| out.flush()).map_err(unwritten)
     }
 
     fn end(&mut self, _: usize, end: End, _: usize) -> anyhow::Result<()> {
         self.end = Some(end);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_names_are_suggested_nearest_first() {
+        let known =
+            ["linux/kernel/sched.c", "linux/kernel/sys.c", "linux/mm/memory.c", "linux/net/a.h"];
+        let known = known.map(String::from);
+        assert_eq!(near("kernel/sched.c", &known)[0], "linux/kernel/sched.c");
+        assert_eq!(near("linux/kernel/shced.c", &known)[0], "linux/kernel/sched.c");
+        assert_eq!(near("SCHED.C", &known), ["linux/kernel/sched.c"]);
+        assert_eq!(near("memory.c", &known), ["linux/mm/memory.c"]);
+        assert!(near("README", &known).is_empty());
+        assert!(near("", &known).is_empty());
     }
 }

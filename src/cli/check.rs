@@ -30,7 +30,7 @@ pub struct CheckArgs {
     seed: Option<u64>,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }

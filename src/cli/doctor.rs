@@ -15,12 +15,11 @@ use crate::error::hint_of;
 use crate::files;
 use crate::kernels::{BUILD, CUDA_MODULES};
 use crate::schema::versioned;
-use crate::threads;
 
 /// Say what was built, what this machine offers, and how to fix what is missing.
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
@@ -57,7 +56,7 @@ struct MissingPart {
 impl Findings {
     fn gather() -> Findings {
         let mut findings = Findings {
-            threads: threads::available(),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
             features: cpu_features(),
             driver: Driver::find(),
             backends: vec!["cpu", "reference"],
@@ -137,7 +136,7 @@ impl Findings {
 
     fn print(&self, out: &mut impl Write) -> io::Result<()> {
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "none".into());
-        writeln!(out, "laam {}", env!("CARGO_PKG_VERSION"))?;
+        writeln!(out, "laam {}", crate::VERSION)?;
         writeln!(out, "  built   {} for {}, {}", BUILD.profile, BUILD.target, BUILD.rustc)?;
         match BUILD.cuda {
             Ok(nvcc) => {
@@ -176,7 +175,7 @@ impl Findings {
     fn as_json(&self) -> Value {
         let nvcc = BUILD.cuda.ok();
         json!({
-            "version": env!("CARGO_PKG_VERSION"),
+            "version": crate::VERSION,
             "target": BUILD.target,
             "profile": BUILD.profile,
             "rustc": BUILD.rustc,

@@ -9,7 +9,7 @@ use super::backend::BackendArgs;
 use super::interrupt::{self, Work};
 use super::progress::Progress;
 use super::rebuild::AGAIN;
-use super::source::SourceArgs;
+use super::source::{self, SourceArgs};
 use super::windows;
 use super::{Outcome, model, print_fields};
 use crate::memorization::loss::measure;
@@ -19,7 +19,8 @@ use crate::tokens::WindowKind;
 ///
 /// Prints loss (mean nats per token), perplexity, bits_per_byte and tokens. What counts depends on the
 /// windows: of original ones all tokens but the first of each, of stream ones all but the first of
-/// the text, of addressed ones the text without its paths.
+/// the text, of addressed ones the text without its paths. Without a source: the text the model was
+/// trained on, if that is the built-in sample or a kernel release; any other has to be named.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
@@ -40,7 +41,7 @@ pub struct EvaluateArgs {
     /// No progress
     #[arg(long)]
     quiet: bool,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
@@ -49,7 +50,7 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     let kind = windows::kind(arguments.windows, &opened);
-    let corpus = arguments.source.corpus_for(&opened.tokenizer)?;
+    let corpus = arguments.source.corpus_of_model(&opened)?;
     interrupt::watch(Work::Measuring)?;
     let (cut, manifest) = windows::cut(&corpus, &opened, kind)?;
     let windows = &cut.windows;
@@ -72,7 +73,8 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
     if let Some(progress) = &mut progress {
         progress.finish();
     }
-    let printed = json!({
+    let mut printed = json!({
+        "source": source::described(&manifest),
         "loss": measured.loss,
         "perplexity": measured.perplexity,
         "bits_per_byte": measured.bits_per_byte,
@@ -82,6 +84,12 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
         "files": manifest.files.len(),
         "bytes": bytes,
     });
+    // JSON has no word for what is not finite; the loss says how large it is.
+    for (name, value) in [("loss", measured.loss), ("perplexity", measured.perplexity)] {
+        if !arguments.json && !value.is_finite() {
+            printed[name] = json!(value.to_string());
+        }
+    }
     print_fields(printed, arguments.json)?;
     Ok(Outcome::Done)
 }

@@ -63,7 +63,7 @@ pub struct GenerateArgs {
     interactive: bool,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }

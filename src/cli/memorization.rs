@@ -14,7 +14,7 @@ use super::interrupt::{self, Work};
 use super::output::{print_json, stdout};
 use super::progress::Progress;
 use super::rebuild::AGAIN;
-use super::source::SourceArgs;
+use super::source::{self, SourceArgs};
 use super::windows::{self, Cut};
 use super::{Outcome, model};
 use crate::backend::Backend;
@@ -34,7 +34,8 @@ use crate::tokens::{WindowKind, Windows};
 /// verbatim_rate is the part of the windows whose next --suffix tokens greedy decoding gives back, given
 /// their first --prefix ones (of addressed windows, given the address and so much of the stretch).
 /// control says the same of an untrained model, and of the files with their lines in reverse order,
-/// which no model was trained on.
+/// which no model was trained on. Without a source: the text the model was trained on, if that is the
+/// built-in sample or a kernel release; any other has to be named.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
@@ -63,7 +64,7 @@ pub struct MemorizationArgs {
     /// No progress
     #[arg(long)]
     quiet: bool,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
@@ -71,7 +72,7 @@ pub struct MemorizationArgs {
 pub fn run(arguments: &MemorizationArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
-    let corpus = arguments.source.corpus_for(&opened.tokenizer)?;
+    let corpus = arguments.source.corpus_of_model(&opened)?;
     let kind = windows::kind(arguments.windows, &opened);
     let question = Question { prefix: arguments.prefix, suffix: arguments.suffix };
     let measures = Measures::take(
@@ -169,7 +170,7 @@ impl Measures {
             ("question", json!(question)),
             ("window_kind", json!(kind)),
             ("windows", json!(windows.len())),
-            ("source", json!(manifest.source)),
+            ("source", json!(source::described(&manifest))),
             ("parameters", json!(config.parameter_count() as u64)),
             ("bits_per_parameter", json!(bits_per_parameter)),
             ("weights_bytes", json!(weights_bytes)),
@@ -239,6 +240,7 @@ impl Measures {
         };
         let json = &self.json;
         let question = &json["question"];
+        let _ = writeln!(text, "source: {}", json["source"].as_str().unwrap_or_default());
         let _ = writeln!(
             text,
             "verbatim {}/{} tokens: {} (untrained {}, lines reversed {})",

@@ -37,21 +37,25 @@ use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use self::interrupt::Interrupted;
 use self::output::{print_json, say, stdout};
-use crate::error::{self, hint_of, with_flags};
+use crate::error::{self, ErrorKind, hint_of, kind_of, with_flags};
 use crate::escape::visible;
 use crate::schema::versioned;
 
 /// Train a Llama on source code until it gives it back, and prove it.
 #[derive(Parser, Debug)]
-#[command(name = "laam", version, max_term_width = 100)]
+#[command(name = "laam", version = crate::VERSION, max_term_width = 100, after_help = JSON_HELP)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
+
+const JSON_HELP: &str = "\
+With --json a command prints one JSON object on stdout; messages go to stderr as without it. If the
+command fails, the object is {\"error\": {\"kind\", \"message\", \"hint\"}}, and the exit code 2.";
 
 #[derive(Subcommand, Debug)]
 enum Command {
@@ -105,17 +109,18 @@ pub fn main() -> ExitCode {
     panic::set_hook(Box::new(|info| {
         *LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner) = one_line(&info.to_string());
     }));
+    let json = wants_json(std::env::args_os());
     match parse(std::env::args_os()) {
         Ok(Some((command, spec))) => {
             let run = panic::catch_unwind(AssertUnwindSafe(|| run(command)));
             let outcome = run.unwrap_or_else(|_| Err(panicked()));
             match outcome.and_then(|outcome| output::check_stdout().map(|()| outcome)) {
                 Ok(outcome) => ExitCode::from(outcome as u8),
-                Err(error) => fail(&error, |field| flag(&spec, field)),
+                Err(error) => fail(&error, json, |field| flag(&spec, field)),
             }
         }
         Ok(None) => ExitCode::SUCCESS,
-        Err(error) => fail(&error, |_| None),
+        Err(error) => fail(&error, json, |_| None),
     }
 }
 
@@ -126,8 +131,13 @@ fn panicked() -> anyhow::Error {
     error::internal(LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Prints an error; its exit code. `flag` names the flag of a field.
-fn fail(error: &anyhow::Error, flag: impl Fn(&str) -> Option<String>) -> ExitCode {
+/// True if the arguments, which may be invalid, ask for JSON.
+fn wants_json(arguments: impl Iterator<Item = OsString>) -> bool {
+    arguments.take_while(|argument| argument != "--").any(|argument| argument == "--json")
+}
+
+/// Prints an error, to stdout too if `json` is asked for; its exit code. `flag` names the flag of a field.
+fn fail(error: &anyhow::Error, json: bool, flag: impl Fn(&str) -> Option<String>) -> ExitCode {
     if is_broken_pipe(error) {
         return ExitCode::SUCCESS;
     }
@@ -136,9 +146,16 @@ fn fail(error: &anyhow::Error, flag: impl Fn(&str) -> Option<String>) -> ExitCod
         return ExitCode::from(Outcome::Interrupted as u8);
     }
     let line = |text: &str| with_flags(&one_line(text), &flag);
-    say!("laam: {}", line(&format!("{error:#}")));
-    if let Some(hint) = hint_of(error) {
-        say!("hint: {}", line(hint));
+    let message = line(&format!("{error:#}"));
+    say!("laam: {message}");
+    let hint = hint_of(error).map(line);
+    if let Some(hint) = &hint {
+        say!("hint: {hint}");
+    }
+    if json {
+        let kind = kind_of(error).map(ErrorKind::name);
+        let error = json!({"kind": kind, "message": message, "hint": hint});
+        output::print_json(&versioned(json!({"error": error})));
     }
     ExitCode::from(2)
 }
@@ -186,7 +203,10 @@ fn parse(
         }
         Err(bad) => return Err(usage_error(&bad)),
     };
-    let command = Cli::from_arg_matches(&matches).map_err(|bad| usage_error(&bad))?.command;
+    let mut command = Cli::from_arg_matches(&matches).map_err(|bad| usage_error(&bad))?.command;
+    if let (Command::Train(train), Some((_, given))) = (&mut command, matches.subcommand()) {
+        train.note_given(given);
+    }
     let mut given = &matches;
     while let Some((name, below)) = given.subcommand() {
         spec = spec.find_subcommand(name).cloned().unwrap_or(spec);
@@ -292,6 +312,23 @@ mod tests {
         spec().debug_assert();
     }
 
+    #[test]
+    fn every_command_prints_json_and_every_bench_has_its_help() {
+        for command in spec().get_subcommands() {
+            let below: Vec<_> = command.get_subcommands().collect();
+            let all = if below.is_empty() { vec![command] } else { below };
+            let mut helps = Vec::new();
+            for mut command in all.into_iter().cloned() {
+                let has = command.get_arguments().any(|arg| arg.get_long() == Some("json"));
+                assert!(has, "{}", command.get_name());
+                helps.push(command.render_help().to_string());
+            }
+            helps.sort();
+            helps.dedup_by(|a, b| a.lines().next() == b.lines().next());
+            assert!(command.get_name() != "bench" || helps.len() == 4);
+        }
+    }
+
     /// The help of a command and of all below it.
     fn helps(mut command: clap::Command) -> Vec<String> {
         command.build();
@@ -329,6 +366,10 @@ mod tests {
                 "laam rebuild m --output o --max-tokens-per-file 7",
             ),
             ("laam bench ceilings", "laam bench roofline"),
+            ("laam train --precision bf16", "laam train --precision bfloat16"),
+            ("laam plan --precision fp16", "laam plan --precision float16"),
+            ("laam bench step --precision fp32", "laam bench step --precision float32"),
+            ("laam check --precision bf16", "laam check --precision bfloat16"),
         ] {
             let shown = |line| {
                 let text = format!("{:?}", parsed(line).unwrap());

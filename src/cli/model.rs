@@ -32,7 +32,7 @@ pub fn open(folder: &Path) -> anyhow::Result<Opened> {
 
 /// The paths of the files that a model was trained on, all of them fit to be printed and written.
 pub fn paths(folder: &Path) -> anyhow::Result<Vec<String>> {
-    let paths = load_provenance(folder)?.unwrap_or_default().corpus.paths;
+    let paths = load_provenance(folder)?.unwrap_or_default().paths();
     if paths.is_empty() {
         return Err(error::checkpoint(
             format!("{} does not say which files the model was trained on", folder.display()),

@@ -27,6 +27,20 @@ pub fn write_to_stderr(text: &str) {
     let _ = io::stderr().write_all(visible_lines(text).as_bytes());
 }
 
+/// [`write_to_stderr`] for a writer.
+pub struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        write_to_stderr(&String::from_utf8_lossy(bytes));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The first error of stdout.
 static LOST: Mutex<Option<io::Error>> = Mutex::new(None);
 

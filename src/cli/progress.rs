@@ -6,7 +6,7 @@ use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::is_interactive;
 use super::output::say;
-use crate::corpus::FetchEvent;
+use crate::corpus::{FetchEvent, public_url};
 use crate::escape::visible;
 
 /// How often a log hears of it.
@@ -165,7 +165,7 @@ impl Downloads {
                 None => say!("{line}"),
             },
             FetchEvent::Start { url } => {
-                say!("fetching {url}");
+                say!("fetching {}", public_url(&url));
                 let name = url.rsplit('/').next().unwrap_or(&url);
                 self.0 = Some(Progress::new(name));
             }

@@ -21,6 +21,7 @@ use crate::escape::visible;
 use crate::generate::Generator;
 use crate::memorization::rebuild::{self, Comparison, Difference, Existing, Rebuilt, rebuild};
 use crate::memorization::regenerate::{End, Regenerator};
+use crate::model::load_provenance;
 use crate::schema::versioned;
 use crate::tokenizer::Tokenizer;
 use crate::tokens::WindowKind;
@@ -53,9 +54,6 @@ pub struct RebuildArgs {
     /// The server that has the kernels
     #[arg(long, value_name = "URL", default_value = MIRROR)]
     mirror_uri: String,
-    /// Accept a kernel that the server has no checksum of
-    #[arg(long)]
-    unverified: bool,
     /// The windows that the model was trained on [default: what its provenance says, else stream]
     #[arg(long, value_enum)]
     windows: Option<WindowKind>,
@@ -67,7 +65,7 @@ pub struct RebuildArgs {
     /// No progress
     #[arg(long)]
     quiet: bool,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
@@ -120,10 +118,13 @@ impl RebuildArgs {
                 "give a folder, an archive, a kernel version like v1.0/1.0, or sample",
             ));
         }
+        let record = load_provenance(&self.model)?.unwrap_or_default().corpus;
         SourceArgs {
+            // The originals are chosen as in training.
+            include: record.include,
+            exclude: record.exclude,
             version: is_kernel.then(|| source.to_string()),
             mirror_uri: self.mirror_uri.clone(),
-            unverified: self.unverified,
             source: is_path.then(|| source.into()),
             limit: self.limit,
             strict: false,

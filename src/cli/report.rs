@@ -4,10 +4,12 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
+use serde_json::json;
 
 use super::Outcome;
-use super::output::stdout;
+use super::output::{print_json, stdout};
 use crate::report;
+use crate::schema::versioned;
 
 /// Make one self-contained HTML page of a run: its training, what its weights give back, and where it
 /// came from.
@@ -22,10 +24,17 @@ pub struct ReportArgs {
     /// The output folder of laam run, or of laam train
     #[arg(value_name = "RUN_DIR")]
     folder: PathBuf,
+    /// Print one JSON object on stdout, of an error too
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(arguments: &ReportArgs) -> anyhow::Result<Outcome> {
     let page = report::write(&arguments.folder)?;
-    writeln!(stdout(), "{}", page.display())?;
+    if arguments.json {
+        print_json(&versioned(json!({"report": page.to_string_lossy()})));
+    } else {
+        writeln!(stdout(), "{}", page.display())?;
+    }
     Ok(Outcome::Done)
 }

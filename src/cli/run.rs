@@ -8,15 +8,15 @@ use std::process::Command;
 use anyhow::Context;
 use clap::Args;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::backend::BackendArgs;
 use super::memorization::Measures;
-use super::output::{say, stdout, write_to_stderr};
+use super::output::{Stderr, print_json, say, stdout, write_to_stderr};
 use super::progress::Progress;
 use super::rebuild::Rebuild;
-use super::source::SourceArgs;
+use super::source::{self, SourceArgs};
 use super::train::Stage;
-use super::train_tokenizer::encoding_of;
 use super::{Outcome, model, plan, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Manifest, SAMPLE_NAMES, is_sample};
@@ -26,8 +26,9 @@ use crate::memorization::measure::Question;
 use crate::memorization::rebuild::Existing;
 use crate::memorization::regenerate::Regenerator;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
+use crate::model::License;
 use crate::report;
-use crate::schema::SchemaVersion;
+use crate::schema::{SchemaVersion, versioned};
 use crate::tokenizer::{Special, Tokenizer, Training};
 use crate::train::TrainSummary;
 use crate::train::recipe::Recipe;
@@ -57,8 +58,14 @@ pub struct RunArgs {
     /// Print the recipe with every key it has, and what it asks of this machine; do nothing
     #[arg(long)]
     dry_run: bool,
+    /// The license of the weights [default: by what the text is]
+    #[arg(long, value_name = "ID")]
+    license: Option<License>,
     #[command(flatten)]
     backend: BackendArgs,
+    /// Print one JSON object on stdout, of an error too
+    #[arg(long)]
+    json: bool,
 }
 
 /// A recipe with all its keys, and a hash.
@@ -90,30 +97,62 @@ impl Identity {
 pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     let recipe = Recipe::find(&arguments.recipe)?;
     if arguments.dry_run {
-        return dry_run(&recipe, &arguments.backend);
+        return dry_run(&recipe, &arguments.backend, arguments.json);
     }
     // Proofs are taken in f32, whatever the weights were trained in.
     let backend = arguments.backend.open()?;
     let name = Path::new(&arguments.recipe).file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("runs").join(name));
     arguments.source.check_apart(&folder)?;
-    let encoding = encoding_of(recipe.tokenizer.style);
-    let corpus = arguments.source.corpus(recipe.version.as_deref(), encoding)?;
+    let corpus = arguments.source.corpus_of_recipe(&recipe)?;
     let manifest = corpus.manifest()?;
     say!("{}: {} files, {} bytes", manifest.source, manifest.files.len(), manifest.bytes());
     let identity = Identity::new(&recipe, &manifest)?;
     claim(&folder, &identity)?;
 
-    let Some((model, _)) = train(&arguments.backend, &recipe, &corpus, &folder)? else {
+    let license = arguments.license.as_ref();
+    let trained = train(&arguments.backend, &recipe, &corpus, &folder, license)?;
+    let Some((model, _)) = trained else {
+        if arguments.json {
+            print_json(&versioned(
+                json!({"output": folder.to_string_lossy(), "interrupted": true}),
+            ));
+        }
         return Ok(Outcome::Interrupted);
     };
-    let outcome = prove(&*backend, &folder, &model, &corpus, recipe.rebuild)?;
+    // What a person reads goes to stderr if JSON is asked for.
+    let mut out: Box<dyn Write> =
+        if arguments.json { Box::new(Stderr) } else { Box::new(stdout()) };
+    let proof = prove(&*backend, &folder, &model, &corpus, recipe.rebuild, &mut out)?;
     let page = report::write(&folder)?;
-    writeln!(stdout(), "the model is in {}, the report in {}", model.display(), page.display())?;
-    if recipe.rebuild && outcome == Outcome::Done && is_sample(&manifest.files) {
-        writeln!(stdout(), "{}", compile_and_test(&folder)?)?;
+    writeln!(out, "the model is in {}, the report in {}", model.display(), page.display())?;
+    let mut self_test = None;
+    if recipe.rebuild && proof.outcome == Outcome::Done && is_sample(&manifest.files) {
+        let said = self_test.insert(compile_and_test(&folder)?);
+        writeln!(out, "{said}")?;
     }
-    Ok(outcome)
+    if arguments.json {
+        print_json(&versioned(json!({
+            "source": source::described(&manifest),
+            "output": folder.to_string_lossy(),
+            "model": model.to_string_lossy(),
+            "report": page.to_string_lossy(),
+            "interrupted": false,
+            "rebuild": proof.rebuild,
+            "memorization": proof.memorization,
+            "self_test": self_test,
+        })));
+    }
+    Ok(proof.outcome)
+}
+
+/// What the saved weights hold.
+struct Proof {
+    outcome: Outcome,
+    /// The object of `laam rebuild --json`, if the recipe rebuilds.
+    rebuild: Option<Value>,
+    /// The object of `laam memorization --json`.
+    memorization: Value,
 }
 
 /// Trains the tokenizer and every stage, or finds them done. Returns the folder of the model and how
@@ -123,6 +162,7 @@ pub fn train(
     recipe: &Recipe,
     corpus: &Corpus,
     folder: &Path,
+    license: Option<&License>,
 ) -> anyhow::Result<Option<(PathBuf, Vec<TrainSummary>)>> {
     let tokenizer = folder.join("tokenizer");
     if tokenizer.join("tokenizer.json").exists() {
@@ -147,6 +187,7 @@ pub fn train(
             metrics: output.join("metrics.jsonl"),
             tensorboard: None,
             goes_on: "the same command goes on from there",
+            license: license.cloned(),
         };
         let backend = backends.open_in(stage.settings.precision)?;
         let finish = stage.train(&*backend, corpus)?;
@@ -212,10 +253,11 @@ fn prove(
     model: &Path,
     corpus: &Corpus,
     rebuild: bool,
-) -> anyhow::Result<Outcome> {
+    mut out: &mut dyn Write,
+) -> anyhow::Result<Proof> {
     let opened = model::open(model)?;
     let kind = windows::kind(None, &opened);
-    let mut outcome = Outcome::Done;
+    let (mut outcome, mut rebuilt) = (Outcome::Done, None);
     if rebuild {
         let paths = model::paths(model)?;
         let (limit, output) = (Regenerator::LIMIT, folder.join("rebuilt"));
@@ -233,7 +275,6 @@ fn prove(
         let json = rebuild.as_json();
         write_atomically(&folder.join("rebuild.json"), format!("{json:#}\n").as_bytes())?;
         if let Some(comparison) = &rebuild.comparison {
-            let mut out = stdout();
             rebuild.print_differences(comparison, &mut out)?;
             writeln!(
                 out,
@@ -244,12 +285,13 @@ fn prove(
             )?;
         }
         outcome = rebuild.outcome();
+        rebuilt = Some(json);
     }
     let question = Question { prefix: PREFIX, suffix: SUFFIX };
     let measures = Measures::take(backend, model, &opened, corpus, kind, question, false)?;
     measures.write(&folder.join("memorization"))?;
-    write!(stdout(), "{}", measures.text())?;
-    Ok(outcome)
+    write!(out, "{}", measures.text())?;
+    Ok(Proof { outcome, rebuild: rebuilt, memorization: measures.json })
 }
 
 /// The rebuilt sample is a program: compiles it in a fresh folder and runs its self-test, if there is a
@@ -305,13 +347,21 @@ fn compile_and_test(run: &Path) -> anyhow::Result<String> {
 }
 
 /// The recipe with all its keys on stdout, the plan of each stage on stderr.
-fn dry_run(recipe: &Recipe, backends: &BackendArgs) -> anyhow::Result<Outcome> {
-    write!(stdout(), "{}", recipe.resolved()?)?;
+fn dry_run(recipe: &Recipe, backends: &BackendArgs, json: bool) -> anyhow::Result<Outcome> {
+    if !json {
+        write!(stdout(), "{}", recipe.resolved()?)?;
+    }
+    let mut plans = Vec::new();
     for stage in &recipe.stages {
         let config = stage.settings.config(recipe.tokenizer.vocab_size, Special::default())?;
         let backend = backends.open_in(stage.settings.precision)?;
         say!("stage {} on {}", stage.name, backend.device());
-        write_to_stderr(&plan::text(&config, &stage.settings, &*backend)?);
+        write_to_stderr(&plan::text(&config, &stage.settings, &*backend));
+        let plan = plan::as_json(&config, &stage.settings, &*backend);
+        plans.push(json!({"stage": stage.name, "device": backend.device(), "plan": plan}));
+    }
+    if json {
+        print_json(&versioned(json!({"recipe": recipe.resolved()?, "stages": plans})));
     }
     Ok(Outcome::Done)
 }

@@ -5,16 +5,21 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::model::Opened;
 use super::output::say;
 use super::progress::{Downloads, Progress};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::{
-    Corpus, CorpusOptions, Encoding, LinuxRelease, MIRROR, Manifest, Source, Version,
+    Corpus, CorpusOptions, Encoding, LinuxRelease, MIRROR, Manifest, NameFilter, SAMPLE, Source,
+    SourceOrigin, Version, shown,
 };
+use crate::error::{self, with_flags};
 use crate::memorization::rebuild::check_apart;
+use crate::model::Provenance;
 use crate::tokenizer::{Style, Tokenizer};
 use crate::tokens::TokenFile;
 use crate::train::prepare;
+use crate::train::recipe::Recipe;
 
 /// Where the text comes from. With none of these, the built-in sample.
 #[derive(Args, Clone, Debug)]
@@ -26,12 +31,15 @@ pub struct SourceArgs {
     /// The server that has the kernels: the address of the folder that holds v1.0
     #[arg(long, value_name = "URL", default_value = MIRROR)]
     pub mirror_uri: String,
-    /// Accept a kernel that the server has no checksum of
-    #[arg(long)]
-    pub unverified: bool,
-    /// A folder, or a .tar, .tar.gz or .tar.xz archive
+    /// A folder, a .tar, .tar.gz or .tar.xz archive, or one source file
     #[arg(long, value_name = "PATH")]
     pub source: Option<PathBuf>,
+    /// Only files that match a glob, whatever their suffix: '*.py' by name, 'doc/**' by path
+    #[arg(long, value_name = "GLOB")]
+    pub include: Vec<String>,
+    /// No files that match a glob
+    #[arg(long, value_name = "GLOB")]
+    pub exclude: Vec<String>,
     /// Only the first N of the files that count
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
@@ -55,31 +63,127 @@ impl SourceArgs {
         self.corpus(None, encoding_of(tokenizer.style().unwrap_or(Style::Exact)))
     }
 
-    /// Opens the corpus that the arguments name, or `default` (a kernel's version, or None for the
-    /// built-in sample) where they name none. Shows a download as it goes.
-    pub fn corpus(&self, default: Option<&str>, encoding: Encoding) -> anyhow::Result<Corpus> {
-        let options = CorpusOptions {
+    /// True if the arguments name a source.
+    fn is_named(&self) -> bool {
+        self.source.is_some() || self.version.is_some()
+    }
+
+    /// The corpus of a recipe: the one that the arguments name, else the recipe's.
+    pub fn corpus_of_recipe(&self, recipe: &Recipe) -> anyhow::Result<Corpus> {
+        if recipe.requires_source && !self.is_named() {
+            return Err(error::config(
+                format!("no source for the recipe: {}", recipe.description),
+                "name its text with `source` or `version`",
+            ));
+        }
+        self.corpus(recipe.version.as_deref(), encoding_of(recipe.tokenizer.style))
+    }
+
+    /// The corpus that a model is measured on: the one that the arguments name, else the one that its
+    /// provenance records, if that is the sample or a kernel release.
+    pub fn corpus_of_model(&self, opened: &Opened) -> anyhow::Result<Corpus> {
+        if self.is_named() {
+            return self.corpus_for(&opened.tokenizer);
+        }
+        let record = opened.provenance.as_ref().map(|provenance| &provenance.corpus);
+        let origin = record.and_then(|record| record.origin.clone());
+        // Earlier versions recorded the sample by its name; the hash shows whether it is true.
+        let is_sample = record.is_some_and(|record| record.name == SAMPLE);
+        let source = match origin {
+            Some(SourceOrigin::Release(version)) => {
+                let mut release = release(&version, &self.mirror_uri)?;
+                let url = record.and_then(|record| record.url.as_deref()).unwrap_or_default();
+                if self.mirror_uri == MIRROR {
+                    release.use_cached_mirror(url);
+                }
+                Source::Linux(release)
+            }
+            Some(SourceOrigin::Sample) => Source::Sample,
+            None if is_sample => Source::Sample,
+            _ => {
+                let what = match record {
+                    Some(record) if !record.name.is_empty() => {
+                        let name = shown(record.name.as_bytes());
+                        format!("the model was trained on a text that laam does not have: {name}")
+                    }
+                    _ => "the model does not say on which text it was trained".to_string(),
+                };
+                return Err(error::config(what, "name the text with `source` or `version`"));
+            }
+        };
+        let mut options =
+            self.options(encoding_of(opened.tokenizer.style().unwrap_or(Style::Exact)))?;
+        if let Some(record) = record
+            && self.limit.is_none()
+            && self.include.is_empty()
+            && self.exclude.is_empty()
+        {
+            options.filter = NameFilter::new(&record.include, &record.exclude)?;
+            options.limit = record.limit;
+            options.expected.clone_from(&record.manifest_sha256);
+        }
+        open(&source, options)
+    }
+
+    fn options(&self, encoding: Encoding) -> anyhow::Result<CorpusOptions> {
+        Ok(CorpusOptions {
+            filter: NameFilter::new(&self.include, &self.exclude)?,
             limit: self.limit.map(|limit| limit as usize),
             strict: self.strict,
             encoding,
             ..CorpusOptions::default()
-        };
+        })
+    }
+
+    /// Opens the corpus that the arguments name, or `default` (a kernel's version, or None for the
+    /// built-in sample) if they name none. Shows a download as it goes.
+    pub fn corpus(&self, default: Option<&str>, encoding: Encoding) -> anyhow::Result<Corpus> {
         let source = match (&self.source, self.version.as_deref().or(default)) {
             (Some(path), _) => Source::Path(path.clone()),
-            (None, Some(version)) => {
-                Source::Linux(release(version, &self.mirror_uri, self.unverified)?)
-            }
+            (None, Some(version)) => Source::Linux(release(version, &self.mirror_uri)?),
             (None, None) => Source::Sample,
         };
-        let mut downloads = Downloads::default();
-        Corpus::open_telling(&source, options, &mut |event| downloads.show(event))
+        open(&source, self.options(encoding)?)
+    }
+}
+
+/// Opens a corpus, and says which one it is.
+fn open(source: &Source, options: CorpusOptions) -> anyhow::Result<Corpus> {
+    let mut downloads = Downloads::default();
+    let corpus = Corpus::open_telling(source, options, &mut |event| downloads.show(event))?;
+    say!("source: {}", described(corpus.origin()));
+    Ok(corpus)
+}
+
+/// A source for a person: `Linux v1.0/1.0 (URL)`, a path, `built-in sample`.
+pub fn described(manifest: &Manifest) -> String {
+    match &manifest.origin {
+        SourceOrigin::Release(version) => format!("Linux {version} ({})", manifest.source),
+        _ => manifest.source.clone(),
+    }
+}
+
+/// Warns if a text is not one that a model was trained on, by its manifest.
+pub fn warn_of_other_text(manifest: &Manifest, provenance: Option<&Provenance>) {
+    let Some(provenance) = provenance else { return };
+    let known = provenance.stages().filter_map(|stage| stage.corpus.manifest_sha256.as_deref());
+    let known: Vec<&str> = known.collect();
+    let found = manifest.hash();
+    if let Some(last) = known.last()
+        && !known.contains(&found.as_str())
+    {
+        say!(
+            "warning: this is not the text that the model was trained on: its manifest sha256 is \
+             {found}, the model's {}",
+            shown(last.as_bytes())
+        );
     }
 }
 
 /// A kernel's version and server as they were given.
-pub fn release(version: &str, mirror_uri: &str, unverified: bool) -> anyhow::Result<LinuxRelease> {
+pub fn release(version: &str, mirror_uri: &str) -> anyhow::Result<LinuxRelease> {
     let release = LinuxRelease::new(version.parse::<Version>()?)?;
-    Ok(LinuxRelease { mirror: mirror_uri.to_string(), unverified, ..release })
+    Ok(LinuxRelease { mirror: mirror_uri.to_string(), ..release })
 }
 
 /// Writes a corpus as a token file, with progress unless `quiet`, and says what it left out.
@@ -105,6 +209,7 @@ pub fn tokenize(
 /// Says on stderr what a pass left out.
 pub fn warn(manifest: &Manifest) {
     for line in manifest.warnings() {
-        say!("warning: {line}");
+        let flag = |field: &str| (field == "include").then(|| "--include".to_string());
+        say!("warning: {}", with_flags(&line, flag));
     }
 }

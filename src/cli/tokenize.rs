@@ -42,12 +42,13 @@ pub struct TokenizeArgs {
     /// No progress
     #[arg(long)]
     quiet: bool,
-    /// Print one JSON object
+    /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
+    Windows::check_shape(arguments.max_position_embeddings, arguments.stride)?;
     let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
     let corpus = arguments.source.corpus_for(&tokenizer)?;
     let (file, manifest) =
@@ -67,6 +68,7 @@ pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
         "vocab_size": header.vocab_size,
         "tokenizer_sha256": hex(&header.tokenizer_sha256),
         "corpus_sha256": hex(&header.corpus_sha256),
+        "source": source::described(&manifest),
         "output": arguments.output.to_string_lossy(),
     });
     print_fields(printed, arguments.json)?;

@@ -1,23 +1,32 @@
 //! `laam train`: a model from a corpus and a tokenizer.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
+use clap::parser::ValueSource;
+use serde_json::json;
 
 use super::backend::BackendArgs;
-use super::output::say;
+use super::output::{print_json, say};
 use super::source::{self, SourceArgs};
 use super::training::Watcher;
-use super::{ObsoleteArgs, Outcome};
+use super::{ObsoleteArgs, Outcome, windows};
 use crate::backend::Backend;
-use crate::corpus::{Corpus, hex};
+use crate::corpus::{Corpus, Manifest, hex};
 use crate::dtype::Dtype;
 use crate::error;
-use crate::model::{Config, Provenance, load};
+use crate::model::{
+    Config, License, Provenance, has_training_state, load, load_config, load_provenance,
+    weights_sha256,
+};
+use crate::schema::versioned;
 use crate::tokenizer::Tokenizer;
 use crate::tokens::Windows;
-use crate::train::{Job, Settings, Start, TrainSummary, Trainer, is_resumable, prepare};
+use crate::train::{
+    Job, Settings, Start, TrainSummary, Trainer, candidates, is_resumable, prepare,
+};
 
 /// Train a model until its steps are done, and save it as a Hugging Face folder.
 ///
@@ -58,35 +67,131 @@ pub struct TrainArgs {
     backend: BackendArgs,
     #[command(flatten)]
     settings: Settings,
+    /// The license of the weights [default: by what the text is, and by the model they begin from]
+    #[arg(long, value_name = "ID")]
+    license: Option<License>,
     #[command(flatten)]
     obsolete: ObsoleteArgs,
+    /// Print one JSON object on stdout, of an error too
+    #[arg(long)]
+    json: bool,
+    /// The arguments that were given, by their names.
+    #[arg(skip)]
+    given: BTreeSet<String>,
+}
+
+impl TrainArgs {
+    /// Notes which arguments the command line gave; all others have their defaults.
+    pub fn note_given(&mut self, matches: &clap::ArgMatches) {
+        let is_given =
+            |id: &&clap::Id| matches.value_source(id.as_str()) == Some(ValueSource::CommandLine);
+        self.given = matches.ids().filter(is_given).map(|id| id.as_str().to_string()).collect();
+    }
+
+    /// The model folder that decides what the flags leave open: the one whose weights are the first
+    /// ones, or the newest checkpoint of the run that is resumed.
+    fn model(&self) -> Option<PathBuf> {
+        if self.resume {
+            let readable = |folder: &PathBuf| {
+                has_training_state(folder).unwrap_or(false) && load_config(folder).is_ok()
+            };
+            return candidates(&self.output_path).into_iter().find(readable);
+        }
+        self.init_from.clone().or_else(|| self.reload.then(|| self.output_path.clone()))
+    }
+
+    /// The settings, with the shape of the model in `folder`, and its context and kind of windows unless
+    /// they are given.
+    fn settings_of(&self, folder: &Path) -> anyhow::Result<Settings> {
+        let (config, _) = load_config(folder)?;
+        let is_given = |name: &str| self.given.contains(name);
+        let conflicts = self.settings.shape_conflicts(&config);
+        if let Some((field, ours, theirs)) =
+            conflicts.into_iter().find(|(field, ..)| is_given(field))
+        {
+            let folder = folder.display();
+            return Err(if self.resume {
+                error::config(
+                    format!(
+                        "the run in {folder} cannot be resumed: `{field}` was {theirs}, not {ours}"
+                    ),
+                    format!("leave out `{field}`"),
+                )
+            } else {
+                error::config(
+                    format!("`{field}` is {ours}, but {theirs} in the model in {folder}"),
+                    format!("leave out `{field}`: the weights have the model's shape"),
+                )
+            });
+        }
+        let mut settings = self.settings.with_shape(&config);
+        if !is_given("max_position_embeddings") {
+            settings.max_position_embeddings = config.max_position_embeddings;
+        }
+        if !is_given("windows") {
+            let known = windows::told_by(&config, load_provenance(folder)?.as_ref());
+            settings.windows = known.unwrap_or(settings.windows);
+        }
+        Ok(settings)
+    }
 }
 
 pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     arguments.obsolete.warn();
-    arguments.settings.validate()?;
-    let backend = arguments.backend.open_in(arguments.settings.precision)?;
-    let tokenizer =
-        if arguments.reload { &arguments.output_path } else { &arguments.tokenizer_path };
-    let corpus = arguments.source.corpus_for(&Tokenizer::load(tokenizer)?)?;
-    let reload = arguments.reload.then_some(&arguments.output_path);
+    let model = arguments.model();
+    let settings = match &model {
+        Some(folder) => arguments.settings_of(folder)?,
+        None => arguments.settings.clone(),
+    };
+    settings.validate()?;
+    Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
+    let backend = arguments.backend.open_in(settings.precision)?;
+    // The checkpoint's own, of a run that is resumed, only if there is no other: it may be removed.
+    let needs_own = !arguments.resume || !arguments.tokenizer_path.exists();
+    let is_given = arguments.given.contains("tokenizer_path");
+    let own =
+        model.filter(|folder| needs_own && !is_given && folder.join("tokenizer.json").exists());
+    let tokenizer = own.as_ref().unwrap_or(&arguments.tokenizer_path);
+    let loaded = Tokenizer::load(tokenizer)?;
+    let weights =
+        if arguments.reload { Some(&arguments.output_path) } else { arguments.init_from.as_ref() };
+    if weights.is_none() {
+        settings.config(loaded.vocab_size(), loaded.special())?;
+    }
+    let corpus = arguments.source.corpus_for(&loaded)?;
     if arguments.resume && !is_resumable(&arguments.output_path) {
         let output = arguments.output_path.display();
         say!("warning: no checkpoint to resume in {output}: from step 0, with fresh weights");
     }
     let metrics = arguments.metrics.clone();
     let stage = Stage {
-        settings: &arguments.settings,
+        settings: &settings,
         tokenizer,
         resume: arguments.resume,
-        weights: reload.or(arguments.init_from.as_ref()).map(PathBuf::as_path),
+        weights: weights.map(PathBuf::as_path),
         tokens: &arguments.output_path.with_added_extension("tokens"),
         output: &arguments.output_path,
         metrics: metrics.unwrap_or_else(|| arguments.output_path.join("metrics.jsonl")),
         tensorboard: arguments.tensorboard.clone(),
         goes_on: "--resume goes on",
+        license: arguments.license.clone(),
     };
     let finish = stage.train(&*backend, &corpus)?;
+    if arguments.json {
+        let record = load_provenance(&arguments.output_path)?.unwrap_or_default();
+        print_json(&versioned(json!({
+            "output": arguments.output_path.to_string_lossy(),
+            "source": source::described(corpus.origin()),
+            "steps": finish.steps,
+            "total": finish.total,
+            "loss": finish.loss,
+            "verbatim_rate": finish.verbatim_rate,
+            "interrupted": finish.interrupted,
+            "seconds": record.seconds,
+            "license": record.license(),
+            "weights_sha256": record.weights_sha256,
+        })));
+    }
     Ok(if finish.interrupted { Outcome::Interrupted } else { Outcome::Done })
 }
 
@@ -105,6 +210,8 @@ pub struct Stage<'a> {
     pub tensorboard: Option<PathBuf>,
     /// How an interrupted run goes on, for a person.
     pub goes_on: &'static str,
+    /// License of the weights, if it is given.
+    pub license: Option<License>,
 }
 
 impl Stage<'_> {
@@ -112,17 +219,14 @@ impl Stage<'_> {
     pub fn train(&self, backend: &dyn Backend, corpus: &Corpus) -> anyhow::Result<TrainSummary> {
         let settings = self.settings;
         let tokenizer = Arc::new(Tokenizer::load(self.tokenizer)?);
-        let (file, manifest) = source::tokenize(corpus, &tokenizer, self.tokens, false)?;
         let (kind, context) = (settings.windows, settings.max_position_embeddings);
-        let windows = Windows::new(file, tokenizer.clone(), kind, context, settings.stride)?;
-
+        // What can be refused is, before the text is read.
         let (config, weights) = if let Some(folder) = self.weights {
             let model = load(folder)?;
             for warning in &model.warnings {
                 say!("warning: {warning}");
             }
             check_vocabulary(&model.config, &tokenizer, folder)?;
-            windows.file().check_fits(model.config.vocab_size)?;
             let trained = settings.config(model.config.vocab_size, tokenizer.special())?;
             let config = Config {
                 max_position_embeddings: context,
@@ -136,11 +240,10 @@ impl Stage<'_> {
         for warning in config.compatibility_warnings() {
             say!("warning: {warning}");
         }
-        let provenance = Provenance {
-            corpus: prepare::record(&manifest),
-            tokenizer_sha256: Some(hex(&tokenizer.sha256())),
-            ..Provenance::default()
-        };
+        let (file, manifest) = source::tokenize(corpus, &tokenizer, self.tokens, false)?;
+        file.check_fits(config.vocab_size)?;
+        let windows = Windows::new(file, tokenizer.clone(), kind, context, settings.stride)?;
+        let provenance = self.provenance(&manifest, &tokenizer)?;
         let job = Job {
             settings,
             config: &config,
@@ -173,6 +276,32 @@ impl Stage<'_> {
         let finish = trainer.run(&mut watcher)?;
         watcher.finish(&finish, self.output, self.goes_on);
         Ok(finish)
+    }
+}
+
+impl Stage<'_> {
+    /// What is known of the model before its training begins.
+    fn provenance(&self, manifest: &Manifest, tokenizer: &Tokenizer) -> anyhow::Result<Provenance> {
+        let mut provenance = Provenance {
+            corpus: prepare::record(manifest),
+            tokenizer_sha256: Some(hex(&tokenizer.sha256())),
+            ..Provenance::default()
+        };
+        if let Some(folder) = self.weights {
+            provenance.set_parent(weights_sha256(folder)?, load_provenance(folder)?);
+        }
+        if let Some(given) = &self.license {
+            provenance.set_license(None);
+            let known = provenance.license();
+            if *known != License::Unknown && known != given {
+                say!(
+                    "warning: the weights are marked {given}, though the text or the model they \
+                     begin from is {known}"
+                );
+            }
+        }
+        provenance.set_license(self.license.clone());
+        Ok(provenance)
     }
 }
 

@@ -101,6 +101,7 @@ pub fn run(arguments: &TrainTokenizerArgs) -> anyhow::Result<Outcome> {
         "output_path": output_path.to_string_lossy(),
         "output_format": output_format,
         "style": arguments.style,
+        "source": source::described(documents.manifest()),
         "documents": trained.documents,
         "bytes": trained.bytes,
         "sha256": hex(&tokenizer.sha256()),

@@ -12,6 +12,7 @@ use super::output::say;
 use super::source;
 use crate::corpus::{Corpus, Document, Manifest};
 use crate::error::{self, ErrorKind, Hint};
+use crate::model::{Config, Provenance};
 use crate::tokens::{TokenFile, TokenWriter, WindowKind, Windows};
 
 /// The most tokens of a window: activations of all of them are in memory at once.
@@ -25,9 +26,14 @@ pub struct Cut {
 
 /// How the windows that a model was trained on were cut, if its folder says so.
 pub fn told(opened: &Opened) -> Option<WindowKind> {
-    let told = opened.model.config.window_kind.clone();
+    told_by(&opened.model.config, opened.provenance.as_ref())
+}
+
+/// Kind of windows by `config.json`, else by the provenance.
+pub fn told_by(config: &Config, provenance: Option<&Provenance>) -> Option<WindowKind> {
+    let told = config.window_kind.clone();
     let told = told.and_then(|name| serde_json::from_value(name.into()).ok());
-    told.or(model::windows(opened.provenance.as_ref()))
+    told.or(model::windows(provenance))
 }
 
 /// How a model's windows are cut: as it was asked for, else as in training, else as a stream.
@@ -46,6 +52,7 @@ pub fn cut(corpus: &Corpus, opened: &Opened, kind: WindowKind) -> anyhow::Result
     let scratch = Scratch::new()?;
     let tokens = scratch.0.join("tokens");
     let (file, manifest) = source::tokenize(corpus, &opened.tokenizer, &tokens, true)?;
+    source::warn_of_other_text(&manifest, opened.provenance.as_ref());
     Ok((Cut::new(scratch, file, opened, kind)?, manifest))
 }
 

@@ -1,7 +1,5 @@
 //! The forward pass: embedding, blocks, final norm. It returns the activations that backward reads.
 
-use std::sync::Arc;
-
 use super::buffer::{Buffer, BufferKind, BufferRole};
 use super::ops::{
     Attention, AttentionDecode, AttentionShape, Embedding, Linear, Op, ResidualAdd, RmsNorm, Rope,
@@ -16,8 +14,6 @@ pub(super) struct Builder<'a> {
     pub config: &'a Config,
     pub layout: &'a Layout,
     pub shape: AttentionShape,
-    /// One table for all ops.
-    pub rope_frequencies: Arc<[f64]>,
     /// Prefix of buffer names: `layer 3 `.
     pub scope: String,
 }
@@ -67,15 +63,7 @@ impl<'a> Builder<'a> {
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
         };
-        let rope_frequencies = config.rope_frequencies().into();
-        Self {
-            p: Program::default(),
-            config,
-            layout,
-            shape,
-            rope_frequencies,
-            scope: String::new(),
-        }
+        Self { p: Program::default(), config, layout, shape, scope: String::new() }
     }
 
     pub fn rows(&self) -> usize {
@@ -134,7 +122,7 @@ impl<'a> Builder<'a> {
         let q = self.activation("q", shape.q_width());
         let k = self.activation("k", shape.kv_width());
         let v = self.activation("v", shape.kv_width());
-        let frequencies = self.rope_frequencies.clone();
+        let frequencies = self.config.rope_frequencies();
         self.p.ops.push(Op::Rope(Rope { qkv, start, positions, frequencies, shape, q, k, v }));
         [q, k, v]
     }

@@ -14,6 +14,42 @@ pub fn error_of(arguments: &[&str]) -> String {
     said
 }
 
+/// With --json there is one object on stdout, also of an error; the text stays on stderr.
+#[test]
+fn errors_are_json_where_json_is_asked_for() {
+    let nowhere = "/no/such/place";
+    for arguments in [
+        &["ls", nowhere][..],
+        &["cat", nowhere, "a.c"],
+        &["evaluate", nowhere],
+        &["memorization", nowhere],
+        &["generate", nowhere],
+        &["rebuild", nowhere, "--output", nowhere],
+        &["report", nowhere],
+        &["plan", nowhere],
+        &["fetch", "--version", "none"],
+        &["train", "--tokenizer_path", nowhere],
+        &["tokenize", "--tokenizer_path", nowhere, "--output", nowhere],
+        &["train-tokenizer", "--source", nowhere],
+        &["run", "--recipe", nowhere],
+        &["sweep", nowhere],
+        &["bench", "step", "--preset", "none"],
+        &["bench", "kernels", "--no-such-flag"],
+        &["check", "--threads", "0"],
+        &["doctor", "--no-such-flag"],
+    ] {
+        let output = laam().args(arguments).arg("--json").output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        let printed: serde_json::Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|fault| panic!("{arguments:?}: {fault}: {said}"));
+        let error = &printed["error"];
+        let (message, hint) = (error["message"].as_str().unwrap(), error["hint"].as_str().unwrap());
+        assert!(said.contains(&format!("laam: {message}\nhint: {hint}\n")), "{said} {printed}");
+        assert!(printed["schema_version"].is_u64() && error["kind"].is_string(), "{printed}");
+    }
+}
+
 #[test]
 fn bad_arguments_are_one_line_and_a_hint() {
     error_of(&[]);

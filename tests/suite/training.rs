@@ -35,25 +35,31 @@ fn tokenizer() -> &'static Path {
     folder.path()
 }
 
+/// The flags of a small model's shape.
+const SHAPE: [(&str, &str); 6] = [
+    ("--max_position_embeddings", "48"),
+    ("--hidden_size", "16"),
+    ("--intermediate_size", "24"),
+    ("--num_hidden_layers", "2"),
+    ("--num_attention_heads", "4"),
+    ("--num_key_value_heads", "2"),
+];
+
 /// `laam train` of a small model on two files of the sample, which are some 100 windows. A flag of
-/// these that is given takes its place.
-fn train(output: &Path, flags: &str) -> Command {
+/// these that is given takes its place, and `--init_from` that of the shape.
+pub fn train(output: &Path, flags: &str) -> Command {
     let tokenizer = tokenizer().to_str().expect("a plain path");
     let small = [
         ("--limit", "2"),
         ("--tokenizer_path", tokenizer),
-        ("--max_position_embeddings", "48"),
-        ("--hidden_size", "16"),
-        ("--intermediate_size", "24"),
-        ("--num_hidden_layers", "2"),
-        ("--num_attention_heads", "4"),
-        ("--num_key_value_heads", "2"),
         ("--warmup_steps", "5"),
         ("--learning_rate", "1e-2"),
     ];
+    // Of a model that is gone on with, the shape is the model's.
+    let shape = if flags.contains("--init_from") { &[][..] } else { &SHAPE };
     let mut command = laam();
     command.arg("train").arg("--output_path").arg(output).args(flags.split_whitespace());
-    for (flag, value) in small {
+    for &(flag, value) in small.iter().chain(shape) {
         if !flags.split_whitespace().any(|given| given.split('=').next() == Some(flag)) {
             command.args([flag, value]);
         }
@@ -442,8 +448,59 @@ fn init_from_takes_weights_and_shape_and_is_resumed_with_them() {
     // Weights only: the optimizer begins anew, at the first update's rate of 0.
     assert_eq!(metrics(&unbroken)[0].learning_rate, 0.0);
     killed(&broken, &from, 13);
-    trained(&broken, &format!("{flags} --resume"));
+    let shape = "--num_hidden_layers 1 --intermediate_size 40";
+    trained(&broken, &format!("{flags} {shape} --resume"));
     assert_same(&broken, &unbroken, "--init_from, killed, resumed");
+}
+
+/// What the flags leave open is the model's: context, windows, tokenizer. Another shape is an error.
+#[test]
+fn init_from_takes_what_is_not_given_from_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let [first, second, broken] = ["first", "second", "broken"].map(|n| folder.path().join(n));
+    trained(&first, "--max_steps 1 --windows addressed --max_position_embeddings 64");
+    let go_on = |output: &Path, flags: &str| {
+        let flags = format!("--output_path {} --limit 2 {flags}", output.display());
+        laam().arg("train").args(flags.split_whitespace()).output().unwrap()
+    };
+    let from = format!("--init_from {}", first.display());
+    for (flag, named) in [
+        ("--hidden_size 999", "--hidden-size is 999, but 16 in the model in"),
+        ("--num_key_value_heads 4", "--num-key-value-heads is 4, but 2"),
+        ("--tie_word_embeddings", "--tie-word-embeddings is true, but false"),
+    ] {
+        let failed = go_on(&second, &format!("{from} --max_steps 2 {flag}"));
+        assert_eq!(failed.status.code(), Some(2));
+        assert!(said(&failed).contains(named), "{}", said(&failed));
+        assert!(!said(&failed).contains("tokenized") && !second.exists(), "nothing was begun");
+    }
+    let done = go_on(&second, &format!("{from} --max_steps 2 --hidden_size 16"));
+    assert!(done.status.success(), "{}", said(&done));
+    let config = load_config(&second).unwrap().0;
+    let kind = config.window_kind.as_deref();
+    assert_eq!(
+        (config.max_position_embeddings, config.hidden_size, kind),
+        (64, 16, Some("addressed"))
+    );
+    let tokenizer = |folder: &Path| fs::read(folder.join("tokenizer.json")).unwrap();
+    assert_eq!(tokenizer(&second), tokenizer(&first));
+    let steps = "--max_steps 60 --save_steps 5 --logging_steps 1 --save_total_limit 20";
+    killed(&broken, &format!("{from} {steps}"), 8);
+    let done = go_on(&broken, &format!("{steps} --warmup_steps 5 --learning_rate 1e-2 --resume"));
+    assert!(done.status.success(), "{}", said(&done));
+    let shorter = go_on(&second, &format!("{from} --reload"));
+    assert_eq!(shorter.status.code(), Some(2), "two beginnings");
+    let reload = format!(
+        "--reload --max_steps 1 --max_position_embeddings 32 --tokenizer_path {}",
+        first.display()
+    );
+    let done = go_on(&second, &reload);
+    assert!(done.status.success(), "{}", said(&done));
+    let config = load_config(&second).unwrap().0;
+    assert_eq!(
+        (config.max_position_embeddings, config.window_kind.as_deref()),
+        (32, Some("addressed"))
+    );
 }
 
 /// Behind a projection of zeros nothing gets a gradient, as behind one that a backward forgets.
@@ -486,7 +543,7 @@ fn what_cannot_be_resumed_is_named() {
         ("--optimizer muon", "--optimizer was \"adamw\", not \"muon\""),
         ("--windows stream", "--windows was \"original\", not \"stream\""),
         ("--tie_word_embeddings", "--tie-word-embeddings was false, not true"),
-        ("--max_steps 14", "15 steps are done, more than the 14 that are asked for"),
+        ("--max_steps 21", "--max-steps was 20, not 21"),
         ("--limit 3", "different corpus or tokenizer"),
     ] {
         let flags = if changed.starts_with("--max_steps") {
