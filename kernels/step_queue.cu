@@ -3,15 +3,15 @@
 // between steps.
 //
 //     step_queue_pop      control = records[*cursor], its loss scale times the dynamic loss scale
-//     step_queue_report   results[*cursor] = (sum of nll[r] over targets that count, norm); ++*cursor
+//     step_queue_report   results[*cursor] = (sum of nll, norm); ++*cursor
 //     loss_scale_update   dynamic loss scale of the next step
 //
-// records, results: one per queued run; nll (f32), targets (u32): [rows]; norm: one f32, null if
-// the run does not end a step; scaling: null without dynamic loss scaling. Bytes: 8 per row. 1 FLOP
-// in f64 per row: bound by latency.
+// records, results: one per queued run; nll: [rows] f32, 0 where the target is ignored; norm: one
+// f32, null if the run does not end a step; scaling: null without dynamic loss scaling. Bytes: 4 per
+// row. 1 FLOP in f64 per row: bound by latency.
 #include "lib/reduce.cuh"
 
-// Inputs of a run that change from run to run: `Control` in src/backend/gpu/launcher.rs.
+// Inputs of a run that change from run to run: `Control` in src/backend/gpu/launch_context.rs.
 struct StepRecord {
     double learning_rate, muon_learning_rate;
     unsigned long long step;
@@ -45,13 +45,10 @@ extern "C" __global__ void step_queue_pop(const StepRecord *__restrict__ records
 
 // Launch: one block of 1024 threads. The sum is in f64, in an order fixed by the launch.
 extern "C" __global__ void __launch_bounds__(1024)
-step_queue_report(const float *__restrict__ nll, const unsigned *__restrict__ targets,
-                  const float *__restrict__ norm, StepResult *__restrict__ results,
-                  unsigned *__restrict__ cursor, int rows) {
+step_queue_report(const float *__restrict__ nll, const float *__restrict__ norm,
+                  StepResult *__restrict__ results, unsigned *__restrict__ cursor, int rows) {
     double sum = 0.0;  // mutant: loss_summed_in_f32
-    for (int row = threadIdx.x; row < rows; row += blockDim.x) {
-        if (targets[row] != IGNORE_INDEX) sum += nll[row];  // mutant: padding_counted
-    }
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) sum += nll[row];
     sum = row_sum(sum);
     if (threadIdx.x == 0) {
         results[*cursor] = {sum, norm != nullptr ? *norm : 0.0f, 0};

@@ -173,7 +173,6 @@ pub(super) fn end(
     let norm = io.norm.map_or(Address::NULL, |norm| ctx.ptr(norm));
     let args = [
         ctx.ptr(io.nll).into(),
-        ctx.ptr(io.inputs.targets).into(),
         norm.into(),
         queue.results.into(),
         queue.cursor.into(),
