@@ -4,20 +4,29 @@ use super::Address;
 use crate::dtype::Dtype;
 use crate::error;
 
-/// A row-major matrix in a device's memory, `[rows, cols]`, without gaps between its rows.
+/// A row-major matrix in a device's memory, `[rows, cols]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matrix {
     pub at: Address,
     pub dtype: Dtype,
     pub rows: usize,
     pub cols: usize,
+    /// Elements from one row to the next, at least `cols`.
+    pub stride: usize,
     /// The matmul reads it transposed.
     pub transposed: bool,
 }
 
 impl Matrix {
+    /// A matrix without gaps between its rows.
     pub fn new(at: Address, dtype: Dtype, rows: usize, cols: usize) -> Matrix {
-        Matrix { at, dtype, rows, cols, transposed: false }
+        Matrix { at, dtype, rows, cols, stride: cols, transposed: false }
+    }
+
+    /// The matrix with its rows `stride` elements apart.
+    #[must_use]
+    pub fn with_stride(self, stride: usize) -> Matrix {
+        Matrix { stride, ..self }
     }
 
     /// The transpose, in the same memory.
@@ -33,7 +42,7 @@ impl Matrix {
 }
 
 /// `c = a b` or `c += a b`, accumulated in f32 and rounded once; strided-batched if `batch` is above
-/// 1, with each operand's matrices contiguous one after another. `a` and `b` have one dtype, `c` has
+/// 1, with each operand's matrices `rows * stride` elements apart. `a` and `b` have one dtype, `c` has
 /// that dtype or f32; `c` is not transposed and overlaps neither operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matmul {
@@ -55,6 +64,7 @@ impl Matmul {
             && !self.c.transposed
             && self.a.dtype == self.b.dtype
             && (self.c.dtype == self.a.dtype || self.c.dtype == Dtype::F32)
+            && [self.a, self.b, self.c].iter().all(|matrix| matrix.stride >= matrix.cols)
             && m * n * k * self.batch > 0;
         if consistent {
             return Ok((m, n, k));

@@ -1,6 +1,6 @@
 //! The kernels in the simulator, one instruction at a time; matmuls on the host.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -24,6 +24,8 @@ pub struct Sim {
     capture: Option<Vec<SimOp>>,
     graphs: Vec<Vec<SimOp>>,
     events: Vec<Instant>,
+    /// Kernels loaded or launched so far: a GPU's driver cannot load one during capture.
+    loaded: HashSet<String>,
     /// Modules whose entries take the place of those of a kernel file.
     replaced: HashMap<&'static str, Module>,
 }
@@ -53,6 +55,7 @@ impl Sim {
             capture: None,
             graphs: Vec::new(),
             events: Vec::new(),
+            loaded: HashSet::new(),
             replaced: HashMap::new(),
         })
     }
@@ -60,6 +63,14 @@ impl Sim {
     /// Launches the entries of `module` in the place of those of the file `kernels/FILE.cu`.
     pub fn replace(&mut self, file: &'static str, module: Module) {
         self.replaced.insert(file, module);
+    }
+
+    /// Refuses what a GPU's driver refuses during stream capture.
+    fn not_captured(&self, what: &str) -> anyhow::Result<()> {
+        match self.capture {
+            Some(_) => Err(error::internal(format!("{what} during stream capture"))),
+            None => Ok(()),
+        }
     }
 
     fn submit(&mut self, op: SimOp) -> anyhow::Result<()> {
@@ -105,13 +116,16 @@ impl Sim {
     }
 
     fn read(&self, matrix: &Matrix) -> anyhow::Result<Vec<f32>> {
-        let bytes = matrix.rows * matrix.cols * matrix.dtype.size();
-        Ok(matrix.dtype.decode(&self.memory.read_vec(matrix.at.0, bytes)?))
+        let mut bytes = Vec::new();
+        for (at, len) in rows(matrix) {
+            bytes.extend(self.memory.read_vec(at.0, len)?);
+        }
+        Ok(matrix.dtype.decode(&bytes))
     }
 
     fn multiply(&self, matmul: &Matmul) -> anyhow::Result<()> {
         let nth = |matrix: Matrix, at: usize| {
-            let bytes = matrix.rows * matrix.cols * matrix.dtype.size();
+            let bytes = matrix.rows * matrix.stride * matrix.dtype.size();
             Matrix { at: matrix.at.plus(at * bytes), ..matrix }
         };
         (0..matmul.batch).try_for_each(|at| {
@@ -157,9 +171,19 @@ impl Sim {
                 Parallelism::None,
             );
         }
-        self.memory.write(matmul.c.at.0, &matmul.c.dtype.encode(&c))?;
+        let mut bytes = matmul.c.dtype.encode(&c).into_iter();
+        for (at, len) in rows(&matmul.c) {
+            self.memory.write(at.0, &bytes.by_ref().take(len).collect::<Vec<u8>>())?;
+        }
         Ok(())
     }
+}
+
+/// Addresses and bytes of a matrix's rows; of all of them at once if there are no gaps.
+fn rows(matrix: &Matrix) -> impl Iterator<Item = (Address, usize)> + use<> {
+    let Matrix { at, dtype, rows, cols, stride, .. } = *matrix;
+    let (rows, cols) = if stride == cols { (1, rows * cols) } else { (rows, cols) };
+    (0..rows).map(move |row| (at.plus(row * stride * dtype.size()), cols * dtype.size()))
 }
 
 /// The decoded PTX of a kernel file, shared by all simulated devices.
@@ -197,21 +221,25 @@ impl Device for Sim {
     }
 
     fn alloc(&mut self, bytes: usize) -> anyhow::Result<Address> {
+        self.not_captured("an allocation")?;
         let address = Address(self.memory.alloc_uninit(bytes.max(1)));
         self.sizes.insert(address, bytes);
         Ok(address)
     }
 
     fn free(&mut self, address: Address) -> anyhow::Result<()> {
+        self.not_captured("freeing memory")?;
         self.sizes.remove(&address);
         Ok(self.memory.free(address.0)?)
     }
 
     fn upload(&mut self, to: Address, bytes: &[u8]) -> anyhow::Result<()> {
+        self.not_captured("a copy from the host")?;
         Ok(self.memory.write(to.0, bytes)?)
     }
 
     fn download(&self, from: Address, into: &mut [u8]) -> anyhow::Result<()> {
+        self.not_captured("a copy to the host")?;
         Ok(self.memory.read(from.0, into)?)
     }
 
@@ -225,11 +253,19 @@ impl Device for Sim {
 
     fn load(&mut self, entry: &str) -> anyhow::Result<()> {
         module(launch::find(entry)?.module)?;
+        if !self.loaded.contains(entry) {
+            self.not_captured(&format!("loading kernel {entry}"))?;
+            self.loaded.insert(entry.to_string());
+        }
         Ok(())
     }
 
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         let cuda = launch.check()?;
+        if !self.loaded.contains(&launch.entry) {
+            self.not_captured(&format!("the first launch of kernel {}", launch.entry))?;
+            self.loaded.insert(launch.entry.clone());
+        }
         self.submit(SimOp::Launch(cuda, launch.clone()))
     }
 
@@ -239,12 +275,14 @@ impl Device for Sim {
     }
 
     fn begin_capture(&mut self) -> anyhow::Result<()> {
+        self.not_captured("another capture")?;
         self.capture = Some(Vec::new());
         Ok(())
     }
 
     fn end_capture(&mut self) -> anyhow::Result<Graph> {
-        self.graphs.push(self.capture.take().unwrap_or_default());
+        let captured = self.capture.take();
+        self.graphs.push(captured.ok_or_else(|| error::internal("no stream capture to end"))?);
         Ok(Graph(self.graphs.len() - 1))
     }
 
@@ -258,6 +296,7 @@ impl Device for Sim {
     }
 
     fn elapsed(&mut self, Event(from): Event, Event(to): Event) -> anyhow::Result<f64> {
+        self.not_captured("waiting for an event")?;
         Ok(self.events[to].saturating_duration_since(self.events[from]).as_secs_f64())
     }
 
@@ -266,7 +305,7 @@ impl Device for Sim {
     }
 
     fn synchronize(&mut self) -> anyhow::Result<()> {
-        Ok(())
+        self.not_captured("synchronization")
     }
 }
 
@@ -318,6 +357,13 @@ mod tests {
         sim.matmul(&Matmul { a: twice, b: twice.t(), c, accumulate: false, batch: 2 }).unwrap();
         let exact = [14.0, 32.0, 32.0, 77.0];
         assert_eq!(get(&sim, Dtype::F32, c.at, 8), [exact, exact.map(|x| 4.0 * x)].concat());
+
+        // Rows that are four elements apart; what lies between them is neither read nor written.
+        let wide = put(&mut sim, Dtype::F32, &[1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0, 9.0]);
+        let wide = Matrix::new(wide, Dtype::F32, 2, 3).with_stride(4);
+        let c = Matrix::new(put(&mut sim, Dtype::F32, &[7.0; 8]), Dtype::F32, 2, 2).with_stride(4);
+        sim.matmul(&Matmul { a: wide, b: wide.t(), c, accumulate: false, batch: 1 }).unwrap();
+        assert_eq!(get(&sim, Dtype::F32, c.at, 8), [14.0, 32.0, 7.0, 7.0, 32.0, 77.0, 7.0, 7.0]);
 
         let c = Matrix::new(a, Dtype::F32, 2, 2);
         let wrong =
@@ -372,5 +418,38 @@ mod tests {
         assert_eq!((read(&sim, a), read(&sim, b)), ([3, 3, 3, 3, 1, 1, 1, 1], [1; 8]));
         sim.launch_graph(graph).unwrap();
         assert_eq!(read(&sim, b), [3, 3, 3, 3, 1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn stream_capture_refuses_what_a_gpu_refuses() {
+        let Some(mut sim) = sim() else { return };
+        let at = sim.alloc(8).unwrap();
+        sim.upload(at, &[1; 8]).unwrap();
+        let fill = Launch {
+            entry: "fill_f32".into(),
+            grid: [1, 1, 1],
+            block: [256, 1, 1],
+            shared: 0,
+            args: vec![at.into(), 3.0f32.into(), 2u64.into()],
+        };
+        sim.launch(&fill).unwrap();
+        assert!(sim.end_capture().is_err());
+        sim.begin_capture().unwrap();
+        sim.launch(&fill).unwrap();
+        let refused = [
+            sim.alloc(8).map(drop),
+            sim.free(at),
+            sim.upload(at, &[1; 8]),
+            sim.download(at, &mut [0; 8]),
+            sim.synchronize(),
+            sim.begin_capture(),
+            sim.load("grad_norm"),
+        ];
+        for (call, refused) in refused.iter().enumerate() {
+            let said = refused.as_ref().unwrap_err().to_string();
+            assert!(said.contains("during stream capture"), "call {call}: {said}");
+        }
+        sim.end_capture().unwrap();
+        sim.synchronize().unwrap();
     }
 }

@@ -28,9 +28,15 @@ fn chunk(o: &FusedLinearCrossEntropy) -> usize {
     (MAX_CHUNK_LOGITS / o.w.rows).clamp(1, o.rows)
 }
 
+/// Elements from one row of logits to the next: rows of an odd vocabulary (50,257) are padded, so that
+/// each begins at a multiple of 16 bytes, which cuBLASLt's fast kernels need.
+fn logits_stride(o: &FusedLinearCrossEntropy) -> usize {
+    o.w.rows.next_multiple_of(8)
+}
+
 /// Bytes of a chunk's logits and of their gradient, which in f32 overwrites the logits.
 fn generic_scratch(o: &FusedLinearCrossEntropy, dtype: Dtype) -> [usize; 2] {
-    let logits = chunk(o) * o.w.rows;
+    let logits = chunk(o) * logits_stride(o);
     let separate = o.dx.is_some() && dtype != Dtype::F32;
     [4 * logits, if separate { dtype.size() * logits } else { 0 }]
 }
@@ -39,6 +45,7 @@ fn generic_scratch(o: &FusedLinearCrossEntropy, dtype: Dtype) -> [usize; 2] {
 /// dlogits, which have the compute dtype.
 fn generic_loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
     let (vocab, hidden, max_rows) = (o.w.rows, o.w.cols, chunk(o));
+    let stride = logits_stride(o);
     let dtype = ctx.dtype;
     let [logits, gradient] = generic_scratch(o, dtype).map(|bytes| ctx.scratch_alloc(bytes));
     let gradient = match o.dx {
@@ -56,7 +63,7 @@ fn generic_loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow:
         ctx.matmul(
             x,
             ctx.weight_matrix(o.w).t(),
-            Matrix::new(logits, Dtype::F32, rows, vocab),
+            Matrix::new(logits, Dtype::F32, rows, vocab).with_stride(stride),
             false,
         )?;
         let args = [
@@ -68,12 +75,12 @@ fn generic_loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow:
             gradient.into(),
             int(rows),
             int(vocab),
-            int(vocab),
-            int(vocab),
+            int(stride),
+            int(stride),
         ];
         ctx.launch_for_dtype("cross_entropy", LaunchShape::linear(rows, threads), &args)?;
         if let Some(dx) = o.dx {
-            let dlogits = Matrix::new(gradient, dtype, rows, vocab);
+            let dlogits = Matrix::new(gradient, dtype, rows, vocab).with_stride(stride);
             ctx.matmul(dlogits, ctx.weight_matrix(o.w), part(ctx.ptr(dx), dtype), false)?;
             ctx.matmul(dlogits.t(), x, ctx.gradient_matrix(o.w), true)?;
         }

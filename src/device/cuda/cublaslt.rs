@@ -53,6 +53,9 @@ struct Operand {
     dtype: Dtype,
     rows: usize,
     cols: usize,
+    /// 0 in checkpoints of earlier versions: no gaps.
+    #[serde(default)]
+    stride: usize,
     transposed: bool,
     alignment: u32,
 }
@@ -60,10 +63,16 @@ struct Operand {
 impl Operand {
     /// The operand of a matmul with `batch` matrices.
     fn of(matrix: Matrix, batch: usize) -> Operand {
-        let Matrix { at, dtype, rows, cols, transposed } = matrix;
-        let next = if batch > 1 { (rows * cols * dtype.size()).trailing_zeros() } else { 8 };
+        let Matrix { at, dtype, rows, cols, stride, transposed } = matrix;
+        let next = if batch > 1 { (rows * stride * dtype.size()).trailing_zeros() } else { 8 };
         let alignment = 1 << at.0.trailing_zeros().min(next).min(8);
-        Operand { dtype, rows, cols, transposed, alignment }
+        let stride = if stride == cols { 0 } else { stride };
+        Operand { dtype, rows, cols, stride, transposed, alignment }
+    }
+
+    /// Elements from one row to the next.
+    fn row_stride(&self) -> usize {
+        if self.stride == 0 { self.cols } else { self.stride }
     }
 }
 
@@ -217,10 +226,10 @@ fn plan(
             data_type(operand.dtype),
             operand.cols as u64,
             operand.rows as u64,
-            operand.cols as i64,
+            operand.row_stride() as i64,
         )?;
         if key.batch > 1 {
-            let (count, stride) = (key.batch as i32, (operand.rows * operand.cols) as i64);
+            let (count, stride) = (key.batch as i32, (operand.rows * operand.row_stride()) as i64);
             // SAFETY: the attributes are an i32 and an i64, which are read before the call returns.
             unsafe {
                 result::set_matrix_layout_attribute(
@@ -342,7 +351,7 @@ fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
 
 pub(super) fn failed(what: &str, why: CublasError) -> anyhow::Error {
     error::device(
-        format!("{what}: cuBLASLt returned {why}"),
+        format!("{what}: cuBLASLt returned {:?}", why.0),
         "laam doctor shows which libraries were found",
     )
 }
@@ -355,8 +364,14 @@ mod tests {
 
     #[test]
     fn plans_survive_a_checkpoint() {
-        let operand =
-            |rows, cols, dtype| Operand { dtype, rows, cols, transposed: rows > 3, alignment: 256 };
+        let operand = |rows, cols, dtype| Operand {
+            dtype,
+            rows,
+            cols,
+            stride: rows,
+            transposed: rows > 3,
+            alignment: 256,
+        };
         let key = |rows| MatmulKey {
             a: operand(rows, 4, Dtype::Bf16),
             b: operand(4, 5, Dtype::F16),
