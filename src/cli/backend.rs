@@ -115,6 +115,7 @@ impl BackendArgs {
                 AttentionKernelArg::Generic => gpu::AttentionChoice::Generic,
             },
             max_resident_bytes: None,
+            guard: std::env::var_os("LAAM_GUARD").is_some_and(|value| value == "1"),
         };
         let threads = self.threads();
         Ok(match kind {

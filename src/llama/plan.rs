@@ -91,7 +91,7 @@ impl Program {
 
     /// First and last op of each buffer's live range. An input is live from the start, an output to
     /// the end.
-    fn live_ranges(&self) -> Vec<(usize, usize)> {
+    pub fn live_ranges(&self) -> Vec<(usize, usize)> {
         let end = self.ops.len();
         let mut ranges: Vec<(usize, usize)> = vec![(end, 0); self.buffers.len()];
         for (at, op) in self.ops.iter().enumerate() {

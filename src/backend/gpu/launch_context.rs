@@ -6,7 +6,7 @@ use super::Options;
 use crate::device::{Address, Arg, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
 use crate::llama::ops::AttentionShape;
-use crate::llama::{Buffer, BufferKind, BytePlan, Program, StepHyperparams};
+use crate::llama::{Buffer, BufferKind, Program, StepHyperparams};
 use crate::model::Span;
 
 /// Device addresses of a model's flat arrays.
@@ -99,8 +99,8 @@ pub(super) struct LaunchContext<'a> {
     /// The f16 loss scale, which gradients are divided by; null if losses are not scaled.
     pub scaling: Address,
     pub program: &'a Program,
-    pub plan: &'a BytePlan,
-    pub block: Address,
+    /// Address of each buffer.
+    pub buffers: &'a [Address],
     pub tables: &'a HashMap<usize, Address>,
     /// Index of the op in its program.
     pub op: usize,
@@ -120,7 +120,7 @@ pub(super) fn scratch<const N: usize>(pieces: [usize; N]) -> usize {
 impl LaunchContext<'_> {
     /// Device address of a buffer.
     pub fn ptr(&self, buffer: Buffer) -> Address {
-        self.block.plus(self.plan.offsets[buffer.0])
+        self.buffers[buffer.0]
     }
 
     /// Dtype of a buffer's elements.

@@ -67,6 +67,9 @@ pub struct Options {
     /// Limit of the token file in device memory, in bytes; half of the free memory by default. From a
     /// larger file the host gathers batches, a few steps ahead.
     pub max_resident_bytes: Option<u64>,
+    /// Every buffer is an allocation of its own, poisoned after the last op that uses it: shows accesses
+    /// outside a buffer and outside its live range. Slow, and takes much memory.
+    pub guard: bool,
 }
 
 impl Options {
@@ -78,6 +81,7 @@ impl Options {
             generic_lm_head: false,
             attention: AttentionChoice::Auto,
             max_resident_bytes: None,
+            guard: false,
         }
     }
 }

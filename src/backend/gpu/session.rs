@@ -50,7 +50,8 @@ struct DeviceBuffer {
 /// A loaded program.
 struct CompiledProgram {
     program: Program,
-    plan: BytePlan,
+    /// Where each buffer lies.
+    place: Placement,
     /// Constant tables, by op index.
     tables: HashMap<usize, Address>,
     /// Buffers that the step queue reads and writes; `None` for a program outside the queue.
@@ -59,6 +60,23 @@ struct CompiledProgram {
     /// can be captured.
     warm: bool,
     graphs: HashMap<RunMode, Graph>,
+}
+
+/// Where the buffers of a program lie.
+enum Placement {
+    /// In the block that all programs share.
+    Block(BytePlan),
+    /// Each in an allocation of its own, with [`Options::guard`].
+    Guarded(Vec<GuardedBuffer>),
+}
+
+/// A buffer in an allocation of its own.
+#[derive(Clone, Copy)]
+struct GuardedBuffer {
+    at: Address,
+    bytes: usize,
+    /// The last op that uses it; the number of ops for an output.
+    last: usize,
 }
 
 /// State beside the arenas that the next step depends on.
@@ -79,6 +97,9 @@ enum RunMode {
     /// `runs` runs from the step queue; `gather` if the device gathers their batches.
     Queued { gather: bool, runs: usize },
 }
+
+/// Byte of poisoned memory: NaN in every dtype, the largest u32.
+const POISON: u8 = 0xFF;
 
 /// Runs per graph, if as many are enqueued: the host's cost per graph launch matters if a run takes
 /// tenths of a millisecond.
@@ -201,7 +222,10 @@ impl GpuSession {
 
     fn ptr(&self, ProgramId(program): ProgramId, buffer: Buffer) -> Address {
         assert_eq!(self.current, Some(program), "only the program that ran last has outputs");
-        self.block.at.plus(self.programs[program].plan.offsets[buffer.0])
+        match &self.programs[program].place {
+            Placement::Block(plan) => self.block.at.plus(plan.offsets[buffer.0]),
+            Placement::Guarded(buffers) => buffers[buffer.0].at,
+        }
     }
 
     fn dtype_of(&self, ProgramId(program): ProgramId, buffer: Buffer) -> Dtype {
@@ -228,6 +252,12 @@ impl GpuSession {
             items.insert(0, LaunchItem::Begin(queue, io, gather));
             items.push(LaunchItem::End(queue, io));
         }
+        let buffers: Vec<Address> = match &ready.place {
+            Placement::Block(plan) => {
+                plan.offsets.iter().map(|&offset| self.block.at.plus(offset)).collect()
+            }
+            Placement::Guarded(buffers) => buffers.iter().map(|buffer| buffer.at).collect(),
+        };
         let mut events = Vec::new();
         for item in &items {
             if timed {
@@ -241,8 +271,7 @@ impl GpuSession {
                 control: self.control,
                 scaling: queued.map_or(Address::NULL, |(queue, ..)| queue.scaling),
                 program: &ready.program,
-                plan: &ready.plan,
-                block: self.block.at,
+                buffers: &buffers,
                 tables: &ready.tables,
                 op: if let LaunchItem::Op((at, _)) = item { *at } else { 0 },
                 scratch: self.scratch.at,
@@ -253,6 +282,15 @@ impl GpuSession {
                 LaunchItem::Begin(queue, io, gather) => queue::begin(&mut ctx, queue, io, *gather)?,
                 LaunchItem::Op((_, op)) => launch_op(&mut ctx, op)?,
                 LaunchItem::End(queue, io) => queue::end(&mut ctx, queue, io)?,
+            }
+            if let (Placement::Guarded(buffers), LaunchItem::Op((at, _))) = (&ready.place, item) {
+                let ended = buffers.iter().filter(|buffer| buffer.last == *at && buffer.bytes > 0);
+                for buffer in ended {
+                    self.device.memset(buffer.at, POISON, buffer.bytes)?;
+                }
+                if self.scratch.bytes > 0 {
+                    self.device.memset(self.scratch.at, POISON, self.scratch.bytes)?;
+                }
             }
         }
         if timed {
@@ -361,6 +399,21 @@ enum ConstantTable {
 }
 
 impl GpuSession {
+    /// Allocates each buffer of a program by itself. A GPU's fresh memory may hold numbers that look
+    /// right, so it is poisoned; the simulator itself finds reads of memory that nothing wrote.
+    fn guarded_buffers(&mut self, program: &Program) -> anyhow::Result<Vec<GuardedBuffer>> {
+        let mut buffers = Vec::with_capacity(program.buffers.len());
+        for (info, (_, last)) in program.buffers.iter().zip(program.live_ranges()) {
+            let bytes = info.len * info.kind.size(self.options.dtype.size());
+            let at = self.device.alloc(bytes)?;
+            if self.device.name() != "sim" && bytes > 0 {
+                self.device.memset(at, POISON, bytes)?;
+            }
+            buffers.push(GuardedBuffer { at, bytes, last });
+        }
+        Ok(buffers)
+    }
+
     /// Address of an op's constant table, if it has one.
     fn constant_table(&mut self, op: &Op) -> anyhow::Result<Option<Address>> {
         let bits = |frequencies: &[f64]| frequencies.iter().map(|f| f.to_bits()).collect();
@@ -421,8 +474,13 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
 impl Session for GpuSession {
     fn load(&mut self, program: Program) -> anyhow::Result<ProgramId> {
         check_sizes(&program, self.arenas)?;
-        let plan = program.byte_plan(self.options.dtype.size());
-        self.grow(|model| &mut model.block, plan.bytes)?;
+        let place = if self.options.guard {
+            Placement::Guarded(self.guarded_buffers(&program)?)
+        } else {
+            let plan = program.byte_plan(self.options.dtype.size());
+            self.grow(|model| &mut model.block, plan.bytes)?;
+            Placement::Block(plan)
+        };
         let bytes = workspace(&program, self.arenas.len, self.options);
         self.grow(|model| &mut model.scratch, bytes)?;
         let mut tables = HashMap::new();
@@ -434,7 +492,7 @@ impl Session for GpuSession {
         let graphs = HashMap::new();
         self.programs.push(CompiledProgram {
             program,
-            plan,
+            place,
             tables,
             io: None,
             warm: false,
@@ -479,10 +537,15 @@ impl Session for GpuSession {
     }
 
     fn poison(&mut self) -> anyhow::Result<()> {
-        for DeviceBuffer { at, bytes } in [self.block, self.scratch] {
-            if bytes > 0 {
-                self.device.memset(at, 0xFF, bytes)?;
+        let mut ranges =
+            vec![(self.block.at, self.block.bytes), (self.scratch.at, self.scratch.bytes)];
+        for ready in &self.programs {
+            if let Placement::Guarded(buffers) = &ready.place {
+                ranges.extend(buffers.iter().map(|buffer| (buffer.at, buffer.bytes)));
             }
+        }
+        for (at, bytes) in ranges.into_iter().filter(|&(_, bytes)| bytes > 0) {
+            self.device.memset(at, POISON, bytes)?;
         }
         Ok(())
     }
