@@ -27,6 +27,7 @@ mod run;
 mod sample;
 mod sass;
 mod schema;
+mod standin;
 mod support;
 mod sweep;
 mod tokenizer;

@@ -82,8 +82,9 @@ driver! {
 /// Reports leaks, and writes the report that was asked for.
 extern "C" fn at_exit() {
     let state = state();
+    // After an error, what could not be freed is no leak.
     let leaks = state.leaks();
-    if !leaks.is_empty() {
+    if !leaks.is_empty() && !state.has_failed() {
         eprintln!("cuda-standin: not given back at exit: {}", leaks.join(", "));
     }
     if let Some(path) = &state.settings.report

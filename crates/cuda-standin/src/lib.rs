@@ -12,6 +12,8 @@
 mod codes;
 mod driver;
 mod gemm;
+#[cfg(test)]
+mod rules;
 mod settings;
 mod state;
 mod work;

@@ -104,10 +104,11 @@ impl Settings {
         }
     }
 
+    /// Not the name of a product: no figure of a run may pass for that of a GPU.
     pub fn name(&self) -> &'static str {
         match self.arch {
-            Arch::H100 => "stand-in for an H100 (simulated)",
-            Arch::A100 => "stand-in for an A100 (simulated)",
+            Arch::H100 => "simulated GPU of compute capability 9.0",
+            Arch::A100 => "simulated GPU of compute capability 8.0",
         }
     }
 }

@@ -319,6 +319,11 @@ impl State {
         leaks
     }
 
+    /// Whether a fault was injected or a context was lost.
+    pub fn has_failed(&self) -> bool {
+        self.injected > 0 || self.primary.values().any(|primary| primary.sticky.is_some())
+    }
+
     /// Calls, leaks and faults as JSON.
     pub fn report(&self) -> String {
         let calls: Vec<_> =

@@ -178,7 +178,9 @@ fn failed(what: &str, driver: DriverError) -> anyhow::Error {
         }
         _ => "laam doctor shows what was found of the driver and the GPU",
     };
-    error::device(format!("{what}: {driver}"), hint)
+    let text = driver.error_string().ok().and_then(|text| text.to_str().ok());
+    let text = text.unwrap_or("an error the driver does not describe");
+    error::device(format!("{what}: {text} ({:?})", driver.0), hint)
 }
 
 impl Device for Cuda {
@@ -367,8 +369,11 @@ impl Device for Cuda {
                          this run chooses others, and may differ from an uninterrupted one in the \
                          last bits"
                     )),
-                    // The first matmul meets the same error, and reports it.
-                    Err(_) => differs("cuBLASLt"),
+                    Err(why) => Some(format!(
+                        "warning: the checkpoint's matmul algorithms cannot be restored ({why:#}): \
+                         this run chooses its own, and may differ from an uninterrupted one in the \
+                         last bits"
+                    )),
                 }
             }
             _ => differs("cuBLASLt"),

@@ -1,0 +1,497 @@
+//! The host code for GPUs, executed over the stand-ins for the CUDA driver and cuBLASLt
+//! (`crates/cuda-standin`).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use laam::device::cuda::Cuda;
+use laam::device::{Address, Device, Launch, Matmul, Matrix};
+use laam::dtype::Dtype;
+use laam::kernels::BUILD;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{bounded, error_in, laam};
+
+const DRIVER: &str = "libcuda.so.1";
+const CUBLASLT: &str = "libcublasLt.so.13";
+/// Time and address space of one command.
+const LIMIT: Duration = Duration::from_secs(120);
+const MEMORY: u64 = 64 << 30;
+
+/// A folder with the stand-ins under the names of the real libraries, and a small run.
+struct Standin {
+    folder: TempDir,
+}
+
+impl Standin {
+    /// `None` after a loud line if the kernels were not built.
+    fn new() -> Option<Standin> {
+        if let Err(why) = BUILD.cuda {
+            eprintln!("SKIPPED: host code for GPUs over the stand-in driver, because {why}");
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        for (name, library) in
+            [(DRIVER, "libcuda_standin.so"), (CUBLASLT, "libcublaslt_standin.so")]
+        {
+            symlink(built(library), folder.path().join(name)).unwrap();
+        }
+        Some(Standin { folder })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The program, which finds the stand-ins as it would find the real libraries.
+    fn laam(&self) -> Command {
+        let mut command = laam();
+        command.env("LD_LIBRARY_PATH", self.folder.path());
+        command.env("LAAM_CUDA_PTX", "1").env("CUDA_STANDIN_REPORT", self.path("report.json"));
+        command
+    }
+
+    /// A corpus and its tokenizer.
+    fn prepare(&self) {
+        fs::create_dir(self.path("source")).unwrap();
+        for (name, text) in [
+            ("a.c", include_str!("../../src/main.rs")),
+            ("b.c", include_str!("../../src/schema.rs")),
+        ] {
+            fs::write(self.path("source").join(name), text).unwrap();
+        }
+        let mut train = self.laam();
+        train.arg("train-tokenizer").args(["--vocab_size", "300", "--style", "exact", "--quiet"]);
+        train.arg("--source").arg(self.path("source"));
+        done(train.arg("--output_path").arg(self.path("tokenizer")));
+    }
+
+    /// `laam train` of a small model, which saves every fourth step.
+    fn train(&self, backend: &str, output: &str, steps: usize) -> Command {
+        let mut train = self.laam();
+        train.arg("train").arg("--source").arg(self.path("source"));
+        train.arg("--tokenizer_path").arg(self.path("tokenizer"));
+        train.arg("--output_path").arg(self.path(output));
+        let steps = steps.to_string();
+        train.args(["--backend", backend, "--max_steps", &steps, "--batch_size", "2"]);
+        train.args("--hidden_size 32 --intermediate_size 48 --num_hidden_layers 1".split(' '));
+        train.args("--num_attention_heads 4 --num_key_value_heads 2 --seed 1".split(' '));
+        train.args("--max_position_embeddings 32 --warmup_steps 2 --save_steps 4".split(' '));
+        train
+    }
+
+    /// A run whose GPU is lost after some launches of kernels: a late error, after which the saved steps
+    /// are there. A step takes about 30 kernels.
+    fn cut(&self, train: &mut Command, kernels: usize) {
+        train.env("CUDA_STANDIN_FAULT", format!("kernel@{kernels}=719"));
+        let said = error_in(&output(train));
+        assert!(said.contains("unspecified launch failure"), "{said}");
+    }
+
+    fn model(&self, output: &str) -> Vec<u8> {
+        fs::read(self.path(output).join("model.safetensors")).unwrap()
+    }
+
+    /// What the driver counted of the last command.
+    fn report(&self) -> Value {
+        serde_json::from_slice(&fs::read(self.path("report.json")).unwrap()).unwrap()
+    }
+}
+
+/// A shared library beside this test binary.
+fn built(library: &str) -> PathBuf {
+    let here = std::env::current_exe().unwrap();
+    let path = here.parent().unwrap().join(library);
+    assert!(path.is_file(), "{} was not built", path.display());
+    path
+}
+
+fn output(command: &mut Command) -> Output {
+    bounded(command, LIMIT, MEMORY)
+}
+
+/// Output of a command that succeeds.
+#[track_caller]
+fn done(command: &mut Command) -> (String, String) {
+    let output = output(command);
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+    assert!(output.status.success(), "{out}\n{err}");
+    (out, err)
+}
+
+fn check(standin: &Standin, backend: &str, arguments: &[&str]) -> Vec<Value> {
+    let mut check = standin.laam();
+    check.args(["check", "--backend", backend, "--seed", "7", "--json"]).args(arguments);
+    let checked: Value = serde_json::from_str(&done(&mut check).0).unwrap();
+    assert_eq!(checked["failed"], 0);
+    checked["runs"].as_array().unwrap().iter().map(|run| run["rows"].clone()).collect()
+}
+
+#[test]
+fn doctor_and_check_run_on_the_stand_in_driver() {
+    let Some(standin) = Standin::new() else { return };
+    let (out, _) = done(standin.laam().args(["doctor", "--json"]));
+    let doctor: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(doctor["cublaslt"], true);
+    let gpu = doctor["usable_gpus"][0].as_str().unwrap();
+    assert!(gpu.contains("simulated GPU") && gpu.contains("17.2 of 17.2 GB free"), "{gpu}");
+
+    // Every op on small shapes, eager and as a graph; matmuls with the bits of the simulated device.
+    check(&standin, "cuda", &["--precision", "bfloat16"]);
+    assert_eq!(standin.report()["leaks"], Value::Array(Vec::new()));
+    for only in ["linear", "fused_linear_cross_entropy"] {
+        let rows = |backend| check(&standin, backend, &["--only", only]);
+        assert_eq!(rows("cuda"), rows("sim"), "{only}");
+    }
+    // One context and one module each for the whole process.
+    let calls = &standin.report()["calls"];
+    assert_eq!(calls["cuDevicePrimaryCtxRetain"], 1, "{calls}");
+    assert!(calls["cuModuleLoadData"].as_u64().unwrap() < 20, "{calls}");
+}
+
+#[test]
+fn training_on_the_stand_in_driver_has_the_bits_of_the_simulator() {
+    let Some(standin) = Standin::new() else { return };
+    standin.prepare();
+    for precision in ["float32", "bfloat16"] {
+        let train = |backend, output: &str, steps| {
+            let mut train = standin.train(backend, output, steps);
+            train.args(["--precision", precision]);
+            train
+        };
+        let name = |kind: &str| format!("{kind}-{precision}");
+        done(&mut train("sim", &name("sim"), 20));
+        let exact = standin.model(&name("sim"));
+
+        // The first run of a program is eager, the others are graphs of one step; with more steps
+        // between two lines of metrics, up to eight steps are one graph.
+        done(train("cuda", &name("cuda"), 20).args(["--logging_steps", "5"]));
+        let report = standin.report();
+        assert!(report["calls"]["cuGraphLaunch"].as_u64() >= Some(15), "{report}");
+        assert_eq!(report["leaks"], Value::Array(Vec::new()));
+        assert!(standin.model(&name("cuda")) == exact, "{precision}: cuda");
+        done(train("cuda", &name("long"), 20).args(["--logging_steps", "20"]));
+        assert!(standin.model(&name("long")) == exact, "{precision}: graphs of eight steps");
+
+        standin.cut(&mut train("cuda", &name("resumed"), 20), 400);
+        done(train("cuda", &name("resumed"), 20).arg("--resume"));
+        assert!(standin.model(&name("resumed")) == exact, "{precision}: resumed");
+
+        // Every buffer an allocation of its own, poisoned outside its live range.
+        for backend in ["sim", "cuda"] {
+            let guarded = format!("guarded-{backend}-{precision}");
+            done(train(backend, &guarded, 20).env("LAAM_GUARD", "1"));
+            assert!(standin.model(&guarded) == exact, "{guarded}");
+        }
+    }
+}
+
+#[test]
+fn saved_algorithms_that_cublaslt_refuses_are_replaced_with_a_warning() {
+    let Some(standin) = Standin::new() else { return };
+    standin.prepare();
+    standin.cut(&mut standin.train("cuda", "begun", 8), 200);
+    for (name, value, warning) in [
+        ("CUDA_STANDIN_FAULT", "", ""),
+        (
+            "CUDA_STANDIN_FAULT",
+            "cublasLtMatmulAlgoCheck@2=15",
+            "warning: cuBLASLt refuses 1 of the checkpoint's matmul algorithms",
+        ),
+        ("CUDA_STANDIN_CUBLASLT", "130100", "chosen for another version of cuBLASLt"),
+    ] {
+        let _ = fs::remove_dir_all(standin.path("run"));
+        copy(&standin.path("begun"), &standin.path("run"));
+        let mut resume = standin.train("cuda", "run", 8);
+        let (_, said) = done(resume.arg("--resume").env(name, value));
+        assert!(said.contains(warning) && said.contains("warning") != warning.is_empty(), "{said}");
+    }
+}
+
+/// A copy of a library in which one exported name is another.
+fn without(standin: &Standin, library: &str, symbol: &str) {
+    let path = standin.path(library);
+    let mut bytes = fs::read(&path).unwrap();
+    let name: Vec<u8> = [b"\0", symbol.as_bytes(), b"\0"].concat();
+    let mut found = 0;
+    for at in 0..bytes.len() - name.len() {
+        if bytes[at..].starts_with(&name) {
+            bytes[at + symbol.len()] = b'X';
+            found += 1;
+        }
+    }
+    assert!(found > 0, "{symbol} in {library}");
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, bytes).unwrap();
+}
+
+#[test]
+fn drivers_and_libraries_that_will_not_do_are_errors_with_hints() {
+    let Some(standin) = Standin::new() else { return };
+    let fails = |variable: (&str, &str)| {
+        let mut check = standin.laam();
+        check.args(["check", "--backend", "cuda", "--only", "linear", "--precision", "float32"]);
+        error_in(&output(check.env(variable.0, variable.1)))
+    };
+    for (variable, text) in [
+        (("CUDA_STANDIN_DRIVER", "12040"), "the driver supports CUDA 12.4, but the kernels were"),
+        (("CUDA_STANDIN_GPUS", "0"), "initializing the driver"),
+        (("CUDA_STANDIN_MEMORY", "1000000"), "out of memory"),
+        (("CUDA_STANDIN_ALGORITHMS", "none"), "planning a matmul of"),
+        (("LAAM_CUDA_PTX", "0"), "loading kernels/"),
+        (("LAAM_CUBLASLT", "/no/such/library"), "cuBLASLt was not found"),
+    ] {
+        let said = fails(variable);
+        assert!(said.contains(text), "{variable:?}: {said}");
+    }
+    for symbol in [
+        "Create",
+        "Matmul",
+        "MatmulAlgoGetHeuristic",
+        "MatmulDescCreate",
+        "MatmulDescSetAttribute",
+        "MatmulPreferenceCreate",
+        "MatmulPreferenceSetAttribute",
+        "MatrixLayoutCreate",
+    ] {
+        let said = fails(("CUDA_STANDIN_FAULT", &format!("cublasLt{symbol}@1=14")));
+        assert!(said.contains("CUBLAS_STATUS_INTERNAL_ERROR"), "{said}");
+    }
+    for (library, symbol, text) in [
+        (CUBLASLT, "cublasLtMatmulAlgoCheck", "has no cublasLtMatmulAlgoCheck"),
+        (DRIVER, "cuGraphUpload", "libcuda.so.1 has no cuGraphUpload"),
+    ] {
+        without(&standin, library, symbol);
+        let said = fails(("CUDA_STANDIN_GPUS", "1"));
+        assert!(said.contains(text), "{symbol}: {said}");
+        // What a person asks first must not fail.
+        done(standin.laam().arg("doctor"));
+    }
+}
+
+#[test]
+fn cublaslt_is_taken_from_laam_cublaslt() {
+    let Some(standin) = Standin::new() else { return };
+    let elsewhere = standin.path("elsewhere.so");
+    fs::rename(standin.path(CUBLASLT), &elsewhere).unwrap();
+    let mut check = standin.laam();
+    check.args(["check", "--backend", "cuda", "--only", "linear", "--precision", "float32"]);
+    done(check.env("LAAM_CUBLASLT", &elsewhere));
+}
+
+#[test]
+fn device_calls_are_those_of_a_strict_driver() {
+    let Some(standin) = Standin::new() else { return };
+    // The loader reads LD_LIBRARY_PATH when a process begins.
+    let mut inside = Command::new(std::env::current_exe().unwrap());
+    inside.args(["standin::inside_the_stand_in_driver", "--exact", "--include-ignored"]);
+    inside.env("LD_LIBRARY_PATH", standin.folder.path()).env("LAAM_CUDA_PTX", "1");
+    let (out, _) = done(inside.env("LAAM_TEST_INSIDE", "1"));
+    assert!(out.contains("1 passed"), "{out}");
+}
+
+#[test]
+#[ignore = "device_calls_are_those_of_a_strict_driver runs it where the loader finds the stand-ins"]
+fn inside_the_stand_in_driver() {
+    if std::env::var_os("LAAM_TEST_INSIDE").is_none() {
+        return;
+    }
+    let mut cuda = Cuda::new(0).unwrap();
+    let put = |cuda: &mut Cuda, values: &[f32]| {
+        let at = cuda.alloc(4 * values.len()).unwrap();
+        cuda.upload(at, &Dtype::F32.encode(values)).unwrap();
+        at
+    };
+    let get = |cuda: &Cuda, at: Address, len: usize| {
+        let mut bytes = vec![0; 4 * len];
+        cuda.download(at, &mut bytes).unwrap();
+        Dtype::F32.decode(&bytes)
+    };
+
+    // Static and dynamic shared memory together are above 48 KiB, each is below.
+    let hidden = 12_260;
+    let [x, weight, dy] = [1.0, 2.0, 3.0].map(|value| put(&mut cuda, &vec![value; hidden]));
+    let [dx, partials] = [(); 2].map(|()| cuda.alloc(4 * hidden).unwrap());
+    let rstd = put(&mut cuda, &[1.0]);
+    let backward = Launch {
+        entry: "rms_norm_backward_f32".into(),
+        grid: [1, 1, 1],
+        block: [256, 1, 1],
+        shared: 4 * hidden as u32,
+        args: vec![
+            x.into(),
+            rstd.into(),
+            weight.into(),
+            dy.into(),
+            Address::NULL.into(),
+            dx.into(),
+            partials.into(),
+            1i32.into(),
+            (hidden as i32).into(),
+        ],
+    };
+    assert!(backward.shared < 48 << 10);
+    let start = cuda.record_event().unwrap();
+    cuda.launch(&backward).unwrap();
+    let end = cuda.record_event().unwrap();
+    assert!(cuda.elapsed(start, end).unwrap() > 0.0);
+    cuda.clear_events();
+    assert_eq!(get(&cuda, partials, hidden), vec![3.0; hidden]);
+    let too_much = Launch { shared: 227 << 10, ..backward.clone() };
+    let said = cuda.launch(&too_much).unwrap_err().to_string();
+    assert!(said.contains("bytes of shared memory, but the GPU has 232448"), "{said}");
+
+    // Rows with gaps, in memory of which the gaps were never written.
+    let a = Matrix::new(put(&mut cuda, &[1.0, 2.0, 3.0, 4.0]), Dtype::F32, 2, 2);
+    let c = Matrix::new(cuda.alloc(32).unwrap(), Dtype::F32, 2, 2).with_stride(4);
+    cuda.matmul(&Matmul { a, b: a.t(), c, accumulate: false, batch: 1 }).unwrap();
+    assert_eq!(get(&cuda, c.at, 2), [5.0, 11.0]);
+    assert_eq!(get(&cuda, c.at.plus(16), 2), [11.0, 25.0]);
+
+    // A forbidden call ends a capture with an error, and the device goes on.
+    let to = put(&mut cuda, &[0.0; 4]);
+    cuda.begin_capture().unwrap();
+    assert!(cuda.alloc(4).is_err());
+    assert!(cuda.end_capture().is_err());
+    cuda.begin_capture().unwrap();
+    cuda.copy(a.at, to, 16).unwrap();
+    let graph = cuda.end_capture().unwrap();
+    assert_eq!(get(&cuda, to, 4), [0.0; 4]);
+    cuda.launch_graph(graph).unwrap();
+    assert_eq!(get(&cuda, to, 4), [1.0, 2.0, 3.0, 4.0]);
+
+    // A range outside an allocation; memory freed twice is nobody's.
+    assert!(cuda.memset(to, 0, 17).is_err());
+    cuda.free(to).unwrap();
+    assert!(cuda.upload(to, &[0]).is_err());
+    // Another device of this process shares context and kernels.
+    let mut other = Cuda::new(0).unwrap();
+    other.launch(&backward).unwrap();
+    drop(other);
+    cuda.launch(&backward).unwrap();
+    cuda.synchronize().unwrap();
+    assert!(cuda.describe().contains("simulated GPU") && cuda.peak_flops(Dtype::Bf16).is_none());
+}
+
+/// Functions whose failure is not an error of the command: they give something back, describe an error,
+/// or have a replacement.
+const TOLERATED: [&str; 14] = [
+    "cuEventDestroy_v2",
+    "cuGetErrorString",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuMemFree_v2",
+    "cuStreamDestroy_v2",
+    "cublasLtCreate",
+    "cublasLtMatmulAlgoCheck",
+    "cublasLtMatmulDescCreate",
+    "cublasLtMatmulDescDestroy",
+    "cublasLtMatmulPreferenceDestroy",
+    "cublasLtMatrixLayoutCreate",
+    "cublasLtMatrixLayoutDestroy",
+    "cudaStandinGemm",
+];
+
+/// A run that is resumed with a fault: it ends within ten seconds, with a sentence and a hint or well; its
+/// checkpoint is as before, and the model in its folder, if there is one, is the finished one.
+struct FaultTable {
+    standin: Standin,
+    saved: Vec<u8>,
+    finished: Vec<u8>,
+    calls: BTreeMap<String, u64>,
+}
+
+impl FaultTable {
+    fn new() -> Option<FaultTable> {
+        let standin = Standin::new()?;
+        standin.prepare();
+        standin.cut(&mut standin.train("cuda", "begun", 8), 200);
+        copy(&standin.path("begun"), &standin.path("run"));
+        done(standin.train("cuda", "run", 8).arg("--resume"));
+        let (saved, finished) = (standin.model("begun/checkpoint-4"), standin.model("run"));
+        let report = standin.report();
+        let calls = report["calls"].as_object().unwrap();
+        let mut calls: BTreeMap<_, _> =
+            calls.iter().map(|(name, count)| (name.clone(), count.as_u64().unwrap())).collect();
+        for symbol in [
+            "cublasLtCreate",
+            "cublasLtMatmul",
+            "cublasLtMatmulAlgoCheck",
+            "cublasLtMatmulDescCreate",
+            "cublasLtMatmulDescDestroy",
+            "cublasLtMatrixLayoutCreate",
+            "cublasLtMatrixLayoutDestroy",
+        ] {
+            calls.insert(symbol.to_string(), 1);
+        }
+        Some(FaultTable { standin, saved, finished, calls })
+    }
+
+    /// Resumes with a fault, and returns what was said if the command failed.
+    fn resume(&self, fault: &str) -> Option<String> {
+        let run = self.standin.path("run");
+        fs::remove_dir_all(&run).unwrap();
+        copy(&self.standin.path("begun"), &run);
+        let mut train = self.standin.train("cuda", "run", 8);
+        train.arg("--resume").env("CUDA_STANDIN_FAULT", fault);
+        let output = bounded(&mut train, Duration::from_secs(10), MEMORY);
+        let saved = self.standin.model("run/checkpoint-4");
+        assert!(saved == self.saved, "{fault}: the checkpoint is lost");
+        let ended_well = output.status.success();
+        if ended_well || run.join("model.safetensors").exists() {
+            assert!(self.standin.model("run") == self.finished, "{fault}: another model");
+        }
+        (!ended_well).then(|| error_in(&output))
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(|entry| entry.unwrap()) {
+        let to = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+#[test]
+fn first_calls_that_fail_are_errors_with_hints_and_lose_nothing() {
+    let Some(table) = FaultTable::new() else { return };
+    for symbol in table.calls.keys() {
+        let code = if symbol.starts_with("cublas") { 14 } else { 999 };
+        // A device that is only queried is dropped first: nothing waits for its work.
+        let said = (1..=2).find_map(|call| table.resume(&format!("{symbol}@{call}={code}")));
+        let tolerated = TOLERATED.contains(&symbol.as_str());
+        assert!(said.is_some() || tolerated, "{symbol}: the run did not notice");
+    }
+    // Errors of kernels arrive after their launch, at the next synchronization.
+    for (fault, text) in [
+        ("kernel@9=719", "unspecified launch failure"),
+        ("kernel@40=700", "an illegal memory access was encountered"),
+        ("cuMemAlloc_v2@5=2", "out of memory (CUDA_ERROR_OUT_OF_MEMORY)"),
+    ] {
+        let said = table.resume(fault).unwrap();
+        assert!(said.contains(text), "{fault}: {said}");
+        done(table.standin.train("cuda", "run", 8).arg("--resume"));
+        assert!(table.standin.model("run") == table.finished, "{fault}: resumed");
+    }
+}
+
+#[test]
+#[ignore = "a minute: cargo test --test suite standin -- --include-ignored"]
+fn last_calls_that_fail_are_errors_with_hints_and_lose_nothing() {
+    let Some(table) = FaultTable::new() else { return };
+    for (symbol, &calls) in table.calls.iter().filter(|&(_, &calls)| calls > 1) {
+        for call in [calls / 2, calls] {
+            table.resume(&format!("{symbol}@{call}=999"));
+        }
+    }
+}
