@@ -7,6 +7,7 @@
 //! - [`escape`][]: foreign text made fit to be shown
 //! - [`files`][]: atomic and bounded file access
 //! - [`random`][]: counter-based random numbers
+//! - [`threads`][]: thread counts and pools
 //! - [`dtype`][]: element types of tensors
 //! - [`schema`][]: versions of the JSON files
 //! - [`corpus`][]: text sources (kernel.org, archives, folders, the built-in sample) and their manifest
@@ -48,6 +49,7 @@ pub mod model;
 pub mod random;
 pub mod report;
 pub mod schema;
+pub mod threads;
 pub mod tokenizer;
 pub mod tokens;
 pub mod train;

@@ -17,6 +17,7 @@ use crate::device::sim::Sim;
 use crate::dtype::Dtype;
 use crate::error;
 use crate::kernels::BUILD;
+use crate::threads;
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -95,9 +96,7 @@ impl BackendArgs {
         dtype: Option<Dtype>,
         profile: bool,
     ) -> anyhow::Result<Box<dyn Backend>> {
-        if self.threads == Some(0) {
-            return Err(error::invalid("threads", 0, "at least 1"));
-        }
+        self.threads.map_or(Ok(()), threads::check_count)?;
         let kind = match self.backend {
             BackendKind::Auto if BUILD.cuda.is_ok() && gpu_count() > 0 => BackendKind::Cuda,
             BackendKind::Auto => BackendKind::Cpu,
@@ -131,12 +130,12 @@ impl BackendArgs {
 
     /// As many as were asked for, or as the machine has.
     fn threads(&self) -> usize {
-        let all = || std::thread::available_parallelism().map_or(1, usize::from);
-        self.threads.unwrap_or_else(all)
+        self.threads.unwrap_or_else(threads::available)
     }
 
     /// The device by itself.
     pub fn device(&self) -> anyhow::Result<Box<dyn Device>> {
+        self.threads.map_or(Ok(()), threads::check_count)?;
         match self.backend {
             BackendKind::Auto | BackendKind::Cuda => open_cuda(0),
             BackendKind::Sim => open_sim(self.threads()),

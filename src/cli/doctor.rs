@@ -15,6 +15,7 @@ use crate::error::hint_of;
 use crate::files;
 use crate::kernels::{BUILD, CUDA_MODULES};
 use crate::schema::versioned;
+use crate::threads;
 
 /// Say what was built, what this machine offers, and how to fix what is missing.
 #[derive(Args, Debug)]
@@ -56,7 +57,7 @@ struct MissingPart {
 impl Findings {
     fn gather() -> Findings {
         let mut findings = Findings {
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: threads::available(),
             features: cpu_features(),
             driver: Driver::find(),
             backends: vec!["cpu", "reference"],

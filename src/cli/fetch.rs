@@ -15,7 +15,8 @@ use crate::schema::versioned;
 ///
 /// The archive is kept in LAAM_CACHE, else XDG_CACHE_HOME/laam, else ~/.cache/laam, and found there
 /// the next time. A download that broke off goes on where it stopped. The archive is checked against
-/// the server's sha256sums.asc and refused if it differs.
+/// the server's sha256sums.asc and refused if it differs. No hash is pinned in laam, and the list's PGP
+/// signature is not verified: the list is trusted as the server and its TLS certificate are.
 #[derive(Args, Debug)]
 #[command(after_help = "Example: laam fetch --version v1.0/1.0")]
 pub struct FetchArgs {
@@ -25,13 +26,16 @@ pub struct FetchArgs {
     /// The server: the address of the folder that holds v1.0
     #[arg(long, value_name = "URL", default_value = MIRROR)]
     mirror_uri: String,
+    /// Accept an archive that the server has no checksum of
+    #[arg(long)]
+    unverified: bool,
     /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(arguments: &FetchArgs) -> anyhow::Result<Outcome> {
-    let release = source::release(&arguments.version, &arguments.mirror_uri)?;
+    let release = source::release(&arguments.version, &arguments.mirror_uri, arguments.unverified)?;
     let mut downloads = Downloads::default();
     let fetched = release.fetch(&mut |event| downloads.show(event))?;
     if arguments.json {

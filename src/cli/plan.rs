@@ -63,9 +63,9 @@ pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
         None => settings.config(arguments.vocab_size, crate::tokenizer::Special::default())?,
     };
     if arguments.json {
-        print_json(&versioned(as_json(&config, settings, &*backend)));
+        print_json(&versioned(as_json(&config, settings, &*backend)?));
     } else {
-        write!(stdout(), "{}", text(&config, settings, &*backend))?;
+        write!(stdout(), "{}", text(&config, settings, &*backend)?)?;
     }
     Ok(Outcome::Done)
 }
@@ -87,12 +87,16 @@ fn parts(config: &Config) -> Parts {
 }
 
 /// The plan as `--json` prints it.
-pub fn as_json(config: &Config, settings: &Settings, backend: &dyn Backend) -> Value {
+pub fn as_json(
+    config: &Config,
+    settings: &Settings,
+    backend: &dyn Backend,
+) -> anyhow::Result<Value> {
     let context = config.max_position_embeddings;
     let Parts { embedding, head, blocks, norms } = parts(config);
-    let memory = Footprint::new(backend, config, settings.batch_size, context);
+    let memory = Footprint::new(backend, config, settings.batch_size, context)?;
     // A validated model has fewer than 2^40 parameters: all of these fit.
-    json!({
+    Ok(json!({
         "parameters": config.parameter_count() as u64,
         "parameters_embedding": embedding as u64,
         "parameters_head": head as u64,
@@ -110,11 +114,11 @@ pub fn as_json(config: &Config, settings: &Settings, backend: &dyn Backend) -> V
         "bytes_activations": memory.activations,
         "bytes_workspace": memory.workspace,
         "bytes_peak": memory.peak(),
-    })
+    }))
 }
 
 /// The plan as a person reads it.
-pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> String {
+pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> anyhow::Result<String> {
     let context = config.max_position_embeddings;
     let Parts { embedding, head, blocks, norms } = parts(config);
     let all = config.parameter_count();
@@ -134,7 +138,7 @@ pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> Stri
     let _ = writeln!(out, "\nFLOPs a token, windows of {context}");
     let _ = writeln!(out, "  {:12} {:>20}", "forward", grouped(config.forward_flops(context)));
     let _ = writeln!(out, "  {:12} {:>20}", "training", grouped(config.training_flops(context)));
-    let memory = Footprint::new(backend, config, settings.batch_size, context);
+    let memory = Footprint::new(backend, config, settings.batch_size, context)?;
     let (batch, once) = (settings.batch_size, memory.micro_batch);
     let name = backend.name();
     let _ = writeln!(out, "\nbytes of training on {name}, batch {batch}, {once} windows at a time");
@@ -148,7 +152,7 @@ pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> Stri
     ] {
         let _ = writeln!(out, "  {what:12} {:>20}", grouped(bytes as u128));
     }
-    out
+    Ok(out)
 }
 
 /// 4662336 as 4,662,336.

@@ -54,6 +54,9 @@ pub struct RebuildArgs {
     /// The server that has the kernels
     #[arg(long, value_name = "URL", default_value = MIRROR)]
     mirror_uri: String,
+    /// Accept a kernel that the server has no checksum of
+    #[arg(long)]
+    unverified: bool,
     /// The windows that the model was trained on [default: what its provenance says, else stream]
     #[arg(long, value_enum)]
     windows: Option<WindowKind>,
@@ -125,6 +128,7 @@ impl RebuildArgs {
             exclude: record.exclude,
             version: is_kernel.then(|| source.to_string()),
             mirror_uri: self.mirror_uri.clone(),
+            unverified: self.unverified,
             source: is_path.then(|| source.into()),
             limit: self.limit,
             strict: false,

@@ -356,8 +356,8 @@ fn dry_run(recipe: &Recipe, backends: &BackendArgs, json: bool) -> anyhow::Resul
         let config = stage.settings.config(recipe.tokenizer.vocab_size, Special::default())?;
         let backend = backends.open_in(stage.settings.precision)?;
         say!("stage {} on {}", stage.name, backend.device());
-        write_to_stderr(&plan::text(&config, &stage.settings, &*backend));
-        let plan = plan::as_json(&config, &stage.settings, &*backend);
+        write_to_stderr(&plan::text(&config, &stage.settings, &*backend)?);
+        let plan = plan::as_json(&config, &stage.settings, &*backend)?;
         plans.push(json!({"stage": stage.name, "device": backend.device(), "plan": plan}));
     }
     if json {

@@ -31,6 +31,9 @@ pub struct SourceArgs {
     /// The server that has the kernels: the address of the folder that holds v1.0
     #[arg(long, value_name = "URL", default_value = MIRROR)]
     pub mirror_uri: String,
+    /// Accept a kernel that the server has no checksum of
+    #[arg(long)]
+    pub unverified: bool,
     /// A folder, a .tar, .tar.gz or .tar.xz archive, or one source file
     #[arg(long, value_name = "PATH")]
     pub source: Option<PathBuf>,
@@ -91,7 +94,7 @@ impl SourceArgs {
         let is_sample = record.is_some_and(|record| record.name == SAMPLE);
         let source = match origin {
             Some(SourceOrigin::Release(version)) => {
-                let mut release = release(&version, &self.mirror_uri)?;
+                let mut release = release(&version, &self.mirror_uri, self.unverified)?;
                 let url = record.and_then(|record| record.url.as_deref()).unwrap_or_default();
                 if self.mirror_uri == MIRROR {
                     release.use_cached_mirror(url);
@@ -140,7 +143,9 @@ impl SourceArgs {
     pub fn corpus(&self, default: Option<&str>, encoding: Encoding) -> anyhow::Result<Corpus> {
         let source = match (&self.source, self.version.as_deref().or(default)) {
             (Some(path), _) => Source::Path(path.clone()),
-            (None, Some(version)) => Source::Linux(release(version, &self.mirror_uri)?),
+            (None, Some(version)) => {
+                Source::Linux(release(version, &self.mirror_uri, self.unverified)?)
+            }
             (None, None) => Source::Sample,
         };
         open(&source, self.options(encoding)?)
@@ -181,9 +186,9 @@ pub fn warn_of_other_text(manifest: &Manifest, provenance: Option<&Provenance>) 
 }
 
 /// A kernel's version and server as they were given.
-pub fn release(version: &str, mirror_uri: &str) -> anyhow::Result<LinuxRelease> {
+pub fn release(version: &str, mirror_uri: &str, unverified: bool) -> anyhow::Result<LinuxRelease> {
     let release = LinuxRelease::new(version.parse::<Version>()?)?;
-    Ok(LinuxRelease { mirror: mirror_uri.to_string(), ..release })
+    Ok(LinuxRelease { mirror: mirror_uri.to_string(), unverified, ..release })
 }
 
 /// Writes a corpus as a token file, with progress unless `quiet`, and says what it left out.

@@ -25,6 +25,11 @@ use crate::files;
 /// Memory an xz archive may ask for, in KiB: twice what `xz -9` makes need.
 const MAX_XZ_MEMORY_KIB: u32 = 129 << 10;
 
+/// Limit on the ratio of unpacked to packed bytes, and the unpacked bytes to which it does not apply.
+/// Source code packs to a tenth; xz makes a seven-thousandth of zeros.
+const MAX_RATIO: u64 = 200;
+const ANY_RATIO_BYTES: u64 = 64 << 20;
+
 /// Limit on header bytes between two members.
 const MAX_HEADER_BYTES: u64 = 1 << 20;
 
@@ -66,9 +71,11 @@ impl Reading {
         let limits = *intake.limits();
         self.packed.allowed.set(u64::MAX);
         self.unpacked.allowed.set(MAX_HEADER_BYTES);
-        let packed = Metered { inner: files::open(path)?, meter: self.packed.clone() };
+        let packed =
+            Metered { inner: files::open(path)?, meter: self.packed.clone(), packed: None };
         let unpacked = unpack(BufReader::with_capacity(1 << 16, packed))?;
-        let mut archive = Archive::new(Metered { inner: unpacked, meter: self.unpacked.clone() });
+        let (meter, packed) = (self.unpacked.clone(), Some(self.packed.clone()));
+        let mut archive = Archive::new(Metered { inner: unpacked, meter, packed });
 
         let mut entries = archive.entries()?;
         let mut count = 0;
@@ -110,6 +117,13 @@ impl Reading {
         }
         if why.kind() == io::ErrorKind::OutOfMemory {
             let what = format!("needs more than {MAX_XZ_MEMORY_KIB} KiB of memory to unpack");
+            return error::data(
+                format!("{what}, {}", path.display()),
+                "if you trust it, unpack it and give the folder",
+            );
+        }
+        if why.kind() == io::ErrorKind::QuotaExceeded {
+            let what = format!("unpacks to more than {MAX_RATIO} times its size");
             return error::data(
                 format!("{what}, {}", path.display()),
                 "if you trust it, unpack it and give the folder",
@@ -278,6 +292,8 @@ struct Meter {
 struct Metered<R> {
     inner: R,
     meter: Rc<Meter>,
+    /// Of the packed bytes, if these are the unpacked ones.
+    packed: Option<Rc<Meter>>,
 }
 
 impl<R: Read> Read for Metered<R> {
@@ -286,6 +302,11 @@ impl<R: Read> Read for Metered<R> {
         let done = self.meter.done.get() + n as u64;
         self.meter.done.set(done);
         self.meter.ended.set(n == 0 && !buffer.is_empty());
+        let most =
+            |packed: &Rc<Meter>| MAX_RATIO.saturating_mul(packed.done.get()).max(ANY_RATIO_BYTES);
+        if self.packed.as_ref().is_some_and(|packed| done > most(packed)) {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
         if done > self.meter.allowed.get() {
             return Err(io::Error::other("more headers or padding than an archive needs"));
         }

@@ -37,18 +37,109 @@ pub fn agent(timeout: Duration) -> Agent {
         .timeout_send_request(Some(timeout))
         .timeout_recv_response(Some(timeout))
         .timeout_per_read(Some(timeout))
+        // Followed by `get`, which looks at where they lead.
+        .max_redirects(0)
         .user_agent(concat!("laam/", env!("CARGO_PKG_VERSION")))
         .build()
         .into()
 }
 
+/// Redirects that are followed for one request.
+const MAX_REDIRECTS: usize = 5;
+
+/// Requests for one file, failed or not.
+const MAX_ATTEMPTS: u32 = 64;
+
+/// Bytes of a small text.
+const MAX_TEXT_BYTES: u64 = 16 << 20;
+
+/// Why a request has no response.
+enum RequestError {
+    Failed(ureq::Error),
+    Refused(anyhow::Error),
+}
+
+/// Requests `url` and follows redirects, but never from https to http. Returns the response and the
+/// addresses that redirects led to, in order.
+fn get(
+    agent: &Agent,
+    url: &str,
+    headers: &[(header::HeaderName, String)],
+) -> Result<(Response<Body>, Vec<String>), RequestError> {
+    let mut followed: Vec<String> = Vec::new();
+    loop {
+        let at = followed.last().map_or(url, String::as_str);
+        let mut request = agent.get(at);
+        for (name, value) in headers {
+            request = request.header(name, value);
+        }
+        let response = request.call().map_err(RequestError::Failed)?;
+        if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+            return Ok((response, followed));
+        }
+        let refuse = |why: String| {
+            let hint = "name another server in `mirror_uri`";
+            Err(RequestError::Refused(error::data(format!("{why}, {url}"), hint)))
+        };
+        let Some(next) = text_of(&response, &header::LOCATION).and_then(|to| resolve(at, &to))
+        else {
+            return refuse("the server redirects to nowhere".to_string());
+        };
+        if at.starts_with("https://") && !next.starts_with("https://") {
+            return refuse(format!("the server redirects from https to {next}"));
+        }
+        if followed.len() == MAX_REDIRECTS {
+            return refuse(format!("more than {MAX_REDIRECTS} redirects"));
+        }
+        followed.push(next);
+    }
+}
+
+/// The http or https address that `location` means at `base`.
+fn resolve(base: &str, location: &str) -> Option<String> {
+    let (scheme, rest) = base.split_once("://")?;
+    let host = rest.split(['/', '?', '#']).next()?;
+    let location = location.split('#').next()?;
+    let lower = location.to_ascii_lowercase();
+    Some(if lower.starts_with("http://") || lower.starts_with("https://") {
+        let (scheme, rest) = location.split_once("://")?;
+        format!("{}://{rest}", scheme.to_ascii_lowercase())
+    } else if let Some(rest) = location.strip_prefix("//") {
+        format!("{scheme}://{rest}")
+    } else if location.starts_with('/') {
+        format!("{scheme}://{host}{location}")
+    } else if location.is_empty() || location.contains(':') {
+        return None;
+    } else {
+        let folder = base.split(['?', '#']).next()?.rsplit_once('/')?.0;
+        format!("{folder}/{location}")
+    })
+}
+
 /// A small text, or `None` if the server has no such file.
-pub fn text(agent: &Agent, url: &str) -> anyhow::Result<Option<String>> {
-    let mut response = agent.get(url).call().map_err(|why| unreachable(url, &why))?;
+pub fn text(agent: &Agent, url: &str, timeout: Duration) -> anyhow::Result<Option<String>> {
+    let (response, _) = get(agent, url, &[]).map_err(|why| match why {
+        RequestError::Failed(why) => unreachable(url, &why),
+        RequestError::Refused(error) => error,
+    })?;
     match response.status() {
         StatusCode::OK => {
-            let body = response.body_mut().with_config().limit(16 << 20).lossy_utf8(true);
-            body.read_to_string().map(Some).map_err(|why| unreachable(url, &why))
+            let mut body = response.into_body().into_with_config().limit(MAX_TEXT_BYTES).reader();
+            let (mut text, mut buffer) = (Vec::new(), vec![0; 1 << 14]);
+            let mut pace = Pace::new(timeout, 0);
+            let mut read = || -> io::Result<bool> {
+                let n = body.read(&mut buffer)?;
+                text.extend(&buffer[..n]);
+                pace.keep_up(text.len() as u64).map(|()| n > 0)
+            };
+            loop {
+                match read() {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(why) => return Err(broken_off(url, &why)),
+                }
+            }
+            Ok(Some(String::from_utf8_lossy(&text).into_owned()))
         }
         StatusCode::NOT_FOUND | StatusCode::GONE => Ok(None),
         status => Err(refused(url, status)),
@@ -65,10 +156,14 @@ pub struct Download<'a> {
 }
 
 /// Result of a download that did not fail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DownloadOutcome {
     /// The part is the whole file. `resumed`: some of it is from an earlier attempt.
-    Complete { resumed: bool },
+    Complete {
+        resumed: bool,
+        /// The addresses that redirects led to, in order.
+        redirects: Vec<String>,
+    },
     /// The server has no such file.
     Missing,
 }
@@ -96,20 +191,22 @@ impl From<io::Error> for Failure {
 impl Download<'_> {
     /// Runs to the end, taking up again what broke off.
     pub fn run(&self, tell: Tell) -> anyhow::Result<DownloadOutcome> {
-        let mut failures = 0;
+        let (mut failures, mut attempts) = (0, 0);
         let mut resumed = self.length() > 0;
         loop {
             let before = self.length();
+            attempts += 1;
             match self.attempt(tell) {
                 Ok(None) => return Ok(DownloadOutcome::Missing),
-                Ok(Some(from)) => {
-                    return Ok(DownloadOutcome::Complete { resumed: resumed && from > 0 });
+                Ok(Some((from, redirects))) => {
+                    let resumed = resumed && from > 0;
+                    return Ok(DownloadOutcome::Complete { resumed, redirects });
                 }
                 Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Passing(why)) => {
                     let gained = self.length().saturating_sub(before);
                     failures = if gained >= MIN_PROGRESS_BYTES { 0 } else { failures + 1 };
-                    if failures >= MAX_FAILED_ATTEMPTS {
+                    if failures >= MAX_FAILED_ATTEMPTS || attempts >= MAX_ATTEMPTS {
                         return Err(error::data(
                             format!(
                                 "the download broke off at byte {} ({why}), {}",
@@ -147,8 +244,9 @@ impl Download<'_> {
         fs::metadata(&self.part).map_or(0, |metadata| metadata.len())
     }
 
-    /// One request. The offset it started at, or `None` if there is no such file.
-    fn attempt(&self, tell: Tell) -> Result<Option<u64>, Failure> {
+    /// One request. The offset it started at and the redirects on the way, or `None` if there is no such
+    /// file.
+    fn attempt(&self, tell: Tell) -> Result<Option<(u64, Vec<String>)>, Failure> {
         let origin: Option<Origin> = files::read(&self.origin_file(), MAX_RECORD_BYTES)
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
@@ -158,24 +256,30 @@ impl Download<'_> {
         }
         let have = self.length();
 
-        let mut request = self.agent.get(self.url);
+        let mut headers = Vec::new();
         if have > 0 {
-            request = request.header(header::RANGE, format!("bytes={have}-"));
+            headers.push((header::RANGE, format!("bytes={have}-")));
             // Only a strong validator says that the bytes are the same (RFC 9110, 13.1.5).
             let validator = origin.as_ref().and_then(|origin| {
                 let strong = origin.etag.as_ref().filter(|etag| !etag.starts_with("W/"));
                 strong.or(origin.last_modified.as_ref())
             });
-            if let Some(validator) = validator {
-                request = request.header(header::IF_RANGE, validator);
-            }
+            headers.extend(validator.map(|validator| (header::IF_RANGE, validator.clone())));
         }
-        let response = match request.call() {
-            Ok(response) => response,
+        let (response, redirects) = match get(self.agent, self.url, &headers) {
+            Ok(answered) => answered,
             // What was reached before may only be away for a moment.
-            Err(why) if have > 0 => return Err(Failure::Passing(why.to_string())),
-            Err(why) => return Err(Failure::Final(unreachable(self.url, &why))),
+            Err(RequestError::Failed(why)) if have > 0 => {
+                return Err(Failure::Passing(why.to_string()));
+            }
+            Err(RequestError::Failed(why)) => {
+                return Err(Failure::Final(unreachable(self.url, &why)));
+            }
+            Err(RequestError::Refused(error)) => return Err(Failure::Final(error)),
         };
+        for address in &redirects {
+            tell(FetchEvent::Note(format!("redirected to {address}")));
+        }
         let now = Origin {
             url: self.url.to_string(),
             etag: text_of(&response, &header::ETAG),
@@ -202,7 +306,7 @@ impl Download<'_> {
             status => return Err(Failure::Final(refused(self.url, status))),
         };
         self.receive(response, from, &now, tell)?;
-        Ok(Some(from))
+        Ok(Some((from, redirects)))
     }
 
     /// Appends a response's body to the part.
@@ -272,7 +376,7 @@ impl Pace {
             return Ok(());
         }
         if ((done - self.from) as f64) < MIN_BYTES_PER_SECOND as f64 * elapsed.as_secs_f64() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "less than 1 KiB a second"));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "less than 1 KiB per second"));
         }
         (self.since, self.from) = (Instant::now(), done);
         Ok(())
@@ -293,6 +397,13 @@ fn unreachable(url: &str, why: &ureq::Error) -> anyhow::Error {
     error::data(
         format!("{why}, {url}"),
         "check the network, name another server in `mirror_uri`, or use an archive you have",
+    )
+}
+
+fn broken_off(url: &str, why: &io::Error) -> anyhow::Error {
+    error::data(
+        format!("the download broke off ({why}), {url}"),
+        "check the network, or name another server in `mirror_uri`",
     )
 }
 
@@ -319,4 +430,26 @@ pub fn write_whole(file: &Path, bytes: &[u8]) -> io::Result<()> {
     out.write_all(bytes)?;
     out.sync_all()?;
     fs::rename(temporary, file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::resolve;
+
+    #[test]
+    fn locations_are_resolved_against_the_address_they_came_from() {
+        let base = "https://a.org/x/y.tar.xz?q";
+        for (location, expected) in [
+            ("http://b.org/z", Some("http://b.org/z")),
+            ("HTTPS://b.org/z", Some("https://b.org/z")),
+            ("//b.org/z", Some("https://b.org/z")),
+            ("/z", Some("https://a.org/z")),
+            ("z#part", Some("https://a.org/x/z")),
+            ("ftp://b.org/z", None),
+            ("file:/etc/passwd", None),
+            ("", None),
+        ] {
+            assert_eq!(resolve(base, location).as_deref(), expected, "{location}");
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! Kernel archives from kernel.org by version, checked and kept in a cache.
 //!
 //! An archive is compared with the `sha256sums.asc` of its folder. That guards against damage and
-//! against a mirror that serves something else than it lists; the list's PGP signature is not
-//! verified, so trust in the list is trust in the server and its TLS certificate.
+//! against a mirror that serves something else than it lists. No hash is pinned in the program, and the
+//! list's PGP signature is not verified: trust in the list is trust in the server and its TLS certificate.
 
 use std::fmt;
 use std::fs;
@@ -77,6 +77,8 @@ pub struct LinuxRelease {
     pub cache: PathBuf,
     /// The longest wait for a server.
     pub timeout: Duration,
+    /// Accept an archive that no checksum list names.
+    pub unverified: bool,
 }
 
 /// An archive in the cache. The record beside it (`ARCHIVE.json`) holds the same.
@@ -91,13 +93,17 @@ pub struct Fetched {
     /// True if the server's list names the archive, with this sha256. False if it has no list or
     /// does not name it; an archive that the list contradicts is refused.
     pub checksum_confirmed: bool,
+    /// The addresses that redirects led to, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub redirects: Vec<String>,
 }
 
 impl LinuxRelease {
     /// A kernel from the usual server, in the usual cache.
     pub fn new(version: Version) -> anyhow::Result<Self> {
         let timeout = Duration::from_secs(30);
-        Ok(Self { version, mirror: MIRROR.to_string(), cache: cache_folder()?, timeout })
+        let (mirror, cache) = (MIRROR.to_string(), cache_folder()?);
+        Ok(Self { version, mirror, cache, timeout, unverified: false })
     }
 
     /// The archive: from the cache if it is there and unharmed, else downloaded. The whole file is
@@ -166,7 +172,8 @@ impl LinuxRelease {
             else {
                 continue;
             };
-            if !path.is_file() {
+            // One that was accepted unverified counts only where that is accepted again.
+            if !path.is_file() || !(fetched.checksum_confirmed || self.unverified) {
                 continue;
             }
             if sha256_of(&path)? == fetched.sha256 {
@@ -186,14 +193,36 @@ impl LinuxRelease {
     #[cfg(feature = "fetch")]
     fn download(&self, base: &str, folder: &Path, tell: Tell) -> anyhow::Result<Fetched> {
         let agent = download::agent(self.timeout);
-        let list = download::text(&agent, &format!("{base}/sha256sums.asc"))?;
+        let list = download::text(&agent, &format!("{base}/sha256sums.asc"), self.timeout)?;
+        let list = list.filter(|list| is_checksum_list(list));
+        let listed = |name: &str| checksum_in(list.as_deref()?, name);
+        if !self.unverified && !self.names().iter().any(|name| listed(name).is_some()) {
+            let what = match &list {
+                None => "the server has no list of checksums",
+                Some(_) => "the server's list of checksums does not name it",
+            };
+            return Err(error::data(
+                format!(
+                    "linux-{} cannot be checked: {what}, {base}/sha256sums.asc",
+                    self.version.number
+                ),
+                format!(
+                    "{VERSION_HINT}; to accept an archive that cannot be checked, set `unverified`"
+                ),
+            ));
+        }
         for name in self.names() {
             let url = format!("{base}/{name}");
             let path = folder.join(&name);
             let part = path.with_added_extension("part");
             let download = Download { agent: &agent, url: &url, part, timeout: self.timeout };
-            let listed = list.as_deref().and_then(|list| checksum_in(list, &name));
-            let Some(sha256) = checked(&download, listed.as_deref(), tell)? else { continue };
+            let listed = listed(&name);
+            if listed.is_none() && !self.unverified {
+                continue;
+            }
+            let Some((sha256, redirects)) = checked(&download, listed.as_deref(), tell)? else {
+                continue;
+            };
             if listed.is_none() {
                 let what =
                     if list.is_none() { "has no sha256sums.asc" } else { "does not list it" };
@@ -207,6 +236,7 @@ impl LinuxRelease {
                 retrieved: time::now(),
                 sha256,
                 checksum_confirmed: listed.is_some(),
+                redirects,
             };
             keep(&download, &path, &fetched).map_err(|why| cannot_write(&path, &why))?;
             return Ok(fetched);
@@ -217,22 +247,23 @@ impl LinuxRelease {
 }
 
 /// Downloads and compares the sha256 with the listed one; retries once if a resumed part may be at
-/// fault.
-/// None if there is no such file.
+/// fault. Returns the sha256 and the redirects; none if there is no such file.
 #[cfg(feature = "fetch")]
 fn checked(
     download: &Download,
     listed: Option<&str>,
     tell: Tell,
-) -> anyhow::Result<Option<String>> {
-    loop {
-        let DownloadOutcome::Complete { resumed } = download.run(tell)? else { return Ok(None) };
+) -> anyhow::Result<Option<(String, Vec<String>)>> {
+    for is_last in [false, true] {
+        let DownloadOutcome::Complete { resumed, redirects } = download.run(tell)? else {
+            return Ok(None);
+        };
         let sha256 = sha256_of(&download.part)?;
         if listed.is_none_or(|listed| listed == sha256) {
-            return Ok(Some(sha256));
+            return Ok(Some((sha256, redirects)));
         }
         download.discard().map_err(|why| cannot_write(&download.part, &why))?;
-        if !resumed {
+        if !resumed || is_last {
             let listed = listed.unwrap_or_default();
             return Err(error::data(
                 format!("sha256 is {sha256}, but the server lists {listed}, {}", download.url),
@@ -243,6 +274,14 @@ fn checked(
             "the resumed download has a wrong checksum; starting over".to_string(),
         ));
     }
+    Err(error::internal("a download has two attempts"))
+}
+
+/// True of a text with a line `HASH  NAME`: a page in place of the list has none.
+#[cfg(feature = "fetch")]
+fn is_checksum_list(text: &str) -> bool {
+    let is_html = text.trim_start().starts_with('<');
+    !is_html && text.lines().any(|line| hash_and_name(line).is_some())
 }
 
 /// Moves the part into place. The record comes first: alone, it counts for nothing.
@@ -258,15 +297,16 @@ fn record_of(path: &Path) -> PathBuf {
 }
 
 /// The hash of a file in a list of lines `HASH  NAME` (or `HASH *NAME`), which may be signed text.
-#[cfg(feature = "fetch")]
-fn checksum_in(list: &str, name: &str) -> Option<String> {
-    list.lines().find_map(|line| {
-        let (hash, listed) = line.trim_end().split_once(' ')?;
-        let named =
-            matches!(listed.as_bytes(), [b' ' | b'*', rest @ ..] if rest == name.as_bytes());
-        let is_hash = hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
-        (named && is_hash).then(|| hash.to_ascii_lowercase())
-    })
+pub fn checksum_in(list: &str, name: &str) -> Option<String> {
+    let mut lines = list.lines().filter_map(hash_and_name);
+    lines.find(|(_, listed)| *listed == name).map(|(hash, _)| hash.to_ascii_lowercase())
+}
+
+fn hash_and_name(line: &str) -> Option<(&str, &str)> {
+    let (hash, name) = line.trim_end().split_once(' ')?;
+    let name = name.strip_prefix([' ', '*'])?;
+    let is_hash = hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_hash.then_some((hash, name))
 }
 
 /// Cache folder of downloads: `LAAM_CACHE`, else `XDG_CACHE_HOME/laam`, else `~/.cache/laam`.

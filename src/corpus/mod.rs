@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 
 pub use event::{FetchEvent, Tell};
 pub use known::{is_linux_1_0, linux_1_0_files};
-pub use linux::{Fetched, LinuxRelease, MIRROR, Version, cache_folder};
+pub use linux::{Fetched, LinuxRelease, MIRROR, Version, cache_folder, checksum_in};
 pub use manifest::{FileRecord, LeftOut, Manifest, OtherFiles, Reason, SourceOrigin};
 pub use names::{NameFilter, SUFFIXES};
 pub(crate) use names::{corpus_path, shown};

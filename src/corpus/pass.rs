@@ -10,6 +10,7 @@ use super::manifest::{FileRecord, LeftOut, Manifest, OtherFiles, Reason};
 use super::names::{self, NameFilter, shown};
 use super::{CorpusOptions, Document, Encoding, Limits, hex};
 use crate::error;
+use crate::threads;
 
 /// Files the reader may be ahead of its consumer.
 const FILES_AHEAD: usize = 4;
@@ -47,9 +48,7 @@ impl Documents {
                 let _ = intake.sender.send(Message::Other(std::mem::take(&mut intake.other)));
                 let _ = intake.sender.send(Message::End(result)); // nobody left to hear it: fine
             })
-            .map_err(|why| {
-                error::device(format!("cannot start a reader thread: {why}"), "free some memory")
-            })?;
+            .map_err(|why| threads::none_to_be_had(&why))?;
         Ok(Self { receiver: Some(receiver), manifest: origin, expected })
     }
 

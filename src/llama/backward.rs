@@ -53,7 +53,7 @@ impl Builder<'_> {
                 dv,
             }));
             let dqkv = self.activation("qkv", shape.qkv_width());
-            let frequencies = self.config.rope_frequencies();
+            let frequencies = self.rope_frequencies.clone();
             self.p.ops.push(Op::RopeBackward(RopeBackward {
                 dq,
                 dk,

@@ -1,5 +1,7 @@
 //! The forward pass: embedding, blocks, final norm. It returns the activations that backward reads.
 
+use std::sync::Arc;
+
 use super::buffer::{Buffer, BufferKind, BufferRole};
 use super::ops::{
     Attention, AttentionDecode, AttentionShape, Embedding, Linear, Op, ResidualAdd, RmsNorm, Rope,
@@ -14,6 +16,8 @@ pub(super) struct Builder<'a> {
     pub config: &'a Config,
     pub layout: &'a Layout,
     pub shape: AttentionShape,
+    /// One table for all ops.
+    pub rope_frequencies: Arc<[f64]>,
     /// Prefix of buffer names: `layer 3 `.
     pub scope: String,
 }
@@ -63,7 +67,15 @@ impl<'a> Builder<'a> {
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
         };
-        Self { p: Program::default(), config, layout, shape, scope: String::new() }
+        let rope_frequencies = config.rope_frequencies().into();
+        Self {
+            p: Program::default(),
+            config,
+            layout,
+            shape,
+            rope_frequencies,
+            scope: String::new(),
+        }
     }
 
     pub fn rows(&self) -> usize {
@@ -122,7 +134,7 @@ impl<'a> Builder<'a> {
         let q = self.activation("q", shape.q_width());
         let k = self.activation("k", shape.kv_width());
         let v = self.activation("v", shape.kv_width());
-        let frequencies = self.config.rope_frequencies();
+        let frequencies = self.rope_frequencies.clone();
         self.p.ops.push(Op::Rope(Rope { qkv, start, positions, frequencies, shape, q, k, v }));
         [q, k, v]
     }

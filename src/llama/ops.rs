@@ -7,6 +7,8 @@
 //! [`Op::cost`] counts useful work: the two-byte activations of mixed precision, each read or written
 //! once.
 
+use std::sync::Arc;
+
 use super::buffer::Buffer;
 use crate::model::Span;
 
@@ -136,7 +138,7 @@ pub struct Rope {
     /// Upper bound of the positions, exclusive.
     pub positions: usize,
     /// Radians per position, `[head_dim / 2]`.
-    pub frequencies: Vec<f64>,
+    pub frequencies: Arc<[f64]>,
     pub shape: AttentionShape,
     pub q: Buffer,
     pub k: Buffer,
@@ -149,7 +151,7 @@ pub struct RopeBackward {
     pub dq: Buffer,
     pub dk: Buffer,
     pub dv: Buffer,
-    pub frequencies: Vec<f64>,
+    pub frequencies: Arc<[f64]>,
     pub shape: AttentionShape,
     pub dqkv: Buffer,
 }

@@ -50,6 +50,8 @@ pub enum RopeScaling {
 impl Config {
     /// The most layers and the most parameters (4 TiB of them, in float32) that are taken for meant.
     const MAX_LAYERS: usize = 1 << 12;
+    /// The largest in use is 256; the table of rotations has half as many entries for each position.
+    const MAX_HEAD_DIM: usize = 1 << 16;
     const MAX_PARAMETERS: u128 = 1 << 40;
 
     /// Refuses shapes that no Llama has.
@@ -68,6 +70,10 @@ impl Config {
             if size == 0 || size > 1 << 31 {
                 return Err(error::invalid(name, size, "at least 1 and at most 2147483648"));
             }
+        }
+        if self.head_dim > Self::MAX_HEAD_DIM {
+            let range = format!("at most {}", Self::MAX_HEAD_DIM);
+            return Err(error::invalid("head_dim", self.head_dim, range));
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return Err(error::invalid(
@@ -234,8 +240,9 @@ pub(crate) mod tests {
     #[test]
     fn config_rejects_invalid_shapes() {
         original().validate().unwrap();
-        let spoilers: [fn(&mut Config); 12] = [
+        let spoilers: [fn(&mut Config); 13] = [
             |c| c.vocab_size = 0,
+            |c| c.head_dim = 1 << 31,
             |c| c.hidden_size = usize::MAX,
             |c| c.head_dim = 3,
             |c| c.num_key_value_heads = 5,

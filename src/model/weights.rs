@@ -95,7 +95,7 @@ pub(super) fn write(
             {
                 return Err(error::checkpoint(
                     format!("{} has a value too large for float16", parameter.name),
-                    "save in bfloat16 or float32",
+                    "set `precision` to bfloat16",
                 ));
             }
             let shape = parameter.shape();

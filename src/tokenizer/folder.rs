@@ -132,7 +132,7 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
         .hint(ErrorKind::Data, || "create one with laam train-tokenizer; laam reads byte-pair tokenizers of transformers")
 }
 
-fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result<Tokenizer> {
+pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result<Tokenizer> {
     limits::check_values(&json)?;
     limits::check_values(&config).context("in tokenizer_config.json")?;
     let value: Value = serde_json::from_slice(&json).context("not JSON")?;

@@ -300,6 +300,14 @@ impl Tokenizer {
         folder::save_vocabulary(self, folder)
     }
 
+    /// A tokenizer of the bytes of `tokenizer.json` and `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// If they are not a tokenizer that laam can use.
+    pub fn from_bytes(json: Vec<u8>, config: Vec<u8>) -> anyhow::Result<Self> {
+        folder::parse(json, config, None)
+    }
+
     /// Reads a tokenizer from its folder, or from a `tokenizer.json`.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         folder::load(path)

@@ -17,6 +17,7 @@ use super::words::Words;
 use super::{MARKERS, Style, Tokenizer, byte_level, folder};
 use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};
+use crate::threads;
 
 /// Training options.
 #[derive(Clone, Debug)]
@@ -82,6 +83,7 @@ impl Tokenizer {
                 format!("at least {least} (all bytes and the markers) and at most 16777216"),
             ));
         }
+        threads::start_global_pool()?;
         let mut counter = Counter::new(training.style);
         counter.read(documents, &mut progress)?;
         if counter.bytes == 0 {

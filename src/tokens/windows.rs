@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::addressed::AddressEncoder;
 use super::{Batch, IGNORE, TokenFile};
 use crate::error;
+use crate::threads;
 use crate::tokenizer::Tokenizer;
 
 /// Kind of windows that a token file is cut into.
@@ -88,6 +89,7 @@ impl Windows {
         context: usize,
         stride: Option<usize>,
     ) -> anyhow::Result<Self> {
+        threads::start_global_pool()?;
         let pad = tokenizer.markers()?.pad;
         if file.header().tokenizer_sha256 != tokenizer.sha256() {
             return Err(error::data(

@@ -13,6 +13,7 @@ use super::file::{HEADER, Header};
 use crate::corpus::Document;
 use crate::error::{ErrorKind, Hint};
 use crate::files::AtomicFile;
+use crate::threads;
 use crate::tokenizer::Tokenizer;
 
 /// Text is handed to the threads in batches of about this many bytes.
@@ -65,10 +66,11 @@ impl<'t> TokenWriter<'t> {
         documents: impl IntoIterator<Item = anyhow::Result<Document>>,
         mut progress: impl FnMut(u64),
     ) -> anyhow::Result<()> {
+        threads::start_global_pool()?;
         std::thread::scope(|scope| {
             let (sender, batches) = sync_channel::<Vec<Document>>(1);
-            let encoder = scope
-                .spawn(move || batches.into_iter().try_for_each(|batch| self.write_batch(&batch)));
+            let encode = move || batches.into_iter().try_for_each(|batch| self.write_batch(&batch));
+            let encoder = threads::spawn_scoped(scope, encode)?;
             let mut batch = Vec::new();
             let (mut held, mut taken) = (0, 0);
             let mut failed = None;

@@ -25,25 +25,61 @@ pub struct Footprint {
 
 impl Footprint {
     /// Footprint of steps on `batch` windows of `seq_len` tokens.
-    pub fn new(backend: &dyn Backend, config: &Config, batch: usize, seq_len: usize) -> Self {
-        let layout = Layout::new(config);
+    ///
+    /// # Errors
+    /// If the sizes are so large that their sum may not fit into 63 bits.
+    pub fn new(
+        backend: &dyn Backend,
+        config: &Config,
+        batch: usize,
+        seq_len: usize,
+    ) -> anyhow::Result<Self> {
         let micro_batch = backend.micro_batch(batch, seq_len);
+        check_arithmetic(config, micro_batch, seq_len)?;
+        let layout = Layout::new(config);
         let program: Program = step::training(config, &layout, micro_batch, seq_len).program;
         let arena = 4 * layout.len;
-        Self {
+        Ok(Self {
             micro_batch,
             parameters: arena + backend.shadow_weight_bytes(&layout),
             gradients: arena,
             optimizer: 2 * arena,
             activations: backend.activation_bytes(&program),
             workspace: backend.workspace_bytes(&program),
-        }
+        })
     }
 
     /// Sum of all parts.
     pub fn peak(&self) -> usize {
         self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
     }
+}
+
+/// Fails if the sizes of a program for these windows may overflow: an upper bound in 128 bits, so
+/// generous that what it refuses fits into no machine.
+fn check_arithmetic(config: &Config, micro_batch: usize, seq_len: usize) -> anyhow::Result<()> {
+    let wide = |size: usize| size as u128;
+    let rows = wide(micro_batch) * wide(seq_len);
+    let heads = wide(config.num_attention_heads) + 2 * wide(config.num_key_value_heads);
+    let width = heads * wide(config.head_dim)
+        + 2 * wide(config.hidden_size)
+        + 2 * wide(config.intermediate_size)
+        + wide(config.vocab_size);
+    // Up to 16 buffers of each width in the forward and the backward of a layer, 8 bytes an element, and
+    // for the workspace a row of scores for each row, eight times.
+    let layers = wide(config.num_hidden_layers) + 1;
+    let buffers = rows.saturating_mul(width).saturating_mul(32 * 8 * layers);
+    let scores = rows.saturating_mul(8 * 8 * wide(seq_len));
+    let all = buffers.saturating_add(scores).saturating_add(64 * config.parameter_count());
+    if all > 1 << 62 {
+        return Err(error::config(
+            format!(
+                "the model and windows of {seq_len} tokens are too large to plan: up to {all} bytes"
+            ),
+            "make `max_position_embeddings` or the model smaller",
+        ));
+    }
+    Ok(())
 }
 
 /// Fails if the machine has too little memory, before an allocation aborts the process.
@@ -62,7 +98,7 @@ pub fn check_memory(
     let needed = if least > there {
         least
     } else {
-        Footprint::new(backend, config, batch, seq_len).peak() as u128
+        Footprint::new(backend, config, batch, seq_len)?.peak() as u128
     };
     if needed <= there {
         return Ok(());

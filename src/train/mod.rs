@@ -16,7 +16,7 @@ pub mod sweep;
 mod tensorboard;
 mod trainer;
 
-pub use checkpoints::{candidates, is_resumable};
+pub use checkpoints::{TrainState, candidates, is_resumable};
 pub use engine::{Engine, StepStats, TrainStep};
 pub use footprint::{Footprint, peak_memory_bytes};
 pub use metrics::{MAX_METRICS, Metrics, MetricsFile};

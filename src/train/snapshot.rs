@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
-use crate::error;
 use serde_json::Value;
 
 use super::checkpoints;
 use crate::dtype::Dtype;
+use crate::error;
 use crate::model::{Checkpoint, Config, Layout, Provenance, TrainingState, save};
+use crate::threads;
 
 /// All that a checkpoint holds.
 pub struct Snapshot {
@@ -85,7 +86,9 @@ impl CheckpointWriter {
     /// Begins to write one. Errors come with [`CheckpointWriter::finish`].
     pub fn begin(&mut self, place: CheckpointTarget, snapshot: Snapshot) -> anyhow::Result<()> {
         self.finish()?;
-        self.thread = Some(thread::spawn(move || place.put(&snapshot)));
+        let write = move || place.put(&snapshot);
+        let started = thread::Builder::new().name("checkpoint".to_string()).spawn(write);
+        self.thread = Some(started.map_err(|why| threads::none_to_be_had(&why))?);
         Ok(())
     }
 

@@ -18,6 +18,7 @@
 //!
 //! `vocab_size` and `style` are the tokenizer's; every other key is set in all stages of the recipe.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::Context;
@@ -87,10 +88,20 @@ impl Sweep {
         };
         let mut runs = Vec::new();
         let one = [Table::new()];
-        for listed in if file.runs.is_empty() { &one[..] } else { &file.runs } {
+        let lists = if file.runs.is_empty() { &one[..] } else { &file.runs };
+        let points = combinations(&file.grid)?;
+        if points.len().saturating_mul(lists.len()) > MAX_RUNS {
+            return Err(error::config(
+                format!(
+                    "the sweep has more than {MAX_RUNS} runs: the grid's combinations times [[run]]"
+                ),
+                "remove some values",
+            ));
+        }
+        for listed in lists {
             let mut listed = listed.clone();
             let given = listed.remove("name");
-            for point in combinations(&file.grid)? {
+            for point in points.iter().cloned() {
                 let name = match given.as_ref().and_then(Value::as_str) {
                     Some(given) if point.is_empty() => plain(given),
                     Some(given) => plain(&format!("{given},{}", name(&point))),
@@ -105,11 +116,12 @@ impl Sweep {
                 runs.push(SweepRun { name, given, changed, recipe });
             }
         }
-        for (at, run) in runs.iter().enumerate() {
+        let mut names = HashSet::new();
+        for run in &runs {
             if run.name.is_empty() {
                 return Err(error::config("a run has no name", "use letters, digits and -"));
             }
-            if runs[..at].iter().any(|other| other.name == run.name) {
+            if !names.insert(run.name.as_str()) {
                 return Err(error::config(
                     format!("two runs are called {}", run.name),
                     "rename one",
@@ -229,5 +241,10 @@ mod tests {
         let many = (0..101).map(|seed| seed.to_string()).collect::<Vec<_>>().join(",");
         let grid = format!("recipe = 'sample'\n[grid]\nseed = [{many}]\nepochs = [{many}]");
         assert!(said(&grid).contains("more than"));
+        let seeds = (0..2_000).map(|seed| seed.to_string()).collect::<Vec<_>>().join(",");
+        let grid = format!("recipe = 'sample'\n[grid]\nseed = [{seeds}]\n");
+        assert!(
+            said(&(grid + &"[[run]]\nepochs = 1\n".repeat(6))).contains("more than 10000 runs")
+        );
     }
 }

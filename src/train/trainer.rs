@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::Context;
+
 use super::checkpoints::{self, TrainState};
 use super::footprint::{check_memory, peak_memory_bytes};
 use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
@@ -17,7 +19,7 @@ use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::llama::StepHyperparams;
 use crate::memorization::verbatim;
-use crate::model::{Config, Provenance, SessionRecord, initialize, load_provenance};
+use crate::model::{Config, Layout, Provenance, SessionRecord, initialize, load_provenance};
 use crate::schema::SchemaVersion;
 use crate::tokens::{Sampler, Windows};
 
@@ -170,11 +172,20 @@ impl<'a> Trainer<'a> {
                 ErrorKind::Checkpoint,
                 || "remove the checkpoint: `resume` then takes an older one",
             )?);
-            state = TrainState { settings: state.settings, ..saved.state };
+            let total = resumed_total(&saved.state, state.total, windows.len());
+            let total = total.with_context(|| format!("in {}", saved.folder.display()))?;
+            if total != saved.state.total {
+                notes.push(format!("the run has {total} steps now, not {}", saved.state.total));
+            }
+            state = TrainState { settings: state.settings, total, ..saved.state };
             sampler = Sampler::resume(windows.len(), settings.order, state.position)?;
         } else {
             let fresh = || initialize(&config, engine.layout(), settings.seed);
-            engine.write(Arena::Parameters, &weights.unwrap_or_else(fresh))?;
+            let weights = weights.unwrap_or_else(fresh);
+            if precision == Dtype::F16 {
+                check_float16(&weights, engine.layout())?;
+            }
+            engine.write(Arena::Parameters, &weights)?;
         }
         engine.upload_dataset(windows, settings.batch_size)?;
         let looked_for_lost = false;
@@ -562,6 +573,9 @@ fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::R
         logging_steps: 1,
         save_steps: 1,
         save_total_limit: 1,
+        // A run may be made longer.
+        max_steps: None,
+        epochs: 1.0,
         ..settings.with_shape(&saved.config)
     };
     let (then, now_settings) = (essence(&saved.state.settings), essence(&now.settings));
@@ -581,6 +595,53 @@ fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::R
         format!("the run in {} cannot be resumed: {what}", saved.folder.display()),
         "resume with the settings it began with, or start a new run from its weights with `init_from`",
     ))
+}
+
+/// Steps of a resumed run in all: as many as it was saved with, or `now` if its settings ask for another
+/// number.
+fn resumed_total(saved: &TrainState, now: u64, windows: usize) -> anyhow::Result<u64> {
+    let planned = saved.settings.total_steps(windows);
+    let stopped = saved.settings.stop_at_verbatim.is_some() && saved.total == saved.step;
+    let counts = [saved.tokens, saved.skipped, saved.unlogged.1];
+    let is_valid = saved.step <= saved.total
+        && (saved.total == planned || stopped)
+        && counts.into_iter().all(|count| count < 1 << 62)
+        && saved.best.is_none_or(|(_, step)| step <= saved.step);
+    if !is_valid {
+        return Err(error::checkpoint(
+            format!(
+                "invalid training state: step {} of {}, but its settings make {planned} steps",
+                saved.step, saved.total
+            ),
+            "remove the checkpoint: `resume` then takes an older one",
+        ));
+    }
+    if now == planned {
+        return Ok(saved.total);
+    }
+    if now < saved.step {
+        return Err(error::config(
+            format!("{} steps are done, more than the {now} that are asked for", saved.step),
+            "set `max_steps` or `epochs` to more",
+        ));
+    }
+    Ok(now)
+}
+
+/// Refuses weights that float16 cannot hold, before any step is trained that could not be saved.
+fn check_float16(weights: &[f32], layout: &Layout) -> anyhow::Result<()> {
+    let overflows = |x: &f32| x.is_finite() && !Dtype::F16.round(*x).is_finite();
+    let too_large = layout
+        .parameters
+        .iter()
+        .find(|parameter| weights[parameter.span.range()].iter().any(overflows));
+    match too_large {
+        None => Ok(()),
+        Some(parameter) => Err(error::config(
+            format!("{} has a value too large for float16, whose largest is 65504", parameter.name),
+            "set `precision` to bfloat16",
+        )),
+    }
 }
 
 fn scalars(metrics: &Metrics) -> Vec<(&'static str, f64)> {

@@ -527,7 +527,7 @@ fn step_memory_equals_the_plan() {
     engine.write(Arena::Parameters, &weights(engine.layout())).unwrap();
     let hyperparams = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 };
     engine.step(&[batch(windows, context, config.vocab_size)], hyperparams).unwrap();
-    let planned = Footprint::new(&backend, &config, windows, context);
+    let planned = Footprint::new(&backend, &config, windows, context).unwrap();
     assert_eq!(planned.micro_batch, 64);
     assert_eq!(engine.bytes(), planned.peak() - planned.workspace);
 }

@@ -165,8 +165,15 @@ impl Trial {
             mirror: mirror.to_string(),
             cache: cache.path().to_path_buf(),
             timeout: Duration::from_secs(6),
+            unverified: false,
         };
         Self { kernel, notes: Vec::new(), _cache: cache }
+    }
+
+    fn unverified(mirror: &str) -> Self {
+        let mut trial = Self::new(mirror);
+        trial.kernel.unverified = true;
+        trial
     }
 
     fn fetch(&mut self) -> anyhow::Result<Fetched> {
@@ -273,10 +280,12 @@ fn fetch_falls_back_to_gz() {
     let fetched = trial.fetch().unwrap();
     assert_eq!(fs::read(&fetched.path).unwrap(), body);
     assert!(fetched.path.ends_with("linux-1.0.tar.gz"));
-    assert_eq!(server.asked(), [SUMS, XZ, GZ]);
+    // What the list does not name is not asked for.
+    assert_eq!(server.asked(), [SUMS, GZ]);
 
     let nothing = Server::start(|_, stream| missing(stream));
-    Trial::new(&nothing.address).fails("neither linux-1.0.tar.xz nor linux-1.0.tar.gz");
+    Trial::unverified(&nothing.address).fails("neither linux-1.0.tar.xz nor linux-1.0.tar.gz");
+    assert_eq!(nothing.asked(), [SUMS, XZ, GZ]);
 }
 
 #[test]
@@ -409,16 +418,29 @@ fn fetch_rejects_a_wrong_checksum() {
 }
 
 #[test]
-fn fetch_warns_without_a_checksum() {
-    for list in [None, Some("other.tar.xz")] {
+fn fetch_without_a_checksum_is_refused_unless_it_is_asked_for() {
+    let page = b"<!DOCTYPE html>\n<title>Moved</title>".to_vec();
+    let of_another = sums(&archive(), "other.tar.xz");
+    let not_a_list = b"checksums moved elsewhere\n".to_vec();
+    // An HTML page that quotes the list is none.
+    let quoting = [b"<pre>\n".to_vec(), sums(&archive(), "linux-1.0.tar.xz")].concat();
+    for list in [None, Some(page), Some(of_another), Some(not_a_list), Some(quoting)] {
         let body = archive();
-        let server = Server::start(move |request, stream| match (request.path.as_str(), list) {
-            (SUMS, Some(name)) => all(stream, &sums(&body, name)),
+        let server = Server::start(move |request, stream| match (request.path.as_str(), &list) {
+            (SUMS, Some(list)) => all(stream, list),
             (XZ, _) => file(request, stream, &body, "\"1\""),
             _ => missing(stream),
         });
         let mut trial = Trial::new(&server.address);
+        trial.fails("cannot be checked");
+        assert_eq!(server.asked(), [SUMS], "nothing is downloaded");
+        trial.kernel.unverified = true;
         assert!(!trial.fetch().unwrap().checksum_confirmed);
+        // In the cache it is as unverified as it was.
+        trial.kernel.unverified = false;
+        trial.fails("cannot be checked");
+        trial.kernel.unverified = true;
+        trial.fetch().unwrap();
         assert!(
             trial.notes.iter().any(|note| note.starts_with("WARNING") && note.contains("sha256"))
         );
@@ -443,10 +465,13 @@ fn fetch_times_out_on_a_stalled_server() {
             XZ => respond_slowly(stream, dribbles),
             _ => missing(stream),
         });
-        trials.push((Trial::new(&server.address), "broke off"));
+        trials.push((Trial::unverified(&server.address), "broke off"));
     }
     // One that takes the connection and never answers.
     let silent = Server::start(|_, _| std::thread::sleep(Duration::from_mins(1)));
+    // One whose list of checksums comes a byte at a time.
+    let slow_list = Server::start(|_, stream| respond_slowly(stream, true));
+    trials.push((Trial::new(&slow_list.address), "broke off"));
     trials.push((Trial::new(&silent.address), "timeout"));
     std::thread::scope(|scope| {
         for (mut trial, about) in trials {
@@ -489,7 +514,7 @@ fn an_earlier_archive_outlives_a_failed_fetch() {
         XZ => file(request, stream, &served, "\"1\""),
         _ => missing(stream),
     });
-    let mut trial = Trial::new(&server.address);
+    let mut trial = Trial::unverified(&server.address);
     let kept = trial.fetch().unwrap();
     trial.kernel.version = "v1.0/9.9".parse().unwrap();
     trial.fails("neither");
@@ -527,5 +552,65 @@ fn the_command_prints_the_path_and_nothing_else_on_stdout() {
         assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{said}");
         assert!(said.lines().count() == 2 && said.starts_with("laam: "), "{said}");
         assert!(said.lines().nth(1).unwrap().starts_with("hint: "), "{said}");
+    }
+}
+
+#[test]
+fn redirects_are_followed_recorded_and_bounded() {
+    let body = archive();
+    let served = body.clone();
+    let server = Server::start(move |request, stream| match request.path.as_str() {
+        SUMS => respond(stream, "302 Found", "Location: elsewhere/sums\r\n", b"", 0),
+        "/v1.0/elsewhere/sums" => all(stream, &sums(&served, "linux-1.0.tar.xz")),
+        XZ => respond(stream, "307 Temporary Redirect", "Location: /kernel/moved\r\n", b"", 0),
+        "/moved" => file(request, stream, &served, "\"1\""),
+        _ => missing(stream),
+    });
+    let mut trial = Trial::new(&server.address);
+    let fetched = trial.fetch().unwrap();
+    assert_eq!(fs::read(&fetched.path).unwrap(), body);
+    let moved = format!("{}/moved", server.address);
+    assert_eq!(fetched.redirects, [moved.clone()]);
+    assert!(trial.notes.iter().any(|note| note.contains(&moved)), "{:?}", trial.notes);
+    assert_eq!(trial.fetch().unwrap(), fetched, "the record keeps them");
+
+    let circle = Server::start(|_, stream| {
+        respond(stream, "301 Moved Permanently", "Location: sha256sums.asc\r\n", b"", 0);
+    });
+    Trial::new(&circle.address).fails("more than 5 redirects");
+    assert_eq!(circle.asked().len(), 6);
+    for nowhere in ["", "Location: ftp://a.org/b\r\n", "Location: file:///etc/passwd\r\n"] {
+        let server = Server::start(move |_, stream| respond(stream, "302 Found", nowhere, b"", 0));
+        Trial::new(&server.address).fails("redirects to nowhere");
+    }
+}
+
+/// A server that breaks off after each piece, or changes the file again and again.
+#[test]
+fn attempts_are_bounded_even_if_each_makes_progress() {
+    let (count, big) = (Mutex::new(0), vec![b'x'; 5 << 20]);
+    let server = Server::start(move |request, stream| match request.path.as_str() {
+        XZ if request.range.is_none() => {
+            respond(stream, "200 OK", "ETag: \"1\"\r\n", &big, 2 << 20)
+        }
+        XZ => {
+            *count.lock().unwrap() += 1;
+            respond(stream, "416 Range Not Satisfiable", "", b"", 0);
+        }
+        _ => missing(stream),
+    });
+    let mut trial = Trial::unverified(&server.address);
+    trial.kernel.timeout = Duration::from_millis(600);
+    trial.fails("broke off");
+    assert!(server.asked().len() <= 70, "{}", server.asked().len());
+}
+
+#[test]
+fn the_help_says_what_is_not_verified() {
+    let help = laam().args(["fetch", "--help"]).output().unwrap().stdout;
+    let help = String::from_utf8(help).unwrap();
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for said in ["No hash is pinned", "signature is not verified", "--unverified"] {
+        assert!(help.contains(said), "{said}: {help}");
     }
 }

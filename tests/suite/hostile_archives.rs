@@ -271,6 +271,18 @@ fn archive_rejects_bombs_while_unpacking() {
         refused_with(&Tar::default().raw(b"a.bin", b'0', size, b"x").end(), small, "archive");
         refused_with(&Tar::default().raw(b"a.c", b'0', size, b"x").end(), small, "archive");
     }
+    // Far smaller than what it unpacks to, within all other limits, wherever the zeros are.
+    let zeros = vec![0; 65 << 20];
+    for name in ["a.bin", "a.c"] {
+        let bomb = Tar::default()
+            .file("0.c", b"0")
+            .file(name, &zeros[..(64 << 20)])
+            .file("b.bin", &zeros)
+            .end();
+        for packed in [xz(&bomb), gz(&bomb)] {
+            refused(&packed, "more than 200 times");
+        }
+    }
     // Endless padding after the end.
     let mut padded = Tar::default().file("a.c", b"").end();
     padded.resize(4 << 20, 0);

@@ -17,6 +17,7 @@ mod hostile_archives;
 mod hostile_files;
 mod kernels;
 mod launches;
+mod limits;
 mod memorization;
 mod model;
 mod process;

@@ -53,7 +53,7 @@ mod avx512 {
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::ThreadPool;
 
 use self::avx512::{Avx512, Avx512Kernels};
 use super::host::{Execute, HostSession};
@@ -62,6 +62,7 @@ use super::{Backend, Inputs, Session, SessionSpec};
 use crate::dtype::Dtype;
 use crate::llama::{Op, Program};
 use crate::model::Layout;
+use crate::threads;
 
 /// SIMD kernels for any processor.
 #[derive(Clone, Copy, Debug)]
@@ -128,7 +129,7 @@ impl Backend for Cpu {
     }
 
     fn open(&self, layout: &Layout, spec: SessionSpec) -> anyhow::Result<Box<dyn Session>> {
-        let pool = ThreadPoolBuilder::new().num_threads(self.threads).build()?;
+        let pool = threads::pool(self.threads)?;
         let executor = CpuExecutor {
             arch: pulp::Arch::new(),
             pool,

@@ -1,5 +1,7 @@
 //! Every backward against central finite differences in f64, one operation at a time.
 
+use std::sync::Arc;
+
 use super::super::host::HostSession;
 use super::super::{Inputs, ProgramId, Session, SessionSpec};
 use super::ReferenceExecutor;
@@ -255,7 +257,7 @@ fn linear_backward_matches_finite_differences() {
 fn rope_backward_matches_finite_differences() {
     let mut check = GradientCheck::new();
     let shape = SHAPE;
-    let frequencies = vec![1.0, 0.3];
+    let frequencies: Arc<[f64]> = Arc::new([1.0, 0.3]);
     let rows = shape.rows();
     let (qkv, dqkv) = check.input("qkv", rows * shape.qkv_width());
     let (q, dq) = check.output("q", rows * shape.q_width());

@@ -2,6 +2,7 @@
 //! `laam bench kernels`, `cargo bench` and the tests and mutants of the kernels.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::draw::Draw;
 use crate::backend::reference::Reference;
@@ -384,7 +385,7 @@ fn describe(shape: &AttentionShape) -> String {
 }
 
 /// `theta^(-2i/d)`, as models have it.
-fn frequencies(head_dim: usize) -> Vec<f64> {
+fn frequencies(head_dim: usize) -> Arc<[f64]> {
     (0..head_dim / 2).map(|i| 1e4f64.powf(-2.0 * i as f64 / head_dim as f64)).collect()
 }
 

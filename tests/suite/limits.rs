@@ -1,0 +1,179 @@
+//! Sizes that are too large, and what cannot be had: an error in bounded time and memory.
+
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use laam::tokenizer::Style;
+use serde_json::Value;
+
+use crate::hostile_files::{copy, tiny_run};
+use crate::support::{bounded, error_in, laam};
+use crate::tokenizer::{small_corpus, train};
+
+fn run(line: &str) -> Output {
+    let mut command = laam();
+    bounded(command.args(line.split_whitespace()), Duration::from_secs(60), 4 << 30)
+}
+
+#[test]
+fn plans_are_checked_and_linear() {
+    // Bytes beyond 63 bits are refused, and what fits is a number that adds up.
+    let refused = error_in(&run("plan --max_position_embeddings 2147483648"));
+    assert!(refused.contains("too large to plan"), "{refused}");
+    let refused = error_in(&run(
+        "plan --num_attention_heads 1 --num_key_value_heads 1 --hidden_size 8 --head_dim 2147483648",
+    ));
+    assert!(refused.contains("--head-dim"), "{refused}");
+    for flags in [
+        "--max_position_embeddings 1073741824 --batch_size 1",
+        "--num_hidden_layers 2048 --max_position_embeddings 64",
+    ] {
+        let began = Instant::now();
+        let output = run(&format!("plan --json --backend cpu {flags}"));
+        assert!(began.elapsed() < Duration::from_secs(20), "{flags}: {:?}", began.elapsed());
+        if flags.contains("1073741824") && output.status.code() == Some(2) {
+            assert!(error_in(&output).contains("too large to plan"));
+            continue;
+        }
+        assert!(output.status.success(), "{output:?}");
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let parts = ["parameters", "gradients", "optimizer", "activations", "workspace"];
+        let bytes = |name: &str| u128::from(plan[format!("bytes_{name}")].as_u64().unwrap());
+        assert_eq!(bytes("peak"), parts.map(bytes).into_iter().sum::<u128>(), "{flags}");
+        assert!(bytes("peak") < 1 << 62, "{flags}");
+    }
+}
+
+#[test]
+fn threads_that_cannot_be_had_are_an_error() {
+    for threads in ["0", "4096", "1000000", "18446744073709551615"] {
+        for command in ["plan", "run --output /tmp/none", "bench smoke --backend sim"] {
+            let said = error_in(&run(&format!("{command} --threads {threads}")));
+            assert!(said.contains("--threads"), "{said}");
+        }
+    }
+    // A stack that no machine has room for: no thread can be started.
+    let folder = tempfile::tempdir().unwrap();
+    copy(tiny_run(), folder.path());
+    for line in [
+        "run --output DIR/fresh",
+        "train-tokenizer --vocab_size 300 --output_path DIR/fresh",
+        "tokenize --tokenizer_path DIR/run/tokenizer --output DIR/tokens",
+        "evaluate DIR/run/model",
+        "generate DIR/run/model --max_new_tokens 1",
+        "rebuild DIR/run/model --output DIR/rebuilt",
+    ] {
+        let mut command = laam();
+        let line = line.replace("DIR", folder.path().to_str().unwrap());
+        command.args(line.split_whitespace()).env("RUST_MIN_STACK", (1u64 << 46).to_string());
+        let said = error_in(&bounded(&mut command, Duration::from_secs(60), 1 << 40));
+        assert!(said.contains("cannot start a thread"), "{line}: {said}");
+    }
+}
+
+#[test]
+fn original_tokenizers_read_large_files_in_little_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    train(&small_corpus(), Style::Original, 320).save(&folder.path().join("tokenizer")).unwrap();
+    // Without a blank, so that all of it is one piece of text; and with many.
+    for line in ["int\nx1;\nmain();\n", "int  x1;\n\tmain ();\n"] {
+        let source = folder.path().join("source");
+        fs::create_dir_all(&source).unwrap();
+        fs::write(source.join("large.c"), line.repeat((30 << 20) / line.len())).unwrap();
+        let at = folder.path().to_str().unwrap();
+        for command in [
+            format!(
+                "tokenize --tokenizer_path {at}/tokenizer --output {at}/tokens --source {at}/source --quiet"
+            ),
+            format!(
+                "train-tokenizer --style original --vocab_size 320 --output_path {at}/new --source {at}/source --quiet"
+            ),
+        ] {
+            let mut laam = laam();
+            let output =
+                bounded(laam.args(command.split_whitespace()), Duration::from_mins(2), 3 << 29);
+            assert!(output.status.success(), "{command}: {output:?}");
+        }
+    }
+}
+
+const TRAIN: &str = "train --limit 1 --tokenizer_path DIR/run/tokenizer --hidden_size 8 \
+    --intermediate_size 8 --num_hidden_layers 1 --num_attention_heads 1 --num_key_value_heads 1 \
+    --max_position_embeddings 32 --output_path DIR/trained";
+
+fn train_in(folder: &Path, flags: &str) -> Output {
+    run(&format!("{TRAIN} {flags}").replace("DIR", folder.to_str().unwrap()))
+}
+
+/// Changes the JSON of a training state: its text is in the header of a safetensors file.
+fn change_state(file: &Path, change: impl Fn(&mut Value)) {
+    let bytes = fs::read(file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let mut state: Value =
+        serde_json::from_str(header["__metadata__"]["state"].as_str().unwrap()).unwrap();
+    change(&mut state);
+    header["__metadata__"]["state"] = state.to_string().into();
+    let header = header.to_string();
+    let mut changed = (header.len() as u64).to_le_bytes().to_vec();
+    changed.extend(header.as_bytes());
+    changed.extend(&bytes[8 + length..]);
+    fs::write(file, changed).unwrap();
+}
+
+#[test]
+fn a_training_state_is_checked_and_a_run_can_be_made_longer() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(tiny_run(), folder.path());
+    assert!(train_in(folder.path(), "--max_steps 4").status.success());
+    let output = train_in(folder.path(), "--max_steps 7 --resume");
+    let said = String::from_utf8(output.stderr.clone()).unwrap();
+    assert!(output.status.success() && said.contains("7 steps now, not 4"), "{said}");
+    let said = error_in(&train_in(folder.path(), "--max_steps 5 --resume"));
+    assert!(said.contains("7 steps are done"), "{said}");
+
+    // The state lies beside the model, or in its newest checkpoint.
+    let find = |folder: &Path| {
+        let file = folder.join("training_state.safetensors");
+        file.exists().then_some(file)
+    };
+    let trained = folder.path().join("trained");
+    let checkpoints = fs::read_dir(&trained).unwrap().map(|entry| entry.unwrap().path());
+    let state =
+        find(&trained).or_else(|| checkpoints.filter_map(|path| find(&path)).max()).unwrap();
+    let good = fs::read(&state).unwrap();
+    let changes: [fn(&mut Value); 4] = [
+        |state| state["total"] = u64::MAX.into(),
+        |state| state["total"] = 6.into(),
+        |state| state["step"] = 8.into(),
+        |state| state["tokens"] = u64::MAX.into(),
+    ];
+    for change in changes {
+        change_state(&state, change);
+        let said = error_in(&train_in(folder.path(), "--max_steps 7 --resume"));
+        assert!(said.contains("invalid training state"), "{said}");
+        fs::write(&state, &good).unwrap();
+    }
+}
+
+#[test]
+fn a_weight_beyond_float16_is_reported_before_training() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(tiny_run(), folder.path());
+    let weights = folder.path().join("run/model/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let end = bytes.len();
+    let header: Value = {
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        serde_json::from_slice(&bytes[8..8 + length]).unwrap()
+    };
+    assert!(header.to_string().contains("\"F32\""), "the tiny model is saved in float32");
+    bytes[end - 4..].copy_from_slice(&1e5f32.to_le_bytes());
+    fs::write(&weights, bytes).unwrap();
+    let model = folder.path().join("run/model");
+    let flags = format!("--max_steps 1000000 --precision float16 --init_from {}", model.display());
+    let said = error_in(&train_in(folder.path(), &flags));
+    assert!(said.contains("too large for float16") && said.contains("bfloat16"), "{said}");
+}
