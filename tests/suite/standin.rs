@@ -93,6 +93,13 @@ impl Standin {
         assert!(said.contains("unspecified launch failure"), "{said}");
     }
 
+    /// Step, loss and gradient norm of each line of metrics.
+    fn losses(&self, output: &str) -> Vec<[Value; 3]> {
+        let text = fs::read_to_string(self.path(output).join("metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.map(|line| ["step", "loss", "grad_norm"].map(|name| line[name].clone())).collect()
+    }
+
     fn model(&self, output: &str) -> Vec<u8> {
         fs::read(self.path(output).join("model.safetensors")).unwrap()
     }
@@ -187,6 +194,7 @@ fn training_on_the_stand_in_driver_has_the_bits_of_the_simulator() {
             let guarded = format!("guarded-{backend}-{precision}");
             done(train(backend, &guarded, 20).env("LAAM_GUARD", "1"));
             assert!(standin.model(&guarded) == exact, "{guarded}");
+            assert_eq!(standin.losses(&guarded), standin.losses(&name("sim")), "{guarded}");
         }
     }
 }
