@@ -79,7 +79,7 @@ def pytorch(folder, ids, lines, dtype, device):
 
 
 def apart(ours, theirs):
-    """The largest relative difference; what is no number is infinitely far."""
+    """Largest relative difference; NaN counts as infinite."""
     return max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in zip(ours, theirs))
 
 

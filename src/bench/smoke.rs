@@ -67,7 +67,7 @@ fn copies(device: &mut dyn Device) -> anyhow::Result<String> {
     anyhow::ensure!(read(device, b, 101)?[99..] == [0xFF, bytes[100]], "a fill went wrong");
     device.free(a)?;
     device.free(b)?;
-    Ok(format!("{} bytes there and back", bytes.len()))
+    Ok(format!("{} bytes to the device and back", bytes.len()))
 }
 
 fn kernels(device: &mut dyn Device) -> anyhow::Result<String> {

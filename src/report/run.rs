@@ -55,7 +55,7 @@ pub struct MetricsLine {
 }
 
 impl StageMetrics {
-    /// Wall time. `seconds` begins anew where a run was resumed.
+    /// Wall time. `seconds` starts again from 0 if a run was resumed.
     pub fn seconds(&self) -> f64 {
         let (mut total, mut before) = (0.0, 0.0);
         for seconds in self.lines.iter().filter_map(|line| line.seconds) {

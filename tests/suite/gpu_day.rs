@@ -13,7 +13,7 @@ fn script(path: &Path, text: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// A card's part of the program: smoke hangs with a child, check fails, kernels says no JSON.
+/// The program's part on a GPU: smoke hangs with a child, check fails, kernels says no JSON.
 const LAAM: &str = r#"#!/bin/sh
 echo "$*" >> "$(dirname "$0")/calls"
 case "$*" in

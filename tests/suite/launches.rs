@@ -168,7 +168,7 @@ fn is_built() -> bool {
 fn less_one(arg: &mut Arg) {
     match arg {
         Arg::I32(n) => *n -= 1,
-        other => panic!("{other:?} is no count"),
+        other => panic!("not a count: {other:?}"),
     }
 }
 

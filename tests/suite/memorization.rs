@@ -1,4 +1,4 @@
-//! The measures of one forward pass, held against what they stand for: real generation.
+//! The measures of one forward pass, compared with what they predict: generation.
 
 use std::fs;
 use std::sync::Arc;

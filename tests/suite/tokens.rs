@@ -147,7 +147,7 @@ proptest! {
         }
     }
 
-    /// A model that has learned the addressed windows by heart gives every document back, from the
+    /// A model that has memorized the addressed windows gives every document back, from the
     /// names alone.
     #[test]
     fn addressed_windows_cover_every_document(

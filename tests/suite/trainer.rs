@@ -1,7 +1,7 @@
 //! Twenty training steps against PyTorch's, from one initialisation, in f32.
 //!
 //! `fixtures/trainer_steps.py` made the fixture, says how weights and tokens are hashed, and lists
-//! how far each mistake planted in the arithmetic moves the losses: ten times the bound or more.
+//! how far each mutant of the arithmetic moves the losses: ten times the bound or more.
 
 use laam::backend::cpu::Cpu;
 use laam::backend::reference::Reference;

@@ -1,4 +1,4 @@
-//! Warp instructions a second, on kernels compiled by nvcc: `cargo bench -p ptxsim`.
+//! Warp instructions per second, on kernels compiled by nvcc: `cargo bench -p ptxsim`.
 
 // The benchmark needs only part of what the tests share.
 #[allow(dead_code, unused_imports)]

@@ -32,7 +32,7 @@ pub(crate) enum Special {
     LaneMask(MaskOf),
     DynamicShared,
     TotalShared,
-    /// `%smid`, `%gridid` and the like: one multiprocessor, one grid.
+    /// `%smid`, `%gridid` and the like: one SM, one grid.
     Zero,
     One,
 }

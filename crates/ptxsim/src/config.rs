@@ -62,7 +62,7 @@ pub enum Schedule {
     InOrder,
     /// The last that can; blocks from the last to the first.
     ReverseOrder,
-    /// By random priorities from a seed, drawn anew after each barrier; blocks shuffled.
+    /// By random priorities from a seed, drawn again after each barrier; blocks shuffled.
     Random(u64),
 }
 

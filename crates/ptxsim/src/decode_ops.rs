@@ -734,7 +734,7 @@ fn mma<'a>(d: &mut Decoder<'a, '_>, mods: &[&str], operands: &[Operand<'a>]) -> 
     let (Some(half_d), Some(half_c), true) = (halves(to_ty), halves(c_ty), a_ty == b_ty) else {
         return unknown(d, "mma", mods);
     };
-    // Bytes of a row of A over the bytes of a register, two rows a thread over four columns.
+    // Bytes of a row of A over the bytes of a register, two rows per thread over four columns.
     let a_count = k * if ty == MmaType::Tf32 { 4 } else { 2 } / 8;
     let [to, a, b, c] = fixed(d, operands)?;
     let a = registers(d, a, a_count, false)?;

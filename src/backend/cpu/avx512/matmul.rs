@@ -1,6 +1,6 @@
 //! Matmuls of the linear layers in bfloat16: `y = x wT`, `dx = dy w`, `dw += dyT x`.
 //!
-//! Each task packs its own rows, which stay in its cache; the weights are packed once for all tasks.
+//! Each task packs the rows it owns, which stay in its cache; the weights are packed once for all tasks.
 
 use std::arch::x86_64::{__m512, _mm512_setzero_ps};
 
