@@ -100,7 +100,7 @@ fn parent(arguments: &Arguments, folder: &Path) -> anyhow::Result<bool> {
         if !status.success() {
             println!("{}: FAILED, {status}", target.name);
             if status.code() != Some(1) {
-                fs::copy(&current, failures()?.join(format!("died-{}", target.name)))?;
+                fs::copy(&current, failures()?.join(format!("died-{}", target.name))).ok();
             }
             passed = false;
         }
@@ -124,6 +124,11 @@ fn child(arguments: &Arguments, folder: &Path) -> anyhow::Result<bool> {
     // What is caught is told below; what a library catches itself is no failure.
     panic::set_hook(Box::new(|_| ()));
     let mut pool = target.seeds.clone();
+    for (number, seed) in pool.iter().enumerate() {
+        if let Err(error) = (target.run)(seed) {
+            bail!("{name}: its own input {number} is refused: {error:#}");
+        }
+    }
     for entry in
         fs::read_dir(Path::new("crates/fuzz/corpus").join(name)).into_iter().flatten().flatten()
     {

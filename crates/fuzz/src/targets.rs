@@ -9,9 +9,9 @@ use laam::model::{self, Config, Layout, Provenance};
 use laam::report::RunFiles;
 use laam::tokenizer::{Style, Tokenizer, Training};
 use laam::tokens::{TokenFile, TokenWriter};
-use laam::train::TrainState;
 use laam::train::recipe::Recipe;
 use laam::train::sweep::Sweep;
+use laam::train::{Settings, TrainState};
 
 /// A parser and inputs to begin with.
 pub struct Target {
@@ -52,6 +52,14 @@ const PROVENANCE: &str = r#"{"schema_version": 2, "corpus": {"source": "sample",
 const METRICS: &str = "{\"schema_version\":2,\"step\":1,\"epoch\":0.5,\"loss\":5.5,\"learning_rate\":0.001,\
     \"grad_norm\":1.5,\"tokens\":32,\"tokens_per_second\":1000.0,\"seconds\":0.1,\"skipped\":0}\n";
 
+const HEAT: &str = r#"{"schema_version":2,"files":[{"path":"a.c","text":"int x;\n","cells":[[4,-0.5],[7,null]],
+    "wrong":[[0,2]]}]}"#;
+
+const REBUILD: &str = r#"{"schema_version":2,"files":1,"files_exact":0,"bytes":7,"bytes_exact":3,"files_whole":1,
+    "missing":["b.c"],"extra":[],"tokens":4,"seconds":0.5,"tokens_per_second":8.0,"output":"x","per_file":[
+    {"path":"a.c","bytes":7,"tokens":4,"end":"whole","exact":false,"original_bytes":7,"bytes_exact":3,
+    "first_difference":{"byte":3,"line":1,"column":4,"before":"int","original":" x","rebuilt":" y"}}]}"#;
+
 const SWEEP: &str = "description = 'x'\nrecipe = 'sample'\n[set]\nepochs = 2\n[grid]\nseed = [1, 2]\n\
     lr_scheduler_type = ['linear', 'wsd']\n[[run]]\nname = 'a'\nbatch_size = 4\n";
 
@@ -59,7 +67,7 @@ const PTX: &str = ".version 9.0\n.target sm_80\n.address_size 64\n.global .align
     .entry fill(.param .u64 out, .param .u32 value) {\n.reg .b32 %r<4>;\n.reg .b64 %rd<3>;\n\
     .reg .pred %p<2>;\n.shared .align 16 .b8 tile[64];\nld.param.u64 %rd1, [out];\n\
     ld.param.u32 %r1, [value];\nmov.u32 %r2, %tid.x;\nmad.wide.u32 %rd2, %r2, 4, %rd1;\n\
-    setp.lt.u32 %p1, %r2, 8;\n@%p1 bra L1;\nst.shared.u32 [tile], %r1;\nbar.sync 0;\nL1:\n\
+    setp.lt.u32 %p1, %r2, 8;\n@%p1 bra L1;\nst.shared.u32 [tile], %r1;\nL1:\nbar.sync 0;\n\
     st.global.u32 [%rd2], %r1;\nret;\n}\n";
 
 fn documents() -> Vec<Document> {
@@ -145,21 +153,23 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
         ));
     }
     let weights = safetensors(&format!("{{{}}}", tensors.join(",")), end);
-    let state = r#"{"schema_version":2,"step":1,"total":2,"position":{"epoch":0,"index":1},"tokens":32,
-        "skipped":0,"unlogged":[5.5,1],"settings":{},"tokens_sha256":"00","backend":null}"#;
+    let state = r#"{"schema_version":2,"step":1,"total":2,"position":{"seed":42,"epoch":0,"cursor":1},"tokens":32,
+        "skipped":0,"unlogged":[5.5,1],"settings":SETTINGS,"tokens_sha256":"00","backend":null}"#;
     let mut arenas: Vec<String> = Vec::new();
     let mut from = 0;
     for arena in ["master", "first_moment", "second_moment"] {
         for parameter in &layout.parameters {
             let to = from + 4 * parameter.span.range().len();
             arenas.push(format!(
-                "\"{arena}.{}\":{{\"dtype\":\"F32\",\"shape\":{:?},\"data_offsets\":[{from},{to}]}}",
+                "\"{arena}/{}\":{{\"dtype\":\"F32\",\"shape\":{:?},\"data_offsets\":[{from},{to}]}}",
                 parameter.name,
                 parameter.shape()
             ));
             from = to;
         }
     }
+    let settings = serde_json::to_string(&Settings::default())?;
+    let state = state.replace("SETTINGS", &settings);
     let metadata = serde_json::json!({"state": state}).to_string();
     let training =
         safetensors(&format!("{{\"__metadata__\":{metadata},{}}}", arenas.join(",")), 3 * end);
@@ -177,7 +187,9 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
     let archive = archive?.join("archive");
     fs::write(model.join("config.json"), CONFIG)?;
     fs::write(state_folder.join("config.json"), CONFIG)?;
-    fs::create_dir_all(run.join("model"))?;
+    let pages = at("pages")?;
+    fs::create_dir_all(pages.join("memorization"))?;
+    fs::write(pages.join("metrics.jsonl"), METRICS)?;
     let limits = Limits { total: 1 << 24, file: 1 << 20, entries: 1000, names: 1 << 16 };
     let recipes = ["sample", "original", "linux-kernel-dir"]
         .map(|name| Ok(Recipe::find(name)?.resolved()?.into_bytes()))
@@ -205,7 +217,7 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
                 (config.parameter_count(), config.forward_flops(config.max_position_embeddings));
             Ok(())
         }),
-        target("training_state", vec![training, safetensors("{}", 0)], move |input| {
+        target("training_state", vec![training], move |input| {
             fs::write(state_folder.join("training_state.safetensors"), input)?;
             let saved = model::load_training_state(&state_folder, &state_layout)?;
             saved.map_or(Ok(()), |saved| {
@@ -242,10 +254,19 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
             serde_json::from_slice::<Provenance>(input)?;
             Ok(())
         }),
-        target("run", vec![METRICS.into(), METRICS.repeat(3).into()], move |input| {
-            fs::write(run.join("model/metrics.jsonl"), input)?;
-            fs::write(run.join("run.json"), input)?;
+        target("metrics", vec![METRICS.into(), METRICS.repeat(3).into()], move |input| {
+            fs::write(run.join("metrics.jsonl"), input)?;
             RunFiles::read(&run).map(drop)
+        }),
+        target("report", vec![HEAT.into(), REBUILD.into()], move |input| {
+            for name in ["memorization/heat.json", "memorization/memorization.json", "rebuild.json"]
+            {
+                fs::write(pages.join(name), input)?;
+                let written = laam::report::write(&pages);
+                fs::remove_file(pages.join(name))?;
+                written?;
+            }
+            Ok(())
         }),
         target("ptx", vec![PTX.into()], |input| {
             let module = ptxsim::Module::from_ptx(text(input)?)?;
