@@ -35,6 +35,7 @@ use crate::tokens::WindowKind;
 #[command(after_help = "\
 Example:
   laam rebuild model --output rebuilt --compare linux-1.0.tar.xz")]
+#[allow(clippy::struct_excessive_bools)] // each is a flag
 pub struct RebuildArgs {
     /// The folder of the model
     model: PathBuf,

@@ -570,7 +570,7 @@ fn redirects_are_followed_recorded_and_bounded() {
     let fetched = trial.fetch().unwrap();
     assert_eq!(fs::read(&fetched.path).unwrap(), body);
     let moved = format!("{}/moved", server.address);
-    assert_eq!(fetched.redirects, [moved.clone()]);
+    assert_eq!(fetched.redirects, std::slice::from_ref(&moved));
     assert!(trial.notes.iter().any(|note| note.contains(&moved)), "{:?}", trial.notes);
     assert_eq!(trial.fetch().unwrap(), fetched, "the record keeps them");
 
@@ -591,7 +591,7 @@ fn attempts_are_bounded_even_if_each_makes_progress() {
     let (count, big) = (Mutex::new(0), vec![b'x'; 5 << 20]);
     let server = Server::start(move |request, stream| match request.path.as_str() {
         XZ if request.range.is_none() => {
-            respond(stream, "200 OK", "ETag: \"1\"\r\n", &big, 2 << 20)
+            respond(stream, "200 OK", "ETag: \"1\"\r\n", &big, 2 << 20);
         }
         XZ => {
             *count.lock().unwrap() += 1;

@@ -14,7 +14,7 @@ use crate::tokenizer::{small_corpus, train};
 
 fn run(line: &str) -> Output {
     let mut command = laam();
-    bounded(command.args(line.split_whitespace()), Duration::from_secs(60), 4 << 30)
+    bounded(command.args(line.split_whitespace()), Duration::from_mins(1), 4 << 30)
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn threads_that_cannot_be_had_are_an_error() {
         let mut command = laam();
         let line = line.replace("DIR", folder.path().to_str().unwrap());
         command.args(line.split_whitespace()).env("RUST_MIN_STACK", (1u64 << 46).to_string());
-        let said = error_in(&bounded(&mut command, Duration::from_secs(60), 1 << 40));
+        let said = error_in(&bounded(&mut command, Duration::from_mins(1), 1 << 40));
         assert!(said.contains("cannot start a thread"), "{line}: {said}");
     }
 }

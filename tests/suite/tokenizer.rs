@@ -473,28 +473,28 @@ type HostilePart = (&'static str, fn(&mut serde_json::Value));
 #[test]
 fn hostile_parts_are_refused_before_the_crate_sees_them() {
     use serde_json::{Value, json};
-    fn sequence(list: &str, parts: Vec<Value>) -> Value {
+    fn sequence(list: &str, parts: &[Value]) -> Value {
         json!({"type": "Sequence", list: parts})
     }
-    fn template(single: Value) -> Value {
+    fn template(single: &Value) -> Value {
         json!({"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens":
             {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}})
     }
     let cases: [HostilePart; 12] = [
         ("not listed", |json| {
             json["post_processor"] =
-                template(json!([{"SpecialToken": {"id": "<x>", "type_id": 0}}]));
+                template(&json!([{"SpecialToken": {"id": "<x>", "type_id": 0}}]));
         }),
         ("it has one sequence", |json| {
-            json["post_processor"] = template(json!([{"Sequence": {"id": "B", "type_id": 0}}]));
+            json["post_processor"] = template(&json!([{"Sequence": {"id": "B", "type_id": 0}}]));
         }),
         ("at most 1", |json| {
             let text = json!({"Sequence": {"id": "A", "type_id": 0}});
-            json["post_processor"] = template(json!([text, text]));
+            json["post_processor"] = template(&json!([text, text]));
         }),
         ("at most 64", |json| {
             let token = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
-            json["post_processor"] = template(vec![token; 100_000].into());
+            json["post_processor"] = template(&vec![token; 100_000].into());
         }),
         ("invalid ids", |json| {
             json["post_processor"]["special_tokens"]["<s>"]["ids"] = json!([4_000_000]);
@@ -507,19 +507,19 @@ fn hostile_parts_are_refused_before_the_crate_sees_them() {
         }),
         ("more than 256 times", |json| {
             let part = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"});
-            json["normalizer"] = sequence("normalizers", vec![part; 18]);
+            json["normalizer"] = sequence("normalizers", &vec![part; 18]);
         }),
         ("more than 256 times", |json| {
             let part = json!({"type": "Replace", "pattern": {"Regex": ""}, "content": "aaaa"});
-            json["decoder"] = sequence("decoders", vec![part; 18]);
+            json["decoder"] = sequence("decoders", &vec![part; 18]);
         }),
         ("at most 1024", |json| {
             let part = json!({"type": "Prepend", "prepend": "a".repeat(1 << 20)});
-            json["normalizer"] = sequence("normalizers", vec![part; 20]);
+            json["normalizer"] = sequence("normalizers", &vec![part; 20]);
         }),
         ("at most 32", |json| {
             json["pre_tokenizer"] =
-                sequence("pretokenizers", vec![json!({"type": "Whitespace"}); 33]);
+                sequence("pretokenizers", &vec![json!({"type": "Whitespace"}); 33]);
         }),
         ("values: at most", |json| json["more"] = vec![0; 5 << 20].into()),
     ];

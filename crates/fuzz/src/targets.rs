@@ -259,7 +259,8 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
             RunFiles::read(&run).map(drop)
         }),
         target("report", vec![HEAT.into(), REBUILD.into()], move |input| {
-            let names = ["memorization/heat.json", "memorization/memorization.json", "rebuild.json"];
+            let names =
+                ["memorization/heat.json", "memorization/memorization.json", "rebuild.json"];
             let mut written = names.map(|name| {
                 fs::write(pages.join(name), input)?;
                 let written = laam::report::write(&pages);
