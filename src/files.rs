@@ -4,14 +4,17 @@
 //! allows. A FIFO, a socket, a device or a directory in place of a file is an error, not a hang.
 //!
 //! Writing: a file is wholly written or not there. It gets a temporary name beside the target, is
-//! flushed to the disk, then renamed. A crash at any byte leaves what was there before.
+//! flushed to the disk, then renamed. A crash at any byte leaves what was there before. Links are
+//! followed, and what is not a regular file (a device, a FIFO) is written in place.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use anyhow::Context;
+use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use crate::error::{ErrorKind, Hint};
@@ -72,7 +75,10 @@ pub fn open_own(path: &Path) -> io::Result<File> {
 /// As for [`open`], and of the kind [`io::ErrorKind::FileTooLarge`] for a longer file. One that
 /// grows while it is read is not read further.
 pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let file = open(path)?;
+    read_bounded(open(path)?, limit)
+}
+
+fn read_bounded(file: File, limit: u64) -> io::Result<Vec<u8>> {
     let too_large = |bytes: u64| {
         let what = format!("it has {bytes} bytes or more, and at most {limit} are read");
         io::Error::new(io::ErrorKind::FileTooLarge, what)
@@ -96,9 +102,47 @@ pub fn read_text(path: &Path, limit: u64) -> io::Result<String> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8 text"))
 }
 
+/// The folder with the files of a replacement that is committed but not completed.
+pub const COMMIT_LOG: &str = ".laam-commit";
+
+/// Opens a file of a folder whose files are replaced as one: the new file from the moment of the commit
+/// on. Changes nothing, and may race with the writer.
+///
+/// # Errors
+/// As for [`open`].
+pub fn open_current(path: &Path) -> io::Result<File> {
+    let log = folder_of(path).join(COMMIT_LOG);
+    // Not through a link: it might lead to someone's files.
+    if let Some(name) = path.file_name()
+        && fs::symlink_metadata(&log).is_ok_and(|found| found.is_dir())
+    {
+        match open(&log.join(name)) {
+            // An empty file says that its namesake is removed.
+            Ok(file) if file.metadata()?.len() == 0 => return Err(io::ErrorKind::NotFound.into()),
+            Err(none) if none.kind() == io::ErrorKind::NotFound => {}
+            found => return found,
+        }
+    }
+    open(path)
+}
+
+/// [`read`] of [`open_current`].
+pub fn read_current(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    read_bounded(open_current(path)?, limit)
+}
+
+/// True if there is such a file, by [`open_current`]; also if it cannot be opened.
+pub fn exists_current(path: &Path) -> bool {
+    !open_current(path).is_err_and(|why| why.kind() == io::ErrorKind::NotFound)
+}
+
 /// The SHA-256 of a regular file of any length.
 pub fn sha256(path: &Path) -> io::Result<[u8; 32]> {
-    let mut file = open(path)?;
+    sha256_of(open(path)?)
+}
+
+/// The SHA-256 of what is left of an open file.
+pub fn sha256_of(mut file: File) -> io::Result<[u8; 32]> {
     let mut hasher = Sha256::new();
     let mut piece = vec![0; 1 << 20];
     loop {
@@ -109,12 +153,138 @@ pub fn sha256(path: &Path) -> io::Result<[u8; 32]> {
     }
 }
 
+/// A regular file in memory, as it is when it is read. One that another process cuts short meanwhile ends
+/// this process with a message and exit code 2: the system has no other way to say that its bytes are gone.
+#[derive(Debug)]
+pub struct MappedFile {
+    map: Mmap,
+    /// Its place in [`MAPS`].
+    slot: Option<usize>,
+}
+
+impl MappedFile {
+    /// Maps a file that was opened at `path`.
+    pub fn new(file: &File, path: &Path) -> io::Result<Self> {
+        // SAFETY: the map is read-only plain bytes. laam itself replaces files by renaming, which leaves a
+        // mapped one as it is; of a file that others cut short, no byte beyond the end is ever seen.
+        let map = unsafe { Mmap::map(file) }?;
+        let name: String = path.to_string_lossy().chars().flat_map(char::escape_debug).collect();
+        let message = format!(
+            "laam: {name} was cut short while it was read\n\
+             hint: restore the file and start again; --resume continues a training run\n"
+        );
+        static INSTALLED: std::sync::Once = std::sync::Once::new();
+        INSTALLED.call_once(catch_bus_errors);
+        let slot = MAPS.iter().position(|slot| slot.take(&map, message.clone()));
+        Ok(Self { map, slot })
+    }
+}
+
+impl std::ops::Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+impl Drop for MappedFile {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            MAPS[slot].release();
+        }
+    }
+}
+
+/// Where a mapped file lies, and what to say if it is cut short: read by a signal handler, so atomics alone.
+struct MapSlot {
+    taken: AtomicBool,
+    start: AtomicUsize,
+    end: AtomicUsize,
+    message: AtomicPtr<u8>,
+    message_bytes: AtomicUsize,
+}
+
+/// Model folders have up to some 200 shards. Of further maps the handler does not know the file.
+static MAPS: [MapSlot; 256] = [const {
+    MapSlot {
+        taken: AtomicBool::new(false),
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        message: AtomicPtr::new(std::ptr::null_mut()),
+        message_bytes: AtomicUsize::new(0),
+    }
+}; 256];
+
+impl MapSlot {
+    fn take(&self, map: &[u8], message: String) -> bool {
+        if self.taken.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        let message = Box::leak(message.into_boxed_str());
+        self.message_bytes.store(message.len(), Ordering::Relaxed);
+        self.message.store(message.as_mut_ptr(), Ordering::Relaxed);
+        self.start.store(map.as_ptr().addr(), Ordering::Relaxed);
+        // The last one: from here on the handler finds it. The last page is mapped to its end.
+        self.end.store(map.as_ptr().addr() + map.len(), Ordering::Release);
+        true
+    }
+
+    fn release(&self) {
+        self.end.store(0, Ordering::Release);
+        let bytes = self.message_bytes.load(Ordering::Relaxed);
+        let message =
+            std::ptr::slice_from_raw_parts_mut(self.message.load(Ordering::Relaxed), bytes);
+        // SAFETY: `take` leaked a box of these bytes, and only the owner of the slot releases it.
+        drop(unsafe { Box::from_raw(message) });
+        self.taken.store(false, Ordering::Release);
+    }
+}
+
+fn catch_bus_errors() {
+    extern "C" fn on_bus_error(
+        _signal: libc::c_int,
+        info: *mut libc::siginfo_t,
+        _context: *mut libc::c_void,
+    ) {
+        // SAFETY: with SA_SIGINFO the system passes a valid siginfo_t.
+        let at = unsafe { (*info).si_addr() }.addr();
+        for slot in &MAPS {
+            if at < slot.end.load(Ordering::Acquire) && at >= slot.start.load(Ordering::Relaxed) {
+                let message = slot.message.load(Ordering::Relaxed);
+                let bytes = slot.message_bytes.load(Ordering::Relaxed);
+                // SAFETY: both calls are async-signal-safe, and the message lives while its slot is taken.
+                unsafe {
+                    libc::write(2, message.cast_const().cast(), bytes);
+                    libc::_exit(2);
+                }
+            }
+        }
+        // Another kind of bus error: it happens again, and ends the process as usual.
+        // SAFETY: signal is async-signal-safe.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+    }
+    // SAFETY: a zeroed sigaction is valid, the handler makes async-signal-safe calls alone, and the pointers
+    // outlive the calls.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+            on_bus_error;
+        action.sa_sigaction = handler as libc::sighandler_t;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        libc::sigemptyset(&raw mut action.sa_mask);
+        libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
+    }
+}
+
 /// A file in the making. Dropped without [`AtomicFile::commit`], it disappears.
 #[derive(Debug)]
 pub struct AtomicFile {
     target: PathBuf,
     temporary: PathBuf,
     file: BufWriter<File>,
+    /// The target is a device, a FIFO or the like: it gets the bytes at the end.
+    in_place: bool,
     committed: bool,
 }
 
@@ -122,28 +292,34 @@ impl AtomicFile {
     /// Starts a file that will be called `target`; makes its folder if need be.
     pub fn create(target: &Path) -> anyhow::Result<Self> {
         let advice = || "choose an output path that can be written";
-        let name = target
+        let cannot = || format!("cannot write {}", target.display());
+        let resolved = follow(target).with_context(cannot).hint(ErrorKind::Data, advice)?;
+        let name = resolved
             .file_name()
             .with_context(|| {
                 format!("invalid output path {}: it has no file name", target.display())
             })
             .hint(ErrorKind::Data, advice)?;
-        let folder = folder_of(target);
-        fs::create_dir_all(folder)
+        let in_place = is_irregular(&resolved);
+        let folder =
+            if in_place { std::env::temp_dir() } else { folder_of(&resolved).to_path_buf() };
+        fs::create_dir_all(&folder)
             .with_context(|| format!("cannot create the folder {}", folder.display()))
             .hint(ErrorKind::Data, advice)?;
         // The process id keeps two writers of one target apart.
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
-        hidden.push(format!(".{}.tmp", std::process::id()));
+        hidden.push(format!(".{}{TEMPORARY}", std::process::id()));
         let temporary = folder.join(hidden);
         // Of a process with this id that was killed, or someone's link or FIFO.
         let _ = fs::remove_file(&temporary);
-        let file = File::create_new(&temporary)
-            .with_context(|| format!("cannot write {}", target.display()))
-            .hint(ErrorKind::Data, advice)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true);
+        let file = options.open(&temporary).with_context(cannot).hint(ErrorKind::Data, advice)?;
+        // Tells others that its writer lives.
+        let _ = file.try_lock();
         let file = BufWriter::with_capacity(1 << 20, file);
-        Ok(Self { target: target.to_path_buf(), temporary, file, committed: false })
+        Ok(Self { target: resolved, temporary, file, in_place, committed: false })
     }
 
     /// Flushes the file to the disk and gives it its name.
@@ -156,12 +332,56 @@ impl AtomicFile {
 
     fn finish(&mut self) -> io::Result<()> {
         self.file.flush()?;
+        if self.in_place {
+            let mut bytes = self.file.get_ref();
+            bytes.rewind()?;
+            let mut target = OpenOptions::new().write(true).open(&self.target)?;
+            return io::copy(&mut bytes, &mut target).map(drop);
+        }
         self.file.get_ref().sync_all()?;
         fs::rename(&self.temporary, &self.target)?;
         self.committed = true;
         // The rename itself is on the disk once its folder is.
-        File::open(folder_of(&self.target))?.sync_all()
+        sync_folder(folder_of(&self.target))
     }
+}
+
+/// The end of a temporary file's name, `.TARGET.PROCESS.tmp`.
+const TEMPORARY: &str = ".tmp";
+
+/// The target's name in that of a temporary file.
+pub fn target_of_temporary(name: &str) -> Option<&str> {
+    let (target, process) = name.strip_prefix('.')?.strip_suffix(TEMPORARY)?.rsplit_once('.')?;
+    process.parse::<u32>().ok().map(|_| target)
+}
+
+/// True if the writer of a temporary file is gone.
+pub fn is_abandoned(temporary: &Path) -> bool {
+    let regular = fs::symlink_metadata(temporary).is_ok_and(|found| found.is_file());
+    regular && open(temporary).is_ok_and(|file| file.try_lock().is_ok())
+}
+
+/// Where a chain of links leads, whether or not there is something.
+fn follow(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_path_buf();
+    // As many as Linux follows.
+    for _ in 0..40 {
+        match fs::read_link(&path) {
+            Ok(target) => path = folder_of(&path).join(target),
+            Err(_) => return Ok(path),
+        }
+    }
+    Err(io::Error::other("too many links"))
+}
+
+/// True if there is something that is neither a regular file nor a folder.
+pub fn is_irregular(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
+}
+
+/// Flushes the names in a folder to the disk.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
 }
 
 impl Write for AtomicFile {
@@ -199,7 +419,8 @@ pub fn write_atomically(target: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     file.commit()
 }
 
-fn folder_of(target: &Path) -> &Path {
+/// The folder that a path lies in.
+pub fn folder_of(target: &Path) -> &Path {
     target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -239,6 +460,33 @@ mod tests {
         assert!(open_own(&path("link")).unwrap_err().to_string().contains("link"));
         open_own(&path("file")).unwrap();
         assert_eq!(fs::read(path("file")).unwrap(), b"five\n", "nothing is cut off");
+    }
+
+    #[test]
+    fn links_are_followed_and_irregular_files_are_written_in_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::create_dir(path("elsewhere")).unwrap();
+        std::os::unix::fs::symlink("second", path("first")).unwrap();
+        std::os::unix::fs::symlink("elsewhere/file", path("second")).unwrap();
+        for text in ["to nothing yet", "to a file"] {
+            write_atomically(&path("first"), text.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(path("elsewhere/file")).unwrap(), text);
+        }
+        assert!(path("first").is_symlink() && path("second").is_symlink());
+        std::os::unix::fs::symlink("loop", path("loop")).unwrap();
+        assert!(write_atomically(&path("loop"), b"").is_err());
+
+        std::os::unix::fs::symlink("/dev/null", path("null")).unwrap();
+        write_atomically(&path("null"), b"gone").unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file() && path("null").is_symlink());
+        let fifo = std::ffi::CString::new(path("fifo").to_str().unwrap()).unwrap();
+        // SAFETY: the path is a string that ends in a zero byte.
+        assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+        let fifo = path("fifo");
+        let reader = std::thread::spawn(move || fs::read(fifo).unwrap());
+        write_atomically(&path("fifo"), b"through").unwrap();
+        assert_eq!(reader.join().unwrap(), b"through");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! - [`error`][]: errors with a kind and a hint
 //! - [`escape`][]: foreign text made fit to be shown
 //! - [`files`][]: atomic and bounded file access
+//! - [`output`][]: output folders with one writer
 //! - [`random`][]: counter-based random numbers
 //! - [`threads`][]: thread counts and pools
 //! - [`dtype`][]: element types of tensors
@@ -46,6 +47,7 @@ pub mod kernels;
 pub mod llama;
 pub mod memorization;
 pub mod model;
+pub mod output;
 pub mod random;
 pub mod report;
 pub mod schema;

@@ -10,6 +10,10 @@ use crate::model::Layout;
 pub trait Real: Copy + Default + Send + Sync + 'static {
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
+    /// The values themselves, if they are f32.
+    fn as_f32s(_values: &[Self]) -> Option<&[f32]> {
+        None
+    }
 }
 
 impl Real for f32 {
@@ -18,6 +22,9 @@ impl Real for f32 {
     }
     fn to_f32(self) -> f32 {
         self
+    }
+    fn as_f32s(values: &[f32]) -> Option<&[f32]> {
+        Some(values)
     }
 }
 
@@ -95,6 +102,10 @@ impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
     fn indices(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
         self.assert_current(program);
         Ok(self.memory.indices.one(buffer).to_vec())
+    }
+
+    fn arena(&self, arena: Arena) -> Option<&[f32]> {
+        R::as_f32s(self.memory.arena(arena))
     }
 
     fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {

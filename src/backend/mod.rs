@@ -110,6 +110,10 @@ pub trait Session: Send {
     fn floats(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<f32>>;
     /// An index buffer after the last run of `program`.
     fn indices(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<u32>>;
+    /// An arena, if it is in host memory as f32.
+    fn arena(&self, _arena: Arena) -> Option<&[f32]> {
+        None
+    }
     /// A copy of an arena.
     fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>>;
     /// Fills every buffer with NaN (indices with the largest u32), to expose reads of what a program

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::backend::BackendArgs;
 use super::interrupt::{self, Work};
-use super::output::{print_json, stdout};
+use super::output::{print_json, say, stdout};
 use super::progress::Progress;
 use super::rebuild::AGAIN;
 use super::source::{self, SourceArgs};
@@ -21,11 +21,12 @@ use crate::backend::Backend;
 use crate::corpus::{Corpus, Document};
 use crate::error::{ErrorKind, Hint};
 use crate::escape::visible;
-use crate::files::write_atomically;
+use crate::files::{self, write_atomically};
 use crate::memorization::measure::{Memorized, Question, measure, spread};
 use crate::memorization::size;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::model::{Layout, initialize, weight_paths};
+use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries};
 use crate::schema::versioned;
 use crate::tokens::{WindowKind, Windows};
 
@@ -70,6 +71,7 @@ pub struct MemorizationArgs {
 }
 
 pub fn run(arguments: &MemorizationArgs) -> anyhow::Result<Outcome> {
+    let _report = arguments.report.as_deref().map(claim).transpose()?;
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     let corpus = arguments.source.corpus_of_model(&opened)?;
@@ -93,6 +95,29 @@ pub fn run(arguments: &MemorizationArgs) -> anyhow::Result<Outcome> {
         write!(stdout(), "{}", measures.text())?;
     }
     Ok(Outcome::Done)
+}
+
+/// Files of a report. The first says whose they are.
+const NAMES: [&str; 4] = ["memorization.json", "heat.json", "files.csv", "windows.csv"];
+
+/// Locks the folder of a report, which may hold an earlier one.
+///
+/// # Errors
+/// Another process writes into it, or a file of these names is not laam's.
+fn claim(folder: &Path) -> anyhow::Result<OutputFolder> {
+    const MAX_REPORT_BYTES: u64 = 1 << 30;
+    check_free(folder)?;
+    let report = files::read_text(&folder.join(NAMES[0]), MAX_REPORT_BYTES).unwrap_or_default();
+    let report: Value = serde_json::from_str(&report).unwrap_or_default();
+    if !(report["by_prefix"].is_object() && report["control"].is_object()) {
+        let paths = NAMES.map(|name| folder.join(name)).into_iter();
+        refuse_foreign(&paths.filter(|path| path.symlink_metadata().is_ok()).collect::<Vec<_>>())?;
+    }
+    let output = OutputFolder::open(folder)?;
+    for path in remove_temporaries(folder, |name| NAMES.contains(&name))? {
+        say!("removed {}", path.display());
+    }
+    Ok(output)
 }
 
 /// Everything that is measured of a model and its text.

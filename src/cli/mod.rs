@@ -44,6 +44,7 @@ use self::output::{print_json, say, stdout};
 use crate::error::{self, ErrorKind, hint_of, kind_of, with_flags};
 use crate::escape::visible;
 use crate::schema::versioned;
+use crate::train::RunEnd;
 
 /// Train a Llama on source code until it gives it back, and prove it.
 #[derive(Parser, Debug)]
@@ -98,10 +99,20 @@ impl ObsoleteArgs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Done = 0,
-    /// A check ran and found a difference.
+    /// A check ran and found a difference, or a run diverged.
     Different = 1,
     /// Ctrl-C: the step was finished and saved.
     Interrupted = 130,
+}
+
+impl From<RunEnd> for Outcome {
+    fn from(end: RunEnd) -> Self {
+        match end {
+            RunEnd::Complete => Self::Done,
+            RunEnd::Interrupted => Self::Interrupted,
+            RunEnd::Diverged => Self::Different,
+        }
+    }
 }
 
 /// The whole program.

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use super::output::say;
 use crate::error;
 use crate::memorization::rebuild::check_paths;
-use crate::model::{Model, Provenance, load, load_provenance};
+use crate::model::{Model, Provenance, check_hashes, load, load_provenance, read_consistently};
 use crate::tokenizer::Tokenizer;
 use crate::tokens::WindowKind;
 
@@ -22,12 +22,15 @@ pub struct Opened {
 
 /// Opens a model folder, and tells what a user should know about it.
 pub fn open(folder: &Path) -> anyhow::Result<Opened> {
-    let model = load(folder)?;
-    for warning in &model.warnings {
+    let (opened, differences) = read_consistently(folder, || {
+        let (model, tokenizer) = (load(folder)?, Arc::new(Tokenizer::load(folder)?));
+        let provenance = load_provenance(folder)?;
+        Ok((Opened { model, tokenizer, provenance }, check_hashes(folder)?))
+    })?;
+    for warning in opened.model.warnings.iter().chain(&differences) {
         say!("warning: {warning}");
     }
-    let tokenizer = Arc::new(Tokenizer::load(folder)?);
-    Ok(Opened { model, tokenizer, provenance: load_provenance(folder)? })
+    Ok(opened)
 }
 
 /// The paths of the files that a model was trained on, all of them fit to be printed and written.

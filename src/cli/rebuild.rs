@@ -22,6 +22,7 @@ use crate::generate::Generator;
 use crate::memorization::rebuild::{self, Comparison, Difference, Existing, Rebuilt, rebuild};
 use crate::memorization::regenerate::{End, Regenerator};
 use crate::model::load_provenance;
+use crate::output::OutputFolder;
 use crate::schema::versioned;
 use crate::tokenizer::Tokenizer;
 use crate::tokens::WindowKind;
@@ -87,6 +88,7 @@ pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
         originals.map(|source| arguments.originals(source, &opened.tokenizer)).transpose()?;
 
     let windows = windows::kind(arguments.windows, &opened);
+    let _output = OutputFolder::open(&arguments.output)?;
     let (limit, output) = (arguments.max_tokens_per_file, arguments.output.clone());
     let existing = if arguments.overwrite { Existing::Overwrite } else { Existing::Keep };
     let quiet = arguments.quiet;

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
@@ -16,7 +17,7 @@ use super::output::{Stderr, print_json, say, stdout, write_to_stderr};
 use super::progress::Progress;
 use super::rebuild::Rebuild;
 use super::source::{self, SourceArgs};
-use super::train::Stage;
+use super::train::{Stage, claimed};
 use super::{Outcome, model, plan, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Manifest, SAMPLE_NAMES, is_sample};
@@ -27,11 +28,12 @@ use crate::memorization::rebuild::Existing;
 use crate::memorization::regenerate::Regenerator;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::model::License;
+use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries};
 use crate::report;
 use crate::schema::{SchemaVersion, versioned};
 use crate::tokenizer::{Special, Tokenizer, Training};
-use crate::train::TrainSummary;
 use crate::train::recipe::Recipe;
+use crate::train::{Consent, RunEnd, TrainSummary};
 
 /// Do everything: read the corpus, train the tokenizer and the model, and prove what it holds.
 ///
@@ -108,18 +110,21 @@ pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     let manifest = corpus.manifest()?;
     say!("{}: {} files, {} bytes", manifest.source, manifest.files.len(), manifest.bytes());
     let identity = Identity::new(&recipe, &manifest)?;
-    claim(&folder, &identity)?;
+    let _folder = claim(&folder, &recipe, &identity)?;
 
     let license = arguments.license.as_ref();
-    let trained = train(&arguments.backend, &recipe, &corpus, &folder, license)?;
-    let Some((model, _)) = trained else {
+    let (model, finishes) = train(&arguments.backend, &recipe, &corpus, &folder, license)?;
+    let end = finishes.last().map_or(RunEnd::Complete, |finish| finish.end);
+    if end != RunEnd::Complete {
         if arguments.json {
-            print_json(&versioned(
-                json!({"output": folder.to_string_lossy(), "interrupted": true}),
-            ));
+            print_json(&versioned(json!({
+                "output": folder.to_string_lossy(),
+                "interrupted": end == RunEnd::Interrupted,
+                "diverged": end == RunEnd::Diverged,
+            })));
         }
-        return Ok(Outcome::Interrupted);
-    };
+        return Ok(end.into());
+    }
     // What a person reads goes to stderr if JSON is asked for.
     let mut out: Box<dyn Write> =
         if arguments.json { Box::new(Stderr) } else { Box::new(stdout()) };
@@ -155,35 +160,34 @@ struct Proof {
     memorization: Value,
 }
 
-/// Trains the tokenizer and every stage, or finds them done. Returns the folder of the model and how
-/// each stage ended; none where a person interrupted it.
+/// Trains the tokenizer and every stage, or finds them done. Returns the folder of the last model and how
+/// each stage ended: the last one trained may have been interrupted, or have diverged.
 pub fn train(
     backends: &BackendArgs,
     recipe: &Recipe,
     corpus: &Corpus,
     folder: &Path,
     license: Option<&License>,
-) -> anyhow::Result<Option<(PathBuf, Vec<TrainSummary>)>> {
-    let tokenizer = folder.join("tokenizer");
-    if tokenizer.join("tokenizer.json").exists() {
-        say!("the tokenizer is there: {}", tokenizer.display());
+) -> anyhow::Result<(PathBuf, Vec<TrainSummary>)> {
+    let place = folder.join("tokenizer");
+    if place.join("tokenizer.json").exists() {
+        say!("the tokenizer is there: {}", place.display());
     } else {
-        train_tokenizer(recipe, corpus, &tokenizer)?;
+        train_tokenizer(recipe, corpus, &place)?;
     }
+    let tokenizer = Arc::new(Tokenizer::load(&place)?);
     let (mut before, mut finishes) = (None::<PathBuf>, Vec::new());
     for stage in &recipe.stages {
         if recipe.stages.len() > 1 {
             say!("stage {}", stage.name);
         }
         let output = folder.join(&stage.name);
-        let tokens = folder.join("corpus.tokens");
         let stage = Stage {
             settings: &stage.settings,
-            tokenizer: &tokenizer,
-            resume: true,
-            weights: before.as_deref(),
-            tokens: &tokens,
-            output: &output,
+            tokenizer: tokenizer.clone(),
+            consent: Consent::Resume,
+            weights: before,
+            output: claimed(&output, Consent::Resume)?,
             metrics: output.join("metrics.jsonl"),
             tensorboard: None,
             goes_on: "the same command goes on from there",
@@ -191,24 +195,63 @@ pub fn train(
         };
         let backend = backends.open_in(stage.settings.precision)?;
         let finish = stage.train(&*backend, corpus)?;
-        if finish.interrupted {
-            return Ok(None);
-        }
         finishes.push(finish);
         before = Some(output);
+        if finish.end != RunEnd::Complete {
+            break;
+        }
     }
-    Ok(before.map(|model| (model, finishes)))
+    Ok((before.unwrap_or_default(), finishes))
 }
 
-/// Writes down whose folder it is, or refuses one that is another run's.
-pub fn claim(folder: &Path, identity: &Identity) -> anyhow::Result<()> {
-    let path = folder.join("run.json");
+/// Names of what a run writes into its folder, besides one folder per stage.
+const NAMES: [&str; 10] = [
+    IDENTITY,
+    "tokenizer",
+    "corpus.tokens",
+    "rebuilt",
+    "rebuild.json",
+    "memorization",
+    "report.html",
+    "compiled",
+    "result.json",
+    "sweep.html",
+];
+const IDENTITY: &str = "run.json";
+
+/// Locks the folder of a run and writes down whose it is.
+///
+/// # Errors
+/// Another process writes into it, it is another run's, or files in it that a run would write are not
+/// laam's: nothing was changed then.
+pub fn claim(folder: &Path, recipe: &Recipe, identity: &Identity) -> anyhow::Result<OutputFolder> {
+    check_free(folder)?;
+    let is_new = !is_same_run(folder, identity)?;
+    if is_new {
+        let stages = recipe.stages.iter().map(|stage| stage.name.as_str());
+        let paths = NAMES.into_iter().chain(stages).map(|name| folder.join(name));
+        let foreign: Vec<_> = paths.filter(|path| fs::symlink_metadata(path).is_ok()).collect();
+        refuse_foreign(&foreign)?;
+    }
+    let output = OutputFolder::open(folder)?;
+    for place in [folder.to_path_buf(), folder.join("tokenizer"), folder.join("memorization")] {
+        for path in remove_temporaries(&place, |_| true)? {
+            say!("removed {}", path.display());
+        }
+    }
+    if is_new {
+        let json = format!("{:#}\n", serde_json::to_value(identity)?);
+        write_atomically(&folder.join(IDENTITY), json.as_bytes())?;
+    }
+    Ok(output)
+}
+
+/// True if the run was begun in the folder, false if none was; an error for another run.
+fn is_same_run(folder: &Path, identity: &Identity) -> anyhow::Result<bool> {
+    let path = folder.join(IDENTITY);
     let text = match files::read_text(&path, MAX_IDENTITY) {
         Ok(text) => text,
-        Err(none) if none.kind() == io::ErrorKind::NotFound => {
-            let json = format!("{:#}\n", serde_json::to_value(identity)?);
-            return write_atomically(&path, json.as_bytes());
-        }
+        Err(none) if none.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(cause) => {
             return Err(cause)
                 .with_context(|| format!("cannot read {}", path.display()))
@@ -219,7 +262,7 @@ pub fn claim(folder: &Path, identity: &Identity) -> anyhow::Result<()> {
     let what = match other {
         Some(other) if other.is_same_recipe(identity) => {
             if other.corpus_sha256 == identity.corpus_sha256 {
-                return Ok(());
+                return Ok(true);
             }
             "corpus"
         }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
+use sha2::{Digest, Sha256};
 
 use super::model::Opened;
 use super::output::say;
@@ -11,11 +12,12 @@ use super::progress::{Downloads, Progress};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::{
     Corpus, CorpusOptions, Encoding, LinuxRelease, MIRROR, Manifest, NameFilter, SAMPLE, Source,
-    SourceOrigin, Version, shown,
+    SourceOrigin, Version, cache_folder, hex, shown,
 };
 use crate::error::{self, with_flags};
 use crate::memorization::rebuild::check_apart;
 use crate::model::Provenance;
+use crate::output::remove_temporaries;
 use crate::tokenizer::{Style, Tokenizer};
 use crate::tokens::TokenFile;
 use crate::train::prepare;
@@ -189,6 +191,20 @@ pub fn warn_of_other_text(manifest: &Manifest, provenance: Option<&Provenance>) 
 pub fn release(version: &str, mirror_uri: &str, unverified: bool) -> anyhow::Result<LinuxRelease> {
     let release = LinuxRelease::new(version.parse::<Version>()?)?;
     Ok(LinuxRelease { mirror: mirror_uri.to_string(), unverified, ..release })
+}
+
+/// Where the tokens of a run are kept: in the cache folder, one file per output folder. What killed runs
+/// left there is removed.
+pub fn token_cache(output: &Path) -> anyhow::Result<PathBuf> {
+    let folder = cache_folder()?.join("tokens");
+    for path in remove_temporaries(&folder, |name| name.ends_with(".tokens"))? {
+        say!("removed {}", path.display());
+    }
+    let output = std::path::absolute(output).unwrap_or_else(|_| output.to_path_buf());
+    let hash = hex(&Sha256::digest(output.as_os_str().as_encoded_bytes()));
+    let name = output.file_name().unwrap_or_default().to_string_lossy();
+    let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric()).take(40).collect();
+    Ok(folder.join(format!("{name}-{}.tokens", &hash[..16])))
 }
 
 /// Writes a corpus as a token file, with progress unless `quiet`, and says what it left out.

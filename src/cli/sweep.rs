@@ -24,11 +24,12 @@ use crate::memorization::measure::{Question, measure};
 use crate::memorization::rebuild::Existing;
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
 use crate::model::License;
+use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries};
 use crate::report::{self, sweep::plot_of};
 use crate::schema::{SCHEMA_FIELD, upgrade, versioned};
 use crate::tokens::TokenFile;
-use crate::train::MAX_METRICS;
 use crate::train::sweep::{Sweep, SweepRun};
+use crate::train::{MAX_METRICS, RunEnd};
 
 /// Some thirty numbers.
 const MAX_RESULT: u64 = 1 << 20;
@@ -75,13 +76,19 @@ pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
     let name = arguments.sweep.file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("sweeps").join(name));
     arguments.source.check_apart(&folder)?;
-    let mut rows = Vec::new();
+    let _folder = claim_sweep(&folder)?;
+    let (mut rows, mut outcome) = (Vec::new(), Outcome::Done);
     for (at, run) in sweep.runs.iter().enumerate() {
         say!("run {} of {}: {}", at + 1, sweep.runs.len(), run.name);
         let corpus = arguments.source.corpus_of_recipe(&run.recipe)?;
         match result(arguments, run, &corpus, &folder.join(&run.name))? {
-            Some(row) => rows.push((run, row)),
-            None => return Ok(Outcome::Interrupted),
+            Ok(row) => rows.push((run, row)),
+            Err(RunEnd::Diverged) => {
+                say!("run {} diverged: it has no row in the table", run.name);
+                outcome = Outcome::Different;
+                continue;
+            }
+            Err(_) => return Ok(Outcome::Interrupted),
         }
         write(&folder, &sweep, &rows)?;
     }
@@ -91,18 +98,41 @@ pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
     } else {
         write!(output::stdout(), "{}", table(&rows))?;
     }
-    Ok(Outcome::Done)
+    Ok(outcome)
 }
 
-/// What came of a run, which is done first if it was not yet; none where it was interrupted.
+/// Files that a sweep writes into its folder, besides one folder per run. The first says whose they are.
+const NAMES: [&str; 3] = ["table.json", "table.tsv", "plot.svg"];
+
+/// Locks the folder of a sweep.
+///
+/// # Errors
+/// Another process writes into it, or files that a sweep would write are not laam's.
+fn claim_sweep(folder: &Path) -> anyhow::Result<OutputFolder> {
+    check_free(folder)?;
+    let table = files::read_text(&folder.join(NAMES[0]), MAX_METRICS).unwrap_or_default();
+    let table: Value = serde_json::from_str(&table).unwrap_or_default();
+    if !(table["runs"].is_array() && table["description"].is_string()) {
+        let paths = NAMES.map(|name| folder.join(name)).into_iter();
+        let foreign: Vec<_> = paths.filter(|path| path.symlink_metadata().is_ok()).collect();
+        refuse_foreign(&foreign)?;
+    }
+    let output = OutputFolder::open(folder)?;
+    for path in remove_temporaries(folder, |name| NAMES.contains(&name))? {
+        say!("removed {}", path.display());
+    }
+    Ok(output)
+}
+
+/// What came of a run, which is done first if it was not yet; or how it ended before its time.
 fn result(
     arguments: &SweepArgs,
     run: &SweepRun,
     corpus: &Corpus,
     folder: &Path,
-) -> anyhow::Result<Option<Value>> {
+) -> anyhow::Result<Result<Value, RunEnd>> {
     let manifest = corpus.manifest()?;
-    claim(folder, &Identity::new(&run.recipe, &manifest)?)?;
+    let _folder = claim(folder, &run.recipe, &Identity::new(&run.recipe, &manifest)?)?;
     let path = folder.join("result.json");
     match files::read_text(&path, MAX_RESULT) {
         Ok(text) => {
@@ -113,7 +143,7 @@ fn result(
                 .hint(ErrorKind::Data, || "remove it: the run is then measured again")?;
             // The table has it once.
             row.as_object_mut().map(|row| row.shift_remove(SCHEMA_FIELD));
-            return Ok(Some(row));
+            return Ok(Ok(row));
         }
         Err(none) if none.kind() == io::ErrorKind::NotFound => {}
         Err(cause) => {
@@ -123,10 +153,10 @@ fn result(
         }
     }
     let license = arguments.license.as_ref();
-    let Some((model, finishes)) = train(&arguments.backend, &run.recipe, corpus, folder, license)?
-    else {
-        return Ok(None);
-    };
+    let (model, finishes) = train(&arguments.backend, &run.recipe, corpus, folder, license)?;
+    if let Some(early) = finishes.last().filter(|finish| finish.end != RunEnd::Complete) {
+        return Ok(Err(early.end));
+    }
     // Measures are taken in f32, whatever the weights were trained in.
     let backend = &*arguments.backend.open()?;
     let opened = model::open(&model)?;
@@ -167,7 +197,7 @@ fn result(
         "files": manifest.files.len(),
     });
     write_atomically(&path, format!("{:#}\n", versioned(row.clone())).as_bytes())?;
-    Ok(Some(row))
+    Ok(Ok(row))
 }
 
 /// The most tokens of a document: a model that has not learnt to end one is stopped at twice that.
@@ -187,11 +217,10 @@ fn last_line(model: &Path) -> anyhow::Result<Value> {
 }
 
 fn write(folder: &Path, sweep: &Sweep, rows: &[(&SweepRun, Value)]) -> anyhow::Result<()> {
+    let json = as_json(sweep, rows);
+    write_atomically(&folder.join("table.json"), format!("{json:#}\n").as_bytes())?;
     write_atomically(&folder.join("table.tsv"), table(rows).as_bytes())?;
-    let table = as_json(sweep, rows);
-    let json = format!("{table:#}\n");
-    write_atomically(&folder.join("table.json"), json.as_bytes())?;
-    write_atomically(&folder.join("plot.svg"), plot_of(&table).as_bytes())?;
+    write_atomically(&folder.join("plot.svg"), plot_of(&json).as_bytes())?;
     report::write(folder).map(drop)
 }
 

@@ -18,20 +18,25 @@ use crate::corpus::{Corpus, Manifest, hex};
 use crate::dtype::Dtype;
 use crate::error;
 use crate::model::{
-    Config, License, Provenance, has_training_state, load, load_config, load_provenance,
-    weights_sha256,
+    Config, License, Provenance, check_hashes, has_training_state, load, load_config,
+    load_provenance, read_consistently, weights_sha256,
 };
+use crate::output::OutputFolder;
 use crate::schema::versioned;
 use crate::tokenizer::Tokenizer;
 use crate::tokens::Windows;
 use crate::train::{
-    Job, Settings, Start, TrainSummary, Trainer, candidates, is_resumable, prepare,
+    Consent, Job, RunEnd, Settings, Start, TrainSummary, Trainer, candidates, claim, is_resumable,
+    prepare,
 };
 
 /// Train a model until its steps are done, and save it as a Hugging Face folder.
 ///
-/// Ctrl-C finishes the step, saves a checkpoint, and exits with 130; --resume goes on from there, to
-/// the same bytes as an unbroken run. OUTPUT/metrics.jsonl holds one object a logged step.
+/// Ctrl-C finishes the step, saves a checkpoint, and exits with 130; --resume continues from there, to
+/// the same bytes as an uninterrupted run. OUTPUT holds the model and metrics.jsonl, one object per logged
+/// step; OUTPUT/checkpoint-N holds what --resume needs. A folder that holds a run already needs --resume,
+/// --reload or --overwrite; files that laam did not write are never replaced. A run that diverges keeps
+/// its last good checkpoint and exits with 1.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -48,17 +53,21 @@ pub struct TrainArgs {
     /// The folder the model is saved in
     #[arg(long, value_name = "DIR", default_value = "models/llama2")]
     output_path: PathBuf,
-    /// Begin with the weights and the tokenizer of the output folder, and a fresh optimizer
+    /// Begin with the weights and the tokenizer of the output folder, and a fresh optimizer; replaces that
+    /// model and its checkpoints, and adds to its metrics
     #[arg(long, conflicts_with_all = ["resume", "init_from"])]
     reload: bool,
-    /// Go on from the newest checkpoint in the output folder
+    /// Continue from the newest checkpoint in the output folder
     #[arg(long, conflicts_with = "init_from")]
     resume: bool,
+    /// Replace the run that is in the output folder
+    #[arg(long, conflicts_with_all = ["resume", "reload"])]
+    overwrite: bool,
     /// Begin with the weights of this model, and a fresh optimizer
     #[arg(long, value_name = "DIR")]
     init_from: Option<PathBuf>,
-    /// Where the metrics go [default: OUTPUT/metrics.jsonl]
-    #[arg(long, value_name = "FILE")]
+    /// Where the metrics go, - for stdout [default: OUTPUT/metrics.jsonl]
+    #[arg(long, value_name = "FILE|-")]
     metrics: Option<PathBuf>,
     /// Also write TensorBoard events into this folder
     #[arg(long, value_name = "DIR")]
@@ -92,9 +101,8 @@ impl TrainArgs {
     /// ones, or the newest checkpoint of the run that is resumed.
     fn model(&self) -> Option<PathBuf> {
         if self.resume {
-            let readable = |folder: &PathBuf| {
-                has_training_state(folder).unwrap_or(false) && load_config(folder).is_ok()
-            };
+            let readable =
+                |folder: &PathBuf| has_training_state(folder) && load_config(folder).is_ok();
             return candidates(&self.output_path).into_iter().find(readable);
         }
         self.init_from.clone().or_else(|| self.reload.then(|| self.output_path.clone()))
@@ -145,6 +153,13 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     };
     settings.validate()?;
     Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
+    let consent = match arguments {
+        TrainArgs { resume: true, .. } => Consent::Resume,
+        TrainArgs { reload: true, .. } => Consent::Reload,
+        TrainArgs { overwrite: true, .. } => Consent::Overwrite,
+        _ => Consent::None,
+    };
+    let output = claimed(&arguments.output_path, consent)?;
     let backend = arguments.backend.open_in(settings.precision)?;
     // The checkpoint's own, of a run that is resumed, only if there is no other: it may be removed.
     let needs_own = !arguments.resume || !arguments.tokenizer_path.exists();
@@ -152,13 +167,13 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     let own =
         model.filter(|folder| needs_own && !is_given && folder.join("tokenizer.json").exists());
     let tokenizer = own.as_ref().unwrap_or(&arguments.tokenizer_path);
-    let loaded = Tokenizer::load(tokenizer)?;
+    let tokenizer = Arc::new(Tokenizer::load(tokenizer)?);
     let weights =
         if arguments.reload { Some(&arguments.output_path) } else { arguments.init_from.as_ref() };
     if weights.is_none() {
-        settings.config(loaded.vocab_size(), loaded.special())?;
+        settings.config(tokenizer.vocab_size(), tokenizer.special())?;
     }
-    let corpus = arguments.source.corpus_for(&loaded)?;
+    let corpus = arguments.source.corpus_for(&tokenizer)?;
     if arguments.resume && !is_resumable(&arguments.output_path) {
         let output = arguments.output_path.display();
         say!("warning: no checkpoint to resume in {output}: from step 0, with fresh weights");
@@ -167,10 +182,9 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     let stage = Stage {
         settings: &settings,
         tokenizer,
-        resume: arguments.resume,
-        weights: weights.map(PathBuf::as_path),
-        tokens: &arguments.output_path.with_added_extension("tokens"),
-        output: &arguments.output_path,
+        consent,
+        weights: weights.cloned(),
+        output,
         metrics: metrics.unwrap_or_else(|| arguments.output_path.join("metrics.jsonl")),
         tensorboard: arguments.tensorboard.clone(),
         goes_on: "--resume goes on",
@@ -186,26 +200,30 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
             "total": finish.total,
             "loss": finish.loss,
             "verbatim_rate": finish.verbatim_rate,
-            "interrupted": finish.interrupted,
+            "interrupted": finish.end == RunEnd::Interrupted,
+            "diverged": finish.end == RunEnd::Diverged,
             "seconds": record.seconds,
             "license": record.license(),
             "weights_sha256": record.weights_sha256,
         })));
     }
-    Ok(if finish.interrupted { Outcome::Interrupted } else { Outcome::Done })
+    Ok(finish.end.into())
+}
+
+/// Claims an output folder, and says what was removed from it.
+pub fn claimed(output: &Path, consent: Consent) -> anyhow::Result<Arc<OutputFolder>> {
+    Ok(Arc::new(claim(output, consent, &mut |line| say!("{line}"))?))
 }
 
 /// One training run with its places, as `train` and each stage of `run` have it.
 pub struct Stage<'a> {
     pub settings: &'a Settings,
-    pub tokenizer: &'a Path,
-    /// Go on from the newest checkpoint in `output`, if there is one.
-    pub resume: bool,
+    pub tokenizer: Arc<Tokenizer>,
+    /// What was said of a run in `output`: whether to continue it, if there is one.
+    pub consent: Consent,
     /// The model whose weights are the first ones.
-    pub weights: Option<&'a Path>,
-    /// Where the corpus is written as tokens: outside the model's folder, which holds no text.
-    pub tokens: &'a Path,
-    pub output: &'a Path,
+    pub weights: Option<PathBuf>,
+    pub output: Arc<OutputFolder>,
     pub metrics: PathBuf,
     pub tensorboard: Option<PathBuf>,
     /// How an interrupted run goes on, for a person.
@@ -218,15 +236,16 @@ impl Stage<'_> {
     /// Tokenizes and trains, telling a person how it goes.
     pub fn train(&self, backend: &dyn Backend, corpus: &Corpus) -> anyhow::Result<TrainSummary> {
         let settings = self.settings;
-        let tokenizer = Arc::new(Tokenizer::load(self.tokenizer)?);
+        let tokenizer = &self.tokenizer;
         let (kind, context) = (settings.windows, settings.max_position_embeddings);
         // What can be refused is, before the text is read.
-        let (config, weights) = if let Some(folder) = self.weights {
-            let model = load(folder)?;
-            for warning in &model.warnings {
+        let (config, weights) = if let Some(folder) = &self.weights {
+            let (model, warnings) =
+                read_consistently(folder, || Ok((load(folder)?, check_hashes(folder)?)))?;
+            for warning in model.warnings.iter().chain(&warnings) {
                 say!("warning: {warning}");
             }
-            check_vocabulary(&model.config, &tokenizer, folder)?;
+            check_vocabulary(&model.config, tokenizer, folder)?;
             let trained = settings.config(model.config.vocab_size, tokenizer.special())?;
             let config = Config {
                 max_position_embeddings: context,
@@ -240,17 +259,24 @@ impl Stage<'_> {
         for warning in config.compatibility_warnings() {
             say!("warning: {warning}");
         }
-        let (file, manifest) = source::tokenize(corpus, &tokenizer, self.tokens, false)?;
+        // Outside the model's folder, which holds no text.
+        let tokens = source::token_cache(self.output.path())?;
+        let (file, manifest) = source::tokenize(corpus, tokenizer, &tokens, false)?;
+        say!("the tokens are in {}", tokens.display());
         file.check_fits(config.vocab_size)?;
         let windows = Windows::new(file, tokenizer.clone(), kind, context, settings.stride)?;
-        let provenance = self.provenance(&manifest, &tokenizer)?;
+        let provenance = self.provenance(&manifest, tokenizer)?;
         let job = Job {
             settings,
             config: &config,
             windows: &windows,
-            start: Start { resume: self.resume, weights },
-            tokenizer: self.tokenizer,
-            output: self.output,
+            start: Start {
+                resume: self.consent == Consent::Resume,
+                weights,
+                keep_metrics: self.consent == Consent::Reload,
+            },
+            tokenizer: tokenizer.clone(),
+            output: self.output.clone(),
             metrics: self.metrics.clone(),
             tensorboard: self.tensorboard.clone(),
             provenance,
@@ -269,12 +295,20 @@ impl Stage<'_> {
                 wanted.name()
             );
         }
+        if settings.warmup_steps > trainer.total() {
+            say!(
+                "warning: the warm-up of {} steps is longer than the run of {}: the learning rate never \
+                 reaches its peak (--warmup-steps)",
+                settings.warmup_steps,
+                trainer.total(),
+            );
+        }
         if trainer.done() > 0 {
             say!("resuming after step {} of {}", trainer.done(), trainer.total());
         }
         let mut watcher = Watcher::new(trainer.done(), trainer.total())?;
         let finish = trainer.run(&mut watcher)?;
-        watcher.finish(&finish, self.output, self.goes_on);
+        watcher.finish(&finish, self.output.path(), self.goes_on);
         Ok(finish)
     }
 }
@@ -287,7 +321,7 @@ impl Stage<'_> {
             tokenizer_sha256: Some(hex(&tokenizer.sha256())),
             ..Provenance::default()
         };
-        if let Some(folder) = self.weights {
+        if let Some(folder) = &self.weights {
             provenance.set_parent(weights_sha256(folder)?, load_provenance(folder)?);
         }
         if let Some(given) = &self.license {

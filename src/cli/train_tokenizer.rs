@@ -1,17 +1,21 @@
 //! `laam train-tokenizer`: a byte-pair vocabulary from a corpus.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Outcome;
 use super::output::{print_json, say};
 use super::progress::Progress;
 use super::source::{self, SourceArgs};
 use crate::corpus::{Encoding, hex};
+use crate::error;
+use crate::files;
+use crate::model::has_weights;
+use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries};
 use crate::schema::versioned;
-use crate::tokenizer::{Style, Tokenizer, Training, TrainingProgress};
+use crate::tokenizer::{MARKERS, Style, Tokenizer, Training, TrainingProgress};
 
 /// Train a tokenizer and write it as transformers reads it.
 ///
@@ -52,7 +56,42 @@ enum Format {
     Hf,
 }
 
+/// Locks the folder of a tokenizer, whose files may be replaced if laam trained what is there.
+///
+/// # Errors
+/// Another process writes into it, it holds a model, or somebody else's tokenizer.
+fn claim(folder: &Path, format: Format) -> anyhow::Result<OutputFolder> {
+    check_free(folder)?;
+    if has_weights(folder) || folder.join("config.json").exists() {
+        return Err(error::data(
+            format!("{} holds a model: its tokenizer belongs to it", folder.display()),
+            "choose another `output_path`",
+        ));
+    }
+    let names: &[&str] = match format {
+        Format::Tokenizers => &NAMES[..2],
+        Format::Hf => &NAMES,
+    };
+    let config = files::read_text(&folder.join("tokenizer_config.json"), MAX_CONFIG_BYTES);
+    let config: Value = serde_json::from_str(&config.unwrap_or_default()).unwrap_or_default();
+    let is_own = config["bos_token"] == MARKERS[0]
+        && Tokenizer::load(folder).map_or(true, |tokenizer| tokenizer.style().is_some());
+    if !is_own {
+        let paths = names.iter().map(|name| folder.join(name));
+        refuse_foreign(&paths.filter(|path| path.symlink_metadata().is_ok()).collect::<Vec<_>>())?;
+    }
+    let output = OutputFolder::open(folder)?;
+    for path in remove_temporaries(folder, |name| names.contains(&name))? {
+        say!("removed {}", path.display());
+    }
+    Ok(output)
+}
+
+const NAMES: [&str; 4] = ["tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"];
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+
 pub fn run(arguments: &TrainTokenizerArgs) -> anyhow::Result<Outcome> {
+    let _output = claim(&arguments.output_path, arguments.format)?;
     let encoding = encoding_of(arguments.style);
     let corpus = arguments.source.corpus(None, encoding)?;
     let mut documents = corpus.documents()?;

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::interrupt::{self, Work};
 use super::is_interactive;
 use super::output::say;
-use crate::train::{Metrics, Observer, StepStats, TrainSummary};
+use crate::train::{Metrics, Observer, RunEnd, StepStats, TrainSummary};
 
 /// How often a log hears of it.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -29,6 +29,9 @@ struct Loss(Option<f64>);
 
 impl Loss {
     fn follow(&mut self, loss: f64) -> f64 {
+        if !loss.is_finite() {
+            return self.0.unwrap_or(loss);
+        }
         let smooth = self.0.map_or(loss, |before| 0.9 * before + 0.1 * loss);
         *self.0.insert(smooth)
     }
@@ -57,8 +60,13 @@ impl Watcher {
         }
         let seconds = self.began.elapsed().as_secs_f64();
         let (steps, total) = (finish.steps, finish.total);
-        if finish.interrupted {
-            let folder = output.display();
+        let folder = output.display();
+        if finish.end == RunEnd::Diverged {
+            say!("laam: the run diverged at step {steps} of {total}, in {folder}");
+            say!(
+                "hint: lower --learning-rate, or raise --warmup-steps; what was saved before is untouched"
+            );
+        } else if finish.end == RunEnd::Interrupted {
             say!("stopped after step {steps} of {total}; {goes_on}, {folder}");
         } else if total == 0 {
             say!("no step needed, saved in {}", output.display());

@@ -5,29 +5,31 @@
 //! |---|---|
 //! | `config.json`, `generation_config.json` | the shape |
 //! | `model.safetensors` | the weights, under Hugging Face's names; a tied head is left out |
-//! | `tokenizer.json`, `tokenizer_config.json` | copied in, with the context |
+//! | `tokenizer.json`, `tokenizer_config.json` | the tokenizer of the run, with the context |
 //! | `training_state.safetensors` | master weights, moments, and the run's position; optional |
 //! | `provenance.json` | origin and settings |
 //! | `README.md` | the model card |
 //!
-//! All are replaced as one (see [`super::replace`]).
+//! All are replaced as one (see [`super::replace`]). Readers never change a folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::replace::{Staged, settle};
+use super::replace::{STAGED, Staged, settle};
 use super::weights::{self, Mapped, Tensors};
 use super::{Config, GenerationDefaults, Layout, Provenance, card};
 use crate::corpus::hex;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
+use crate::tokenizer::Tokenizer;
 
 const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
@@ -37,10 +39,22 @@ const STATE: &str = "training_state.safetensors";
 const PROVENANCE: &str = "provenance.json";
 /// The key of the training state's JSON in its file's metadata.
 const STATE_KEY: &str = "state";
-/// Files of a tokenizer's folder; all but the first are optional.
-const TOKENIZER: [&str; 4] =
-    ["tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"];
+const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const CARD: &str = "README.md";
+/// The files of a model, which `--reload` replaces whoever wrote them.
+const MODEL_FILES: [&str; 8] = [
+    CONFIG,
+    GENERATION,
+    WEIGHTS,
+    INDEX,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+];
+/// What saving writes or removes besides.
+const OUR_FILES: [&str; 3] = [STATE, PROVENANCE, CARD];
 /// No JSON file of a model folder is near this long; an index of shards has some 100 bytes per tensor.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 
@@ -51,8 +65,7 @@ pub struct Checkpoint<'a> {
     /// An arena. It is rounded to `precision` on its way to the file.
     pub weights: &'a [f32],
     pub precision: Dtype,
-    /// The folder the tokenizer's files are copied from; it may be the one saved into.
-    pub tokenizer: Option<&'a Path>,
+    pub tokenizer: Option<&'a Tokenizer>,
     pub provenance: &'a Provenance,
     pub training_state: Option<TrainingState<'a>>,
 }
@@ -111,7 +124,7 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
     let mut provenance = checkpoint.provenance.clone();
     provenance.weights_sha256 = Some(hex(&files::sha256(&path).hint(ErrorKind::Checkpoint, disk)?));
     json(PROVENANCE, &serde_json::to_value(&provenance)?)?;
-    staged.write("README.md", card::card(config, precision, &provenance).as_bytes())?;
+    staged.write(CARD, card::card(config, precision, &provenance).as_bytes())?;
 
     match &checkpoint.training_state {
         Some(TrainingState { arenas, state }) => {
@@ -126,8 +139,13 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
         // One of an earlier save does not belong to these weights.
         None => staged.remove(STATE)?,
     }
-    if let Some(source) = checkpoint.tokenizer {
-        copy_tokenizer(source, config.max_position_embeddings, staged)?;
+    for (name, bytes) in checkpoint.tokenizer.iter().flat_map(|tokenizer| tokenizer.files()) {
+        if name == TOKENIZER_CONFIG {
+            let context = config.max_position_embeddings;
+            staged.write(name, &completed_tokenizer_config(bytes, context)?)?;
+        } else {
+            staged.write(name, bytes)?;
+        }
     }
     // Shards of an earlier model would only take room; one file takes precedence over them.
     for shard in shards_of(folder).unwrap_or_default() {
@@ -136,31 +154,12 @@ fn write_all(folder: &Path, staged: &Staged, checkpoint: &Checkpoint) -> anyhow:
     staged.remove(INDEX)
 }
 
-fn copy_tokenizer(source: &Path, context: usize, staged: &Staged) -> anyhow::Result<()> {
-    settle(source)?;
-    for name in TOKENIZER {
-        let from = source.join(name);
-        match files::read(&from, MAX_JSON_BYTES) {
-            Ok(bytes) if name == TOKENIZER_CONFIG => {
-                staged.write(name, &completed_tokenizer_config(bytes, context)?)?;
-            }
-            Ok(bytes) => staged.write(name, &bytes)?,
-            // The first is the tokenizer itself; the others are optional.
-            Err(cause) if name == TOKENIZER[0] || cause.kind() != std::io::ErrorKind::NotFound => {
-                return Err(cause)
-                    .with_context(|| format!("cannot read {}", from.display()))
-                    .hint(ErrorKind::Checkpoint, || "train one there with laam train-tokenizer");
-            }
-            Err(_) => {}
-        }
-    }
-    Ok(())
-}
-
 /// `tokenizer_config.json` of a model. Without `model_input_names` transformers' tokenizer returns
 /// token_type_ids, which `generate` refuses for Llama; `model_max_length` is where it truncates.
-fn completed_tokenizer_config(bytes: Vec<u8>, context: usize) -> anyhow::Result<Vec<u8>> {
-    let Ok(Value::Object(mut config)) = serde_json::from_slice(&bytes) else { return Ok(bytes) };
+fn completed_tokenizer_config(bytes: &[u8], context: usize) -> anyhow::Result<Vec<u8>> {
+    let Ok(Value::Object(mut config)) = serde_json::from_slice(bytes) else {
+        return Ok(bytes.to_vec());
+    };
     config
         .entry("model_input_names")
         .or_insert_with(|| serde_json::json!(["input_ids", "attention_mask"]));
@@ -188,7 +187,6 @@ pub fn load(folder: &Path) -> anyhow::Result<Model> {
 
 /// Reads the configuration alone, and warnings about it.
 pub fn load_config(folder: &Path) -> anyhow::Result<(Config, Vec<String>)> {
-    settle(folder)?;
     let text = read_json(folder, CONFIG)?;
     let loading = || format!("loading the model in {}", folder.display());
     let (mut config, warnings) = Config::from_json(&text).with_context(loading)?;
@@ -202,7 +200,7 @@ pub fn load_config(folder: &Path) -> anyhow::Result<(Config, Vec<String>)> {
 
 /// Reads how the folder says its model generates; the plain defaults if it does not.
 pub fn load_generation_defaults(folder: &Path) -> anyhow::Result<GenerationDefaults> {
-    if !folder.join(GENERATION).exists() {
+    if !files::exists_current(&folder.join(GENERATION)) {
         return Ok(GenerationDefaults::default());
     }
     GenerationDefaults::from_json(&read_json(folder, GENERATION)?)
@@ -211,8 +209,7 @@ pub fn load_generation_defaults(folder: &Path) -> anyhow::Result<GenerationDefau
 
 /// Reads the provenance; `None` if the folder has none.
 pub fn load_provenance(folder: &Path) -> anyhow::Result<Option<Provenance>> {
-    settle(folder)?;
-    if !folder.join(PROVENANCE).exists() {
+    if !files::exists_current(&folder.join(PROVENANCE)) {
         return Ok(None);
     }
     serde_json::from_str(&read_json(folder, PROVENANCE)?)
@@ -222,24 +219,150 @@ pub fn load_provenance(folder: &Path) -> anyhow::Result<Option<Provenance>> {
 }
 
 /// True if the folder holds a training state.
-pub fn has_training_state(folder: &Path) -> anyhow::Result<bool> {
-    settle(folder)?;
-    Ok(folder.join(STATE).exists())
+pub fn has_training_state(folder: &Path) -> bool {
+    files::exists_current(&folder.join(STATE))
 }
 
-/// Removes the training state; the model stays.
-pub fn forget_training_state(folder: &Path) -> anyhow::Result<()> {
-    if !has_training_state(folder)? {
-        return Ok(());
+/// True if the folder holds a model's weights.
+pub fn has_weights(folder: &Path) -> bool {
+    files::exists_current(&folder.join(WEIGHTS))
+}
+
+/// True if laam wrote the model in the folder: its `provenance.json` is laam's.
+pub fn is_own(folder: &Path) -> bool {
+    let text = files::read_current(&folder.join(PROVENANCE), MAX_JSON_BYTES).unwrap_or_default();
+    serde_json::from_slice::<Value>(&text).is_ok_and(|provenance| {
+        provenance["program_version"].is_string() && provenance.get("weights_sha256").is_some()
+    })
+}
+
+/// The files in the folder that saving a model would overwrite or remove, though laam did not write
+/// them. With `reload` the files of the model itself are not among them.
+pub fn foreign_files(folder: &Path, reload: bool) -> Vec<PathBuf> {
+    if is_own(folder) {
+        return Vec::new();
     }
-    fs::remove_file(folder.join(STATE))
-        .with_context(|| format!("cannot remove {STATE}, in {}", folder.display()))
-        .hint(ErrorKind::Checkpoint, || "remove it by hand")
+    let model = MODEL_FILES.iter().filter(|_| !reload);
+    let paths = model.chain(&OUR_FILES).map(|name| folder.join(name));
+    paths.filter(|path| fs::symlink_metadata(path).is_ok()).collect()
+}
+
+/// Removes the files of a model that laam wrote, and the folder if nothing else is in it. Returns the
+/// names of the files.
+pub fn remove_own(folder: &Path) -> anyhow::Result<Vec<&'static str>> {
+    settle(folder)?;
+    let mut removed = Vec::new();
+    let mut remove = || -> std::io::Result<()> {
+        match fs::remove_dir_all(folder.join(STAGED)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        // The training state first and the provenance last: what a crash leaves is not resumed, and known
+        // as laam's own.
+        let names = MODEL_FILES.iter().chain(&OUR_FILES).filter(|name| **name != PROVENANCE);
+        for name in [STATE].iter().chain(names).chain(&[PROVENANCE]) {
+            match fs::remove_file(folder.join(name)) {
+                Ok(()) => removed.push(*name),
+                Err(none) if none.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        match fs::remove_dir(folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::DirectoryNotEmpty => Err(error),
+            _ => Ok(()),
+        }
+    };
+    remove()
+        .with_context(|| format!("cannot remove {}", folder.display()))
+        .hint(ErrorKind::Checkpoint, || "remove it by hand")?;
+    Ok(removed)
+}
+
+/// Removes what a save that was cut off left in a folder; returns true if there was something.
+pub fn remove_staged(folder: &Path) -> anyhow::Result<bool> {
+    let staged = folder.join(STAGED);
+    if !fs::symlink_metadata(&staged).is_ok_and(|found| found.is_dir()) {
+        return Ok(false);
+    }
+    fs::remove_dir_all(&staged)
+        .with_context(|| format!("cannot remove {}", staged.display()))
+        .hint(ErrorKind::Checkpoint, || "remove it by hand")?;
+    // A folder that was made for that save alone.
+    let _ = fs::remove_dir(folder);
+    Ok(true)
+}
+
+/// Reads several files of a folder as they were at one moment: again, if a writer replaced them
+/// meanwhile.
+pub fn read_consistently<T>(
+    folder: &Path,
+    mut read: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    const MAX_ATTEMPTS: usize = 100;
+    let stamp = || {
+        [CONFIG, WEIGHTS, PROVENANCE, TOKENIZER].map(|name| {
+            let found = files::open_current(&folder.join(name)).and_then(|file| file.metadata());
+            found.ok().map(|found| (found.ino(), found.len(), found.mtime(), found.mtime_nsec()))
+        })
+    };
+    let mut before = stamp();
+    for _ in 1..MAX_ATTEMPTS {
+        let result = read();
+        let after = stamp();
+        if before == after {
+            return result;
+        }
+        before = after;
+    }
+    read()
+}
+
+/// Differences between a folder's files and the hashes in its provenance, as warnings.
+pub fn check_hashes(folder: &Path) -> anyhow::Result<Vec<String>> {
+    let Some(provenance) = load_provenance(folder)? else { return Ok(Vec::new()) };
+    let mut warnings = Vec::new();
+    for (name, recorded, what) in [
+        (WEIGHTS, &provenance.weights_sha256, "what it says of the origin may not hold for them"),
+        (TOKENIZER, &provenance.tokenizer_sha256, "the model was trained with another tokenizer"),
+    ] {
+        let Some(recorded) = recorded else { continue };
+        let path = folder.join(name);
+        let found = match files::open_current(&path).and_then(files::sha256_of) {
+            Ok(found) => hex(&found),
+            Err(none) if none.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot read {}", path.display()))
+                    .hint(ErrorKind::Checkpoint, || "make it readable");
+            }
+        };
+        if found != *recorded {
+            warnings.push(format!(
+                "{} is not the file that {PROVENANCE} describes: {what} (sha256 {found}, recorded \
+                 {recorded})",
+                path.display()
+            ));
+        }
+    }
+    Ok(warnings)
+}
+
+/// Removes the training state; the model stays. Returns the path if there was one.
+pub fn forget_training_state(folder: &Path) -> anyhow::Result<Option<PathBuf>> {
+    settle(folder)?;
+    let path = folder.join(STATE);
+    match fs::remove_file(&path) {
+        Err(none) if none.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        removed => removed
+            .with_context(|| format!("cannot remove {}", path.display()))
+            .hint(ErrorKind::Checkpoint, || "remove it by hand")?,
+    }
+    Ok(Some(path))
 }
 
 /// Reads the training state; `None` if the folder holds a model alone.
 pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Option<SavedState>> {
-    if !has_training_state(folder)? {
+    if !has_training_state(folder) {
         return Ok(None);
     }
     let path = folder.join(STATE);
@@ -298,10 +421,10 @@ pub fn weights_sha256(folder: &Path) -> anyhow::Result<String> {
 /// The safetensors files of a model and, for several, which of them has each tensor.
 fn weight_files(folder: &Path) -> anyhow::Result<(Vec<PathBuf>, BTreeMap<String, PathBuf>)> {
     let single = folder.join(WEIGHTS);
-    if single.exists() {
+    if files::exists_current(&single) {
         return Ok((vec![single], BTreeMap::new()));
     }
-    if folder.join(INDEX).exists() {
+    if files::exists_current(&folder.join(INDEX)) {
         let map = index_of(folder)?;
         let places: BTreeMap<String, PathBuf> =
             map.into_iter().map(|(name, shard)| (name, folder.join(shard))).collect();
@@ -384,7 +507,11 @@ fn pass_over(
 fn read_json(folder: &Path, name: &str) -> anyhow::Result<String> {
     let path = folder.join(name);
     let advice = || "give a folder that laam or transformers' save_pretrained wrote";
-    files::read_text(&path, MAX_JSON_BYTES)
+    let read = || -> anyhow::Result<String> {
+        let bytes = files::read_current(&path, MAX_JSON_BYTES)?;
+        String::from_utf8(bytes).context("it is not UTF-8 text")
+    };
+    read()
         .with_context(|| format!("cannot read {}", path.display()))
         .hint(ErrorKind::Checkpoint, advice)
 }

@@ -16,9 +16,10 @@ mod replace;
 mod weights;
 
 pub use checkpoint::{
-    Checkpoint, Model, SavedState, TrainingState, forget_training_state, has_training_state, load,
-    load_config, load_generation_defaults, load_provenance, load_training_state, save,
-    weight_paths, weights_sha256,
+    Checkpoint, Model, SavedState, TrainingState, check_hashes, foreign_files,
+    forget_training_state, has_training_state, has_weights, is_own, load, load_config,
+    load_generation_defaults, load_provenance, load_training_state, read_consistently, remove_own,
+    remove_staged, save, weight_paths, weights_sha256,
 };
 pub use config::{Config, RopeScaling};
 pub use config_json::GenerationDefaults;

@@ -10,9 +10,10 @@
 //! 3. Each file is renamed from `.laam-commit` over its old namesake. An empty file is a tombstone:
 //!    it removes its namesake. The empty folder is removed.
 //!
-//! A crash within 3 leaves `.laam-commit` behind, and [`settle`], which every reader and writer here
-//! calls first, takes 3 up where it broke off. (Swapping whole folders would be one rename less, but
-//! has no portable atomic form, and would carry the neighbours away.)
+//! A crash within 3 leaves `.laam-commit` behind, and [`settle`], which every writer calls first, takes 3
+//! up where it broke off. Readers change nothing: they look into `.laam-commit` first
+//! ([`files::open_current`]). (Swapping whole folders would be one rename less, but has no portable
+//! atomic form, and would carry the neighbours away.)
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -22,9 +23,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 
 use crate::error::{ErrorKind, Hint};
+use crate::files::{self, COMMIT_LOG as COMMIT};
 
-const STAGED: &str = ".laam-staged";
-const COMMIT: &str = ".laam-commit";
+pub(super) const STAGED: &str = ".laam-staged";
 
 /// Every lasting change passes here, so that a test can pull the plug before any of them.
 fn change<T>(what: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
@@ -46,7 +47,10 @@ impl<'a> Staged<'a> {
         settle(folder)?;
         let staged = folder.join(STAGED);
         let begin = || {
-            change(|| fs::create_dir_all(folder))?;
+            if !folder.exists() {
+                change(|| fs::create_dir_all(folder))?;
+                sync_folder(files::folder_of(folder))?;
+            }
             if fs::symlink_metadata(&staged).is_ok() {
                 change(|| fs::remove_dir_all(&staged))?;
             }
@@ -113,29 +117,39 @@ fn disk() -> &'static str {
     "check that the disk has room; what was there before is untouched"
 }
 
-/// Completes a replacement that was committed but cut off. Costs one stat if there is none.
+/// Completes a replacement that was committed but cut off. Costs one stat if there is none. What another
+/// process completes meanwhile counts as complete.
 pub fn settle(folder: &Path) -> anyhow::Result<()> {
     let commit = folder.join(COMMIT);
     // Not through a link: it might lead to someone's files.
     if !fs::symlink_metadata(&commit).is_ok_and(|found| found.is_dir()) {
         return Ok(());
     }
+    let done = |result: io::Result<()>| match result {
+        Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    };
     let settle = || {
-        for name in names(&commit)? {
+        let names = match names(&commit) {
+            Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(()),
+            names => names?,
+        };
+        for name in names {
             let (new, old) = (commit.join(&name), folder.join(&name));
-            if fs::symlink_metadata(&new)?.len() > 0 {
-                change(|| fs::rename(&new, &old))?;
-                continue;
-            }
-            // The tombstone goes last: a crash between the two repeats both.
-            match change(|| fs::remove_file(&old)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => change(|| fs::remove_file(&new))?,
+            match fs::symlink_metadata(&new) {
+                Err(gone) if gone.kind() == io::ErrorKind::NotFound => {}
+                Err(why) => return Err(why),
+                Ok(found) if found.len() > 0 => done(change(|| fs::rename(&new, &old)))?,
+                // The tombstone goes last: a crash between the two repeats both.
+                Ok(_) => {
+                    done(change(|| fs::remove_file(&old)))?;
+                    done(change(|| fs::remove_file(&new)))?;
+                }
             }
         }
         // The files are in force on the disk before the log of them goes.
         sync_folder(folder)?;
-        change(|| fs::remove_dir(&commit))?;
+        done(change(|| fs::remove_dir(&commit)))?;
         sync_folder(folder)
     };
     settle()
@@ -144,7 +158,7 @@ pub fn settle(folder: &Path) -> anyhow::Result<()> {
         })
         .hint(
             ErrorKind::Checkpoint,
-            || "make the folder writable; opening the model again then completes the save",
+            || "make the folder writable; the next training run there completes the save",
         )
 }
 
@@ -162,7 +176,7 @@ fn names(folder: &Path) -> io::Result<Vec<OsString>> {
 }
 
 fn sync_folder(folder: &Path) -> io::Result<()> {
-    change(|| File::open(folder)?.sync_all())
+    change(|| files::sync_folder(folder))
 }
 
 #[cfg(test)]

@@ -5,13 +5,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use memmap2::Mmap;
 use safetensors::tensor::{Dtype as StoredDtype, SafeTensors, TensorView, View};
 
 use super::{Config, Layout, Parameter};
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
-use crate::files;
+use crate::files::{self, MappedFile};
 
 fn stored(dtype: Dtype) -> StoredDtype {
     match dtype {
@@ -110,7 +109,7 @@ pub(super) fn write(
 
 /// Safetensors files mapped into memory.
 pub(super) struct Mapped {
-    files: Vec<(PathBuf, Mmap)>,
+    files: Vec<(PathBuf, MappedFile)>,
 }
 
 /// The tensors of mapped files by name, each with the file it came from.
@@ -154,15 +153,9 @@ impl Mapped {
     }
 }
 
-fn map(path: &Path) -> anyhow::Result<Mmap> {
+fn map(path: &Path) -> anyhow::Result<MappedFile> {
     let advice = || "check that the model folder is complete and readable";
-    let open = || -> std::io::Result<Mmap> {
-        let file = files::open(path)?;
-        // SAFETY: the map is read-only. Were another process to cut the file short meanwhile, a
-        // read beyond its end would end this one with SIGBUS; laam itself replaces such files by
-        // renaming new ones over them, which leaves mapped ones whole.
-        unsafe { Mmap::map(&file) }
-    };
+    let open = || MappedFile::new(&files::open_current(path)?, path);
     open()
         .with_context(|| format!("cannot read {}", path.display()))
         .hint(ErrorKind::Checkpoint, advice)

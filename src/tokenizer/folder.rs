@@ -25,6 +25,9 @@ const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Some list all their added tokens: 200 kB.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
+/// Optional files of a tokenizer's folder, which older programs read.
+const EXTRAS: [&str; 2] = ["special_tokens_map.json", "added_tokens.json"];
+
 /// Pre-tokenizer of style `exact`.
 fn exact_pre_tokenizer() -> Value {
     json!({
@@ -110,7 +113,7 @@ pub fn save_vocabulary(tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<(
 
 pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
     let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
-    let json = files::read(&file, MAX_TOKENIZER_BYTES)
+    let json = files::read_current(&file, MAX_TOKENIZER_BYTES)
         .with_context(|| format!("cannot read the tokenizer {}", file.display()))
         .hint(
             ErrorKind::Data,
@@ -118,7 +121,7 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
         )?;
     // A tokenizer.json by itself is a tokenizer too.
     let config_file = file.with_file_name("tokenizer_config.json");
-    let config = match files::read(&config_file, MAX_CONFIG_BYTES) {
+    let config = match files::read_current(&config_file, MAX_CONFIG_BYTES) {
         Ok(config) => config,
         Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => b"{}".to_vec(),
         Err(error) => {
@@ -127,9 +130,26 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
                 .hint(ErrorKind::Data, || "make the file readable, or remove it");
         }
     };
-    parse(json, config, Some(&file))
+    let mut tokenizer = parse(json, config, Some(&file))
         .with_context(|| format!("{} is not a tokenizer that laam can use", file.display()))
-        .hint(ErrorKind::Data, || "create one with laam train-tokenizer; laam reads byte-pair tokenizers of transformers")
+        .hint(ErrorKind::Data, || "create one with laam train-tokenizer; laam reads byte-pair tokenizers of transformers")?;
+    for name in EXTRAS {
+        let path = file.with_file_name(name);
+        // A link may lead to a file that is no part of a tokenizer.
+        if path.is_symlink() {
+            continue;
+        }
+        match files::read_current(&path, MAX_CONFIG_BYTES) {
+            Ok(bytes) => tokenizer.extras.push((name, bytes)),
+            Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot read {}", path.display()))
+                    .hint(ErrorKind::Data, || "make the file readable, or remove it");
+            }
+        }
+    }
+    Ok(tokenizer)
 }
 
 pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result<Tokenizer> {
@@ -193,6 +213,7 @@ pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Re
         sha256: Sha256::digest(&json).into(),
         json,
         config,
+        extras: Vec::new(),
         place: place.map(Path::to_path_buf),
         vocab_size: vocabulary.size,
         growth: vocabulary.growth,

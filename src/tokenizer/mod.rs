@@ -96,6 +96,8 @@ pub struct Tokenizer {
     /// The bytes of `tokenizer.json` and `tokenizer_config.json`.
     json: Vec<u8>,
     config: Vec<u8>,
+    /// Optional files beside them, by their names.
+    extras: Vec<(&'static str, Vec<u8>)>,
     sha256: [u8; 32],
     /// Source path, for messages.
     place: Option<PathBuf>,
@@ -288,6 +290,14 @@ impl Tokenizer {
     fn at(&self) -> String {
         let of = |place: &PathBuf| format!(" of {}", place.display());
         self.place.as_ref().map(of).unwrap_or_default()
+    }
+
+    /// The files of the folder as they were read, by their names.
+    pub fn files(&self) -> impl Iterator<Item = (&'static str, &[u8])> {
+        let extras = self.extras.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
+        [("tokenizer.json", self.json.as_slice()), ("tokenizer_config.json", &self.config)]
+            .into_iter()
+            .chain(extras)
     }
 
     /// Writes `tokenizer.json` and `tokenizer_config.json`, each wholly or not at all.

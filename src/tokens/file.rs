@@ -30,11 +30,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use crate::error::{self, ErrorKind, Hint};
-use crate::files;
+use crate::files::{self, MappedFile};
 
 pub(super) const MAGIC: [u8; 8] = *b"LAAMTOKS";
 pub(super) const VERSION: u32 = 1;
@@ -140,7 +139,7 @@ pub struct DocumentTokens<'a> {
 /// An open token file.
 #[derive(Debug)]
 pub struct TokenFile {
-    map: Mmap,
+    map: MappedFile,
     header: Header,
     path: PathBuf,
 }
@@ -159,10 +158,7 @@ impl TokenFile {
         if metadata.len() < HEADER as u64 {
             return Err(cannot(anyhow::anyhow!("too short for a header")));
         }
-        // SAFETY: the map is only read, as plain bytes. Were the file to shrink while it is mapped,
-        // reading would end the process; laam itself replaces token files by renaming alone,
-        // which leaves a mapped one as it is.
-        let map = unsafe { Mmap::map(&file) }.map_err(|why| cannot(why.into()))?;
+        let map = MappedFile::new(&file, path).map_err(|why| cannot(why.into()))?;
         let Some(bytes) = map.first_chunk() else {
             return Err(cannot(anyhow::anyhow!("too short for a header")));
         };

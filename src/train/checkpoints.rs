@@ -1,6 +1,8 @@
-//! The checkpoints of a run: `OUTPUT/checkpoint-N` after step N, the newest few kept, and the
-//! finished model in `OUTPUT` itself. Each is a whole Hugging Face folder.
+//! The checkpoints of a run, as Hugging Face's Trainer lays them out: `OUTPUT/checkpoint-N` after step N
+//! with its training state, the newest few kept, and the finished model in `OUTPUT` itself. Each is a
+//! whole Hugging Face folder. (Earlier versions kept the last training state in `OUTPUT`.)
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +13,8 @@ use super::Settings;
 use crate::backend::Arena;
 use crate::error::{self, ErrorKind, Hint};
 use crate::model::{
-    Config, Layout, forget_training_state, has_training_state, load_config, load_training_state,
+    Config, Layout, forget_training_state, has_training_state, is_own, load_config,
+    load_training_state, remove_own,
 };
 use crate::schema::SchemaVersion;
 use crate::tokens::Position;
@@ -33,6 +36,9 @@ pub struct TrainState {
     pub skipped: u64,
     /// Sum and number of the finite losses since the last line of metrics.
     pub unlogged: (f64, u64),
+    /// Lines of the metrics file that were written by runs before this one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub earlier_metrics: usize,
     pub settings: Settings,
     /// The highest verbatim rate measured, and the step it was first measured at; kept if the run is to
     /// end with these weights.
@@ -43,6 +49,11 @@ pub struct TrainState {
     /// What beside the arenas the backend's next step depends on.
     #[serde(default)]
     pub backend: serde_json::Value,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// The arenas a training state holds, and what it calls them.
@@ -66,16 +77,21 @@ pub fn folder(output: &Path, step: u64) -> PathBuf {
     output.join(format!("checkpoint-{step}"))
 }
 
-/// The numbers of the checkpoints that lie in a folder, in order.
+/// The step of a checkpoint by the name of its folder; none for other spellings of the number (+5, 05).
+pub fn step_of(name: &OsStr) -> Option<u64> {
+    let number = name.to_str()?.strip_prefix("checkpoint-")?;
+    let step: u64 = number.parse().ok()?;
+    (step.to_string() == number).then_some(step)
+}
+
+/// The steps of the checkpoints that laam wrote into a folder, in order.
 fn steps(output: &Path) -> Vec<u64> {
     let entries = fs::read_dir(output).into_iter().flatten().flatten();
     let mut steps: Vec<u64> = entries
-        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("checkpoint-")?.parse().ok())
-        // No other spelling of the number (+5, 05), and no file.
-        .filter(|&step| folder(output, step).is_dir())
+        .filter_map(|entry| step_of(&entry.file_name()))
+        .filter(|&step| is_own(&folder(output, step)))
         .collect();
     steps.sort_unstable();
-    steps.dedup();
     steps
 }
 
@@ -87,38 +103,45 @@ pub fn candidates(output: &Path) -> Vec<PathBuf> {
 
 /// Whether a run left anything in a folder to go on from.
 pub fn is_resumable(output: &Path) -> bool {
-    !steps(output).is_empty() || has_training_state(output).unwrap_or(true)
+    let mut folders = steps(output).into_iter().map(|step| folder(output, step));
+    folders.any(|folder| has_training_state(&folder)) || has_training_state(output)
 }
 
 /// Leaves the newest `keep` checkpoints up to `step`, the one just saved, and that of the step `best`.
 /// Those beyond it are none of this run: it could not be resumed from them, or it replaces the run they
-/// belong to.
-pub fn prune(output: &Path, step: u64, keep: usize, best: Option<u64>) -> anyhow::Result<()> {
+/// belong to. Returns a line on each that was removed.
+pub fn prune(
+    output: &Path,
+    step: u64,
+    keep: usize,
+    best: Option<u64>,
+) -> anyhow::Result<Vec<String>> {
     let (ours, beyond): (Vec<u64>, Vec<u64>) =
         steps(output).into_iter().partition(|&other| other <= step);
     let outdated = &ours[..ours.len().saturating_sub(keep)];
     let outdated = outdated.iter().filter(|step| best != Some(**step));
-    for &step in outdated.chain(&beyond) {
-        remove(&folder(output, step))?;
-    }
-    Ok(())
+    outdated.chain(&beyond).map(|&step| remove(&folder(output, step))).collect()
 }
 
 /// Removes what a run that this one replaces left to be resumed from: once this one has saved
-/// `saved`, going on with the other would be a mistake. The model that lies in `output` stays.
-pub fn replace_other_run(output: &Path, saved: &Path) -> anyhow::Result<()> {
-    for other in steps(output).into_iter().map(|step| folder(output, step)) {
-        if other != saved {
-            remove(&other)?;
-        }
+/// `saved`, going on with the other would be a mistake. The model that lies in `output` stays. Returns a
+/// line on each folder or file that was removed.
+pub fn replace_other_run(output: &Path, saved: &Path) -> anyhow::Result<Vec<String>> {
+    let others = steps(output).into_iter().map(|step| folder(output, step));
+    let mut removed: Vec<String> = others
+        .filter(|other| other != saved)
+        .map(|other| remove(&other))
+        .collect::<Result<_, _>>()?;
+    if output != saved {
+        let state = forget_training_state(output)?;
+        removed.extend(state.map(|path| format!("removed {}", path.display())));
     }
-    if output == saved { Ok(()) } else { forget_training_state(output) }
+    Ok(removed)
 }
 
-fn remove(folder: &Path) -> anyhow::Result<()> {
-    fs::remove_dir_all(folder)
-        .with_context(|| format!("cannot remove {}", folder.display()))
-        .hint(ErrorKind::Checkpoint, || "remove it by hand")
+fn remove(folder: &Path) -> anyhow::Result<String> {
+    let files = remove_own(folder)?;
+    Ok(format!("removed {}: {}", folder.display(), files.join(", ")))
 }
 
 /// The furthest state that lies in a folder: of a checkpoint, or of the finished model. Checkpoints
@@ -161,7 +184,7 @@ pub fn at_step(output: &Path, step: u64) -> anyhow::Result<SavedRun> {
 /// The state in one folder; `None` where there is none: a save that was cut off leaves nothing else.
 fn read(folder: &Path) -> anyhow::Result<Option<SavedRun>> {
     const ADVICE: &str = "remove the folder: `resume` then takes an older checkpoint";
-    if !has_training_state(folder)? {
+    if !has_training_state(folder) {
         return Ok(None);
     }
     let (config, _) = load_config(folder)?;

@@ -52,7 +52,7 @@ struct LoadedBatch {
 /// Results of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepStats {
-    /// Mean negative log-likelihood of the counted targets, in nats.
+    /// Mean negative log-likelihood of the counted targets, in nats; NaN without any.
     pub loss: f64,
     /// Gradient norm before clipping.
     pub grad_norm: f64,
@@ -61,7 +61,11 @@ pub struct StepStats {
 }
 
 impl StepStats {
-    /// True if the parameters were updated: a step with non-finite gradients is skipped.
+    /// Of a step without a target: it was not executed.
+    const WITHOUT_TARGETS: Self = Self { loss: f64::NAN, grad_norm: f64::NAN, counted: 0 };
+
+    /// True if the parameters were updated: a step with non-finite gradients, or without a target, is
+    /// skipped.
     pub fn updated(&self) -> bool {
         self.grad_norm.is_finite()
     }
@@ -136,6 +140,10 @@ impl Engine {
             let indices = batches.iter().flatten();
             let counted =
                 indices.map(|&window| windows.counted(window)).sum::<anyhow::Result<usize>>()?;
+            counts.push(counted);
+            if counted == 0 {
+                continue;
+            }
             let parts: Vec<&[usize]> =
                 batches.iter().flat_map(|batch| batch.chunks(self.micro_batch)).collect();
             for (at, part) in parts.iter().enumerate() {
@@ -149,7 +157,6 @@ impl Engine {
                     hyperparams: *hyperparams,
                 });
             }
-            counts.push(counted);
         }
         self.enqueue(&runs)?;
         Ok(step_stats(self.drain()?, &counts))
@@ -189,7 +196,8 @@ impl Engine {
         &self.layout
     }
 
-    /// Forward and backward of every batch, then one update for their joint mean loss.
+    /// Forward and backward of every batch, then one update for their joint mean loss. A step without a
+    /// target changes nothing.
     pub fn step(
         &mut self,
         batches: &[Batch],
@@ -200,6 +208,9 @@ impl Engine {
             return Ok(step_stats(self.drain()?, &[counted])[0]);
         }
         let counted: usize = batches.iter().map(Batch::counted).sum();
+        if counted == 0 {
+            return Ok(StepStats::WITHOUT_TARGETS);
+        }
         let loss_scale = loss_scale(counted);
         let parts = self.micro_batches(batches);
         let mut ran = Vec::new();
@@ -228,6 +239,9 @@ impl Engine {
         hyperparams: StepHyperparams,
     ) -> anyhow::Result<usize> {
         let counted: usize = batches.iter().map(Batch::counted).sum();
+        if counted == 0 {
+            return Ok(0);
+        }
         let loss_scale = loss_scale(counted);
         let parts = self.micro_batches(batches);
         let last = parts.len() - 1;
@@ -318,6 +332,19 @@ impl Engine {
         Ok(tokens)
     }
 
+    /// An arena: itself if it is in host memory, else a copy.
+    pub fn arena(&self, arena: Arena) -> anyhow::Result<Cow<'_, [f32]>> {
+        Ok(match self.session.arena(arena) {
+            Some(values) => Cow::Borrowed(values),
+            None => Cow::Owned(self.session.read(arena)?),
+        })
+    }
+
+    /// Dynamic loss scale, if losses are scaled.
+    pub fn loss_scale(&self) -> anyhow::Result<Option<f64>> {
+        Ok(self.state()?["loss_scale"][0].as_f64())
+    }
+
     /// A copy of an arena.
     pub fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {
         self.session.read(arena)
@@ -349,23 +376,26 @@ impl Engine {
     }
 }
 
-/// Weight of each counted target's loss in the gradient. A step without counted targets has gradient
-/// and loss 0.
+/// Weight of each counted target's loss in the gradient.
 fn loss_scale(counted: usize) -> f64 {
-    1.0 / counted.max(1) as f64
+    1.0 / counted as f64
 }
 
-/// Stats of steps from the results of their runs; `counts` are the counted targets of each step.
+/// Stats of steps from the results of their runs; `counts` are the counted targets of each step. A step
+/// without any had no run.
 fn step_stats(ran: Vec<RunResult>, counts: &[usize]) -> Vec<StepStats> {
-    let mut stats = Vec::with_capacity(counts.len());
-    let mut sum = 0.0;
-    for RunResult { loss, norm } in ran {
-        sum += loss;
-        if let Some(grad_norm) = norm {
-            let counted = counts[stats.len()];
-            stats.push(StepStats { loss: sum * loss_scale(counted), grad_norm, counted });
-            sum = 0.0;
+    let mut ran = ran.into_iter();
+    let stats_of = |&counted: &usize| {
+        if counted == 0 {
+            return StepStats::WITHOUT_TARGETS;
         }
-    }
-    stats
+        let mut sum = 0.0;
+        let norm = ran.by_ref().find_map(|RunResult { loss, norm }| {
+            sum += loss;
+            norm
+        });
+        let grad_norm = norm.expect("the last run of a step ends with the update");
+        StepStats { loss: sum * loss_scale(counted), grad_norm, counted }
+    };
+    counts.iter().map(stats_of).collect()
 }

@@ -1,6 +1,6 @@
 //! What a run tells while it runs: `metrics.jsonl`, one object a logged step.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 
@@ -9,8 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{ErrorKind, Hint};
 use crate::files::{self, write_atomically};
+use crate::output::refuse_foreign;
 use crate::schema::SchemaVersion;
 
+/// Name of the file in a model folder.
+pub const FILE: &str = "metrics.jsonl";
 /// Longer files are refused: a million lines have some 200 MB.
 pub const MAX_METRICS: u64 = 1 << 30;
 
@@ -63,39 +66,84 @@ fn number<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
+/// The lines that stay when a run opens its metrics file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeptLines {
+    None,
+    /// Those of runs before this one.
+    All,
+    /// So many of runs before this one, then those of this run up to a step.
+    Resumed {
+        earlier: usize,
+        step: u64,
+    },
+}
+
+/// True if laam wrote the file, or there is none, or nothing in it.
+pub fn is_own(path: &Path) -> bool {
+    match files::read(path, MAX_METRICS) {
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound || files::is_irregular(path),
+        Ok(text) => {
+            let first = text.split(|&byte| byte == b'\n').next().unwrap_or_default();
+            let is_cut_short =
+                first.len() == text.len() && first.starts_with(b"{\"schema_version\"");
+            first.is_empty() || is_cut_short || serde_json::from_slice::<Metrics>(first).is_ok()
+        }
+    }
+}
+
 /// `metrics.jsonl`, open for more lines.
 pub struct MetricsFile {
-    file: File,
+    file: Box<dyn Write + Send>,
     path: String,
 }
 
 impl MetricsFile {
-    /// Opens the file and drops every line after step `resumed` (all of them at 0), and a last line
-    /// that a crash cut short: what a resumed run says again is not said twice.
-    pub fn open(path: &Path, resumed: u64) -> anyhow::Result<Self> {
+    /// Opens the file with the lines that are kept, and returns how many; what a resumed run says again is
+    /// not said twice. A last line that a crash cut short goes. `-` is stdout; it and what is not a regular
+    /// file gets the new lines alone.
+    ///
+    /// # Errors
+    /// The file cannot be written, or laam did not write what is in it.
+    pub fn open(path: &Path, keep: KeptLines) -> anyhow::Result<(Self, usize)> {
         let advice = || "choose a writable path with `output_path` or `metrics`";
+        let name = path.display().to_string();
+        if path == Path::new("-") {
+            return Ok((Self { file: Box::new(std::io::stdout()), path: name }, 0));
+        }
         let mut kept = Vec::new();
-        if resumed > 0 && path.exists() {
-            let text = files::read(path, MAX_METRICS)
-                .with_context(|| format!("cannot read {}", path.display()))
-                .hint(ErrorKind::Data, || "remove it, or choose another `metrics`")?;
-            for line in text.split(|&byte| byte == b'\n') {
-                match serde_json::from_slice::<Metrics>(line) {
-                    Ok(metrics) if metrics.step <= resumed => {
-                        kept.extend_from_slice(line);
-                        kept.push(b'\n');
+        let mut count = 0;
+        let is_irregular = files::is_irregular(path);
+        if !is_irregular {
+            refuse_foreign(
+                &(!is_own(path)).then(|| path.to_path_buf()).into_iter().collect::<Vec<_>>(),
+            )?;
+            if keep != KeptLines::None && path.exists() {
+                let text = files::read(path, MAX_METRICS)
+                    .with_context(|| format!("cannot read {name}"))
+                    .hint(ErrorKind::Data, || "remove it, or choose another `metrics`")?;
+                for line in text.split(|&byte| byte == b'\n') {
+                    let Ok(metrics) = serde_json::from_slice::<Metrics>(line) else { break };
+                    if let KeptLines::Resumed { earlier, step } = keep
+                        && count >= earlier
+                        && metrics.step > step
+                    {
+                        break;
                     }
-                    _ => break,
+                    kept.extend_from_slice(line);
+                    kept.push(b'\n');
+                    count += 1;
                 }
             }
+            write_atomically(path, &kept)?;
         }
-        write_atomically(path, &kept)?;
         let file = OpenOptions::new()
-            .append(true)
+            .append(!is_irregular)
+            .write(true)
             .open(path)
-            .with_context(|| format!("cannot write {}", path.display()))
+            .with_context(|| format!("cannot write {name}"))
             .hint(ErrorKind::Data, advice)?;
-        Ok(Self { file, path: path.display().to_string() })
+        Ok((Self { file: Box::new(file), path: name }, count))
     }
 
     /// Adds a line.
@@ -134,20 +182,35 @@ mod tests {
             skipped: 0,
             verbatim_rate: None,
         };
-        let mut file = MetricsFile::open(&path, 0).unwrap();
+        let open = |keep| MetricsFile::open(&path, keep).unwrap();
+        let (mut file, _) = open(KeptLines::None);
         // A step that diverged is a line like any other.
         file.write(&Metrics { loss: f64::NAN, grad_norm: f64::INFINITY, ..at(10) }).unwrap();
         for step in [20, 30] {
             file.write(&at(step)).unwrap();
         }
         file.file.write_all(b"{\"step\": 40, \"epo").unwrap();
-        let mut file = MetricsFile::open(&path, 20).unwrap();
+        let (mut file, _) = open(KeptLines::Resumed { earlier: 0, step: 20 });
         file.write(&at(30)).unwrap();
-        let text = std::fs::read_to_string(&path).unwrap();
-        let steps: Vec<u64> =
-            text.lines().map(|line| serde_json::from_str::<Metrics>(line).unwrap().step).collect();
-        assert_eq!(steps, [10, 20, 30]);
-        MetricsFile::open(&path, 0).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+        let steps = || -> Vec<u64> {
+            let text = std::fs::read_to_string(&path).unwrap();
+            text.lines().map(|line| serde_json::from_str::<Metrics>(line).unwrap().step).collect()
+        };
+        assert_eq!(steps(), [10, 20, 30]);
+        // A second run in the same file, and what resumes it.
+        let (mut file, earlier) = open(KeptLines::All);
+        for step in [10, 20] {
+            file.write(&at(step)).unwrap();
+        }
+        assert_eq!((earlier, steps()), (3, vec![10, 20, 30, 10, 20]));
+        assert_eq!(open(KeptLines::Resumed { earlier, step: 10 }).1, 4);
+        assert_eq!(steps(), [10, 20, 30, 10]);
+        open(KeptLines::None);
+        assert!(steps().is_empty());
+        std::fs::write(&path, "my notes\n").unwrap();
+        for keep in [KeptLines::None, KeptLines::All] {
+            assert!(MetricsFile::open(&path, keep).is_err());
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "my notes\n");
     }
 }

@@ -4,6 +4,7 @@
 //! them: in the order of the windows, by the schedule, with metrics and checkpoints on the way.
 
 mod checkpoints;
+mod claim;
 mod engine;
 mod footprint;
 mod metrics;
@@ -17,10 +18,11 @@ mod tensorboard;
 mod trainer;
 
 pub use checkpoints::{TrainState, candidates, is_resumable};
+pub use claim::{Consent, claim};
 pub use engine::{Engine, StepStats, TrainStep};
 pub use footprint::{Footprint, peak_memory_bytes};
-pub use metrics::{MAX_METRICS, Metrics, MetricsFile};
+pub use metrics::{MAX_METRICS, Metrics};
 pub use schedule::{LrDecay, LrSchedule};
 pub use settings::{OptimizerKind, Settings};
 pub use tensorboard::EventFile;
-pub use trainer::{Job, Observer, Start, TrainSummary, Trainer};
+pub use trainer::{Job, Observer, RunEnd, Start, TrainSummary, Trainer};

@@ -3,7 +3,7 @@
 //! A record is its length (u64), the masked CRC-32C of those eight bytes, the message, and the
 //! masked CRC-32C of the message, all little-endian. The messages are protocol buffers of a few
 //! fields: `Event { 1: wall_time, 2: step, 3: file_version, 5: Summary { 1: Value { 1: tag,
-//! 2: simple_value } } }`.
+//! 2: simple_value } }, 7: SessionLog { 1: status } }`.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -14,14 +14,19 @@ use anyhow::Context;
 
 use crate::error::{ErrorKind, Hint};
 
+/// `SessionLog { status: START }`.
+const START: [u8; 2] = [1 << 3, 1];
+
 /// An event file, open for more scalars.
 pub struct EventFile {
     file: File,
 }
 
 impl EventFile {
-    /// Starts a file of its own in `folder`; TensorBoard reads all that lie there as one run.
-    pub fn create(folder: &Path) -> anyhow::Result<Self> {
+    /// Starts a file of its own in `folder`; TensorBoard reads all that lie there as one run. `next` is
+    /// the first step that is to come: the file begins with a `SessionLog` START at it, by which
+    /// TensorBoard forgets that step and later ones in older files.
+    pub fn create(folder: &Path, next: u64) -> anyhow::Result<Self> {
         let now = wall_time();
         let name = format!("events.out.tfevents.{}.laam.{}", now as u64, std::process::id());
         let path = folder.join(name);
@@ -33,6 +38,12 @@ impl EventFile {
         let mut event = Vec::new();
         double(&mut event, 1, now);
         bytes(&mut event, 3, b"brain.Event:2");
+        events.record(&event)?;
+        let mut event = Vec::new();
+        double(&mut event, 1, now);
+        key(&mut event, 2, 0);
+        varint(&mut event, next);
+        bytes(&mut event, 7, &START);
         events.record(&event)?;
         Ok(events)
     }

@@ -1,16 +1,18 @@
 //! The loop: windows in their order, the step, metrics, checkpoints.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
 
 use super::checkpoints::{self, TrainState};
 use super::footprint::{check_memory, peak_memory_bytes};
+use super::metrics::{KeptLines, MetricsFile};
 use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
 use super::{
-    Engine, EventFile, LrSchedule, Metrics, MetricsFile, OptimizerKind, Settings, StepStats,
-    TrainStep,
+    Engine, EventFile, LrSchedule, Metrics, OptimizerKind, Settings, StepStats, TrainStep,
 };
 use crate::VERSION;
 use crate::backend::{Arena, Backend};
@@ -19,8 +21,12 @@ use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::llama::StepHyperparams;
 use crate::memorization::verbatim;
-use crate::model::{Config, Layout, Provenance, SessionRecord, initialize, load_provenance};
+use crate::model::{
+    Config, Layout, Provenance, SessionRecord, has_weights, initialize, load_provenance,
+};
+use crate::output::OutputFolder;
 use crate::schema::SchemaVersion;
+use crate::tokenizer::Tokenizer;
 use crate::tokens::{Sampler, Windows};
 
 /// What a run begins with.
@@ -30,6 +36,8 @@ pub struct Start {
     pub resume: bool,
     /// Else begin with these weights (an arena) and a fresh optimizer, or else with fresh ones.
     pub weights: Option<Vec<f32>>,
+    /// Leave the lines of an earlier run in the metrics file.
+    pub keep_metrics: bool,
 }
 
 /// Everything a run is made of.
@@ -38,9 +46,10 @@ pub struct Job<'a> {
     pub config: &'a Config,
     pub windows: &'a Windows,
     pub start: Start,
-    /// The folder of the tokenizer, copied into every model folder.
-    pub tokenizer: &'a Path,
-    pub output: &'a Path,
+    /// Written into every model folder.
+    pub tokenizer: Arc<Tokenizer>,
+    pub output: Arc<OutputFolder>,
+    /// The metrics file; `-` is stdout.
     pub metrics: PathBuf,
     pub tensorboard: Option<PathBuf>,
     /// With corpus and tokenizer filled in.
@@ -66,12 +75,24 @@ pub struct TrainSummary {
     pub loss: f64,
     /// The last measured part of windows that come back verbatim.
     pub verbatim_rate: Option<f64>,
-    /// The observer ended it before its time; it can be resumed.
-    pub interrupted: bool,
+    pub end: RunEnd,
 }
 
-/// After so many steps in a row without an update a run has diverged.
-const MAX_SKIPPED_STEPS: u64 = 20;
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunEnd {
+    Complete,
+    /// The observer ended it before its time; it can be resumed.
+    Interrupted,
+    /// No update in [`MAX_SKIPPED_STEPS`] steps in a row, or weights that are not finite. What was saved
+    /// before stays as it was.
+    Diverged,
+}
+
+/// Steps in a row without an update after which a run has diverged.
+pub const MAX_SKIPPED_STEPS: u32 = 32;
+/// Loss scale of f16 from which on steps without an update count: above it they find the scale.
+const MIN_LOSS_SCALE: f64 = 1.0;
 /// Seconds of steps that are asked for in one go.
 const MAX_BATCHED_SECONDS: f64 = 0.5;
 
@@ -86,6 +107,11 @@ pub struct Trainer<'a> {
     lost: u64,
     /// Nothing of this run lies in the output folder yet.
     unsaved: bool,
+    keep_metrics: bool,
+    /// It was finished by an earlier version, whose last training state is in the output folder itself.
+    is_from_output: bool,
+    /// The step that the newest checkpoint was saved after.
+    saved_step: u64,
     /// It begins with the weights of another run, which may hold all that is asked for.
     is_continuation: bool,
     /// Steps from one measurement of the verbatim rate to the next.
@@ -123,15 +149,16 @@ impl<'a> Trainer<'a> {
             tokens: 0,
             skipped: 0,
             unlogged: (0.0, 0),
+            earlier_metrics: 0,
             best: None,
             settings: known,
             tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
             backend: serde_json::Value::Null,
         };
         let mut notes = Vec::new();
-        let Start { resume, weights } = std::mem::take(&mut job.start);
+        let Start { resume, weights, keep_metrics } = std::mem::take(&mut job.start);
         let saved = if resume {
-            checkpoints::latest(job.output, &mut |note| notes.push(note))?
+            checkpoints::latest(job.output.path(), &mut |note| notes.push(note))?
         } else {
             None
         };
@@ -164,6 +191,7 @@ impl<'a> Trainer<'a> {
             windows.context(),
         )?;
         let unsaved = saved.is_none();
+        let is_from_output = saved.as_ref().is_some_and(|saved| saved.folder == job.output.path());
         let is_continuation = unsaved && weights.is_some();
         if let Some(saved) = saved {
             write(&mut engine, &saved.arenas)?;
@@ -194,9 +222,12 @@ impl<'a> Trainer<'a> {
             config,
             engine,
             sampler,
-            state,
             lost: 0,
+            saved_step: if unsaved { 0 } else { state.step },
+            state,
             unsaved,
+            keep_metrics,
+            is_from_output,
             is_continuation,
             eval_interval: settings.eval_interval(windows.len()),
             writer: CheckpointWriter::default(),
@@ -234,17 +265,30 @@ impl<'a> Trainer<'a> {
             observer.note(note);
         }
         let settings = self.job.settings;
-        let mut metrics = MetricsFile::open(&self.job.metrics, self.state.step)?;
-        let mut events = self.job.tensorboard.as_deref().map(EventFile::create).transpose()?;
+        self.job.output.check()?;
+        let keep = match (self.unsaved, self.keep_metrics) {
+            (false, _) => {
+                let TrainState { earlier_metrics, step, .. } = self.state;
+                KeptLines::Resumed { earlier: earlier_metrics, step }
+            }
+            (true, true) => KeptLines::All,
+            (true, false) => KeptLines::None,
+        };
+        let (mut metrics, kept) = MetricsFile::open(&self.job.metrics, keep)?;
+        if self.unsaved {
+            self.state.earlier_metrics = kept;
+        }
+        let next = self.state.step + u64::from(!self.unsaved);
+        let create = |folder: &PathBuf| EventFile::create(folder, next);
+        let mut events = self.job.tensorboard.as_ref().map(create).transpose()?;
         let schedule = settings.schedule(self.state.total);
         let mut finish = TrainSummary {
             steps: self.state.step,
             total: self.state.total,
             loss: f64::NAN,
             verbatim_rate: None,
-            interrupted: false,
+            end: RunEnd::Complete,
         };
-        let already = self.state.step;
         if self.is_continuation && settings.stop_at_verbatim.is_some() {
             finish.verbatim_rate = self.verbatim_rate()?;
             if self.is_enough(finish.verbatim_rate) {
@@ -263,6 +307,7 @@ impl<'a> Trainer<'a> {
             let outcome = self.take(&steps, observer)?;
             let step = self.state.step;
             let last = step == self.state.total;
+            let diverged = self.has_diverged()?;
             finish = TrainSummary { steps: step, loss: outcome.loss, ..finish };
 
             let measured = self.eval_interval.is_some_and(|every| step.is_multiple_of(every))
@@ -274,7 +319,7 @@ impl<'a> Trainer<'a> {
             }
             let enough = measured && self.is_enough(finish.verbatim_rate);
             let mut line = None;
-            if step.is_multiple_of(settings.logging_steps) || last || measured {
+            if step.is_multiple_of(settings.logging_steps) || last || measured || diverged {
                 let seconds = last_line.elapsed().as_secs_f64();
                 let (sum, count) = std::mem::take(&mut self.state.unlogged);
                 let tokens_per_second = (self.state.tokens - last_tokens) as f64 / seconds;
@@ -298,46 +343,85 @@ impl<'a> Trainer<'a> {
                 (last_line, last_tokens) = (Instant::now(), self.state.tokens);
             }
             if let Some(line) = &line {
+                self.job.output.check()?;
                 metrics.write(line)?;
                 if let Some(events) = &mut events {
                     events.write(step, &scalars(line))?;
                 }
             }
             observer.step(step, self.state.total, &outcome, line.as_ref());
+            if diverged {
+                self.finish_writing(observer)?;
+                return Ok(TrainSummary { end: RunEnd::Diverged, ..finish });
+            }
             if enough {
                 observer.note("the verbatim rate that was asked for is reached");
                 self.state.total = step;
                 break;
             }
             if is_best && !last {
-                self.writer.finish()?;
-                self.save(Some(step))?;
+                self.save(observer)?;
             }
-            finish.interrupted = !last && observer.stop();
-            if finish.interrupted {
-                self.writer.finish()?;
-                self.save(Some(step))?;
-                return Ok(finish);
+            if !last && observer.stop() {
+                let end = if self.save(observer)? { RunEnd::Interrupted } else { RunEnd::Diverged };
+                return Ok(TrainSummary { end, ..finish });
             }
             if !last && !is_best && step.is_multiple_of(settings.save_steps) {
-                self.save_meanwhile(step, observer)?;
+                self.save_meanwhile(observer)?;
             }
         }
-        self.writer.finish()?;
+        self.finish_writing(observer)?;
         // A run that was finished before has nothing new to save.
-        if self.state.step > already || self.unsaved {
-            if let Some((rate, step)) = self.state.best.filter(|(_, step)| *step < self.state.step)
-            {
-                let best = checkpoints::at_step(self.job.output, step)?;
-                write(&mut self.engine, &best.arenas)?;
-                finish.verbatim_rate = Some(rate);
-                let percent = 100.0 * rate;
-                observer
-                    .note(&format!("saving the weights of step {step}, verbatim {percent:.1}%"));
+        if self.unsaved || self.saved_step != self.state.step {
+            if !self.save(observer)? {
+                return Ok(TrainSummary { end: RunEnd::Diverged, ..finish });
             }
-            self.save(None)?;
+        }
+        if !self.is_published()? {
+            self.publish(&mut finish, observer)?;
         }
         Ok(finish)
+    }
+
+    /// The step whose weights are the finished model's.
+    fn final_step(&self) -> u64 {
+        self.state.best.map_or(self.state.step, |(_, step)| step)
+    }
+
+    /// True if the model in the output folder is that of the final step.
+    fn is_published(&self) -> anyhow::Result<bool> {
+        let output = self.job.output.path();
+        let hash = |folder: &Path| -> anyhow::Result<Option<String>> {
+            Ok(load_provenance(folder)?.and_then(|provenance| provenance.weights_sha256))
+        };
+        if self.is_from_output {
+            return Ok(true);
+        }
+        let published = hash(output)?;
+        Ok(published.is_some()
+            && has_weights(output)
+            && published == hash(&checkpoints::folder(output, self.final_step()))?)
+    }
+
+    /// Saves the finished model.
+    fn publish(
+        &mut self,
+        finish: &mut TrainSummary,
+        observer: &mut dyn Observer,
+    ) -> anyhow::Result<()> {
+        let output = self.job.output.path().to_path_buf();
+        if let Some((rate, step)) = self.state.best.filter(|(_, step)| *step < self.state.step) {
+            let best = checkpoints::at_step(&output, step)?;
+            write(&mut self.engine, &best.arenas)?;
+            finish.verbatim_rate = Some(rate);
+            let percent = 100.0 * rate;
+            observer.note(&format!("saving the weights of step {step}, verbatim {percent:.1}%"));
+        }
+        let target = CheckpointTarget { folder: output, keep: None, ..self.target() };
+        for line in target.put(&self.snapshot()?)? {
+            observer.note(&line);
+        }
+        Ok(())
     }
 
     fn is_enough(&self, verbatim_rate: Option<f64>) -> bool {
@@ -405,7 +489,7 @@ impl<'a> Trainer<'a> {
         let begin = Instant::now();
         let outcomes = self.engine.steps(windows, steps)?;
         self.pace = Some(begin.elapsed().as_secs_f64() / steps.len() as f64);
-        if !self.looked_for_lost {
+        if !self.looked_for_lost && outcomes.iter().any(|outcome| outcome.counted > 0) {
             self.looked_for_lost = true;
             self.note_lost_gradients(observer)?;
         }
@@ -416,19 +500,14 @@ impl<'a> Trainer<'a> {
                 observer.step(self.state.step, self.state.total, &before, None);
             }
             let drawn: usize = step.batches.iter().map(Vec::len).sum();
-            self.count((drawn * windows.context()) as u64, &outcome, observer)?;
+            self.count((drawn * windows.context()) as u64, &outcome, observer);
             before = Some(outcome);
         }
         Ok(before.expect("at least one step was asked for"))
     }
 
     /// Counts a step that was taken on so many tokens.
-    fn count(
-        &mut self,
-        tokens: u64,
-        outcome: &StepStats,
-        observer: &mut dyn Observer,
-    ) -> anyhow::Result<()> {
+    fn count(&mut self, tokens: u64, outcome: &StepStats, observer: &mut dyn Observer) {
         let state = &mut self.state;
         state.step += 1;
         state.tokens += tokens;
@@ -437,20 +516,31 @@ impl<'a> Trainer<'a> {
             state.unlogged.0 += outcome.loss;
             state.unlogged.1 += 1;
         }
-        if outcome.updated() {
+        if outcome.counted == 0 {
+            // Nothing to learn from, and nothing wrong.
+        } else if outcome.updated() {
             self.lost = 0;
         } else {
             self.lost += 1;
             state.skipped += 1;
-            observer.note(&format!("step {}: gradients not finite, no update", state.step));
+            // Fewer and fewer lines: a run may go on like this for long.
+            if state.skipped.is_power_of_two() {
+                let (step, skipped) = (state.step, state.skipped);
+                let so_far =
+                    if skipped > 1 { format!(", {skipped} so far") } else { String::new() };
+                observer.note(&format!("step {step}: gradients not finite, no update{so_far}"));
+            }
         }
-        if self.lost == MAX_SKIPPED_STEPS {
-            return Err(error::config(
-                format!("no finite gradient in {MAX_SKIPPED_STEPS} steps, at step {}", state.step),
-                "lower `learning_rate`, or raise `warmup_steps`",
-            ));
+    }
+
+    /// True after too many steps in a row without an update; of float16 from the smallest useful loss
+    /// scale on.
+    fn has_diverged(&self) -> anyhow::Result<bool> {
+        if self.lost < u64::from(MAX_SKIPPED_STEPS) {
+            return Ok(false);
         }
-        Ok(())
+        let smallest = MIN_LOSS_SCALE * 0.5f64.powi(MAX_SKIPPED_STEPS as i32);
+        Ok(self.engine.loss_scale()?.is_none_or(|scale| scale <= smallest))
     }
 
     /// Tells of parameters that got no gradient at all so far, which their first moments show: a
@@ -507,52 +597,86 @@ impl<'a> Trainer<'a> {
         Ok((all > 0).then(|| exact as f64 / all as f64))
     }
 
-    /// Saves the checkpoint after `step`, or the finished model.
-    fn save(&mut self, step: Option<u64>) -> anyhow::Result<()> {
-        let (place, snapshot) = (self.place(step), self.snapshot()?);
-        place.put(&snapshot)?;
-        self.unsaved = false;
-        Ok(())
+    /// Saves a checkpoint of this step. False if its weights are not finite: then it is not saved.
+    fn save(&mut self, observer: &mut dyn Observer) -> anyhow::Result<bool> {
+        self.finish_writing(observer)?;
+        if !self.is_worth_saving(observer)? {
+            return Ok(false);
+        }
+        for line in self.target().put(&self.snapshot()?)? {
+            observer.note(&line);
+        }
+        (self.unsaved, self.is_from_output) = (false, false);
+        self.saved_step = self.state.step;
+        Ok(true)
     }
 
     /// Saves a checkpoint on the way: while a device trains on, where there is one.
-    fn save_meanwhile(&mut self, step: u64, observer: &mut dyn Observer) -> anyhow::Result<()> {
+    fn save_meanwhile(&mut self, observer: &mut dyn Observer) -> anyhow::Result<()> {
         if !self.engine.is_async() {
-            return self.save(Some(step));
+            return self.save(observer).map(drop);
         }
+        let step = self.state.step;
         if self.writer.is_busy() {
             observer.note(&format!("step {step}: no checkpoint, the last one is still written"));
             return Ok(());
         }
-        let (place, snapshot) = (self.place(Some(step)), self.snapshot()?);
-        self.writer.begin(place, snapshot)?;
-        self.unsaved = false;
+        if !self.is_worth_saving(observer)? {
+            return Ok(());
+        }
+        let snapshot = self.snapshot()?;
+        let arenas = snapshot.arenas.into_iter();
+        let arenas = arenas.map(|(name, values)| (name, Cow::Owned(values.into_owned()))).collect();
+        let snapshot = Snapshot { arenas, ..snapshot };
+        for line in self.writer.begin(self.target(), snapshot)? {
+            observer.note(&line);
+        }
+        (self.unsaved, self.is_from_output, self.saved_step) = (false, false, step);
         Ok(())
     }
 
-    fn place(&self, step: Option<u64>) -> CheckpointTarget {
-        let output = self.job.output.to_path_buf();
-        let folder = step.map_or(output.clone(), |step| checkpoints::folder(&output, step));
-        let keep = step.map(|step| (step, self.job.settings.save_total_limit));
+    /// Waits for the checkpoint that is being written.
+    fn finish_writing(&mut self, observer: &mut dyn Observer) -> anyhow::Result<()> {
+        for line in self.writer.finish()? {
+            observer.note(&line);
+        }
+        Ok(())
+    }
+
+    /// Weights that are not finite must not take the place of good ones.
+    fn is_worth_saving(&self, observer: &mut dyn Observer) -> anyhow::Result<bool> {
+        let finite = self.engine.arena(Arena::Parameters)?.iter().all(|weight| weight.is_finite());
+        if !finite {
+            let step = self.state.step;
+            observer.note(&format!("step {step}: not saved, because weights are not finite"));
+        }
+        Ok(finite)
+    }
+
+    /// Where the checkpoint of this step goes.
+    fn target(&self) -> CheckpointTarget {
+        let (output, step) = (self.job.output.clone(), self.state.step);
+        let folder = checkpoints::folder(output.path(), step);
+        let keep = Some((step, self.job.settings.save_total_limit));
         let best = self.state.best.map(|(_, step)| step);
         CheckpointTarget { output, folder, first: self.unsaved, keep, best }
     }
 
-    fn snapshot(&mut self) -> anyhow::Result<Snapshot> {
-        self.state.backend = self.engine.state()?;
+    fn snapshot(&mut self) -> anyhow::Result<Snapshot<'_>> {
         let seconds = self.began.elapsed().as_secs_f64();
         self.job.provenance.end_session(seconds, self.state.step, peak_memory_bytes());
+        let state = TrainState { backend: self.engine.state()?, ..self.state.clone() };
         let arenas = checkpoints::ARENAS
             .iter()
-            .map(|&(name, arena)| Ok((name, self.engine.read(arena)?)))
+            .map(|&(name, arena)| Ok((name, self.engine.arena(arena)?)))
             .collect::<anyhow::Result<_>>()?;
         Ok(Snapshot {
             config: self.config.clone(),
             arenas,
             precision: self.precision,
-            tokenizer: self.job.tokenizer.to_path_buf(),
+            tokenizer: self.job.tokenizer.clone(),
             provenance: self.job.provenance.clone(),
-            state: serde_json::to_value(&self.state)?,
+            state: serde_json::to_value(state)?,
         })
     }
 }

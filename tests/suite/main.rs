@@ -20,6 +20,7 @@ mod launches;
 mod limits;
 mod memorization;
 mod model;
+mod output_folder;
 mod process;
 mod provenance;
 mod rebuild;

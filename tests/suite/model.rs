@@ -459,7 +459,7 @@ fn writes_folders_for_transformers_when_asked() {
             layout: &layout,
             weights: &weights,
             precision,
-            tokenizer: Some(&tokenizer_folder),
+            tokenizer: Some(&tokenizer),
             provenance: &provenance,
             training_state: None,
         };

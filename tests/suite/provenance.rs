@@ -202,7 +202,7 @@ fn perplexity_may_be_infinite() {
         layout: &model.layout,
         weights: &weights,
         precision: model.precision,
-        tokenizer: Some(&first),
+        tokenizer: Some(&laam::tokenizer::Tokenizer::load(&first).unwrap()),
         provenance: &Provenance::default(),
         training_state: None,
     };

@@ -140,7 +140,7 @@ fn train() -> Trained {
         layout: engine.layout(),
         weights: &engine.read(Arena::Parameters).unwrap(),
         precision: Dtype::F32,
-        tokenizer: Some(&at("tokenizer")),
+        tokenizer: Some(&Tokenizer::load(&at("tokenizer")).unwrap()),
         provenance: &provenance,
         training_state: None,
     };

@@ -11,7 +11,10 @@ use laam::corpus::Document;
 
 /// The program itself, ready to be given arguments.
 pub fn laam() -> Command {
-    Command::cargo_bin("laam").expect("the binary is built beside its tests")
+    let mut command = Command::cargo_bin("laam").expect("the binary is built beside its tests");
+    // Token files are kept in the cache folder.
+    command.env("LAAM_CACHE", concat!(env!("CARGO_TARGET_TMPDIR"), "/cache"));
+    command
 }
 
 /// The Linux 1.0 archive, or `None` after a loud line.

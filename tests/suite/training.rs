@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use crate::support::laam;
 
 /// A tokenizer of the built-in sample.
-fn tokenizer() -> &'static Path {
+pub fn tokenizer() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
@@ -67,12 +67,12 @@ pub fn train(output: &Path, flags: &str) -> Command {
     command
 }
 
-fn said(output: &Output) -> String {
+pub fn said(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).expect("talk is UTF-8")
 }
 
 /// Trains to the end; returns what was said.
-fn trained(output: &Path, flags: &str) -> String {
+pub fn trained(output: &Path, flags: &str) -> String {
     let done = train(output, flags).output().expect("the program starts");
     assert!(done.status.success(), "{flags}: {}", said(&done));
     assert!(done.stdout.is_empty(), "training has no data for stdout");
@@ -91,13 +91,18 @@ fn refused(output: &Path, flags: &str) -> String {
     said
 }
 
-fn metrics(output: &Path) -> Vec<Metrics> {
+/// Where a run says that its tokens are.
+pub fn token_file(said: &str) -> PathBuf {
+    said.lines().find_map(|line| line.strip_prefix("the tokens are in ")).expect(said).into()
+}
+
+pub fn metrics(output: &Path) -> Vec<Metrics> {
     let text = fs::read_to_string(output.join("metrics.jsonl")).unwrap_or_default();
     text.lines().map_while(|line| serde_json::from_str(line).ok()).collect()
 }
 
 /// Starts a run and lets it go until so many lines of metrics are there.
-fn under_way(output: &Path, flags: &str, lines: usize) -> Child {
+pub fn under_way(output: &Path, flags: &str, lines: usize) -> Child {
     let mut child = train(output, flags).stderr(Stdio::piped()).spawn().expect("it starts");
     let began = Instant::now();
     while metrics(output).len() < lines && child.try_wait().unwrap().is_none() {
@@ -109,7 +114,7 @@ fn under_way(output: &Path, flags: &str, lines: usize) -> Child {
 
 /// Kills a run, as a power cut would, once it has written some lines. On a machine so busy that the
 /// run was done before, it is done over, and killed sooner.
-fn killed(output: &Path, flags: &str, lines: usize) {
+pub fn killed(output: &Path, flags: &str, lines: usize) {
     for lines in (1..=lines).rev().step_by(2) {
         let mut child = under_way(output, flags, lines);
         child.kill().unwrap();
@@ -122,10 +127,15 @@ fn killed(output: &Path, flags: &str, lines: usize) {
     panic!("no run could be killed in time");
 }
 
+/// The checkpoint a run would be resumed from.
+fn newest_checkpoint(output: &Path) -> PathBuf {
+    output.join(format!("checkpoint-{}", checkpoints(output).pop().expect("a checkpoint")))
+}
+
 /// What has to be the same, however a run came to its end: weights, state, and all of the metrics
 /// but the clock's.
 fn result(output: &Path) -> (Vec<u8>, Vec<u8>, String) {
-    let read = |name: &str| fs::read(output.join(name)).unwrap();
+    let state = newest_checkpoint(output).join("training_state.safetensors");
     let mut told = String::new();
     for line in metrics(output) {
         let Metrics { step, epoch, loss, learning_rate, grad_norm, tokens, skipped, .. } = line;
@@ -133,7 +143,7 @@ fn result(output: &Path) -> (Vec<u8>, Vec<u8>, String) {
             .unwrap();
     }
     assert!(!told.is_empty());
-    (read("model.safetensors"), read("training_state.safetensors"), told)
+    (fs::read(output.join("model.safetensors")).unwrap(), fs::read(state).unwrap(), told)
 }
 
 /// Not `assert_eq`: megabytes of bytes are no message.
@@ -157,7 +167,7 @@ fn copy_folder(from: &Path, to: &Path) {
 }
 
 /// The numbers of the checkpoints in a folder.
-fn checkpoints(output: &Path) -> Vec<u64> {
+pub fn checkpoints(output: &Path) -> Vec<u64> {
     let names = fs::read_dir(output).unwrap().map(|entry| entry.unwrap().file_name());
     let number =
         |name: std::ffi::OsString| name.to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok();
@@ -221,7 +231,7 @@ fn a_run_on_a_device_resumes_to_the_bytes_of_an_unbroken_one() {
         let folder = tempfile::tempdir().unwrap();
         let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
         trained(&unbroken, &flags);
-        assert_eq!(checkpoints(&unbroken), [6], "{flags}");
+        assert_eq!(checkpoints(&unbroken), [6, 12], "{flags}");
         copy_folder(&unbroken.join("checkpoint-6"), &broken.join("checkpoint-6"));
         let said = trained(&broken, &format!("{flags} --resume"));
         assert!(said.contains("resuming after step 6 of 12"), "{said}");
@@ -274,11 +284,11 @@ fn a_run_that_diverges_for_a_while_is_resumed_too() {
     assert!(said.contains("gradients not finite, no update"), "{said}");
     let last = metrics(&unbroken).pop().unwrap();
     assert!(last.grad_norm.is_nan());
-    assert_eq!(last.skipped as usize, said.matches("no update").count());
+    let lines = said.matches("no update").count();
+    assert!(lines > 1 && (lines as u64) < last.skipped, "lines get fewer: {said}");
     copy_folder(&unbroken, &broken);
-    for name in ["model.safetensors", "training_state.safetensors"] {
-        fs::remove_file(broken.join(name)).unwrap();
-    }
+    fs::remove_file(broken.join("model.safetensors")).unwrap();
+    fs::remove_dir_all(broken.join("checkpoint-12")).unwrap();
     let said = trained(&broken, &format!("{flags} --resume"));
     assert!(said.contains("resuming after step 11 of 12"), "{said}");
     assert_same(&broken, &unbroken, "after a divergence");
@@ -289,8 +299,8 @@ fn the_newest_checkpoints_stay_and_are_whole_models() {
     let folder = tempfile::tempdir().unwrap();
     let flags = "--max_steps 11 --save_steps 2 --save_total_limit 2 --batch_size 2";
     trained(folder.path(), flags);
-    assert_eq!(checkpoints(folder.path()), [8, 10]);
-    for step in [8, 10] {
+    assert_eq!(checkpoints(folder.path()), [10, 11]);
+    for step in [10, 11] {
         let folder = folder.path().join(format!("checkpoint-{step}"));
         assert!(load(&folder).unwrap().warnings.is_empty());
         Tokenizer::load(&folder).unwrap();
@@ -305,6 +315,7 @@ fn crashed() -> &'static (TempDir, PathBuf, PathBuf) {
         let (unbroken, crashed) = (folder.path().join("unbroken"), folder.path().join("crashed"));
         trained(&unbroken, CRASHED);
         copy_folder(&unbroken, &crashed);
+        fs::remove_dir_all(crashed.join("checkpoint-20")).unwrap();
         for entry in fs::read_dir(&crashed).unwrap().map(Result::unwrap) {
             if entry.file_type().unwrap().is_file() && entry.file_name() != "metrics.jsonl" {
                 fs::remove_file(entry.path()).unwrap();
@@ -408,8 +419,8 @@ fn a_damaged_checkpoint_takes_no_good_ones_place() {
     // Resumed after 10, saved at 11, and no room for two.
     let flags = CRASHED.replace("--save_steps 5", "--save_steps 11").replace("limit 9", "limit 1");
     trained(folder.path(), &format!("{flags} --resume"));
-    assert_eq!(checkpoints(folder.path()), [11]);
-    load(&folder.path().join("checkpoint-11")).unwrap();
+    assert_eq!(checkpoints(folder.path()), [20]);
+    load(&folder.path().join("checkpoint-20")).unwrap();
 }
 
 /// `--reload` into a folder with a finished run: once it has saved, it is what `--resume` goes on
@@ -423,7 +434,7 @@ fn a_run_that_replaces_another_is_resumed_instead_of_it() {
     let flags = "--max_steps 40 --save_steps 5 --logging_steps 1 --batch_size 3 --seed 7";
     copy_folder(&first, &unbroken);
     trained(&unbroken, &format!("{flags} --reload"));
-    assert_eq!(checkpoints(&unbroken), [25, 30, 35], "the first run's are gone");
+    assert_eq!(checkpoints(&unbroken), [30, 35, 40], "the first run's are gone");
 
     copy_folder(&first, &broken);
     let mut child = under_way(&broken, &format!("{flags} --reload"), 13);
@@ -517,7 +528,7 @@ fn a_parameter_without_a_gradient_is_told_of() {
         layout: &model.layout,
         weights: &weights,
         precision: Dtype::F32,
-        tokenizer: Some(&first),
+        tokenizer: Some(&Tokenizer::load(&first).unwrap()),
         provenance: &Provenance::default(),
         training_state: None,
     };
@@ -773,11 +784,11 @@ fn metrics_tell_what_the_engine_did() {
     let output = folder.path().join("model");
     let flags = "--batch_size 4 --gradient_accumulation_steps 2 --epochs 1.5 --logging_steps 3 \
                  --lr_scheduler_type cosine --threads 1 --seed 9";
-    trained(&output, flags);
+    let said = trained(&output, flags);
     let lines = metrics(&output);
 
     let tokenizer = Arc::new(Tokenizer::load(tokenizer()).unwrap());
-    let file = Arc::new(TokenFile::open(&folder.path().join("model.tokens")).unwrap());
+    let file = Arc::new(TokenFile::open(&token_file(&said)).unwrap());
     let windows = Windows::new(file, tokenizer, WindowKind::Original, 48, None).unwrap();
     let config = load_config(&output).unwrap().0;
     let settings = Settings {
@@ -915,10 +926,25 @@ fn fields(mut message: &[u8]) -> Vec<(u64, Field<'_>)> {
     fields
 }
 
-/// The scalars of an event file, (step, tag, value) in order, its checksums checked.
-fn scalars(mut data: &[u8]) -> Vec<(u64, String, f32)> {
+/// The scalars of event files in a folder as TensorBoard has them: a start forgets its step and later
+/// ones.
+fn shown_scalars(board: &Path) -> Vec<(u64, String, f32)> {
+    let mut files: Vec<_> = fs::read_dir(board).unwrap().map(|file| file.unwrap().path()).collect();
+    files.sort();
+    let mut shown: Vec<(u64, String, f32)> = Vec::new();
+    for file in files {
+        let (start, scalars) = scalars(&fs::read(file).unwrap());
+        shown.retain(|(step, ..)| *step < start);
+        shown.extend(scalars);
+    }
+    shown
+}
+
+/// The start of an event file and its scalars, (step, tag, value) in order, its checksums checked.
+fn scalars(mut data: &[u8]) -> (u64, Vec<(u64, String, f32)>) {
     let mask = |crc: u32| crc.rotate_right(15).wrapping_add(0xa282_ead8);
     let mut scalars = Vec::new();
+    let mut start = None;
     let mut first = true;
     while !data.is_empty() {
         let length: [u8; 8] = take(&mut data);
@@ -931,6 +957,10 @@ fn scalars(mut data: &[u8]) -> Vec<(u64, String, f32)> {
             match (number, field) {
                 (1, Field::Number(time)) => assert!(f64::from_bits(time) > 1.7e9, "a wall time"),
                 (2, Field::Number(number)) => step = number,
+                (7, Field::Bytes(session)) => {
+                    assert!(session == [8, 1] && start.is_none(), "one start");
+                    start = Some(step);
+                }
                 (3, Field::Bytes(version)) => {
                     assert!(first && version == b"brain.Event:2");
                     first = false;
@@ -956,7 +986,7 @@ fn scalars(mut data: &[u8]) -> Vec<(u64, String, f32)> {
         }
     }
     assert!(!first, "a file begins with its version");
-    scalars
+    (start.expect("and a start"), scalars)
 }
 
 #[test]
@@ -987,5 +1017,38 @@ fn tensorboard_gets_the_same_numbers() {
     // Steps of one and of two bytes, and one with a verbatim rate.
     let count = |wanted: &str| expected.iter().filter(|(_, tag, _)| tag == wanted).count();
     assert_eq!((count("train/loss"), count("eval/verbatim_rate")), (4, 2));
-    assert_eq!(scalars(&fs::read(file).unwrap()), expected);
+    assert_eq!(scalars(&fs::read(file).unwrap()), (0, expected));
+}
+
+#[test]
+fn tensorboard_shows_no_step_twice_after_a_crash() {
+    let folder = tempfile::tempdir().unwrap();
+    let (output, board) = (folder.path().join("model"), folder.path().join("board"));
+    let flags = format!(
+        "--max_steps 400 --save_steps 5 --logging_steps 1 --tensorboard {}",
+        board.display()
+    );
+    killed(&output, &flags, 13);
+    // Files are read in the order of their names, which begin with the second.
+    std::thread::sleep(Duration::from_secs(1));
+    trained(&output, &format!("{flags} --resume"));
+    let losses = |board: &Path| -> Vec<(u64, f32)> {
+        let shown = shown_scalars(board).into_iter();
+        shown
+            .filter(|(_, tag, _)| tag == "train/loss")
+            .map(|(step, _, loss)| (step, loss))
+            .collect()
+    };
+    let told = || -> Vec<(u64, f32)> {
+        metrics(&output).iter().map(|line| (line.step, line.loss as f32)).collect()
+    };
+    assert_eq!(told().len(), 400);
+    assert_eq!(losses(&board), told());
+    // Another run in the same folder is not mixed with it.
+    std::thread::sleep(Duration::from_secs(1));
+    trained(
+        &output,
+        &format!("--max_steps 3 --logging_steps 1 --overwrite --tensorboard {}", board.display()),
+    );
+    assert_eq!(losses(&board), told());
 }
