@@ -349,16 +349,20 @@ impl AtomicFile {
 /// The end of a temporary file's name, `.TARGET.PROCESS.tmp`.
 const TEMPORARY: &str = ".tmp";
 
-/// The target's name in that of a temporary file.
-pub fn target_of_temporary(name: &str) -> Option<&str> {
+/// Target and process in the name of a temporary file.
+pub fn parse_temporary(name: &str) -> Option<(&str, libc::pid_t)> {
     let (target, process) = name.strip_prefix('.')?.strip_suffix(TEMPORARY)?.rsplit_once('.')?;
-    process.parse::<u32>().ok().map(|_| target)
+    Some((target, process.parse().ok().filter(|&process| process > 0)?))
 }
 
-/// True if the writer of a temporary file is gone.
-pub fn is_abandoned(temporary: &Path) -> bool {
-    let regular = fs::symlink_metadata(temporary).is_ok_and(|found| found.is_file());
-    regular && open(temporary).is_ok_and(|file| file.try_lock().is_ok())
+/// True if the writer of a temporary file is gone: the process does not exist here, and none elsewhere
+/// (in another container) holds its lock.
+pub fn is_abandoned(temporary: &Path, process: libc::pid_t) -> bool {
+    // SAFETY: signal 0 is sent to nobody.
+    let exists = unsafe { libc::kill(process, 0) } == 0
+        || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH);
+    let regular = || fs::symlink_metadata(temporary).is_ok_and(|found| found.is_file());
+    !exists && regular() && open(temporary).is_ok_and(|file| file.try_lock().is_ok())
 }
 
 /// Where a chain of links leads, whether or not there is something.

@@ -166,8 +166,10 @@ pub fn remove_temporaries(
     let mut removed = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let target = name.to_str().and_then(files::target_of_temporary);
-        if target.is_some_and(&is_ours) && files::is_abandoned(&entry.path()) {
+        let Some((target, process)) = name.to_str().and_then(files::parse_temporary) else {
+            continue;
+        };
+        if is_ours(target) && files::is_abandoned(&entry.path(), process) {
             fs::remove_file(entry.path())
                 .with_context(|| format!("cannot remove {}", entry.path().display()))
                 .hint(ErrorKind::Data, || "remove it by hand")?;
@@ -223,12 +225,17 @@ mod tests {
     fn temporaries_of_ended_processes_alone_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let living = files::AtomicFile::create(&folder.path().join("living")).unwrap();
-        for name in [".ours.123.tmp", ".theirs.123.tmp", ".ours.tmp", "ours.123.tmp", ".ours.x.tmp"]
-        {
+        for name in [
+            ".ours.99999999.tmp",
+            ".theirs.99999999.tmp",
+            ".ours.tmp",
+            "ours.99999999.tmp",
+            ".ours.x.tmp",
+        ] {
             fs::write(folder.path().join(name), "").unwrap();
         }
         let removed = remove_temporaries(folder.path(), |name| name != "theirs").unwrap();
-        assert_eq!(removed, [folder.path().join(".ours.123.tmp")]);
+        assert_eq!(removed, [folder.path().join(".ours.99999999.tmp")]);
         living.commit().unwrap();
         assert!(folder.path().join("living").exists());
     }

@@ -129,14 +129,17 @@ fn a_folder_has_one_writer() {
     first.kill().unwrap();
     first.wait().unwrap();
     // What it held is free, and what it left half written goes.
-    for name in ["checkpoint-7777/.laam-staged/config.json", ".metrics.jsonl.1.tmp"] {
+    for name in ["checkpoint-7777/.laam-staged/config.json", ".metrics.jsonl.99999999.tmp"] {
         fs::create_dir_all(output.join(name).parent().unwrap()).unwrap();
         fs::write(output.join(name), "half").unwrap();
     }
     let said = trained(&output, "--max_steps 3 --overwrite");
-    assert!(said.contains("checkpoint-7777") && said.contains(".metrics.jsonl.1.tmp"), "{said}");
+    assert!(
+        said.contains("checkpoint-7777") && said.contains(".metrics.jsonl.99999999.tmp"),
+        "{said}"
+    );
     assert!(!output.join("checkpoint-7777").exists());
-    assert!(!output.join(".metrics.jsonl.1.tmp").exists());
+    assert!(!output.join(".metrics.jsonl.99999999.tmp").exists());
 }
 
 #[test]
@@ -268,13 +271,13 @@ fn what_happens_to_files_during_a_run_is_an_error() {
     let flags = "--max_steps 100000 --logging_steps 1 --save_steps 1000";
     let ended = |child: std::process::Child| -> Output { child.wait_with_output().unwrap() };
     let cached = trained(&output, SHORT);
-    let run = under_way(&output, &format!("{flags} --overwrite"), 3);
+    let run = under_way(&output, &format!("{flags} --overwrite"), 60);
     let tokens = fs::OpenOptions::new().write(true).open(token_file(&cached)).unwrap();
     tokens.set_len(0).unwrap();
     let text = error_in(&ended(run));
     assert!(text.contains("was cut short while it was read"), "{text}");
 
-    let run = under_way(&output, &format!("{flags} --overwrite"), 3);
+    let run = under_way(&output, &format!("{flags} --overwrite"), 60);
     fs::remove_dir_all(&output).unwrap();
     let text = error_in(&ended(run));
     assert!(text.contains("was removed"), "{text}");
@@ -311,7 +314,7 @@ fn windows_without_a_target_are_no_steps() {
         let output = folder.path().join(context.to_string());
         let flags = format!(
             "--source {} --max_position_embeddings {context} --epochs 2 --logging_steps 1 --order \
-             sequential --warmup_steps 0 --limit 1",
+             sequential --warmup_steps 0 --limit 1 --overwrite",
             source.display()
         );
         trained(&output, &flags);
