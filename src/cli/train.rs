@@ -146,13 +146,6 @@ impl TrainArgs {
 
 pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     arguments.obsolete.warn();
-    let model = arguments.model();
-    let settings = match &model {
-        Some(folder) => arguments.settings_of(folder)?,
-        None => arguments.settings.clone(),
-    };
-    settings.validate()?;
-    Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
     let consent = match arguments {
         TrainArgs { resume: true, .. } => Consent::Resume,
         TrainArgs { reload: true, .. } => Consent::Reload,
@@ -160,6 +153,13 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
         _ => Consent::None,
     };
     let output = claimed(&arguments.output_path, consent)?;
+    let model = arguments.model();
+    let settings = match &model {
+        Some(folder) => arguments.settings_of(folder)?,
+        None => arguments.settings.clone(),
+    };
+    settings.validate()?;
+    Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
     let backend = arguments.backend.open_in(settings.precision)?;
     // The checkpoint's own, of a run that is resumed, only if there is no other: it may be removed.
     let needs_own = !arguments.resume || !arguments.tokenizer_path.exists();

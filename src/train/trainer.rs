@@ -266,6 +266,7 @@ impl<'a> Trainer<'a> {
         }
         let settings = self.job.settings;
         self.job.output.check()?;
+        let (already, is_new) = (self.state.step, self.unsaved);
         let keep = match (self.unsaved, self.keep_metrics) {
             (false, _) => {
                 let TrainState { earlier_metrics, step, .. } = self.state;
@@ -372,12 +373,10 @@ impl<'a> Trainer<'a> {
         }
         self.finish_writing(observer)?;
         // A run that was finished before has nothing new to save.
-        if self.unsaved || self.saved_step != self.state.step {
-            if !self.save(observer)? {
-                return Ok(TrainSummary { end: RunEnd::Diverged, ..finish });
-            }
+        if (self.unsaved || self.saved_step != self.state.step) && !self.save(observer)? {
+            return Ok(TrainSummary { end: RunEnd::Diverged, ..finish });
         }
-        if !self.is_published()? {
+        if self.state.step > already || is_new || !self.is_published()? {
             self.publish(&mut finish, observer)?;
         }
         Ok(finish)

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
-use std::time::{Duration, Instant};
 
 use laam::model::{Provenance, load, load_provenance, read_consistently};
 use serde_json::Value;
@@ -385,6 +384,4 @@ fn other_commands_replace_only_what_laam_wrote() {
     fs::write(at("sweep/table.tsv"), "mine").unwrap();
     run(&["sweep", sweep.to_str().unwrap(), "--output"], &at("sweep"), 2);
     assert_eq!(content(&at("sweep")).len(), 1);
-    let began = Instant::now();
-    assert!(began.elapsed() < Duration::from_mins(1));
 }
