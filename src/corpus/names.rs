@@ -176,7 +176,7 @@ mod tests {
         assert_eq!(corpus_path(&[b"a/", &part[..], b"/b.c"].concat()), Err(Fault::LongPart));
         assert!(corpus_path(&part[1..]).is_ok());
         let long = b"a/".repeat(MAX_PATH_BYTES / 2 + 1);
-        let long = &long[..MAX_PATH_BYTES + 1];
+        let long = &long[..=MAX_PATH_BYTES];
         for bad in [&b""[..], b"./", b"a\nb.c", b"a\0.c", b"\x1b[2J.c", b"\xff.c", long] {
             assert_eq!(corpus_path(bad), Err(Fault::Unusable));
         }

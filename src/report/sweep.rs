@@ -25,7 +25,7 @@ pub fn page(sweep: &Value) -> String {
     let measures = ["bits per byte", "loss, nats per token", "verbatim windows", "files exact"];
     heads.extend(measures.map(String::from));
     heads.extend(["parameters", "steps", "training time"].map(String::from));
-    let head: String = heads.iter().map(|name| format!("<th>{}</th>", escape(name))).collect();
+    let head = row("th", &heads);
     let bits = |run: &Value| run["bits_per_byte"].as_f64();
     let best = runs.iter().filter_map(bits).reduce(f64::min);
     let mut rows = String::new();
@@ -46,7 +46,7 @@ pub fn page(sweep: &Value) -> String {
         }));
         cells.extend([count("parameters"), count("steps")]);
         cells.push(number("seconds").map(duration).unwrap_or_default());
-        let cells: String = cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect();
+        let cells = row("td", &cells);
         let class = if bits(run).is_some() && bits(run) == best { " class=\"best\"" } else { "" };
         let _ = writeln!(rows, "<tr{class}>{cells}</tr>");
     }
@@ -61,6 +61,14 @@ pub fn page(sweep: &Value) -> String {
         plot("", &dots),
     );
     document(&format!("laam: {title}"), &body, "")
+}
+
+/// Cells of a row of a table.
+fn row(tag: &str, cells: &[String]) -> String {
+    cells.iter().fold(String::new(), |mut row, cell| {
+        let _ = write!(row, "<{tag}>{}</{tag}>", escape(cell));
+        row
+    })
 }
 
 /// The settings of a run that differ from the recipe's, or from another run's.
