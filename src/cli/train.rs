@@ -161,11 +161,8 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     settings.validate()?;
     Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
     let backend = arguments.backend.open_in(settings.precision)?;
-    // The checkpoint's own, of a run that is resumed, only if there is no other: it may be removed.
-    let needs_own = !arguments.resume || !arguments.tokenizer_path.exists();
     let is_given = arguments.given.contains("tokenizer_path");
-    let own =
-        model.filter(|folder| needs_own && !is_given && folder.join("tokenizer.json").exists());
+    let own = model.filter(|folder| !is_given && folder.join("tokenizer.json").exists());
     let tokenizer = own.as_ref().unwrap_or(&arguments.tokenizer_path);
     let tokenizer = Arc::new(Tokenizer::load(tokenizer)?);
     let weights =
