@@ -88,7 +88,7 @@ const SPLIT_WORKSPACE: u64 = 1 << 20;
 
 /// `cublasLtMatmulHeuristicResult_t`
 #[repr(C)]
-pub struct HeuristicResult {
+struct HeuristicResult {
     algorithm: Algorithm,
     workspace: usize,
     state: u32,
@@ -162,14 +162,14 @@ macro_rules! cublaslt {
     ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) |$state:ident| $body:expr;)*) => {$(
         $(#[$doc])*
         #[unsafe(no_mangle)]
-        pub extern "C" fn $name($($arg: $ty),*) -> u32 {
+        extern "C" fn $name($($arg: $ty),*) -> u32 {
             call(stringify!($name), |$state| $body)
         }
     )*};
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cublasLtGetVersion() -> usize {
+extern "C" fn cublasLtGetVersion() -> usize {
     let version = env::var("CUDA_STANDIN_CUBLASLT").ok().and_then(|text| text.parse().ok());
     version.unwrap_or(130_000)
 }
@@ -374,13 +374,14 @@ cublaslt! {
         let (alpha, beta, algorithm) = unsafe { (alpha.read(), beta.read(), algorithm.read()) };
         problem.check_algorithm(&algorithm)?;
         // "Must be 256B aligned", and not smaller than what the algorithm asks for.
-        if scratch % 256 != 0 || workspace(&algorithm) > scratch_bytes as u64 {
+        if !scratch.is_multiple_of(256) || workspace(&algorithm) > scratch_bytes as u64 {
             return Err(Status::INVALID_VALUE);
         }
         // The preference promised these alignments for every matrix of the batch.
         for ((at, layout), alignment) in [a, b, c, d].into_iter().zip(problem.layouts).zip(&algorithm[2..6]) {
             let stride = layout.stride * problem.size(layout.dtype);
-            if at % alignment != 0 || (problem.layouts[0].batch > 1 && stride % alignment != 0) {
+            let batched = problem.layouts[0].batch > 1;
+            if !at.is_multiple_of(*alignment) || (batched && !stride.is_multiple_of(*alignment)) {
                 eprintln!("cublaslt-standin: a matrix at {at:#x} is not aligned to {alignment} bytes");
                 return Err(Status::INVALID_VALUE);
             }
@@ -471,7 +472,7 @@ impl Problem {
 
     /// Every column begins at a multiple of 16 bytes.
     fn is_vectorizable(&self) -> bool {
-        self.layouts.iter().all(|layout| layout.ld * self.size(layout.dtype) % 16 == 0)
+        self.layouts.iter().all(|layout| (layout.ld * self.size(layout.dtype)).is_multiple_of(16))
     }
 
     /// A number that differs between matmuls of different types or operations.
