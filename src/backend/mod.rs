@@ -39,11 +39,11 @@ pub trait Backend: Send + Sync {
         let plan = program.plan();
         4 * (plan.floats + plan.indices)
     }
-    /// Bytes of weight copies beside the f32 parameters.
+    /// Bytes of weight copies besides the f32 parameters.
     fn shadow_weight_bytes(&self, _layout: &Layout) -> usize {
         0
     }
-    /// Bytes of scratch memory beside the program's buffers.
+    /// Bytes of scratch memory besides the program's buffers.
     fn workspace_bytes(&self, program: &Program) -> usize;
     /// Peak matmul rate in FLOP/s as the manufacturer states it, the denominator of MFU, if known.
     fn peak_flops(&self) -> Option<f64> {
@@ -55,7 +55,7 @@ pub trait Backend: Send + Sync {
     }
 }
 
-/// Memory of a session beside the parameters.
+/// Memory of a session besides the parameters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SessionSpec {
     /// Gradients and both moments.
@@ -130,7 +130,7 @@ pub trait Session: Send {
     fn queue(&mut self) -> Option<&mut dyn StepQueue> {
         None
     }
-    /// State beside the arenas that the next step depends on, for a checkpoint; null if none.
+    /// State besides the arenas that the next step depends on, for a checkpoint; null if none.
     fn state(&self) -> anyhow::Result<serde_json::Value> {
         Ok(serde_json::Value::Null)
     }

@@ -115,13 +115,13 @@ fn refusal(device: &mut dyn Device) -> anyhow::Result<String> {
     }
 }
 
-/// Odd shapes, either side turned, added in f32.
+/// Odd shapes, either operand transposed, accumulated in f32.
 fn products(device: &mut dyn Device) -> anyhow::Result<String> {
     let mut worst = 0.0f64;
     for (m, n, k) in [(64, 64, 64), (33, 17, 65), (1, 512, 64), (512, 64, 512), (300, 2, 7)] {
         for (dtype, accumulate) in [(Dtype::F32, false), (Dtype::Bf16, true)] {
-            for turned in [false, true] {
-                worst = worst.max(product(device, (m, n, k), dtype, accumulate, turned)?);
+            for transposed in [false, true] {
+                worst = worst.max(product(device, (m, n, k), dtype, accumulate, transposed)?);
             }
         }
     }
@@ -134,7 +134,7 @@ fn product(
     (m, n, k): (usize, usize, usize),
     dtype: Dtype,
     accumulate: bool,
-    turned: bool,
+    transposed: bool,
 ) -> anyhow::Result<f64> {
     let value = |i: usize, salt: usize| ((i * 37 + salt) % 23) as f32 / 8.0 - 1.25;
     let a: Vec<f32> = (0..m * k).map(|i| value(i, 1)).collect();
@@ -145,14 +145,17 @@ fn product(
         let at = device.alloc(bytes.len())?;
         device.upload(at, &bytes).map(|()| at)
     };
-    // Turned: a and b lie in memory as their transposes.
+    // Transposed: a and b are stored as their transposes.
     let transpose = |values: &[f32], rows: usize, cols: usize| -> Vec<f32> {
         (0..rows * cols).map(|i| values[i % rows * cols + i / rows]).collect()
     };
-    let (left, right) =
-        if turned { (transpose(&a, m, k), transpose(&b, k, n)) } else { (a.clone(), b.clone()) };
+    let (left, right) = if transposed {
+        (transpose(&a, m, k), transpose(&b, k, n))
+    } else {
+        (a.clone(), b.clone())
+    };
     let (a_at, b_at, c_at) = (put(dtype, &left)?, put(dtype, &right)?, put(Dtype::F32, &c)?);
-    let (left, right) = if turned {
+    let (left, right) = if transposed {
         (Matrix::new(a_at, dtype, k, m).t(), Matrix::new(b_at, dtype, n, k).t())
     } else {
         (Matrix::new(a_at, dtype, m, k), Matrix::new(b_at, dtype, k, n))

@@ -79,7 +79,7 @@ struct GuardedBuffer {
     last: usize,
 }
 
-/// State beside the arenas that the next step depends on.
+/// State besides the arenas that the next step depends on.
 #[derive(PartialEq, Default, Serialize, Deserialize)]
 struct GpuState {
     /// Dynamic loss scale of f16, and the good steps since it last changed.

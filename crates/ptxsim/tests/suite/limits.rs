@@ -89,16 +89,16 @@ fn global_variables_are_bounded() {
 
 #[test]
 fn impossible_shapes_are_refused() {
-    const MOST: u32 = u32::MAX;
+    const MAX: u32 = u32::MAX;
     let plain = ".entry k() { ret; }";
     let wide = ".entry k() .maxntid 4294967295, 4294967295, 4294967295 { ret; }";
     assert!(launch(wide, &Config::linear(1, 1024), &Options::default()).is_ok());
     for config in [
-        Config { grid: [1; 3], block: [MOST; 3], shared: 0 },
-        Config { grid: [MOST; 3], block: [1; 3], shared: 0 },
+        Config { grid: [1; 3], block: [MAX; 3], shared: 0 },
+        Config { grid: [MAX; 3], block: [1; 3], shared: 0 },
         Config { grid: [i32::MAX as u32, 65535, 65535], block: [1; 3], shared: 0 },
         Config { grid: [1; 3], block: [1024, 1024, 64], shared: 0 },
-        Config { grid: [1; 3], block: [1; 3], shared: MOST },
+        Config { grid: [1; 3], block: [1; 3], shared: MAX },
         Config { grid: [0; 3], block: [0; 3], shared: 0 },
     ] {
         for text in [plain, wide] {

@@ -62,7 +62,7 @@ struct SegmentPartial {
     dx: Vec<V512>,
 }
 
-/// Bytes needed beside the program's buffers, for any number of threads, apart from each thread's cache-sized
+/// Bytes needed besides the program's buffers, for any number of threads, apart from each thread's cache-sized
 /// scratch.
 pub(super) fn workspace(o: &FusedLinearCrossEntropy) -> usize {
     let (segments, width) = (o.w.rows.div_ceil(SEGMENT_TOKENS), padded_cols(o.w.cols));

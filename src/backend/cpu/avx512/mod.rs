@@ -133,7 +133,7 @@ impl Avx512Kernels {
     }
 }
 
-/// Bytes that the fused linear cross-entropy needs beside the program's buffers.
+/// Bytes that the fused linear cross-entropy needs besides the program's buffers.
 pub(super) fn cross_entropy_workspace(o: &FusedLinearCrossEntropy) -> usize {
     fused_linear_cross_entropy::workspace(o)
 }
