@@ -8,6 +8,7 @@ mod architecture;
 mod backend;
 mod cli;
 mod corpus;
+mod docs;
 mod doctor;
 mod fetch;
 mod generate;
