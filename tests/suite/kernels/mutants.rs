@@ -41,23 +41,34 @@ macro_rules! mutation_tests {
 }
 
 mutation_tests! {
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     adamw_mutants_are_killed: operations::ADAMW,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     attention_decode_mutants_are_killed: operations::DECODE,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     attention_generic_mutants_are_killed: operations::GENERIC,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     attention_smallhead_mutants_are_killed: operations::SMALLHEAD,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     attention_smallhead_tf32_mutants_are_killed: operations::SMALLHEAD_TF32,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     cross_entropy_mutants_are_killed: operations::CROSS_ENTROPY,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     embedding_backward_mutants_are_killed: operations::EMBEDDING_BACKWARD,
     embedding_sort_mutants_are_killed: single::EMBEDDING_SORT,
     fill_mutants_are_killed: single::FILL,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     flash_attention_mutants_are_killed: operations::FLASH,
     gather_rows_mutants_are_killed: operations::GATHER_ROWS,
     gather_windows_mutants_are_killed: gather::GATHER_WINDOWS,
     grad_norm_mutants_are_killed: operations::GRAD_NORM,
-    #[ignore = "two minutes of compiling: cargo test --test suite mutants -- --include-ignored"]
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     lce_mutants_are_killed: lm_head::LCE,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     lce_f16_mutants_are_killed: lm_head::LCE_F16,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     muon_mutants_are_killed: operations::MUON,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
     rms_norm_backward_mutants_are_killed: operations::RMS_NORM_BACKWARD,
     rms_norm_mutants_are_killed: operations::RMS_NORM,
     rope_mutants_are_killed: operations::ROPE,
