@@ -228,8 +228,7 @@ fn compile_file(nvcc: &Nvcc, name: &str, archs: &[String], out: &Path) -> Outcom
         let keep = keep.display().to_string();
         // All SASS is assembled from the same PTX: a front end for each architecture takes two thirds of
         // nvcc's time, and no kernel has instructions of one architecture.
-        let sass: String = archs.iter().map(|arch| format!("sm_{arch},")).collect();
-        let code = format!("-gencode=arch=compute_80,code=[{sass}compute_80]");
+        let code = format!("-gencode=arch=compute_80,code=[sm_{},compute_80]", archs.join(",sm_"));
         let compress = "-Xfatbin=-compress-all";
         command(&["-fatbin", &code, compress, "--keep", "--keep-dir", &keep])
     });

@@ -27,7 +27,7 @@
 // but slow. lse pass: 4 rows vocab hidden FLOPs, rows vocab exponentials, 4 rows hidden + 2 vocab
 // hidden + 8 rows bytes; grad pass: the same FLOPs and exponentials, 2 rows hidden + 10 vocab
 // hidden bytes. 6 of the 8 FLOPs are useful, the rest is recomputation. Bound by tensor cores, then
-// by exponentials and issue slots: docs/kernels.md.
+// by exponentials and issue slots: docs/kernels/.
 #include "lib/ptx.cuh"
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"

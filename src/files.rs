@@ -165,6 +165,7 @@ pub struct MappedFile {
 impl MappedFile {
     /// Maps a file that was opened at `path`.
     pub fn new(file: &File, path: &Path) -> io::Result<Self> {
+        static INSTALLED: std::sync::Once = std::sync::Once::new();
         // SAFETY: the map is read-only plain bytes. laam itself replaces files by renaming, which leaves a
         // mapped one as it is; of a file that others cut short, no byte beyond the end is ever seen.
         let map = unsafe { Mmap::map(file) }?;
@@ -173,7 +174,6 @@ impl MappedFile {
             "laam: {name} was cut short while it was read\n\
              hint: restore the file and start again; --resume continues a training run\n"
         );
-        static INSTALLED: std::sync::Once = std::sync::Once::new();
         INSTALLED.call_once(catch_bus_errors);
         let slot = MAPS.iter().position(|slot| slot.take(&map, message.clone()));
         Ok(Self { map, slot })

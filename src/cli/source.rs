@@ -203,7 +203,7 @@ pub fn token_cache(output: &Path) -> anyhow::Result<PathBuf> {
     let output = std::path::absolute(output).unwrap_or_else(|_| output.to_path_buf());
     let hash = hex(&Sha256::digest(output.as_os_str().as_encoded_bytes()));
     let name = output.file_name().unwrap_or_default().to_string_lossy();
-    let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric()).take(40).collect();
+    let name: String = name.chars().filter(char::is_ascii_alphanumeric).take(40).collect();
     Ok(folder.join(format!("{name}-{}.tokens", &hash[..16])))
 }
 

@@ -44,6 +44,7 @@ Examples:
       --windows addressed --hidden_size 80 --num_attention_heads 5 --max_position_embeddings 256 \\
       --optimizer muon --learning_rate 1e-2 --weight_decay 0 --lr_scheduler_type wsd --epochs 60
   laam train --source linux/kernel --tokenizer_path tokenizer --output_path model --resume ...")]
+#[allow(clippy::struct_excessive_bools)] // each is a flag
 pub struct TrainArgs {
     #[command(flatten)]
     source: SourceArgs,

@@ -580,10 +580,10 @@ mod tests {
             let done = with_fuse(changes, || save_seed(folder.path(), &wider, 2, false)).is_ok();
             let seed = seed_of(folder.path());
             if seed == 1 {
-                assert!(new == 0 && folder.path().join(STATE).exists());
+                assert!(new == 0 && has_training_state(folder.path()));
                 old += 1;
             } else {
-                assert!(!folder.path().join(STATE).exists(), "a state of other weights");
+                assert!(!has_training_state(folder.path()), "a state of other weights");
                 new += 1;
             }
             if done {

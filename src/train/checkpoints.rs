@@ -140,8 +140,8 @@ pub fn replace_other_run(output: &Path, saved: &Path) -> anyhow::Result<Vec<Stri
 }
 
 fn remove(folder: &Path) -> anyhow::Result<String> {
-    let files = remove_own(folder)?;
-    Ok(format!("removed {}: {}", folder.display(), files.join(", ")))
+    let files = remove_own(folder)?.len();
+    Ok(format!("removed {} ({files} files)", folder.display()))
 }
 
 /// The furthest state that lies in a folder: of a checkpoint, or of the finished model. Checkpoints

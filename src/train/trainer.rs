@@ -97,6 +97,7 @@ const MIN_LOSS_SCALE: f64 = 1.0;
 const MAX_BATCHED_SECONDS: f64 = 0.5;
 
 /// A run under way.
+#[allow(clippy::struct_excessive_bools)] // each is a fact about how it began
 pub struct Trainer<'a> {
     job: Job<'a>,
     config: Config,

@@ -177,15 +177,15 @@ fn a_lost_terminal_saves_the_run_and_nohup_keeps_it() {
         let steps = if ignored { 300 } else { 100_000 };
         let line = format!("{TRAIN} --max_steps {steps} --output_path DIR/trained");
         let mut command = command(folder.path(), &line);
-        if ignored {
-            let ignore = || {
-                // SAFETY: the call may be made between fork and exec.
-                unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
-                Ok(())
-            };
-            // SAFETY: the closure makes one system call and allocates nothing.
-            unsafe { command.pre_exec(ignore) };
-        }
+        // The tests themselves may run under nohup.
+        let disposition = if ignored { libc::SIG_IGN } else { libc::SIG_DFL };
+        let dispose = move || {
+            // SAFETY: the call may be made between fork and exec.
+            unsafe { libc::signal(libc::SIGHUP, disposition) };
+            Ok(())
+        };
+        // SAFETY: the closure makes one system call and allocates nothing.
+        unsafe { command.pre_exec(dispose) };
         let mut child = start(command);
         wait_for(&mut child, || output.join("metrics.jsonl").exists());
         // As a shell and the kernel do, both.
@@ -254,7 +254,8 @@ fn text_that_acts_on_a_terminal_is_escaped_wherever_it_is_printed() {
     fs::write(at("run/model/provenance.json"), good.to_string()).unwrap();
 
     // A recipe and a sweep: an unknown key, a value, and the name of a stage.
-    let escaped: String = ACTIVE.chars().map(|c| format!("\\U{:08x}", u32::from(c))).collect();
+    let escaped: Vec<_> = ACTIVE.chars().map(|c| format!("\\U{:08x}", u32::from(c))).collect();
+    let escaped = escaped.concat();
     for (name, text) in [
         ("key.toml", format!("description = 'x'\n\"{escaped}\" = 1\n")),
         (

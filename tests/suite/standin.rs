@@ -20,7 +20,7 @@ use crate::support::{bounded, error_in, laam};
 const DRIVER: &str = "libcuda.so.1";
 const CUBLASLT: &str = "libcublasLt.so.13";
 /// Time and address space of one command.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_mins(2);
 const MEMORY: u64 = 64 << 30;
 
 /// A folder with the stand-ins under the names of the real libraries, and a small run.

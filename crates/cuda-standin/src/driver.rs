@@ -62,6 +62,7 @@ macro_rules! driver {
 driver! {
     /// Flags must be 0.
     Nothing fn cuInit(flags: c_uint) |state| {
+        static AT_EXIT: Once = Once::new();
         if flags != 0 {
             return Err(Code::INVALID_VALUE);
         }
@@ -69,7 +70,6 @@ driver! {
             return Err(Code::NO_DEVICE);
         }
         state.initialized = true;
-        static AT_EXIT: Once = Once::new();
         AT_EXIT.call_once(|| {
             // SAFETY: the handler takes nothing, and lives as long as this library is loaded.
             unsafe { libc::atexit(at_exit) };
@@ -333,7 +333,7 @@ driver! {
             Code::INVALID_PTX
         })?;
         let handle = state.handle();
-        state.modules.insert(handle, LoadedModule { module: decoded, functions: Default::default() });
+        state.modules.insert(handle, LoadedModule { module: decoded, functions: std::collections::HashMap::default() });
         put(module, handle)
     };
     /// Functions of the module can no longer be launched.

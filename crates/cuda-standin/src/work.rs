@@ -53,7 +53,7 @@ pub(crate) fn execute(op: &Op, memory: &Memory, options: &Options) -> Result<Don
     };
     match op {
         Op::Write { to, bytes } => {
-            memory.write(*to, bytes).map_err(|e| illegal("copy to device", e))?
+            memory.write(*to, bytes).map_err(|e| illegal("copy to device", e))?;
         }
         Op::Set { at, byte, len } => {
             memory.write(*at, &vec![*byte; *len]).map_err(|e| illegal("memset", e))?;

@@ -13,11 +13,14 @@ use laam::train::recipe::Recipe;
 use laam::train::sweep::Sweep;
 use laam::train::{Settings, TrainState};
 
+/// Parses an input: an error is as good as success, a panic is not.
+pub type Run = Box<dyn Fn(&[u8]) -> anyhow::Result<()>>;
+
 /// A parser and inputs to begin with.
 pub struct Target {
     pub name: &'static str,
     pub seeds: Vec<Vec<u8>>,
-    pub run: Box<dyn Fn(&[u8]) -> anyhow::Result<()>>,
+    pub run: Run,
 }
 
 fn target(

@@ -36,7 +36,7 @@ struct Kernels {
 }
 
 struct Function {
-    function: CudaFunction,
+    entry: CudaFunction,
     /// Its static shared memory, in bytes.
     static_shared: u32,
     /// Dynamic shared memory it may use, in bytes.
@@ -102,7 +102,7 @@ impl SharedGpu {
                 .map_err(|e| failed(&format!("querying kernel {entry}"), e))?
                 as u32;
             let dynamic_shared = DEFAULT_SHARED_BYTES.saturating_sub(static_shared);
-            let function = Function { function, static_shared, dynamic_shared };
+            let function = Function { entry: function, static_shared, dynamic_shared };
             kernels.functions.insert(entry.to_string(), function);
         }
         let function = kernels.functions.get_mut(entry).expect("it was put there");
@@ -119,12 +119,12 @@ impl SharedGpu {
             }
             let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function
-                .function
+                .entry
                 .set_attribute(attribute, shared as i32)
                 .map_err(|e| failed(&format!("setting the shared memory of {entry}"), e))?;
             function.dynamic_shared = shared;
         }
-        Ok(function.function.cu_function())
+        Ok(function.entry.cu_function())
     }
 
     /// The cuBLASLt handle, created on first use. The context is current.
