@@ -71,6 +71,7 @@ pub struct MemorizationArgs {
 }
 
 pub fn run(arguments: &MemorizationArgs) -> anyhow::Result<Outcome> {
+    interrupt::watch(Work::Measuring)?;
     let _report = arguments.report.as_deref().map(claim).transpose()?;
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;

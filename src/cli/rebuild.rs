@@ -88,6 +88,8 @@ pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
         originals.map(|source| arguments.originals(source, &opened.tokenizer)).transpose()?;
 
     let windows = windows::kind(arguments.windows, &opened);
+    // Before anything is written: a signal from then on leaves no half of it.
+    interrupt::watch(Work::Measuring)?;
     let _output = OutputFolder::open(&arguments.output)?;
     let (limit, output) = (arguments.max_tokens_per_file, arguments.output.clone());
     let existing = if arguments.overwrite { Existing::Overwrite } else { Existing::Keep };

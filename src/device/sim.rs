@@ -371,17 +371,22 @@ mod tests {
         assert!(sim.matmul(&wrong).is_err());
     }
 
-    #[test]
-    fn launch_rejects_arguments_that_do_not_match_the_kernel() {
-        let Some(mut sim) = sim() else { return };
-        let out = sim.alloc(40).unwrap();
-        let mut fill = Launch {
+    /// Sets `len` f32 to 3.
+    fn fill(at: Address, len: u64) -> Launch {
+        Launch {
             entry: "fill_f32".into(),
             grid: [1, 1, 1],
             block: [256, 1, 1],
             shared: 0,
-            args: vec![out.into(), 3.0f32.into(), 10u64.into()],
-        };
+            args: vec![at.into(), 3.0f32.into(), len.into()],
+        }
+    }
+
+    #[test]
+    fn launch_rejects_arguments_that_do_not_match_the_kernel() {
+        let Some(mut sim) = sim() else { return };
+        let out = sim.alloc(40).unwrap();
+        let mut fill = fill(out, 10);
         sim.launch(&fill).unwrap();
         assert_eq!(get(&sim, Dtype::F32, out, 10), [3.0; 10]);
         let good = fill.clone();
@@ -425,13 +430,7 @@ mod tests {
         let Some(mut sim) = sim() else { return };
         let at = sim.alloc(8).unwrap();
         sim.upload(at, &[1; 8]).unwrap();
-        let fill = Launch {
-            entry: "fill_f32".into(),
-            grid: [1, 1, 1],
-            block: [256, 1, 1],
-            shared: 0,
-            args: vec![at.into(), 3.0f32.into(), 2u64.into()],
-        };
+        let fill = fill(at, 2);
         sim.launch(&fill).unwrap();
         assert!(sim.end_capture().is_err());
         sim.begin_capture().unwrap();

@@ -136,7 +136,7 @@ fn below(folder: &Path) -> Vec<std::path::PathBuf> {
 }
 
 #[test]
-fn an_interrupted_rebuild_says_how_to_go_on() {
+fn an_interrupted_rebuild_or_measurement_says_how_to_go_on() {
     let folder = tempfile::tempdir().unwrap();
     copy(tiny_run(), folder.path());
     let recipe = folder.path().join("tiny.toml");
@@ -148,6 +148,8 @@ fn an_interrupted_rebuild_says_how_to_go_on() {
     for (line, sign, signal) in [
         ("run --recipe DIR/tiny.toml --output DIR/again", "again/rebuilt", libc::SIGINT),
         ("rebuild DIR/run/model --windows stream --output DIR/rebuilt", "rebuilt", libc::SIGTERM),
+        ("memorization DIR/run/model --report DIR/measures", "temporary/laam-PID-0", libc::SIGINT),
+        ("evaluate DIR/run/model", "temporary/laam-PID-0", libc::SIGTERM),
     ] {
         let mut command = command(folder.path(), line);
         command.env("TMPDIR", &temporary);

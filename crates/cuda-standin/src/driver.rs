@@ -82,7 +82,7 @@ driver! {
 /// Reports leaks, and writes the report that was asked for.
 extern "C" fn at_exit() {
     let state = state();
-    // After an error, what could not be freed is no leak.
+    // After an error some memory may not have been freed: that is not reported as a leak.
     let leaks = state.leaks();
     if !leaks.is_empty() && !state.has_failed() {
         eprintln!("cuda-standin: not given back at exit: {}", leaks.join(", "));

@@ -292,7 +292,7 @@ fn matmuls_follow_their_leading_dimensions_and_round_split_sums() {
     gemm.d.ld = 4;
     assert_eq!(cudaStandinGemm(&raw const gemm, gpu.stream), Code::INVALID_VALUE.0);
 
-    // 1 + 1/256 is no bf16: halves of k rounded before they are added lose it.
+    // 1 + 1/256 is not representable in bf16: halves of k rounded before they are added lose it.
     let halves = |values: &[f32]| {
         let bytes: Vec<u8> =
             values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();

@@ -121,7 +121,7 @@ fn child(arguments: &Arguments, folder: &Path) -> anyhow::Result<bool> {
     let all = targets::all(folder)?;
     let [name] = arguments.targets.as_slice() else { bail!("one target") };
     let target = all.iter().find(|target| target.name == name).context("no such target")?;
-    // What is caught is told below; what a library catches itself is no failure.
+    // Caught panics are reported below; one that a library catches itself is not a failure.
     panic::set_hook(Box::new(|_| ()));
     let mut pool = target.seeds.clone();
     for (number, seed) in pool.iter().enumerate() {

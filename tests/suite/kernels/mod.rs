@@ -45,29 +45,34 @@ pub fn simulated(
 
 /// Runs the cases of some operations whose shapes contain `shape`, and panics if one fails: its error
 /// is beyond the bound, the order of warps and blocks changes its bits, or the simulator finds a fault
-/// or a race. Every other case runs on few blocks.
+/// or a race. Each case runs on its own grid and on few blocks; races are watched on one of the two.
 pub fn pass(operations: &[&str], options: Options, shape: &str, replaced: Replaced) {
     if let Err(why) = laam::kernels::BUILD.cuda {
         return eprintln!("SKIPPED: kernels in the simulator, because {why}");
     }
     let cases = cases(Size::Small, options.dtype, 1, |name| operations.contains(&name));
     for (at, case) in cases.iter().filter(|case| case.shape.contains(shape)).enumerate() {
-        let changes: [fn(&mut DeviceLaunch); 2] = [on_few_blocks, |_| {}];
-        let change = changes[(at + options.dtype as usize) % 2];
+        let mut grids: [fn(&mut DeviceLaunch); 2] = [on_few_blocks, |_| {}];
+        grids.rotate_left((at + options.dtype as usize) % 2);
         let serial = [Schedule::InOrder, Schedule::ReverseOrder][at / 2 % 2];
-        let mut runs = Vec::new();
+        let random = Schedule::Random(at as u64);
         // A second run in the same session finds what the first left in memory.
-        for (schedule, check, times) in
-            [(serial, Check::Races, 1), (Schedule::Random(at as u64), Check::Faults, 2)]
-        {
-            let run = case.run(&simulated(options, (schedule, check), change, replaced), times);
-            runs.extend(run.unwrap_or_else(|fault| {
-                panic!("{} {}, {schedule:?}: {fault:#}", case.operation, case.shape)
-            }));
+        let runs: [&[_]; 2] = [
+            &[(serial, Check::Races, 1), (random, Check::Faults, 2)],
+            &[(random, Check::Faults, 1)],
+        ];
+        for (grid, runs) in grids.into_iter().zip(runs) {
+            let mut outputs = Vec::new();
+            for &(schedule, check, times) in runs {
+                let run = case.run(&simulated(options, (schedule, check), grid, replaced), times);
+                outputs.extend(run.unwrap_or_else(|fault| {
+                    panic!("{} {}, {schedule:?}: {fault:#}", case.operation, case.shape)
+                }));
+            }
+            let rows = case.compare(options.dtype, &outputs).unwrap();
+            let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
+            assert!(failed.is_empty(), "{:?}: {failed:#?}", options.dtype);
         }
-        let rows = case.compare(options.dtype, &runs).unwrap();
-        let failed: Vec<_> = rows.iter().filter(|row| !row.passed).collect();
-        assert!(failed.is_empty(), "{:?}: {failed:#?}", options.dtype);
     }
 }
 
