@@ -5,7 +5,9 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::backend::{Arena, Backend};
-use crate::llama::{AdamW, Cost, Optimizer, Program, StepHyperparams, append_update, step};
+use crate::llama::{
+    AdamW, Cost, Optimizer, Program, Recompute, StepHyperparams, append_update, step,
+};
 use crate::model::{Config, Layout};
 use crate::random::{Philox, Stream};
 use crate::tokens::{Batch, IGNORE};
@@ -150,7 +152,7 @@ pub fn time(
     let median = seconds[seconds.len() / 2];
     let flops = config.training_flops(context) as f64 * (batch * context) as f64 / median;
     let floor = ceilings.map(|ceilings| {
-        let mut program = step::training(config, &layout, batch, context).program;
+        let mut program = step::training(config, &layout, batch, context, Recompute::None).program;
         append_update(&mut program, &layout, &optimizer);
         ceilings.floor(&program, layout.len)
     });

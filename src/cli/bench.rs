@@ -14,8 +14,7 @@ use crate::bench::roofline::{self, Ceiling, Effort};
 use crate::bench::{kernels, smoke, step};
 use crate::device::Device;
 use crate::dtype::Dtype;
-use crate::error;
-use crate::model::{PRESETS, preset};
+use crate::model::preset;
 use crate::schema::versioned;
 
 /// Time what the program does, on this machine.
@@ -67,7 +66,7 @@ struct KernelBenchArgs {
 /// Whole training steps: forward, backward, clip, AdamW, on random tokens.
 #[derive(Args, Debug)]
 struct StepBenchArgs {
-    /// The model's shape: original, 32m, 124m, 350m, 1.3b, 7b
+    /// The model's shape: original, linux-5m, 32m, 124m, 350m, 0.5b, 1.3b, 1.5b, 7b
     #[arg(long, default_value = "original")]
     preset: String,
     /// Windows per step
@@ -196,12 +195,7 @@ fn time_kernels(arguments: &KernelBenchArgs) -> anyhow::Result<Outcome> {
 }
 
 fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
-    let mut config = preset(&arguments.preset).ok_or_else(|| {
-        error::config(
-            format!("unknown `preset` {}", arguments.preset),
-            format!("use one of {}", PRESETS.join(", ")),
-        )
-    })?;
+    let mut config = preset(&arguments.preset)?;
     if let Some(context) = arguments.context {
         config.max_position_embeddings = context;
     }

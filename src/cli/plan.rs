@@ -23,16 +23,16 @@ use crate::train::{Footprint, Settings};
 #[command(after_help = "\
 Examples:
   laam plan models/llama2 --batch_size 8
+  laam plan --preset 124m --batch_size 16 --recompute block
   laam plan --vocab_size 4096 --hidden_size 192 --intermediate_size 512 \\
     --num_hidden_layers 8 --num_attention_heads 6 --num_key_value_heads 6 --tie_word_embeddings")]
 pub struct PlanArgs {
     /// A model folder, in place of the flags of a model's shape
-    #[arg(conflicts_with_all = [
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-        "tie_word_embeddings", "rope_theta", "initializer_range",
-    ])]
+    #[arg(conflicts_with_all = SHAPE)]
     model: Option<PathBuf>,
+    /// A named shape: original, linux-5m, 32m, 124m, 350m, 0.5b, 1.3b, 1.5b, 7b
+    #[arg(long, value_name = "NAME", conflicts_with = "model", conflicts_with_all = SHAPE)]
+    preset: Option<String>,
     /// Tokens in the vocabulary
     #[arg(long, value_name = "N", default_value_t = 1 << 15)]
     vocab_size: usize,
@@ -47,20 +47,38 @@ pub struct PlanArgs {
     json: bool,
 }
 
+/// The flags of a model's shape.
+const SHAPE: [&str; 11] = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "rope_theta",
+    "initializer_range",
+];
+
 pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
     let settings = &arguments.settings;
     arguments.obsolete.warn();
     settings.validate()?;
     let backend = arguments.backend.open_in(settings.precision)?;
-    let config = match &arguments.model {
-        Some(folder) => {
+    let config = match (&arguments.model, &arguments.preset) {
+        (_, Some(name)) => model::preset(name)?,
+        (Some(folder), None) => {
             let (config, warnings) = model::load_config(folder)?;
             for warning in warnings {
                 say!("warning: {warning}");
             }
             config
         }
-        None => settings.config(arguments.vocab_size, crate::tokenizer::Special::default())?,
+        (None, None) => {
+            settings.config(arguments.vocab_size, crate::tokenizer::Special::default())?
+        }
     };
     if arguments.json {
         print_json(&versioned(as_json(&config, settings, &*backend)?));
@@ -94,7 +112,7 @@ pub fn as_json(
 ) -> anyhow::Result<Value> {
     let context = config.max_position_embeddings;
     let Parts { embedding, head, blocks, norms } = parts(config);
-    let memory = Footprint::new(backend, config, settings.batch_size, context)?;
+    let memory = Footprint::new(backend, config, settings.batch_size, context, settings.recompute)?;
     // A validated model has fewer than 2^40 parameters: all of these fit.
     Ok(json!({
         "parameters": config.parameter_count() as u64,
@@ -138,7 +156,7 @@ pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> anyh
     let _ = writeln!(out, "\nFLOPs a token, windows of {context}");
     let _ = writeln!(out, "  {:12} {:>20}", "forward", grouped(config.forward_flops(context)));
     let _ = writeln!(out, "  {:12} {:>20}", "training", grouped(config.training_flops(context)));
-    let memory = Footprint::new(backend, config, settings.batch_size, context)?;
+    let memory = Footprint::new(backend, config, settings.batch_size, context, settings.recompute)?;
     let (batch, once) = (settings.batch_size, memory.micro_batch);
     let name = backend.name();
     let _ = writeln!(out, "\nbytes of training on {name}, batch {batch}, {once} windows at a time");

@@ -1,12 +1,28 @@
 //! The backward pass: the forward's ops in reverse.
 
+use serde::{Deserialize, Serialize};
+
 use super::buffer::Buffer;
-use super::forward::{Builder, SavedActivations, SavedNorm};
+use super::forward::{Builder, KeySource, SavedActivations, SavedBlock, SavedNorm};
 use super::ops::{
     AttentionBackward, EmbeddingBackward, LinearBackwardInput, LinearBackwardWeight, Op,
     RmsNormBackward, RopeBackward, SwiGluBackward,
 };
-use crate::model::Span;
+use crate::model::{BlockParams, Span};
+
+/// Activations that backward computes again, so that they take no memory between forward and backward.
+/// The gradients have the same bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    #[default]
+    None,
+    /// Those inside the MLP: gate, up and their product
+    Mlp,
+    /// All but the input of each block
+    Block,
+}
 
 impl Builder<'_> {
     /// Gradients of all parameters from `dy`, the gradient of the final norm's output.
@@ -16,18 +32,21 @@ impl Builder<'_> {
         ids: Buffer,
         first_key: Buffer,
         dy: Buffer,
+        recompute: Recompute,
     ) {
         let shape = self.shape;
         // `dx` is the gradient of the residual stream at a norm's input, and so of both terms of the
         // sum there.
         let mut dx = self.norm_backward(saved.final_norm, self.layout.final_norm, dy, None);
-        for (layer, (block, kept)) in self.layout.blocks.iter().zip(&saved.blocks).enumerate().rev()
+        for (layer, (block, &saved)) in
+            self.layout.blocks.iter().zip(&saved.blocks).enumerate().rev()
         {
+            let kept = self.recomputed(recompute, saved, block, first_key, layer);
             self.scope = format!("layer {layer} d ");
-            let dactivated = self.linear_backward(dx, kept.activated, block.down, "activated");
+            let dactivated = self.linear_backward(dx, kept.mlp.activated, block.down, "activated");
             let dgate_up = self.activation("gate and up", block.gate_up.rows);
             self.p.ops.push(Op::SwiGluBackward(SwiGluBackward {
-                gate_up: kept.gate_up,
+                gate_up: kept.mlp.gate_up,
                 dout: dactivated,
                 inter: self.config.intermediate_size,
                 dgate_up,
@@ -35,17 +54,18 @@ impl Builder<'_> {
             let dy = self.linear_backward(dgate_up, kept.mlp_norm.y, block.gate_up, "mlp norm");
             dx = self.norm_backward(kept.mlp_norm, block.post_norm, dy, Some(dx));
 
-            let dattended = self.linear_backward(dx, kept.attended, block.o, "attended");
+            let attention = kept.attention;
+            let dattended = self.linear_backward(dx, attention.out, block.o, "attended");
             let dq = self.activation("q", shape.q_width());
             let dk = self.activation("k", shape.kv_width());
             let dv = self.activation("v", shape.kv_width());
             self.p.ops.push(Op::AttentionBackward(AttentionBackward {
-                q: kept.q,
-                k: kept.k,
-                v: kept.v,
+                q: attention.q,
+                k: attention.k,
+                v: attention.v,
                 first_key,
-                out: kept.attended,
-                lse: kept.lse.expect("the forward over sequences saves its log-sum-exp"),
+                out: attention.out,
+                lse: attention.lse.expect("the forward over sequences saves its log-sum-exp"),
                 dout: dattended,
                 shape,
                 dq,
@@ -68,6 +88,27 @@ impl Builder<'_> {
         self.scope.clear();
         let table = self.layout.embedding;
         self.p.ops.push(Op::EmbeddingBackward(EmbeddingBackward { ids, dout: dx, table }));
+    }
+
+    /// The activations of a block, some of them computed again from those that the forward kept.
+    fn recomputed(
+        &mut self,
+        recompute: Recompute,
+        saved: SavedBlock,
+        block: &BlockParams,
+        first_key: Buffer,
+        layer: usize,
+    ) -> SavedBlock {
+        self.scope = format!("layer {layer} recomputed ");
+        match recompute {
+            Recompute::None => saved,
+            Recompute::Mlp => SavedBlock { mlp: self.mlp(saved.mlp_norm.y, block), ..saved },
+            // From the sum that the forward normalized, so that nothing is rounded otherwise.
+            Recompute::Block => {
+                let keys = KeySource::Sequence { first_key };
+                self.block(saved.attention_norm.x, None, block, keys, layer)
+            }
+        }
     }
 
     /// Both gradients of `y = x wT`; returns dx.

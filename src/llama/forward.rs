@@ -8,7 +8,7 @@ use super::ops::{
     SwiGlu,
 };
 use super::program::Program;
-use crate::model::{Config, Layout, Span};
+use crate::model::{BlockParams, Config, Layout, Span};
 
 /// Builder of a program for one model and one batch shape.
 pub(super) struct Builder<'a> {
@@ -32,14 +32,25 @@ pub(super) enum KeySource {
 }
 
 /// Activations of one block that its backward reads.
+#[derive(Clone, Copy)]
 pub(super) struct SavedBlock {
     pub attention_norm: SavedNorm,
+    pub attention: SavedAttention,
+    pub mlp_norm: SavedNorm,
+    pub mlp: SavedMlp,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct SavedAttention {
     pub q: Buffer,
     pub k: Buffer,
     pub v: Buffer,
-    pub attended: Buffer,
+    pub out: Buffer,
     pub lse: Option<Buffer>,
-    pub mlp_norm: SavedNorm,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct SavedMlp {
     pub gate_up: Buffer,
     pub activated: Buffer,
 }
@@ -153,40 +164,42 @@ impl<'a> Builder<'a> {
         let mut x = self.embedding(ids);
         for (layer, block) in self.layout.blocks.iter().enumerate() {
             self.scope = format!("layer {layer} ");
-            let attention_norm = self.norm(x, residual, block.input_norm, "attention norm");
-            let qkv = self.linear(attention_norm.y, block.qkv, "qkv");
-            let (q, k, v, attended, lse) = self.attend(qkv, keys, layer);
-            let projected = self.linear(attended, block.o, "attention out");
-
-            let mlp_norm =
-                self.norm(projected, Some(attention_norm.x), block.post_norm, "mlp norm");
-            let gate_up = self.linear(mlp_norm.y, block.gate_up, "gate and up");
-            let activated = self.swiglu(gate_up);
-            x = self.linear(activated, block.down, "mlp out");
-            residual = Some(mlp_norm.x);
-            blocks.push(SavedBlock {
-                attention_norm,
-                q,
-                k,
-                v,
-                attended,
-                lse,
-                mlp_norm,
-                gate_up,
-                activated,
-            });
+            let saved = self.block(x, residual, block, keys, layer);
+            x = self.linear(saved.mlp.activated, block.down, "mlp out");
+            residual = Some(saved.mlp_norm.x);
+            blocks.push(saved);
         }
         self.scope.clear();
         let final_norm = self.norm(x, residual, self.layout.final_norm, "final norm");
         SavedActivations { blocks, final_norm }
     }
 
-    fn attend(
+    /// A block up to the input of its last matmul.
+    pub fn block(
         &mut self,
-        qkv: Buffer,
+        x: Buffer,
+        residual: Option<Buffer>,
+        block: &BlockParams,
         keys: KeySource,
         layer: usize,
-    ) -> (Buffer, Buffer, Buffer, Buffer, Option<Buffer>) {
+    ) -> SavedBlock {
+        let attention_norm = self.norm(x, residual, block.input_norm, "attention norm");
+        let qkv = self.linear(attention_norm.y, block.qkv, "qkv");
+        let attention = self.attention(qkv, keys, layer);
+        let projected = self.linear(attention.out, block.o, "attention out");
+        let mlp_norm = self.norm(projected, Some(attention_norm.x), block.post_norm, "mlp norm");
+        let mlp = self.mlp(mlp_norm.y, block);
+        SavedBlock { attention_norm, attention, mlp_norm, mlp }
+    }
+
+    /// The MLP up to the input of its last matmul.
+    pub fn mlp(&mut self, x: Buffer, block: &BlockParams) -> SavedMlp {
+        let gate_up = self.linear(x, block.gate_up, "gate and up");
+        let activated = self.swiglu(gate_up);
+        SavedMlp { gate_up, activated }
+    }
+
+    fn attention(&mut self, qkv: Buffer, keys: KeySource, layer: usize) -> SavedAttention {
         let shape = self.shape;
         match keys {
             KeySource::Sequence { first_key } => {
@@ -194,7 +207,7 @@ impl<'a> Builder<'a> {
                 let out = self.activation("attended", shape.q_width());
                 let lse = self.statistic("log-sum-exp", shape.rows() * shape.heads);
                 self.p.ops.push(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }));
-                (q, k, v, out, Some(lse))
+                SavedAttention { q, k, v, out, lse: Some(lse) }
             }
             KeySource::Cache { start, capacity } => {
                 let [q, k, v] = self.rope(qkv, Some(start), capacity);
@@ -211,7 +224,7 @@ impl<'a> Builder<'a> {
                     capacity,
                     out,
                 }));
-                (q, k, v, out, None)
+                SavedAttention { q, k, v, out, lse: None }
             }
         }
     }

@@ -13,6 +13,7 @@ mod program;
 pub mod step;
 mod update;
 
+pub use backward::Recompute;
 pub use buffer::{Buffer, BufferInfo, BufferKind, BufferRole};
 pub use ops::{Cost, Op};
 pub use plan::{BytePlan, Plan};

@@ -213,6 +213,7 @@ impl FreeRanges {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::llama::Recompute;
     use crate::llama::ops::{SwiGlu, ZeroGrad};
 
     /// In the chain a -> b -> c -> d, no buffer is live at once with the one two before it.
@@ -244,7 +245,8 @@ mod tests {
     fn planning_in_order_keeps_live_buffers_apart_in_as_much_memory() {
         let config = crate::model::preset("original").unwrap();
         let layout = crate::model::Layout::new(&config);
-        let program = crate::llama::step::training(&config, &layout, 2, 64).program;
+        let program =
+            crate::llama::step::training(&config, &layout, 2, 64, Recompute::None).program;
         let lens: Vec<usize> = program.buffers.iter().map(|info| info.len).collect();
         let blocks = vec![0; lens.len()];
         let (_, [greedy]) = program.assign_by_size(&blocks, &lens);

@@ -1,5 +1,6 @@
 //! The programs: a micro-batch of a training step, an evaluation, and decoding.
 
+use super::backward::Recompute;
 use super::buffer::{Buffer, BufferKind, BufferRole};
 use super::forward::{Builder, KeySource, SavedActivations};
 use super::ops::{FusedLinearCrossEntropy, GatherRows, Linear, Op};
@@ -89,11 +90,17 @@ fn batch_forward<'a>(
 }
 
 /// Forward and backward of `batch` sequences of `seq_len` tokens.
-pub fn training(config: &Config, layout: &Layout, batch: usize, seq_len: usize) -> MicroBatch {
+pub fn training(
+    config: &Config,
+    layout: &Layout,
+    batch: usize,
+    seq_len: usize,
+    recompute: Recompute,
+) -> MicroBatch {
     let (mut b, inputs, saved) = batch_forward(config, layout, batch, seq_len);
     let (losses, dx) = head(&mut b, saved.final_norm.y, inputs.targets, true);
     let dx = dx.expect("gradients were requested");
-    b.backward(&saved, inputs.ids, inputs.first_key, dx);
+    b.backward(&saved, inputs.ids, inputs.first_key, dx, recompute);
     MicroBatch { program: b.p, inputs, losses }
 }
 

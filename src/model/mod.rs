@@ -25,7 +25,7 @@ pub use config::{Config, RopeScaling};
 pub use config_json::GenerationDefaults;
 pub use init::initialize;
 pub use layout::{BlockParams, Layout, ParamKind, Parameter, Span};
-pub use presets::{PRESETS, preset};
+pub use presets::{preset, preset_names};
 pub use provenance::{
     CorpusRecord, KERNEL_FILES, KERNEL_RELEASE, License, ParentRecord, Provenance, SessionRecord,
 };

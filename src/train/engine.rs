@@ -8,7 +8,7 @@ use crate::backend::{
     Arena, Backend, BatchSource, Inputs, ProgramId, RunResult, Session, SessionSpec, StepRun,
 };
 use crate::llama::step::{self, BatchInputs, Losses};
-use crate::llama::{Buffer, Optimizer, StepHyperparams, append_update};
+use crate::llama::{Buffer, Optimizer, Recompute, StepHyperparams, append_update};
 use crate::model::{Config, Layout};
 use crate::tokens::{Batch, IGNORE, Windows};
 
@@ -21,6 +21,7 @@ pub struct Engine {
     /// Micro-batch size, in windows.
     micro_batch: usize,
     optimizer: Optimizer,
+    recompute: Recompute,
     /// Training programs by batch size, built on first use.
     micros: Vec<LoadedBatch>,
     evaluations: Vec<LoadedBatch>,
@@ -93,11 +94,18 @@ impl Engine {
             seq_len,
             micro_batch,
             optimizer: *optimizer,
+            recompute: Recompute::None,
             micros,
             evaluations,
             resident: false,
             drained: Vec::new(),
         })
+    }
+
+    /// Sets what backward computes again, before the first step.
+    pub fn with_recompute(mut self, recompute: Recompute) -> Self {
+        self.recompute = recompute;
+        self
     }
 
     /// Uploads the windows that [`Engine::steps`] trains on, if the device can gather them itself and
@@ -300,7 +308,8 @@ impl Engine {
         if let Some(at) = self.micros.iter().position(is_it) {
             return Ok(at);
         }
-        let mut micro = step::training(&self.config, &self.layout, batch, self.seq_len);
+        let mut micro =
+            step::training(&self.config, &self.layout, batch, self.seq_len, self.recompute);
         // One program with the update in it: one graph launch on a device.
         let norm = last.then(|| append_update(&mut micro.program, &self.layout, &self.optimizer));
         let (inputs, losses) = (micro.inputs, micro.losses);

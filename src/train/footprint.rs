@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::backend::Backend;
 use crate::error;
 use crate::files;
-use crate::llama::{Program, step};
+use crate::llama::{Program, Recompute, step};
 use crate::model::{Config, Layout};
 
 /// Bytes that a training run allocates.
@@ -33,11 +33,13 @@ impl Footprint {
         config: &Config,
         batch: usize,
         seq_len: usize,
+        recompute: Recompute,
     ) -> anyhow::Result<Self> {
         let micro_batch = backend.micro_batch(batch, seq_len);
         check_arithmetic(config, micro_batch, seq_len)?;
         let layout = Layout::new(config);
-        let program: Program = step::training(config, &layout, micro_batch, seq_len).program;
+        let program: Program =
+            step::training(config, &layout, micro_batch, seq_len, recompute).program;
         let arena = 4 * layout.len;
         Ok(Self {
             micro_batch,
@@ -88,6 +90,7 @@ pub fn check_memory(
     config: &Config,
     batch: usize,
     seq_len: usize,
+    recompute: Recompute,
 ) -> anyhow::Result<()> {
     let Some(there) = backend.memory().map(u128::from) else { return Ok(()) };
     // Sizes may be arbitrarily large: a lower bound that cannot overflow, then the sum itself.
@@ -98,7 +101,7 @@ pub fn check_memory(
     let needed = if least > there {
         least
     } else {
-        Footprint::new(backend, config, batch, seq_len)?.peak() as u128
+        Footprint::new(backend, config, batch, seq_len, recompute)?.peak() as u128
     };
     if needed <= there {
         return Ok(());
@@ -110,7 +113,8 @@ pub fn check_memory(
             giga(needed),
             giga(there)
         ),
-        "make the model or `max_position_embeddings` smaller; laam plan shows what takes the memory",
+        "set `recompute` to block, or make the model or `max_position_embeddings` smaller; laam plan \
+         shows what takes the memory",
     ))
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{LrDecay, LrSchedule};
 use crate::dtype::Dtype;
 use crate::error;
-use crate::llama::{AdamW, Muon, Optimizer};
+use crate::llama::{AdamW, Muon, Optimizer, Recompute};
 use crate::model::{Config, RopeScaling};
 use crate::tokenizer::Special;
 use crate::tokens::{Order, WindowKind};
@@ -56,6 +56,10 @@ pub struct Settings {
     /// GPU, else float32]
     #[cfg_attr(feature = "cli", arg(long, value_enum, help_heading = "Training"))]
     pub precision: Option<Dtype>,
+    /// Activations that backward computes again to save memory; the results have the same bits
+    #[serde(skip_serializing_if = "is_default")]
+    #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.recompute, help_heading = "Training"))]
+    pub recompute: Recompute,
 
     /// Width of the residual stream
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.hidden_size, help_heading = "Model"))]
@@ -149,7 +153,7 @@ pub struct Settings {
     #[cfg_attr(feature = "cli", arg(long, value_name = "RATE", help_heading = "Progress"))]
     pub stop_at_verbatim: Option<f64>,
     /// End with the weights whose verbatim rate was the highest measured, not with the last
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[serde(skip_serializing_if = "is_default")]
     #[cfg_attr(feature = "cli", arg(long, help_heading = "Progress"))]
     pub load_best_model_at_end: bool,
 
@@ -170,6 +174,7 @@ const DEFAULT: Settings = Settings {
     windows: WindowKind::Original,
     stride: None,
     precision: None,
+    recompute: Recompute::None,
     hidden_size: 128,
     intermediate_size: 256,
     num_hidden_layers: 4,
@@ -201,6 +206,11 @@ const DEFAULT: Settings = Settings {
     load_best_model_at_end: false,
     deterministic: IgnoredAny,
 };
+
+/// Newer settings are written if they are set only: files of runs without them stay as they were.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
 
 impl Default for Settings {
     fn default() -> Self {

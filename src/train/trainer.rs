@@ -19,7 +19,7 @@ use crate::backend::{Arena, Backend};
 use crate::corpus::now;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
-use crate::llama::StepHyperparams;
+use crate::llama::{Recompute, StepHyperparams};
 use crate::memorization::verbatim;
 use crate::model::{
     Config, Layout, Provenance, SessionRecord, has_weights, initialize, load_provenance,
@@ -183,14 +183,10 @@ impl<'a> Trainer<'a> {
             device: backend.device(),
             ..SessionRecord::default()
         });
-        check_memory(backend, &config, settings.batch_size, windows.context())?;
-        let mut engine = Engine::new(
-            backend,
-            &config,
-            &settings.optimizer(),
-            settings.batch_size,
-            windows.context(),
-        )?;
+        let (batch_size, context) = (settings.batch_size, windows.context());
+        check_memory(backend, &config, batch_size, context, settings.recompute)?;
+        let mut engine = Engine::new(backend, &config, &settings.optimizer(), batch_size, context)?
+            .with_recompute(settings.recompute);
         let unsaved = saved.is_none();
         let is_from_output = saved.as_ref().is_some_and(|saved| saved.folder == job.output.path());
         let is_continuation = unsaved && weights.is_some();
@@ -691,12 +687,13 @@ fn write(engine: &mut Engine, arenas: &[Vec<f32>]) -> anyhow::Result<()> {
 
 /// A resumed run equals an unbroken one only if it is the same run.
 fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::Result<()> {
-    // How often a run tells and saves changes nothing it computes. A run that began with another model's
+    // How often a run logs and saves, and what it computes twice, changes no bit of the result. A run that began with another model's
     // weights has that model's shape, which earlier versions did not write into its settings.
     let essence = |settings: &Settings| Settings {
         logging_steps: 1,
         save_steps: 1,
         save_total_limit: 1,
+        recompute: Recompute::None,
         // A run may be made longer.
         max_steps: None,
         epochs: 1.0,

@@ -8,7 +8,7 @@ use laam::dtype::Dtype;
 use laam::llama::ops::{Attention, AttentionShape, FusedLinearCrossEntropy};
 use laam::llama::step::{self, BatchInputs};
 use laam::llama::{
-    AdamW, BufferKind, BufferRole, Muon, Op, Optimizer, Program, StepHyperparams, update,
+    AdamW, BufferKind, BufferRole, Muon, Op, Optimizer, Program, Recompute, StepHyperparams, update,
 };
 use laam::model::{Config, Layout, RopeScaling, Span};
 use laam::random::{Philox, Stream};
@@ -131,11 +131,20 @@ struct TrainingResult {
 }
 
 fn train_once(backend: &dyn Backend, config: &Config, batch: &Batch) -> TrainingResult {
+    train_recomputing(backend, config, batch, Recompute::None)
+}
+
+fn train_recomputing(
+    backend: &dyn Backend,
+    config: &Config,
+    batch: &Batch,
+    recompute: Recompute,
+) -> TrainingResult {
     let layout = Layout::new(config);
     let spec = SessionSpec { training: true, cache_len: 0 };
     let mut session = backend.open(&layout, spec).unwrap();
     session.write(Arena::Parameters, &weights(&layout)).unwrap();
-    let micro = step::training(config, &layout, batch.windows, batch.context);
+    let micro = step::training(config, &layout, batch.windows, batch.context, recompute);
     let program = session.load(micro.program).unwrap();
     // Twice: stale outputs and gradients of the first run must not leak into the second.
     for _ in 0..2 {
@@ -527,9 +536,33 @@ fn step_memory_equals_the_plan() {
     engine.write(Arena::Parameters, &weights(engine.layout())).unwrap();
     let hyperparams = StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step: 1 };
     engine.step(&[batch(windows, context, config.vocab_size)], hyperparams).unwrap();
-    let planned = Footprint::new(&backend, &config, windows, context).unwrap();
+    let planned = Footprint::new(&backend, &config, windows, context, Recompute::None).unwrap();
     assert_eq!(planned.micro_batch, 64);
     assert_eq!(engine.bytes(), planned.peak() - planned.workspace);
+}
+
+/// Each kind of recomputation takes less memory than the one before it.
+#[test]
+fn recomputation_saves_memory_and_changes_no_bit() {
+    let config = config(6, 2, 6, true);
+    let batch = batch(3, 37, config.vocab_size);
+    let reference = Reference::F64;
+    let cpus = cpus(2);
+    for backend in cpus.iter().map(|cpu| cpu as &dyn Backend).chain([&reference as &dyn Backend]) {
+        let train = |recompute| train_recomputing(backend, &config, &batch, recompute);
+        let memory =
+            |recompute| Footprint::new(backend, &config, 3, 37, recompute).unwrap().activations;
+        let (kept, mut bytes) = (train(Recompute::None), memory(Recompute::None));
+        for recompute in [Recompute::Mlp, Recompute::Block] {
+            let what = format!("{}, {recompute:?}", backend.name());
+            let again = train(recompute);
+            assert!(kept.nll == again.nll && kept.argmax == again.argmax, "{what}: losses");
+            assert!(kept.gradients == again.gradients, "{what}: gradients");
+            let less = memory(recompute);
+            assert!(less < bytes, "{what}: {less} bytes, {bytes} before");
+            bytes = less;
+        }
+    }
 }
 
 /// Losses and argmax, also right after a step whose buffers share the memory.
@@ -546,7 +579,7 @@ fn evaluation_is_bitwise_equal_to_the_training_forward() {
             let mut session =
                 backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
-            let training = step::training(&config, &layout, 3, 37);
+            let training = step::training(&config, &layout, 3, 37, Recompute::None);
             let evaluation = step::evaluation(&config, &layout, 3, 37);
             let train = session.load(training.program).unwrap();
             let evaluate = session.load(evaluation.program).unwrap();
@@ -614,7 +647,8 @@ fn gradients_accumulate_over_micro_batches() {
                 backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             for part in parts {
-                let micro = step::training(&config, &layout, part.windows, part.context);
+                let micro =
+                    step::training(&config, &layout, part.windows, part.context, Recompute::None);
                 let program = session.load(micro.program).unwrap();
                 let inputs = Inputs {
                     indices: micro.inputs.bind(part.arrays()),

@@ -10,7 +10,7 @@ use laam::corpus::Document;
 use laam::device::sim::Sim;
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
-use laam::llama::{AdamW, Muon, Optimizer, StepHyperparams};
+use laam::llama::{AdamW, Muon, Optimizer, Recompute, StepHyperparams};
 use laam::model::{Config, RopeScaling, initialize};
 use laam::random::{Philox, Stream};
 use laam::tokenizer::Style;
@@ -123,6 +123,21 @@ pub fn apart(a: &[f64], b: &[f64]) -> f64 {
 }
 
 pub const STEPS: u64 = 20;
+
+#[test]
+fn recomputation_leaves_the_same_weights_on_a_device() {
+    let config = config(8);
+    let Some(backend) = sim(Dtype::Bf16, Mode::Graphs, 2) else { return };
+    let weights = |recompute| {
+        let mut engine = engine(&backend, &config, false).with_recompute(recompute);
+        let (losses, _) = steps(&mut engine, &config, 1..=2);
+        (losses, engine.read(Arena::Parameters).unwrap())
+    };
+    let kept = weights(Recompute::None);
+    for recompute in [Recompute::Mlp, Recompute::Block] {
+        assert!(kept == weights(recompute), "{recompute:?}");
+    }
+}
 
 #[test]
 fn twenty_steps_in_f32_follow_the_reference() {

@@ -612,6 +612,12 @@ fn plan_is_equal_for_flags_and_folder() {
     // 6 x 512 x 64 x 8 of attention.
     assert_eq!(original["flops_per_token_training"], 6 * (466_944 + 2_097_152 + 512 * 64 * 8));
 
+    assert_eq!(plan(&["--preset", "original"])["parameters"], 4_662_336);
+    let activations = ["none", "mlp", "block"].map(|recompute| {
+        plan(&["--preset", "32m", "--recompute", recompute])["bytes_activations"].as_u64().unwrap()
+    });
+    assert!(activations.is_sorted_by(|more, less| less < more), "{activations:?}");
+
     let folder = saved();
     let path = folder.path().to_str().unwrap();
     let count = Layout::new(&tiny()).parameter_count();
@@ -619,6 +625,8 @@ fn plan_is_equal_for_flags_and_folder() {
     error_of(&["plan", path, "--hidden_size", "64"]);
     error_of(&["plan", path, "--vocab_size", "64"]);
     error_of(&["plan", "no/such/folder"]);
+    error_of(&["plan", "--preset", "42b"]);
+    error_of(&["plan", "--preset", "32m", "--hidden_size", "64"]);
     error_of(&["plan", "--hidden_size", "65", "--num_attention_heads", "4"]);
     error_of(&["plan", "--num_attention_heads", "0"]);
     error_of(&["plan", "--num_hidden_layers", "99999999999"]);
