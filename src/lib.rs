@@ -11,7 +11,8 @@
 //! - [`threads`][]: thread counts and pools
 //! - [`dtype`][]: element types of tensors
 //! - [`schema`][]: versions of the JSON files
-//! - [`corpus`][]: text sources (kernel.org, archives, folders, the built-in sample) and their manifest
+//! - [`corpus`][]: text sources (kernel.org, archives, folders, files of documents, the built-in sample)
+//!   and their manifest
 //! - [`tokenizer`][]: byte-level BPE
 //! - [`tokens`][]: the memory-mapped token file, its windows, the sampler
 //! - [`kernels`][]: the compiled CUDA kernels and their signatures

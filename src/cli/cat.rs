@@ -46,6 +46,9 @@ pub struct CatArgs {
 pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
+    if let Some(provenance) = &opened.provenance {
+        model::refuse_unnamed(provenance, &arguments.model)?;
+    }
     let known = opened.provenance.as_ref().map(Provenance::paths).unwrap_or_default();
     if !known.is_empty() && !known.contains(&arguments.path) {
         let model = arguments.model.display();

@@ -82,6 +82,7 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
         "windows": windows.len(),
         "window_kind": kind,
         "files": manifest.files.len(),
+        "documents": manifest.documents(),
         "bytes": bytes,
     });
     // JSON has no word for what is not finite; the loss says how large it is.

@@ -168,7 +168,8 @@ impl Measures {
         let fresh = initialize(config, &Layout::new(config), seed);
         let untrained = of(&fresh, windows, &spread(windows.len(), CONTROLS), "control")?;
         let documents = || -> anyhow::Result<_> {
-            Ok(corpus.documents()?.map(|document| interrupt::check(AGAIN).and(document)))
+            let read = corpus.documents()?.map(|document| interrupt::check(AGAIN).and(document));
+            Ok(read.map(|document| opened.tokenizer.decoded(document?)))
         };
         let reversed = documents()?.filter_map(|document| reverse(document).transpose());
         let mut reversed = reversed.peekable();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use super::output::say;
+use crate::corpus::shown;
 use crate::error;
 use crate::memorization::rebuild::check_paths;
 use crate::model::{Model, Provenance, check_hashes, load, load_provenance, read_consistently};
@@ -35,8 +36,10 @@ pub fn open(folder: &Path) -> anyhow::Result<Opened> {
 
 /// The paths of the files that a model was trained on, all of them fit to be printed and written.
 pub fn paths(folder: &Path) -> anyhow::Result<Vec<String>> {
-    let paths = load_provenance(folder)?.unwrap_or_default().paths();
+    let provenance = load_provenance(folder)?.unwrap_or_default();
+    let paths = provenance.paths();
     if paths.is_empty() {
+        refuse_unnamed(&provenance, folder)?;
         return Err(error::checkpoint(
             format!("{} does not say which files the model was trained on", folder.display()),
             "every model that laam trains has them in provenance.json",
@@ -44,6 +47,23 @@ pub fn paths(folder: &Path) -> anyhow::Result<Vec<String>> {
     }
     check_paths(&paths)?;
     Ok(paths)
+}
+
+/// Refuses to ask for a name if no document that a model was trained on has one.
+pub fn refuse_unnamed(provenance: &Provenance, folder: &Path) -> anyhow::Result<()> {
+    let shards = provenance.shards();
+    let (Some(first), true) = (shards.first(), provenance.paths().is_empty()) else {
+        return Ok(());
+    };
+    let (model, first) = (folder.display(), shown(first.as_bytes()));
+    Err(error::config(
+        format!(
+            "the model in {model} was trained on documents without names, of {first}: there is no name to ask for"
+        ),
+        format!(
+            "laam memorization {model} measures what it holds, laam generate goes on with a text"
+        ),
+    ))
 }
 
 /// The kind of windows that a model was trained on, where its provenance says so.

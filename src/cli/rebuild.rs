@@ -134,7 +134,8 @@ impl RebuildArgs {
             version: is_kernel.then(|| source.to_string()),
             mirror_uri: self.mirror_uri.clone(),
             unverified: self.unverified,
-            source: is_path.then(|| source.into()),
+            source: is_path.then(|| source.into()).into_iter().collect(),
+            text_field: "text".to_string(),
             limit: self.limit,
             strict: false,
         }

@@ -108,7 +108,7 @@ pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     arguments.source.check_apart(&folder)?;
     let corpus = arguments.source.corpus_of_recipe(&recipe)?;
     let manifest = corpus.manifest()?;
-    say!("{}: {} files, {} bytes", manifest.source, manifest.files.len(), manifest.bytes());
+    say!("{}: {} files, {} bytes", manifest.source, manifest.documents(), manifest.bytes());
     let identity = Identity::new(&recipe, &manifest)?;
     let _folder = claim(&folder, &recipe, &identity)?;
 

@@ -12,13 +12,13 @@ use super::progress::{Downloads, Progress};
 use super::train_tokenizer::encoding_of;
 use crate::corpus::{
     Corpus, CorpusOptions, Encoding, LinuxRelease, MIRROR, Manifest, NameFilter, SAMPLE, Source,
-    SourceOrigin, Version, cache_folder, hex, shown,
+    SourceOrigin, TokenVocabulary, Version, cache_folder, hex, shown,
 };
 use crate::error::{self, with_flags};
 use crate::memorization::rebuild::check_apart;
 use crate::model::Provenance;
 use crate::output::remove_temporaries;
-use crate::tokenizer::{Style, Tokenizer};
+use crate::tokenizer::{Special, Style, Tokenizer};
 use crate::tokens::TokenFile;
 use crate::train::prepare;
 use crate::train::recipe::Recipe;
@@ -36,16 +36,21 @@ pub struct SourceArgs {
     /// Accept a kernel that the server has no checksum of
     #[arg(long)]
     pub unverified: bool,
-    /// A folder, a .tar, .tar.gz or .tar.xz archive, or one source file
+    /// A folder, a .tar, .tar.gz or .tar.xz archive, or files: text, .jsonl (also .gz, .zst), .parquet, and
+    /// .bin of llm.c or nanoGPT. A quoted glob, or the flag again, names several files. A text file is one
+    /// document, longer than 64 MiB one for each MiB; the records of the others are documents without names
     #[arg(long, value_name = "PATH")]
-    pub source: Option<PathBuf>,
+    pub source: Vec<PathBuf>,
+    /// The field of .jsonl, or the column of .parquet, that holds the text
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    pub text_field: String,
     /// Only files that match a glob, whatever their suffix: '*.py' by name, 'doc/**' by path
     #[arg(long, value_name = "GLOB")]
     pub include: Vec<String>,
     /// No files that match a glob
     #[arg(long, value_name = "GLOB")]
     pub exclude: Vec<String>,
-    /// Only the first N of the files that count
+    /// Only the first N of the files, or documents, that count
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
     /// Fail on a file that is not UTF-8 text instead of leaving it out
@@ -56,21 +61,23 @@ pub struct SourceArgs {
 impl SourceArgs {
     /// Refuses an output folder that a named source overlaps.
     pub fn check_apart(&self, output: &Path) -> anyhow::Result<()> {
-        match &self.source {
-            Some(source) if source.is_dir() => check_apart(output, source),
-            Some(source) => check_apart(&output.join("rebuilt"), source),
-            None => Ok(()),
-        }
+        self.source.iter().try_for_each(|source| {
+            if source.is_dir() {
+                check_apart(output, source)
+            } else {
+                check_apart(&output.join("rebuilt"), source)
+            }
+        })
     }
 
     /// The corpus, read as a tokenizer reads: see [`Self::corpus`].
     pub fn corpus_for(&self, tokenizer: &Tokenizer) -> anyhow::Result<Corpus> {
-        self.corpus(None, encoding_of(tokenizer.style().unwrap_or(Style::Exact)))
+        open(&self.named(None)?, self.options_for(tokenizer)?)
     }
 
     /// True if the arguments name a source.
     fn is_named(&self) -> bool {
-        self.source.is_some() || self.version.is_some()
+        !self.source.is_empty() || self.version.is_some()
     }
 
     /// The corpus of a recipe: the one that the arguments name, else the recipe's.
@@ -116,8 +123,7 @@ impl SourceArgs {
                 return Err(error::config(what, "name the text with `source` or `version`"));
             }
         };
-        let mut options =
-            self.options(encoding_of(opened.tokenizer.style().unwrap_or(Style::Exact)))?;
+        let mut options = self.options_for(&opened.tokenizer)?;
         if let Some(record) = record
             && self.limit.is_none()
             && self.include.is_empty()
@@ -136,21 +142,35 @@ impl SourceArgs {
             limit: self.limit.map(|limit| limit as usize),
             strict: self.strict,
             encoding,
+            text_field: Some(self.text_field.clone()),
             ..CorpusOptions::default()
         })
+    }
+
+    /// The options of reading as a tokenizer reads.
+    fn options_for(&self, tokenizer: &Tokenizer) -> anyhow::Result<CorpusOptions> {
+        let Special { bos, eos, .. } = tokenizer.special();
+        let vocabulary = Some(TokenVocabulary { size: tokenizer.vocab_size(), bos, eos });
+        let encoding = encoding_of(tokenizer.style().unwrap_or(Style::Exact));
+        Ok(CorpusOptions { vocabulary, ..self.options(encoding)? })
     }
 
     /// Opens the corpus that the arguments name, or `default` (a kernel's version, or None for the
     /// built-in sample) if they name none. Shows a download as it goes.
     pub fn corpus(&self, default: Option<&str>, encoding: Encoding) -> anyhow::Result<Corpus> {
-        let source = match (&self.source, self.version.as_deref().or(default)) {
-            (Some(path), _) => Source::Path(path.clone()),
-            (None, Some(version)) => {
+        open(&self.named(default)?, self.options(encoding)?)
+    }
+
+    /// What the arguments name, or `default`.
+    fn named(&self, default: Option<&str>) -> anyhow::Result<Source> {
+        Ok(match (self.source.as_slice(), self.version.as_deref().or(default)) {
+            ([path], _) => Source::Path(path.clone()),
+            ([], Some(version)) => {
                 Source::Linux(release(version, &self.mirror_uri, self.unverified)?)
             }
-            (None, None) => Source::Sample,
-        };
-        open(&source, self.options(encoding)?)
+            ([], None) => Source::Sample,
+            (paths, _) => Source::Paths(paths.to_vec()),
+        })
     }
 }
 

@@ -236,6 +236,7 @@ impl Stage<'_> {
         let settings = self.settings;
         let tokenizer = &self.tokenizer;
         let (kind, context) = (settings.windows, settings.max_position_embeddings);
+        Windows::check_names(kind, tokenizer, corpus.has_names())?;
         // What can be refused is, before the text is read.
         let (config, weights) = if let Some(folder) = &self.weights {
             let (model, warnings) =

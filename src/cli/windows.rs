@@ -49,6 +49,7 @@ pub fn kind(asked: Option<WindowKind>, opened: &Opened) -> WindowKind {
 
 /// Cuts a corpus into windows of the model's context.
 pub fn cut(corpus: &Corpus, opened: &Opened, kind: WindowKind) -> anyhow::Result<(Cut, Manifest)> {
+    Windows::check_names(kind, &opened.tokenizer, corpus.has_names())?;
     let scratch = Scratch::new()?;
     let tokens = scratch.0.join("tokens");
     let (file, manifest) = source::tokenize(corpus, &opened.tokenizer, &tokens, true)?;

@@ -218,6 +218,25 @@ fn refuse(what: &str, path: &Path) -> Stop {
     .into()
 }
 
+/// A file, decompressed by the format that its first bytes name: gzip, zstd or none. Beyond
+/// [`MAX_RATIO`] it is an error of the kind [`io::ErrorKind::QuotaExceeded`].
+pub fn open_packed(path: &Path) -> io::Result<impl BufRead> {
+    let no_limit = || Rc::new(Meter { allowed: Cell::new(u64::MAX), ..Meter::default() });
+    let meter = no_limit();
+    let packed = Metered { inner: files::open(path)?, meter: meter.clone(), packed: None };
+    let mut packed = BufReader::with_capacity(1 << 16, packed);
+    let start = packed.fill_buf()?;
+    let inner: Box<dyn Read> = if start.starts_with(b"\x28\xB5\x2F\xFD") {
+        Box::new(zstd::Decoder::with_buffer(packed)?)
+    } else if start.starts_with(&[0x1F, 0x8B]) {
+        Box::new(Gzip::Member(GzDecoder::new(packed)))
+    } else {
+        Box::new(packed)
+    };
+    let unpacked = Metered { inner, meter: no_limit(), packed: Some(meter) };
+    Ok(BufReader::with_capacity(1 << 18, unpacked))
+}
+
 /// Decompresses by the format that the first bytes name.
 fn unpack<R: BufRead + 'static>(mut packed: R) -> io::Result<Box<dyn Read>> {
     let start = packed.fill_buf()?;

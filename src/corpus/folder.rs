@@ -46,15 +46,13 @@ pub fn read(folder: &Path, intake: &mut Intake) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One file by itself, named without its folder.
-pub fn read_file(file: &Path, intake: &mut Intake) -> anyhow::Result<()> {
-    let name = file.file_name().unwrap_or_default().as_bytes();
-    let read = match names::corpus_path(name) {
+/// One file by itself, under a name of its own.
+pub fn read_file(file: &Path, name: &[u8], intake: &mut Intake) -> anyhow::Result<Flow> {
+    match names::corpus_path(name) {
         Ok(path) => intake.keep(path, contents(file, intake.limits().file)?),
         Err(Fault::LongPart) => intake.leave_out(name, Reason::LongName),
         Err(Fault::Unusable | Fault::LeadsOut) => intake.leave_out(name, Reason::Name),
-    };
-    read.map(drop)
+    }
 }
 
 /// All that counts by its name in the folder and the folders in it, in no order, and the files with

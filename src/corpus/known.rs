@@ -12,14 +12,14 @@ const LINUX_1_0_MANIFEST: &str = "49083d3a3250618ea5ec287e87478e649bbaf3752246ac
 
 /// Number of files that are byte for byte one of Linux 1.0's.
 pub fn linux_1_0_files(files: &[FileRecord]) -> usize {
-    let (known, _) = LINUX_1_0.as_chunks::<16>();
-    let is_known = |file: &&FileRecord| {
-        let sha256 = unhex(&file.sha256).ok();
-        sha256.is_some_and(|sha256| {
-            known.binary_search_by(|entry| entry[..].cmp(&sha256[..16])).is_ok()
-        })
-    };
+    let is_known = |file: &&FileRecord| unhex(&file.sha256).is_ok_and(|hash| is_linux_file(&hash));
     files.iter().filter(is_known).count()
+}
+
+/// True if this is the SHA-256 of one of Linux 1.0's files.
+pub fn is_linux_file(sha256: &[u8]) -> bool {
+    let (known, _) = LINUX_1_0.as_chunks::<16>();
+    known.binary_search_by(|entry| entry[..].cmp(&sha256[..16])).is_ok()
 }
 
 /// True if this is the manifest hash of Linux 1.0 whole.

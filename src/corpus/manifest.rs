@@ -19,6 +19,10 @@ pub enum SourceOrigin {
     Folder,
     Archive,
     File,
+    /// Several files of text.
+    Files,
+    /// Files of documents without names: JSONL, Parquet, token files, long text.
+    Shards,
 }
 
 /// Files of one pass over a corpus, and their source.
@@ -44,8 +48,14 @@ pub struct Manifest {
     pub encoding: Encoding,
     /// Only the first so many kept files were asked for.
     pub limit: Option<usize>,
+    /// The field or column of the text, if there are shards of records.
+    pub text_field: Option<String>,
     /// The files given, in order.
     pub files: Vec<FileRecord>,
+    /// The files of documents without names, in order.
+    pub shards: Vec<ShardRecord>,
+    /// Bytes of the text that the ids of token files stand for; counted when they are written.
+    pub decoded_bytes: u64,
     /// The files that would count by their names, but were left out.
     pub left_out: Vec<LeftOut>,
     /// The files that do not count, because of the suffix of their names.
@@ -80,6 +90,33 @@ pub struct FileRecord {
     /// Sha256 of the file's bytes as found, in hexadecimal.
     pub sha256: String,
     pub bytes: u64,
+}
+
+/// A file of documents without names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ShardRecord {
+    /// The name of the file, relative to the folder that all of the files are in.
+    pub name: String,
+    /// Sha256 of the file, in hexadecimal.
+    pub sha256: String,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// Documents given.
+    pub documents: u64,
+    /// Bytes of their text.
+    pub text_bytes: u64,
+    /// Records without text, which are passed over.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub empty: u64,
+    /// Documents that are byte for byte a file of Linux 1.0.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub linux_files: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// One file that was not.
@@ -138,7 +175,10 @@ impl Default for Manifest {
             exclude: Vec::new(),
             encoding: Encoding::default(),
             limit: None,
+            text_field: None,
             files: Vec::new(),
+            shards: Vec::new(),
+            decoded_bytes: 0,
             left_out: Vec::new(),
             other: OtherFiles::default(),
         }
@@ -146,19 +186,32 @@ impl Default for Manifest {
 }
 
 impl Manifest {
-    /// The bytes of all files.
+    /// The bytes of all text.
     pub fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
+        let files: u64 = self.files.iter().map(|file| file.bytes).sum();
+        let shards: u64 = self.shards.iter().map(|shard| shard.text_bytes).sum();
+        files + shards + self.decoded_bytes
+    }
+
+    /// The number of documents.
+    pub fn documents(&self) -> u64 {
+        let shards: u64 = self.shards.iter().map(|shard| shard.documents).sum();
+        self.files.len() as u64 + shards
     }
 
     /// One sha256 for all the files, whatever their order: that of the lines `SHA256  PATH\n` sorted
     /// bytewise by path, which is what `sha256sum $(find -type f | LC_ALL=C sort) | sha256sum` says.
+    /// Behind them comes a line for each shard, in order: `SHA256  NAME  DOCUMENTS FIELD\n`.
     pub fn hash(&self) -> String {
         let mut files: Vec<_> = self.files.iter().collect();
         files.sort_by(|a, b| a.path.cmp(&b.path));
         let mut hasher = Sha256::new();
         for file in files {
             hasher.update(format!("{}  {}\n", file.sha256, file.path));
+        }
+        let field = self.text_field.as_deref().unwrap_or_default();
+        for ShardRecord { sha256, name, documents, .. } in &self.shards {
+            hasher.update(format!("{sha256}  {name}  {documents} {field}\n"));
         }
         hex(&hasher.finalize())
     }
@@ -184,6 +237,10 @@ impl Manifest {
                 });
         let names = &mut self.other.names.iter().map(String::as_str);
         let other = line(self.other.files, "by their suffix; `include` takes them", names);
-        lines.chain(other).collect()
+        let empty = self.shards.iter().filter(|shard| shard.empty > 0);
+        let empty = empty.map(|ShardRecord { name, empty, .. }| {
+            format!("{empty} records without text passed over: {}", shown(name.as_bytes()))
+        });
+        lines.chain(other).chain(empty).collect()
     }
 }

@@ -1,4 +1,5 @@
-//! Text sources: kernel.org, archives, folders, single files and the built-in sample, and the manifest of a pass.
+//! Text sources: kernel.org, archives, folders, files of text, shards of documents without names, and
+//! the built-in sample; and the manifest of a pass.
 //!
 //! A [`Source`] says where to look; [`Corpus::open`] looks there, and [`Corpus::documents`] is one
 //! pass over the files that count, in order, a file at a time: a kernel tree of 1.3 GB passes
@@ -13,23 +14,27 @@ mod archive;
 mod download;
 mod event;
 mod folder;
+mod jsonl;
 mod known;
 mod linux;
 mod manifest;
 mod names;
+mod parquet;
 mod pass;
 mod sample;
+mod shards;
+mod text;
 mod time;
+mod token_file;
 
 use std::borrow::Cow;
 use std::io::Read;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 pub use event::{FetchEvent, Tell};
 pub use known::{is_linux_1_0, linux_1_0_files};
 pub use linux::{Fetched, LinuxRelease, MIRROR, Version, cache_folder, checksum_in};
-pub use manifest::{FileRecord, LeftOut, Manifest, OtherFiles, Reason, SourceOrigin};
+pub use manifest::{FileRecord, LeftOut, Manifest, OtherFiles, Reason, ShardRecord, SourceOrigin};
 pub use names::{NameFilter, SUFFIXES};
 pub(crate) use names::{corpus_path, shown};
 pub use pass::Documents;
@@ -38,22 +43,27 @@ pub use time::now;
 
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
+use shards::InputFile;
 
-/// One file of a corpus.
+/// One file of a corpus, or one record of a shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// The file's path inside the corpus: relative, `/`-separated (`linux/kernel/sched.c`).
+    /// The file's path inside the corpus: relative, `/`-separated (`linux/kernel/sched.c`). Empty for a
+    /// document without a name.
     pub path: String,
     /// The text. Files that are not UTF-8 were left out (or read as latin-1 for style `original`).
     pub text: String,
     /// How the file's bytes became `text`.
     pub encoding: Encoding,
+    /// The tokens, instead of a text, if they come from a token file.
+    pub ids: Vec<u32>,
 }
 
 impl Document {
     /// A UTF-8 file.
     pub fn new(path: impl Into<String>, text: impl Into<String>) -> Self {
-        Self { path: path.into(), text: text.into(), encoding: Encoding::Utf8 }
+        let (path, text) = (path.into(), text.into());
+        Self { path, text, encoding: Encoding::Utf8, ids: Vec::new() }
     }
 
     /// The file's own bytes.
@@ -71,8 +81,10 @@ impl Document {
 pub enum Source {
     /// A kernel of kernel.org, downloaded if it is not in the cache.
     Linux(LinuxRelease),
-    /// A folder, a .tar, .tar.gz or .tar.xz archive, or one file of text.
+    /// A folder, a .tar, .tar.gz or .tar.xz archive, a file of text or of documents, or a glob of files.
     Path(PathBuf),
+    /// Several files of text or of documents, or globs of them.
+    Paths(Vec<PathBuf>),
     /// The small C program that is built into this one.
     Sample,
 }
@@ -90,6 +102,20 @@ pub struct CorpusOptions {
     pub limits: Limits,
     /// The manifest hash that a whole pass must have.
     pub expected: Option<String>,
+    /// Name of the field or column that holds a record's text: `text` by default.
+    pub text_field: Option<String>,
+    /// The vocabulary of the tokenizer, by which token files are read.
+    pub vocabulary: Option<TokenVocabulary>,
+}
+
+/// What reading a token file takes of a tokenizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenVocabulary {
+    /// One more than the largest id.
+    pub size: usize,
+    /// The tokens that may separate documents: the first of a text, and the last.
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
 }
 
 /// Treatment of files that are not UTF-8.
@@ -137,7 +163,7 @@ pub struct Corpus {
 enum ResolvedSource {
     Archive(PathBuf),
     Folder(PathBuf),
-    File(PathBuf),
+    Files(Vec<InputFile>),
     Sample,
 }
 
@@ -176,29 +202,63 @@ impl Corpus {
                 origin.source = SAMPLE.to_string();
                 ResolvedSource::Sample
             }
-            Source::Path(path) => {
-                origin.source = path.display().to_string();
-                origin.retrieved = Some(time::now());
-                let metadata = std::fs::metadata(path).map_err(|why| missing(path, &why))?;
-                let name = path.file_name().unwrap_or_default().as_bytes();
-                if metadata.is_dir() {
-                    ResolvedSource::Folder(path.clone())
-                } else if metadata.is_file() && (names::is_kept(name) || options.filter.keeps(name))
-                {
-                    origin.origin = SourceOrigin::File;
-                    ResolvedSource::File(path.clone())
-                } else if metadata.is_file() {
-                    refuse_unreadable_format(path)?;
-                    origin.origin = SourceOrigin::Archive;
-                    origin.archive_sha256 = Some(sha256_of(path)?);
-                    ResolvedSource::Archive(path.clone())
-                } else {
-                    let what = format!("neither a file nor a folder, {}", path.display());
-                    return Err(error::data(what, SOURCE_HINT));
-                }
-            }
+            Source::Path(path) => Self::resolve(std::slice::from_ref(path), &options, &mut origin)?,
+            Source::Paths(paths) => Self::resolve(paths, &options, &mut origin)?,
         };
         Ok(Self { place, options, origin })
+    }
+
+    /// Finds what paths and globs name.
+    fn resolve(
+        paths: &[PathBuf],
+        options: &CorpusOptions,
+        origin: &mut Manifest,
+    ) -> anyhow::Result<ResolvedSource> {
+        origin.source = match paths {
+            [path] => path.display().to_string(),
+            [first, rest @ ..] => format!("{} and {} more", first.display(), rest.len()),
+            [] => return Err(error::config("no `source`", SOURCE_HINT)),
+        };
+        origin.retrieved = Some(time::now());
+        let found = shards::expand(paths, options)?;
+        if let [path] = found.as_slice()
+            && shards::format_of(path, options)?.is_none()
+        {
+            let metadata = std::fs::metadata(path).map_err(|why| missing(path, &why))?;
+            if metadata.is_dir() {
+                return Ok(ResolvedSource::Folder(path.clone()));
+            }
+            if !metadata.is_file() {
+                let what = format!("neither a file nor a folder, {}", path.display());
+                return Err(error::data(what, SOURCE_HINT));
+            }
+            if !shards::is_text(path, options) {
+                refuse_unreadable_format(path)?;
+                origin.origin = SourceOrigin::Archive;
+                origin.archive_sha256 = Some(sha256_of(path)?);
+                return Ok(ResolvedSource::Archive(path.clone()));
+            }
+        }
+        let files = shards::inputs(&found, options)?;
+        origin.origin = match files.as_slice() {
+            files if files.iter().any(|file| file.format.is_some()) => SourceOrigin::Shards,
+            [_] => SourceOrigin::File,
+            _ => SourceOrigin::Files,
+        };
+        for file in &files {
+            if let Some(format) = file.format {
+                origin.shards.push(file.record()?);
+                if format.has_fields() {
+                    origin.text_field = Some(options.text_field().to_string());
+                }
+            }
+        }
+        Ok(ResolvedSource::Files(files))
+    }
+
+    /// True if every document has a name.
+    pub fn has_names(&self) -> bool {
+        self.origin.shards.is_empty()
     }
 
     /// One pass over the kept files, in order: an archive's members as they come, a folder's files
@@ -214,9 +274,9 @@ impl Corpus {
                     folder::read(&folder, intake)
                 })
             }
-            ResolvedSource::File(file) => {
+            ResolvedSource::Files(files) => {
                 Documents::start(self.origin.clone(), options, move |intake| {
-                    folder::read_file(&file, intake)
+                    shards::read(&files, intake)
                 })
             }
             ResolvedSource::Archive(file) => {
@@ -245,8 +305,14 @@ impl Corpus {
 /// Source name of the built-in sample in its manifest.
 pub const SAMPLE: &str = "built-in sample";
 
-const SOURCE_HINT: &str =
-    "give a folder, a .tar, .tar.gz or .tar.xz archive, or a source file, that can be read";
+impl CorpusOptions {
+    /// The field or column of a record's text.
+    pub fn text_field(&self) -> &str {
+        self.text_field.as_deref().unwrap_or("text")
+    }
+}
+
+const SOURCE_HINT: &str = "give a folder, a .tar, .tar.gz or .tar.xz archive, a text file, or .jsonl, .parquet or .bin files, that can be read";
 
 /// The error of a path that leads nowhere.
 fn missing(path: &Path, why: &std::io::Error) -> anyhow::Error {
@@ -282,6 +348,12 @@ fn refuse_unreadable_format(path: &Path) -> anyhow::Result<()> {
     let mut start = Vec::new();
     let read = files::open(path).and_then(|file| file.take(8).read_to_end(&mut start));
     read.map_err(|why| error::data(format!("{why}, {}", path.display()), SOURCE_HINT))?;
+    if start == b"LAAMTOKS" {
+        return Err(error::data(
+            format!("{} is a token file of laam, not text", path.display()),
+            "name the text that it was made of",
+        ));
+    }
     match FORMATS.iter().find(|(magic, _)| start.starts_with(magic)) {
         None => Ok(()),
         Some((_, format)) => Err(error::data(

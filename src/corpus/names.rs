@@ -73,6 +73,12 @@ impl NameFilter {
         is_included && !self.excludes.is_match(as_path(name))
     }
 
+    /// True if a file whose name says nothing of its text is kept: a shard.
+    pub fn keeps_shard(&self, name: &[u8]) -> bool {
+        let name = as_path(name);
+        (self.include.is_empty() || self.includes.is_match(&name)) && !self.excludes.is_match(&name)
+    }
+
     /// True if only the suffix of its name keeps a file out.
     pub fn lacks_suffix(&self, name: &[u8]) -> bool {
         self.include.is_empty() && !is_kept(name) && !self.excludes.is_match(as_path(name))

@@ -1,11 +1,12 @@
 //! One pass over a corpus: a thread that reads, and an iterator that hands out what it read.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use sha2::{Digest, Sha256};
 
+use super::known::is_linux_file;
 use super::manifest::{FileRecord, LeftOut, Manifest, OtherFiles, Reason};
 use super::names::{self, NameFilter, shown};
 use super::{CorpusOptions, Document, Encoding, Limits, hex};
@@ -18,6 +19,9 @@ const FILES_AHEAD: usize = 4;
 /// The documents of one pass, in order. After an error there are no more.
 pub struct Documents {
     receiver: Option<Receiver<Message>>,
+    /// Documents of a shard that have arrived, and the number of the shard.
+    arrived: VecDeque<Document>,
+    shard: usize,
     manifest: Manifest,
     /// The hash that the manifest must have at the end.
     expected: Option<String>,
@@ -25,6 +29,10 @@ pub struct Documents {
 
 enum Message {
     Kept(Document, FileRecord),
+    /// Documents without names, of the shard of this number.
+    Records(usize, Vec<Document>),
+    /// Records without text in the shard of this number, and files of Linux 1.0.
+    Counts(usize, [u64; 2]),
     LeftOut(LeftOut),
     Other(OtherFiles),
     End(anyhow::Result<()>),
@@ -45,11 +53,13 @@ impl Documents {
             .spawn(move || {
                 let mut intake = Intake::new(source, options, sender);
                 let result = read(&mut intake);
+                let _ = intake.flush();
                 let _ = intake.sender.send(Message::Other(std::mem::take(&mut intake.other)));
                 let _ = intake.sender.send(Message::End(result)); // nobody left to hear it: fine
             })
             .map_err(|why| threads::none_to_be_had(&why))?;
-        Ok(Self { receiver: Some(receiver), manifest: origin, expected })
+        let arrived = VecDeque::new();
+        Ok(Self { receiver: Some(receiver), arrived, shard: 0, manifest: origin, expected })
     }
 
     /// The record of what this pass has given; the whole corpus once there is no next document.
@@ -65,14 +75,17 @@ impl Documents {
     fn end(&mut self, result: anyhow::Result<()>) -> Option<anyhow::Result<Document>> {
         self.receiver = None;
         let nothing = || {
-            let mut what = format!("no source files in {}", self.manifest.source);
+            let kind = if self.manifest.shards.is_empty() { "source files" } else { "documents" };
+            let mut what = format!("no {kind} in {}", self.manifest.source);
             let warnings = self.manifest.warnings();
             if !warnings.is_empty() {
                 what.push_str(" (");
                 what.push_str(&warnings.join("; "));
                 what.push(')');
             }
-            let hint = if self.manifest.include.is_empty() {
+            let hint = if !self.manifest.shards.is_empty() {
+                "check the files, and `text_field`".to_string()
+            } else if self.manifest.include.is_empty() {
                 format!("source files end in {}; `include` takes others", names::SUFFIXES.join(" "))
             } else {
                 "a glob without / matches names, like '*.py', another whole paths, like 'doc/**'"
@@ -81,7 +94,7 @@ impl Documents {
             error::data(what, hint)
         };
         match result {
-            Ok(()) if self.manifest.files.is_empty() => Some(Err(nothing())),
+            Ok(()) if self.manifest.documents() == 0 => Some(Err(nothing())),
             Ok(()) => {
                 let found = self.manifest.hash();
                 let expected = self.expected.take().filter(|expected| *expected != found)?;
@@ -104,7 +117,23 @@ impl Iterator for Documents {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
+            if let Some(document) = self.arrived.pop_front() {
+                if let Some(shard) = self.manifest.shards.get_mut(self.shard) {
+                    shard.documents += 1;
+                    shard.text_bytes += document.text.len() as u64;
+                }
+                return Some(Ok(document));
+            }
             match self.receiver.as_ref()?.recv() {
+                Ok(Message::Records(shard, documents)) => {
+                    (self.shard, self.arrived) = (shard, documents.into());
+                }
+                Ok(Message::Counts(shard, [empty, linux_files])) => {
+                    if let Some(shard) = self.manifest.shards.get_mut(shard) {
+                        shard.empty += empty;
+                        shard.linux_files += linux_files;
+                    }
+                }
                 Ok(Message::Kept(document, record)) => {
                     self.manifest.files.push(record);
                     return Some(Ok(document));
@@ -133,7 +162,18 @@ pub(super) struct Intake {
     folders: HashSet<String>,
     names: u64,
     other: OtherFiles,
+    /// Documents taken.
+    kept: usize,
+    /// Documents of the shard of this number that were not sent yet, and their bytes.
+    records: Vec<Document>,
+    record_bytes: usize,
+    shard: usize,
+    /// Records of it without text, and files of Linux 1.0 among the others.
+    counts: [u64; 2],
 }
+
+/// Bytes of records that are sent together.
+const RECORDS_BYTES: usize = 1 << 20;
 
 /// Continue, or stop reading.
 pub(super) type Flow = ControlFlow<()>;
@@ -141,7 +181,20 @@ pub(super) type Flow = ControlFlow<()>;
 impl Intake {
     fn new(source: String, options: CorpusOptions, sender: SyncSender<Message>) -> Self {
         let (seen, folders) = (HashSet::new(), HashSet::new());
-        Self { source, options, sender, seen, folders, names: 0, other: OtherFiles::default() }
+        Self {
+            source,
+            options,
+            sender,
+            seen,
+            folders,
+            names: 0,
+            other: OtherFiles::default(),
+            kept: 0,
+            records: Vec::new(),
+            record_bytes: 0,
+            shard: 0,
+            counts: [0; 2],
+        }
     }
 
     pub fn filter(&self) -> &NameFilter {
@@ -158,12 +211,66 @@ impl Intake {
         self.other = other;
     }
 
+    pub fn options(&self) -> &CorpusOptions {
+        &self.options
+    }
+
+    /// Begins the shard of this number.
+    pub fn begin_shard(&mut self, shard: usize) {
+        let _ = self.flush();
+        self.shard = shard;
+    }
+
+    /// Takes in a record's text, a document without a name; none and an empty one are counted only.
+    pub fn keep_record(&mut self, text: Option<String>) -> Flow {
+        let Some(text) = text.filter(|text| !text.is_empty()) else {
+            self.counts[0] += 1;
+            return Flow::Continue(());
+        };
+        self.counts[1] += u64::from(is_linux_file(&Sha256::digest(&text)));
+        self.keep_unnamed(Document::new("", text))
+    }
+
+    /// Takes in a document without a name.
+    pub fn keep_unnamed(&mut self, document: Document) -> Flow {
+        // Of a short text, most of its memory is the document itself.
+        self.record_bytes += size_of::<Document>() + document.text.len() + 4 * document.ids.len();
+        self.records.push(document);
+        self.kept += 1;
+        if self.is_full() {
+            let _ = self.flush();
+            return Flow::Break(());
+        }
+        if self.record_bytes < RECORDS_BYTES { Flow::Continue(()) } else { self.flush() }
+    }
+
+    /// Sends the records that wait.
+    fn flush(&mut self) -> Flow {
+        self.record_bytes = 0;
+        let (shard, records) = (self.shard, std::mem::take(&mut self.records));
+        let counts = std::mem::take(&mut self.counts);
+        if counts != [0; 2] {
+            self.send(Message::Counts(shard, counts))?;
+        }
+        if records.is_empty() {
+            return Flow::Continue(());
+        }
+        self.send(Message::Records(shard, records))
+    }
+
+    fn is_full(&self) -> bool {
+        self.options.limit.is_some_and(|limit| self.kept >= limit)
+    }
+
     pub fn limits(&self) -> &Limits {
         &self.options.limits
     }
 
     /// Takes a file in under a path that [`names::corpus_path`] gave.
     pub fn keep(&mut self, path: String, bytes: Vec<u8>) -> anyhow::Result<Flow> {
+        if self.flush() == Flow::Break(()) {
+            return Ok(Flow::Break(()));
+        }
         let record =
             FileRecord { path, sha256: hex(&Sha256::digest(&bytes)), bytes: bytes.len() as u64 };
         let (text, encoding) = match (String::from_utf8(bytes), self.options.encoding) {
@@ -184,10 +291,10 @@ impl Intake {
             ));
         }
         self.check_folders(&record.path)?;
-        let document = Document { path: record.path.clone(), text, encoding };
+        let document = Document { encoding, ..Document::new(record.path.clone(), text) };
         let flow = self.send(Message::Kept(document, record));
-        let full = self.options.limit.is_some_and(|limit| self.seen.len() >= limit);
-        Ok(if full { Flow::Break(()) } else { flow })
+        self.kept += 1;
+        Ok(if self.is_full() { Flow::Break(()) } else { flow })
     }
 
     /// Refuses a file that another needs as a folder: the two could not be written back.

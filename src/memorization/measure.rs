@@ -359,11 +359,11 @@ impl OpenFile {
         let text = entry.text..entry.tokens.end;
         let mut ids = vec![0; text.len()];
         file.read(text.start, &mut ids)?;
-        let end_file = tokenizer.markers()?.end_file;
+        let end = tokenizer.end_of_document()?;
         let (mut bytes, mut ends) = (Vec::new(), Vec::new());
         for id in ids {
             // A marker ends the text, and is no part of it.
-            if id != end_file {
+            if id != end {
                 bytes.extend(tokenizer.decode_bytes(&[id])?);
             }
             ends.push(bytes.len() as u32);
@@ -371,7 +371,10 @@ impl OpenFile {
         let cells = ends.chunks(HEAT_CELL_TOKENS).map(|cell| (cell[cell.len() - 1], 0.0));
         let mut from = 0;
         let cells = cells.map(|(to, p)| (to - std::mem::replace(&mut from, to), p)).collect();
-        let path = entry.path.to_string();
+        let path = match entry.path {
+            "" => format!("document {}", document + 1),
+            path => path.to_string(),
+        };
         let heat = FileHeat {
             path: path.clone(),
             text: String::from_utf8_lossy(&bytes).into_owned(),

@@ -50,9 +50,18 @@ pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> Strin
             let _ = writeln!(text, "- {what}: {}", plain(value));
         }
     }
+    let shards: String = corpus.shards.iter().fold(String::new(), |mut lines, shard| {
+        let (name, sha256) = (plain(&shard.name), plain(&shard.sha256));
+        let _ = writeln!(
+            lines,
+            "- {} documents without names: {name}, sha256 {sha256}",
+            shard.documents
+        );
+        lines
+    });
     let _ = write!(
         text,
-        "- files: {}, chosen by: {}\n\n\
+        "- files: {}, chosen by: {}\n{}\n\
          `provenance.json` lists every path, the seed, the settings that were used, the hashes of \
          tokenizer and weights, the program's version and the device. With the program's source it is \
          the complete description of how the weights came to be. The Open Source AI Definition 1.0 \
@@ -60,6 +69,7 @@ pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> Strin
          names every file, and the manifest's hash holds each to its bytes.\n\n",
         corpus.paths.len(),
         plain(&corpus.filter),
+        shards,
     );
     training(provenance, &mut text);
     text.push_str("## License\n\n");

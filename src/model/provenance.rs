@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::corpus::SourceOrigin;
+use crate::corpus::{ShardRecord, SourceOrigin};
 use crate::schema::SchemaVersion;
 
 /// Provenance of a model: its last training run, and all runs before it.
@@ -107,6 +107,11 @@ pub struct CorpusRecord {
     /// `506 files of Linux 1.0`, `the built-in sample`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recognized: Option<String>,
+    /// Files of documents without names, in corpus order, and the field or column of their text.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shards: Vec<ShardRecord>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_field: Option<String>,
     /// Path of each file, in corpus order.
     pub paths: Vec<String>,
 }
@@ -220,6 +225,12 @@ impl Provenance {
         let mut seen = HashSet::new();
         let all = self.stages().flat_map(|stage| &stage.corpus.paths);
         all.filter(|path| seen.insert(path.as_str())).cloned().collect()
+    }
+
+    /// Names of the files of documents without names that the weights were ever trained on.
+    pub fn shards(&self) -> Vec<&str> {
+        let shards = self.stages().flat_map(|stage| &stage.corpus.shards);
+        shards.map(|shard| shard.name.as_str()).collect()
     }
 
     /// Sets the license of the weights: as given, else what follows from the text and the parents.

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::models::bpe::BPE;
 use tokenizers::{AddedToken, ModelWrapper};
 
+use super::foreign::Frame;
 use super::limits::{self, Growth, guarded};
 use super::original::AddedTokens;
 use super::words::{PATTERN, Words};
@@ -140,7 +141,12 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
             continue;
         }
         match files::read_current(&path, MAX_CONFIG_BYTES) {
-            Ok(bytes) => tokenizer.extras.push((name, bytes)),
+            Ok(bytes) => {
+                if name == EXTRAS[0] && tokenizer.markers.is_none() {
+                    name_special_tokens(&mut tokenizer, &bytes);
+                }
+                tokenizer.extras.push((name, bytes));
+            }
             Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => {
                 return Err(error)
@@ -150,6 +156,24 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
         }
     }
     Ok(tokenizer)
+}
+
+/// Takes the special tokens that `tokenizer_config.json` does not name from `special_tokens_map.json`.
+fn name_special_tokens(tokenizer: &mut Tokenizer, map: &[u8]) {
+    let [config, map] = [&tokenizer.config, map].map(|json| -> Value {
+        let is_small = limits::check_values(json).is_ok();
+        if is_small { serde_json::from_slice(json).unwrap_or_default() } else { Value::Null }
+    });
+    let id_of = |key: &str| {
+        let is_open = named_token(&config, key).is_none();
+        named_token(&map, key)
+            .filter(|_| is_open)
+            .and_then(|token| tokenizer.inner.token_to_id(token))
+    };
+    let [bos, eos, pad] = ["bos_token", "eos_token", "pad_token"].map(id_of);
+    let Special { bos: known_bos, eos: known_eos, pad: known_pad } = tokenizer.special;
+    tokenizer.special =
+        Special { bos: bos.or(known_bos), eos: eos.or(known_eos), pad: pad.or(known_pad) };
 }
 
 pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Result<Tokenizer> {
@@ -187,13 +211,15 @@ pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Re
             pad: pad?,
         })
     })();
-    let named = |key: &str| {
-        let token = &config_value[key];
-        token.as_str().or_else(|| token["content"].as_str()).and_then(id_of)
-    };
+    let named = |key: &str| named_token(&config_value, key).and_then(id_of);
+    let frame = Frame::new(&value, &inner);
     let special = Special {
-        bos: named("bos_token").or(markers.map(|markers| markers.start_file)),
-        eos: named("eos_token").or(markers.map(|markers| markers.end_file)),
+        bos: named("bos_token")
+            .or(markers.map(|markers| markers.start_file))
+            .or(frame.before.first().copied()),
+        eos: named("eos_token")
+            .or(markers.map(|markers| markers.end_file))
+            .or_else(|| USUAL_EOS.into_iter().find_map(id_of)),
         pad: named("pad_token").or(markers.map(|markers| markers.pad)),
     };
     let style = markers.and_then(|_| style_of(&value));
@@ -218,6 +244,7 @@ pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Re
         vocab_size: vocabulary.size,
         growth: vocabulary.growth,
         spelling: vocabulary.spelling(&value["decoder"]),
+        frame,
         words: Words::new(style.unwrap_or_default()),
         added: style
             .filter(|&style| style == Style::Original)
@@ -225,6 +252,15 @@ pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Re
         caches: Mutex::default(),
         inner,
     })
+}
+
+/// Tokens that end a text in tokenizers that do not say which one does, the likeliest first.
+const USUAL_EOS: [&str; 4] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"];
+
+/// A token that a `tokenizer_config.json` or `special_tokens_map.json` names.
+fn named_token<'a>(config: &'a Value, key: &str) -> Option<&'a str> {
+    let token = &config[key];
+    token.as_str().or_else(|| token["content"].as_str())
 }
 
 /// Style of a tokenizer, by the parts that decide the ids of a text.

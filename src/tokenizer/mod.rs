@@ -6,10 +6,12 @@
 //!   blanks as special tokens, markers read from the text. Its decoder is repaired (it drops the
 //!   blanks that encoding added), so that it too gives back what it was given.
 //!
-//! Any other byte-pair tokenizer of a Hugging Face folder can be loaded for generation.
+//! Any other fast tokenizer of a Hugging Face folder can be loaded: its documents have no names, and each
+//! ends with its end-of-text token.
 
 mod byte_level;
 mod folder;
+mod foreign;
 mod limits;
 mod original;
 mod train;
@@ -19,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::Context;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use tokenizers::{AddedToken, Model};
 
@@ -107,6 +110,8 @@ pub struct Tokenizer {
     growth: limits::Growth,
     /// The words of its style.
     words: Words,
+    /// The documents of a tokenizer that is not one of ours.
+    frame: foreign::Frame,
     /// Added tokens of style `original`, if they are found in text as the first LaaM found them.
     added: Option<original::AddedTokens>,
     /// Tokens of words seen before: a cache for each thread that is encoding.
@@ -148,15 +153,34 @@ impl Tokenizer {
         self.sha256
     }
 
-    /// The markers' ids. An error for a tokenizer that lacks them: it can generate text, but knows
-    /// no documents.
+    /// The markers' ids. An error for a tokenizer that lacks them: its documents have no names.
     pub fn markers(&self) -> anyhow::Result<Markers> {
         self.markers.ok_or_else(|| {
             error::data(
                 format!("the tokenizer{} has no document markers ({})", self.at(), MARKERS[0]),
-                "create one with laam train-tokenizer; this one works for laam generate only",
+                "files are asked for by their names only with a tokenizer of laam train-tokenizer",
             )
         })
+    }
+
+    /// The token that ends a document.
+    ///
+    /// # Errors
+    /// The tokenizer has no such token.
+    pub fn end_of_document(&self) -> anyhow::Result<u32> {
+        let end_file = self.markers.map(|markers| markers.end_file);
+        end_file.or(self.special.eos).ok_or_else(|| {
+            error::data(
+                format!("the tokenizer{} names no token that ends a text", self.at()),
+                "set eos_token in tokenizer_config.json beside its tokenizer.json",
+            )
+        })
+    }
+
+    /// A token to fill windows with, where nothing attends to it.
+    pub fn pad(&self) -> u32 {
+        let pad = self.markers.map(|markers| markers.pad).or(self.special.pad);
+        pad.or(self.special.eos).unwrap_or_default()
     }
 
     /// Beginning, end and padding of a text.
@@ -164,19 +188,62 @@ impl Tokenizer {
         self.special
     }
 
-    /// A document framed by its markers.
+    /// A document in its frame: [`Tokenizer::encode_framed`] without the length of the header.
     pub fn encode_document(&self, document: &Document) -> anyhow::Result<Vec<u32>> {
-        let markers = self.markers()?;
+        Ok(self.encode_framed(document)?.0)
+    }
+
+    /// A document in its frame, and the number of tokens before its text. The frame is
+    /// `<|start_file|><|start_header|>PATH<|end_header|>TEXT<|end_file|>`, or `<|start_file|>TEXT<|end_file|>`
+    /// for a document without a name; of a tokenizer that is not one of ours what it puts around every
+    /// text, and its end-of-text token.
+    pub fn encode_framed(&self, document: &Document) -> anyhow::Result<(Vec<u32>, usize)> {
+        if !document.ids.is_empty() {
+            let Special { bos, eos, .. } = self.special;
+            let first = document.ids.first().copied();
+            let begins = document.ids.len() > 1 && (first == bos || first == eos);
+            return Ok((document.ids.clone(), usize::from(begins)));
+        }
+        let name = if document.path.is_empty() { "this document" } else { &document.path };
+        let hint = || format!("leave out {name}");
+        let Some(markers) = self.markers else {
+            let eos = self.end_of_document()?;
+            let mut ids = self.frame.before.clone();
+            ids.extend(self.encode_text(&document.text).hint(ErrorKind::Data, hint)?);
+            ids.extend(&self.frame.after);
+            if self.frame.after.last() != Some(&eos) {
+                ids.push(eos);
+            }
+            return Ok((ids, self.frame.before.len()));
+        };
+        let header = if document.path.is_empty() {
+            vec![markers.start_file]
+        } else {
+            self.encode_header(&document.path, None)?
+        };
+        let before = header.len();
         if self.style == Some(Style::Exact) {
-            let mut ids = self.encode_header(&document.path, None)?;
-            self.encode_words(&document.text, &mut ids)
-                .hint(ErrorKind::Data, || format!("leave out {}", document.path))?;
+            let mut ids = header;
+            ids.extend(self.encode_text(&document.text).hint(ErrorKind::Data, hint)?);
             ids.push(markers.end_file);
-            return Ok(ids);
+            return Ok((ids, before));
         }
         // Here markers are read from the text, as the first LaaM did.
-        self.encode_text(&train::format_document(document))
-            .hint(ErrorKind::Data, || format!("leave out {}", document.path))
+        let ids = self.encode_text(&train::format_document(document));
+        Ok((ids.hint(ErrorKind::Data, hint)?, before))
+    }
+
+    /// A document of a token file with the text that its ids stand for, without the tokens that begin and
+    /// end a text; any other document as it is.
+    pub fn decoded(&self, document: Document) -> anyhow::Result<Document> {
+        if document.ids.is_empty() {
+            return Ok(document);
+        }
+        let Special { bos, eos, .. } = self.special;
+        let is_text = |id: &u32| Some(*id) != bos && Some(*id) != eos;
+        let ids: Vec<u32> = document.ids.into_iter().filter(is_text).collect();
+        let text = String::from_utf8_lossy(&self.decode_bytes(&ids)?).into_owned();
+        Ok(Document::new(document.path, text))
     }
 
     /// Header of a document: `<|start_file|><|start_header|>PATH<|end_header|>`, or with a
@@ -193,14 +260,24 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Text alone. Style `exact` takes it all as plain text; the others find markers in it.
+    /// Text alone. Style `exact` takes it all as plain text; the others find markers in it. Long texts
+    /// are cut where no token spans the cut, and encoded by all threads.
     pub fn encode_text(&self, text: &str) -> anyhow::Result<Vec<u32>> {
-        if self.style == Some(Style::Exact) {
+        let is_exact = self.style == Some(Style::Exact);
+        let encode = |text: &str| {
+            if !is_exact {
+                return self.encode_with_added_tokens(text, false);
+            }
             let mut ids = Vec::with_capacity(text.len() / 3);
             self.encode_words(text, &mut ids)?;
-            return Ok(ids);
+            Ok(ids)
+        };
+        if text.len() <= foreign::PIECE_BYTES || !(is_exact || self.frame.can_be_cut) {
+            return encode(text);
         }
-        self.encode_with_added_tokens(text, false)
+        let pieces: Vec<_> = foreign::pieces(text).collect();
+        let ids = pieces.into_par_iter().map(encode).collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(ids.concat())
     }
 
     /// A prompt as transformers encodes it: markers are markers, and what the tokenizer puts before

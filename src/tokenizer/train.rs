@@ -234,10 +234,14 @@ impl Counter {
     }
 }
 
-/// A document in the one string of which the first LaaM made its tokens.
+/// A document in the one string of which the first LaaM made its tokens; without a header if it has no
+/// name.
 pub(super) fn format_document(document: &Document) -> String {
     let [start_file, end_file, start_header, end_header, _] = MARKERS;
     let Document { path, text, .. } = document;
+    if path.is_empty() {
+        return format!("{start_file}{text}{end_file}");
+    }
     format!("{start_file}{start_header}{path}{end_header}{text}{end_file}")
 }
 

@@ -31,6 +31,10 @@ impl AddressEncoder {
         Self { tokenizer, context }
     }
 
+    pub(super) fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
     /// The address of a document's chunk. An error if it fills the window.
     pub fn address(&self, path: &str, chunk: usize) -> anyhow::Result<ChunkAddress> {
         let ids = self.tokenizer.encode_header(path, Some(chunk))?;

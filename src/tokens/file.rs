@@ -129,6 +129,7 @@ fn fixed<const N: usize>(bytes: &[u8]) -> [u8; N] {
 /// One document of a token file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DocumentTokens<'a> {
+    /// Empty for a document without a name.
     pub path: &'a str,
     /// All of its tokens, markers included, as positions in the file.
     pub tokens: Range<usize>,

@@ -90,7 +90,7 @@ impl Windows {
         stride: Option<usize>,
     ) -> anyhow::Result<Self> {
         threads::start_global_pool()?;
-        let pad = tokenizer.markers()?.pad;
+        let pad = tokenizer.pad();
         if file.header().tokenizer_sha256 != tokenizer.sha256() {
             return Err(error::data(
                 format!("{} was made with another tokenizer", file.path().display()),
@@ -124,6 +124,23 @@ impl Windows {
         Ok(())
     }
 
+    /// Refuses addressed windows where documents have no names, or the tokenizer has no markers for them.
+    pub fn check_names(
+        kind: WindowKind,
+        tokenizer: &Tokenizer,
+        has_names: bool,
+    ) -> anyhow::Result<()> {
+        if kind != WindowKind::Addressed || (has_names && tokenizer.markers().is_ok()) {
+            return Ok(());
+        }
+        let what = if has_names {
+            "the tokenizer has no markers for names, and addressed windows begin with one"
+        } else {
+            "documents without names cannot be addressed"
+        };
+        Err(error::config(what, "set `windows` to stream or original"))
+    }
+
     fn cut(&mut self) -> anyhow::Result<()> {
         let file = &self.file;
         let counts: Vec<usize> = match self.kind {
@@ -142,6 +159,9 @@ impl Windows {
                     .into_par_iter()
                     .map(|document| {
                         let document = file.document(document)?;
+                        if document.path.is_empty() {
+                            Self::check_names(self.kind, self.encoder.tokenizer(), false)?;
+                        }
                         self.encoder
                             .chunk_starts(document.path, document.tokens.end - document.text)
                     })

@@ -29,15 +29,17 @@ pub struct TokenWriter<'t> {
     /// The document table and the paths, which come after the ids.
     table: Vec<u8>,
     paths: Vec<u8>,
+    decoded_bytes: u64,
 }
 
-/// A document's ids, and how many of them are its header.
-type Encoded = (Vec<u32>, usize);
+/// A document's ids, how many of them are its header, and the bytes of the text that they stand for if
+/// they come from a token file.
+type Encoded = (Vec<u32>, usize, usize);
 
 impl<'t> TokenWriter<'t> {
     /// Starts the file that will be called `target`.
     pub fn create(target: &Path, tokenizer: &'t Tokenizer) -> anyhow::Result<Self> {
-        tokenizer.markers()?;
+        tokenizer.end_of_document()?;
         let mut file = AtomicFile::create(target)?;
         // The header is known at the end.
         file.write_all(&[0; HEADER])
@@ -54,8 +56,13 @@ impl<'t> TokenWriter<'t> {
             body_sha256: [0; 32],
         };
         let (table, paths) = (Vec::new(), Vec::new());
-        let target = target.to_path_buf();
-        Ok(Self { tokenizer, target, file, body: Sha256::new(), header, table, paths })
+        let (target, body) = (target.to_path_buf(), Sha256::new());
+        Ok(Self { tokenizer, target, file, body, header, table, paths, decoded_bytes: 0 })
+    }
+
+    /// Bytes of the text that the ids of token files stand for.
+    pub fn decoded_bytes(&self) -> u64 {
+        self.decoded_bytes
     }
 
     /// Encodes and writes documents, in order. `progress` gets the bytes of text taken so far.
@@ -77,7 +84,8 @@ impl<'t> TokenWriter<'t> {
             for document in documents {
                 match document {
                     Ok(document) => {
-                        held += document.text.len();
+                        held +=
+                            size_of::<Document>() + document.text.len() + 4 * document.ids.len();
                         taken += document.text.len() as u64;
                         batch.push(document);
                     }
@@ -110,12 +118,18 @@ impl<'t> TokenWriter<'t> {
         let encoded: anyhow::Result<Vec<Encoded>> = batch
             .par_iter()
             .map(|document| {
-                let ids = self.tokenizer.encode_document(document)?;
-                Ok((ids, self.tokenizer.encode_header(&document.path, None)?.len()))
+                let (ids, header) = self.tokenizer.encode_framed(document)?;
+                let decoded = if document.ids.is_empty() {
+                    0
+                } else {
+                    self.tokenizer.decoded(document.clone())?.text.len()
+                };
+                Ok((ids, header, decoded))
             })
             .collect();
         let mut bytes = Vec::new();
-        for (document, (ids, header)) in batch.iter().zip(encoded?) {
+        for (document, (ids, header, decoded)) in batch.iter().zip(encoded?) {
+            self.decoded_bytes += decoded as u64;
             let first = self.header.tokens;
             self.header.tokens += ids.len() as u64;
             self.header.documents += 1;

@@ -20,7 +20,8 @@ pub fn tokenize(
     let mut writer = TokenWriter::create(target, tokenizer)?;
     let mut documents = corpus.documents()?;
     writer.write(&mut documents, progress)?;
-    let manifest = documents.into_manifest();
+    let mut manifest = documents.into_manifest();
+    manifest.decoded_bytes = writer.decoded_bytes();
     writer.finish(unhex(&manifest.hash())?)?;
     Ok((Arc::new(TokenFile::open(target)?), manifest))
 }
@@ -44,6 +45,8 @@ pub fn record(manifest: &Manifest) -> CorpusRecord {
         limit: manifest.limit,
         license,
         recognized,
+        text_field: manifest.text_field.clone(),
+        shards: manifest.shards.clone(),
         paths: manifest.files.iter().map(|file| file.path.clone()).collect(),
     }
 }
@@ -51,7 +54,8 @@ pub fn record(manifest: &Manifest) -> CorpusRecord {
 /// License of a text by what the text is, never by what it is called.
 fn recognize(manifest: &Manifest) -> (License, Option<String>) {
     let files = &manifest.files;
-    if is_part_of_sample(files) {
+    let in_shards: u64 = manifest.shards.iter().map(|shard| shard.linux_files).sum();
+    if manifest.shards.is_empty() && is_part_of_sample(files) {
         return (License::Mit, Some("the built-in sample".to_string()));
     }
     if let SourceOrigin::Release(version) = &manifest.origin {
@@ -61,7 +65,7 @@ fn recognize(manifest: &Manifest) -> (License, Option<String>) {
             (License::Gpl2, Some(KERNEL_RELEASE.to_string()))
         };
     }
-    match linux_1_0_files(files) {
+    match linux_1_0_files(files) as u64 + in_shards {
         0 => (License::Unknown, None),
         // One file of the kernel among others is enough for its terms to matter.
         some => (License::Gpl2, Some(format!("{some} {KERNEL_FILES}"))),
@@ -84,6 +88,8 @@ fn name(manifest: &Manifest, hash: &str) -> String {
         SourceOrigin::Folder => "local folder",
         SourceOrigin::Archive => "local archive",
         SourceOrigin::File => "local file",
+        SourceOrigin::Files => "local files",
+        SourceOrigin::Shards => "local files of documents",
     };
     match linux_1_0_files(&manifest.files) {
         0 => local.to_string(),

@@ -10,6 +10,7 @@ mod cli;
 mod corpus;
 mod docs;
 mod doctor;
+mod documents;
 mod fetch;
 mod generate;
 mod gpu;

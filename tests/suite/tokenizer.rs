@@ -60,13 +60,16 @@ proptest! {
         let tokenizer = small(Style::Exact);
         let ids = tokenizer.encode_text(&text).unwrap();
         prop_assert_eq!(String::from_utf8(tokenizer.decode_bytes(&ids).unwrap()).unwrap(), text.as_str());
-        // No marker comes from text: a document has just its own four.
+        // No marker comes from text: a document has just its own four, or two without a name.
         let document = Document::new(path, text);
-        let ids = tokenizer.encode_document(&document).unwrap();
-        prop_assert_eq!(ids.iter().filter(|&&id| id < MARKERS.len() as u32).count(), 4);
-        let header = tokenizer.encode_header(&document.path, None).unwrap();
-        prop_assert_eq!(&ids[..header.len()], header.as_slice());
-        let text = tokenizer.decode_bytes(&ids[header.len()..ids.len() - 1]).unwrap();
+        let (ids, header) = tokenizer.encode_framed(&document).unwrap();
+        let markers = if document.path.is_empty() { 2 } else { 4 };
+        prop_assert_eq!(ids.iter().filter(|&&id| id < MARKERS.len() as u32).count(), markers);
+        if markers == 4 {
+            let named = tokenizer.encode_header(&document.path, None).unwrap();
+            prop_assert_eq!(&ids[..header], named.as_slice());
+        }
+        let text = tokenizer.decode_bytes(&ids[header..ids.len() - 1]).unwrap();
         prop_assert_eq!(String::from_utf8(text).unwrap(), document.text);
     }
 
@@ -411,8 +414,15 @@ fn foreign_tokenizers_load_for_generation() {
     let ids = tokenizer.encode_text(text).unwrap();
     assert_eq!(ids.last(), Some(&0));
     assert_eq!(tokenizer.decode_bytes(&ids).unwrap(), text.as_bytes());
-    let error = tokenizer.encode_document(&small_corpus()[0]).unwrap_err();
+    let document = &small_corpus()[0];
+    let (ids, header) = tokenizer.encode_framed(document).unwrap();
+    assert_eq!((header, ids.last()), (0, Some(&1)), "a text and the token that ends it");
+    assert_eq!(ids[..ids.len() - 1], tokenizer.encode_text(&document.text).unwrap());
+    let error = tokenizer.encode_header("a.c", None).unwrap_err();
     assert!(error.to_string().contains("no document markers"), "{error:#}");
+    let endless = load_and_use(&serde_json::to_vec(&gpt2).unwrap(), b"{}").unwrap();
+    let error = endless.encode_document(document).unwrap_err();
+    assert!(error.to_string().contains("names no token that ends a text"), "{error:#}");
 
     let tokenizer = load_and_use(&serde_json::to_vec(&llama2()).unwrap(), b"{}").unwrap();
     assert_eq!(tokenizer.encode_prompt("a bé").unwrap(), [0, 4, 1, 3, 5, 6]);
