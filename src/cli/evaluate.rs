@@ -10,8 +10,9 @@ use super::interrupt::{self, Work};
 use super::progress::Progress;
 use super::rebuild::AGAIN;
 use super::source::{self, SourceArgs};
-use super::windows;
+use super::windows::{self, WindowShape};
 use super::{Outcome, model, print_fields};
+use crate::error;
 use crate::memorization::loss::measure;
 use crate::tokens::WindowKind;
 
@@ -24,7 +25,8 @@ use crate::tokens::WindowKind;
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
-  laam evaluate model --source linux/kernel --json")]
+  laam evaluate model --source linux/kernel --json
+  laam evaluate Llama-3.2-1B --source book.txt --windows stream --max_position_embeddings 2048")]
 pub struct EvaluateArgs {
     /// The folder of the model
     model: PathBuf,
@@ -33,6 +35,12 @@ pub struct EvaluateArgs {
     /// How the text is cut into windows [default: as in training, else stream]
     #[arg(long, value_enum)]
     windows: Option<WindowKind>,
+    /// The inputs of a window [default: the model's; of a model that laam did not train at most 1024]
+    #[arg(long, value_name = "N")]
+    max_position_embeddings: Option<usize>,
+    /// Tokens from one stream window to the next: as many as a window has, by default
+    #[arg(long, value_name = "N")]
+    stride: Option<usize>,
     /// Windows at a time [default: what the backend likes]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch_size: Option<u32>,
@@ -50,9 +58,14 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     let kind = windows::kind(arguments.windows, &opened);
+    if arguments.stride.is_some() && kind != WindowKind::Stream {
+        return Err(error::config("`stride` without stream windows", "set `windows` to stream"));
+    }
+    let shape = WindowShape::of(&opened, arguments.max_position_embeddings)?;
+    let shape = WindowShape { stride: arguments.stride, ..shape };
     let corpus = arguments.source.corpus_of_model(&opened)?;
     interrupt::watch(Work::Measuring)?;
-    let (cut, manifest) = windows::cut(&corpus, &opened, kind)?;
+    let (cut, manifest) = windows::cut(&corpus, &opened, kind, shape)?;
     let windows = &cut.windows;
     let config = &opened.model.config;
     let batch = arguments.batch_size.map_or_else(
@@ -81,6 +94,7 @@ pub fn run(arguments: &EvaluateArgs) -> anyhow::Result<Outcome> {
         "tokens": measured.tokens,
         "windows": windows.len(),
         "window_kind": kind,
+        "context": windows.context(),
         "files": manifest.files.len(),
         "documents": manifest.documents(),
         "bytes": bytes,

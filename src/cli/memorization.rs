@@ -15,7 +15,7 @@ use super::output::{print_json, say, stdout};
 use super::progress::Progress;
 use super::rebuild::AGAIN;
 use super::source::{self, SourceArgs};
-use super::windows::{self, Cut};
+use super::windows::{self, Cut, WindowShape};
 use super::{Outcome, model};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Document};
@@ -40,7 +40,8 @@ use crate::tokens::{WindowKind, Windows};
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
-  laam memorization model --source linux/kernel --report measures")]
+  laam memorization model --source linux/kernel --report measures
+  laam memorization Llama-3.2-1B --source 'books/*.txt' --prefix 50 --suffix 50 --stride 100")]
 pub struct MemorizationArgs {
     /// The folder of the model
     model: PathBuf,
@@ -57,6 +58,14 @@ pub struct MemorizationArgs {
     /// How the text is cut into windows [default: as in training, else stream]
     #[arg(long, value_enum)]
     windows: Option<WindowKind>,
+    /// The inputs of a window [default: the model's; of a model that laam did not train at most 1024]
+    #[arg(long, value_name = "N", conflicts_with = "stride")]
+    max_position_embeddings: Option<usize>,
+    /// Windows of exactly prefix + suffix tokens instead, one every N tokens of the text, each within one
+    /// document; whole-text measures such as bits_per_parameter are then left out
+    #[arg(long, value_name = "N", conflicts_with = "windows",
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    stride: Option<usize>,
     /// Also write memorization.json, files.csv, windows.csv and heat.json into this folder
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
@@ -76,14 +85,23 @@ pub fn run(arguments: &MemorizationArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let opened = model::open(&arguments.model)?;
     let corpus = arguments.source.corpus_of_model(&opened)?;
-    let kind = windows::kind(arguments.windows, &opened);
     let question = Question { prefix: arguments.prefix, suffix: arguments.suffix };
+    let fixed = arguments.stride.map(|_| question.prefix + question.suffix);
+    let (kind, shape) = match arguments.stride {
+        // Of no windows that training had.
+        Some(_) => (WindowKind::Stream, WindowShape::of(&opened, fixed)?),
+        None => (
+            windows::kind(arguments.windows, &opened),
+            WindowShape::of(&opened, arguments.max_position_embeddings)?,
+        ),
+    };
+    let shape = WindowShape { stride: arguments.stride, fixed, ..shape };
     let measures = Measures::take(
         &*backend,
         &arguments.model,
         &opened,
         &corpus,
-        kind,
+        (kind, shape),
         question,
         arguments.quiet,
     )?;
@@ -139,12 +157,12 @@ impl Measures {
         folder: &Path,
         opened: &model::Opened,
         corpus: &Corpus,
-        kind: WindowKind,
+        (kind, shape): (WindowKind, WindowShape),
         question: Question,
         quiet: bool,
     ) -> anyhow::Result<Self> {
         interrupt::watch(Work::Measuring)?;
-        let (cut, manifest) = windows::cut(corpus, opened, kind)?;
+        let (cut, manifest) = windows::cut(corpus, opened, kind, shape)?;
         let windows = &cut.windows;
         let config = &opened.model.config;
         let of = |weights: &[f32], windows: &Windows, numbers: &[usize], what: &str| {
@@ -161,12 +179,23 @@ impl Measures {
             let tokenizer = &opened.tokenizer;
             measure(backend, config, weights, windows, tokenizer, numbers, question, batch, told)
         };
-        let all: Vec<usize> = (0..windows.len()).collect();
+        let numbers = |windows: &Windows| -> anyhow::Result<Vec<usize>> {
+            if shape.fixed.is_some() {
+                windows.within_documents()
+            } else {
+                Ok((0..windows.len()).collect())
+            }
+        };
+        let some = |windows: &Windows| -> anyhow::Result<Vec<usize>> {
+            let all = numbers(windows)?;
+            Ok(spread(all.len(), CONTROLS).into_iter().map(|at| all[at]).collect())
+        };
+        let all = numbers(windows)?;
         let memorized = of(&opened.model.weights, windows, &all, "measured")?;
 
         let seed = opened.provenance.as_ref().map_or(0, |provenance| provenance.seed);
         let fresh = initialize(config, &Layout::new(config), seed);
-        let untrained = of(&fresh, windows, &spread(windows.len(), CONTROLS), "control")?;
+        let untrained = of(&fresh, windows, &some(windows)?, "control")?;
         let documents = || -> anyhow::Result<_> {
             let read = corpus.documents()?.map(|document| interrupt::check(AGAIN).and(document));
             Ok(read.map(|document| opened.tokenizer.decoded(document?)))
@@ -174,8 +203,8 @@ impl Measures {
         let reversed = documents()?.filter_map(|document| reverse(document).transpose());
         let mut reversed = reversed.peekable();
         let unseen = if reversed.peek().is_some() {
-            let reversed = windows::cut_documents(reversed, opened, kind)?;
-            let numbers = spread(reversed.windows.len(), CONTROLS);
+            let reversed = windows::cut_documents(reversed, opened, kind, shape)?;
+            let numbers = some(&reversed.windows)?;
             Some(of(&opened.model.weights, &reversed.windows, &numbers, "control")?)
         } else {
             None
@@ -190,18 +219,23 @@ impl Measures {
         let parameters = config.parameter_count() as f64;
         let bits_per_parameter =
             xz.map(|xz| (8.0 * xz as f64 - memorized.residual_bits) / parameters);
+        // Windows that overlap, or leave text out, say nothing of the text as a whole.
+        let is_whole = shape.fixed.is_none();
+        let residual_bytes = is_whole.then(|| (memorized.residual_bits / 8.0).ceil() as u64);
         let mut json = serde_json::to_value(&memorized)?;
         let rates =
             [untrained.verbatim_rate, unseen.as_ref().and_then(|unseen| unseen.verbatim_rate)];
         for (name, value) in [
             ("question", json!(question)),
             ("window_kind", json!(kind)),
-            ("windows", json!(windows.len())),
+            ("windows", json!(all.len())),
+            ("context", json!(windows.context())),
+            ("stride", json!(shape.stride)),
             ("source", json!(source::described(&manifest))),
             ("parameters", json!(config.parameter_count() as u64)),
-            ("bits_per_parameter", json!(bits_per_parameter)),
+            ("bits_per_parameter", json!(bits_per_parameter.filter(|_| is_whole))),
             ("weights_bytes", json!(weights_bytes)),
-            ("residual_bytes", json!((memorized.residual_bits / 8.0).ceil() as u64)),
+            ("residual_bytes", json!(residual_bytes)),
             ("xz_bytes", json!(xz)),
             (
                 "control",
@@ -304,6 +338,9 @@ impl Measures {
         let _ = writeln!(text, "bits per byte: {:.6}", self.memorized.bits_per_byte);
         if let Some(bits) = json["bits_per_parameter"].as_f64() {
             let _ = writeln!(text, "bits per parameter: {bits:.3} (by what xz makes of the text)");
+        }
+        if json["residual_bytes"].is_null() {
+            return text;
         }
         let _ = writeln!(
             text,

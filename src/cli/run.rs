@@ -18,6 +18,7 @@ use super::progress::Progress;
 use super::rebuild::Rebuild;
 use super::source::{self, SourceArgs};
 use super::train::{Stage, claimed};
+use super::windows::WindowShape;
 use super::{Outcome, model, plan, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Manifest, SAMPLE_NAMES, is_sample};
@@ -331,7 +332,15 @@ fn prove(
         rebuilt = Some(json);
     }
     let question = Question { prefix: PREFIX, suffix: SUFFIX };
-    let measures = Measures::take(backend, model, &opened, corpus, kind, question, false)?;
+    let measures = Measures::take(
+        backend,
+        model,
+        &opened,
+        corpus,
+        (kind, WindowShape::of(&opened, None)?),
+        question,
+        false,
+    )?;
     measures.write(&folder.join("memorization"))?;
     write!(out, "{}", measures.text())?;
     Ok(Proof { outcome, rebuild: rebuilt, memorization: measures.json })

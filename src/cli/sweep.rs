@@ -16,6 +16,7 @@ use super::rebuild::AGAIN;
 use super::rebuild::Rebuild;
 use super::run::{Identity, claim, train};
 use super::source::SourceArgs;
+use super::windows::WindowShape;
 use super::{Outcome, model, windows};
 use crate::corpus::Corpus;
 use crate::error::{ErrorKind, Hint};
@@ -160,7 +161,12 @@ fn result(
     // Measures are taken in f32, whatever the weights were trained in.
     let backend = &*arguments.backend.open()?;
     let opened = model::open(&model)?;
-    let (cut, manifest) = windows::cut(corpus, &opened, windows::kind(None, &opened))?;
+    let (cut, manifest) = windows::cut(
+        corpus,
+        &opened,
+        windows::kind(None, &opened),
+        WindowShape::of(&opened, None)?,
+    )?;
     let windows = &cut.windows;
     let config = &opened.model.config;
     let all: Vec<usize> = (0..windows.len()).collect();

@@ -47,14 +47,63 @@ pub fn kind(asked: Option<WindowKind>, opened: &Opened) -> WindowKind {
     })
 }
 
-/// Cuts a corpus into windows of the model's context.
-pub fn cut(corpus: &Corpus, opened: &Opened, kind: WindowKind) -> anyhow::Result<(Cut, Manifest)> {
+/// Shape of the windows that a model is measured on.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowShape {
+    /// Inputs of a window.
+    pub context: usize,
+    /// Tokens from one stream window to the next, if not as many as it has.
+    pub stride: Option<usize>,
+    /// Windows of so many tokens instead, every `stride`.
+    pub fixed: Option<usize>,
+}
+
+/// Inputs of a window of a model that laam did not train, unless it reads fewer: its context may be far
+/// longer than memory is for.
+const FOREIGN_CONTEXT: usize = 1024;
+
+impl WindowShape {
+    /// Windows of so many inputs, or by default as in training.
+    pub fn of(opened: &Opened, context: Option<usize>) -> anyhow::Result<Self> {
+        let most = opened.model.config.max_position_embeddings;
+        let usual = if told(opened).is_some() { most } else { most.min(FOREIGN_CONTEXT) };
+        if context.is_none() && usual < most {
+            say!(
+                "note: windows of {usual} tokens, though the model reads {most} \
+                 (--max-position-embeddings)"
+            );
+        }
+        let context = context.unwrap_or(usual);
+        if context > most {
+            return Err(error::invalid(
+                "max_position_embeddings",
+                context,
+                format!("at most {most}"),
+            ));
+        }
+        if context > LONGEST {
+            return Err(error::checkpoint(
+                format!("max_position_embeddings {context} is too large, in config.json"),
+                format!("set it to at most {LONGEST}"),
+            ));
+        }
+        Ok(Self { context, stride: None, fixed: None })
+    }
+}
+
+/// Cuts a corpus into windows.
+pub fn cut(
+    corpus: &Corpus,
+    opened: &Opened,
+    kind: WindowKind,
+    shape: WindowShape,
+) -> anyhow::Result<(Cut, Manifest)> {
     Windows::check_names(kind, &opened.tokenizer, corpus.has_names())?;
     let scratch = Scratch::new()?;
     let tokens = scratch.0.join("tokens");
     let (file, manifest) = source::tokenize(corpus, &opened.tokenizer, &tokens, true)?;
     source::warn_of_other_text(&manifest, opened.provenance.as_ref());
-    Ok((Cut::new(scratch, file, opened, kind)?, manifest))
+    Ok((Cut::new(scratch, file, opened, kind, shape)?, manifest))
 }
 
 /// Cuts documents that are no corpus.
@@ -62,13 +111,14 @@ pub fn cut_documents(
     documents: impl Iterator<Item = anyhow::Result<Document>>,
     opened: &Opened,
     kind: WindowKind,
+    shape: WindowShape,
 ) -> anyhow::Result<Cut> {
     let scratch = Scratch::new()?;
     let tokens = scratch.0.join("tokens");
     let mut writer = TokenWriter::create(&tokens, &opened.tokenizer)?;
     writer.write(documents, |_| ())?;
     writer.finish([0; 32])?;
-    Cut::new(scratch, Arc::new(TokenFile::open(&tokens)?), opened, kind)
+    Cut::new(scratch, Arc::new(TokenFile::open(&tokens)?), opened, kind, shape)
 }
 
 impl Cut {
@@ -77,16 +127,16 @@ impl Cut {
         file: Arc<TokenFile>,
         opened: &Opened,
         kind: WindowKind,
+        shape: WindowShape,
     ) -> anyhow::Result<Self> {
-        let context = opened.model.config.max_position_embeddings;
-        if context > LONGEST {
-            return Err(error::checkpoint(
-                format!("max_position_embeddings {context} is too large, in config.json"),
-                format!("set it to at most {LONGEST}"),
-            ));
-        }
         file.check_fits(opened.model.config.vocab_size)?;
-        let windows = Windows::new(file, opened.tokenizer.clone(), kind, context, None)?;
+        let tokenizer = opened.tokenizer.clone();
+        let windows = match (shape.fixed, shape.stride) {
+            (Some(length), stride) => {
+                Windows::spaced(file, tokenizer, length, stride.unwrap_or(length))?
+            }
+            (None, stride) => Windows::new(file, tokenizer, kind, shape.context, stride)?,
+        };
         Ok(Self { windows, _scratch: scratch })
     }
 }

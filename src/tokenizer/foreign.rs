@@ -73,17 +73,65 @@ fn can_be_cut(json: &Value) -> bool {
 /// Shortest piece of a text that is cut.
 pub const PIECE_BYTES: usize = 128 << 10;
 
-/// A text in pieces: cut after line ends between a visible ASCII character and a letter. There the known
-/// patterns end a word, whatever follows.
+/// A text in pieces of at least [`PIECE_BYTES`]: cut after line ends between a visible ASCII character
+/// and a letter. There the known patterns end a word, whatever follows.
 pub fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    pieces_of(text, PIECE_BYTES)
+}
+
+fn pieces_of(text: &str, least: usize) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
-        let cut = rest.as_bytes().windows(3).skip(PIECE_BYTES).position(|bytes| {
+        let cut = rest.as_bytes().windows(3).skip(least).position(|bytes| {
             bytes[0].is_ascii_graphic() && bytes[1] == b'\n' && bytes[2].is_ascii_alphabetic()
         });
-        let end = cut.map_or(rest.len(), |at| PIECE_BYTES + at + 2);
+        let end = cut.map_or(rest.len(), |at| least + at + 2);
         let (piece, later) = rest.split_at(end);
         rest = later;
         (!piece.is_empty()).then_some(piece)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::{
+        OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior,
+    };
+
+    fn words(text: &str, pre_tokenizer: &PreTokenizerWrapper) -> Vec<String> {
+        let mut words = PreTokenizedString::from(text);
+        pre_tokenizer.pre_tokenize(&mut words).unwrap();
+        let words = words.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        words.into_iter().map(|(word, ..)| word.to_string()).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+        #[test]
+        fn words_of_pieces_are_the_words_of_the_text(
+            text in r"([ \t]{0,2}|[\r\n]{1,2}|[a-z]{1,3}|'[sS]|[0-9]{1,4}|[;)}]{1,2}|\PC){0,40}"
+        ) {
+            let split = |pattern: &str| {
+                let pattern = SplitPattern::Regex(pattern.to_string());
+                Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap().into()
+            };
+            let gpt2 = ByteLevel::new(false, true, true).into();
+            for pre_tokenizer in [split(PATTERN), split(QWEN_2), gpt2] {
+                let of_pieces = pieces_of(&text, 3).flat_map(|piece| words(piece, &pre_tokenizer));
+                prop_assert_eq!(of_pieces.collect::<Vec<_>>(), words(&text, &pre_tokenizer));
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_is_cut_between_lines_of_code() {
+        let text = "int a;\nint b;\n\nint c;\n}\nx";
+        let pieces: Vec<_> = pieces_of(text, 1).collect();
+        assert_eq!(pieces, ["int a;\n", "int b;\n\nint c;\n}\n", "x"]);
+    }
 }

@@ -89,6 +89,44 @@ impl Windows {
         context: usize,
         stride: Option<usize>,
     ) -> anyhow::Result<Self> {
+        Self::check_shape(context, stride)?;
+        Self::build(file, tokenizer, kind, context, stride.unwrap_or(context))
+    }
+
+    /// Stream windows of `length` tokens, the last one a target alone, every `stride` tokens, which may
+    /// leave tokens out.
+    pub fn spaced(
+        file: Arc<TokenFile>,
+        tokenizer: Arc<Tokenizer>,
+        length: usize,
+        stride: usize,
+    ) -> anyhow::Result<Self> {
+        let context = length.saturating_sub(1);
+        Self::check_shape(context, None)?;
+        if stride == 0 {
+            return Err(error::invalid("stride", stride, "at least 1"));
+        }
+        Self::build(file, tokenizer, WindowKind::Stream, context, stride)
+    }
+
+    /// The windows that are whole and within one document.
+    pub fn within_documents(&self) -> anyhow::Result<Vec<usize>> {
+        let is_within = |&window: &usize| {
+            let span = self.span(window)?;
+            let end = self.file.document(span.document)?.tokens.end;
+            Ok(span.tokens.start + self.context < end)
+        };
+        let within = |window| is_within(&window).map(|is| is.then_some(window)).transpose();
+        (0..self.count).filter_map(within).collect()
+    }
+
+    fn build(
+        file: Arc<TokenFile>,
+        tokenizer: Arc<Tokenizer>,
+        kind: WindowKind,
+        context: usize,
+        stride: usize,
+    ) -> anyhow::Result<Self> {
         threads::start_global_pool()?;
         let pad = tokenizer.pad();
         if file.header().tokenizer_sha256 != tokenizer.sha256() {
@@ -97,8 +135,6 @@ impl Windows {
                 "create it again with laam tokenize, or use the tokenizer it was made with",
             ));
         }
-        Self::check_shape(context, stride)?;
-        let stride = stride.unwrap_or(context);
         let encoder = AddressEncoder::new(tokenizer, context);
         let (count, firsts, starts) = (0, Vec::new(), Vec::new());
         let mut windows = Self { file, kind, context, stride, pad, encoder, count, firsts, starts };
@@ -148,7 +184,9 @@ impl Windows {
                 // The last token has no target; every window has to bring a new one.
                 let targets = file.tokens().saturating_sub(1);
                 let further = targets.saturating_sub(self.context).div_ceil(self.stride);
-                self.count = usize::from(targets > 0) + further;
+                let count = usize::from(targets > 0) + further;
+                // Every window has a target.
+                self.count = count.min(targets.div_ceil(self.stride));
                 return Ok(());
             }
             WindowKind::Original => (0..file.documents())

@@ -12,6 +12,7 @@ mod docs;
 mod doctor;
 mod documents;
 mod fetch;
+mod foreign;
 mod generate;
 mod gpu;
 mod gpu_day;
