@@ -18,6 +18,7 @@
 //! - [`kernels`][]: the compiled CUDA kernels and their signatures
 //! - [`device`][]: memory, kernel launches, matmuls, graphs; a GPU or the simulator
 //! - [`model`][]: configuration, parameter layout, initialization, checkpoints, presets
+//! - [`export`][]: models in the formats of other programs: GGUF
 //! - [`llama`][]: training step, evaluation and decoding as programs: lists of typed ops
 //! - [`backend`][]: execution of programs: `reference`, `cpu`, `gpu`
 //! - [`generate`][]: sampling with a KV cache
@@ -42,6 +43,7 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod escape;
+pub mod export;
 pub mod files;
 pub mod generate;
 pub mod kernels;

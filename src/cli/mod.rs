@@ -8,8 +8,10 @@ mod backend;
 mod bench;
 mod cat;
 mod check;
+mod completions;
 mod doctor;
 mod evaluate;
+mod export;
 mod fetch;
 mod generate;
 mod interrupt;
@@ -63,8 +65,10 @@ enum Command {
     Bench(bench::BenchArgs),
     Cat(cat::CatArgs),
     Check(check::CheckArgs),
+    Completions(completions::CompletionsArgs),
     Doctor(doctor::DoctorArgs),
     Evaluate(evaluate::EvaluateArgs),
+    Export(export::ExportArgs),
     Fetch(fetch::FetchArgs),
     Generate(generate::GenerateArgs),
     Ls(ls::LsArgs),
@@ -231,8 +235,10 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Cat(arguments) => cat::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
+        Command::Completions(arguments) => completions::run(&arguments, spec()),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
+        Command::Export(arguments) => export::run(&arguments),
         Command::Fetch(arguments) => fetch::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Ls(arguments) => ls::run(&arguments),
@@ -244,7 +250,7 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::Sweep(arguments) => sweep::run(&arguments),
         Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
         Command::Tokenize(arguments) => tokenize::run(&arguments),
-        Command::Train(arguments) => train::run(&arguments),
+        Command::Train(arguments) => train::run(*arguments),
     }
 }
 
@@ -325,7 +331,9 @@ mod tests {
 
     #[test]
     fn every_command_prints_json_and_every_bench_has_its_help() {
-        for command in spec().get_subcommands() {
+        // A shell's completions are data of their own.
+        let commands = spec();
+        for command in commands.get_subcommands().filter(|it| it.get_name() != "completions") {
             let below: Vec<_> = command.get_subcommands().collect();
             let all = if below.is_empty() { vec![command] } else { below };
             let mut helps = Vec::new();

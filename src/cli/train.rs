@@ -1,22 +1,25 @@
 //! `laam train`: a model from a corpus and a tokenizer.
 
 use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context;
 use clap::Args;
 use clap::parser::ValueSource;
 use serde_json::json;
 
 use super::backend::BackendArgs;
-use super::output::{print_json, say};
+use super::output::{print_json, say, stdout};
 use super::source::{self, SourceArgs};
 use super::training::Watcher;
 use super::{ObsoleteArgs, Outcome, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Manifest, hex};
 use crate::dtype::Dtype;
-use crate::error;
+use crate::error::{self, ErrorKind, Hint};
+use crate::files;
 use crate::model::{
     Config, License, Provenance, check_hashes, has_training_state, load, load_config,
     load_provenance, read_consistently, weights_sha256,
@@ -29,6 +32,9 @@ use crate::train::{
     Consent, Job, RunEnd, Settings, Start, TrainSummary, Trainer, candidates, claim, is_resumable,
     prepare,
 };
+
+/// A file of settings has some 50 lines.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Train a model until its steps are done, and save it as a Hugging Face folder.
 ///
@@ -43,7 +49,9 @@ Examples:
   laam train --source linux/kernel --tokenizer_path tokenizer --output_path model \\
       --windows addressed --hidden_size 80 --num_attention_heads 5 --max_position_embeddings 256 \\
       --optimizer muon --learning_rate 1e-2 --weight_decay 0 --lr_scheduler_type wsd --epochs 60
-  laam train --source linux/kernel --tokenizer_path tokenizer --output_path model --resume ...")]
+  laam train --source linux/kernel --tokenizer_path tokenizer --output_path model --resume ...
+  laam train --hidden_size 80 --num_attention_heads 5 --print-config > kernel.toml
+  laam train --source linux/kernel --config kernel.toml --max_steps 100")]
 #[allow(clippy::struct_excessive_bools)] // each is a flag
 pub struct TrainArgs {
     #[command(flatten)]
@@ -75,6 +83,12 @@ pub struct TrainArgs {
     tensorboard: Option<PathBuf>,
     #[command(flatten)]
     backend: BackendArgs,
+    /// A TOML file of settings, with the keys of a recipe's stage; flags win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print the settings as --config reads them, and train nothing
+    #[arg(long)]
+    print_config: bool,
     #[command(flatten)]
     settings: Settings,
     /// The license of the weights [default: by what the text is, and by the model they begin from]
@@ -98,6 +112,37 @@ impl TrainArgs {
         self.given = matches.ids().filter(is_given).map(|id| id.as_str().to_string()).collect();
     }
 
+    /// Takes the settings that no flag gave from the file of `config`.
+    fn read_config(&mut self) -> anyhow::Result<()> {
+        let Some(path) = &self.config else { return Ok(()) };
+        let advice = || "a file has keys like batch_size = 8; --print-config prints one";
+        let text = files::read_text(path, MAX_CONFIG_BYTES)
+            .with_context(|| format!("cannot read {}", path.display()))
+            .hint(ErrorKind::Config, advice)?;
+        let read = || -> anyhow::Result<(toml::Table, Settings)> {
+            let mut keys: toml::Table = toml::from_str(&text)?;
+            let settings = keys.clone().try_into()?;
+            keys =
+                keys.into_iter().map(|(key, value)| (Settings::key(&key).into(), value)).collect();
+            Ok((keys, settings))
+        };
+        let (keys, from_file) = read()
+            .with_context(|| format!("in {}", path.display()))
+            .hint(ErrorKind::Config, advice)?;
+        let mut merged = toml::Table::try_from(&from_file)?;
+        let mut flags = toml::Table::try_from(&self.settings)?;
+        for key in &self.given {
+            // Some settings are left out where they have their defaults.
+            match flags.remove(key) {
+                Some(value) => merged.insert(key.clone(), value),
+                None => merged.remove(key),
+            };
+        }
+        self.settings = merged.try_into()?;
+        self.given.extend(keys.into_iter().map(|(key, _)| key));
+        Ok(())
+    }
+
     /// The model folder that decides what the flags leave open: the one whose weights are the first
     /// ones, or the newest checkpoint of the run that is resumed.
     fn model(&self) -> Option<PathBuf> {
@@ -111,7 +156,8 @@ impl TrainArgs {
 
     /// The settings, with the shape of the model in `folder`, and its context and kind of windows unless
     /// they are given.
-    fn settings_of(&self, folder: &Path) -> anyhow::Result<Settings> {
+    fn effective_settings(&self, folder: Option<&Path>) -> anyhow::Result<Settings> {
+        let Some(folder) = folder else { return Ok(self.settings.clone()) };
         let (config, _) = load_config(folder)?;
         let is_given = |name: &str| self.given.contains(name);
         let conflicts = self.settings.shape_conflicts(&config);
@@ -145,8 +191,16 @@ impl TrainArgs {
     }
 }
 
-pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
+pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
     arguments.obsolete.warn();
+    arguments.read_config()?;
+    if arguments.print_config {
+        let settings = arguments.effective_settings(arguments.model().as_deref())?;
+        settings.validate()?;
+        write!(stdout(), "{}", toml::to_string(&settings)?)?;
+        return Ok(Outcome::Done);
+    }
+    let arguments = &arguments;
     let consent = match arguments {
         TrainArgs { resume: true, .. } => Consent::Resume,
         TrainArgs { reload: true, .. } => Consent::Reload,
@@ -155,10 +209,7 @@ pub fn run(arguments: &TrainArgs) -> anyhow::Result<Outcome> {
     };
     let output = claimed(&arguments.output_path, consent)?;
     let model = arguments.model();
-    let settings = match &model {
-        Some(folder) => arguments.settings_of(folder)?,
-        None => arguments.settings.clone(),
-    };
+    let settings = arguments.effective_settings(model.as_deref())?;
     settings.validate()?;
     Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
     let backend = arguments.backend.open_in(settings.precision)?;

@@ -16,7 +16,7 @@ use tokenizers::{AddedToken, ModelWrapper};
 use super::foreign::Frame;
 use super::limits::{self, Growth, guarded};
 use super::original::AddedTokens;
-use super::words::{PATTERN, Words};
+use super::words::{LLAMA_3_PATTERN, Words};
 use super::{BLANKS, MARKERS, Markers, Special, Spelling, Style, Tokenizer, byte_level};
 use crate::error::{ErrorKind, Hint};
 use crate::files::{self, write_atomically};
@@ -36,7 +36,7 @@ fn exact_pre_tokenizer() -> Value {
         "pretokenizers": [
             {
                 "type": "Split",
-                "pattern": {"Regex": PATTERN},
+                "pattern": {"Regex": LLAMA_3_PATTERN},
                 "behavior": "Isolated",
                 "invert": false
             },

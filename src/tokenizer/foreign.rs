@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::limits::guarded;
-use super::words::PATTERN;
+use super::words::{LLAMA_3_PATTERN, QWEN_2_PATTERN};
 
 /// Documents of a tokenizer.
 #[derive(Clone, Debug, Default)]
@@ -15,12 +15,6 @@ pub struct Frame {
     /// True if a text's tokens are those of its [`pieces`], one after another.
     pub can_be_cut: bool,
 }
-
-/// Qwen 2's pattern.
-const QWEN_2: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
 
 impl Frame {
     /// The frame of a `tokenizer.json`, which `inner` was made of.
@@ -49,7 +43,7 @@ fn can_be_cut(json: &Value) -> bool {
             && part["use_regex"].as_bool().unwrap_or(true) == use_regex
     };
     let is_known_split = |part: &Value| {
-        [PATTERN, QWEN_2].iter().any(|pattern| {
+        [LLAMA_3_PATTERN, QWEN_2_PATTERN].iter().any(|pattern| {
             part["type"] == "Split"
                 && part["pattern"] == json!({"Regex": pattern})
                 && part["behavior"] == "Isolated"
@@ -121,7 +115,7 @@ mod tests {
                 Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap().into()
             };
             let gpt2 = ByteLevel::new(false, true, true).into();
-            for pre_tokenizer in [split(PATTERN), split(QWEN_2), gpt2] {
+            for pre_tokenizer in [split(LLAMA_3_PATTERN), split(QWEN_2_PATTERN), gpt2] {
                 let of_pieces = pieces_of(&text, 3).flat_map(|piece| words(piece, &pre_tokenizer));
                 prop_assert_eq!(of_pieces.collect::<Vec<_>>(), words(&text, &pre_tokenizer));
             }

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use tokenizers::{AddedToken, Model};
 
 pub use train::{Trained, Training, TrainingProgress};
+pub(crate) use words::{LLAMA_3_PATTERN, QWEN_2_PATTERN};
 
 use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};

@@ -15,12 +15,18 @@ use super::Style;
 /// The pattern of style `exact` as `tokenizer.json` holds it: Llama 3's. Words are letters with one leading other
 /// character, numbers of up to three digits, punctuation with the line breaks behind it, line breaks
 /// with the blanks before them, and blanks, the last of which goes to the word that follows.
-pub const PATTERN: &str = concat!(
+pub const LLAMA_3_PATTERN: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 
-/// [`PATTERN`] without its look-ahead.
+/// Qwen 2's pattern: Llama 3's, but for numbers of one digit.
+pub const QWEN_2_PATTERN: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
+/// [`LLAMA_3_PATTERN`] without its look-ahead.
 const EXACT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -114,7 +120,7 @@ mod tests {
     static WORDS: LazyLock<[Words; 2]> =
         LazyLock::new(|| [Style::Exact, Style::Original].map(Words::new));
     static SPLIT: LazyLock<Split> = LazyLock::new(|| {
-        let pattern = SplitPattern::Regex(PATTERN.to_string());
+        let pattern = SplitPattern::Regex(LLAMA_3_PATTERN.to_string());
         Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap()
     });
 

@@ -56,3 +56,16 @@ fn bad_arguments_are_one_line_and_a_hint() {
     error_of(&["docto"]);
     error_of(&["doctor", "--no-such-flag"]);
 }
+
+#[test]
+fn completions_know_commands_and_flags() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let done = laam().args(["completions", shell]).output().unwrap();
+        assert!(done.status.success());
+        let script = String::from_utf8(done.stdout).unwrap();
+        for word in ["train-tokenizer", "recompute", "gguf"] {
+            assert!(script.contains(word), "{shell}: {word}");
+        }
+    }
+    error_of(&["completions", "csh"]);
+}

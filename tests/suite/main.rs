@@ -11,6 +11,7 @@ mod corpus;
 mod docs;
 mod doctor;
 mod documents;
+mod export;
 mod fetch;
 mod foreign;
 mod generate;

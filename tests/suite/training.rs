@@ -13,7 +13,7 @@ use laam::backend::cpu::Cpu;
 use laam::corpus::{Corpus, CorpusOptions, Source};
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
-use laam::llama::StepHyperparams;
+use laam::llama::{Recompute, StepHyperparams};
 use laam::model::{Checkpoint, Layout, Provenance, initialize, load, load_config, save};
 use laam::tokenizer::{Style, Tokenizer};
 use laam::tokens::{Order, Sampler, TokenFile, WindowKind, Windows};
@@ -566,6 +566,47 @@ fn what_cannot_be_resumed_is_named() {
         assert!(said.contains(named), "{changed}: {said}");
         assert_eq!(checkpoints(folder.path()), [5, 10, 15]);
         assert_eq!(metrics(folder.path()).len(), 20, "{changed}: the metrics are untouched");
+    }
+}
+
+#[test]
+fn settings_come_from_a_file_and_flags_win() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("settings.toml");
+    let settings = |flags: &str| -> Settings {
+        let mut command = laam();
+        command.args(["train", "--print-config", "--config"]).arg(&file);
+        let done = command.args(flags.split_whitespace()).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let text = String::from_utf8(done.stdout).unwrap();
+        fs::write(&file, &text).unwrap();
+        let printed: Settings = toml::from_str(&text).unwrap();
+        printed
+    };
+    fs::write(&file, "hidden_size = 80\ndecay_rate = 0.25\nrecompute = \"block\"\n").unwrap();
+    let expected = Settings {
+        hidden_size: 80,
+        weight_decay: 0.25,
+        recompute: Recompute::Block,
+        max_steps: Some(7),
+        ..Settings::default()
+    };
+    assert_eq!(settings("--max_steps 7"), expected);
+    assert_eq!(settings(""), expected, "it reads what it prints");
+    let changed = settings("--recompute none --decay_rate 0.5 --tie_word_embeddings");
+    let wanted = Settings { recompute: Recompute::None, weight_decay: 0.5, ..expected };
+    assert_eq!(changed, Settings { tie_word_embeddings: true, ..wanted });
+
+    let output = folder.path().join("model");
+    for (text, named) in [
+        ("hidden = 80", "hidden"),
+        ("hidden_size = \"wide\"", "--hidden-size"),
+        ("batch_size = 0", "--batch-size"),
+        ("hidden_size", "settings.toml"),
+    ] {
+        fs::write(&file, text).unwrap();
+        let said = refused(&output, &format!("--config {}", file.display()));
+        assert!(said.contains(named), "{text}: {said}");
     }
 }
 
