@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use anyhow::Context;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use sha2::{Digest, Sha256};
 
 use crate::error::{ErrorKind, Hint};
@@ -177,6 +177,12 @@ impl MappedFile {
         INSTALLED.call_once(catch_bus_errors);
         let slot = MAPS.iter().position(|slot| slot.take(&map, message.clone()));
         Ok(Self { map, slot })
+    }
+
+    /// Takes the pages that were read out of memory; they are read from the file again if need be.
+    pub fn release_pages(&self) {
+        // SAFETY: of a read-only map of a file, pages that are dropped come back with the file's bytes.
+        let _ = unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) };
     }
 }
 

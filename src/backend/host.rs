@@ -2,6 +2,7 @@
 
 use super::memory::Memory;
 use super::{Arena, Inputs, ProgramId, Session, SessionSpec};
+use crate::device::check_host_memory;
 use crate::error;
 use crate::llama::{Buffer, BufferKind, BufferRole, Plan, Program};
 use crate::model::Layout;
@@ -57,8 +58,14 @@ pub(super) struct HostSession<R, E> {
 }
 
 impl<R: Real, E: Execute<R>> HostSession<R, E> {
-    pub fn new(layout: &Layout, spec: SessionSpec, executor: E) -> Self {
-        Self { memory: Memory::new(layout, spec), executor, programs: Vec::new(), current: None }
+    /// # Errors
+    /// If the arenas take more memory than this process may use.
+    pub fn new(layout: &Layout, spec: SessionSpec, executor: E) -> anyhow::Result<Self> {
+        let arenas = if spec.training { 4 } else { 1 };
+        let values = arenas * layout.len as u128 + spec.cache_len as u128;
+        check_host_memory(values * size_of::<R>() as u128, "the model with its caches")?;
+        let memory = Memory::new(layout, spec);
+        Ok(Self { memory, executor, programs: Vec::new(), current: None })
     }
 
     fn assert_current(&self, ProgramId(program): ProgramId) {

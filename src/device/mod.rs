@@ -17,10 +17,12 @@ mod matmul;
 #[cfg(feature = "sim")]
 pub mod sim;
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use crate::dtype::Dtype;
-use crate::files;
+use crate::{error, files};
 
 pub use launch::{Arg, Launch};
 pub use matmul::{Matmul, Matrix};
@@ -109,10 +111,88 @@ pub trait Device: Send {
     }
 }
 
-/// Total main memory of this machine in bytes, if the system reports it (Linux).
+/// Main memory that this process may use in bytes, if the system reports it (Linux): the machine's, or the
+/// least that a control group above the process or a resource limit allows.
 pub fn host_memory() -> Option<u64> {
-    let text = files::read_text(std::path::Path::new("/proc/meminfo"), 1 << 20).ok()?;
+    let read = |path: &Path| files::read_text(path, 1 << 20).ok();
+    let text = read(Path::new("/proc/meminfo"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib * 1024)
+    let groups = read(Path::new("/proc/self/cgroup")).unwrap_or_default();
+    let limits = cgroup_limits(&groups, Path::new("/sys/fs/cgroup"), &read);
+    limits.into_iter().chain([kib * 1024, address_space_limit()]).min()
+}
+
+/// The limit of `ulimit -v` in bytes.
+fn address_space_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the struct outlives the call, which writes nothing else.
+    match unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } {
+        0 => limit.rlim_cur,
+        _ => libc::RLIM_INFINITY,
+    }
+}
+
+/// Memory limits of the control groups that `/proc/self/cgroup` names and of those above them, of version 2
+/// and 1. In a container the group itself may be the root of what can be seen.
+fn cgroup_limits(groups: &str, root: &Path, read: &dyn Fn(&Path) -> Option<String>) -> Vec<u64> {
+    let mut limits = Vec::new();
+    for line in groups.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next())
+        else {
+            continue;
+        };
+        let (root, file) = match controllers {
+            "" => (root.to_path_buf(), "memory.max"),
+            _ if controllers.split(',').any(|name| name == "memory") => {
+                (root.join("memory"), "memory.limit_in_bytes")
+            }
+            _ => continue,
+        };
+        let group = root.join(path.trim_start_matches('/'));
+        let above = group.ancestors().take_while(|folder| folder.starts_with(&root));
+        // "max" is no number: no limit.
+        limits.extend(
+            above.filter_map(|folder| read(&folder.join(file))?.trim().parse::<u64>().ok()),
+        );
+    }
+    limits
+}
+
+/// Fails if the process may not use so much memory, before an allocation ends it.
+pub fn check_host_memory(needed: u128, what: &str) -> anyhow::Result<()> {
+    let Some(there) = host_memory().map(u128::from).filter(|there| needed > *there) else {
+        return Ok(());
+    };
+    let giga = |bytes: u128| bytes as f64 / 1e9;
+    Err(error::device(
+        format!(
+            "{what} takes {:.1} GB of memory, this process may use {:.1}",
+            giga(needed),
+            giga(there)
+        ),
+        "use a machine or a memory limit that holds the model",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_limits_of_control_groups_are_found() {
+        let read = |path: &Path| match path.to_str().unwrap() {
+            "/c/a/b/memory.max" => Some("max\n".to_string()),
+            "/c/a/memory.max" => Some("5000\n".to_string()),
+            "/c/memory/d/memory.limit_in_bytes" => Some("7000\n".to_string()),
+            "/c/memory/memory.limit_in_bytes" => Some("9223372036854771712\n".to_string()),
+            _ => None,
+        };
+        let limits = |groups| cgroup_limits(groups, Path::new("/c"), &read);
+        assert_eq!(limits("0::/a/b\n"), [5000]);
+        assert_eq!(limits("3:cpu,memory:/d\n2:pids:/a\n0::/\n"), [7000, 9_223_372_036_854_771_712]);
+        assert!(limits("nothing").is_empty());
+        assert!(check_host_memory(1, "x").is_ok() && check_host_memory(1 << 70, "x").is_err());
+    }
 }

@@ -26,6 +26,7 @@ use super::replace::{STAGED, Staged, settle};
 use super::weights::{self, Mapped, Tensors};
 use super::{Config, GenerationDefaults, Layout, Provenance, card};
 use crate::corpus::hex;
+use crate::device::check_host_memory;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
@@ -171,6 +172,7 @@ fn completed_tokenizer_config(bytes: &[u8], context: usize) -> anyhow::Result<Ve
 pub fn load(folder: &Path) -> anyhow::Result<Model> {
     let (config, mut warnings) = load_config(folder)?;
     let mut load = || {
+        check_host_memory(4 * config.parameter_count(), "the model")?;
         let layout = Layout::new(&config);
         let (files, places) = weight_files(folder)?;
         let mapped = Mapped::open(&files)?;
@@ -388,6 +390,7 @@ pub fn load_training_state(folder: &Path, layout: &Layout) -> anyhow::Result<Opt
                 ));
             }
             arenas.insert(prefix, arena);
+            mapped.release_pages();
         }
         anyhow::Ok(SavedState { arenas, state })
     };

@@ -146,6 +146,11 @@ impl Mapped {
         Ok(tensors)
     }
 
+    /// Takes the pages that were read out of memory.
+    pub fn release_pages(&self) {
+        self.files.iter().for_each(|(_, file)| file.release_pages());
+    }
+
     /// The text under `key` in the first file's metadata.
     pub fn metadata(&self, key: &str) -> Option<String> {
         let (_, metadata) = SafeTensors::read_metadata(&self.files.first()?.1).ok()?;

@@ -191,7 +191,7 @@ impl<'a> Trainer<'a> {
         let is_from_output = saved.as_ref().is_some_and(|saved| saved.folder == job.output.path());
         let is_continuation = unsaved && weights.is_some();
         if let Some(saved) = saved {
-            write(&mut engine, &saved.arenas)?;
+            write(&mut engine, saved.arenas)?;
             let restored = engine.restore(&saved.state.backend);
             notes.extend(restored.hint(
                 ErrorKind::Checkpoint,
@@ -408,7 +408,7 @@ impl<'a> Trainer<'a> {
         let output = self.job.output.path().to_path_buf();
         if let Some((rate, step)) = self.state.best.filter(|(_, step)| *step < self.state.step) {
             let best = checkpoints::at_step(&output, step)?;
-            write(&mut self.engine, &best.arenas)?;
+            write(&mut self.engine, best.arenas)?;
             finish.verbatim_rate = Some(rate);
             let percent = 100.0 * rate;
             observer.note(&format!("saving the weights of step {step}, verbatim {percent:.1}%"));
@@ -542,7 +542,7 @@ impl<'a> Trainer<'a> {
     /// Tells of parameters that got no gradient at all so far, which their first moments show: a
     /// backward that forgets one trains on without a sign of it.
     fn note_lost_gradients(&self, observer: &mut dyn Observer) -> anyhow::Result<()> {
-        let moments = self.engine.read(Arena::FirstMoment)?;
+        let moments = self.engine.arena(Arena::FirstMoment)?;
         for parameter in &self.engine.layout().parameters {
             if moments[parameter.span.range()].iter().all(|&moment| moment == 0.0) {
                 observer.note(&format!(
@@ -678,17 +678,19 @@ impl<'a> Trainer<'a> {
 }
 
 /// Sets weights and moments to those of a checkpoint.
-fn write(engine: &mut Engine, arenas: &[Vec<f32>]) -> anyhow::Result<()> {
+fn write(engine: &mut Engine, arenas: Vec<Vec<f32>>) -> anyhow::Result<()> {
+    // Each is dropped once it is written: together they are as large as the engine.
     for ((_, arena), values) in checkpoints::ARENAS.iter().zip(arenas) {
-        engine.write(*arena, values)?;
+        engine.write(*arena, &values)?;
     }
     Ok(())
 }
 
 /// A resumed run equals an unbroken one only if it is the same run.
 fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::Result<()> {
-    // How often a run logs and saves, and what it computes twice, changes no bit of the result. A run that began with another model's
-    // weights has that model's shape, which earlier versions did not write into its settings.
+    // How often a run logs and saves, and what it computes twice, changes no bit of the result. A run that
+    // began with another model's weights has that model's shape, which earlier versions did not write into
+    // its settings.
     let essence = |settings: &Settings| Settings {
         logging_steps: 1,
         save_steps: 1,

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use laam::tokenizer::Style;
@@ -71,6 +71,76 @@ fn threads_that_cannot_be_had_are_an_error() {
         let said = error_in(&bounded(&mut command, Duration::from_mins(1), 1 << 40));
         assert!(said.contains("cannot start a thread"), "{line}: {said}");
     }
+}
+
+#[test]
+fn models_beyond_the_memory_limit_are_refused_before_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(tiny_run(), folder.path());
+    let config = folder.path().join("run/model/config.json");
+    let mut json: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    json["intermediate_size"] = (1u64 << 31).into();
+    fs::write(&config, json.to_string()).unwrap();
+    for line in [
+        "evaluate DIR/run/model",
+        "generate DIR/run/model",
+        "rebuild DIR/run/model --output DIR/rebuilt",
+        "memorization DIR/run/model",
+        "export gguf DIR/run/model --output DIR/model.gguf",
+        "train --limit 1 --init_from DIR/run/model --output_path DIR/next",
+        "train --limit 1 --tokenizer_path DIR/run/tokenizer --hidden_size 65536 --output_path DIR/next",
+    ] {
+        let said = error_in(&run(&line.replace("DIR", folder.path().to_str().unwrap())));
+        assert!(said.contains("GB of memory"), "{line}: {said}");
+    }
+}
+
+/// The most memory a process had in use, by looking again and again until it ends.
+fn peak_memory(command: &mut Command) -> f64 {
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0.0;
+    while child.try_wait().unwrap().is_none() {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        if let Some(kib) = line.and_then(|line| line.trim().strip_suffix("kB")) {
+            peak = kib.trim().parse::<f64>().unwrap() * 1024.0;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait().unwrap().success());
+    peak
+}
+
+/// Steps, a checkpoint, the final model and a resume, beside what a run of a tiny model takes.
+#[test]
+fn training_takes_the_memory_that_was_planned() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(tiny_run(), folder.path());
+    let measure = |name: &str, hidden: usize| {
+        let shape = format!(
+            "--hidden_size {hidden} --intermediate_size {} --num_hidden_layers 8 \
+             --num_attention_heads 4 --num_key_value_heads 4 --max_position_embeddings 32",
+            4 * hidden
+        );
+        let at = folder.path().to_str().unwrap();
+        let flags = format!(
+            "train --limit 1 --tokenizer_path {at}/run/tokenizer --output_path {at}/{name} \
+             --save_steps 1 --threads 2 --backend cpu --resume {shape} --max_steps"
+        );
+        let train = |steps: &str| peak_memory(laam().args(flags.split_whitespace()).arg(steps));
+        let peak = train("2").max(train("3"));
+        let vocabulary = fs::read_to_string(format!("{at}/{name}/config.json")).unwrap();
+        let vocabulary: Value = serde_json::from_str(&vocabulary).unwrap();
+        let line =
+            format!("plan --json --backend cpu {shape} --vocab_size {}", vocabulary["vocab_size"]);
+        let plan: Value = serde_json::from_slice(&run(&line).stdout).unwrap();
+        (peak, plan["bytes_peak"].as_f64().unwrap())
+    };
+    let (tiny, large) = (measure("tiny", 8), measure("large", 384));
+    let (measured, planned) = (large.0 - tiny.0, large.1 - tiny.1);
+    let ratio = measured / planned;
+    assert!((0.95..1.05).contains(&ratio), "{measured} bytes, {planned} were planned: {ratio}");
 }
 
 #[test]

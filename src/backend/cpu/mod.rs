@@ -138,7 +138,7 @@ impl Backend for Cpu {
             logits: Vec::new(),
             seconds: BTreeMap::new(),
         };
-        Ok(Box::new(HostSession::new(layout, spec, executor)))
+        Ok(Box::new(HostSession::new(layout, spec, executor)?))
     }
 
     /// Some 4,096 tokens: enough rows for the matmuls, and small activations.

@@ -60,8 +60,8 @@ impl Backend for Reference {
     fn open(&self, layout: &Layout, spec: SessionSpec) -> anyhow::Result<Box<dyn Session>> {
         let plain = ReferenceExecutor { rounding: self.rounding };
         Ok(match self.arithmetic {
-            Arithmetic::F32 => Box::new(HostSession::<f32, _>::new(layout, spec, plain)),
-            Arithmetic::F64 => Box::new(HostSession::<f64, _>::new(layout, spec, plain)),
+            Arithmetic::F32 => Box::new(HostSession::<f32, _>::new(layout, spec, plain)?),
+            Arithmetic::F64 => Box::new(HostSession::<f64, _>::new(layout, spec, plain)?),
         })
     }
 

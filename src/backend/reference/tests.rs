@@ -126,7 +126,8 @@ impl FiniteDifferences {
         };
         let spec = SessionSpec { training: true, cache_len: 0 };
         let mut host =
-            HostSession::<f64, _>::new(&layout, spec, ReferenceExecutor { rounding: None });
+            HostSession::<f64, _>::new(&layout, spec, ReferenceExecutor { rounding: None })
+                .unwrap();
         // All buffers are outputs, so both programs lay them out alike in one block.
         let mut load =
             |ops: &[Op]| host.load(Program { ops: ops.to_vec(), ..check.program.clone() }).unwrap();
