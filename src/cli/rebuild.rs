@@ -15,7 +15,7 @@ use super::progress::Files;
 use super::source::SourceArgs;
 use super::{Outcome, model, windows};
 use crate::backend::Backend;
-use crate::corpus::{Corpus, MIRROR, Version};
+use crate::corpus::{Corpus, MIRROR};
 use crate::error;
 use crate::escape::visible;
 use crate::generate::Generator;
@@ -118,28 +118,20 @@ pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
 impl RebuildArgs {
     /// What `--compare` names: a path where there is one, else a kernel or the sample.
     fn originals(&self, source: &str, tokenizer: &Tokenizer) -> anyhow::Result<Corpus> {
-        let is_path = Path::new(source).exists();
-        let is_kernel = !is_path && source.parse::<Version>().is_ok();
-        if !is_path && !is_kernel && source != "sample" {
-            return Err(error::config(
-                format!("invalid `compare` {source:?}: no such file or folder"),
-                "give a folder, an archive, a kernel version like v1.0/1.0, or sample",
-            ));
-        }
         let record = load_provenance(&self.model)?.unwrap_or_default().corpus;
-        SourceArgs {
+        let arguments = SourceArgs {
             // The originals are chosen as in training.
             include: record.include,
             exclude: record.exclude,
-            version: is_kernel.then(|| source.to_string()),
+            version: None,
             mirror_uri: self.mirror_uri.clone(),
             unverified: self.unverified,
-            source: is_path.then(|| source.into()).into_iter().collect(),
+            source: Vec::new(),
             text_field: "text".to_string(),
             limit: self.limit,
             strict: false,
-        }
-        .corpus_for(tokenizer)
+        };
+        arguments.other(source, "compare", tokenizer)
     }
 }
 

@@ -61,6 +61,9 @@ pub struct RunArgs {
     /// Print the recipe with every key it has, and what it asks of this machine; do nothing
     #[arg(long)]
     dry_run: bool,
+    /// Also write TensorBoard events into this folder, in one folder per stage
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
     /// The license of the weights [default: by what the text is]
     #[arg(long, value_name = "ID")]
     license: Option<License>,
@@ -114,7 +117,14 @@ pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     let _folder = claim(&folder, &recipe, &identity)?;
 
     let license = arguments.license.as_ref();
-    let (model, finishes) = train(&arguments.backend, &recipe, &corpus, &folder, license)?;
+    let (model, finishes) = train(
+        &arguments.backend,
+        &recipe,
+        &corpus,
+        &folder,
+        license,
+        arguments.tensorboard.as_deref(),
+    )?;
     let end = finishes.last().map_or(RunEnd::Complete, |finish| finish.end);
     if end != RunEnd::Complete {
         if arguments.json {
@@ -169,6 +179,7 @@ pub fn train(
     corpus: &Corpus,
     folder: &Path,
     license: Option<&License>,
+    tensorboard: Option<&Path>,
 ) -> anyhow::Result<(PathBuf, Vec<TrainSummary>)> {
     let place = folder.join("tokenizer");
     if place.join("tokenizer.json").exists() {
@@ -186,11 +197,12 @@ pub fn train(
         let stage = Stage {
             settings: &stage.settings,
             tokenizer: tokenizer.clone(),
+            validation: None,
             consent: Consent::Resume,
             weights: before,
             output: claimed(&output, Consent::Resume)?,
             metrics: output.join("metrics.jsonl"),
-            tensorboard: None,
+            tensorboard: tensorboard.map(|folder| folder.join(&stage.name)),
             goes_on: "the same command goes on from there",
             license: license.cloned(),
         };

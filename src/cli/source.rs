@@ -75,6 +75,22 @@ impl SourceArgs {
         open(&self.named(None)?, self.options_for(tokenizer)?)
     }
 
+    /// Another corpus, read by the same arguments: what one word names, a path or a glob if there is one,
+    /// else a kernel or the sample. `field` is what it is called in errors.
+    pub fn other(&self, word: &str, field: &str, tokenizer: &Tokenizer) -> anyhow::Result<Corpus> {
+        let is_path = Path::new(word).exists() || word.contains(['*', '?', '[']);
+        let is_kernel = !is_path && word.parse::<Version>().is_ok();
+        if !is_path && !is_kernel && word != "sample" {
+            return Err(error::config(
+                format!("invalid `{field}` {word:?}: no such file or folder"),
+                "give a folder, an archive, files, a kernel version like v1.0/1.0, or sample",
+            ));
+        }
+        let version = is_kernel.then(|| word.to_string());
+        let source = is_path.then(|| word.into()).into_iter().collect();
+        Self { version, source, ..self.clone() }.corpus_for(tokenizer)
+    }
+
     /// True if the arguments name a source.
     fn is_named(&self) -> bool {
         !self.source.is_empty() || self.version.is_some()

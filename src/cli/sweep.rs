@@ -62,6 +62,9 @@ pub struct SweepArgs {
     /// The folder for all runs [default: sweeps/NAME]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// Also write TensorBoard events into this folder, in one folder per run and stage
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
     /// The license of the weights [default: by what the text is]
     #[arg(long, value_name = "ID")]
     license: Option<License>,
@@ -154,7 +157,14 @@ fn result(
         }
     }
     let license = arguments.license.as_ref();
-    let (model, finishes) = train(&arguments.backend, &run.recipe, corpus, folder, license)?;
+    let (model, finishes) = train(
+        &arguments.backend,
+        &run.recipe,
+        corpus,
+        folder,
+        license,
+        arguments.tensorboard.as_ref().map(|events| events.join(&run.name)).as_deref(),
+    )?;
     if let Some(early) = finishes.last().filter(|finish| finish.end != RunEnd::Complete) {
         return Ok(Err(early.end));
     }

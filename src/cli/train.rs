@@ -13,7 +13,7 @@ use serde_json::json;
 use super::backend::BackendArgs;
 use super::output::{print_json, say, stdout};
 use super::source::{self, SourceArgs};
-use super::training::Watcher;
+use super::training::{TextSampler, Watcher};
 use super::{ObsoleteArgs, Outcome, windows};
 use crate::backend::Backend;
 use crate::corpus::{Corpus, Manifest, hex};
@@ -43,6 +43,11 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// step; OUTPUT/checkpoint-N holds what --resume needs. A folder that holds a run already needs --resume,
 /// --reload or --overwrite; files that laam did not write are never replaced. A run that diverges keeps
 /// its last good checkpoint and exits with 1.
+///
+/// A run made longer by --resume takes its next steps by the schedule of the new length. constant: the same
+/// rate, as if it had begun with that length. wsd: the same, if its decay had not begun; else the rate jumps
+/// back to the peak, to decay at the new end. linear and cosine: the rate jumps to where the longer schedule
+/// is at that step, so the run differs from one that began with that length.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -66,7 +71,8 @@ pub struct TrainArgs {
     /// model and its checkpoints, and adds to its metrics
     #[arg(long, conflicts_with_all = ["resume", "init_from"])]
     reload: bool,
-    /// Continue from the newest checkpoint in the output folder
+    /// Continue from the newest checkpoint in the output folder. With more --max-steps, --epochs or
+    /// --max-seconds the run is made longer
     #[arg(long, conflicts_with = "init_from")]
     resume: bool,
     /// Replace the run that is in the output folder
@@ -75,6 +81,11 @@ pub struct TrainArgs {
     /// Begin with the weights of this model, and a fresh optimizer
     #[arg(long, value_name = "DIR")]
     init_from: Option<PathBuf>,
+    /// A text to measure the loss on, which is not trained on: a FRACTION of the windows, the last ones
+    /// (without overlap; whole documents, except of stream windows), or a SOURCE: files as --source takes
+    /// them, a kernel's version like v1.0/1.0, or sample. The checkpoint of the lowest loss is kept
+    #[arg(long, value_name = "SOURCE|FRACTION", help_heading = "Progress")]
+    validation: Option<String>,
     /// Where the metrics go, - for stdout [default: OUTPUT/metrics.jsonl]
     #[arg(long, value_name = "FILE|-")]
     metrics: Option<PathBuf>,
@@ -143,6 +154,15 @@ impl TrainArgs {
         Ok(())
     }
 
+    /// Puts a fraction that is held out into the settings; of a text of its own only how often the loss is
+    /// measured, by which they know that there is one.
+    fn set_validation(&mut self) {
+        if let Some(validation) = &self.validation {
+            self.settings.validation = validation.parse().ok();
+            self.settings.validation_steps.get_or_insert(self.settings.save_steps);
+        }
+    }
+
     /// The model folder that decides what the flags leave open: the one whose weights are the first
     /// ones, or the newest checkpoint of the run that is resumed.
     fn model(&self) -> Option<PathBuf> {
@@ -194,6 +214,7 @@ impl TrainArgs {
 pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
     arguments.obsolete.warn();
     arguments.read_config()?;
+    arguments.set_validation();
     if arguments.print_config {
         let settings = arguments.effective_settings(arguments.model().as_deref())?;
         settings.validate()?;
@@ -223,6 +244,13 @@ pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
         settings.config(tokenizer.vocab_size(), tokenizer.special())?;
     }
     let corpus = arguments.source.corpus_for(&tokenizer)?;
+    let validation = match (&arguments.validation, settings.validation) {
+        (Some(source), None) => {
+            let others = SourceArgs { limit: None, ..arguments.source.clone() };
+            Some(others.other(source, "validation", &tokenizer)?)
+        }
+        _ => None,
+    };
     if arguments.resume && !is_resumable(&arguments.output_path) {
         let output = arguments.output_path.display();
         say!("warning: no checkpoint to resume in {output}: from step 0, with fresh weights");
@@ -231,6 +259,7 @@ pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
     let stage = Stage {
         settings: &settings,
         tokenizer,
+        validation: validation.as_ref(),
         consent,
         weights: weights.cloned(),
         output,
@@ -249,6 +278,7 @@ pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
             "total": finish.total,
             "loss": finish.loss,
             "verbatim_rate": finish.verbatim_rate,
+            "validation_loss": finish.validation_loss,
             "interrupted": finish.end == RunEnd::Interrupted,
             "diverged": finish.end == RunEnd::Diverged,
             "seconds": record.seconds,
@@ -268,6 +298,8 @@ pub fn claimed(output: &Path, consent: Consent) -> anyhow::Result<Arc<OutputFold
 pub struct Stage<'a> {
     pub settings: &'a Settings,
     pub tokenizer: Arc<Tokenizer>,
+    /// A text of its own to measure the loss on.
+    pub validation: Option<&'a Corpus>,
     /// What was said of a run in `output`: whether to continue it, if there is one.
     pub consent: Consent,
     /// The model whose weights are the first ones.
@@ -287,7 +319,18 @@ impl Stage<'_> {
         let settings = self.settings;
         let tokenizer = &self.tokenizer;
         let (kind, context) = (settings.windows, settings.max_position_embeddings);
-        Windows::check_names(kind, tokenizer, corpus.has_names())?;
+        for text in [Some(corpus), self.validation].into_iter().flatten() {
+            Windows::check_names(kind, tokenizer, text.has_names())?;
+        }
+        if settings.validation_steps.is_some()
+            && self.validation.is_none()
+            && settings.validation.is_none()
+        {
+            return Err(error::config(
+                "`validation_steps` without `validation`",
+                "name a text to measure the loss on with `validation`",
+            ));
+        }
         // What can be refused is, before the text is read.
         let (config, weights) = if let Some(folder) = &self.weights {
             let (model, warnings) =
@@ -314,12 +357,34 @@ impl Stage<'_> {
         let (file, manifest) = source::tokenize(corpus, tokenizer, &tokens, false)?;
         say!("the tokens are in {}", tokens.display());
         file.check_fits(config.vocab_size)?;
-        let windows = Windows::new(file, tokenizer.clone(), kind, context, settings.stride)?;
-        let provenance = self.provenance(&manifest, tokenizer)?;
+        let cut = |file| Windows::new(file, tokenizer.clone(), kind, context, settings.stride);
+        let mut windows = cut(file)?;
+        let mut provenance = self.provenance(&manifest, tokenizer)?;
+        let validation = match (self.validation, settings.validation) {
+            (Some(text), _) => {
+                let tokens = tokens.with_extension("validation.tokens");
+                let (file, _) = source::tokenize(text, tokenizer, &tokens, false)?;
+                file.check_fits(config.vocab_size)?;
+                let windows = cut(file)?;
+                let all = (0..windows.len()).collect();
+                Some((windows, all))
+            }
+            (None, Some(fraction)) => {
+                let held = windows.hold_out(fraction)?;
+                // The weights know nothing of the others.
+                provenance.corpus.paths.truncate(windows.documents()?);
+                Some(held)
+            }
+            (None, None) => None,
+        };
+        if let Some((_, numbers)) = &validation {
+            say!("the validation loss is measured on {} windows", numbers.len());
+        }
         let job = Job {
             settings,
             config: &config,
             windows: &windows,
+            validation: validation.as_ref().map(|(windows, numbers)| (windows, numbers.as_slice())),
             start: Start {
                 resume: self.consent == Consent::Resume,
                 weights,
@@ -356,7 +421,8 @@ impl Stage<'_> {
         if trainer.done() > 0 {
             say!("resuming after step {} of {}", trainer.done(), trainer.total());
         }
-        let mut watcher = Watcher::new(trainer.done(), trainer.total())?;
+        let sampler = TextSampler::new(backend, tokenizer, &windows, settings.seed)?;
+        let mut watcher = Watcher::new(trainer.done(), trainer.total(), sampler)?;
         let finish = trainer.run(&mut watcher)?;
         watcher.finish(&finish, self.output.path(), self.goes_on);
         Ok(finish)

@@ -29,7 +29,7 @@ pub enum WindowKind {
 }
 
 /// The windows of a token file.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Windows {
     file: Arc<TokenFile>,
     kind: WindowKind,
@@ -118,6 +118,43 @@ impl Windows {
         };
         let within = |window| is_within(&window).map(|is| is.then_some(window)).transpose();
         (0..self.count).filter_map(within).collect()
+    }
+
+    /// Holds out the last `fraction` of the windows: returns the windows as they were, and which of them are
+    /// held out. If there are several documents, one is held out whole or not at all (but for stream
+    /// windows). No window that is left has an input of those.
+    ///
+    /// # Errors
+    /// No window would be left.
+    pub fn hold_out(&mut self, fraction: f64) -> anyhow::Result<(Windows, Vec<usize>)> {
+        let all = self.clone();
+        let held = ((fraction * all.count as f64).ceil() as usize).max(1);
+        let mut first = all.count.saturating_sub(held);
+        if let [_, .., _] = all.firsts.as_slice() {
+            let document = all.firsts.partition_point(|&from| from <= first) - 1;
+            let boundaries = [all.firsts[document], all.firsts[document + 1]];
+            let is_inside = |at: &usize| *at > 0 && *at < all.count;
+            first = boundaries.into_iter().find(is_inside).unwrap_or(first);
+        }
+        self.count = first;
+        while self.count > 0 && all.span(self.count - 1)?.tokens.end > all.span(first)?.tokens.start
+        {
+            self.count -= 1;
+        }
+        if self.count == 0 {
+            return Err(error::config(
+                format!("`validation` {fraction} of {} windows leaves none to train on", all.count),
+                "hold out less, or give a corpus with more text",
+            ));
+        }
+        let numbers = (first..all.count).collect();
+        Ok((all, numbers))
+    }
+
+    /// Documents that have a token in a window.
+    pub fn documents(&self) -> anyhow::Result<usize> {
+        let last = self.span(self.count - 1)?.tokens.end - 1;
+        Ok(self.file.document_of(last) + 1)
     }
 
     fn build(

@@ -44,6 +44,9 @@ pub struct TrainState {
     /// end with these weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best: Option<(f64, u64)>,
+    /// The lowest validation loss, and the step it was first measured at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best_validation: Option<(f64, u64)>,
     /// Of the token file.
     pub tokens_sha256: String,
     /// What beside the arenas the backend's next step depends on.
@@ -107,19 +110,14 @@ pub fn is_resumable(output: &Path) -> bool {
     folders.any(|folder| has_training_state(&folder)) || has_training_state(output)
 }
 
-/// Leaves the newest `keep` checkpoints up to `step`, the one just saved, and that of the step `best`.
+/// Leaves the newest `keep` checkpoints up to `step`, the one just saved, and those of the steps `best`.
 /// Those beyond it are none of this run: it could not be resumed from them, or it replaces the run they
 /// belong to. Returns a line on each that was removed.
-pub fn prune(
-    output: &Path,
-    step: u64,
-    keep: usize,
-    best: Option<u64>,
-) -> anyhow::Result<Vec<String>> {
+pub fn prune(output: &Path, step: u64, keep: usize, best: &[u64]) -> anyhow::Result<Vec<String>> {
     let (ours, beyond): (Vec<u64>, Vec<u64>) =
         steps(output).into_iter().partition(|&other| other <= step);
     let outdated = &ours[..ours.len().saturating_sub(keep)];
-    let outdated = outdated.iter().filter(|step| best != Some(**step));
+    let outdated = outdated.iter().filter(|step| !best.contains(step));
     outdated.chain(&beyond).map(|&step| remove(&folder(output, step))).collect()
 }
 

@@ -324,6 +324,34 @@ impl Engine {
     /// The most probable token at every position of a batch, `[batch, seq_len]`.
     pub fn argmax_tokens(&mut self, batch: &Batch) -> anyhow::Result<Vec<u32>> {
         let mut tokens = Vec::with_capacity(batch.ids.len());
+        self.evaluate(batch, |session, eval, _| {
+            tokens.extend(session.indices(eval.program, eval.losses.argmax)?);
+            Ok(())
+        })?;
+        Ok(tokens)
+    }
+
+    /// Sum of the negative log-likelihoods of the counted targets of a batch, in nats, and their number.
+    pub fn loss_of(&mut self, batch: &Batch) -> anyhow::Result<(f64, usize)> {
+        let (mut nats, mut count) = (0.0, 0);
+        self.evaluate(batch, |session, eval, part| {
+            let nll = session.floats(eval.program, eval.losses.nll)?;
+            for (&nll, _) in nll.iter().zip(&part.targets).filter(|&(_, &target)| target != IGNORE)
+            {
+                nats += f64::from(nll);
+                count += 1;
+            }
+            Ok(())
+        })?;
+        Ok((nats, count))
+    }
+
+    /// Runs the forward pass of a batch, a micro-batch at a time; `read` gets each one's results.
+    fn evaluate(
+        &mut self,
+        batch: &Batch,
+        mut read: impl FnMut(&mut dyn Session, &LoadedBatch, &Batch) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         for from in (0..batch.windows).step_by(self.micro_batch) {
             let part = batch.slice(from, (from + self.micro_batch).min(batch.windows));
             if !self.evaluations.iter().any(|eval| eval.batch == part.windows) {
@@ -336,9 +364,9 @@ impl Engine {
             let eval = eval.expect("loaded above");
             let indices = eval.inputs.bind(part.arrays());
             self.session.run(eval.program, &Inputs { indices, ..Inputs::default() })?;
-            tokens.extend(self.session.indices(eval.program, eval.losses.argmax)?);
+            read(&mut *self.session, eval, &part)?;
         }
-        Ok(tokens)
+        Ok(())
     }
 
     /// An arena: itself if it is in host memory, else a copy.

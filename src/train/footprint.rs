@@ -120,8 +120,17 @@ pub fn check_memory(
 
 /// Peak resident memory of this process in bytes, if the system reports it (Linux).
 pub fn peak_memory_bytes() -> u64 {
+    status_bytes("VmHWM:").unwrap_or(0)
+}
+
+/// Resident memory of this process in bytes, if the system reports it (Linux).
+pub fn memory_bytes() -> Option<u64> {
+    status_bytes("VmRSS:")
+}
+
+fn status_bytes(name: &str) -> Option<u64> {
     let status = files::read_text(Path::new("/proc/self/status"), 1 << 20).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
     let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+    Some(1024 * kib?)
 }

@@ -54,6 +54,15 @@ pub struct Metrics {
     /// Part of the windows that come back verbatim, where it was measured at this step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verbatim_rate: Option<f64>,
+    /// Mean loss of the validation text in nats per token, where it was measured at this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_loss: Option<f64>,
+    /// Text that the model wrote after this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample: Option<String>,
+    /// Resident main memory of the process, where the system reports it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks
@@ -181,6 +190,9 @@ mod tests {
             seconds: 2.0,
             skipped: 0,
             verbatim_rate: None,
+            validation_loss: None,
+            sample: None,
+            memory_bytes: None,
         };
         let open = |keep| MetricsFile::open(&path, keep).unwrap();
         let (mut file, _) = open(KeptLines::None);

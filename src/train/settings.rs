@@ -40,6 +40,10 @@ pub struct Settings {
     /// Steps in all, whatever --epochs says
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Training"))]
     pub max_steps: Option<u64>,
+    /// End the run after so many seconds of training, those before it was resumed included
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "X", help_heading = "Training"))]
+    pub max_seconds: Option<f64>,
     /// Seed of the initial weights and of the order of the windows
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.seed, help_heading = "Training"))]
     pub seed: u64,
@@ -152,7 +156,20 @@ pub struct Settings {
     /// Stop once this fraction of the windows is reproduced verbatim by the weights as they are saved
     #[cfg_attr(feature = "cli", arg(long, value_name = "RATE", help_heading = "Progress"))]
     pub stop_at_verbatim: Option<f64>,
-    /// End with the weights whose verbatim rate was the highest measured, not with the last
+    /// Fraction of the windows that is held out, the last ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "cli", arg(skip))]
+    pub validation: Option<f64>,
+    /// Steps from one measurement of the validation loss to the next [default: save-steps]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Progress"))]
+    pub validation_steps: Option<u64>,
+    /// Steps from one sample of the model's text to the next
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Progress"))]
+    pub sample_steps: Option<u64>,
+    /// End with the weights whose verbatim rate was the highest measured, or else whose validation loss was
+    /// the lowest, not with the last
     #[serde(skip_serializing_if = "is_default")]
     #[cfg_attr(feature = "cli", arg(long, help_heading = "Progress"))]
     pub load_best_model_at_end: bool,
@@ -169,6 +186,7 @@ const DEFAULT: Settings = Settings {
     gradient_accumulation_steps: 1,
     epochs: 3.0,
     max_steps: None,
+    max_seconds: None,
     seed: 42,
     order: Order::Shuffled,
     windows: WindowKind::Original,
@@ -203,6 +221,9 @@ const DEFAULT: Settings = Settings {
     eval_steps: None,
     eval_epochs: None,
     stop_at_verbatim: None,
+    validation: None,
+    validation_steps: None,
+    sample_steps: None,
     load_best_model_at_end: false,
     deterministic: IgnoredAny,
 };
@@ -235,6 +256,8 @@ impl Settings {
             ("max_steps", self.max_steps.unwrap_or(1)),
             ("eval_steps", self.eval_steps.unwrap_or(1)),
             ("eval_epochs", self.eval_epochs.unwrap_or(1)),
+            ("validation_steps", self.validation_steps.unwrap_or(1)),
+            ("sample_steps", self.sample_steps.unwrap_or(1)),
             ("stride", self.stride.unwrap_or(1) as u64),
         ] {
             if value == 0 {
@@ -265,6 +288,16 @@ impl Settings {
         if self.max_steps.is_none() && self.epochs == 0.0 {
             return Err(error::invalid("epochs", self.epochs, "more than 0"));
         }
+        if let Some(seconds) = self.max_seconds
+            && !(seconds > 0.0 && seconds.is_finite())
+        {
+            return Err(error::invalid("max_seconds", seconds, "more than 0 and finite"));
+        }
+        if let Some(fraction) = self.validation
+            && !(fraction > 0.0 && fraction < 1.0)
+        {
+            return Err(error::invalid("validation", fraction, "more than 0 and less than 1"));
+        }
         // A weight without a gradient would be 0 / 0.
         if self.adam_epsilon == 0.0 {
             return Err(error::invalid("adam_epsilon", self.adam_epsilon, "more than 0"));
@@ -284,9 +317,10 @@ impl Settings {
             ));
         }
         let is_measured = self.eval_steps.is_some() || self.eval_epochs.is_some();
+        let is_validated = self.validation.is_some() || self.validation_steps.is_some();
         for (name, needs_measure) in [
             ("stop_at_verbatim", self.stop_at_verbatim.is_some()),
-            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("load_best_model_at_end", self.load_best_model_at_end && !is_validated),
         ] {
             if needs_measure && !is_measured {
                 return Err(error::config(
@@ -413,6 +447,11 @@ impl Settings {
     pub fn eval_interval(&self, windows: usize) -> Option<u64> {
         let of_epochs = self.eval_epochs.map(|epochs| epochs * self.steps_per_epoch(windows));
         self.eval_steps.or(of_epochs)
+    }
+
+    /// Steps from one measurement of the validation loss to the next.
+    pub fn validation_interval(&self) -> u64 {
+        self.validation_steps.unwrap_or(self.save_steps)
     }
 
     pub fn schedule(&self, total: u64) -> LrSchedule {

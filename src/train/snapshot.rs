@@ -61,8 +61,8 @@ pub struct CheckpointTarget {
     pub first: bool,
     /// Of a checkpoint: its step, and how many stay. None for the model, which has no training state.
     pub keep: Option<(u64, usize)>,
-    /// The step whose checkpoint stays beside them: the best one's.
-    pub best: Option<u64>,
+    /// The steps whose checkpoints stay beside them: the best ones'.
+    pub best: Vec<u64>,
 }
 
 impl CheckpointTarget {
@@ -76,7 +76,7 @@ impl CheckpointTarget {
             removed.extend(checkpoints::replace_other_run(output, &self.folder)?);
         }
         if let Some((step, keep)) = self.keep {
-            removed.extend(checkpoints::prune(output, step, keep, self.best)?);
+            removed.extend(checkpoints::prune(output, step, keep, &self.best)?);
         }
         Ok(removed)
     }
@@ -158,7 +158,7 @@ mod tests {
             folder: folder.path().join("checkpoint-1"),
             first: false,
             keep: None,
-            best: None,
+            best: Vec::new(),
         };
         let mut writer = CheckpointWriter::default();
         writer.begin(place(), snapshot()).unwrap();

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::Context;
 
 use super::checkpoints::{self, TrainState};
-use super::footprint::{check_memory, peak_memory_bytes};
+use super::footprint::{check_memory, memory_bytes, peak_memory_bytes};
 use super::metrics::{KeptLines, MetricsFile};
 use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
 use super::{
@@ -45,6 +45,8 @@ pub struct Job<'a> {
     pub settings: &'a Settings,
     pub config: &'a Config,
     pub windows: &'a Windows,
+    /// Windows that are not trained on, and which of them the validation loss is measured on.
+    pub validation: Option<(&'a Windows, &'a [usize])>,
     pub start: Start,
     /// Written into every model folder.
     pub tokenizer: Arc<Tokenizer>,
@@ -60,6 +62,15 @@ pub struct Job<'a> {
 pub trait Observer {
     /// After every step; `metrics` where it was a logged one.
     fn step(&mut self, step: u64, total: u64, outcome: &StepStats, metrics: Option<&Metrics>);
+    /// A text that the model of these weights writes, for the metrics; none if nobody cares.
+    fn sample(
+        &mut self,
+        _step: u64,
+        _config: &Config,
+        _weights: &[f32],
+    ) -> anyhow::Result<Option<String>> {
+        Ok(None)
+    }
     /// Something a person should know.
     fn note(&mut self, line: &str);
     /// Whether to finish this step, save, and stop.
@@ -75,6 +86,8 @@ pub struct TrainSummary {
     pub loss: f64,
     /// The last measured part of windows that come back verbatim.
     pub verbatim_rate: Option<f64>,
+    /// The last measured validation loss.
+    pub validation_loss: Option<f64>,
     pub end: RunEnd,
 }
 
@@ -152,6 +165,7 @@ impl<'a> Trainer<'a> {
             unlogged: (0.0, 0),
             earlier_metrics: 0,
             best: None,
+            best_validation: None,
             settings: known,
             tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
             backend: serde_json::Value::Null,
@@ -285,6 +299,7 @@ impl<'a> Trainer<'a> {
             total: self.state.total,
             loss: f64::NAN,
             verbatim_rate: None,
+            validation_loss: None,
             end: RunEnd::Complete,
         };
         if self.is_continuation && settings.stop_at_verbatim.is_some() {
@@ -298,26 +313,44 @@ impl<'a> Trainer<'a> {
         let begin = Instant::now();
         let (mut last_line, mut last_tokens) = (begin, self.state.tokens);
         while self.state.step < self.state.total {
+            if self.is_out_of_time() {
+                let TrainState { step, total, .. } = self.state;
+                observer.note(&format!("max_seconds are over, after step {step} of {total}"));
+                break;
+            }
             let ahead = self.ahead();
             let steps: Vec<TrainStep> =
                 (0..ahead).map(|later| self.plan(&schedule, later)).collect();
             let hyperparams = steps.last().expect("at least one").hyperparams;
             let outcome = self.take(&steps, observer)?;
             let step = self.state.step;
-            let last = step == self.state.total;
+            let last = step == self.state.total || self.is_out_of_time();
             let diverged = self.has_diverged()?;
             finish = TrainSummary { steps: step, loss: outcome.loss, ..finish };
 
             let measured = self.eval_interval.is_some_and(|every| step.is_multiple_of(every))
-                || (last && settings.load_best_model_at_end);
+                || (last && settings.load_best_model_at_end && self.eval_interval.is_some());
             let mut is_best = false;
             if measured {
                 finish.verbatim_rate = self.verbatim_rate()?;
                 is_best = settings.load_best_model_at_end && self.note_best(finish.verbatim_rate);
             }
             let enough = measured && self.is_enough(finish.verbatim_rate);
+            let every = |interval: u64| step.is_multiple_of(interval) || last;
+            let validated = self.job.validation.is_some() && every(settings.validation_interval());
+            if validated {
+                finish.validation_loss = Some(self.validation_loss()?);
+                is_best |= self.note_best_validation(finish.validation_loss);
+            }
+            let sampled = settings.sample_steps.is_some_and(every) && !diverged;
+            let mut sample = None;
+            if sampled {
+                let weights = self.engine.arena(Arena::Parameters)?;
+                sample = observer.sample(step, &self.config, &weights)?;
+            }
+            let asked_for = measured || validated || sampled;
             let mut line = None;
-            if step.is_multiple_of(settings.logging_steps) || last || measured || diverged {
+            if step.is_multiple_of(settings.logging_steps) || last || asked_for || diverged {
                 let seconds = last_line.elapsed().as_secs_f64();
                 let (sum, count) = std::mem::take(&mut self.state.unlogged);
                 let tokens_per_second = (self.state.tokens - last_tokens) as f64 / seconds;
@@ -337,6 +370,11 @@ impl<'a> Trainer<'a> {
                     seconds: begin.elapsed().as_secs_f64(),
                     skipped: self.state.skipped,
                     verbatim_rate: finish.verbatim_rate.filter(|_| measured),
+                    validation_loss: finish
+                        .validation_loss
+                        .filter(|loss| validated && loss.is_finite()),
+                    sample,
+                    memory_bytes: memory_bytes(),
                 });
                 (last_line, last_tokens) = (Instant::now(), self.state.tokens);
             }
@@ -379,9 +417,16 @@ impl<'a> Trainer<'a> {
         Ok(finish)
     }
 
+    /// The step with the best measure, if the run is to end with its weights.
+    fn best_step(&self) -> Option<u64> {
+        let by_loss =
+            self.state.best_validation.filter(|_| self.job.settings.load_best_model_at_end);
+        self.state.best.or(by_loss).map(|(_, step)| step)
+    }
+
     /// The step whose weights are the finished model's.
     fn final_step(&self) -> u64 {
-        self.state.best.map_or(self.state.step, |(_, step)| step)
+        self.best_step().unwrap_or(self.state.step)
     }
 
     /// True if the model in the output folder is that of the final step.
@@ -406,12 +451,17 @@ impl<'a> Trainer<'a> {
         observer: &mut dyn Observer,
     ) -> anyhow::Result<()> {
         let output = self.job.output.path().to_path_buf();
-        if let Some((rate, step)) = self.state.best.filter(|(_, step)| *step < self.state.step) {
+        if let Some(step) = self.best_step().filter(|step| *step < self.state.step) {
             let best = checkpoints::at_step(&output, step)?;
             write(&mut self.engine, best.arenas)?;
-            finish.verbatim_rate = Some(rate);
-            let percent = 100.0 * rate;
-            observer.note(&format!("saving the weights of step {step}, verbatim {percent:.1}%"));
+            let measure = if let Some((rate, _)) = self.state.best {
+                finish.verbatim_rate = Some(rate);
+                format!("verbatim {:.1}%", 100.0 * rate)
+            } else {
+                finish.validation_loss = self.state.best_validation.map(|(loss, _)| loss);
+                format!("validation loss {:.4}", finish.validation_loss.unwrap_or(f64::NAN))
+            };
+            observer.note(&format!("saving the weights of step {step}, {measure}"));
         }
         let target = CheckpointTarget { folder: output, keep: None, ..self.target() };
         for line in target.put(&self.snapshot()?)? {
@@ -435,6 +485,37 @@ impl<'a> Trainer<'a> {
         is_best
     }
 
+    /// True if this is the lowest validation loss; its checkpoint is then kept.
+    fn note_best_validation(&mut self, loss: Option<f64>) -> bool {
+        let Some(loss) = loss.filter(|loss| loss.is_finite()) else { return false };
+        let is_best = self.state.best_validation.is_none_or(|(best, _)| loss < best);
+        if is_best {
+            self.state.best_validation = Some((loss, self.state.step));
+        }
+        is_best
+    }
+
+    /// Mean loss of the validation windows, in nats per counted token.
+    fn validation_loss(&mut self) -> anyhow::Result<f64> {
+        let Some((windows, numbers)) = self.job.validation else { return Ok(f64::NAN) };
+        let (mut nats, mut count) = (0.0, 0);
+        for some in numbers.chunks(64) {
+            let (sum, counted) = self.engine.loss_of(&windows.draw(some)?)?;
+            nats += sum;
+            count += counted;
+        }
+        Ok(nats / count as f64)
+    }
+
+    /// True if the run, all its sessions together, has trained for as long as it may.
+    fn is_out_of_time(&self) -> bool {
+        let sessions = &self.job.provenance.sessions;
+        let before = &sessions[..sessions.len().saturating_sub(1)];
+        let before: f64 = before.iter().map(|session| session.seconds).sum();
+        let limit = self.job.settings.max_seconds;
+        limit.is_some_and(|limit| before + self.began.elapsed().as_secs_f64() >= limit)
+    }
+
     /// How many steps can be asked for before somebody has to look: to the next line of metrics,
     /// measure or checkpoint, and not so long that Ctrl-C is not heard.
     fn ahead(&mut self) -> u64 {
@@ -448,8 +529,12 @@ impl<'a> Trainer<'a> {
             None => 1,
             Some(pace) => ((MAX_BATCHED_SECONDS / pace) as u64).clamp(1, room.max(1) as u64),
         };
-        [Some(settings.logging_steps), Some(settings.save_steps), self.eval_interval]
+        let validation = self.job.validation.map(|_| settings.validation_interval());
+        let intervals =
+            [Some(settings.logging_steps), Some(settings.save_steps), self.eval_interval];
+        intervals
             .into_iter()
+            .chain([validation, settings.sample_steps])
             .flatten()
             .map(to_next)
             .fold(most.min(total - step), u64::min)
@@ -654,7 +739,8 @@ impl<'a> Trainer<'a> {
         let (output, step) = (self.job.output.clone(), self.state.step);
         let folder = checkpoints::folder(output.path(), step);
         let keep = Some((step, self.job.settings.save_total_limit));
-        let best = self.state.best.map(|(_, step)| step);
+        let best = [self.state.best, self.state.best_validation];
+        let best = best.into_iter().flatten().map(|(_, step)| step).collect();
         CheckpointTarget { output, folder, first: self.unsaved, keep, best }
     }
 
@@ -696,7 +782,10 @@ fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::R
         save_steps: 1,
         save_total_limit: 1,
         recompute: Recompute::None,
+        validation_steps: None,
+        sample_steps: None,
         // A run may be made longer.
+        max_seconds: None,
         max_steps: None,
         epochs: 1.0,
         ..settings.with_shape(&saved.config)
@@ -704,10 +793,11 @@ fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::R
     let (then, now_settings) = (essence(&saved.state.settings), essence(&now.settings));
     let what = if then != now_settings {
         let (then, now) = (serde_json::to_value(&then)?, serde_json::to_value(&now_settings)?);
-        let differing =
-            then.as_object().into_iter().flatten().find(|(key, value)| now[*key] != **value);
-        differing.map_or_else(String::new, |(key, value)| {
-            format!("`{key}` was {value}, not {}", now[key])
+        // A setting that is not given may have no key.
+        let mut keys = [&then, &now].into_iter().filter_map(|it| it.as_object()).flatten();
+        let differing = keys.find(|(key, _)| now[*key] != then[*key]);
+        differing.map_or_else(String::new, |(key, _)| {
+            format!("`{key}` was {}, not {}", then[key], now[key])
         })
     } else if saved.state.tokens_sha256 != now.tokens_sha256 {
         "it was trained on a different corpus or tokenizer".to_string()
@@ -729,7 +819,10 @@ fn resumed_total(saved: &TrainState, now: u64, windows: usize) -> anyhow::Result
     let is_valid = saved.step <= saved.total
         && (saved.total == planned || stopped)
         && counts.into_iter().all(|count| count < 1 << 62)
-        && saved.best.is_none_or(|(_, step)| step <= saved.step);
+        && [saved.best, saved.best_validation]
+            .into_iter()
+            .flatten()
+            .all(|(_, step)| step <= saved.step);
     if !is_valid {
         return Err(error::checkpoint(
             format!(
@@ -778,5 +871,7 @@ fn scalars(metrics: &Metrics) -> Vec<(&'static str, f64)> {
     scalars.extend(metrics.muon_learning_rate.map(|rate| ("train/muon_learning_rate", rate)));
     scalars.extend(metrics.mfu.map(|mfu| ("train/mfu", mfu)));
     scalars.extend(metrics.verbatim_rate.map(|rate| ("eval/verbatim_rate", rate)));
+    scalars.extend(metrics.validation_loss.map(|loss| ("eval/validation_loss", loss)));
+    scalars.extend(metrics.memory_bytes.map(|bytes| ("system/memory_bytes", bytes as f64)));
     scalars
 }

@@ -40,3 +40,4 @@ mod tokenizer;
 mod tokens;
 mod trainer;
 mod training;
+mod validation;

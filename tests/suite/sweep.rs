@@ -27,6 +27,7 @@ fn sweep_runs_what_is_missing_and_reports_all() {
     let run = || {
         let mut command = laam();
         command.arg("sweep").arg(&path).arg("--source").arg(&source).arg("--output").arg(&output);
+        command.arg("--tensorboard").arg(at("board"));
         command.arg("--json").output().expect("the program starts")
     };
     let first = run();
@@ -44,6 +45,11 @@ fn sweep_runs_what_is_missing_and_reports_all() {
     let bits: Vec<f64> = of("bits_per_byte").iter().map(|bits| bits.as_f64().unwrap()).collect();
     assert!(bits[0] > 1.0 && bits[1] < 0.5, "{bits:?}");
 
+    for run in ["epochs=2", "epochs=150"] {
+        let events = fs::read_dir(at("board").join(run).join("model")).unwrap();
+        let names: Vec<_> = events.map(|file| file.unwrap().file_name()).collect();
+        assert!(names[0].to_str().unwrap().starts_with("events.out.tfevents."), "{names:?}");
+    }
     let table = fs::read_to_string(output.join("table.tsv")).unwrap();
     let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split('\t').collect()).collect();
     assert_eq!(rows.len(), 3);

@@ -112,6 +112,15 @@ pub fn under_way(output: &Path, flags: &str, lines: usize) -> Child {
     child
 }
 
+/// Waits until a run has written so many lines of metrics.
+pub fn wait_for_metrics(output: &Path, lines: usize) {
+    let began = Instant::now();
+    while metrics(output).len() < lines {
+        assert!(began.elapsed() < Duration::from_mins(1), "no {lines} lines in a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 /// Kills a run, as a power cut would, once it has written some lines. On a machine so busy that the
 /// run was done before, it is done over, and killed sooner.
 pub fn killed(output: &Path, flags: &str, lines: usize) {
@@ -890,7 +899,8 @@ fn metrics_tell_what_the_engine_did() {
             "grad_norm",
             "tokens",
             "tokens_per_second",
-            "seconds"
+            "seconds",
+            "memory_bytes"
         ]
     );
 }
@@ -1054,6 +1064,9 @@ fn tensorboard_gets_the_same_numbers() {
         if let Some(rate) = line.verbatim_rate {
             expected.push((line.step, "eval/verbatim_rate".to_string(), rate as f32));
         }
+        let bytes = line.memory_bytes.unwrap() as f32;
+        assert!(bytes > 1e6 && bytes < 1e10, "{bytes}");
+        expected.push((line.step, "system/memory_bytes".to_string(), bytes));
     }
     // Steps of one and of two bytes, and one with a verbatim rate.
     let count = |wanted: &str| expected.iter().filter(|(_, tag, _)| tag == wanted).count();
