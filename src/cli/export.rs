@@ -60,7 +60,7 @@ pub fn run(arguments: &ExportArgs) -> anyhow::Result<Outcome> {
         say!("warning: {warning}");
     }
     if exported.not_quantized > 0 {
-        say!("note: {} tensors are f16: their rows are no multiple of 32", exported.not_quantized);
+        say!("note: {} tensors are f16: rows are not a multiple of 32", exported.not_quantized);
     }
     let bytes = files::open(&arguments.output).and_then(|file| Ok(file.metadata()?.len())).ok();
     print_fields(

@@ -152,7 +152,7 @@ fn cgroup_limits(groups: &str, root: &Path, read: &dyn Fn(&Path) -> Option<Strin
         };
         let group = root.join(path.trim_start_matches('/'));
         let above = group.ancestors().take_while(|folder| folder.starts_with(&root));
-        // "max" is no number: no limit.
+        // "max" is not a number: no limit.
         limits.extend(
             above.filter_map(|folder| read(&folder.join(file))?.trim().parse::<u64>().ok()),
         );

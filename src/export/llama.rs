@@ -22,7 +22,7 @@ pub enum GgufDtype {
     F16,
     #[cfg_attr(feature = "cli", value(name = "bf16", alias = "bfloat16"))]
     Bf16,
-    /// 8 bits and a scale per 32 values; f16 if the rows are no multiple of 32
+    /// 8 bits and a scale per 32 values; f16 if rows are not a multiple of 32
     #[cfg_attr(feature = "cli", value(name = "q8_0"))]
     Q8_0,
 }
@@ -62,7 +62,7 @@ impl GgufDtype {
 #[derive(Clone, Debug)]
 pub struct Exported {
     pub tensors: usize,
-    /// Tensors of `q8_0` that are float16, as their rows are no multiple of 32.
+    /// Tensors of `q8_0` that are float16, as rows are not a multiple of 32.
     pub not_quantized: usize,
     pub warnings: Vec<String>,
 }
@@ -130,7 +130,7 @@ fn check_output(output: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     Err(error::data(
-        format!("{} exists and is no GGUF file", output.display()),
+        format!("{} exists and is not a GGUF file", output.display()),
         "choose another `output`, or remove it",
     ))
 }

@@ -1,5 +1,6 @@
 //! GGUF files against the `gguf` package of llama.cpp.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +12,7 @@ use laam::tokenizer::{Style, Tokenizer};
 use serde_json::Value;
 
 use crate::cli::error_of;
+use crate::rebuild::trained;
 use crate::support::laam;
 use crate::tokenizer::train;
 
@@ -70,19 +72,30 @@ fn documents() -> Vec<laam::corpus::Document> {
     vec![laam::corpus::Document::new("a.c", text)]
 }
 
-/// A Python that has the `gguf` package, or `None` after a line that says so.
-fn python() -> Option<PathBuf> {
-    let python = PathBuf::from(std::env::var_os("VIRTUAL_ENV")?).join("bin/python");
-    let found = Command::new(&python).args(["-c", "import gguf"]).output();
-    found.is_ok_and(|done| done.status.success()).then_some(python)
+/// A Python that has a package, or `None` after a line that says so.
+fn python(package: &str) -> Option<PathBuf> {
+    let environment = std::env::var_os("VIRTUAL_ENV").unwrap_or_default();
+    let python = PathBuf::from(environment).join("bin/python");
+    let found = Command::new(&python).arg("-c").arg(format!("import {package}")).output();
+    if found.is_ok_and(|done| done.status.success()) {
+        return Some(python);
+    }
+    eprintln!("SKIPPED: GGUF files against {package}: VIRTUAL_ENV has no such package");
+    None
+}
+
+/// The output of a Python script of this folder, a JSON value per line.
+fn run(python: &Path, script: &str, arguments: &[&OsStr]) -> Vec<Value> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite").join(script);
+    let done = Command::new(python).arg(script).args(arguments).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let text = String::from_utf8(done.stdout).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 #[test]
 fn gguf_files_are_read_back_by_the_gguf_package() {
-    let Some(python) = python() else {
-        eprintln!("SKIPPED: GGUF files against the gguf package: scripts/setup-peers installs it");
-        return;
-    };
+    let Some(python) = python("gguf") else { return };
     let llama3 = RopeScaling::Llama3 {
         factor: 8.0,
         low_freq_factor: 1.0,
@@ -101,16 +114,9 @@ fn gguf_files_are_read_back_by_the_gguf_package() {
         assert_eq!(exported[0].1.contains("style original"), style == Style::Original);
         assert!(exported[3].1.contains("2 tensors are f16"), "{}", exported[3].1);
 
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/compare_gguf.py");
-        let mut command = Command::new(&python);
-        command.arg(script).arg(folder.path()).args(exported.iter().map(|(file, _)| file));
-        let done = command.output().unwrap();
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-        let lines: Vec<Value> = String::from_utf8(done.stdout)
-            .unwrap()
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect();
+        let files = exported.iter().map(|(file, _)| file.as_os_str());
+        let arguments: Vec<_> = [folder.path().as_os_str()].into_iter().chain(files).collect();
+        let lines = run(&python, "compare_gguf.py", &arguments);
         let [fields, files @ .., compared] = lines.as_slice() else { panic!("{lines:?}") };
         assert_eq!(compared["compared"], 4 * Layout::new(&config).parameters.len());
         let types: Vec<_> = files.iter().map(|file| file["types"].to_string()).collect();
@@ -142,6 +148,37 @@ fn gguf_files_are_read_back_by_the_gguf_package() {
     }
 }
 
+/// llama.cpp itself: `pip install llama-cpp-python` builds it.
+#[test]
+#[ignore = "needs llama-cpp-python"]
+fn llama_cpp_generates_the_same_tokens() {
+    let Some(python) = python("llama_cpp") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let model = trained().model();
+    let prompt = "<|start_file|><|start_header|>tiny/kernel/sched.c 0<|end_header|>";
+    let generate = ["--temperature", "0", "--max_new_tokens", "100", "--json"];
+    let mut command = laam();
+    command.arg("generate").arg(&model).args(["--prompt", prompt]).args(generate);
+    let ours: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+    for dtype in ["f32", "q8_0"] {
+        let file = folder.path().join(dtype);
+        let mut command = laam();
+        command
+            .args(["export", "gguf"])
+            .arg(&model)
+            .args(["--dtype", dtype, "--output"])
+            .arg(&file);
+        assert!(command.output().unwrap().status.success());
+        let ids = ours["ids"].as_array().unwrap();
+        let count = ids.len().to_string();
+        let arguments = [file.as_os_str(), OsStr::new(prompt), OsStr::new(&count)];
+        let theirs = &run(&python, "generate_llama_cpp.py", &arguments)[0];
+        assert!(ids.len() > 20, "{ids:?}");
+        assert_eq!(theirs["prompt_ids"], ours["prompt_ids"], "{dtype}");
+        assert_eq!(theirs["ids"], ours["ids"], "{dtype}");
+    }
+}
+
 #[test]
 fn what_gguf_cannot_hold_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -152,7 +189,7 @@ fn what_gguf_cannot_hold_is_refused() {
     let weights = format!("{path}/model.safetensors");
     let before = fs::read(&weights).unwrap();
     let said = error_of(&["export", "gguf", path, "--output", &weights]);
-    assert!(said.contains("no GGUF file"), "{said}");
+    assert!(said.contains("not a GGUF file"), "{said}");
     assert!(before == fs::read(&weights).unwrap());
 
     let tokenizer_json = format!("{path}/tokenizer.json");
