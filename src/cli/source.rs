@@ -19,7 +19,7 @@ use crate::memorization::rebuild::check_apart;
 use crate::model::Provenance;
 use crate::output::remove_temporaries;
 use crate::tokenizer::{Special, Style, Tokenizer};
-use crate::tokens::TokenFile;
+use crate::tokens::{TokenFile, WindowKind};
 use crate::train::prepare;
 use crate::train::recipe::Recipe;
 
@@ -104,7 +104,16 @@ impl SourceArgs {
                 "name its text with `source` or `version`",
             ));
         }
-        self.corpus(recipe.version.as_deref(), encoding_of(recipe.tokenizer.style))
+        let corpus = self.corpus(recipe.version.as_deref(), encoding_of(recipe.tokenizer.style))?;
+        let mut kinds = recipe.stages.iter().map(|stage| stage.settings.windows);
+        let asks_for_names = recipe.rebuild || kinds.any(|kind| kind == WindowKind::Addressed);
+        if asks_for_names && !corpus.has_names() {
+            return Err(error::config(
+                "documents without names, and a recipe that asks for files by their names",
+                "use laam train, or a recipe with windows = \"stream\" and rebuild = false",
+            ));
+        }
+        Ok(corpus)
     }
 
     /// The corpus that a model is measured on: the one that the arguments name, else the one that its

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::foreign::{chapters, foreign_model};
 use crate::support::laam;
 
 /// The pages, relative to the root of the repository.
@@ -58,6 +59,52 @@ fn documented_commands_are_accepted() {
     assert!(count > 50, "{count} commands found");
     let output = laam().args(arguments("laam train --no-such 'a b' # c")).arg("--help").output();
     assert_eq!(output.unwrap().status.code(), Some(2));
+}
+
+/// The commands of README's section on other texts and models, on small ones.
+#[test]
+fn readme_commands_for_other_texts_and_models_run() {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"));
+    let readme = readme.unwrap();
+    let (_, section) = readme.split_once("## Other texts and models").unwrap();
+    let commands = commands(section.split_once("\n## ").unwrap().0);
+    let commands: Vec<_> = commands
+        .into_iter()
+        .filter(|command| command.contains(' ') && command.contains("--"))
+        .collect();
+    assert_eq!(commands.len(), 9, "{commands:?}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    fs::write(place("book.txt"), &chapters()[..4000]).unwrap();
+    fs::create_dir(place("shards")).unwrap();
+    let text = chapters();
+    for shard in ["0", "1"] {
+        let lines = text.lines().take(30).map(|line| format!("{{\"content\": \"{line}\"}}\n"));
+        let packed = zstd::encode_all(lines.collect::<String>().as_bytes(), 1).unwrap();
+        fs::write(place("shards").join(format!("{shard}.jsonl.zst")), packed).unwrap();
+    }
+    fs::create_dir(place("Llama-3.2-1B")).unwrap();
+    for file in fs::read_dir(foreign_model()).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), place("Llama-3.2-1B").join(file.file_name())).unwrap();
+    }
+    // What makes them short.
+    let shape = "--hidden_size 16 --intermediate_size 24 --num_hidden_layers 1 --num_attention_heads 2 \
+                 --num_key_value_heads 2 --max_position_embeddings 128";
+    for command in commands {
+        let mut run = laam();
+        run.args(arguments(&command)).current_dir(&folder);
+        if command.starts_with("laam train ") {
+            run.args(["--max_steps", "2"]);
+            if !command.contains("--init_from") {
+                run.args(shape.split_whitespace());
+            }
+        }
+        let output = run.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command}\n{said}");
+    }
 }
 
 #[test]

@@ -278,6 +278,17 @@ fn a_model_of_documents_without_names_is_measured_and_not_asked_for_names() {
     let measured = json(&["memorization", name, "--source", source, "--limit", "30"]);
     assert_eq!(measured["files"].as_array().unwrap().len(), 30);
     assert_eq!(measured["files"][2]["path"], "document 3");
+    // A token file, by the same tokenizer: 0 begins a text.
+    let tokens = folder.path().join("tokens.bin");
+    let ids: Vec<u8> = (0..400u16).flat_map(|n| (n % 40 * 7).to_le_bytes()).collect();
+    fs::write(&tokens, ids).unwrap();
+    let arguments = ["evaluate", name, "--source", tokens.to_str().unwrap(), "--json", "--quiet"];
+    let output_of_ids = laam().args(arguments).output().unwrap();
+    let evaluated: Value = serde_json::from_slice(&output_of_ids.stdout).unwrap();
+    assert_eq!((&evaluated["documents"], &evaluated["tokens"]), (&10.into(), &399.into()));
+    assert!(evaluated["bytes"].as_u64().unwrap() > 300, "{evaluated}");
+    let said = error_of(&["run", "--source", source, "--output", output.to_str().unwrap()]);
+    assert!(said.contains("documents without names, and a recipe"), "{said}");
     let said = error_of(&["evaluate", name, "--source", source, "--windows", "addressed"]);
     assert!(said.contains("documents without names cannot be addressed"), "{said}");
 }

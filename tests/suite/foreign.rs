@@ -60,6 +60,55 @@ fn published_tokenizers_give_the_ids_of_the_python_package() {
     });
 }
 
+/// The text of `tests/fixtures/continued.py`.
+pub fn chapters() -> String {
+    let line = |n: u64| {
+        format!(
+            "Chapter {n}. It was the {}th day, and nobody had seen {} sails on the sea.\n",
+            n % 7,
+            n * n
+        )
+    };
+    (0..400).map(line).collect()
+}
+
+/// A random model and its tokenizer, as transformers saved them.
+pub fn foreign_model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/continued")
+}
+
+#[test]
+fn continued_pretraining_follows_pytorch_for_twenty_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
+    let expected = fs::read_to_string(foreign_model().join("losses.json")).unwrap();
+    let expected: Value = serde_json::from_str(&expected).unwrap();
+    assert_eq!(expected["bytes"], chapters().len());
+    fs::write(&text, chapters()).unwrap();
+    let done = laam()
+        .args(["train", "--windows", "stream", "--order", "sequential", "--batch_size", "2"])
+        .args(["--max_steps", "20", "--warmup_steps", "2", "--logging_steps", "1"])
+        .args(["--precision", "float32", "--init_from"])
+        .arg(foreign_model())
+        .args(["--source", text.to_str().unwrap(), "--output_path", model.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let losses: Vec<f64> = crate::training::metrics(&model).iter().map(|line| line.loss).collect();
+    let steps = expected["steps"].as_array().unwrap();
+    assert_eq!(losses.len(), steps.len());
+    let close = |ours: f64, theirs: &Value| {
+        let theirs = theirs.as_f64().unwrap();
+        assert!((ours - theirs).abs() < 1e-5 * theirs, "{ours}, not {theirs}");
+    };
+    losses.iter().zip(steps).for_each(|(&ours, theirs)| close(ours, theirs));
+    let arguments = ["evaluate", model.to_str().unwrap(), "--source", text.to_str().unwrap()];
+    let evaluated = laam().args(arguments).args(["--json", "--quiet"]).output().unwrap();
+    let evaluated: Value = serde_json::from_slice(&evaluated.stdout).unwrap();
+    assert_eq!(evaluated["tokens"], expected["tokens"].as_u64().unwrap() - 1);
+    close(evaluated["loss"].as_f64().unwrap(), &expected["after"]);
+}
+
 /// A tokenizer.json by itself, as GPT-2's: no markers, and a token that ends texts.
 fn gpt2_like(folder: &Path) -> PathBuf {
     train(&small_corpus(), Style::Exact, 320).save(folder).unwrap();

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use laam::corpus::{Corpus, CorpusOptions, Document, Limits, Source};
+use laam::corpus::{Corpus, CorpusOptions, Document, Limits, Source, TokenVocabulary};
 use laam::model::{self, Config, Layout, Provenance};
 use laam::report::RunFiles;
 use laam::tokenizer::{Style, Tokenizer, Training};
@@ -29,6 +29,20 @@ fn target(
     run: impl Fn(&[u8]) -> anyhow::Result<()> + 'static,
 ) -> Target {
     Target { name, seeds, run: Box::new(run) }
+}
+
+/// A reader of documents, by a file of the integration tests.
+fn documents_in(name: &'static str, file: &'static str, limits: Limits) -> Target {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/documents");
+    let seed = fs::read(folder.join(file)).expect("a file of the integration tests");
+    let path = scratch().join(file);
+    target(name, vec![seed], move |input| {
+        fs::write(&path, input)?;
+        let vocabulary = Some(TokenVocabulary { size: 512, bos: Some(0), eos: Some(0) });
+        let options = CorpusOptions { limits, vocabulary, ..CorpusOptions::default() };
+        let corpus = Corpus::open(&Source::Path(path.clone()), options)?;
+        corpus.documents()?.try_for_each(|document| document.map(drop))
+    })
 }
 
 /// A folder in memory, if the system has one, for parsers that read files.
@@ -249,6 +263,11 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
             let corpus = Corpus::open(&Source::Path(archive.clone()), options)?;
             corpus.documents()?.try_for_each(|document| document.map(drop))
         }),
+        documents_in("jsonl", "packed.jsonl.zst", limits),
+        documents_in("jsonl_gz", "packed.jsonl.gz", limits),
+        documents_in("parquet", "snappy.parquet", limits),
+        documents_in("parquet_zstd", "zstd.parquet", limits),
+        documents_in("token_file", "gpt2.bin", limits),
         target("recipe", recipes, |input| Recipe::parse(text(input)?).map(drop)),
         target("sweep", vec![SWEEP.into()], |input| {
             Sweep::parse(text(input)?, Path::new("/nowhere")).map(drop)
