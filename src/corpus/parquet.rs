@@ -71,7 +71,8 @@ fn read_column(path: &Path, intake: &mut Intake, done: &mut u64) -> anyhow::Resu
         let mut records_of_group = 0;
         let (mut levels, mut values) = (Vec::new(), Vec::<ByteArray>::new());
         loop {
-            (levels.clear(), values.clear());
+            levels.clear();
+            values.clear();
             let read = column.read_records(BATCH_RECORDS, Some(&mut levels), None, &mut values);
             let (records, ..) = read.map_err(|why| failed(*done, why))?;
             if records == 0 {

@@ -83,8 +83,19 @@ impl Documents {
                 what.push_str(&warnings.join("; "));
                 what.push(')');
             }
+            let is_shard = |name: &String| {
+                let plain = name.trim_end_matches(".gz").trim_end_matches(".zst");
+                [".jsonl", ".parquet", ".bin"].iter().any(|suffix| plain.ends_with(suffix))
+            };
+            let shard = self.manifest.other.names.iter().find(|name| is_shard(name));
             let hint = if !self.manifest.shards.is_empty() {
                 "check the files, and `text_field`".to_string()
+            } else if let Some(shard) = shard {
+                let suffix = shard.split_once('.').map_or("*", |(_, suffix)| suffix);
+                format!(
+                    "name files of documents by a glob: `source` '{}/*.{suffix}'",
+                    self.manifest.source
+                )
             } else if self.manifest.include.is_empty() {
                 format!("source files end in {}; `include` takes others", names::SUFFIXES.join(" "))
             } else {

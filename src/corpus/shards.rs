@@ -88,21 +88,23 @@ pub fn expand(paths: &[PathBuf], options: &CorpusOptions) -> anyhow::Result<Vec<
 /// Format of a shard, by its name; none for what is not one.
 pub fn format_of(path: &Path, options: &CorpusOptions) -> anyhow::Result<Option<ShardFormat>> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    let suffix = |name: &str| name.rsplit('.').next().unwrap_or_default().to_string();
     let plain = name.trim_end_matches(".gz").trim_end_matches(".zst");
     let is_file = || std::fs::metadata(path).is_ok_and(|found| found.is_file());
     let is_asked_for = !options.filter.include().is_empty() && is_text(path, options);
     if is_asked_for || !is_file() {
         return Ok(None);
     }
-    if [".jsonl", ".ndjson", ".json"].iter().any(|suffix| plain.ends_with(suffix)) {
+    if ["jsonl", "ndjson", "json"].contains(&suffix(plain).as_str()) {
         return Ok(Some(ShardFormat::Jsonl));
     }
-    if name.ends_with(".parquet") {
-        return Ok(Some(ShardFormat::Parquet));
-    }
-    if name.ends_with(".bin") {
-        super::refuse_unreadable_format(path)?;
-        return Ok(Some(ShardFormat::TokenFile));
+    match suffix(&name).as_str() {
+        "parquet" => return Ok(Some(ShardFormat::Parquet)),
+        "bin" => {
+            super::refuse_unreadable_format(path)?;
+            return Ok(Some(ShardFormat::TokenFile));
+        }
+        _ => {}
     }
     let length = std::fs::metadata(path).map_err(|why| missing(path, &why))?.len();
     Ok((is_text(path, options) && length > options.limits.file).then_some(ShardFormat::LongText))

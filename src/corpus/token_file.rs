@@ -68,7 +68,7 @@ pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<Flow> {
         None => (2, 0),
     };
     let mut ids = start;
-    let mut splitter = Splitter { vocabulary, begins: None, document: Vec::new() };
+    let mut splitter = Splitter { vocabulary, separator: Separator::Unknown, document: Vec::new() };
     let mut skip = header as usize;
     let mut at = 0;
     loop {
@@ -104,11 +104,21 @@ pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<Flow> {
     Ok(if last.ids.is_empty() { Flow::Continue(()) } else { intake.keep_unnamed(last) })
 }
 
+/// What tells documents apart.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Separator {
+    /// No id was seen yet.
+    Unknown,
+    /// This token begins each.
+    Begins(u32),
+    /// The tokenizer's last token of a text ends each.
+    Ends,
+}
+
 /// Cuts a row of ids into documents.
 struct Splitter {
     vocabulary: TokenVocabulary,
-    /// The token that begins every document, if the file begins with one.
-    begins: Option<Option<u32>>,
+    separator: Separator,
     document: Vec<u32>,
 }
 
@@ -116,16 +126,18 @@ impl Splitter {
     /// Takes the next id; returns the document that it completes.
     fn push(&mut self, id: u32) -> Option<Document> {
         let TokenVocabulary { bos, eos, .. } = self.vocabulary;
-        let is_separator = bos == Some(id) || eos == Some(id);
-        let begins = *self.begins.get_or_insert(is_separator.then_some(id));
+        if self.separator == Separator::Unknown {
+            let is_separator = bos == Some(id) || eos == Some(id);
+            self.separator = if is_separator { Separator::Begins(id) } else { Separator::Ends };
+        }
         let is_long = self.document.len() >= MAX_DOCUMENT_TOKENS;
-        if begins == Some(id) || is_long {
+        if self.separator == Separator::Begins(id) || is_long {
             let document = self.take();
             self.document.push(id);
             return (!document.ids.is_empty()).then_some(document);
         }
         self.document.push(id);
-        (begins.is_none() && eos == Some(id)).then(|| self.take())
+        (self.separator == Separator::Ends && eos == Some(id)).then(|| self.take())
     }
 
     fn take(&mut self) -> Document {

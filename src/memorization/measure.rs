@@ -361,10 +361,10 @@ impl OpenFile {
         file.read(text.start, &mut ids)?;
         let end = tokenizer.end_of_document()?;
         let (mut bytes, mut ends) = (Vec::new(), Vec::new());
-        for id in ids {
+        for (at, id) in ids.into_iter().enumerate() {
             // A marker ends the text, and is no part of it.
             if id != end {
-                bytes.extend(tokenizer.decode_bytes(&[id])?);
+                bytes.extend(tokenizer.token_bytes(id, at == 0)?);
             }
             ends.push(bytes.len() as u32);
         }

@@ -12,8 +12,22 @@ pub struct Frame {
     pub before: Vec<u32>,
     /// Tokens after every text.
     pub after: Vec<u32>,
-    /// True if a text's tokens are those of its [`pieces`], one after another.
-    pub can_be_cut: bool,
+    /// Places where a long text can be cut.
+    pub cut: Cut,
+    /// Tokens of a word, after which any token decodes as it does within a text.
+    pub word: Vec<u32>,
+}
+
+/// Places where a text can be cut so that its tokens are those of its pieces, one after another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cut {
+    #[default]
+    Nowhere,
+    /// After line ends, as [`pieces`] does.
+    AfterLines,
+    /// Before line ends, as [`pieces_before_lines`] does: each piece but the first then begins with this
+    /// token, the blank that is put before every text, which is not in the text.
+    BeforeLines(u32),
 }
 
 impl Frame {
@@ -29,13 +43,54 @@ impl Frame {
             Some(begin) => (framed[..begin].to_vec(), framed[begin + bare.len()..].to_vec()),
             None => (Vec::new(), Vec::new()),
         };
-        Self { before, after, can_be_cut: can_be_cut(json) }
+        let cut = if can_be_cut_after_lines(json) {
+            Cut::AfterLines
+        } else {
+            let blank = inner.token_to_id("▁").filter(|_| can_be_cut_before_lines(json));
+            blank.map_or(Cut::Nowhere, Cut::BeforeLines)
+        };
+        Self { before, after, cut, word: bare }
     }
+}
+
+/// True for Llama 2's byte-pair tokenizer and its like: no token spans a line end, and a blank is put before
+/// every text.
+fn can_be_cut_before_lines(json: &Value) -> bool {
+    let normalizer = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    ]});
+    let metaspace = &json["pre_tokenizer"];
+    let is_metaspace = metaspace["type"] == "Metaspace"
+        && metaspace["replacement"] == "▁"
+        && metaspace["prepend_scheme"] == "first"
+        && metaspace["split"] == false;
+    let puts_blank = (json["normalizer"] == normalizer && metaspace.is_null())
+        || (json["normalizer"].is_null() && is_metaspace);
+    let model = &json["model"];
+    let spans_lines = |token: &String| token.contains('\n') && token.len() > 1;
+    let mut tokens = model["vocab"].as_object().into_iter().flat_map(|vocab| vocab.keys());
+    let mut added = json["added_tokens"].as_array().into_iter().flatten();
+    let is_plain = |token: &Value| {
+        let content = token["content"].as_str().unwrap_or_default();
+        let flags = ["lstrip", "rstrip"].iter().all(|flag| token[*flag] != true);
+        flags && !content.contains('\n') && !content.ends_with(ends_piece)
+    };
+    puts_blank
+        && model["type"] == "BPE"
+        && model["byte_fallback"] == true
+        && !tokens.any(spans_lines)
+        && added.all(is_plain)
+}
+
+/// Characters that a piece before a line end may end with.
+fn ends_piece(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '.'
 }
 
 /// True for the patterns of GPT-2, Llama 3 and Qwen 2, without a normalizer that looks across a line end,
 /// and without added tokens that do.
-fn can_be_cut(json: &Value) -> bool {
+fn can_be_cut_after_lines(json: &Value) -> bool {
     let normalizer = &json["normalizer"];
     let byte_level = |part: &Value, use_regex: bool| {
         part["type"] == "ByteLevel"
@@ -80,6 +135,23 @@ fn pieces_of(text: &str, least: usize) -> impl Iterator<Item = &str> {
             bytes[0].is_ascii_graphic() && bytes[1] == b'\n' && bytes[2].is_ascii_alphabetic()
         });
         let end = cut.map_or(rest.len(), |at| least + at + 2);
+        let (piece, later) = rest.split_at(end);
+        rest = later;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// A text in pieces of at least [`PIECE_BYTES`]: cut before line ends that follow a letter, a digit or a
+/// full stop.
+pub fn pieces_before_lines(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let cut = rest
+            .as_bytes()
+            .windows(2)
+            .skip(PIECE_BYTES)
+            .position(|bytes| ends_piece(char::from(bytes[0])) && bytes[1] == b'\n');
+        let end = cut.map_or(rest.len(), |at| PIECE_BYTES + at + 1);
         let (piece, later) = rest.split_at(end);
         rest = later;
         (!piece.is_empty()).then_some(piece)

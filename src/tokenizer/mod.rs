@@ -30,6 +30,7 @@ pub(crate) use words::{LLAMA_3_PATTERN, QWEN_2_PATTERN};
 
 use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};
+use foreign::Cut;
 use limits::guarded;
 use words::{Cache, Words};
 
@@ -273,11 +274,22 @@ impl Tokenizer {
             self.encode_words(text, &mut ids)?;
             Ok(ids)
         };
-        if text.len() <= foreign::PIECE_BYTES || !(is_exact || self.frame.can_be_cut) {
-            return encode(text);
+        let pieces: Vec<_> = match self.frame.cut {
+            _ if text.len() <= foreign::PIECE_BYTES => return encode(text),
+            _ if is_exact => foreign::pieces(text).collect(),
+            Cut::Nowhere => return encode(text),
+            Cut::AfterLines => foreign::pieces(text).collect(),
+            Cut::BeforeLines(_) => foreign::pieces_before_lines(text).collect(),
+        };
+        let mut ids = pieces.into_par_iter().map(encode).collect::<anyhow::Result<Vec<_>>>()?;
+        if let (Cut::BeforeLines(blank), false) = (self.frame.cut, is_exact) {
+            for ids in ids.iter_mut().skip(1) {
+                if ids.first() != Some(&blank) {
+                    return encode(text);
+                }
+                ids.remove(0);
+            }
         }
-        let pieces: Vec<_> = foreign::pieces(text).collect();
-        let ids = pieces.into_par_iter().map(encode).collect::<anyhow::Result<Vec<_>>>()?;
         Ok(ids.concat())
     }
 
@@ -357,6 +369,22 @@ impl Tokenizer {
                 .into_bytes());
         };
         Ok(ids.iter().filter_map(|&id| spelling.of(id)).flatten().copied().collect())
+    }
+
+    /// The bytes that a token adds to a text, at its beginning or after others. A part of a character that a
+    /// token by itself does not spell counts as the decoder shows it.
+    pub fn token_bytes(&self, id: u32, is_first: bool) -> anyhow::Result<Vec<u8>> {
+        if self.is_spelled() || is_first {
+            return self.decode_bytes(&[id]);
+        }
+        let name = self.inner.id_to_token(id).unwrap_or_default();
+        let byte = name.strip_prefix("<0x").and_then(|hex| hex.strip_suffix('>'));
+        if let Some(byte) = byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            return Ok(vec![byte]);
+        }
+        let word = self.decode_bytes(&self.frame.word)?.len();
+        let mut bytes = self.decode_bytes(&[self.frame.word.as_slice(), &[id]].concat())?;
+        Ok(bytes.split_off(word.min(bytes.len())))
     }
 
     /// True if a text is the concatenation of its tokens' bytes, so that each can be decoded alone.

@@ -60,6 +60,59 @@ fn published_tokenizers_give_the_ids_of_the_python_package() {
     });
 }
 
+/// Llama 2's kind: a blank before every text, no words, bytes for what has no token.
+#[test]
+fn a_long_text_has_the_tokens_that_the_crate_gives_it_whole() {
+    let mut vocab = serde_json::Map::new();
+    let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
+    let plain = ["<unk>", "<s>", "</s>"].map(String::from).into_iter().chain(bytes);
+    let text = ('a'..='z').chain('0'..='9').chain("▁.:C".chars()).map(String::from);
+    let merged = ["▁t", "▁th", "▁the", "▁C", "in", "ing", "ea", "▁s", "▁sea", "▁▁"];
+    for token in plain.chain(text).chain(merged.map(String::from)) {
+        let id = vocab.len();
+        vocab.insert(token, id.into());
+    }
+    let special = |id: u32, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true})
+    };
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": null,
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "fuse_unk": true,
+            "byte_fallback": true, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+            "vocab": vocab,
+            "merges": ["▁ t", "▁t h", "▁th e", "▁ C", "i n", "in g", "e a", "▁ s", "▁s ea", "▁ ▁"]}
+    });
+    let bytes = serde_json::to_vec(&tokenizer).unwrap();
+    let crates = tokenizers::Tokenizer::from_bytes(&bytes).unwrap();
+    let config = br#"{"bos_token": "<s>", "eos_token": "</s>"}"#;
+    let ours = Tokenizer::from_bytes(bytes, config.to_vec()).unwrap();
+    let text = (chapters() + "\n\n  naïve </s>\n sailing\n").repeat(12);
+    let ids = crates.encode_fast(text.as_str(), false).unwrap().get_ids().to_vec();
+    assert!(text.len() > 300_000 && ours.encode_text(&text).unwrap() == ids);
+    let (framed, before) = ours.encode_framed(&Document::new("", text.as_str())).unwrap();
+    assert_eq!((before, framed[0], framed.last()), (1, 1, Some(&2)));
+    // Each token's own bytes: together they are the text as it decodes, with a blank after a token that
+    // is no text, which encoding puts there.
+    let bytes = |(at, &id): (usize, &u32)| ours.token_bytes(id, at == 0).unwrap();
+    let spelled: Vec<u8> = ids.iter().enumerate().flat_map(bytes).collect();
+    assert!(spelled == text.replace("</s>\n", "</s> \n").as_bytes());
+    assert!(spelled == ours.decode_bytes(&ids).unwrap());
+}
+
 /// The text of `tests/fixtures/continued.py`.
 pub fn chapters() -> String {
     let line = |n: u64| {
