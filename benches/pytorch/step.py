@@ -35,9 +35,15 @@ PRESETS = {
     "32m": (256, 1024, 8, 16, 16, 32768, 512),
     "124m": (768, 2048, 12, 12, 12, 32768, 1024),
     "350m": (1024, 2816, 24, 16, 16, 32768, 1024),
+    "linux-5m": (192, 576, 8, 6, 6, 4096, 512),
+    "0.5b": (896, 4864, 24, 14, 2, 151936, 1024),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936, 1024),
     "1.3b": (2048, 5632, 24, 16, 16, 32768, 2048),
     "7b": (4096, 11008, 32, 32, 32, 32000, 4096),
 }
+
+
+TIED = {"linux-5m", "0.5b", "1.5b"}  # one matrix for embedding and LM head
 
 
 def measure(args):
@@ -53,7 +59,7 @@ def measure(args):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocab,
-        max_position_embeddings=context, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
+        max_position_embeddings=context, tie_word_embeddings=args.preset in TIED, bos_token_id=0, eos_token_id=1,
         pad_token_id=4, attn_implementation="sdpa")).to(args.device)
     decayed = [p for name, p in model.named_parameters() if "norm" not in name]
     norms = [p for name, p in model.named_parameters() if "norm" in name]

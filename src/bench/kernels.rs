@@ -34,11 +34,13 @@ const MIN_RUN_SECONDS: f64 = 2e-3;
 /// Three times the largest L2 cache of a GPU.
 const CACHE_BYTES: usize = 150 << 20;
 
-/// Times every operation whose name contains `only`; `on_row` is called for each row at once.
+/// Times every operation whose name contains `only`, at the shapes whose cost passes `keep`; `on_row` is
+/// called for each row at once.
 pub fn time(
     backend: &dyn Backend,
     only: Option<&str>,
     size: Size,
+    keep: impl Fn(&Cost) -> bool,
     mut on_row: impl FnMut(&KernelTiming),
 ) -> anyhow::Result<Vec<KernelTiming>> {
     let chosen: Vec<&str> =
@@ -53,6 +55,9 @@ pub fn time(
     for name in chosen {
         // One operation at a time: the inputs of all do not fit into memory.
         for case in cases(size, backend.compute_dtype(), 1, |other| other == name) {
+            if !keep(&case_cost(&case)) {
+                continue;
+            }
             let row = one(backend, case)?;
             on_row(&row);
             rows.push(row);
@@ -61,10 +66,16 @@ pub fn time(
     Ok(rows)
 }
 
+/// The cost of the operation that a case times, its last.
+fn case_cost(case: &Case) -> Cost {
+    let timed = case.program.ops.last().expect("a case has an operation");
+    timed.cost(|buffer| case.program.info(buffer).len, case.layout.len)
+}
+
 fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<KernelTiming> {
     // Of two operations, the first of which fills a KV cache, the second is timed.
     let timed: Op = case.program.ops.last().expect("a case has an operation").clone();
-    let cost: Cost = timed.cost(|buffer| case.program.info(buffer).len, case.layout.len);
+    let cost = case_cost(&case);
     let first = seconds(&case, backend, 1, 3)?;
     let once = first.last().copied().unwrap_or(MIN_RUN_SECONDS).max(1e-7);
     let copies = ((MIN_RUN_SECONDS / once).ceil() as usize).clamp(1, 200);

@@ -2,6 +2,8 @@
 
 pub mod check;
 pub mod kernels;
+pub mod page;
+pub mod pytorch;
 pub mod roofline;
 pub mod smoke;
 pub mod step;

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::backend::{Arena, Backend};
 use crate::llama::{
-    AdamW, Cost, Optimizer, Program, Recompute, StepHyperparams, append_update, step,
+    AdamW, Cost, Muon, Optimizer, Program, Recompute, StepHyperparams, append_update, step,
 };
 use crate::model::{Config, Layout};
 use crate::random::{Philox, Stream};
@@ -87,6 +87,7 @@ pub fn time(
     backend: &dyn Backend,
     name: &str,
     config: &Config,
+    muon: Option<Muon>,
     batch: usize,
     warmup: usize,
     steps: usize,
@@ -95,7 +96,7 @@ pub fn time(
     let context = config.max_position_embeddings;
     let optimizer = Optimizer {
         adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
-        muon: None,
+        muon,
         weight_decay: 0.1,
         max_grad_norm: 1.0,
     };
@@ -119,7 +120,7 @@ pub fn time(
                 let step = step as u64 + 1;
                 Ok((
                     vec![windows],
-                    StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.0, step },
+                    StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.02, step },
                 ))
             })
             .collect();

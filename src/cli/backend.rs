@@ -129,7 +129,7 @@ impl BackendArgs {
     }
 
     /// As many as were asked for, or as the machine has.
-    fn threads(&self) -> usize {
+    pub fn threads(&self) -> usize {
         self.threads.unwrap_or_else(threads::available)
     }
 

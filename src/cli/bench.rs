@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::Outcome;
 use super::backend::BackendArgs;
+use super::bench_page::{self, PageArgs};
 use super::output::{print_json, say, stdout};
 use crate::backend::Backend;
 use crate::bench::check::Size;
@@ -14,14 +15,22 @@ use crate::bench::roofline::{self, Ceiling, Effort};
 use crate::bench::{kernels, smoke, step};
 use crate::device::Device;
 use crate::dtype::Dtype;
+use crate::llama::Muon;
 use crate::model::preset;
 use crate::schema::versioned;
+use crate::train::OptimizerKind;
 
 /// Time what the program does, on this machine.
+///
+/// Without a subcommand: whole steps, PyTorch beside them if it is found, kernels and ceilings, on one page
+/// in some five minutes.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BenchArgs {
     #[command(subcommand)]
-    what: BenchCommand,
+    what: Option<BenchCommand>,
+    #[command(flatten)]
+    page: PageArgs,
 }
 
 #[derive(Subcommand, Debug)]
@@ -63,7 +72,7 @@ struct KernelBenchArgs {
     json: bool,
 }
 
-/// Whole training steps: forward, backward, clip, AdamW, on random tokens.
+/// Whole training steps: forward, backward, clipping and the optimizer, on random tokens.
 #[derive(Args, Debug)]
 struct StepBenchArgs {
     /// The model's shape: original, linux-5m, 32m, 124m, 350m, 0.5b, 1.3b, 1.5b, 7b
@@ -85,6 +94,9 @@ struct StepBenchArgs {
     /// NVIDIA GPU, else float32]
     #[arg(long, value_enum)]
     precision: Option<Dtype>,
+    /// Optimizer of the matrices inside the blocks
+    #[arg(long, value_enum, default_value_t)]
+    optimizer: OptimizerKind,
     /// Time every operation on a GPU, which takes the step apart: slower as a whole
     #[arg(long)]
     profile: bool,
@@ -97,10 +109,11 @@ struct StepBenchArgs {
 
 pub fn run(arguments: &BenchArgs) -> anyhow::Result<Outcome> {
     match &arguments.what {
-        BenchCommand::Roofline(arguments) => roofline(arguments),
-        BenchCommand::Kernels(arguments) => time_kernels(arguments),
-        BenchCommand::Smoke(arguments) => run_smoke(arguments),
-        BenchCommand::Step(arguments) => time_step(arguments),
+        None => bench_page::run(&arguments.page),
+        Some(BenchCommand::Roofline(arguments)) => roofline(arguments),
+        Some(BenchCommand::Kernels(arguments)) => time_kernels(arguments),
+        Some(BenchCommand::Smoke(arguments)) => run_smoke(arguments),
+        Some(BenchCommand::Step(arguments)) => time_step(arguments),
     }
 }
 
@@ -174,22 +187,28 @@ fn time_kernels(arguments: &KernelBenchArgs) -> anyhow::Result<Outcome> {
         "{:22} {:4} {:36} {:>10} {:>19} {:>8} {:>8} {:>9}",
         "operation", "type", "shape", "us", "p10 to p90", "GB/s", "TFLOP/s", "Gpairs/s"
     ));
-    let rows = kernels::time(&*backend, arguments.only.as_deref(), size, |row| {
-        let pairs =
-            row.pairs_per_second.map_or(String::new(), |pairs| format!("{:.1}", pairs / 1e9));
-        table.line(format_args!(
-            "{:22} {:4} {:36} {:10.2} {:9.2} {:9.2} {:8.1} {:8.2} {pairs:>9}{}",
-            row.operation,
-            row.dtype,
-            row.shape,
-            1e6 * row.seconds,
-            1e6 * row.p10,
-            1e6 * row.p90,
-            row.gigabytes_per_second,
-            row.teraflops,
-            if row.warm { "  warm" } else { "" },
-        ));
-    })?;
+    let rows = kernels::time(
+        &*backend,
+        arguments.only.as_deref(),
+        size,
+        |_| true,
+        |row| {
+            let pairs =
+                row.pairs_per_second.map_or(String::new(), |pairs| format!("{:.1}", pairs / 1e9));
+            table.line(format_args!(
+                "{:22} {:4} {:36} {:10.2} {:9.2} {:9.2} {:8.1} {:8.2} {pairs:>9}{}",
+                row.operation,
+                row.dtype,
+                row.shape,
+                1e6 * row.seconds,
+                1e6 * row.p10,
+                1e6 * row.p90,
+                row.gigabytes_per_second,
+                row.teraflops,
+                if row.warm { "  warm" } else { "" },
+            ));
+        },
+    )?;
     table.finish(json!({ "device": backend.device(), "rows": rows }));
     Ok(Outcome::Done)
 }
@@ -209,10 +228,12 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
     } else {
         None
     };
+    let muon = (arguments.optimizer == OptimizerKind::Muon).then_some(Muon { momentum: 0.95 });
     let timing = step::time(
         &*backend,
         &arguments.preset,
         &config,
+        muon,
         arguments.batch as usize,
         arguments.warmup as usize,
         arguments.steps as usize,

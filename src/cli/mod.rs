@@ -6,6 +6,7 @@
 
 mod backend;
 mod bench;
+mod bench_page;
 mod cat;
 mod check;
 mod completions;

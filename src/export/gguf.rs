@@ -49,7 +49,9 @@ impl MetadataValue {
             MetadataValue::Texts(texts) => {
                 out.extend(8u32.to_le_bytes());
                 out.extend((texts.len() as u64).to_le_bytes());
-                texts.iter().for_each(|text| write_text(text, out));
+                for text in texts {
+                    write_text(text, out);
+                }
             }
         }
     }

@@ -4,6 +4,7 @@
 //! file that asks for no other: its charts are inline SVG, its style and its script are in it, and a
 //! policy in its head forbids a browser to fetch anything. All text from outside is escaped.
 
+pub mod bench;
 mod chart;
 mod html;
 mod page;

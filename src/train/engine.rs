@@ -103,6 +103,7 @@ impl Engine {
     }
 
     /// Sets what backward computes again, before the first step.
+    #[must_use]
     pub fn with_recompute(mut self, recompute: Recompute) -> Self {
         self.recompute = recompute;
         self

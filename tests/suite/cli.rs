@@ -69,3 +69,36 @@ fn completions_know_commands_and_flags() {
     }
     error_of(&["completions", "csh"]);
 }
+
+#[test]
+fn bench_writes_a_page_named_after_the_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path().to_str().unwrap();
+    let mut command = laam();
+    command.args([
+        "bench",
+        "--backend",
+        "cpu",
+        "--threads",
+        "2",
+        "--small",
+        "--json",
+        "--output",
+        at,
+    ]);
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert!(json["steps"][0]["laam"]["tokens_per_second"].as_f64().unwrap() > 0.0);
+    let mut pages: Vec<_> = std::fs::read_dir(at).unwrap().map(|it| it.unwrap().path()).collect();
+    pages.sort();
+    let extensions: Vec<_> = pages.iter().map(|page| page.extension().unwrap()).collect();
+    assert_eq!(extensions, ["html", "json", "md"]);
+    assert!(pages[0].file_name().unwrap().to_str().unwrap().contains("2-threads"), "{pages:?}");
+    let markdown = std::fs::read_to_string(&pages[2]).unwrap();
+    let html = std::fs::read_to_string(&pages[0]).unwrap();
+    for row in ["| original | 1 x 32 | AdamW |", "| rms_norm_backward |"] {
+        assert!(markdown.contains(row), "{markdown}");
+        assert!(html.contains(&row.trim_matches(['|', ' ']).replace(" | ", "</td><td>")), "{row}");
+    }
+}

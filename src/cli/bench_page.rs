@@ -1,0 +1,201 @@
+//! `laam bench` without a subcommand: everything that matters about this machine, on one page.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::Value;
+
+use super::Outcome;
+use super::backend::BackendArgs;
+use super::output::{print_json, say};
+use crate::backend::Backend;
+use crate::bench::check::Size;
+use crate::bench::page::{Page, Prediction, StepRow, file_name};
+use crate::bench::pytorch::PyTorch;
+use crate::bench::roofline::{self, Effort};
+use crate::bench::{kernels, step};
+use crate::corpus::now;
+use crate::files::{self, write_atomically};
+use crate::llama::{Cost, Muon};
+use crate::model::preset;
+use crate::report;
+use crate::schema::versioned;
+
+/// Measures of this machine, in some five minutes.
+#[derive(Args, Debug)]
+pub struct PageArgs {
+    /// The folder the page is written into, as Markdown, HTML and JSON, named after the device
+    #[arg(long, value_name = "DIR", default_value = "benchmarks")]
+    output: PathBuf,
+    /// The Python whose PyTorch is measured beside laam [default: VIRTUAL_ENV's, else python3]
+    #[arg(long, value_name = "PROGRAM")]
+    python: Option<PathBuf>,
+    /// Small shapes: to see that it runs
+    #[arg(long)]
+    small: bool,
+    #[command(flatten)]
+    backend: BackendArgs,
+    /// Print one JSON object on stdout, of an error too
+    #[arg(long)]
+    json: bool,
+}
+
+/// A step to be timed.
+struct Shape {
+    preset: &'static str,
+    batch: usize,
+    muon: bool,
+}
+
+const fn shape(preset: &'static str, batch: usize, muon: bool) -> Shape {
+    Shape { preset, batch, muon }
+}
+
+/// The recipes' steps, and those that others publish figures of.
+const ON_GPU: [Shape; 6] = [
+    shape("original", 64, false),
+    shape("original", 1, false),
+    shape("linux-5m", 16, true),
+    shape("124m", 16, false),
+    shape("0.5b", 16, false),
+    shape("1.5b", 16, false),
+];
+const ON_CPU: [Shape; 4] = [
+    shape("original", 8, false),
+    shape("original", 1, false),
+    shape("linux-5m", 16, true),
+    shape("32m", 1, false),
+];
+
+pub fn run(arguments: &PageArgs) -> anyhow::Result<Outcome> {
+    let backend = arguments.backend.open_in(None)?;
+    let is_cpu = backend.name() == "cpu";
+    let device = match cpu_model().filter(|_| is_cpu) {
+        Some(model) => format!("{model}: {}", backend.device()),
+        None => backend.device(),
+    };
+    say!("{device}");
+    let mut page =
+        Page { device, program: crate::VERSION.to_string(), date: now(), ..Page::default() };
+    let base = arguments.output.join(file_name(&page.device));
+
+    if !is_cpu {
+        let effort = if arguments.small { Effort::Small } else { Effort::Full };
+        page.ceilings = roofline::measure(&mut *arguments.backend.device()?, effort, |_| ())?;
+    }
+    let mut skipped = Vec::new();
+    let shapes: &[Shape] = match (arguments.small, is_cpu) {
+        (true, _) => &[shape("original", 1, false)],
+        (false, true) => &ON_CPU,
+        (false, false) => &ON_GPU,
+    };
+    for shape in shapes {
+        match measure_step(arguments, &*backend, &page, shape) {
+            Ok(row) => {
+                say!(
+                    "{} x {}: {:.0} tokens/s",
+                    shape.preset,
+                    shape.batch,
+                    row.laam.tokens_per_second
+                );
+                page.steps.push(row);
+            }
+            // What does not fit is said, and the rest measured.
+            Err(error) => skipped.push(format!("{} x {}: {error:#}", shape.preset, shape.batch)),
+        }
+        write(&base, &page)?;
+    }
+    page.notes.append(&mut skipped);
+    measure_pytorch(arguments, is_cpu, &mut page)?;
+    write(&base, &page)?;
+
+    // Minutes of a CPU each.
+    let cheap = |cost: &Cost| !is_cpu || (cost.flops < 1 << 31 && cost.bytes < 100 << 20);
+    let size = if arguments.small { Size::Small } else { Size::Timed };
+    page.kernels = kernels::time(&*backend, None, size, cheap, |_| ())?;
+    if is_cpu {
+        page.notes
+            .push("Kernels of more than 2 GFLOP or 100 MB are left out on a CPU.".to_string());
+    }
+    let json = write(&base, &page)?;
+    say!("written to {}.md, .html and .json", base.display());
+    if arguments.json {
+        print_json(&json);
+    }
+    Ok(Outcome::Done)
+}
+
+fn measure_step(
+    arguments: &PageArgs,
+    backend: &dyn Backend,
+    page: &Page,
+    shape: &Shape,
+) -> anyhow::Result<StepRow> {
+    let mut config = preset(shape.preset)?;
+    if arguments.small {
+        config.max_position_embeddings = 32;
+    }
+    let (warmup, steps) = match (arguments.small, backend.name()) {
+        (true, _) => (0, 1),
+        (false, "cpu") => (1, 3),
+        (false, _) => (5, 20),
+    };
+    let muon = shape.muon.then_some(Muon { momentum: 0.95 });
+    let ceilings = step::Ceilings::of(&page.ceilings);
+    let laam =
+        step::time(backend, shape.preset, &config, muon, shape.batch, warmup, steps, ceilings)?;
+    let predicted = Prediction::of(&laam);
+    let optimizer = if shape.muon { "Muon" } else { "AdamW" };
+    Ok(StepRow { laam, optimizer, pytorch: Vec::new(), predicted })
+}
+
+/// Measures PyTorch at the steps with AdamW, if it is found.
+fn measure_pytorch(arguments: &PageArgs, is_cpu: bool, page: &mut Page) -> anyhow::Result<()> {
+    if arguments.small {
+        return Ok(());
+    }
+    let environment =
+        std::env::var_os("VIRTUAL_ENV").map(|path| PathBuf::from(path).join("bin/python"));
+    let python = arguments.python.clone().or(environment.filter(|python| python.is_file()));
+    let python = python.unwrap_or_else(|| PathBuf::from("python3"));
+    let folder = std::env::temp_dir().join(format!("laam-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    let hows: &[&str] = if is_cpu { &["eager"] } else { &["eager", "compile", "graph"] };
+    match PyTorch::find(&python, &folder, !is_cpu) {
+        Err(why) => page.notes.push(why),
+        Ok(pytorch) => {
+            let threads = arguments.backend.threads();
+            for row in page.steps.iter_mut().filter(|row| row.optimizer == "AdamW") {
+                for how in hows {
+                    let what = format!("{} x {}", row.laam.preset, row.laam.batch);
+                    match pytorch.tokens_per_second(&row.laam, how, threads) {
+                        Ok(speed) => {
+                            say!("PyTorch, {how}, {what}: {speed:.0} tokens/s");
+                            row.pytorch.push(((*how).to_string(), speed));
+                        }
+                        Err(why) => page.notes.push(format!("PyTorch, {how}, {what}: {why}")),
+                    }
+                }
+            }
+        }
+    }
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+/// Writes the page as it is so far: an interruption leaves what was measured.
+fn write(base: &Path, page: &Page) -> anyhow::Result<Value> {
+    let json = versioned(page.json());
+    let path = |extension: &str| PathBuf::from(format!("{}.{extension}", base.display()));
+    write_atomically(&path("json"), format!("{json:#}\n").as_bytes())?;
+    write_atomically(&path("html"), report::bench::page(&json).as_bytes())?;
+    write_atomically(&path("md"), page.markdown().as_bytes())?;
+    Ok(json)
+}
+
+/// The processor's name, if the system tells it (Linux on x86).
+fn cpu_model() -> Option<String> {
+    let text = files::read_text(Path::new("/proc/cpuinfo"), 16 << 20).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("model name"))?;
+    Some(line.trim_start_matches([' ', '\t', ':']).to_string())
+}
