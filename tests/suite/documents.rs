@@ -171,7 +171,8 @@ fn damaged_files_are_errors_that_name_file_and_record() {
 fn a_long_text_is_cut_at_line_ends() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("long.txt");
-    let text: String = (0..300_000).map(|n| format!("line {n}\n")).collect();
+    let lines: Vec<_> = (0..300_000).map(|n| format!("line {n}\n")).collect();
+    let text = lines.concat();
     fs::write(&path, &text).unwrap();
     let limits = Limits { file: 2 << 20, ..Limits::default() };
     let options = CorpusOptions { limits, ..CorpusOptions::default() };
