@@ -2,7 +2,8 @@
 //
 //     norm = sqrt(sum of gradients[i]^2) / loss_scale
 //
-// gradients: [count] in f32, the whole arena; partials: [gridDim.x of grad_norm_partials] in f64;
+// gradients: [count] in f32, the whole arena; partials: [gridDim.x of grad_norm_partials or
+// grad_norm_runs] in f64;
 // loss_scale: one f32, null means 1; norm: one f32.
 // Bytes: 4 count. 2 FLOPs in f64 per value: bound by memory on GPUs with full-rate f64 units.
 #include "lib/reduce.cuh"
@@ -26,6 +27,27 @@ grad_norm_partials(const float *__restrict__ gradients, double *__restrict__ par
     }
     for (size_t at = vector_end + thread; at < count; at += threads) {
         sum += static_cast<double>(gradients[at]) * gradients[at];  // mutant: tail_skipped
+    }
+    sum = row_sum(sum);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// A range of the arena whose sum of squares does not depend on the rest of the launch: ranks that share
+// the runs of an arena compute the same partials as one.
+struct Run {
+    unsigned long long start, count;
+};
+
+// Launch: a block of 256 threads per run.
+extern "C" __global__ void __launch_bounds__(256)
+grad_norm_runs(const float *__restrict__ gradients, const Run *__restrict__ runs,
+               double *__restrict__ partials) {
+    const Run run = runs[blockIdx.x];
+    double sum = 0.0;
+    // mutant: run_tail_skipped
+    for (size_t at = threadIdx.x; at < run.count; at += blockDim.x) {
+        const double value = gradients[run.start + at];  // mutant: first_run_always
+        sum += value * value;
     }
     sum = row_sum(sum);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;

@@ -19,6 +19,8 @@ pub enum ErrorKind {
     Checkpoint,
     /// A GPU, its driver, the simulator, or the memory of this machine.
     Device,
+    /// Processes that train together: one is late, gone, or was started in another way. Exit code 75.
+    Group,
     /// The program itself.
     Internal,
 }
@@ -31,6 +33,7 @@ impl ErrorKind {
             Self::Data => "data",
             Self::Checkpoint => "checkpoint",
             Self::Device => "device",
+            Self::Group => "group",
             Self::Internal => "internal",
         }
     }
@@ -78,6 +81,11 @@ pub fn checkpoint(what: impl Display, hint: impl Display) -> anyhow::Error {
 /// A new error of kind [`ErrorKind::Device`].
 pub fn device(what: impl Display, hint: impl Display) -> anyhow::Error {
     new(ErrorKind::Device, what, hint)
+}
+
+/// A new error of kind [`ErrorKind::Group`].
+pub fn group(what: impl Display, hint: impl Display) -> anyhow::Error {
+    new(ErrorKind::Group, what, hint)
 }
 
 /// A new error of kind [`ErrorKind::Internal`]; its hint is [`INTERNAL`].

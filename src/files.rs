@@ -131,6 +131,17 @@ pub fn read_current(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     read_bounded(open_current(path)?, limit)
 }
 
+/// Bytes of the file system that holds a path, if the system tells.
+pub fn capacity(path: &Path) -> Option<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let name = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
+    // SAFETY: a zeroed statvfs is a valid value.
+    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the name ends in a zero byte, and the struct outlives the call.
+    let told = unsafe { libc::statvfs(name.as_ptr(), &raw mut found) };
+    (told == 0).then(|| found.f_blocks.saturating_mul(found.f_frsize))
+}
+
 /// True if there is such a file, by [`open_current`]; also if it cannot be opened.
 pub fn exists_current(path: &Path) -> bool {
     !open_current(path).is_err_and(|why| why.kind() == io::ErrorKind::NotFound)

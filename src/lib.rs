@@ -16,6 +16,7 @@
 //! - [`tokenizer`][]: byte-level BPE
 //! - [`tokens`][]: the memory-mapped token file, its windows, the sampler
 //! - [`kernels`][]: the compiled CUDA kernels and their signatures
+//! - [`collective`][]: processes that train together, and moving bytes between them
 //! - [`device`][]: memory, kernel launches, matmuls, graphs; a GPU or the simulator
 //! - [`model`][]: configuration, parameter layout, initialization, checkpoints, presets
 //! - [`export`][]: models in the formats of other programs: GGUF
@@ -38,6 +39,7 @@ pub mod bench;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
+pub mod collective;
 pub mod corpus;
 pub mod device;
 pub mod dtype;

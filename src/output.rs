@@ -18,8 +18,9 @@ const MAX_LOCK_BYTES: u64 = 64;
 #[derive(Debug)]
 pub struct OutputFolder {
     path: PathBuf,
-    /// Held, not read: the system releases it with the process.
-    _lock: File,
+    /// Held, not read: the system releases it with the process. None in a process that another one writes
+    /// for.
+    lock: Option<File>,
     /// Device and inode of the folder.
     identity: (u64, u64),
     /// The folders that were made for it, outermost first.
@@ -63,7 +64,7 @@ impl OutputFolder {
         };
         match open() {
             Ok((lock, identity)) => {
-                Ok(Self { path: path.to_path_buf(), _lock: lock, identity, created })
+                Ok(Self { path: path.to_path_buf(), lock: Some(lock), identity, created })
             }
             Err(why) => {
                 remove_empty(&created);
@@ -75,6 +76,12 @@ impl OutputFolder {
                     .hint(ErrorKind::Data, || "choose an output folder that can be written")
             }
         }
+    }
+
+    /// The folder as a process sees it that writes nothing: another one of its group does, and has it open.
+    pub fn of_other_process(path: &Path) -> Self {
+        let identity = identity(path).unwrap_or_default();
+        Self { path: path.to_path_buf(), lock: None, identity, created: Vec::new() }
     }
 
     pub fn path(&self) -> &Path {
@@ -97,7 +104,7 @@ impl OutputFolder {
 impl Drop for OutputFolder {
     fn drop(&mut self) {
         // Removed while locked: whoever opened it meanwhile sees that it is another file.
-        if self.check().is_ok() {
+        if self.lock.is_some() && self.check().is_ok() {
             let _ = fs::remove_file(self.path.join(LOCK));
             remove_empty(&self.created);
         }

@@ -12,6 +12,13 @@ pub fn available() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// Processors of this machine, whether this process may use them or not.
+pub fn online() -> usize {
+    // SAFETY: the call takes no pointers.
+    let count = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+    usize::try_from(count).unwrap_or(1).max(1)
+}
+
 /// Refuses a number of threads that is 0, or far above what the machine has.
 pub fn check_count(threads: usize) -> anyhow::Result<()> {
     let most = (4 * available()).max(64);

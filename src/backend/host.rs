@@ -1,16 +1,25 @@
 //! The session of both host backends: memory and programs. Each backend executes the ops.
 
+use std::collections::BTreeMap;
+use std::ops::{AddAssign, Range};
+use std::time::Instant;
+
+use bytemuck::Pod;
+
+use super::exchange;
 use super::memory::Memory;
 use super::{Arena, Inputs, ProgramId, Session, SessionSpec};
+use crate::collective::Group;
 use crate::device::check_host_memory;
 use crate::error;
-use crate::llama::{Buffer, BufferKind, BufferRole, Plan, Program};
+use crate::llama::{Buffer, BufferKind, BufferRole, Op, Plan, Program};
 use crate::model::Layout;
 
 /// A floating-point type that a host backend computes in.
-pub trait Real: Copy + Default + Send + Sync + 'static {
+pub trait Real: Pod + Default + AddAssign + Send + Sync + 'static {
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
+    fn to_f64(self) -> f64;
     /// The values themselves, if they are f32.
     fn as_f32s(_values: &[Self]) -> Option<&[f32]> {
         None
@@ -24,6 +33,9 @@ impl Real for f32 {
     fn to_f32(self) -> f32 {
         self
     }
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
     fn as_f32s(values: &[f32]) -> Option<&[f32]> {
         Some(values)
     }
@@ -36,11 +48,14 @@ impl Real for f64 {
     fn to_f32(self) -> f32 {
         self as f32
     }
+    fn to_f64(self) -> f64 {
+        self
+    }
 }
 
-/// Executes the ops of a program after its inputs are in memory.
+/// Executes ops of a program after its inputs are in memory.
 pub(super) trait Execute<R>: Send {
-    fn execute(&mut self, program: &Program, memory: &mut Memory<R>, inputs: &Inputs);
+    fn execute(&mut self, program: &Program, ops: &[Op], memory: &mut Memory<R>, inputs: &Inputs);
 
     /// Seconds spent in each kind of op so far.
     fn profile(&self) -> Vec<(&'static str, f64)> {
@@ -53,6 +68,11 @@ pub(super) struct HostSession<R, E> {
     pub memory: Memory<R>,
     pub executor: E,
     programs: Vec<(Program, Plan)>,
+    group: Group,
+    /// The range that moments are kept for, if it is not the whole arena.
+    moments: Option<Range<usize>>,
+    /// Seconds in the ops that are executed here, by name.
+    seconds: BTreeMap<&'static str, f64>,
     /// The program whose outputs are in the block.
     current: Option<usize>,
 }
@@ -64,8 +84,11 @@ impl<R: Real, E: Execute<R>> HostSession<R, E> {
         let arenas = if spec.training { 4 } else { 1 };
         let values = arenas * layout.len as u128 + spec.cache_len as u128;
         check_host_memory(values * size_of::<R>() as u128, "the model with its caches")?;
+        let programs = Vec::new();
+        let (group, seconds) = (Group::alone(), BTreeMap::new());
+        let moments = spec.moments.map(|_| spec.moment_range(layout.len));
         let memory = Memory::new(layout, spec);
-        Ok(Self { memory, executor, programs: Vec::new(), current: None })
+        Ok(Self { memory, executor, programs, group, moments, seconds, current: None })
     }
 
     fn assert_current(&self, ProgramId(program): ProgramId) {
@@ -74,9 +97,15 @@ impl<R: Real, E: Execute<R>> HostSession<R, E> {
 }
 
 impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
+    fn join(&mut self, group: Group) -> anyhow::Result<()> {
+        self.group = group;
+        Ok(())
+    }
+
     fn load(&mut self, program: Program) -> anyhow::Result<ProgramId> {
         let plan = program.plan();
         self.memory.reserve(&plan);
+        self.memory.reserve_slots(&program);
         self.programs.push((program, plan));
         Ok(ProgramId(self.programs.len() - 1))
     }
@@ -97,7 +126,18 @@ impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
                 *target = R::from_f32(*value);
             }
         }
-        self.executor.execute(program, &mut self.memory, inputs);
+        // Ops between exchanges are executed together.
+        for ops in
+            program.ops.chunk_by(|a, b| !exchange::is_exchange(a) && !exchange::is_exchange(b))
+        {
+            if exchange::is_exchange(&ops[0]) {
+                let start = Instant::now();
+                exchange::execute(&ops[0], &mut self.memory, &self.group)?;
+                *self.seconds.entry(ops[0].name()).or_default() += start.elapsed().as_secs_f64();
+            } else {
+                self.executor.execute(program, ops, &mut self.memory, inputs);
+            }
+        }
         Ok(())
     }
 
@@ -112,11 +152,16 @@ impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
     }
 
     fn arena(&self, arena: Arena) -> Option<&[f32]> {
-        R::as_f32s(self.memory.arena(arena))
+        let is_whole = !(arena.is_moment() && self.moments.is_some());
+        is_whole.then(|| R::as_f32s(self.memory.arena(arena))).flatten()
     }
 
     fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {
-        Ok(self.memory.arena(arena).iter().map(|value| value.to_f32()).collect())
+        let own: Vec<f32> = self.memory.arena(arena).iter().map(|value| value.to_f32()).collect();
+        match &self.moments {
+            Some(_) if arena.is_moment() => exchange::gather_moments(&own, &self.group),
+            _ => Ok(own),
+        }
     }
 
     fn poison(&mut self) -> anyhow::Result<()> {
@@ -126,6 +171,12 @@ impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
     }
 
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
+        let values = match &self.moments {
+            Some(range) if arena.is_moment() && values.len() == self.memory.parameters.len() => {
+                &values[range.clone()]
+            }
+            _ => values,
+        };
         let target = self.memory.arena_mut(arena);
         if target.len() != values.len() {
             return Err(error::checkpoint(
@@ -140,7 +191,8 @@ impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
     }
 
     fn profile(&self) -> Vec<(&'static str, f64)> {
-        self.executor.profile()
+        let own = self.seconds.iter().map(|(&name, &seconds)| (name, seconds));
+        self.executor.profile().into_iter().chain(own).collect()
     }
 
     fn bytes(&self) -> usize {

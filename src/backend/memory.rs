@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-use super::{Arena, SessionSpec};
-use crate::llama::{Buffer, BufferKind, Plan, Program};
+use super::{Arena, SessionSpec, exchange};
+use crate::llama::{Buffer, BufferKind, Op, Plan, Program};
 use crate::model::Layout;
 
 /// The buffers of the current program, in one allocation.
@@ -38,8 +38,14 @@ impl<T: Copy + Default> BufferBlock<T> {
 pub(super) struct Memory<R> {
     pub parameters: Vec<R>,
     pub gradients: Vec<R>,
+    /// Of the elements from `moments_from` on.
     pub first_moment: Vec<R>,
     pub second_moment: Vec<R>,
+    pub moments_from: usize,
+    /// Gradients of slices, and sums of them, of the arena's length each.
+    pub slots: Vec<Vec<R>>,
+    /// What ranks exchange.
+    pub wire: Vec<R>,
     pub cache: Vec<R>,
     pub floats: BufferBlock<R>,
     pub indices: BufferBlock<u32>,
@@ -49,11 +55,15 @@ impl<R: Copy + Default> Memory<R> {
     pub fn new(layout: &Layout, spec: SessionSpec) -> Self {
         let zeros = |len| vec![R::default(); len];
         let trained = if spec.training { layout.len } else { 0 };
+        let moments = spec.moment_range(layout.len);
         Self {
             parameters: zeros(layout.len),
             gradients: zeros(trained),
-            first_moment: zeros(trained),
-            second_moment: zeros(trained),
+            first_moment: zeros(moments.len()),
+            second_moment: zeros(moments.len()),
+            moments_from: moments.start,
+            slots: Vec::new(),
+            wire: Vec::new(),
             cache: zeros(spec.cache_len),
             floats: BufferBlock::new(),
             indices: BufferBlock::new(),
@@ -68,6 +78,24 @@ impl<R: Copy + Default> Memory<R> {
         if self.indices.data.len() < plan.indices {
             self.indices.data.resize(plan.indices, 0);
         }
+    }
+
+    /// Allocates the slots that a program's ops keep gradients in, and the buffer of its exchanges.
+    pub fn reserve_slots(&mut self, program: &Program) {
+        let slots =
+            program.ops.iter().map(|op| if let Op::SaveGradients(o) = op { o.slot + 1 } else { 0 });
+        while self.slots.len() < slots.clone().max().unwrap_or(0) {
+            self.slots.push(vec![R::default(); self.gradients.len()]);
+        }
+        let wire = program.ops.iter().map(exchange::wire_elements).max().unwrap_or(0);
+        if self.wire.len() < wire {
+            self.wire.resize(wire, R::default());
+        }
+    }
+
+    /// Range of the moments of a range of the arena.
+    pub fn moments(&self, range: &Range<usize>) -> Range<usize> {
+        range.start - self.moments_from..range.end - self.moments_from
     }
 
     /// Assigns the ranges of the program's buffers.
@@ -110,9 +138,15 @@ impl<R: Copy + Default> Memory<R> {
             &self.first_moment,
             &self.second_moment,
             &self.cache,
+            &self.wire,
             &self.floats.data,
         ];
-        arenas.iter().map(|values| std::mem::size_of_val(values.as_slice())).sum::<usize>()
+        let slots = self.slots.iter();
+        arenas
+            .into_iter()
+            .chain(slots)
+            .map(|values| std::mem::size_of_val(values.as_slice()))
+            .sum::<usize>()
             + 4 * self.indices.data.len()
     }
 }

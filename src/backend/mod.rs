@@ -5,14 +5,17 @@
 //! - [`gpu`]: CUDA kernels, on a GPU or in the simulator
 
 pub mod cpu;
+mod exchange;
 pub mod gpu;
 mod host;
 mod memory;
 pub mod reference;
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::time::Instant;
 
+use crate::collective::Group;
 use crate::device::host_memory;
 use crate::dtype::Dtype;
 use crate::llama::step::MicroBatch;
@@ -45,6 +48,10 @@ pub trait Backend: Send + Sync {
     }
     /// Bytes of scratch memory besides the program's buffers.
     fn workspace_bytes(&self, program: &Program) -> usize;
+    /// Bytes of the buffers that ranks exchange through, besides the workspace.
+    fn exchange_bytes(&self, program: &Program) -> usize {
+        4 * program.ops.iter().map(exchange::wire_elements).max().unwrap_or(0)
+    }
     /// Peak matmul rate in FLOP/s as the manufacturer states it, the denominator of MFU, if known.
     fn peak_flops(&self) -> Option<f64> {
         None
@@ -62,6 +69,16 @@ pub struct SessionSpec {
     pub training: bool,
     /// Elements of the KV cache.
     pub cache_len: usize,
+    /// First element and length of the range that moments are kept for; all if `None`.
+    pub moments: Option<(usize, usize)>,
+}
+
+impl SessionSpec {
+    /// The range of the arena that moments are kept for.
+    fn moment_range(&self, arena: usize) -> Range<usize> {
+        let (start, len) = self.moments.unwrap_or((0, arena));
+        if self.training { start..start + len } else { 0..0 }
+    }
 }
 
 /// The flat arrays of a model. All but the cache have the layout's length.
@@ -74,6 +91,12 @@ pub enum Arena {
     /// Adam's mean of squared gradients.
     SecondMoment,
     Cache,
+}
+
+impl Arena {
+    fn is_moment(self) -> bool {
+        matches!(self, Arena::FirstMoment | Arena::SecondMoment)
+    }
 }
 
 /// A program loaded by a session.
@@ -94,6 +117,9 @@ pub struct Inputs<'a> {
 
 /// A model in a backend's memory, and the programs loaded for it.
 pub trait Session: Send {
+    /// Joins a group, which collective ops exchange bytes with. With [`SessionSpec::moments`], reading and
+    /// writing the moments become calls of all ranks.
+    fn join(&mut self, group: Group) -> anyhow::Result<()>;
     /// Plans a program's memory and allocates it. Programs of a session share one block: a program's
     /// outputs are valid until the next one runs.
     fn load(&mut self, program: Program) -> anyhow::Result<ProgramId>;
@@ -114,7 +140,7 @@ pub trait Session: Send {
     fn arena(&self, _arena: Arena) -> Option<&[f32]> {
         None
     }
-    /// A copy of an arena.
+    /// A copy of an arena; of moments that are sharded, gathered from all ranks.
     fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>>;
     /// Fills every buffer with NaN (indices with the largest u32), to expose reads of what a program
     /// has not written.
@@ -150,6 +176,8 @@ pub trait StepQueue {
     fn upload_dataset(&mut self, windows: &Windows) -> anyhow::Result<bool>;
     /// Loads a program; `norm` is its gradient norm, if it ends a step.
     fn load(&mut self, micro: MicroBatch, norm: Option<Buffer>) -> anyhow::Result<ProgramId>;
+    /// Loads a program without a batch, which ends a slice, or a step if it has a `norm`.
+    fn load_end(&mut self, program: Program, norm: Option<Buffer>) -> anyhow::Result<ProgramId>;
     /// Enqueues runs in order, and returns before they are done.
     fn enqueue(&mut self, runs: &[StepRun]) -> anyhow::Result<()>;
     /// Waits for all runs enqueued since the last call, and returns the result of each.
@@ -172,6 +200,8 @@ pub enum BatchSource<'a> {
     /// Indices of windows in the uploaded token file.
     Windows(&'a [usize]),
     Batch(Cow<'a, Batch>),
+    /// Of a program without a batch.
+    None,
 }
 
 /// The result of a run.

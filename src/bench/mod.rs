@@ -1,6 +1,7 @@
 //! Timings and checks of a backend and its device.
 
 pub mod check;
+pub mod collectives;
 pub mod kernels;
 pub mod page;
 pub mod pytorch;

@@ -5,13 +5,14 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::backend::{Arena, Backend};
+use crate::collective::Group;
 use crate::llama::{
     AdamW, Cost, Muon, Optimizer, Program, Recompute, StepHyperparams, append_update, step,
 };
 use crate::model::{Config, Layout};
 use crate::random::{Philox, Stream};
 use crate::tokens::{Batch, IGNORE};
-use crate::train::{Engine, peak_memory_bytes};
+use crate::train::{Engine, Parallelism, ShardKind, peak_memory_bytes};
 
 use super::roofline::Ceiling;
 
@@ -82,6 +83,51 @@ impl Ceilings {
     }
 }
 
+/// Tokens per second of several ranks beside those of one.
+#[derive(Clone, Debug, Serialize)]
+pub struct Scaling {
+    pub ranks: usize,
+    /// Of rank 0 alone, on `batch` windows.
+    pub alone: f64,
+    /// Of all ranks, on `batch` windows together, and over `ranks` times those of one.
+    pub strong: f64,
+    pub strong_efficiency: f64,
+    /// Of all ranks, on `batch` windows each.
+    pub weak: f64,
+    pub weak_efficiency: f64,
+}
+
+/// Times steps of one rank, then of all ranks on as many windows, then on as many each.
+pub fn time_scaling(
+    backend: &dyn Backend,
+    config: &Config,
+    muon: Option<Muon>,
+    batch: usize,
+    warmup: usize,
+    steps: usize,
+    group: &Group,
+) -> anyhow::Result<Scaling> {
+    let ranks = group.size();
+    let shard = ShardKind::Optimizer;
+    let time = |batch, parallelism: &Parallelism| {
+        let timing = time(backend, "", config, muon, batch, warmup, steps, None, parallelism)?;
+        anyhow::Ok(timing.tokens_per_second)
+    };
+    let alone = if group.is_first() { time(batch, &Parallelism::default()) } else { Ok(0.0) };
+    let alone = group.without_deadline(|| group.agree(alone))?;
+    let all = Parallelism { group: group.clone(), slices: ranks, shard };
+    let (strong, weak) = (time(batch, &all)?, time(ranks * batch, &all)?);
+    let efficiency = |rate: f64| rate / (ranks as f64 * alone);
+    Ok(Scaling {
+        ranks,
+        alone,
+        strong,
+        strong_efficiency: efficiency(strong),
+        weak,
+        weak_efficiency: efficiency(weak),
+    })
+}
+
 /// Times `steps` steps after `warmup` untimed ones, on random tokens and random weights.
 pub fn time(
     backend: &dyn Backend,
@@ -92,6 +138,7 @@ pub fn time(
     warmup: usize,
     steps: usize,
     ceilings: Option<Ceilings>,
+    parallelism: &Parallelism,
 ) -> anyhow::Result<Timing> {
     let context = config.max_position_embeddings;
     let optimizer = Optimizer {
@@ -100,7 +147,8 @@ pub fn time(
         weight_decay: 0.1,
         max_grad_norm: 1.0,
     };
-    let mut engine = Engine::new(backend, config, &optimizer, batch, context)?;
+    let group = &parallelism.group;
+    let mut engine = Engine::parallel(backend, config, &optimizer, batch, context, parallelism)?;
     let layout = Layout::new(config);
     let mut arena = vec![0.0; layout.len];
     Philox::new(0, Stream::Init).fill_normal(0, config.initializer_range, &mut arena);
@@ -137,8 +185,10 @@ pub fn time(
         losses = [if done == 0 { outcomes[0].loss } else { losses[0] }, last];
         done += together;
         if engine.is_async() && round + 1 == warmup {
-            together = ((MIN_TIMED_SECONDS / pace) as usize)
-                .clamp(1, engine.queue_capacity(batch).min(100));
+            // By the time that steps took, which differs from rank to rank.
+            let most = engine.queue_capacity(batch).min(100);
+            let fits = ((MIN_TIMED_SECONDS / pace) as usize).clamp(1, most);
+            together = group.decide(fits as u64)? as usize;
         }
     }
     let timed = seconds.len() * together;

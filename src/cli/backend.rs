@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 
+use super::group;
 use crate::backend::Backend;
 use crate::backend::cpu::{Cpu, CpuKernels};
 use crate::backend::gpu::{self, Gpu, Mode, Options};
@@ -119,7 +120,7 @@ impl BackendArgs {
         let threads = self.threads();
         Ok(match kind {
             BackendKind::Reference => Box::new(Reference::F32),
-            BackendKind::Cuda => Box::new(Gpu::new(Arc::new(|| open_cuda(0)), options)?),
+            BackendKind::Cuda => Box::new(Gpu::new(Arc::new(|| open_cuda(own_gpu())), options)?),
             BackendKind::Sim => Box::new(Gpu::new(Arc::new(move || open_sim(threads)), options)?),
             BackendKind::Auto | BackendKind::Cpu => {
                 let (bf16, kernels) = (dtype == Dtype::Bf16, self.cpu_kernels);
@@ -130,14 +131,14 @@ impl BackendArgs {
 
     /// As many as were asked for, or as the machine has.
     pub fn threads(&self) -> usize {
-        self.threads.unwrap_or_else(threads::available)
+        self.threads.unwrap_or_else(group::threads)
     }
 
     /// The device by itself.
     pub fn device(&self) -> anyhow::Result<Box<dyn Device>> {
         self.threads.map_or(Ok(()), threads::check_count)?;
         match self.backend {
-            BackendKind::Auto | BackendKind::Cuda => open_cuda(0),
+            BackendKind::Auto | BackendKind::Cuda => open_cuda(own_gpu()),
             BackendKind::Sim => open_sim(self.threads()),
             BackendKind::Cpu | BackendKind::Reference => Err(error::config(
                 "the cpu and reference backends have no device",
@@ -165,6 +166,11 @@ fn open_sim(threads: usize) -> anyhow::Result<Box<dyn Device>> {
 #[cfg(not(feature = "sim"))]
 fn open_sim(_: usize) -> anyhow::Result<Box<dyn Device>> {
     Err(error::missing_feature("sim"))
+}
+
+/// The GPU of this process: the one of its number on this host, or the only one that it sees.
+fn own_gpu() -> usize {
+    if gpu_count() == 1 { 0 } else { group::local_rank() }
 }
 
 /// GPUs that the driver shows.

@@ -8,17 +8,19 @@ use serde_json::{Value, json};
 use super::Outcome;
 use super::backend::BackendArgs;
 use super::bench_page::{self, PageArgs};
+use super::group::GroupArgs;
 use super::output::{print_json, say, stdout};
 use crate::backend::Backend;
 use crate::bench::check::Size;
 use crate::bench::roofline::{self, Ceiling, Effort};
-use crate::bench::{kernels, smoke, step};
+use crate::bench::{collectives, kernels, smoke, step};
 use crate::device::Device;
 use crate::dtype::Dtype;
+use crate::error;
 use crate::llama::Muon;
-use crate::model::preset;
+use crate::model::{Config, preset};
 use crate::schema::versioned;
-use crate::train::OptimizerKind;
+use crate::train::{OptimizerKind, Parallelism};
 
 /// Time what the program does, on this machine.
 ///
@@ -35,6 +37,7 @@ pub struct BenchArgs {
 
 #[derive(Subcommand, Debug)]
 enum BenchCommand {
+    Collectives(CollectivesArgs),
     /// Peak rates that the device reaches: copies, matmuls, launches
     #[command(alias = "ceilings")]
     Roofline(DeviceBenchArgs),
@@ -42,6 +45,31 @@ enum BenchCommand {
     /// Whether the device does what training needs
     Smoke(DeviceBenchArgs),
     Step(StepBenchArgs),
+}
+
+/// Exchanges between processes, each checked: mpiexec -n 4 laam bench collectives.
+///
+/// algbw is bytes over time, busbw what a link moves, both as nccl-tests print them. all_to_all and the
+/// sum of this program are reduce; with all_gather, all_reduce: what a training step does.
+#[derive(Args, Debug)]
+struct CollectivesArgs {
+    /// Smallest buffer in bytes
+    #[arg(long, value_name = "N", default_value_t = 1 << 12)]
+    min_bytes: usize,
+    /// Largest buffer in bytes
+    #[arg(long, value_name = "N", default_value_t = 1 << 26)]
+    max_bytes: usize,
+    /// Times that each is measured; the fastest counts
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    rounds: usize,
+    /// Also the MPI library's own all-reduce, whose order of sums is its own
+    #[arg(long)]
+    native: bool,
+    #[command(flatten)]
+    group: GroupArgs,
+    /// Print one JSON object on stdout, of an error too
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args, Debug)]
@@ -97,6 +125,11 @@ struct StepBenchArgs {
     /// Optimizer of the matrices inside the blocks
     #[arg(long, value_enum, default_value_t)]
     optimizer: OptimizerKind,
+    /// Compare the processes that a launcher started with one of them: mpiexec -n 4 laam bench step --ranks
+    #[arg(long)]
+    ranks: bool,
+    #[command(flatten)]
+    group: GroupArgs,
     /// Time every operation on a GPU, which takes the step apart: slower as a whole
     #[arg(long)]
     profile: bool,
@@ -109,12 +142,88 @@ struct StepBenchArgs {
 
 pub fn run(arguments: &BenchArgs) -> anyhow::Result<Outcome> {
     match &arguments.what {
+        Some(BenchCommand::Collectives(arguments)) => time_collectives(arguments),
         None => bench_page::run(&arguments.page),
         Some(BenchCommand::Roofline(arguments)) => roofline(arguments),
         Some(BenchCommand::Kernels(arguments)) => time_kernels(arguments),
         Some(BenchCommand::Smoke(arguments)) => run_smoke(arguments),
         Some(BenchCommand::Step(arguments)) => time_step(arguments),
     }
+}
+
+fn time_scaling(arguments: &StepBenchArgs, config: &Config) -> anyhow::Result<Outcome> {
+    let group = arguments.group.join()?;
+    let ranks = group.size();
+    let batch = arguments.batch as usize;
+    if !batch.is_multiple_of(ranks) {
+        let range = format!("a multiple of the {ranks} processes");
+        return Err(error::invalid("batch", batch, range));
+    }
+    let backend = arguments.backend.open_for(arguments.precision, false)?;
+    let (warmup, steps) = (arguments.warmup as usize, arguments.steps as usize);
+    let muon = (arguments.optimizer == OptimizerKind::Muon).then_some(Muon { momentum: 0.95 });
+    let scaling = step::time_scaling(&*backend, config, muon, batch, warmup, steps, &group)?;
+    let table = Table::new(arguments.json);
+    let library = &group.world().library;
+    table.line(format_args!("{}: {ranks} processes, {library}", arguments.preset));
+    for (name, windows, rate, efficiency) in [
+        ("one process", batch, scaling.alone, 1.0),
+        ("all, as many windows", batch, scaling.strong, scaling.strong_efficiency),
+        ("all, as many each", ranks * batch, scaling.weak, scaling.weak_efficiency),
+    ] {
+        table.line(format_args!(
+            "{name:22} {windows:>6} windows {rate:>12.0} tokens/s, efficiency {efficiency:.2}"
+        ));
+    }
+    table.finish(json!({ "preset": arguments.preset, "batch": batch, "scaling": scaling }));
+    Ok(Outcome::Done)
+}
+
+fn time_collectives(arguments: &CollectivesArgs) -> anyhow::Result<Outcome> {
+    if arguments.min_bytes < 4
+        || arguments.min_bytes > arguments.max_bytes
+        || arguments.max_bytes > 1 << 30
+    {
+        return Err(error::config(
+            format!("invalid sizes: {} to {} bytes", arguments.min_bytes, arguments.max_bytes),
+            "set `min_bytes` to at least 4, and `max_bytes` to at least that and at most 1073741824",
+        ));
+    }
+    let group = arguments.group.join()?;
+    let world = group.world();
+    let table = Table::new(arguments.json);
+    table.line(format_args!("{} processes, {}", world.size, world.library));
+    table.line(format_args!(
+        "{:>12} {:>12}  {:18} {:>12} {:>12} {:>12}",
+        "bytes", "count", "exchange", "time us", "algbw GB/s", "busbw GB/s"
+    ));
+    let mut rows = Vec::new();
+    let mut bytes = arguments.min_bytes;
+    while bytes <= arguments.max_bytes {
+        let timings = collectives::time(&group, bytes, arguments.rounds, arguments.native)?;
+        for timing in timings {
+            let [algbw, busbw] = [timing.algbw, timing.busbw].map(|rate| rate / 1e9);
+            table.line(format_args!(
+                "{:>12} {:>12}  {:18} {:>12.1} {algbw:>12.3} {busbw:>12.3}",
+                timing.bytes,
+                timing.count,
+                timing.name,
+                timing.seconds * 1e6
+            ));
+            rows.push(json!({
+                "exchange": timing.name,
+                "bytes": timing.bytes,
+                "count": timing.count,
+                "time_us": timing.seconds * 1e6,
+                "algbw": algbw,
+                "busbw": busbw,
+                "correct": true,
+            }));
+        }
+        bytes *= 4;
+    }
+    table.finish(json!({ "ranks": world.size, "library": world.library, "collectives": rows }));
+    Ok(Outcome::Done)
 }
 
 /// Lines of a table as they come.
@@ -219,6 +328,9 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
         config.max_position_embeddings = context;
     }
     config.validate()?;
+    if arguments.ranks {
+        return time_scaling(arguments, &config);
+    }
     let backend = arguments.backend.open_for(arguments.precision, arguments.profile)?;
     warn_of_another(&*backend, arguments.precision);
     // The floor of a step is made of what this GPU reaches.
@@ -238,6 +350,7 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
         arguments.warmup as usize,
         arguments.steps as usize,
         ceilings,
+        &Parallelism::default(),
     )?;
     let table = Table::new(arguments.json);
     table.line(format_args!(

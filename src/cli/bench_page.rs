@@ -20,6 +20,7 @@ use crate::llama::{Cost, Muon};
 use crate::model::preset;
 use crate::report;
 use crate::schema::versioned;
+use crate::train::Parallelism;
 
 /// Measures of this machine, in some five minutes.
 #[derive(Args, Debug)]
@@ -142,8 +143,17 @@ fn measure_step(
     };
     let muon = shape.muon.then_some(Muon { momentum: 0.95 });
     let ceilings = step::Ceilings::of(&page.ceilings);
-    let laam =
-        step::time(backend, shape.preset, &config, muon, shape.batch, warmup, steps, ceilings)?;
+    let laam = step::time(
+        backend,
+        shape.preset,
+        &config,
+        muon,
+        shape.batch,
+        warmup,
+        steps,
+        ceilings,
+        &Parallelism::default(),
+    )?;
     let predicted = Prediction::of(&laam);
     let optimizer = if shape.muon { "Muon" } else { "AdamW" };
     Ok(StepRow { laam, optimizer, pytorch: Vec::new(), predicted })

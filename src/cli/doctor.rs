@@ -9,9 +9,12 @@ use serde_json::{Value, json};
 
 use super::output::{print_json, stdout};
 use super::{Outcome, backend};
+use crate::collective::launcher::LaunchPlace;
+use crate::collective::mpi::{self, MpiFamily};
 use crate::corpus::cache_folder;
 use crate::device::driver::{Driver, Library, oldest_driver};
 use crate::error::hint_of;
+use crate::escape::visible;
 use crate::files;
 use crate::kernels::{BUILD, CUDA_MODULES};
 use crate::schema::versioned;
@@ -35,6 +38,9 @@ pub fn run(arguments: &DoctorArgs) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+/// Bytes of /dev/shm below which exchanges were seen to fail.
+const MIN_SHARED_MEMORY: u64 = 1 << 30;
+
 struct Findings {
     threads: usize,
     features: Vec<&'static str>,
@@ -44,6 +50,14 @@ struct Findings {
     /// Each GPU the driver shows, or why it cannot be used.
     gpus: Vec<Result<String, String>>,
     cublaslt: Library,
+    /// MPI libraries, by their files.
+    mpi: Vec<(PathBuf, String)>,
+    /// What started this process, or why that is unclear.
+    launcher: Option<String>,
+    /// Bytes of shared memory that processes of this host exchange through.
+    shared_memory: Option<u64>,
+    /// Variables that change how NCCL works.
+    nccl_variables: Vec<String>,
     cache: Option<PathBuf>,
     advice: Vec<MissingPart>,
 }
@@ -63,6 +77,10 @@ impl Findings {
             backends: vec!["cpu", "reference"],
             gpus: (0..backend::gpu_count()).map(gpu).collect(),
             cublaslt: backend::cublaslt(),
+            mpi: [MpiFamily::Mpich, MpiFamily::OpenMpi].into_iter().filter_map(mpi::find).collect(),
+            launcher: launcher(),
+            shared_memory: files::capacity(Path::new("/dev/shm")),
+            nccl_variables: nccl_variables(),
             cache: cache_folder().ok(),
             advice: Vec::new(),
         };
@@ -129,6 +147,18 @@ impl Findings {
         for gpu in self.gpus.iter().filter_map(|gpu| gpu.as_ref().err()) {
             add(format!("a GPU that cannot be used: {gpu}"), "use --backend cpu until then");
         }
+        if self.mpi.is_empty() {
+            add(
+                "no MPI library, to train on several processes".into(),
+                "run scripts/setup-mpi, or pip install mpich; then mpiexec -n 2 laam train ...",
+            );
+        }
+        if self.shared_memory.is_some_and(|bytes| bytes < MIN_SHARED_MEMORY) {
+            add(
+                "/dev/shm is small: processes of this host may fail to exchange through it".into(),
+                "mount it larger; in a container, docker run --shm-size=1g",
+            );
+        }
         let writable = self.cache.as_deref().is_some_and(is_writable);
         if !writable {
             add("no place to keep downloads".into(), "set LAAM_CACHE to a folder you may write to");
@@ -151,7 +181,9 @@ impl Findings {
         }
         writeln!(out, "  runs on {}", self.backends.join(", "))?;
         writeln!(out, "this machine")?;
-        writeln!(out, "  cpu     {} threads, {}", self.threads, self.features.join(", "))?;
+        let (threads, online) = (self.threads, threads::online());
+        let of = if threads < online { format!(" of {online}") } else { String::new() };
+        writeln!(out, "  cpu     {threads}{of} threads, {}", self.features.join(", "))?;
         writeln!(out, "  driver  {}", or_none(self.driver.version.clone()))?;
         let library = self.driver.library.as_ref().map(|path| path.display().to_string());
         writeln!(out, "  libcuda {}", or_none(library))?;
@@ -164,6 +196,14 @@ impl Findings {
             Library::Loaded(path) => path.display().to_string(),
         };
         writeln!(out, "  cublas  {cublaslt}")?;
+        let mpi = self.mpi.iter().map(|(path, version)| format!("{version} ({})", path.display()));
+        writeln!(out, "  mpi     {}", or_none(mpi.reduce(|all, one| format!("{all}, {one}"))))?;
+        writeln!(out, "  started by {}", self.launcher.as_deref().unwrap_or("no launcher"))?;
+        let megabytes = self.shared_memory.map(|bytes| format!("{} MB", bytes / 1_000_000));
+        writeln!(out, "  /dev/shm {}", or_none(megabytes))?;
+        for variable in &self.nccl_variables {
+            writeln!(out, "  set     {variable}")?;
+        }
         let cache = self.cache.as_ref().map(|path| path.display().to_string());
         writeln!(out, "  cache   {}", or_none(cache))?;
         for MissingPart { missing, hint } in &self.advice {
@@ -197,6 +237,13 @@ impl Findings {
                 Library::Missing => None,
                 Library::Loaded(path) => Some(path),
             },
+            "processors": threads::online(),
+            "mpi": self.mpi.iter()
+                .map(|(path, version)| json!({ "version": version, "path": path }))
+                .collect::<Vec<_>>(),
+            "launcher": self.launcher,
+            "shared_memory": self.shared_memory,
+            "nccl_variables": self.nccl_variables,
             "cache": self.cache,
             "missing": self.advice.iter()
                 .map(|advice| json!({ "what": advice.missing, "hint": advice.hint }))
@@ -222,6 +269,26 @@ fn gpu(ordinal: usize) -> Result<String, String> {
         Some(hint) => format!("{why:#} ({hint})"),
         None => format!("{why:#}"),
     })
+}
+
+/// What started this process.
+fn launcher() -> Option<String> {
+    match LaunchPlace::detect() {
+        Ok(placement) => placement.map(|placement| placement.describe()),
+        Err(why) => Some(format!("{why:#}")),
+    }
+}
+
+fn nccl_variables() -> Vec<String> {
+    let all = std::env::vars_os().filter_map(|(name, value)| {
+        Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
+    });
+    let mut found: Vec<String> = all
+        .filter(|(name, _)| name.starts_with("NCCL_"))
+        .map(|(name, value)| visible(&format!("{name}={value}")).to_string())
+        .collect();
+    found.sort();
+    found
 }
 
 fn names() -> Vec<&'static str> {

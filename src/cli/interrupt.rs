@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM and a lost terminal: the first one asks the work to stop where nothing is lost.
+//! Ctrl-C, SIGTERM, SIGUSR1 and a lost terminal: the first one asks the work to stop where nothing is lost.
 
 use std::ffi::c_int;
 use std::fmt;
@@ -50,7 +50,8 @@ pub fn watch(work: Work) -> anyhow::Result<()> {
     if INSTALLED.set(()).is_err() {
         return Ok(());
     }
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP]
+    // SIGUSR1 is what every MPI launcher passes on and nothing else: Slurm sends it by --signal=USR1@120.
+    [libc::SIGINT, libc::SIGTERM, libc::SIGUSR1, libc::SIGHUP]
         .into_iter()
         .try_for_each(install)
         .context("cannot watch for Ctrl-C")
@@ -79,6 +80,9 @@ extern "C" fn on_signal(signal: c_int) {
             // SAFETY: _exit may be called in a signal handler.
             unsafe { libc::_exit(130) };
         }
+        return;
+    }
+    if super::output::rank() > 0 {
         return;
     }
     let notice = NOTICES[WORK.load(Ordering::Relaxed)];

@@ -15,6 +15,7 @@ mod evaluate;
 mod export;
 mod fetch;
 mod generate;
+mod group;
 mod interrupt;
 mod ls;
 mod memorization;
@@ -44,6 +45,7 @@ use serde_json::{Value, json};
 
 use self::interrupt::Interrupted;
 use self::output::{print_json, say, stdout};
+use crate::collective::OtherRankFailed;
 use crate::error::{self, ErrorKind, hint_of, kind_of, with_flags};
 use crate::escape::visible;
 use crate::schema::versioned;
@@ -100,7 +102,10 @@ impl ObsoleteArgs {
     }
 }
 
-/// What the process tells its caller. An error is 2.
+/// Exit code of a process whose group failed.
+const GROUP_FAILED: u8 = 75;
+
+/// What the process tells its caller. An error is 2, or 75 if the group of processes failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Done = 0,
@@ -126,12 +131,16 @@ pub fn main() -> ExitCode {
         *LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner) = one_line(&info.to_string());
     }));
     let json = wants_json(std::env::args_os());
+    group::note_rank();
     match parse(std::env::args_os()) {
         Ok(Some((command, spec))) => {
             let run = panic::catch_unwind(AssertUnwindSafe(|| run(command)));
             let outcome = run.unwrap_or_else(|_| Err(panicked()));
             match outcome.and_then(|outcome| output::check_stdout().map(|()| outcome)) {
-                Ok(outcome) => ExitCode::from(outcome as u8),
+                Ok(outcome) => {
+                    group::finish();
+                    ExitCode::from(outcome as u8)
+                }
                 Err(error) => fail(&error, json, |field| flag(&spec, field)),
             }
         }
@@ -163,17 +172,24 @@ fn fail(error: &anyhow::Error, json: bool, flag: impl Fn(&str) -> Option<String>
     }
     let line = |text: &str| with_flags(&one_line(text), &flag);
     let message = line(&format!("{error:#}"));
-    say!("laam: {message}");
     let hint = hint_of(error).map(line);
-    if let Some(hint) = &hint {
-        say!("hint: {hint}");
+    // An error of another process, which tells of it.
+    let other = error.downcast_ref::<OtherRankFailed>();
+    if other.is_none() {
+        output::write_error(&format!("laam: {message}"));
+        if let Some(hint) = &hint {
+            output::write_error(&format!("hint: {hint}"));
+        }
     }
+    let is_group = other.map_or(kind_of(error) == Some(ErrorKind::Group), |other| other.is_group);
     if json {
         let kind = kind_of(error).map(ErrorKind::name);
         let error = json!({"kind": kind, "message": message, "hint": hint});
         output::print_json(&versioned(json!({"error": error})));
     }
-    ExitCode::from(2)
+    let code = if is_group { GROUP_FAILED } else { 2 };
+    group::fail(i32::from(code));
+    ExitCode::from(code)
 }
 
 /// The flag of a subcommand that sets a field: `batch_size` is set by `--batch-size`.
@@ -247,8 +263,14 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Rebuild(arguments) => rebuild::run(&arguments),
         Command::Report(arguments) => report::run(&arguments),
-        Command::Run(arguments) => run::run(&arguments),
-        Command::Sweep(arguments) => sweep::run(&arguments),
+        Command::Run(arguments) => {
+            group::refuse_several("run")?;
+            run::run(&arguments)
+        }
+        Command::Sweep(arguments) => {
+            group::refuse_several("sweep")?;
+            sweep::run(&arguments)
+        }
         Command::TrainTokenizer(arguments) => train_tokenizer::run(&arguments),
         Command::Tokenize(arguments) => tokenize::run(&arguments),
         Command::Train(arguments) => train::run(*arguments),
@@ -310,7 +332,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// Whether to draw bars and colours for a person.
 pub(crate) fn is_interactive() -> bool {
-    io::stderr().is_terminal()
+    output::rank() == 0 && io::stderr().is_terminal()
 }
 
 #[cfg(test)]
@@ -345,7 +367,7 @@ mod tests {
             }
             helps.sort();
             helps.dedup_by(|a, b| a.lines().next() == b.lines().next());
-            assert!(command.get_name() != "bench" || helps.len() == 4);
+            assert!(command.get_name() != "bench" || helps.len() == 5);
         }
     }
 

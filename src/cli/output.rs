@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
@@ -21,8 +22,32 @@ pub fn write_line_to_stderr(line: fmt::Arguments) {
     write_to_stderr(&format!("{}\n", visible(&line.to_string())));
 }
 
+/// Number of this process among those that work together: only the first one prints.
+static RANK: AtomicUsize = AtomicUsize::new(0);
+
+pub fn set_rank(rank: usize) {
+    RANK.store(rank, Ordering::Relaxed);
+}
+
+pub fn rank() -> usize {
+    RANK.load(Ordering::Relaxed)
+}
+
+/// A line of an error on stderr, of any process: after the first one, with its number.
+pub fn write_error(line: &str) {
+    let line = visible(line);
+    let line = match rank() {
+        0 => format!("{line}\n"),
+        rank => format!("rank {rank}: {line}\n"),
+    };
+    let _ = io::stderr().write_all(line.as_bytes());
+}
+
 /// Text on stderr.
 pub fn write_to_stderr(text: &str) {
+    if rank() > 0 {
+        return;
+    }
     // There is nobody left to be told of an error.
     let _ = io::stderr().write_all(visible_lines(text).as_bytes());
 }
@@ -54,6 +79,13 @@ pub fn stdout() -> Stdout {
 }
 
 impl Stdout {
+    /// Keeps the error of what this process prints, if it prints.
+    fn keep_of(write: impl FnOnce() -> io::Result<()>) {
+        if rank() == 0 {
+            Self::keep(write());
+        }
+    }
+
     fn keep(result: io::Result<()>) {
         if let Err(error) = result {
             LOST.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
@@ -63,10 +95,9 @@ impl Stdout {
 
 impl Write for Stdout {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut out = io::stdout().lock();
-        Self::keep(match std::str::from_utf8(bytes) {
-            Ok(text) => out.write_all(visible_lines(text).as_bytes()),
-            Err(_) => out.write_all(bytes),
+        Self::keep_of(|| match std::str::from_utf8(bytes) {
+            Ok(text) => io::stdout().write_all(visible_lines(text).as_bytes()),
+            Err(_) => io::stdout().write_all(bytes),
         });
         Ok(bytes.len())
     }
@@ -80,7 +111,7 @@ impl Write for Stdout {
 /// A JSON value on stdout.
 pub fn print_json(value: &Value) {
     let text = format!("{value:#}\n");
-    Stdout::keep(io::stdout().write_all(visible_json(&text).as_bytes()));
+    Stdout::keep_of(|| io::stdout().write_all(visible_json(&text).as_bytes()));
 }
 
 /// Whether all that was printed on stdout arrived. A reader that went away (`laam ... | head`) had what

@@ -11,9 +11,10 @@ use super::backend::BackendArgs;
 use super::output::{print_json, say, stdout};
 use super::{ObsoleteArgs, Outcome};
 use crate::backend::Backend;
+use crate::error;
 use crate::model::{self, Config};
 use crate::schema::versioned;
-use crate::train::{Footprint, Settings};
+use crate::train::{Footprint, Settings, ShardKind, Share};
 
 /// Say how many parameters a model has, how much arithmetic a token is, and what memory training takes.
 ///
@@ -38,6 +39,15 @@ pub struct PlanArgs {
     vocab_size: usize,
     #[command(flatten)]
     settings: Settings,
+    /// Processes that train together: the plan is that of each
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Several processes")]
+    ranks: usize,
+    /// What each of several processes keeps a part of
+    #[arg(long, value_enum, default_value_t, help_heading = "Several processes")]
+    shard: ShardKind,
+    /// Bus bandwidth of the exchanges in GB/s, as laam bench collectives measures it
+    #[arg(long, value_name = "X", help_heading = "Several processes")]
+    busbw: Option<f64>,
     #[command(flatten)]
     obsolete: ObsoleteArgs,
     #[command(flatten)]
@@ -80,10 +90,26 @@ pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
             settings.config(arguments.vocab_size, crate::tokenizer::Special::default())?
         }
     };
+    let slices = settings.dp_slices.unwrap_or(arguments.ranks);
+    if arguments.ranks == 0 || !slices.is_multiple_of(arguments.ranks) {
+        let range = format!("a divisor of the {slices} slices of a step");
+        return Err(error::invalid("ranks", arguments.ranks, range));
+    }
+    settings.check_slices(slices)?;
+    let share = Share { slices, ranks: arguments.ranks, shard: arguments.shard };
     if arguments.json {
-        print_json(&versioned(as_json(&config, settings, &*backend)?));
+        let mut plan = as_json(&config, settings, &*backend, share)?;
+        if let Some(busbw) = arguments.busbw {
+            let sent = plan["bytes_sent_per_step"].as_f64().unwrap_or(0.0);
+            plan["seconds_of_exchange"] = json!(sent / (busbw * 1e9));
+        }
+        print_json(&versioned(plan));
     } else {
-        write!(stdout(), "{}", text(&config, settings, &*backend)?)?;
+        write!(stdout(), "{}", text(&config, settings, &*backend, share)?)?;
+        if let Some(busbw) = arguments.busbw.filter(|_| share.ranks > 1) {
+            let sent = footprint(&config, settings, &*backend, share)?.sent as f64;
+            writeln!(stdout(), "  {:12} {:>20.6} s at {busbw} GB/s", "time", sent / (busbw * 1e9))?;
+        }
     }
     Ok(Outcome::Done)
 }
@@ -109,10 +135,11 @@ pub fn as_json(
     config: &Config,
     settings: &Settings,
     backend: &dyn Backend,
+    share: Share,
 ) -> anyhow::Result<Value> {
     let context = config.max_position_embeddings;
     let Parts { embedding, head, blocks, norms } = parts(config);
-    let memory = Footprint::new(backend, config, settings.batch_size, context, settings.recompute)?;
+    let memory = footprint(config, settings, backend, share)?;
     // A validated model has fewer than 2^40 parameters: all of these fit.
     Ok(json!({
         "parameters": config.parameter_count() as u64,
@@ -131,12 +158,23 @@ pub fn as_json(
         "bytes_optimizer": memory.optimizer,
         "bytes_activations": memory.activations,
         "bytes_workspace": memory.workspace,
+        "ranks": share.ranks,
+        "dp_slices": share.slices,
+        "shard": share.shard.name(),
+        "bytes_slices": memory.slices,
+        "bytes_exchange": memory.exchange,
+        "bytes_sent_per_step": memory.sent,
         "bytes_peak": memory.peak(),
     }))
 }
 
 /// The plan as a person reads it.
-pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> anyhow::Result<String> {
+pub fn text(
+    config: &Config,
+    settings: &Settings,
+    backend: &dyn Backend,
+    share: Share,
+) -> anyhow::Result<String> {
     let context = config.max_position_embeddings;
     let Parts { embedding, head, blocks, norms } = parts(config);
     let all = config.parameter_count();
@@ -156,7 +194,7 @@ pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> anyh
     let _ = writeln!(out, "\nFLOPs a token, windows of {context}");
     let _ = writeln!(out, "  {:12} {:>20}", "forward", grouped(config.forward_flops(context)));
     let _ = writeln!(out, "  {:12} {:>20}", "training", grouped(config.training_flops(context)));
-    let memory = Footprint::new(backend, config, settings.batch_size, context, settings.recompute)?;
+    let memory = footprint(config, settings, backend, share)?;
     let (batch, once) = (settings.batch_size, memory.micro_batch);
     let name = backend.name();
     let _ = writeln!(out, "\nbytes of training on {name}, batch {batch}, {once} windows at a time");
@@ -166,11 +204,37 @@ pub fn text(config: &Config, settings: &Settings, backend: &dyn Backend) -> anyh
         ("optimizer", memory.optimizer),
         ("activations", memory.activations),
         ("workspace", memory.workspace),
+        ("slices", memory.slices),
+        ("exchange", memory.exchange),
         ("peak", memory.peak()),
     ] {
-        let _ = writeln!(out, "  {what:12} {:>20}", grouped(bytes as u128));
+        // Only of a step that is cut into slices.
+        if share.slices > 1 || !["slices", "exchange"].contains(&what) {
+            let _ = writeln!(out, "  {what:12} {:>20}", grouped(bytes as u128));
+        }
+    }
+    if share.ranks > 1 {
+        let _ = writeln!(
+            out,
+            "\nbytes that each of {} processes sends per step\n  {:12} {:>20}",
+            share.ranks,
+            "sent",
+            grouped(memory.sent as u128)
+        );
     }
     Ok(out)
+}
+
+/// The memory of a process.
+fn footprint(
+    config: &Config,
+    settings: &Settings,
+    backend: &dyn Backend,
+    share: Share,
+) -> anyhow::Result<Footprint> {
+    let (batch, context) = (settings.batch_size, config.max_position_embeddings);
+    let optimizer = settings.optimizer();
+    Footprint::of_rank(backend, config, &optimizer, batch, context, settings.recompute, share)
 }
 
 /// 4662336 as 4,662,336.

@@ -21,6 +21,7 @@ use super::train::{Stage, claimed};
 use super::windows::WindowShape;
 use super::{Outcome, model, plan, windows};
 use crate::backend::Backend;
+use crate::collective::Group;
 use crate::corpus::{Corpus, Manifest, SAMPLE_NAMES, is_sample};
 use crate::error::{self, ErrorKind, Hint};
 use crate::files::{self, write_atomically};
@@ -34,7 +35,7 @@ use crate::report;
 use crate::schema::{SchemaVersion, versioned};
 use crate::tokenizer::{Special, Tokenizer, Training};
 use crate::train::recipe::Recipe;
-use crate::train::{Consent, RunEnd, TrainSummary};
+use crate::train::{Consent, RunEnd, ShardKind, Share, TrainSummary};
 
 /// Do everything: read the corpus, train the tokenizer and the model, and prove what it holds.
 ///
@@ -196,7 +197,10 @@ pub fn train(
         let output = folder.join(&stage.name);
         let stage = Stage {
             settings: &stage.settings,
+            group: Group::alone(),
+            shard: ShardKind::None,
             tokenizer: tokenizer.clone(),
+            validates: false,
             validation: None,
             consent: Consent::Resume,
             weights: before,
@@ -207,7 +211,7 @@ pub fn train(
             license: license.cloned(),
         };
         let backend = backends.open_in(stage.settings.precision)?;
-        let finish = stage.train(&*backend, corpus)?;
+        let finish = stage.train(&*backend, Some(corpus))?;
         finishes.push(finish);
         before = Some(output);
         if finish.end != RunEnd::Complete {
@@ -420,8 +424,10 @@ fn dry_run(recipe: &Recipe, backends: &BackendArgs, json: bool) -> anyhow::Resul
         let config = stage.settings.config(recipe.tokenizer.vocab_size, Special::default())?;
         let backend = backends.open_in(stage.settings.precision)?;
         say!("stage {} on {}", stage.name, backend.device());
-        write_to_stderr(&plan::text(&config, &stage.settings, &*backend)?);
-        let plan = plan::as_json(&config, &stage.settings, &*backend)?;
+        let slices = stage.settings.dp_slices.unwrap_or(1);
+        let share = Share { slices, ..Share::WHOLE };
+        write_to_stderr(&plan::text(&config, &stage.settings, &*backend, share)?);
+        let plan = plan::as_json(&config, &stage.settings, &*backend, share)?;
         plans.push(json!({"stage": stage.name, "device": backend.device(), "plan": plan}));
     }
     if json {

@@ -8,14 +8,16 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::Args;
 use clap::parser::ValueSource;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::backend::BackendArgs;
+use super::group::{self, GroupArgs};
 use super::output::{print_json, say, stdout};
 use super::source::{self, SourceArgs};
 use super::training::{TextSampler, Watcher};
 use super::{ObsoleteArgs, Outcome, windows};
 use crate::backend::Backend;
+use crate::collective::Group;
 use crate::corpus::{Corpus, Manifest, hex};
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
@@ -26,11 +28,12 @@ use crate::model::{
 };
 use crate::output::OutputFolder;
 use crate::schema::versioned;
+use crate::threads;
 use crate::tokenizer::Tokenizer;
-use crate::tokens::Windows;
+use crate::tokens::{TokenFile, Windows};
 use crate::train::{
-    Consent, Job, RunEnd, Settings, Start, TrainSummary, Trainer, candidates, claim, is_resumable,
-    prepare,
+    Consent, Job, RunEnd, Settings, ShardKind, Start, TrainSummary, Trainer, candidates,
+    check_slices, claim, is_resumable, prepare,
 };
 
 /// A file of settings has some 50 lines.
@@ -102,6 +105,11 @@ pub struct TrainArgs {
     print_config: bool,
     #[command(flatten)]
     settings: Settings,
+    /// What each of several processes keeps a part of; changes no bit of a run
+    #[arg(long, value_enum, default_value_t, help_heading = "Several processes")]
+    shard: ShardKind,
+    #[command(flatten)]
+    group: GroupArgs,
     /// The license of the weights [default: by what the text is, and by the model they begin from]
     #[arg(long, value_name = "ID")]
     license: Option<License>,
@@ -115,7 +123,68 @@ pub struct TrainArgs {
     given: BTreeSet<String>,
 }
 
+/// What a run needs besides its output folder.
+struct PreparedRun {
+    settings: Settings,
+    tokenizer: Arc<Tokenizer>,
+    /// The model whose weights are the first ones.
+    weights: Option<PathBuf>,
+    /// Of a process that tokenizes: the first one of each host.
+    corpus: Option<Corpus>,
+    /// As it is.
+    validation: Option<Corpus>,
+    backend: Box<dyn Backend>,
+}
+
 impl TrainArgs {
+    /// What must be the same in all processes of a run.
+    fn essence(&self) -> anyhow::Result<Value> {
+        let mut essence = serde_json::to_value(&self.settings)?;
+        // How many threads a process has changes nothing.
+        let backend = BackendArgs { threads: None, ..self.backend.clone() };
+        essence["validation_source"] = json!(format!("{:?}", self.validation));
+        essence["source"] = json!(format!("{:?}", self.source));
+        essence["backend"] = json!(format!("{backend:?}"));
+        essence["shard"] = json!(format!("{:?}", self.shard));
+        essence["tokenizer_path"] = json!(self.tokenizer_path.to_string_lossy());
+        essence["output_path"] = json!(self.output_path.to_string_lossy());
+        essence["init_from"] = json!(format!("{:?}", self.init_from));
+        essence["resume"] = json!(self.resume);
+        essence["reload"] = json!(self.reload);
+        essence["overwrite"] = json!(self.overwrite);
+        Ok(essence)
+    }
+
+    fn prepare(&self, group: &Group) -> anyhow::Result<PreparedRun> {
+        let model = self.model();
+        let settings = self.effective_settings(model.as_deref())?;
+        settings.validate()?;
+        Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
+        if !self.resume {
+            check_slices(settings.dp_slices.unwrap_or(group.size()), group, &settings)?;
+        }
+        let backend = self.backend.open_in(settings.precision)?;
+        let is_given = self.given.contains("tokenizer_path");
+        let own = model.filter(|folder| !is_given && folder.join("tokenizer.json").exists());
+        let tokenizer = own.as_ref().unwrap_or(&self.tokenizer_path);
+        let tokenizer = Arc::new(Tokenizer::load(tokenizer)?);
+        let weights = if self.reload { Some(&self.output_path) } else { self.init_from.as_ref() };
+        if weights.is_none() {
+            settings.config(tokenizer.vocab_size(), tokenizer.special())?;
+        }
+        let tokenizes = group.world().local_rank == 0;
+        let corpus = tokenizes.then(|| self.source.corpus_for(&tokenizer)).transpose()?;
+        let validation = match (&self.validation, settings.validation) {
+            (Some(source), None) if tokenizes => {
+                let others = SourceArgs { limit: None, ..self.source.clone() };
+                Some(others.other(source, "validation", &tokenizer)?)
+            }
+            _ => None,
+        };
+        let weights = weights.cloned();
+        Ok(PreparedRun { settings, tokenizer, weights, corpus, validation, backend })
+    }
+
     /// Notes which arguments the command line gave; all others have their defaults.
     pub fn note_given(&mut self, matches: &clap::ArgMatches) {
         let is_given =
@@ -222,35 +291,30 @@ pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
         return Ok(Outcome::Done);
     }
     let arguments = &arguments;
+    let group = arguments.group.join()?;
+    group::check_same_settings(&group, &arguments.essence()?)?;
     let consent = match arguments {
         TrainArgs { resume: true, .. } => Consent::Resume,
         TrainArgs { reload: true, .. } => Consent::Reload,
         TrainArgs { overwrite: true, .. } => Consent::Overwrite,
         _ => Consent::None,
     };
-    let output = claimed(&arguments.output_path, consent)?;
-    let model = arguments.model();
-    let settings = arguments.effective_settings(model.as_deref())?;
-    settings.validate()?;
-    Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
-    let backend = arguments.backend.open_in(settings.precision)?;
-    let is_given = arguments.given.contains("tokenizer_path");
-    let own = model.filter(|folder| !is_given && folder.join("tokenizer.json").exists());
-    let tokenizer = own.as_ref().unwrap_or(&arguments.tokenizer_path);
-    let tokenizer = Arc::new(Tokenizer::load(tokenizer)?);
-    let weights =
-        if arguments.reload { Some(&arguments.output_path) } else { arguments.init_from.as_ref() };
-    if weights.is_none() {
-        settings.config(tokenizer.vocab_size(), tokenizer.special())?;
-    }
-    let corpus = arguments.source.corpus_for(&tokenizer)?;
-    let validation = match (&arguments.validation, settings.validation) {
-        (Some(source), None) => {
-            let others = SourceArgs { limit: None, ..arguments.source.clone() };
-            Some(others.other(source, "validation", &tokenizer)?)
-        }
-        _ => None,
-    };
+    // The first process writes; the others look at the folder after it did.
+    let own = group.is_first().then(|| claimed(&arguments.output_path, consent)).transpose();
+    let output = group.agree(own)?;
+    let output =
+        output.unwrap_or_else(|| Arc::new(OutputFolder::of_other_process(&arguments.output_path)));
+    let prepared = arguments.prepare(&group);
+    let PreparedRun { settings, tokenizer, weights, corpus, validation, backend } =
+        group.agree(prepared)?;
+    let kind = [backend.name(), backend.compute_dtype().name()].join(" in ");
+    group.check_same(kind.as_bytes(), |rank, first, other| {
+        let [first, other] = [first, other].map(String::from_utf8_lossy);
+        error::group(
+            format!("rank {rank} trains on {other}, rank 0 on {first}"),
+            "set `backend` and `precision`, so that they are the same on every host",
+        )
+    })?;
     if arguments.resume && !is_resumable(&arguments.output_path) {
         let output = arguments.output_path.display();
         say!("warning: no checkpoint to resume in {output}: from step 0, with fresh weights");
@@ -258,18 +322,21 @@ pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
     let metrics = arguments.metrics.clone();
     let stage = Stage {
         settings: &settings,
+        group: group.clone(),
+        shard: arguments.shard,
         tokenizer,
+        validates: arguments.validation.is_some() && settings.validation.is_none(),
         validation: validation.as_ref(),
         consent,
-        weights: weights.cloned(),
+        weights,
         output,
         metrics: metrics.unwrap_or_else(|| arguments.output_path.join("metrics.jsonl")),
         tensorboard: arguments.tensorboard.clone(),
         goes_on: "--resume goes on",
         license: arguments.license.clone(),
     };
-    let finish = stage.train(&*backend, &corpus)?;
-    if arguments.json {
+    let finish = stage.train(&*backend, corpus.as_ref())?;
+    if let (true, Some(corpus)) = (arguments.json, corpus) {
         let record = load_provenance(&arguments.output_path)?.unwrap_or_default();
         print_json(&versioned(json!({
             "output": arguments.output_path.to_string_lossy(),
@@ -297,8 +364,12 @@ pub fn claimed(output: &Path, consent: Consent) -> anyhow::Result<Arc<OutputFold
 /// One training run with its places, as `train` and each stage of `run` have it.
 pub struct Stage<'a> {
     pub settings: &'a Settings,
+    pub group: Group,
+    pub shard: ShardKind,
     pub tokenizer: Arc<Tokenizer>,
-    /// A text of its own to measure the loss on.
+    /// The loss is measured on a text of its own.
+    pub validates: bool,
+    /// That text, of a process that tokenizes.
     pub validation: Option<&'a Corpus>,
     /// What was said of a run in `output`: whether to continue it, if there is one.
     pub consent: Consent,
@@ -314,68 +385,100 @@ pub struct Stage<'a> {
 }
 
 impl Stage<'_> {
-    /// Tokenizes and trains, telling a person how it goes.
-    pub fn train(&self, backend: &dyn Backend, corpus: &Corpus) -> anyhow::Result<TrainSummary> {
-        let settings = self.settings;
-        let tokenizer = &self.tokenizer;
-        let (kind, context) = (settings.windows, settings.max_position_embeddings);
-        for text in [Some(corpus), self.validation].into_iter().flatten() {
-            Windows::check_names(kind, tokenizer, text.has_names())?;
+    /// The shape of the model, and the weights it begins with if they are another model's.
+    fn first_weights(&self) -> anyhow::Result<(Config, Option<Vec<f32>>)> {
+        let (settings, tokenizer) = (self.settings, &self.tokenizer);
+        let Some(folder) = &self.weights else {
+            return Ok((settings.config(tokenizer.vocab_size(), tokenizer.special())?, None));
+        };
+        let (model, warnings) =
+            read_consistently(folder, || Ok((load(folder)?, check_hashes(folder)?)))?;
+        for warning in model.warnings.iter().chain(&warnings) {
+            say!("warning: {warning}");
         }
-        if settings.validation_steps.is_some()
-            && self.validation.is_none()
-            && settings.validation.is_none()
-        {
-            return Err(error::config(
+        check_vocabulary(&model.config, tokenizer, folder)?;
+        let trained = settings.config(model.config.vocab_size, tokenizer.special())?;
+        let config = Config {
+            max_position_embeddings: settings.max_position_embeddings,
+            window_kind: trained.window_kind,
+            ..model.config
+        };
+        Ok((config, Some(model.weights)))
+    }
+
+    /// Tokenizes, in the first process of each host; the others wait as long as it takes, and read.
+    fn tokens(
+        &self,
+        corpus: Option<&Corpus>,
+        tokens: &Path,
+    ) -> anyhow::Result<(Arc<TokenFile>, Manifest)> {
+        let group = &self.group;
+        let tokenize = |corpus| source::tokenize(corpus, &self.tokenizer, tokens, false);
+        let written = corpus.map(tokenize).transpose();
+        let read = match group.without_deadline(|| group.agree(written))? {
+            Some(written) => Ok(written),
+            None => TokenFile::open(tokens).map(|file| (Arc::new(file), Manifest::default())),
+        };
+        let (file, manifest) = group.agree(read)?;
+        if group.size() > 1 {
+            group.check_same(&file.sha256()?, |rank, _, _| {
+                error::group(
+                    format!("rank {rank} has other tokens than rank 0"),
+                    "give every host the same text and the same tokenizer",
+                )
+            })?;
+        }
+        Ok((file, manifest))
+    }
+
+    /// Tokenizes and trains, telling a person how it goes. `corpus` is that of a process that tokenizes.
+    pub fn train(
+        &self,
+        backend: &dyn Backend,
+        corpus: Option<&Corpus>,
+    ) -> anyhow::Result<TrainSummary> {
+        let settings = self.settings;
+        let (group, tokenizer) = (&self.group, &self.tokenizer);
+        let (kind, context) = (settings.windows, settings.max_position_embeddings);
+        let mut texts = [corpus, self.validation].into_iter().flatten();
+        let named =
+            texts.try_for_each(|text| Windows::check_names(kind, tokenizer, text.has_names()));
+        group.agree(named)?;
+        if settings.validation_steps.is_some() && !self.validates && settings.validation.is_none() {
+            return group.agree(Err(error::config(
                 "`validation_steps` without `validation`",
                 "name a text to measure the loss on with `validation`",
-            ));
+            )));
         }
         // What can be refused is, before the text is read.
-        let (config, weights) = if let Some(folder) = &self.weights {
-            let (model, warnings) =
-                read_consistently(folder, || Ok((load(folder)?, check_hashes(folder)?)))?;
-            for warning in model.warnings.iter().chain(&warnings) {
-                say!("warning: {warning}");
-            }
-            check_vocabulary(&model.config, tokenizer, folder)?;
-            let trained = settings.config(model.config.vocab_size, tokenizer.special())?;
-            let config = Config {
-                max_position_embeddings: context,
-                window_kind: trained.window_kind,
-                ..model.config
-            };
-            (config, Some(model.weights))
-        } else {
-            (settings.config(tokenizer.vocab_size(), tokenizer.special())?, None)
-        };
+        let (config, weights) = group.agree(self.first_weights())?;
         for warning in config.compatibility_warnings() {
             say!("warning: {warning}");
         }
         // Outside the model's folder, which holds no text.
-        let tokens = source::token_cache(self.output.path())?;
-        let (file, manifest) = source::tokenize(corpus, tokenizer, &tokens, false)?;
+        let tokens = group.agree(source::token_cache(self.output.path()))?;
+        let (file, manifest) = self.tokens(corpus, &tokens)?;
         say!("the tokens are in {}", tokens.display());
         file.check_fits(config.vocab_size)?;
         let cut = |file| Windows::new(file, tokenizer.clone(), kind, context, settings.stride);
         let mut windows = cut(file)?;
         let mut provenance = self.provenance(&manifest, tokenizer)?;
-        let validation = match (self.validation, settings.validation) {
-            (Some(text), _) => {
+        let validation = match (self.validates, settings.validation) {
+            (true, _) => {
                 let tokens = tokens.with_extension("validation.tokens");
-                let (file, _) = source::tokenize(text, tokenizer, &tokens, false)?;
+                let (file, _) = self.tokens(self.validation, &tokens)?;
                 file.check_fits(config.vocab_size)?;
                 let windows = cut(file)?;
                 let all = (0..windows.len()).collect();
                 Some((windows, all))
             }
-            (None, Some(fraction)) => {
+            (false, Some(fraction)) => {
                 let held = windows.hold_out(fraction)?;
                 // The weights know nothing of the others.
                 provenance.corpus.paths.truncate(windows.documents()?);
                 Some(held)
             }
-            (None, None) => None,
+            (false, None) => None,
         };
         if let Some((_, numbers)) = &validation {
             say!("the validation loss is measured on {} windows", numbers.len());
@@ -395,14 +498,17 @@ impl Stage<'_> {
             metrics: self.metrics.clone(),
             tensorboard: self.tensorboard.clone(),
             provenance,
+            group: group.clone(),
+            shard: self.shard,
         };
-        let trainer = Trainer::new(backend, job)?;
+        let trainer = group.agree(Trainer::new(backend, job))?;
         say!(
             "training {} parameters on {} windows of {context} tokens, {}",
             trainer.config().parameter_count(),
             windows.len(),
             backend.device(),
         );
+        self.describe_group(trainer.slices());
         let wanted = settings.precision.unwrap_or_default();
         if wanted != Dtype::F32 && backend.compute_dtype() == Dtype::F32 {
             say!(
@@ -430,6 +536,32 @@ impl Stage<'_> {
 }
 
 impl Stage<'_> {
+    /// Says what trains together, and what fixes the bits of the run.
+    fn describe_group(&self, slices: usize) {
+        let world = self.group.world();
+        if slices == 1 {
+            return;
+        }
+        let sharded = match self.shard {
+            ShardKind::Optimizer if world.size > 1 => ", optimizer sharded",
+            _ => "",
+        };
+        let processes = if world.size == 1 { "process" } else { "processes" };
+        say!(
+            "{} {processes} ({}), {slices} slices{sharded}: --dp-slices {slices} gives the same bits on any \
+             number of processes that divides it",
+            world.size,
+            world.library
+        );
+        let (usable, online) = (threads::available(), threads::online());
+        if world.size > 1 && usable * world.local_size < online {
+            say!(
+                "warning: the launcher lets each process use {usable} of {online} processors: with Open MPI, \
+                 add --bind-to none"
+            );
+        }
+    }
+
     /// What is known of the model before its training begins.
     fn provenance(&self, manifest: &Manifest, tokenizer: &Tokenizer) -> anyhow::Result<Provenance> {
         let mut provenance = Provenance {

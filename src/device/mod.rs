@@ -21,6 +21,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::collective::Group;
 use crate::dtype::Dtype;
 use crate::{error, files};
 
@@ -83,6 +84,39 @@ pub trait Device: Send {
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()>;
     /// Computes a matmul with f32 accumulation.
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()>;
+
+    /// Joins a group: exchanges are with its other ranks.
+    fn join(&mut self, group: Group) -> anyhow::Result<()>;
+    /// The group that was joined; one process before.
+    fn group(&self) -> &Group;
+    /// Sends piece `i` of `from`, of `piece` bytes, to rank `i`; piece `i` of `into` comes from rank `i`. By
+    /// default staged: through memory of the host, and all work before it is waited for.
+    fn all_to_all(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        let group = self.group().clone();
+        if group.size() == 1 {
+            return self.copy(from, into, piece);
+        }
+        let mut send = vec![0; piece * group.size()];
+        let mut received = send.clone();
+        self.download(from, &mut send)?;
+        group.all_to_all(&send, &mut received)?;
+        self.upload(into, &received)
+    }
+    /// Sends `piece` bytes to every rank; piece `i` of `into` comes from rank `i`. By default staged.
+    fn all_gather(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        let group = self.group().clone();
+        if group.size() == 1 {
+            return self.copy(from, into, piece);
+        }
+        let (mut mine, mut all) = (vec![0; piece], vec![0; piece * group.size()]);
+        self.download(from, &mut mine)?;
+        group.all_gather(&mine, &mut all)?;
+        self.upload(into, &all)
+    }
+    /// True if exchanges may be captured.
+    fn captures_exchanges(&self) -> bool {
+        false
+    }
 
     /// Begins stream capture: until [`Device::end_capture`], work is recorded, not executed.
     fn begin_capture(&mut self) -> anyhow::Result<()>;

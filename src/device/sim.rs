@@ -9,6 +9,7 @@ use gemm_f32::gemm::f32::get_gemm_fn;
 use ptxsim::{Config, Memory, Module, Options};
 
 use super::{Address, Device, Event, Graph, Launch, Matmul, Matrix, launch};
+use crate::collective::Group;
 use crate::error;
 use crate::kernels::{BUILD, CudaModule};
 
@@ -21,6 +22,7 @@ pub struct Sim {
     /// Size of each allocation in bytes.
     sizes: HashMap<Address, usize>,
     options: Options,
+    group: Group,
     capture: Option<Vec<SimOp>>,
     graphs: Vec<Vec<SimOp>>,
     events: Vec<Instant>,
@@ -37,6 +39,9 @@ enum SimOp {
     Copy(Address, Address, usize),
     Launch(&'static CudaModule, Launch),
     Matmul(Matmul),
+    /// From, into, bytes per piece.
+    AllToAll(Address, Address, usize),
+    AllGather(Address, Address, usize),
 }
 
 impl Sim {
@@ -52,6 +57,7 @@ impl Sim {
             memory: Memory::new(),
             sizes: HashMap::new(),
             options: Options { max_instructions: MAX_INSTRUCTIONS_PER_LAUNCH, ..options },
+            group: Group::alone(),
             capture: None,
             graphs: Vec::new(),
             events: Vec::new(),
@@ -91,6 +97,17 @@ impl Sim {
             }
             SimOp::Launch(module, launch) => self.run_kernel(module, launch)?,
             SimOp::Matmul(matmul) => self.multiply(matmul)?,
+            SimOp::AllToAll(from, into, piece) => {
+                let send = self.memory.read_vec(from.0, piece * self.group.size())?;
+                let mut received = vec![0; send.len()];
+                self.group.all_to_all(&send, &mut received)?;
+                self.memory.write(into.0, &received)?;
+            }
+            SimOp::AllGather(from, into, piece) => {
+                let mut all = vec![0; piece * self.group.size()];
+                self.group.all_gather(&self.memory.read_vec(from.0, *piece)?, &mut all)?;
+                self.memory.write(into.0, &all)?;
+            }
         }
         Ok(())
     }
@@ -272,6 +289,28 @@ impl Device for Sim {
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
         matmul.check()?;
         self.submit(SimOp::Matmul(*matmul))
+    }
+
+    fn join(&mut self, group: Group) -> anyhow::Result<()> {
+        self.group = group;
+        Ok(())
+    }
+
+    fn group(&self) -> &Group {
+        &self.group
+    }
+
+    fn all_to_all(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        self.submit(SimOp::AllToAll(from, into, piece))
+    }
+
+    fn all_gather(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        self.submit(SimOp::AllGather(from, into, piece))
+    }
+
+    /// Its graphs are replayed by the host.
+    fn captures_exchanges(&self) -> bool {
+        true
     }
 
     fn begin_capture(&mut self) -> anyhow::Result<()> {

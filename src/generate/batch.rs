@@ -125,8 +125,8 @@ impl Generator {
         }
         let program = |fresh| step::decoding(config, &layout, slots, fresh, capacity);
         let one = program(1);
-        let mut session =
-            backend.open(&layout, SessionSpec { training: false, cache_len: one.cache_len })?;
+        let mut session = backend
+            .open(&layout, SessionSpec { cache_len: one.cache_len, ..SessionSpec::default() })?;
         session.write(Arena::Parameters, weights)?;
         let one = DecodeStep::load(&mut *session, one, 1)?;
         let several = match fresh {

@@ -2,7 +2,7 @@
 //! buffers, built once and executed by any backend.
 //!
 //! [`step::training`], [`step::evaluation`] and [`step::decoding`] build them; [`Program::plan`] plans
-//! their memory; [`ops::Op`] defines each op and its cost.
+//! their memory; [`ops::Op`] defines each op and its cost; [`slices`] is how a step is divided among processes.
 
 mod backward;
 mod buffer;
@@ -10,6 +10,7 @@ mod forward;
 pub mod ops;
 mod plan;
 mod program;
+pub mod slices;
 pub mod step;
 mod update;
 
@@ -19,4 +20,4 @@ pub use ops::{Cost, Op};
 pub use plan::{BytePlan, Plan};
 pub use program::Program;
 pub use step::{Decoding, Evaluation, MicroBatch};
-pub use update::{AdamW, Muon, Optimizer, StepHyperparams, append_update, update};
+pub use update::{AdamW, Muon, Optimizer, StepHyperparams, append_update, sliced_update, update};

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use super::buffer::Buffer;
+use super::slices::{Shards, SumOrder};
 use crate::model::Span;
 
 /// The shape of an attention: `batch` sequences of `seq_len` positions, grouped-query (GQA) if
@@ -261,6 +262,54 @@ pub struct ZeroGrad;
 pub struct GradNorm {
     /// `[1]`
     pub norm: Buffer,
+    /// In a step that is cut into slices: the sum is that of fixed runs of the arena, in order.
+    pub runs: Option<NormRuns>,
+}
+
+/// The runs by which a gradient norm is summed.
+#[derive(Clone, Debug)]
+pub struct NormRuns {
+    pub shards: Arc<Shards>,
+    /// This process has the gradients of its own shard only, and gets the sums of other runs from other
+    /// ranks.
+    pub own: bool,
+}
+
+/// `slot = gradients; gradients = 0`: keeps the gradients of a slice, or a sum of several.
+#[derive(Clone, Debug)]
+pub struct SaveGradients {
+    pub slot: usize,
+}
+
+/// `gradients = slot + gradients`.
+#[derive(Clone, Debug)]
+pub struct AddGradients {
+    pub slot: usize,
+}
+
+/// The gradients of this process's shard, summed over the subtrees of all ranks in `order`. Those of other
+/// shards are left undefined.
+#[derive(Clone, Debug)]
+pub struct ReduceGradients {
+    pub shards: Arc<Shards>,
+    /// Slots of this rank's subtrees, before the one that the gradients hold.
+    pub slots: Vec<usize>,
+    pub order: SumOrder,
+}
+
+/// An arena whose shards come from the ranks that own them.
+#[derive(Clone, Debug)]
+pub struct GatherShards {
+    pub shards: Arc<Shards>,
+    pub arena: ShardedArena,
+}
+
+/// The arena of [`GatherShards`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShardedArena {
+    Gradients,
+    /// With their copies in the compute dtype.
+    Parameters,
 }
 
 /// One AdamW step on ranges of the arena, gradients scaled by
@@ -291,6 +340,9 @@ pub struct MuonStep {
     pub weight_decay: f64,
     /// At least one.
     pub matrices: Vec<Span>,
+    /// Matmuls of several matrices at once. A library may choose another algorithm for another number of
+    /// them, so ranks that share the matrices of a model step them one by one.
+    pub batched: bool,
 }
 
 impl MuonStep {
@@ -323,6 +375,10 @@ pub enum Op {
     GradNorm(GradNorm),
     AdamWStep(AdamWStep),
     MuonStep(MuonStep),
+    SaveGradients(SaveGradients),
+    AddGradients(AddGradients),
+    ReduceGradients(ReduceGradients),
+    GatherShards(GatherShards),
 }
 
 /// Least work of an op, for roofline floors.
@@ -384,6 +440,10 @@ impl Op {
             Op::GradNorm(_) => "grad_norm",
             Op::AdamWStep(_) => "adamw",
             Op::MuonStep(_) => "muon",
+            Op::SaveGradients(_) => "save_gradients",
+            Op::AddGradients(_) => "add_gradients",
+            Op::ReduceGradients(_) => "reduce_gradients",
+            Op::GatherShards(_) => "gather_shards",
         }
     }
 
@@ -406,7 +466,12 @@ impl Op {
             Op::SwiGluBackward(o) => vec![o.gate_up, o.dout],
             Op::FusedLinearCrossEntropy(o) => vec![o.x, o.targets],
             Op::GatherRows(o) => vec![o.x, o.position],
-            Op::ZeroGrad(_) | Op::GradNorm(_) => vec![],
+            Op::ZeroGrad(_)
+            | Op::GradNorm(_)
+            | Op::SaveGradients(_)
+            | Op::AddGradients(_)
+            | Op::ReduceGradients(_)
+            | Op::GatherShards(_) => vec![],
             Op::AdamWStep(o) => vec![o.norm],
             Op::MuonStep(o) => vec![o.norm],
         }
@@ -434,7 +499,32 @@ impl Op {
             | Op::LinearBackwardWeight(_)
             | Op::ZeroGrad(_)
             | Op::AdamWStep(_)
-            | Op::MuonStep(_) => vec![],
+            | Op::MuonStep(_)
+            | Op::SaveGradients(_)
+            | Op::AddGradients(_)
+            | Op::ReduceGradients(_)
+            | Op::GatherShards(_) => vec![],
+        }
+    }
+
+    /// True if all processes of a run have to come to the op.
+    pub fn is_collective(&self) -> bool {
+        self.wire_bytes() > 0
+    }
+
+    /// Bytes that this process sends to others, in f32.
+    pub fn wire_bytes(&self) -> usize {
+        let foreign = |shards: &Shards| {
+            let ranges = shards.ranges.iter().enumerate().filter(|(rank, _)| *rank != shards.rank);
+            4 * ranges.map(|(_, range)| range.len()).sum::<usize>()
+        };
+        match self {
+            Op::ReduceGradients(o) => (o.slots.len() + 1) * foreign(&o.shards),
+            Op::GatherShards(o) => 4 * (o.shards.ranks() - 1) * o.shards.longest(),
+            Op::GradNorm(GradNorm { runs: Some(runs), .. }) if runs.own => {
+                8 * (runs.shards.ranks() - 1) * runs.shards.most_runs()
+            }
+            _ => 0,
         }
     }
 
@@ -501,7 +591,17 @@ impl Op {
                 }
             }
             Op::GatherRows(o) => Cost { bytes: 4 * len(o.out), ..Cost::default() },
-            Op::ZeroGrad(_) | Op::GradNorm(_) => Cost { bytes: 4 * arena, ..Cost::default() },
+            Op::ZeroGrad(_) | Op::GradNorm(_) | Op::GatherShards(_) => {
+                Cost { bytes: 4 * arena, ..Cost::default() }
+            }
+            Op::SaveGradients(_) | Op::AddGradients(_) => {
+                Cost { bytes: 12 * arena, ..Cost::default() }
+            }
+            // Reads all pieces of the own shard, writes their sum; the bytes between processes are those
+            // of `wire_bytes`.
+            Op::ReduceGradients(o) => {
+                Cost { bytes: 4 * (o.order.terms() + 1) * o.shards.longest(), ..Cost::default() }
+            }
             Op::AdamWStep(o) => {
                 let stepped: usize = o.ranges.iter().map(|(range, _)| range.len()).sum();
                 Cost { bytes: 30 * stepped, ..Cost::default() }

@@ -1,8 +1,14 @@
 //! The update: gradient norm, clipping, AdamW or Muon.
 
+use std::sync::Arc;
+
 use super::buffer::{Buffer, BufferKind, BufferRole};
-use super::ops::{AdamWStep, GradNorm, MuonStep, Op, ZeroGrad};
+use super::ops::{
+    AdamWStep, GatherShards, GradNorm, MuonStep, NormRuns, Op, ReduceGradients, ShardedArena,
+    ZeroGrad,
+};
 use super::program::Program;
+use super::slices::{Shards, SlicePlan};
 use crate::model::{Layout, ParamKind, Span};
 
 /// Hyperparameters of AdamW.
@@ -49,8 +55,53 @@ pub fn update(layout: &Layout, optimizer: &Optimizer) -> (Program, Buffer) {
 
 /// Appends the update to a program. Returns the buffer of the gradient norm.
 pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) -> Buffer {
+    append(p, layout, optimizer, None)
+}
+
+/// The end of a step that is cut into slices: adds the last slice of this rank, sums over all ranks,
+/// and updates. With `own`, this process steps its shard of the parameters, and gets the others from the
+/// ranks that step them; without, it steps them all. Also returns the buffer of the gradient norm.
+pub fn sliced_update(
+    layout: &Layout,
+    optimizer: &Optimizer,
+    plan: SlicePlan,
+    shards: &Arc<Shards>,
+    own: bool,
+) -> (Program, Buffer) {
+    let mut p = Program::default();
+    p.ops.extend(plan.after(plan.per_rank() - 1));
+    let own = own && shards.ranks() > 1;
+    let gather = |arena| Op::GatherShards(GatherShards { shards: shards.clone(), arena });
+    if shards.ranks() > 1 {
+        p.ops.push(Op::ReduceGradients(ReduceGradients {
+            shards: shards.clone(),
+            slots: plan.subtree_slots(),
+            order: plan.across_ranks(),
+        }));
+        if !own {
+            p.ops.push(gather(ShardedArena::Gradients));
+        }
+    }
+    let norm = append(&mut p, layout, optimizer, Some(NormRuns { shards: shards.clone(), own }));
+    if own {
+        p.ops.push(gather(ShardedArena::Parameters));
+    }
+    (p, norm)
+}
+
+fn append(
+    p: &mut Program,
+    layout: &Layout,
+    optimizer: &Optimizer,
+    runs: Option<NormRuns>,
+) -> Buffer {
     let norm = p.buffer("gradient norm", BufferKind::Float, 1, BufferRole::Output);
-    p.ops.push(Op::GradNorm(GradNorm { norm }));
+    let batched = runs.is_none();
+    let shard = match &runs {
+        Some(runs) if runs.own => runs.shards.own(),
+        _ => 0..layout.len,
+    };
+    p.ops.push(Op::GradNorm(GradNorm { norm, runs }));
 
     let by_muon = |kind| optimizer.muon.is_some() && kind == ParamKind::Matrix;
     let ranges = layout
@@ -58,10 +109,13 @@ pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) ->
         .iter()
         .filter(|parameter| !by_muon(parameter.kind))
         .map(|parameter| {
+            let range = parameter.span.range();
+            let range = range.start.max(shard.start)..range.end.min(shard.end);
             let decay =
                 if parameter.kind == ParamKind::Norm { 0.0 } else { optimizer.weight_decay };
-            (parameter.span.range(), decay)
+            (range, decay)
         })
+        .filter(|(range, _)| !range.is_empty())
         .collect();
     let AdamW { beta1, beta2, epsilon } = optimizer.adamw;
     let max_grad_norm = optimizer.max_grad_norm;
@@ -72,6 +126,9 @@ pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) ->
         let mut shapes: Vec<Vec<Span>> = Vec::new();
         for parameter in layout.parameters.iter().filter(|parameter| by_muon(parameter.kind)) {
             let w = parameter.span;
+            if !shard.contains(&w.offset) {
+                continue;
+            }
             match shapes.iter_mut().find(|same| (same[0].rows, same[0].cols) == (w.rows, w.cols)) {
                 Some(same) => same.push(w),
                 None => shapes.push(vec![w]),
@@ -79,7 +136,7 @@ pub fn append_update(p: &mut Program, layout: &Layout, optimizer: &Optimizer) ->
         }
         for matrices in shapes {
             let weight_decay = optimizer.weight_decay;
-            let op = MuonStep { norm, max_grad_norm, momentum, weight_decay, matrices };
+            let op = MuonStep { norm, max_grad_norm, momentum, weight_decay, matrices, batched };
             p.ops.push(Op::MuonStep(op));
         }
     }

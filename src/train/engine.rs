@@ -1,14 +1,20 @@
 //! Training steps on a backend: gradient accumulation over micro-batches, then the update.
 
 use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use crate::backend::{
     Arena, Backend, BatchSource, Inputs, ProgramId, RunResult, Session, SessionSpec, StepRun,
 };
+use crate::collective::Group;
+use crate::llama::slices::{Shards, SlicePlan, SumOrder};
 use crate::llama::step::{self, BatchInputs, Losses};
-use crate::llama::{Buffer, Optimizer, Recompute, StepHyperparams, append_update};
+use crate::llama::{
+    Buffer, Optimizer, Program, Recompute, StepHyperparams, append_update, sliced_update,
+};
 use crate::model::{Config, Layout};
 use crate::tokens::{Batch, IGNORE, Windows};
 
@@ -29,6 +35,64 @@ pub struct Engine {
     resident: bool,
     /// Results of runs that were drained to make room for others.
     drained: Vec<RunResult>,
+    /// Of a step that is cut into slices.
+    slicing: Option<Slicing>,
+}
+
+/// How steps are divided among processes.
+#[derive(Clone, Debug)]
+pub struct Parallelism {
+    pub group: Group,
+    /// Slices of a step, a multiple of the number of processes: the bits of a step depend on it.
+    pub slices: usize,
+    pub shard: ShardKind,
+}
+
+impl Default for Parallelism {
+    /// One process, one slice.
+    fn default() -> Self {
+        Self { group: Group::alone(), slices: 1, shard: ShardKind::Optimizer }
+    }
+}
+
+/// What each of several processes keeps a part of. It changes no bit of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum ShardKind {
+    /// Nothing: every process has the whole model and optimizer.
+    None,
+    /// The optimizer's state and its work (ZeRO-1).
+    #[default]
+    Optimizer,
+}
+
+impl ShardKind {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Optimizer => "optimizer",
+        }
+    }
+}
+
+/// Steps that are cut into slices.
+struct Slicing {
+    group: Group,
+    slices: usize,
+    plan: SlicePlan,
+    /// Programs after each slice of this rank but the last.
+    ends: Vec<ProgramId>,
+    /// The program after the last slice: sum over all ranks, and update.
+    update: ProgramId,
+    norm: Buffer,
+}
+
+/// The runs of a step that is cut into slices.
+struct SlicedRuns {
+    counted: usize,
+    /// Runs of each slice of this rank; all but the last are followed by a run that ends the slice.
+    runs: Vec<usize>,
 }
 
 /// A step to be executed.
@@ -82,9 +146,34 @@ impl Engine {
         batch: usize,
         seq_len: usize,
     ) -> anyhow::Result<Self> {
+        Self::parallel(backend, config, optimizer, batch, seq_len, &Parallelism::default())
+    }
+
+    /// [`Engine::new`] for steps that several processes take together, or that are cut into slices as if
+    /// they did.
+    pub fn parallel(
+        backend: &dyn Backend,
+        config: &Config,
+        optimizer: &Optimizer,
+        batch: usize,
+        seq_len: usize,
+        parallelism: &Parallelism,
+    ) -> anyhow::Result<Self> {
+        let Parallelism { group, slices, shard } = parallelism;
         let layout = Layout::new(config);
-        let session = backend.open(&layout, SessionSpec { training: true, cache_len: 0 })?;
-        let micro_batch = backend.micro_batch(batch, seq_len);
+        let shards = Shards::new(&layout, optimizer, group.size(), group.rank());
+        let own = *shard == ShardKind::Optimizer && group.size() > 1;
+        let moments = own.then(|| (shards.own().start, shards.own().len()));
+        let spec = SessionSpec { training: true, moments, ..SessionSpec::default() };
+        let mut session = backend.open(&layout, spec)?;
+        let slicing = if *slices > 1 {
+            session.join(group.clone())?;
+            let plan = SlicePlan::new(*slices, group.size());
+            Some(Slicing::new(&mut *session, &layout, optimizer, group, plan, &shards, own)?)
+        } else {
+            None
+        };
+        let micro_batch = backend.micro_batch(batch.div_ceil(*slices), seq_len);
         let config = config.clone();
         let (micros, evaluations) = (Vec::new(), Vec::new());
         Ok(Self {
@@ -99,6 +188,7 @@ impl Engine {
             evaluations,
             resident: false,
             drained: Vec::new(),
+            slicing,
         })
     }
 
@@ -112,6 +202,10 @@ impl Engine {
     /// Uploads the windows that [`Engine::steps`] trains on, if the device can gather them itself and
     /// they fit.
     pub fn upload_dataset(&mut self, windows: &Windows, batch_size: usize) -> anyhow::Result<()> {
+        // The host draws the windows of its slices.
+        if self.slicing.is_some() {
+            return Ok(());
+        }
         if self.session.queue().is_some() {
             // Loaded first, so that the free memory is known.
             self.micro(batch_size.min(self.micro_batch).min(windows.len()), true)?;
@@ -140,6 +234,9 @@ impl Engine {
         windows: &Windows,
         steps: &[TrainStep],
     ) -> anyhow::Result<Vec<StepStats>> {
+        if self.slicing.is_some() {
+            return self.steps_of_slices(windows, steps);
+        }
         if !self.resident {
             return self.steps_host_sampled(windows, steps);
         }
@@ -192,13 +289,19 @@ impl Engine {
         let mut stats = Vec::new();
         for step in steps {
             let (batches, hyperparams) = step?;
-            if self.is_async() {
+            if self.slicing.is_some() {
+                stats.push(self.step(&batches, hyperparams)?);
+            } else if self.is_async() {
                 counts.push(self.enqueue_step(&batches, hyperparams)?);
             } else {
                 stats.push(self.step(&batches, hyperparams)?);
             }
         }
-        if self.is_async() { Ok(step_stats(self.drain()?, &counts)) } else { Ok(stats) }
+        if self.slicing.is_none() && self.is_async() {
+            Ok(step_stats(self.drain()?, &counts))
+        } else {
+            Ok(stats)
+        }
     }
 
     pub fn layout(&self) -> &Layout {
@@ -212,11 +315,22 @@ impl Engine {
         batches: &[Batch],
         hyperparams: StepHyperparams,
     ) -> anyhow::Result<StepStats> {
+        let counted: usize = batches.iter().map(Batch::counted).sum();
+        if let Some(slicing) = &self.slicing {
+            let mut step = Vec::new();
+            for slice in slicing.plan.of_rank(slicing.group.rank()) {
+                let part = |batch: &Batch| {
+                    let Range { start, end } = slice_of(slicing.slices, slice, batch.windows);
+                    batch.slice(start, end)
+                };
+                step.push(batches.iter().map(part).filter(|batch| batch.windows > 0).collect());
+            }
+            return Ok(self.run_slices([Ok((counted, step, hyperparams))].into_iter())?[0]);
+        }
         if self.is_async() {
             let counted = self.enqueue_step(batches, hyperparams)?;
             return Ok(step_stats(self.drain()?, &[counted])[0]);
         }
-        let counted: usize = batches.iter().map(Batch::counted).sum();
         if counted == 0 {
             return Ok(StepStats::WITHOUT_TARGETS);
         }
@@ -224,21 +338,125 @@ impl Engine {
         let parts = self.micro_batches(batches);
         let mut ran = Vec::new();
         for (at, part) in parts.iter().enumerate() {
-            let micro = self.micro(part.windows, at + 1 == parts.len())?;
-            let micro = &self.micros[micro];
-            let indices = micro.inputs.bind(part.arrays());
-            let inputs = Inputs { indices, loss_scale, hyperparams, ..Inputs::default() };
-            self.session.run(micro.program, &inputs)?;
-            let nll = self.session.floats(micro.program, micro.losses.nll)?;
-            let counted = nll.iter().zip(&part.targets).filter(|&(_, &target)| target != IGNORE);
-            let loss = counted.map(|(&nll, _)| f64::from(nll)).sum();
-            let norm = match micro.norm {
-                Some(norm) => Some(f64::from(self.session.floats(micro.program, norm)?[0])),
-                None => None,
-            };
-            ran.push(RunResult { loss, norm });
+            let is_last = at + 1 == parts.len();
+            ran.push(self.run_micro(part, is_last, loss_scale, hyperparams)?);
         }
         Ok(step_stats(ran, &[counted])[0])
+    }
+
+    /// Forward and backward of a micro-batch, and the update if it is the last one.
+    fn run_micro(
+        &mut self,
+        part: &Batch,
+        last: bool,
+        loss_scale: f64,
+        hyperparams: StepHyperparams,
+    ) -> anyhow::Result<RunResult> {
+        let micro = self.micro(part.windows, last)?;
+        let micro = &self.micros[micro];
+        let indices = micro.inputs.bind(part.arrays());
+        let inputs = Inputs { indices, loss_scale, hyperparams, ..Inputs::default() };
+        self.session.run(micro.program, &inputs)?;
+        let nll = self.session.floats(micro.program, micro.losses.nll)?;
+        let counted = nll.iter().zip(&part.targets).filter(|&(_, &target)| target != IGNORE);
+        let loss = counted.map(|(&nll, _)| f64::from(nll)).sum();
+        let norm = match micro.norm {
+            Some(norm) => Some(f64::from(self.session.floats(micro.program, norm)?[0])),
+            None => None,
+        };
+        Ok(RunResult { loss, norm })
+    }
+
+    /// Executes steps of which this rank draws its slices.
+    fn steps_of_slices(
+        &mut self,
+        windows: &Windows,
+        steps: &[TrainStep],
+    ) -> anyhow::Result<Vec<StepStats>> {
+        let Some(Slicing { group, plan, slices, .. }) = &self.slicing else {
+            return Ok(Vec::new());
+        };
+        let (own, slices) = (plan.of_rank(group.rank()), *slices);
+        self.run_slices(steps.iter().map(|TrainStep { batches, hyperparams }| {
+            let indices = batches.iter().flatten();
+            let counted =
+                indices.map(|&window| windows.counted(window)).sum::<anyhow::Result<usize>>()?;
+            let drawn = own.clone().map(|slice| {
+                let parts =
+                    batches.iter().map(|batch| &batch[slice_of(slices, slice, batch.len())]);
+                let parts = parts.filter(|part| !part.is_empty());
+                parts.map(|part| windows.draw(part)).collect::<anyhow::Result<Vec<Batch>>>()
+            });
+            Ok((counted, drawn.collect::<anyhow::Result<_>>()?, *hyperparams))
+        }))
+    }
+
+    /// Executes steps: the counted targets of each in all, and the batches of this rank's slices.
+    fn run_slices(
+        &mut self,
+        steps: impl Iterator<Item = anyhow::Result<(usize, Vec<Vec<Batch>>, StepHyperparams)>>,
+    ) -> anyhow::Result<Vec<StepStats>> {
+        let (mut done, mut ran) = (Vec::new(), Vec::new());
+        for step in steps {
+            let (counted, slices, hyperparams) = step?;
+            let mut runs = Vec::new();
+            if counted > 0 {
+                for (at, batches) in slices.iter().enumerate() {
+                    let parts = self.micro_batches(batches);
+                    runs.push(parts.len());
+                    for part in parts {
+                        ran.extend(self.run_part(part, loss_scale(counted), hyperparams)?);
+                    }
+                    ran.extend(self.run_end(at, hyperparams)?);
+                }
+            }
+            done.push(SlicedRuns { counted, runs });
+        }
+        if self.is_async() {
+            ran = self.drain()?;
+        }
+        self.slicing.as_ref().expect("checked by the caller").stats(&done, ran)
+    }
+
+    /// Executes a micro-batch of a slice; a device reports its result later.
+    fn run_part(
+        &mut self,
+        part: Cow<Batch>,
+        loss_scale: f64,
+        hyperparams: StepHyperparams,
+    ) -> anyhow::Result<Option<RunResult>> {
+        if !self.is_async() {
+            return self.run_micro(&part, false, loss_scale, hyperparams).map(Some);
+        }
+        let program = self.micro(part.windows, false)?;
+        let program = self.micros[program].program;
+        let data = BatchSource::Batch(part);
+        self.enqueue(&[StepRun { program, data, loss_scale, hyperparams }])?;
+        Ok(None)
+    }
+
+    /// Executes what comes after slice `at` of this rank: the update after the last one.
+    fn run_end(
+        &mut self,
+        at: usize,
+        hyperparams: StepHyperparams,
+    ) -> anyhow::Result<Option<RunResult>> {
+        let slicing = self.slicing.as_ref().expect("only called with slices");
+        let (program, norm) = match slicing.ends.get(at) {
+            Some(&end) => (end, None),
+            None => (slicing.update, Some(slicing.norm)),
+        };
+        if self.is_async() {
+            let (data, loss_scale) = (BatchSource::None, 1.0);
+            self.enqueue(&[StepRun { program, data, loss_scale, hyperparams }])?;
+            return Ok(None);
+        }
+        self.session.run(program, &Inputs { hyperparams, ..Inputs::default() })?;
+        let norm = match norm {
+            Some(norm) => Some(f64::from(self.session.floats(program, norm)?[0])),
+            None => None,
+        };
+        Ok(Some(RunResult { loss: 0.0, norm }))
     }
 
     /// Enqueues a step, and returns the number of its counted targets.
@@ -370,7 +588,7 @@ impl Engine {
         Ok(())
     }
 
-    /// An arena: itself if it is in host memory, else a copy.
+    /// An arena: itself if it is in host memory, else a copy. Of the moments, a call of all ranks.
     pub fn arena(&self, arena: Arena) -> anyhow::Result<Cow<'_, [f32]>> {
         Ok(match self.session.arena(arena) {
             Some(values) => Cow::Borrowed(values),
@@ -412,6 +630,76 @@ impl Engine {
     pub fn bytes(&self) -> usize {
         self.session.bytes()
     }
+}
+
+impl Slicing {
+    fn new(
+        session: &mut dyn Session,
+        layout: &Layout,
+        optimizer: &Optimizer,
+        group: &Group,
+        plan: SlicePlan,
+        shards: &Arc<Shards>,
+        own: bool,
+    ) -> anyhow::Result<Self> {
+        let mut load = |program, norm| match session.queue() {
+            Some(queue) => queue.load_end(program, norm),
+            None => session.load(program),
+        };
+        // Slices after which the same is added and kept share a program.
+        let mut loaded: Vec<(String, ProgramId)> = Vec::new();
+        let mut ends = Vec::new();
+        for at in 0..plan.per_rank() - 1 {
+            let ops = plan.after(at);
+            let text = format!("{ops:?}");
+            let known =
+                loaded.iter().find(|(other, _)| *other == text).map(|(_, program)| *program);
+            let program = match known {
+                Some(program) => program,
+                None => load(Program { ops, ..Program::default() }, None)?,
+            };
+            loaded.push((text, program));
+            ends.push(program);
+        }
+        let (program, norm) = sliced_update(layout, optimizer, plan, shards, own);
+        let update = load(program, Some(norm))?;
+        let slices = plan.of_rank(group.size() - 1).end;
+        Ok(Self { group: group.clone(), slices, plan, ends, update, norm })
+    }
+
+    /// Stats of steps from the results of this rank's runs: losses are added over the slices of all ranks.
+    fn stats(&self, steps: &[SlicedRuns], ran: Vec<RunResult>) -> anyhow::Result<Vec<StepStats>> {
+        let mut ran = ran.into_iter();
+        let (mut losses, mut norms) = (Vec::new(), Vec::new());
+        for SlicedRuns { runs, .. } in steps {
+            let mut norm = None;
+            for &runs in runs {
+                losses.push(ran.by_ref().take(runs).map(|run| run.loss).sum::<f64>());
+                norm = ran.next().and_then(|end| end.norm);
+            }
+            norms.push(norm);
+        }
+        let per_rank = self.plan.per_rank();
+        let all = self.group.gather_each(bytemuck::cast_slice(&losses))?;
+        let all: Vec<&[[u8; 8]]> = all.iter().map(|bytes| bytes.as_chunks().0).collect();
+        let mut at = 0;
+        let stats_of = |(step, norm): (&SlicedRuns, Option<f64>)| {
+            let Some(grad_norm) = norm else { return StepStats::WITHOUT_TARGETS };
+            let of_step = all.iter().flat_map(|losses| &losses[at..at + per_rank]);
+            let mut losses: Vec<f64> = of_step.map(|&bytes| f64::from_le_bytes(bytes)).collect();
+            at += per_rank;
+            SumOrder::new(self.slices).add(&mut losses, 1);
+            let loss = losses[0] * loss_scale(step.counted);
+            StepStats { loss, grad_norm, counted: step.counted }
+        };
+        Ok(steps.iter().zip(norms).map(stats_of).collect())
+    }
+}
+
+/// The windows of a batch that belong to a slice: contiguous, as many as any other slice has, or one
+/// more or less.
+fn slice_of(slices: usize, slice: usize, windows: usize) -> Range<usize> {
+    slice * windows / slices..(slice + 1) * windows / slices
 }
 
 /// Weight of each counted target's loss in the gradient.

@@ -2,10 +2,13 @@
 
 use std::path::Path;
 
+use super::ShardKind;
 use crate::backend::Backend;
 use crate::error;
 use crate::files;
-use crate::llama::{Program, Recompute, step};
+use crate::llama::ops::ShardedArena;
+use crate::llama::slices::{Shards, SlicePlan};
+use crate::llama::{Op, Optimizer, Program, Recompute, sliced_update, step};
 use crate::model::{Config, Layout};
 
 /// Bytes that a training run allocates.
@@ -21,6 +24,25 @@ pub struct Footprint {
     pub activations: usize,
     /// Scratch memory of ops.
     pub workspace: usize,
+    /// Gradients of slices, and sums of them.
+    pub slices: usize,
+    /// Buffers that ranks exchange through.
+    pub exchange: usize,
+    /// Bytes that a rank sends per step; not memory.
+    pub sent: usize,
+}
+
+/// The place of a rank whose memory is planned: the first of several, with the largest part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub slices: usize,
+    pub ranks: usize,
+    pub shard: ShardKind,
+}
+
+impl Share {
+    /// One process and one slice.
+    pub const WHOLE: Self = Self { slices: 1, ranks: 1, shard: ShardKind::None };
 }
 
 impl Footprint {
@@ -48,12 +70,60 @@ impl Footprint {
             optimizer: 2 * arena,
             activations: backend.activation_bytes(&program),
             workspace: backend.workspace_bytes(&program),
+            slices: 0,
+            exchange: 0,
+            sent: 0,
         })
+    }
+
+    /// Footprint of a rank in steps on `batch` windows of all ranks together.
+    ///
+    /// # Errors
+    /// As [`Footprint::new`].
+    pub fn of_rank(
+        backend: &dyn Backend,
+        config: &Config,
+        optimizer: &Optimizer,
+        batch: usize,
+        seq_len: usize,
+        recompute: Recompute,
+        share: Share,
+    ) -> anyhow::Result<Self> {
+        let Share { slices, ranks, shard } = share;
+        let alone = Self::new(backend, config, batch.div_ceil(slices), seq_len, recompute)?;
+        if slices == 1 {
+            return Ok(alone);
+        }
+        let layout = Layout::new(config);
+        let plan = SlicePlan::new(slices, ranks);
+        let of = |rank| {
+            let shards = Shards::new(&layout, optimizer, ranks, rank);
+            let own = shard == ShardKind::Optimizer && ranks > 1;
+            let (update, _) = sliced_update(&layout, optimizer, plan, &shards, own);
+            let kept = if own { shards.own().len() } else { layout.len };
+            let copies = backend.shadow_weight_bytes(&layout) / layout.len;
+            let sent = |op: &Op| match op {
+                Op::GatherShards(o) if o.arena == ShardedArena::Parameters => {
+                    op.wire_bytes() / 4 * (4 + copies)
+                }
+                _ => op.wire_bytes(),
+            };
+            Self {
+                optimizer: 8 * kept,
+                workspace: alone.workspace.max(backend.workspace_bytes(&update)),
+                slices: 4 * layout.len * plan.slots(),
+                exchange: backend.exchange_bytes(&update),
+                sent: update.ops.iter().map(sent).sum(),
+                ..alone
+            }
+        };
+        Ok((0..ranks).map(of).max_by_key(Self::peak).unwrap_or(alone))
     }
 
     /// Sum of all parts.
     pub fn peak(&self) -> usize {
-        self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
+        let model = self.parameters + self.gradients + self.optimizer + self.slices;
+        model + self.activations + self.workspace + self.exchange
     }
 }
 

@@ -48,6 +48,13 @@ pub struct Metrics {
     pub mfu: Option<f64>,
     /// Since the run, or what resumed it, began.
     pub seconds: f64,
+    /// Processes that train together, if there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<usize>,
+    /// Least and most seconds that a process spent in exchanges since the last line: the slowest one waits
+    /// least.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_seconds: Option<[f64; 2]>,
     /// Updates left out so far, because gradients were not finite.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub skipped: u64,
@@ -188,6 +195,8 @@ mod tests {
             tokens_per_second: 5.0,
             mfu: None,
             seconds: 2.0,
+            ranks: None,
+            wait_seconds: None,
             skipped: 0,
             verbatim_rate: None,
             validation_loss: None,

@@ -19,10 +19,10 @@ mod trainer;
 
 pub use checkpoints::{TrainState, candidates, is_resumable};
 pub use claim::{Consent, claim};
-pub use engine::{Engine, StepStats, TrainStep};
-pub use footprint::{Footprint, peak_memory_bytes};
+pub use engine::{Engine, Parallelism, ShardKind, StepStats, TrainStep};
+pub use footprint::{Footprint, Share, peak_memory_bytes};
 pub use metrics::{MAX_METRICS, Metrics};
 pub use schedule::{LrDecay, LrSchedule};
 pub use settings::{OptimizerKind, Settings};
 pub use tensorboard::EventFile;
-pub use trainer::{Job, Observer, RunEnd, Start, TrainSummary, Trainer};
+pub use trainer::{Job, Observer, RunEnd, Start, TrainSummary, Trainer, check_slices};

@@ -34,6 +34,12 @@ pub struct Settings {
     /// Micro-batches whose gradients are accumulated per step
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.gradient_accumulation_steps, help_heading = "Training"))]
     pub gradient_accumulation_steps: usize,
+    /// Slices that the windows of a batch are cut into, whose gradients are added in one order: the bits of
+    /// a run depend on it, not on the number of processes, which must divide it [default: the number
+    /// of processes, or that of the run that is resumed]
+    #[serde(skip_serializing_if = "is_one_slice")]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Training"))]
+    pub dp_slices: Option<usize>,
     /// Passes over all windows; a fraction ends within one
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.epochs, help_heading = "Training"))]
     pub epochs: f64,
@@ -181,9 +187,15 @@ pub struct Settings {
     pub deterministic: IgnoredAny,
 }
 
+#[allow(clippy::ref_option)] // as serde asks
+fn is_one_slice(slices: &Option<usize>) -> bool {
+    slices.is_none_or(|slices| slices == 1)
+}
+
 const DEFAULT: Settings = Settings {
     batch_size: 1,
     gradient_accumulation_steps: 1,
+    dp_slices: None,
     epochs: 3.0,
     max_steps: None,
     max_seconds: None,
@@ -250,6 +262,7 @@ impl Settings {
         for (name, value) in [
             ("batch_size", self.batch_size as u64),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
+            ("dp_slices", self.dp_slices.unwrap_or(1) as u64),
             ("logging_steps", self.logging_steps),
             ("save_steps", self.save_steps),
             ("save_total_limit", self.save_total_limit as u64),
@@ -335,7 +348,23 @@ impl Settings {
                 "set `windows` to stream, or remove `stride`",
             ));
         }
-        Ok(())
+        self.check_slices(self.dp_slices.unwrap_or(1))
+    }
+
+    /// Refuses slices that the batch size is no multiple of.
+    pub fn check_slices(&self, slices: usize) -> anyhow::Result<()> {
+        if self.batch_size.is_multiple_of(slices) {
+            return Ok(());
+        }
+        Err(error::config(
+            format!(
+                "invalid `batch_size` {}: must be a multiple of the {slices} slices of a step",
+                self.batch_size
+            ),
+            format!(
+                "set `batch_size`, the windows of all processes together, to a multiple of {slices}"
+            ),
+        ))
     }
 
     /// The shape of the model, for a vocabulary and its special tokens.

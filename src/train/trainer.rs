@@ -6,17 +6,20 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
+use sha2::{Digest, Sha256};
 
 use super::checkpoints::{self, TrainState};
 use super::footprint::{check_memory, memory_bytes, peak_memory_bytes};
 use super::metrics::{KeptLines, MetricsFile};
 use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
 use super::{
-    Engine, EventFile, LrSchedule, Metrics, OptimizerKind, Settings, StepStats, TrainStep,
+    Engine, EventFile, LrSchedule, Metrics, OptimizerKind, Parallelism, Settings, ShardKind,
+    StepStats, TrainStep,
 };
 use crate::VERSION;
 use crate::backend::{Arena, Backend};
-use crate::corpus::now;
+use crate::collective::Group;
+use crate::corpus::{hex, now};
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::llama::{Recompute, StepHyperparams};
@@ -56,6 +59,9 @@ pub struct Job<'a> {
     pub tensorboard: Option<PathBuf>,
     /// With corpus and tokenizer filled in.
     pub provenance: Provenance,
+    /// The processes that train together. Rank 0 writes; every rank has the same settings and windows.
+    pub group: Group,
+    pub shard: ShardKind,
 }
 
 /// Who watches a run, and may end it.
@@ -109,12 +115,18 @@ const MIN_LOSS_SCALE: f64 = 1.0;
 /// Seconds of steps that are asked for in one go.
 const MAX_BATCHED_SECONDS: f64 = 0.5;
 
+/// A rank that takes so many times the median is told of.
+const SLOW_RANK: f64 = 1.2;
+/// And by so many seconds, from one line of metrics to the next.
+const SLOW_SECONDS: f64 = 0.5;
+
 /// A run under way.
 #[allow(clippy::struct_excessive_bools)] // each is a fact about how it began
 pub struct Trainer<'a> {
     job: Job<'a>,
     config: Config,
     engine: Engine,
+    slices: usize,
     sampler: Sampler,
     state: TrainState,
     /// Steps in a row whose gradients were not finite.
@@ -141,6 +153,10 @@ pub struct Trainer<'a> {
     pace: Option<f64>,
     /// Start of this session.
     began: Instant,
+    /// Time and seconds waited at the last line of metrics.
+    last_line: (Instant, f64),
+    /// The last rank that was told of as slow.
+    slow_rank: Option<usize>,
     /// What a person should know before it begins.
     notes: Vec<String>,
 }
@@ -150,6 +166,7 @@ impl<'a> Trainer<'a> {
     pub fn new(backend: &dyn Backend, mut job: Job<'a>) -> anyhow::Result<Self> {
         let Job { settings, windows, .. } = job;
         settings.validate()?;
+        let group = job.group.clone();
         let precision = settings.precision.unwrap_or_else(|| backend.compute_dtype());
         // Resumed on another backend, it is to be the same.
         let known = Settings { precision: Some(precision), ..settings.clone() };
@@ -167,7 +184,7 @@ impl<'a> Trainer<'a> {
             best: None,
             best_validation: None,
             settings: known,
-            tokens_sha256: crate::corpus::hex(&windows.file().sha256()?),
+            tokens_sha256: hex(&windows.file().sha256()?),
             backend: serde_json::Value::Null,
         };
         let mut notes = Vec::new();
@@ -178,11 +195,28 @@ impl<'a> Trainer<'a> {
             None
         };
         if let Some(saved) = &saved {
+            let then = saved.state.settings.dp_slices.unwrap_or(1);
+            let now = settings.dp_slices.unwrap_or(then);
+            if now != then {
+                let folder = saved.folder.display();
+                return Err(error::config(
+                    format!(
+                        "the run in {folder} cannot be resumed: `dp_slices` was {then}, not {now}"
+                    ),
+                    format!(
+                        "resume with `dp_slices` {then}, on any number of processes that divides it"
+                    ),
+                ));
+            }
+            state.settings.dp_slices = Some(then);
             check_resumable(saved, &state)?;
             if let Some(provenance) = load_provenance(&saved.folder)? {
                 job.provenance.resume(provenance);
             }
         }
+        let slices = state.settings.dp_slices.unwrap_or(group.size());
+        check_slices(slices, &group, settings)?;
+        state.settings.dp_slices = Some(slices);
         // A run that began with another model's weights has its shape, whatever the flags say.
         let config = saved.as_ref().map_or(job.config, |saved| &saved.config).clone();
         state.settings = state.settings.with_shape(&config);
@@ -199,8 +233,11 @@ impl<'a> Trainer<'a> {
         });
         let (batch_size, context) = (settings.batch_size, windows.context());
         check_memory(backend, &config, batch_size, context, settings.recompute)?;
-        let mut engine = Engine::new(backend, &config, &settings.optimizer(), batch_size, context)?
-            .with_recompute(settings.recompute);
+        let optimizer = settings.optimizer();
+        let parallelism = Parallelism { group: group.clone(), slices, shard: job.shard };
+        let mut engine =
+            Engine::parallel(backend, &config, &optimizer, batch_size, context, &parallelism)?
+                .with_recompute(settings.recompute);
         let unsaved = saved.is_none();
         let is_from_output = saved.as_ref().is_some_and(|saved| saved.folder == job.output.path());
         let is_continuation = unsaved && weights.is_some();
@@ -232,6 +269,7 @@ impl<'a> Trainer<'a> {
             job,
             config,
             engine,
+            slices,
             sampler,
             lost: 0,
             saved_step: if unsaved { 0 } else { state.step },
@@ -247,6 +285,8 @@ impl<'a> Trainer<'a> {
             peak: backend.peak_flops(),
             pace: None,
             began: Instant::now(),
+            last_line: (Instant::now(), group.waited()),
+            slow_rank: None,
             notes,
         })
     }
@@ -258,6 +298,11 @@ impl<'a> Trainer<'a> {
 
     pub fn total(&self) -> u64 {
         self.state.total
+    }
+
+    /// Slices of a step.
+    pub fn slices(&self) -> usize {
+        self.slices
     }
 
     /// The shape of the model that is trained.
@@ -276,7 +321,10 @@ impl<'a> Trainer<'a> {
             observer.note(note);
         }
         let settings = self.job.settings;
-        self.job.output.check()?;
+        let group = self.job.group.clone();
+        if group.is_first() {
+            self.job.output.check()?;
+        }
         let (already, is_new) = (self.state.step, self.unsaved);
         let keep = match (self.unsaved, self.keep_metrics) {
             (false, _) => {
@@ -286,13 +334,16 @@ impl<'a> Trainer<'a> {
             (true, true) => KeptLines::All,
             (true, false) => KeptLines::None,
         };
-        let (mut metrics, kept) = MetricsFile::open(&self.job.metrics, keep)?;
+        let opened =
+            group.is_first().then(|| MetricsFile::open(&self.job.metrics, keep)).transpose();
+        let (mut metrics, kept) = group.agree(opened)?.unzip();
         if self.unsaved {
-            self.state.earlier_metrics = kept;
+            self.state.earlier_metrics = kept.unwrap_or(0);
         }
         let next = self.state.step + u64::from(!self.unsaved);
         let create = |folder: &PathBuf| EventFile::create(folder, next);
-        let mut events = self.job.tensorboard.as_ref().map(create).transpose()?;
+        let board = self.job.tensorboard.as_ref().filter(|_| group.is_first());
+        let mut events = board.map(create).transpose()?;
         let schedule = settings.schedule(self.state.total);
         let mut finish = TrainSummary {
             steps: self.state.step,
@@ -313,18 +364,19 @@ impl<'a> Trainer<'a> {
         let begin = Instant::now();
         let (mut last_line, mut last_tokens) = (begin, self.state.tokens);
         while self.state.step < self.state.total {
-            if self.is_out_of_time() {
+            if self.is_out_of_time()? {
                 let TrainState { step, total, .. } = self.state;
                 observer.note(&format!("max_seconds are over, after step {step} of {total}"));
                 break;
             }
-            let ahead = self.ahead();
+            // By the time that steps took, which differs from rank to rank.
+            let ahead = group.decide(self.ahead())?;
             let steps: Vec<TrainStep> =
                 (0..ahead).map(|later| self.plan(&schedule, later)).collect();
             let hyperparams = steps.last().expect("at least one").hyperparams;
             let outcome = self.take(&steps, observer)?;
             let step = self.state.step;
-            let last = step == self.state.total || self.is_out_of_time();
+            let last = step == self.state.total || self.is_out_of_time()?;
             let diverged = self.has_diverged()?;
             finish = TrainSummary { steps: step, loss: outcome.loss, ..finish };
 
@@ -354,6 +406,7 @@ impl<'a> Trainer<'a> {
                 let seconds = last_line.elapsed().as_secs_f64();
                 let (sum, count) = std::mem::take(&mut self.state.unlogged);
                 let tokens_per_second = (self.state.tokens - last_tokens) as f64 / seconds;
+                let (ranks, wait_seconds) = self.waits(observer)?;
                 let flops = self.config.training_flops(self.job.windows.context()) as f64;
                 line = Some(Metrics {
                     schema_version: SchemaVersion,
@@ -368,6 +421,8 @@ impl<'a> Trainer<'a> {
                     tokens_per_second,
                     mfu: self.peak.map(|peak| tokens_per_second * flops / peak),
                     seconds: begin.elapsed().as_secs_f64(),
+                    ranks,
+                    wait_seconds,
                     skipped: self.state.skipped,
                     verbatim_rate: finish.verbatim_rate.filter(|_| measured),
                     validation_loss: finish
@@ -378,7 +433,7 @@ impl<'a> Trainer<'a> {
                 });
                 (last_line, last_tokens) = (Instant::now(), self.state.tokens);
             }
-            if let Some(line) = &line {
+            if let (Some(line), Some(metrics)) = (&line, &mut metrics) {
                 self.job.output.check()?;
                 metrics.write(line)?;
                 if let Some(events) = &mut events {
@@ -398,7 +453,7 @@ impl<'a> Trainer<'a> {
             if is_best && !last {
                 self.save(observer)?;
             }
-            if !last && observer.stop() {
+            if !last && group.any(observer.stop())? {
                 let end = if self.save(observer)? { RunEnd::Interrupted } else { RunEnd::Diverged };
                 return Ok(TrainSummary { end, ..finish });
             }
@@ -411,7 +466,8 @@ impl<'a> Trainer<'a> {
         if (self.unsaved || self.saved_step != self.state.step) && !self.save(observer)? {
             return Ok(TrainSummary { end: RunEnd::Diverged, ..finish });
         }
-        if self.state.step > already || is_new || !self.is_published()? {
+        let is_published = if group.is_first() { self.is_published()? } else { false };
+        if self.state.step > already || is_new || group.decide(u64::from(is_published))? == 0 {
             self.publish(&mut finish, observer)?;
         }
         Ok(finish)
@@ -464,10 +520,7 @@ impl<'a> Trainer<'a> {
             observer.note(&format!("saving the weights of step {step}, {measure}"));
         }
         let target = CheckpointTarget { folder: output, keep: None, ..self.target() };
-        for line in target.put(&self.snapshot()?)? {
-            observer.note(&line);
-        }
-        Ok(())
+        self.put(&target, observer)
     }
 
     fn is_enough(&self, verbatim_rate: Option<f64>) -> bool {
@@ -508,12 +561,18 @@ impl<'a> Trainer<'a> {
     }
 
     /// True if the run, all its sessions together, has trained for as long as it may.
-    fn is_out_of_time(&self) -> bool {
+    fn is_out_of_time(&self) -> anyhow::Result<bool> {
+        if self.job.settings.max_seconds.is_none() {
+            return Ok(false);
+        }
         let sessions = &self.job.provenance.sessions;
         let before = &sessions[..sessions.len().saturating_sub(1)];
         let before: f64 = before.iter().map(|session| session.seconds).sum();
         let limit = self.job.settings.max_seconds;
-        limit.is_some_and(|limit| before + self.began.elapsed().as_secs_f64() >= limit)
+        let is_over =
+            limit.is_some_and(|limit| before + self.began.elapsed().as_secs_f64() >= limit);
+        // By the clock of rank 0.
+        Ok(self.job.group.decide(u64::from(is_over))? == 1)
     }
 
     /// How many steps can be asked for before somebody has to look: to the next line of metrics,
@@ -684,9 +743,7 @@ impl<'a> Trainer<'a> {
         if !self.is_worth_saving(observer)? {
             return Ok(false);
         }
-        for line in self.target().put(&self.snapshot()?)? {
-            observer.note(&line);
-        }
+        self.put(&self.target(), observer)?;
         (self.unsaved, self.is_from_output) = (false, false);
         self.saved_step = self.state.step;
         Ok(true)
@@ -698,14 +755,21 @@ impl<'a> Trainer<'a> {
             return self.save(observer).map(drop);
         }
         let step = self.state.step;
-        if self.writer.is_busy() {
+        // By the time that writing takes: rank 0 decides.
+        if self.job.group.decide(u64::from(self.writer.is_busy()))? == 1 {
             observer.note(&format!("step {step}: no checkpoint, the last one is still written"));
             return Ok(());
         }
         if !self.is_worth_saving(observer)? {
             return Ok(());
         }
+        self.check_parameters()?;
+        let is_first = self.job.group.is_first();
         let snapshot = self.snapshot()?;
+        if !is_first {
+            (self.unsaved, self.is_from_output, self.saved_step) = (false, false, step);
+            return Ok(());
+        }
         let arenas = snapshot.arenas.into_iter();
         let arenas = arenas.map(|(name, values)| (name, Cow::Owned(values.into_owned()))).collect();
         let snapshot = Snapshot { arenas, ..snapshot };
@@ -718,10 +782,82 @@ impl<'a> Trainer<'a> {
 
     /// Waits for the checkpoint that is being written.
     fn finish_writing(&mut self, observer: &mut dyn Observer) -> anyhow::Result<()> {
-        for line in self.writer.finish()? {
+        let group = self.job.group.clone();
+        let written = self.writer.finish();
+        for line in group.without_deadline(|| group.agree(written))? {
             observer.note(&line);
         }
         Ok(())
+    }
+
+    /// Writes a checkpoint of this step, in rank 0; the others wait as long as it takes.
+    fn put(
+        &mut self,
+        target: &CheckpointTarget,
+        observer: &mut dyn Observer,
+    ) -> anyhow::Result<()> {
+        self.check_parameters()?;
+        let group = self.job.group.clone();
+        let snapshot = self.snapshot()?;
+        let written = if group.is_first() { target.put(&snapshot) } else { Ok(Vec::new()) };
+        for line in group.without_deadline(|| group.agree(written))? {
+            observer.note(&line);
+        }
+        Ok(())
+    }
+
+    /// Compares the parameters of all ranks: one that computes wrongly is named.
+    fn check_parameters(&self) -> anyhow::Result<()> {
+        let group = &self.job.group;
+        if group.size() == 1 {
+            return Ok(());
+        }
+        let weights = self.engine.arena(Arena::Parameters)?;
+        let hash = Sha256::digest(bytemuck::cast_slice::<f32, u8>(&weights));
+        group.check_same(&hash, |rank, _, _| {
+            error::group(
+                format!("rank {rank} has other parameters than rank 0 after step {}", self.state.step),
+                "its processor, memory or GPU computes wrongly, or differs from that of rank 0: leave \
+                 it out, and continue with `resume`",
+            )
+        })
+    }
+
+    /// The number of ranks, and the least and most seconds that one of them waited since the last line;
+    /// nothing with one rank. Tells of a rank that is slower than the others.
+    fn waits(
+        &mut self,
+        observer: &mut dyn Observer,
+    ) -> anyhow::Result<(Option<usize>, Option<[f64; 2]>)> {
+        let group = self.job.group.clone();
+        if group.size() == 1 {
+            return Ok((None, None));
+        }
+        let (began, waited) = self.last_line;
+        let waited = group.waited() - waited;
+        let busy = began.elapsed().as_secs_f64() - waited;
+        let all = group.gather_each(bytemuck::bytes_of(&[waited, busy]))?;
+        self.last_line = (Instant::now(), group.waited());
+        let number = |bytes: &[u8], at: usize| {
+            bytes[8 * at..8 * at + 8].try_into().map_or(f64::NAN, f64::from_le_bytes)
+        };
+        let waits = all.iter().map(|bytes| number(bytes, 0));
+        let least = waits.clone().fold(f64::INFINITY, f64::min);
+        let most = waits.fold(0.0, f64::max);
+        let busy: Vec<f64> = all.iter().map(|bytes| number(bytes, 1)).collect();
+        let mut sorted = busy.clone();
+        sorted.sort_by(f64::total_cmp);
+        let (median, slowest) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() - 1]);
+        let rank = busy.iter().position(|&seconds| seconds == slowest);
+        if slowest > (SLOW_RANK * median).max(median + SLOW_SECONDS) && self.slow_rank != rank {
+            self.slow_rank = rank;
+            observer.note(&format!(
+                "warning: rank {} is slowest, {:.2} x the median",
+                rank.unwrap_or(0),
+                slowest / median
+            ));
+        }
+        Ok((Some(group.size()), Some([least, most])))
     }
 
     /// Weights that are not finite must not take the place of good ones.
@@ -772,6 +908,21 @@ fn write(engine: &mut Engine, arenas: Vec<Vec<f32>>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses slices that cannot be divided among the processes, or a batch among the slices.
+pub fn check_slices(slices: usize, group: &Group, settings: &Settings) -> anyhow::Result<()> {
+    let size = group.size();
+    if !slices.is_multiple_of(size) {
+        return Err(error::config(
+            format!("the {slices} slices of a step cannot be divided among {size} processes"),
+            format!(
+                "start a number of processes that divides {slices}, or a new run with `dp_slices` a \
+                 multiple of {size}"
+            ),
+        ));
+    }
+    settings.check_slices(slices)
+}
+
 /// A resumed run equals an unbroken one only if it is the same run.
 fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::Result<()> {
     // How often a run logs and saves, and what it computes twice, changes no bit of the result. A run that
@@ -784,6 +935,8 @@ fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::R
         recompute: Recompute::None,
         validation_steps: None,
         sample_steps: None,
+        // Compared before.
+        dp_slices: None,
         // A run may be made longer.
         max_seconds: None,
         max_steps: None,

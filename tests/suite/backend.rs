@@ -141,7 +141,7 @@ fn train_recomputing(
     recompute: Recompute,
 ) -> TrainingResult {
     let layout = Layout::new(config);
-    let spec = SessionSpec { training: true, cache_len: 0 };
+    let spec = SessionSpec { training: true, ..SessionSpec::default() };
     let mut session = backend.open(&layout, spec).unwrap();
     session.write(Arena::Parameters, &weights(&layout)).unwrap();
     let micro = step::training(config, &layout, batch.windows, batch.context, recompute);
@@ -385,8 +385,9 @@ fn cross_entropy_gradient_of_confident_rows_matches_f64() {
         ..Inputs::default()
     };
     let gradients = |backend: &dyn Backend| {
-        let mut session =
-            backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
+        let mut session = backend
+            .open(&layout, SessionSpec { training: true, ..SessionSpec::default() })
+            .unwrap();
         session.write(Arena::Parameters, &tokens).unwrap();
         let program = session.load(program.clone()).unwrap();
         session.run(program, &inputs).unwrap();
@@ -425,7 +426,7 @@ fn decode_with_kv_cache_equals_one_pass() {
             let text = batch(2, 23, config.vocab_size);
             let windows = |n: usize| step::decoding(&config, &layout, 2, n, 40);
             let (whole, prefill, single) = (windows(23), windows(9), windows(1));
-            let spec = SessionSpec { training: false, cache_len: whole.cache_len };
+            let spec = SessionSpec { cache_len: whole.cache_len, ..SessionSpec::default() };
             let mut session = backend.open(&layout, spec).unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             let [a, b, c] = [&whole, &prefill, &single]
@@ -461,8 +462,9 @@ fn optimizer_updates_match_f64() {
             max_grad_norm: 1.0,
         };
         let after = |backend: &dyn Backend| {
-            let mut session =
-                backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
+            let mut session = backend
+                .open(&layout, SessionSpec { training: true, ..SessionSpec::default() })
+                .unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             let (program, norm) = update(&layout, &optimizer);
             let program = session.load(program).unwrap();
@@ -502,8 +504,9 @@ fn non_finite_gradient_skips_the_update() {
     let muon = Some(Muon { momentum: 0.95 });
     let optimizer = Optimizer { adamw, muon, weight_decay: 0.1, max_grad_norm: 1.0 };
     for backend in [&Reference::F32 as &dyn Backend, &cpu(2)] {
-        let mut session =
-            backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
+        let mut session = backend
+            .open(&layout, SessionSpec { training: true, ..SessionSpec::default() })
+            .unwrap();
         session.write(Arena::Parameters, &weights(&layout)).unwrap();
         let mut gradients = weights(&layout);
         gradients[layout.blocks[1].down.offset] = f32::NAN;
@@ -576,8 +579,9 @@ fn evaluation_is_bitwise_equal_to_the_training_forward() {
             let config = config(heads, kv_heads, head_dim, tied);
             let layout = Layout::new(&config);
             let batch = batch(3, 37, config.vocab_size);
-            let mut session =
-                backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
+            let mut session = backend
+                .open(&layout, SessionSpec { training: true, ..SessionSpec::default() })
+                .unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             let training = step::training(&config, &layout, 3, 37, Recompute::None);
             let evaluation = step::evaluation(&config, &layout, 3, 37);
@@ -643,8 +647,9 @@ fn gradients_accumulate_over_micro_batches() {
         let layout = Layout::new(&config);
         let both = batch(4, 21, config.vocab_size);
         let gradients = |parts: &[Batch]| {
-            let mut session =
-                backend.open(&layout, SessionSpec { training: true, cache_len: 0 }).unwrap();
+            let mut session = backend
+                .open(&layout, SessionSpec { training: true, ..SessionSpec::default() })
+                .unwrap();
             session.write(Arena::Parameters, &weights(&layout)).unwrap();
             for part in parts {
                 let micro =

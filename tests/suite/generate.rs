@@ -57,7 +57,7 @@ fn logits_match_transformers() {
             let pads = case["left_pads"][window].as_u64().expect("a number") as usize;
             let ids = &batch.ids[window * batch.context..][pads..=column];
             let decoding = step::decoding(&config, &layout, 1, ids.len(), ids.len());
-            let spec = SessionSpec { training: false, cache_len: decoding.cache_len };
+            let spec = SessionSpec { cache_len: decoding.cache_len, ..SessionSpec::default() };
             let mut session = backend.open(&layout, spec).unwrap();
             let weights = trainer::weights(&case, &config, &layout);
             session.write(Arena::Parameters, &weights).unwrap();

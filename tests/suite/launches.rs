@@ -8,6 +8,7 @@ use laam::backend::Arena;
 use laam::backend::gpu::{Gpu, Mode, Options};
 use laam::backend::reference::Reference;
 use laam::bench::check::{Selection, Size, check};
+use laam::collective::Group;
 use laam::device::sim::Sim;
 use laam::device::{Address, Arg, Device, Event, Graph, Launch, Matmul};
 use laam::dtype::Dtype;
@@ -49,6 +50,21 @@ impl MutatingDevice {
 }
 
 impl Device for MutatingDevice {
+    fn join(&mut self, group: Group) -> anyhow::Result<()> {
+        self.device.join(group)
+    }
+    fn group(&self) -> &Group {
+        self.device.group()
+    }
+    fn all_to_all(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        self.device.all_to_all(from, into, piece)
+    }
+    fn all_gather(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        self.device.all_gather(from, into, piece)
+    }
+    fn captures_exchanges(&self) -> bool {
+        self.device.captures_exchanges()
+    }
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         self.launched = true;
         let named = |name: &str| launch.entry.starts_with(name);

@@ -7,6 +7,7 @@
 mod architecture;
 mod backend;
 mod cli;
+mod collective;
 mod corpus;
 mod docs;
 mod doctor;

@@ -143,7 +143,7 @@ fn newest_checkpoint(output: &Path) -> PathBuf {
 
 /// What has to be the same, however a run came to its end: weights, state, and all of the metrics
 /// but the clock's.
-fn result(output: &Path) -> (Vec<u8>, Vec<u8>, String) {
+pub fn result(output: &Path) -> (Vec<u8>, Vec<u8>, String) {
     let state = newest_checkpoint(output).join("training_state.safetensors");
     let mut told = String::new();
     for line in metrics(output) {
@@ -156,7 +156,7 @@ fn result(output: &Path) -> (Vec<u8>, Vec<u8>, String) {
 }
 
 /// Not `assert_eq`: megabytes of bytes are no message.
-fn assert_same(a: &Path, b: &Path, what: &str) {
+pub fn assert_same(a: &Path, b: &Path, what: &str) {
     let (a, b) = (result(a), result(b));
     assert_eq!(a.2, b.2, "{what}: metrics");
     assert!(a.0 == b.0, "{what}: weights");

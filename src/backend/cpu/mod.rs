@@ -171,11 +171,11 @@ struct CpuExecutor {
 }
 
 impl Execute<f32> for CpuExecutor {
-    fn execute(&mut self, program: &Program, memory: &mut Memory<f32>, inputs: &Inputs) {
+    fn execute(&mut self, _: &Program, ops: &[Op], memory: &mut Memory<f32>, inputs: &Inputs) {
         let Self { arch, pool, avx512, rope, logits, seconds } = self;
         // Once per program: entering the pool costs microseconds, as much as a small operation.
         pool.install(|| {
-            for op in &program.ops {
+            for op in ops {
                 let start = Instant::now();
                 execute_op(*arch, avx512.as_mut(), rope, logits, op, memory, inputs);
                 *seconds.entry(op.name()).or_default() += start.elapsed().as_secs_f64();
@@ -223,5 +223,9 @@ fn execute_op(
         Op::GradNorm(o) => update::grad_norm(o, memory),
         Op::AdamWStep(o) => update::adamw(arch, o, memory, &inputs.hyperparams),
         Op::MuonStep(o) => update::muon(o, memory, &inputs.hyperparams),
+        Op::SaveGradients(_)
+        | Op::AddGradients(_)
+        | Op::ReduceGradients(_)
+        | Op::GatherShards(_) => unreachable!("the session executes it"),
     }
 }

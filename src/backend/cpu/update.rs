@@ -49,11 +49,12 @@ pub(super) fn adamw(
     for (range, decay) in &o.ranges {
         let shrink = (1.0 - hyperparams.learning_rate * decay) as f32;
         let range = range.clone();
+        let moments = memory.moments(&range);
         memory.parameters[range.clone()]
             .par_chunks_mut(TASK_ELEMENTS)
-            .zip(memory.gradients[range.clone()].par_chunks(TASK_ELEMENTS))
-            .zip(memory.first_moment[range.clone()].par_chunks_mut(TASK_ELEMENTS))
-            .zip(memory.second_moment[range].par_chunks_mut(TASK_ELEMENTS))
+            .zip(memory.gradients[range].par_chunks(TASK_ELEMENTS))
+            .zip(memory.first_moment[moments.clone()].par_chunks_mut(TASK_ELEMENTS))
+            .zip(memory.second_moment[moments].par_chunks_mut(TASK_ELEMENTS))
             .for_each(|(((p, g), m), v)| {
                 arch.dispatch(|| {
                     for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
@@ -75,8 +76,9 @@ pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyp
     let step = (hyperparams.muon_learning_rate * scale) as f32;
     let shrink = (1.0 - hyperparams.muon_learning_rate * o.weight_decay) as f32;
     for w in &o.matrices {
+        let moments = memory.moments(&w.range());
         let gradient = &memory.gradients[w.range()];
-        let update: Vec<f32> = memory.first_moment[w.range()]
+        let update: Vec<f32> = memory.first_moment[moments]
             .iter_mut()
             .zip(gradient)
             .map(|(m, &g)| {

@@ -20,6 +20,7 @@ pub(super) struct Arenas {
     pub weights: Address,
     /// f32, as are the moments; all null in a session without training.
     pub gradients: Address,
+    /// Where the first element of the whole arena would lie, if moments are kept for a range of it.
     pub first_moment: Address,
     pub second_moment: Address,
     /// In the compute dtype.
@@ -95,6 +96,8 @@ pub(super) struct LaunchContext<'a> {
     pub dtype: Dtype,
     pub options: Options,
     pub arenas: Arenas,
+    /// Gradients of slices, of the arena's length each.
+    pub slots: &'a [Address],
     pub control: Control,
     /// The f16 loss scale, which gradients are divided by; null if losses are not scaled.
     pub scaling: Address,

@@ -11,6 +11,7 @@
 
 mod attention;
 mod embedding;
+mod exchange;
 mod launch_context;
 mod lm_head;
 mod matmul;
@@ -138,6 +139,11 @@ impl Backend for Gpu {
     fn workspace_bytes(&self, program: &Program) -> usize {
         // A training program without its update does not depend on the length of the arena.
         session::workspace(program, 0, self.options)
+    }
+
+    /// They are workspace.
+    fn exchange_bytes(&self, _: &Program) -> usize {
+        0
     }
 
     fn shadow_weight_bytes(&self, layout: &Layout) -> usize {

@@ -26,6 +26,9 @@ fn blocks(len: usize) -> usize {
 /// Matrices per batch.
 fn matrices_per_batch(o: &MuonStep) -> usize {
     let (rows, cols) = o.shape();
+    if !o.batched {
+        return 1;
+    }
     (MAX_BATCH_ELEMENTS / (rows * cols)).clamp(1, o.matrices.len())
 }
 

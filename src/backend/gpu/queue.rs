@@ -25,8 +25,8 @@ const UPLOAD_CHUNK_BYTES: usize = 1 << 24;
 /// Buffers of a training program that the queue reads and writes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ProgramIo {
-    pub inputs: BatchInputs,
-    pub nll: Buffer,
+    /// Its batch and losses; none of a program that ends a slice.
+    pub batch: Option<(BatchInputs, Buffer)>,
     pub norm: Option<Buffer>,
 }
 
@@ -159,7 +159,10 @@ pub(super) fn begin(
     let args = [queue.records, queue.cursor, queue.scaling, control].map(Arg::from);
     ctx.launch("step_queue_pop", LaunchShape::linear(1, 1), &args)?;
     match &queue.resident {
-        Some(resident) if gather => resident.gather(ctx, io),
+        Some(resident) if gather => match io.batch {
+            Some((inputs, _)) => resident.gather(ctx, inputs),
+            None => Ok(()),
+        },
         _ => Ok(()),
     }
 }
@@ -171,13 +174,8 @@ pub(super) fn end(
     io: &ProgramIo,
 ) -> anyhow::Result<()> {
     let norm = io.norm.map_or(Address::NULL, |norm| ctx.ptr(norm));
-    let args = [
-        ctx.ptr(io.nll).into(),
-        norm.into(),
-        queue.results.into(),
-        queue.cursor.into(),
-        int(ctx.len(io.nll)),
-    ];
+    let (nll, rows) = io.batch.map_or((Address::NULL, 0), |(_, nll)| (ctx.ptr(nll), ctx.len(nll)));
+    let args = [nll.into(), norm.into(), queue.results.into(), queue.cursor.into(), int(rows)];
     ctx.launch("step_queue_report", LaunchShape::linear(1, 1024), &args)?;
     if norm == Address::NULL || queue.scaling == Address::NULL {
         return Ok(());
@@ -263,8 +261,8 @@ impl ResidentTokens {
     }
 
     /// Gathers the windows of the current run into the inputs of its program.
-    fn gather(&self, ctx: &mut LaunchContext, io: &ProgramIo) -> anyhow::Result<()> {
-        let BatchInputs { ids, targets, first_key } = io.inputs;
+    fn gather(&self, ctx: &mut LaunchContext, inputs: BatchInputs) -> anyhow::Result<()> {
+        let BatchInputs { ids, targets, first_key } = inputs;
         let windows = ctx.len(ids) / self.context;
         let mut args = self.source.clone();
         args.extend([self.order, ctx.control.begin()].map(Arg::from));

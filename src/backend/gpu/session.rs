@@ -2,6 +2,7 @@
 //! captured as a graph after its first run.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,11 +14,14 @@ use super::super::{
 use super::launch_context::{Arenas, Control, LaunchContext};
 use super::queue::{self, PendingRun, ProgramIo, ResidentTokens};
 use super::{
-    Mode, Options, attention, embedding, lm_head, matmul, muon, norm, rope, swiglu, update,
+    Mode, Options, attention, embedding, exchange, lm_head, matmul, muon, norm, rope, swiglu,
+    update,
 };
+use crate::collective::Group;
 use crate::device::{Address, Device, Graph};
 use crate::dtype::Dtype;
 use crate::error;
+use crate::llama::ops::GradNorm;
 use crate::llama::step::MicroBatch;
 use crate::llama::{Buffer, BytePlan, Op, Program};
 use crate::model::Layout;
@@ -28,6 +32,11 @@ pub(super) struct GpuSession {
     device: Box<dyn Device>,
     options: Options,
     arenas: Arenas,
+    group: Group,
+    /// The range that moments are kept for.
+    moments: Range<usize>,
+    /// Gradients of slices.
+    slots: Vec<Address>,
     cache_len: usize,
     control: Control,
     block: DeviceBuffer,
@@ -116,9 +125,12 @@ fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize 
         Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, options.dtype),
         Op::AttentionBackward(o) => attention::workspace(o),
         Op::FusedLinearCrossEntropy(o) => lm_head::workspace(o, options),
+        Op::GradNorm(GradNorm { runs: Some(runs), .. }) => exchange::norm_workspace(runs),
         Op::GradNorm(_) => update::norm_workspace(arena),
         Op::AdamWStep(_) => update::adamw_workspace(),
         Op::MuonStep(o) => muon::workspace(o),
+        Op::ReduceGradients(o) => exchange::reduce_workspace(o),
+        Op::GatherShards(o) => exchange::gather_workspace(o),
         _ => 0,
     }
 }
@@ -143,9 +155,16 @@ fn launch_op(ctx: &mut LaunchContext, op: &Op) -> anyhow::Result<()> {
         Op::FusedLinearCrossEntropy(o) => lm_head::loss(ctx, o),
         Op::GatherRows(o) => embedding::gather_rows(ctx, o),
         Op::ZeroGrad(_) => update::zero_grad(ctx),
-        Op::GradNorm(o) => update::grad_norm(ctx, o),
+        Op::GradNorm(o) => match &o.runs {
+            Some(runs) => exchange::norm(ctx, o, runs),
+            None => update::grad_norm(ctx, o),
+        },
         Op::AdamWStep(o) => update::adamw(ctx, o),
         Op::MuonStep(o) => muon::step(ctx, o),
+        Op::SaveGradients(o) => exchange::save(ctx, o),
+        Op::AddGradients(o) => exchange::add(ctx, o),
+        Op::ReduceGradients(o) => exchange::reduce(ctx, o),
+        Op::GatherShards(o) => exchange::gather(ctx, o),
     }
 }
 
@@ -169,13 +188,19 @@ impl GpuSession {
         let trained = if spec.training { len } else { 0 };
         let parameters = zeros(len, 4)?;
         let weights = if dtype == Dtype::F32 { parameters } else { zeros(len, dtype.size())? };
+        let moments = spec.moment_range(len);
+        let mut moment = || -> anyhow::Result<Address> {
+            let Address(at) = zeros(moments.len(), 4)?;
+            Ok(Address(at.wrapping_sub(4 * moments.start as u64)))
+        };
+        let (first_moment, second_moment) = (moment()?, moment()?);
         let arenas = Arenas {
             len,
             parameters,
             weights,
             gradients: zeros(trained, 4)?,
-            first_moment: zeros(trained, 4)?,
-            second_moment: zeros(trained, 4)?,
+            first_moment,
+            second_moment,
             cache: zeros(spec.cache_len, dtype.size())?,
         };
         let control = Control::new(zeros(Control::BYTES, 1)?);
@@ -184,6 +209,9 @@ impl GpuSession {
             device,
             options,
             arenas,
+            group: Group::alone(),
+            moments,
+            slots: Vec::new(),
             cache_len: spec.cache_len,
             control,
             block: empty,
@@ -268,6 +296,7 @@ impl GpuSession {
                 dtype: self.options.dtype,
                 options: self.options,
                 arenas: self.arenas,
+                slots: &self.slots,
                 control: self.control,
                 scaling: queued.map_or(Address::NULL, |(queue, ..)| queue.scaling),
                 program: &ready.program,
@@ -341,7 +370,9 @@ impl GpuSession {
             return self.device.launch_graph(graph);
         }
         // The first run is eager: loading a kernel or planning a matmul cannot be captured.
-        if !(self.options.mode == Mode::Graphs && ready.warm) {
+        let is_captured = self.options.mode == Mode::Graphs
+            && (self.device.captures_exchanges() || !ready.has_exchanges());
+        if !(is_captured && ready.warm) {
             (0..runs).try_for_each(|_| self.launch_run(program, mode, false))?;
             self.programs[program].warm = true;
             return Ok(());
@@ -360,13 +391,28 @@ impl GpuSession {
         let Arenas { len, parameters, gradients, first_moment, second_moment, cache, .. } =
             self.arenas;
         let trained = if gradients == Address::NULL { 0 } else { len };
+        // Of moments, the range that is kept.
+        let kept = |at: Address| {
+            (
+                Address(at.0.wrapping_add(4 * self.moments.start as u64)),
+                self.moments.len(),
+                Dtype::F32,
+            )
+        };
         match arena {
             Arena::Parameters => (parameters, len, Dtype::F32),
             Arena::Gradients => (gradients, trained, Dtype::F32),
-            Arena::FirstMoment => (first_moment, trained, Dtype::F32),
-            Arena::SecondMoment => (second_moment, trained, Dtype::F32),
+            Arena::FirstMoment => kept(first_moment),
+            Arena::SecondMoment => kept(second_moment),
             Arena::Cache => (cache, self.cache_len, self.options.dtype),
         }
+    }
+}
+
+impl CompiledProgram {
+    /// True if all processes of a run have to come to an op of it.
+    fn has_exchanges(&self) -> bool {
+        self.program.ops.iter().any(Op::is_collective)
     }
 }
 
@@ -422,6 +468,9 @@ impl GpuSession {
             Op::RopeBackward(o) => ConstantTable::Rope(o.shape.seq_len, bits(&o.frequencies)),
             Op::AdamWStep(o) => ConstantTable::Offsets(update::table(o)),
             Op::MuonStep(o) => ConstantTable::Offsets(muon::table(o)),
+            Op::GradNorm(GradNorm { runs: Some(runs), .. }) => {
+                ConstantTable::Offsets(exchange::run_table(runs))
+            }
             _ => return Ok(None),
         };
         if let Some(address) = self.tables.get(&key) {
@@ -459,6 +508,7 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
             Op::Attention(o) => ("`head_dim`", o.shape.head_dim, attention::MAX_HEAD_DIM),
             Op::AttentionDecode(o) => ("`head_dim`", o.shape.head_dim, attention::MAX_HEAD_DIM),
             Op::EmbeddingBackward(o) => ("`vocab_size`", o.table.rows, embedding::MAX_VOCAB),
+            Op::ReduceGradients(o) => ("`dp_slices`", o.order.width, exchange::MAX_TREE_PIECES),
             _ => continue,
         };
         if size > most {
@@ -472,6 +522,11 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
 }
 
 impl Session for GpuSession {
+    fn join(&mut self, group: Group) -> anyhow::Result<()> {
+        self.group = group.clone();
+        self.device.join(group)
+    }
+
     fn load(&mut self, program: Program) -> anyhow::Result<ProgramId> {
         check_sizes(&program, self.arenas)?;
         let place = if self.options.guard {
@@ -481,6 +536,10 @@ impl Session for GpuSession {
             self.grow(|model| &mut model.block, plan.bytes)?;
             Placement::Block(plan)
         };
+        let slots = program.ops.iter().map(exchange::slots).max().unwrap_or(0);
+        while self.slots.len() < slots {
+            self.slots.push(self.device.alloc(4 * self.arenas.len)?);
+        }
         let bytes = workspace(&program, self.arenas.len, self.options);
         self.grow(|model| &mut model.scratch, bytes)?;
         let mut tables = HashMap::new();
@@ -530,10 +589,11 @@ impl Session for GpuSession {
 
     fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {
         let (at, len, dtype) = self.arena(arena);
-        if len == 0 {
-            return Ok(Vec::new());
+        let own = dtype.decode(&self.download(at, len * dtype.size())?);
+        if arena.is_moment() && len < self.arenas.len {
+            return super::super::exchange::gather_moments(&own, &self.group);
         }
-        Ok(dtype.decode(&self.download(at, len * dtype.size())?))
+        Ok(own)
     }
 
     fn poison(&mut self) -> anyhow::Result<()> {
@@ -552,6 +612,12 @@ impl Session for GpuSession {
 
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
         let (at, len, dtype) = self.arena(arena);
+        let is_shard = arena.is_moment() && len < self.arenas.len;
+        let values = if is_shard && values.len() == self.arenas.len {
+            &values[self.moments.clone()]
+        } else {
+            values
+        };
         if values.len() != len {
             return Err(error::checkpoint(
                 format!("{} values for the {arena:?} arena of {len}", values.len()),
@@ -577,7 +643,8 @@ impl Session for GpuSession {
         let Arenas { len, weights, parameters, gradients, .. } = self.arenas;
         let element = self.options.dtype.size();
         let copies = if weights == parameters { 0 } else { element * len };
-        let trained = if gradients == Address::NULL { 0 } else { 3 * 4 * len };
+        let trained = if gradients == Address::NULL { 0 } else { 4 * len };
+        let trained = trained + 8 * self.moments.len() + 4 * len * self.slots.len();
         let resident = self.queue.as_ref().and_then(|queue| queue.resident.as_ref());
         let tokens = resident.map_or(0, |resident| resident.bytes);
         let buffers = self.block.bytes + self.scratch.bytes;
@@ -617,7 +684,8 @@ impl StepQueue for GpuSession {
 
     fn upload_dataset(&mut self, windows: &Windows) -> anyhow::Result<bool> {
         let queued = self.programs.iter().filter_map(|ready| {
-            ready.io.map(|io| ready.program.info(io.inputs.ids).len / windows.context())
+            let (inputs, _) = ready.io?.batch?;
+            Some(ready.program.info(inputs.ids).len / windows.context())
         });
         let windows_per_run = queued.max().unwrap_or(1);
         let (free, _) = self.device.memory()?;
@@ -634,9 +702,16 @@ impl StepQueue for GpuSession {
 
     fn load(&mut self, micro: MicroBatch, norm: Option<Buffer>) -> anyhow::Result<ProgramId> {
         self.ready_queue()?;
-        let io = ProgramIo { inputs: micro.inputs, nll: micro.losses.nll, norm };
+        let io = ProgramIo { batch: Some((micro.inputs, micro.losses.nll)), norm };
         let loaded = Session::load(self, micro.program)?;
         self.programs[loaded.0].io = Some(io);
+        Ok(loaded)
+    }
+
+    fn load_end(&mut self, program: Program, norm: Option<Buffer>) -> anyhow::Result<ProgramId> {
+        self.ready_queue()?;
+        let loaded = Session::load(self, program)?;
+        self.programs[loaded.0].io = Some(ProgramIo { batch: None, norm });
         Ok(loaded)
     }
 
@@ -663,11 +738,12 @@ impl StepQueue for GpuSession {
             let program = run.program;
             let count = match &run.data {
                 BatchSource::Batch(batch) => {
-                    let io =
-                        self.programs[program.0].io.expect("the program was loaded for the queue");
-                    self.upload_indices(program, &io.inputs.bind(batch.arrays()))?;
+                    let batch_io = self.programs[program.0].io.and_then(|io| io.batch);
+                    let (inputs, _) = batch_io.expect("the program was loaded for the queue");
+                    self.upload_indices(program, &inputs.bind(batch.arrays()))?;
                     1
                 }
+                BatchSource::None => 1,
                 BatchSource::Windows(_) => {
                     let is_same = |run: &&StepRun| {
                         run.program == program && matches!(run.data, BatchSource::Windows(_))

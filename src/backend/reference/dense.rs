@@ -72,7 +72,7 @@ impl ReferenceExecutor {
             for column in 0..hidden {
                 let past = dsum.as_ref().map_or(R::zero(), |dsum| dsum[row * hidden + column]);
                 dx[row * hidden + column] = past + rstd * (g[column] - n[column] * mean);
-                dweight[column] = dweight[column] + dy[row * hidden + column] * n[column];
+                dweight[column] += dy[row * hidden + column] * n[column];
             }
         }
     }

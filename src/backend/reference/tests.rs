@@ -124,7 +124,7 @@ impl FiniteDifferences {
             head: Span { offset: 0, rows: 0, cols: 0 },
             len: check.weight.map_or(0, |w| w.range().end),
         };
-        let spec = SessionSpec { training: true, cache_len: 0 };
+        let spec = SessionSpec { training: true, ..SessionSpec::default() };
         let mut host =
             HostSession::<f64, _>::new(&layout, spec, ReferenceExecutor { rounding: None })
                 .unwrap();

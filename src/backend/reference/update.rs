@@ -35,11 +35,12 @@ impl ReferenceExecutor {
             for i in range.clone() {
                 let g = memory.gradients[i] * clip;
                 let p = memory.parameters[i] * real(1.0 - hyperparams.learning_rate * decay);
-                let (m, v) = (memory.first_moment[i], memory.second_moment[i]);
+                let at = i - memory.moments_from;
+                let (m, v) = (memory.first_moment[at], memory.second_moment[at]);
                 let m = m + (g - m) * real(1.0 - o.beta1);
                 let v = v * real(o.beta2) + g * g * real(1.0 - o.beta2);
-                memory.first_moment[i] = m;
-                memory.second_moment[i] = v;
+                memory.first_moment[at] = m;
+                memory.second_moment[at] = v;
                 memory.parameters[i] =
                     p - step_size * m / (v.sqrt() / correction + real(o.epsilon));
             }
@@ -58,8 +59,9 @@ impl ReferenceExecutor {
             let mut update = Vec::with_capacity(w.len());
             for i in w.range() {
                 let g = memory.gradients[i] * clip;
-                memory.first_moment[i] = momentum * memory.first_moment[i] + g;
-                update.push(g + momentum * memory.first_moment[i]);
+                let m = &mut memory.first_moment[i - memory.moments_from];
+                *m = momentum * *m + g;
+                update.push(g + momentum * *m);
             }
             let update = orthogonalize(&update, w.rows, w.cols);
             let scale = (w.rows as f64 / w.cols as f64).max(1.0).sqrt();

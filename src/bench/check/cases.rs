@@ -9,13 +9,16 @@ use crate::backend::reference::Reference;
 use crate::backend::{Arena, Backend, Inputs, SessionSpec};
 use crate::dtype::Dtype;
 use crate::llama::ops::{
-    AdamWStep, Attention, AttentionBackward, AttentionDecode, AttentionShape, Embedding,
-    EmbeddingBackward, FusedLinearCrossEntropy, GatherRows, GradNorm, Linear, LinearBackwardInput,
-    LinearBackwardWeight, MuonStep, ResidualAdd, RmsNorm, RmsNormBackward, Rope, RopeBackward,
-    SwiGlu, SwiGluBackward, ZeroGrad,
+    AdamWStep, AddGradients, Attention, AttentionBackward, AttentionDecode, AttentionShape,
+    Embedding, EmbeddingBackward, FusedLinearCrossEntropy, GatherRows, GradNorm, Linear,
+    LinearBackwardInput, LinearBackwardWeight, MuonStep, NormRuns, ReduceGradients, ResidualAdd,
+    RmsNorm, RmsNormBackward, Rope, RopeBackward, SaveGradients, SwiGlu, SwiGluBackward, ZeroGrad,
 };
-use crate::llama::{Buffer, BufferKind, BufferRole, Op, Program, StepHyperparams};
-use crate::model::{Layout, Span};
+use crate::llama::slices::{Shards, SumOrder};
+use crate::llama::{
+    AdamW, Buffer, BufferKind, BufferRole, Op, Optimizer, Program, StepHyperparams,
+};
+use crate::model::{Layout, ParamKind, Parameter, Span};
 use crate::tokens::IGNORE;
 
 /// A set of shapes.
@@ -83,7 +86,7 @@ pub(in crate::bench) enum Output {
 
 type Make = fn(&mut Vec<Case>, &mut Draw, Size, Dtype);
 
-const MAKERS: [(&str, Make); 20] = [
+const MAKERS: [(&str, Make); 21] = [
     ("embedding", embedding),
     ("embedding_backward", embedding_backward),
     ("rms_norm", rms_norm),
@@ -104,6 +107,7 @@ const MAKERS: [(&str, Make); 20] = [
     ("grad_norm", grad_norm),
     ("adamw", adamw),
     ("muon", muon),
+    ("reduce_gradients", reduce_gradients),
 ];
 
 /// The names of all operations.
@@ -151,7 +155,7 @@ impl CaseBuilder {
             operation: "",
             shape,
             layout,
-            spec: SessionSpec { training, cache_len: 0 },
+            spec: SessionSpec { training, ..SessionSpec::default() },
             program: Program::default(),
             floats: Vec::new(),
             indices: Vec::new(),
@@ -751,7 +755,47 @@ fn grad_norm(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
             let gradients = draw.floats(b.case.layout.len, deviation);
             b.case.arenas.push((Arena::Gradients, gradients));
             let norm = b.output("norm", BufferKind::Float, 1);
-            b.finish(Op::GradNorm(GradNorm { norm }), cases);
+            b.finish(Op::GradNorm(GradNorm { norm, runs: None }), cases);
+
+            // By runs, as in a step that is cut into slices.
+            let (mut layout, span) = alone(1, len);
+            let name = "w".to_string();
+            layout.parameters.push(Parameter { name, kind: ParamKind::Embedding, span });
+            let mut gradients = draw.floats(layout.len, deviation);
+            gradients[len..].fill(0.0);
+            let runs = NormRuns { shards: whole(&layout), own: false };
+            let mut b =
+                CaseBuilder::new(format!("{len} of {deviation:e}, by runs"), (layout, span), true);
+            b.case.arenas.push((Arena::Gradients, gradients));
+            let norm = b.output("norm", BufferKind::Float, 1);
+            b.finish(Op::GradNorm(GradNorm { norm, runs: Some(runs) }), cases);
+        }
+    }
+}
+
+/// The shard of one process: the whole arena.
+fn whole(layout: &Layout) -> Arc<Shards> {
+    let adamw = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+    let optimizer = Optimizer { adamw, muon: None, weight_decay: 0.0, max_grad_norm: 1.0 };
+    Shards::new(layout, &optimizer, 1, 0)
+}
+
+/// Multiples of one gradient in slots: 1, 2, ... times it, and their sum.
+fn reduce_gradients(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+    for len in lengths(size) {
+        let pieces: &[usize] = if size.is_timed() { &[8] } else { &[1, 2, 3, 4, 6] };
+        for &pieces in pieces {
+            let (layout, span) = alone(1, len);
+            let shards = whole(&layout);
+            let mut b = CaseBuilder::new(format!("{pieces} of {len}"), (layout, span), true);
+            b.accumulates(draw, span);
+            for slot in 0..pieces - 1 {
+                b.case.program.ops.push(Op::SaveGradients(SaveGradients { slot }));
+                let add = |slot| Op::AddGradients(AddGradients { slot });
+                b.case.program.ops.extend([add(slot), add(0)]);
+            }
+            let (slots, order) = ((0..pieces - 1).collect(), SumOrder::new(pieces));
+            b.finish(Op::ReduceGradients(ReduceGradients { shards, slots, order }), cases);
         }
     }
 }
@@ -821,8 +865,8 @@ fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
             let shape = format!("2 of {rows} x {cols}, norm {norm}");
             let mut b = CaseBuilder::new(shape, (layout, span), true);
             let norm = update(&mut b, draw, false, norm);
-            let op =
-                MuonStep { norm, max_grad_norm: 1.0, momentum: 0.9, weight_decay: 0.1, matrices };
+            let (max_grad_norm, momentum, weight_decay, batched) = (1.0, 0.9, 0.1, true);
+            let op = MuonStep { norm, max_grad_norm, momentum, weight_decay, matrices, batched };
             b.finish_update(Op::MuonStep(op), span, size, cases);
         }
     }

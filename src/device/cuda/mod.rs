@@ -19,6 +19,7 @@ use self::cublaslt::{CublasLt, PinnedPlans};
 use self::shared::SharedGpu;
 use super::driver::{Library, oldest_driver};
 use super::{Address, Arg, Device, Event, Graph, Launch, Matmul, launch};
+use crate::collective::Group;
 use crate::dtype::Dtype;
 use crate::error;
 use crate::kernels::BUILD;
@@ -32,6 +33,7 @@ pub struct Cuda {
     events: Vec<CudaEvent>,
     cublaslt: Option<CublasLt>,
     allocations: HashMap<Address, usize>,
+    group: Group,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     shared: Arc<SharedGpu>,
@@ -121,6 +123,7 @@ impl Cuda {
             events: Vec::new(),
             cublaslt: None,
             allocations: HashMap::new(),
+            group: Group::alone(),
             stream,
             context,
             shared,
@@ -284,6 +287,15 @@ impl Device for Cuda {
         self.bind()?;
         let stream = self.stream.cu_stream();
         self.cublaslt()?.run(matmul, stream)
+    }
+
+    fn join(&mut self, group: Group) -> anyhow::Result<()> {
+        self.group = group;
+        Ok(())
+    }
+
+    fn group(&self) -> &Group {
+        &self.group
     }
 
     fn begin_capture(&mut self) -> anyhow::Result<()> {

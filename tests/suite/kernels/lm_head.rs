@@ -69,7 +69,7 @@ impl Head {
             loss_scale: 0.037,
             ..Inputs::default()
         };
-        let spec = SessionSpec { training: true, cache_len: 0 };
+        let spec = SessionSpec { training: true, ..SessionSpec::default() };
         let mut session = backend.open(&layout, spec).unwrap();
         session.write(Arena::Parameters, &parameters).unwrap();
         let program = session.load(program).unwrap();

@@ -79,7 +79,7 @@ pub fn pass(operations: &[&str], options: Options, shape: &str, replaced: Replac
 /// Kernels whose grid is free get two blocks, each of which takes several tasks; attention of small
 /// heads takes the instances that own several rows.
 fn on_few_blocks(launch: &mut DeviceLaunch) {
-    const ANY_GRID: [&str; 9] = [
+    const ANY_GRID: [&str; 10] = [
         "attention_",
         "flash_attention_",
         "gather_rows_",
@@ -89,6 +89,7 @@ fn on_few_blocks(launch: &mut DeviceLaunch) {
         "muon_axpby",
         "muon_normalize",
         "muon_update",
+        "sum_pieces",
     ];
     let entry = launch.entry.clone();
     if entry == "rms_norm_backward_weight" {

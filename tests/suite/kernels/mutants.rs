@@ -73,6 +73,7 @@ mutation_tests! {
     rms_norm_mutants_are_killed: operations::RMS_NORM,
     rope_mutants_are_killed: operations::ROPE,
     step_queue_mutants_are_killed: queue::STEP_QUEUE,
+    sum_pieces_mutants_are_killed: single::SUM_PIECES,
     swiglu_mutants_are_killed: operations::SWIGLU,
 }
 

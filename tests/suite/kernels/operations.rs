@@ -275,6 +275,8 @@ pub const GRAD_NORM: MutationSet = MutationSet {
         ("last_partial_dropped", "block < blocks;", "block < blocks - 1;"),
         ("scaled_twice", "/ scale", "* scale"),
         ("tail_skipped", "", ""),
+        ("run_tail_skipped", "at < run.count", "at < run.count / 256 * 256"),
+        ("first_run_always", "run.start + at", "at"),
     ],
     check: |module| {
         pass(&["grad_norm"], Options::new(Dtype::F32), "", Some(("grad_norm", module)));

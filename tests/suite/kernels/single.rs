@@ -2,6 +2,7 @@
 //! the loss scale in the kernels of an update, the rounding of shadow weights.
 
 use laam::backend::gpu::Options;
+use laam::llama::slices::SumOrder;
 
 use super::*;
 
@@ -91,6 +92,47 @@ pub const FILL: MutationSet = MutationSet {
     only: &[],
     mutants: &[("vector_tail_skipped", "at < count", "at < vector_end")],
     check: fill_is_exact,
+};
+
+#[test]
+fn pieces_are_added_in_one_order() {
+    holds("sum_pieces", pieces_have_one_order);
+}
+
+fn pieces_have_one_order(module: &Module) {
+    for pieces in [1usize, 2, 3, 4, 6, 7, 8, 12, 32] {
+        for count in [1usize, 7, 64] {
+            let terms = random(pieces as u64, pieces * count, 1.0);
+            let order = SumOrder::new(pieces);
+            let mut exact = terms.clone();
+            order.add(&mut exact, count);
+            let (first, rest) = terms.split_at(count);
+            let rest = if rest.is_empty() { first } else { rest };
+            let args = [
+                Piece::In(Dtype::F32.encode(first)),
+                Piece::In(Dtype::F32.encode(rest)),
+                Piece::Out(4 * count),
+                value(count as u64),
+                value(count as u64),
+                value(order.blocks as i32),
+                value(order.width as i32),
+            ];
+            let got = run(module, "sum_pieces", Config::linear(2, 256), &args).remove(0);
+            assert!(got == Dtype::F32.encode(&exact[..count]), "{pieces} pieces of {count}");
+        }
+    }
+}
+
+pub const SUM_PIECES: MutationSet = MutationSet {
+    kernel: "sum_pieces",
+    only: &[],
+    mutants: &[
+        ("first_block_always", "block * width + i", "i"),
+        ("left_lost", "pending[level][e] + sum[e]", "sum[e]"),
+        ("too_early", "level & 1", "level"),
+        ("last_block_only", "block == 0 ? sum[e] : total[e] + sum[e]", "sum[e]"),
+    ],
+    check: pieces_have_one_order,
 };
 
 /// What a kernel of one block writes with a loss scale and without one, a null pointer.

@@ -1,0 +1,134 @@
+//! Exchanges between ranks, timed and checked, with the bandwidths of NVIDIA's nccl-tests.
+
+use std::time::Instant;
+
+use crate::collective::Group;
+use crate::error;
+use crate::llama::slices::SumOrder;
+
+/// One exchange at one size.
+#[derive(Clone, Debug)]
+pub struct CollectiveTiming {
+    pub name: &'static str,
+    /// Bytes of the whole buffer of a rank.
+    pub bytes: usize,
+    /// Elements of f32 in it.
+    pub count: usize,
+    /// Of the slowest rank, the fastest of several.
+    pub seconds: f64,
+    /// `bytes / seconds`, in bytes per second.
+    pub algbw: f64,
+    /// What one link moves: algbw times (n-1)/n, or 2 (n-1)/n for an all-reduce.
+    pub busbw: f64,
+}
+
+/// The engine's own sum.
+const NATIVE: &str = "native_all_reduce";
+
+/// What is timed: name, and the factor of nccl-tests in units of (n-1)/n.
+const COLLECTIVES: [(&str, f64); 5] =
+    [("all_to_all", 1.0), ("all_gather", 1.0), ("reduce", 1.0), ("all_reduce", 2.0), (NATIVE, 2.0)];
+
+/// Value of element `at` of rank `rank`: sums of it are exact in f32.
+fn value(rank: usize, at: usize) -> f32 {
+    ((at * 7 + rank * 13) % 64) as f32
+}
+
+/// Times every exchange at a size, `rounds` times; with `native`, also the engine's own all-reduce.
+///
+/// # Errors
+/// An exchange fails, or its result is wrong.
+pub fn time(
+    group: &Group,
+    bytes: usize,
+    rounds: usize,
+    native: bool,
+) -> anyhow::Result<Vec<CollectiveTiming>> {
+    let ranks = group.size();
+    // As many elements for each rank.
+    let count = (bytes / 4).next_multiple_of(ranks).max(ranks);
+    let piece = count / ranks;
+    let mine: Vec<f32> = (0..count).map(|at| value(group.rank(), at)).collect();
+    let sums: Vec<f32> =
+        (0..count).map(|at| (0..ranks).map(|rank| value(rank, at)).sum()).collect();
+    let own = group.rank() * piece..(group.rank() + 1) * piece;
+    let order = SumOrder::new(ranks);
+    let mut all = vec![0.0f32; count];
+    let mut timings = Vec::new();
+    for (name, factor) in COLLECTIVES {
+        let mut fastest = f64::INFINITY;
+        let mut is_there = native || name != NATIVE;
+        if !is_there {
+            continue;
+        }
+        for _ in 0..rounds.max(1) {
+            all.copy_from_slice(&mine);
+            // All ranks begin together.
+            group.any(false)?;
+            let begin = Instant::now();
+            is_there = execute(group, name, &mine, &mut all, piece, order)?;
+            let seconds = begin.elapsed().as_secs_f64();
+            if !is_there {
+                break;
+            }
+            let is_right = match name {
+                "all_to_all" => {
+                    (0..count).all(|at| all[at] == value(at / piece, own.start + at % piece))
+                }
+                "all_gather" => (0..count).all(|at| all[at] == value(at / piece, at)),
+                "reduce" => all[..piece] == sums[own.clone()],
+                _ => all == sums,
+            };
+            if !is_right {
+                return Err(error::group(
+                    format!("rank {}: {name} of {bytes} bytes gave wrong values", group.rank()),
+                    "try another MPI library: laam doctor shows which there are",
+                ));
+            }
+            let seconds = group.gather_each(&seconds.to_le_bytes())?;
+            let seconds = seconds.iter().filter_map(|bytes| bytes.as_slice().try_into().ok());
+            fastest = fastest.min(seconds.map(f64::from_le_bytes).fold(0.0, f64::max));
+        }
+        if is_there {
+            let algbw = (4 * count) as f64 / fastest;
+            let busbw = algbw * factor * (ranks - 1) as f64 / ranks as f64;
+            let (bytes, seconds) = (4 * count, fastest);
+            timings.push(CollectiveTiming { name, bytes, count, seconds, algbw, busbw });
+        }
+    }
+    Ok(timings)
+}
+
+/// Executes one exchange; false if the engine has none of this name.
+fn execute(
+    group: &Group,
+    name: &str,
+    mine: &[f32],
+    all: &mut [f32],
+    piece: usize,
+    order: SumOrder,
+) -> anyhow::Result<bool> {
+    let own = group.rank() * piece..(group.rank() + 1) * piece;
+    let exchange = |all: &mut [f32]| {
+        group.all_to_all(bytemuck::cast_slice(mine), bytemuck::cast_slice_mut(all))
+    };
+    let gather = |mine: &[f32], all: &mut [f32]| {
+        group.all_gather(bytemuck::cast_slice(mine), bytemuck::cast_slice_mut(all))
+    };
+    match name {
+        "all_to_all" => exchange(all)?,
+        "all_gather" => gather(&mine[own], all)?,
+        "reduce" => {
+            exchange(all)?;
+            order.add(all, piece);
+        }
+        "all_reduce" => {
+            exchange(all)?;
+            order.add(all, piece);
+            let sum = all[..piece].to_vec();
+            gather(&sum, all)?;
+        }
+        _ => return group.native_all_reduce(all),
+    }
+    Ok(true)
+}
