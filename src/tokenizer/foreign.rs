@@ -13,14 +13,14 @@ pub struct Frame {
     /// Tokens after every text.
     pub after: Vec<u32>,
     /// Places where a long text can be cut.
-    pub cut: Cut,
+    pub cut: CutPlace,
     /// Tokens of a word, after which any token decodes as it does within a text.
     pub word: Vec<u32>,
 }
 
 /// Places where a text can be cut so that its tokens are those of its pieces, one after another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Cut {
+pub enum CutPlace {
     #[default]
     Nowhere,
     /// After line ends, as [`pieces`] does.
@@ -44,10 +44,10 @@ impl Frame {
             None => (Vec::new(), Vec::new()),
         };
         let cut = if can_be_cut_after_lines(json) {
-            Cut::AfterLines
+            CutPlace::AfterLines
         } else {
             let blank = inner.token_to_id("▁").filter(|_| can_be_cut_before_lines(json));
-            blank.map_or(Cut::Nowhere, Cut::BeforeLines)
+            blank.map_or(CutPlace::Nowhere, CutPlace::BeforeLines)
         };
         Self { before, after, cut, word: bare }
     }

@@ -30,7 +30,7 @@ pub(crate) use words::{LLAMA_3_PATTERN, QWEN_2_PATTERN};
 
 use crate::corpus::Document;
 use crate::error::{self, ErrorKind, Hint};
-use foreign::Cut;
+use foreign::CutPlace;
 use limits::guarded;
 use words::{Cache, Words};
 
@@ -277,12 +277,12 @@ impl Tokenizer {
         let pieces: Vec<_> = match self.frame.cut {
             _ if text.len() <= foreign::PIECE_BYTES => return encode(text),
             _ if is_exact => foreign::pieces(text).collect(),
-            Cut::Nowhere => return encode(text),
-            Cut::AfterLines => foreign::pieces(text).collect(),
-            Cut::BeforeLines(_) => foreign::pieces_before_lines(text).collect(),
+            CutPlace::Nowhere => return encode(text),
+            CutPlace::AfterLines => foreign::pieces(text).collect(),
+            CutPlace::BeforeLines(_) => foreign::pieces_before_lines(text).collect(),
         };
         let mut ids = pieces.into_par_iter().map(encode).collect::<anyhow::Result<Vec<_>>>()?;
-        if let (Cut::BeforeLines(blank), false) = (self.frame.cut, is_exact) {
+        if let (CutPlace::BeforeLines(blank), false) = (self.frame.cut, is_exact) {
             for ids in ids.iter_mut().skip(1) {
                 if ids.first() != Some(&blank) {
                     return encode(text);
