@@ -82,9 +82,8 @@ impl<R: Copy + Default> Memory<R> {
 
     /// Allocates the slots that a program's ops keep gradients in, and the buffer of its exchanges.
     pub fn reserve_slots(&mut self, program: &Program) {
-        let slots =
-            program.ops.iter().map(|op| if let Op::SaveGradients(o) = op { o.slot + 1 } else { 0 });
-        while self.slots.len() < slots.clone().max().unwrap_or(0) {
+        let slots = program.ops.iter().map(Op::slots).max().unwrap_or(0);
+        while self.slots.len() < slots {
             self.slots.push(vec![R::default(); self.gradients.len()]);
         }
         let wire = program.ops.iter().map(exchange::wire_elements).max().unwrap_or(0);

@@ -507,6 +507,17 @@ impl Op {
         }
     }
 
+    /// Number of slots that the op may use.
+    pub fn slots(&self) -> usize {
+        match self {
+            Op::SaveGradients(SaveGradients { slot }) | Op::AddGradients(AddGradients { slot }) => {
+                slot + 1
+            }
+            Op::ReduceGradients(o) => o.slots.iter().map(|slot| slot + 1).max().unwrap_or(0),
+            _ => 0,
+        }
+    }
+
     /// True if all processes of a run have to come to the op.
     pub fn is_collective(&self) -> bool {
         self.wire_bytes() > 0

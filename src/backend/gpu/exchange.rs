@@ -17,11 +17,6 @@ const MAX_BLOCKS: usize = 2048;
 /// Most pieces of a tree in `sum_pieces`.
 pub(super) const MAX_TREE_PIECES: usize = 1 << 8;
 
-/// Allocations of the gradients of slices, of the arena's length each.
-pub(super) fn slots(op: &crate::llama::Op) -> usize {
-    if let crate::llama::Op::SaveGradients(o) = op { o.slot + 1 } else { 0 }
-}
-
 pub(super) fn save(ctx: &mut LaunchContext, o: &SaveGradients) -> anyhow::Result<()> {
     let (gradients, bytes) = (ctx.arenas.gradients, 4 * ctx.arenas.len);
     ctx.device.copy(gradients, ctx.slots[o.slot], bytes)?;

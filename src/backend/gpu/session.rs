@@ -536,9 +536,11 @@ impl Session for GpuSession {
             self.grow(|model| &mut model.block, plan.bytes)?;
             Placement::Block(plan)
         };
-        let slots = program.ops.iter().map(exchange::slots).max().unwrap_or(0);
+        let slots = program.ops.iter().map(Op::slots).max().unwrap_or(0);
         while self.slots.len() < slots {
-            self.slots.push(self.device.alloc(4 * self.arenas.len)?);
+            let slot = self.device.alloc(4 * self.arenas.len)?;
+            self.device.memset(slot, 0, 4 * self.arenas.len)?;
+            self.slots.push(slot);
         }
         let bytes = workspace(&program, self.arenas.len, self.options);
         self.grow(|model| &mut model.scratch, bytes)?;
