@@ -24,8 +24,8 @@ use crate::train::{OptimizerKind, Parallelism};
 
 /// Time what the program does, on this machine.
 ///
-/// Without a subcommand: whole steps, PyTorch beside them if it is found, kernels and ceilings, on one page
-/// in some five minutes.
+/// Without a subcommand: whole steps, PyTorch beside them if it is found, kernels and the device's roofline, on
+/// one page in some five minutes.
 #[derive(Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct BenchArgs {
