@@ -114,7 +114,7 @@ pub fn time_scaling(
         anyhow::Ok(timing.tokens_per_second)
     };
     let alone = if group.is_first() { time(batch, &Parallelism::default()) } else { Ok(0.0) };
-    let alone = group.without_deadline(|| group.agree(alone))?;
+    let alone = group.agree_after_first(alone)?;
     let all = Parallelism { group: group.clone(), slices: ranks, shard };
     let (strong, weak) = (time(batch, &all)?, time(ranks * batch, &all)?);
     let efficiency = |rate: f64| rate / (ranks as f64 * alone);

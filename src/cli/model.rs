@@ -58,7 +58,7 @@ pub fn refuse_unnamed(provenance: &Provenance, folder: &Path) -> anyhow::Result<
     let (model, first) = (folder.display(), shown(first.as_bytes()));
     Err(error::config(
         format!(
-            "the model in {model} was trained on documents without names, of {first}: there is no name to ask for"
+            "the model in {model} was trained on documents without names, of {first}, so it cannot be asked for a file by name"
         ),
         format!(
             "laam memorization {model} measures what it holds, laam generate goes on with a text"

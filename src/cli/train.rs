@@ -415,7 +415,7 @@ impl Stage<'_> {
         let group = &self.group;
         let tokenize = |corpus| source::tokenize(corpus, &self.tokenizer, tokens, false);
         let written = corpus.map(tokenize).transpose();
-        let read = match group.without_deadline(|| group.agree(written))? {
+        let read = match group.agree_patiently(written)? {
             Some(written) => Ok(written),
             None => TokenFile::open(tokens).map(|file| (Arc::new(file), Manifest::default())),
         };

@@ -68,7 +68,7 @@ impl LaunchPlace {
                     "start laam by mpiexec, torchrun or srun, or unset the variables",
                 ));
             }
-            // A step of one task is no group.
+            // A step of one task is one process.
             if launcher == Launcher::Slurm && size == 1 {
                 continue;
             }

@@ -19,6 +19,8 @@ use crate::error::{self, ErrorKind};
 
 /// Time that a rank waits for the others in a step.
 pub const DEADLINE: Duration = Duration::from_mins(10);
+/// Time that it waits for one that saves or tokenizes.
+const PATIENCE: Duration = Duration::from_hours(24);
 
 /// Who trains together, from the view of one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,8 +46,8 @@ pub trait Ranks: Send {
     fn all_gather(&mut self, mine: &[u8], all: &mut [u8]) -> anyhow::Result<()>;
     /// Sends the bytes of rank 0 to every other.
     fn broadcast(&mut self, bytes: &mut [u8]) -> anyhow::Result<()>;
-    /// Sets how long a call waits for other ranks; `None` is without end.
-    fn set_deadline(&mut self, deadline: Option<Duration>);
+    /// Sets how long a call waits for other ranks.
+    fn set_deadline(&mut self, deadline: Duration);
     /// The library's own sum over all ranks, in an order of its own: for comparison. False if it has none.
     fn native_all_reduce(&mut self, _values: &mut [f32]) -> anyhow::Result<bool> {
         Ok(false)
@@ -66,7 +68,7 @@ pub struct Group(Arc<GroupState>);
 struct GroupState {
     world: World,
     ranks: Option<Mutex<Box<dyn Ranks>>>,
-    deadline: Mutex<Option<Duration>>,
+    deadline: Mutex<Duration>,
     /// Nanoseconds in exchanges.
     waited: AtomicU64,
     /// All ranks know that one of them failed, and end by themselves.
@@ -111,8 +113,7 @@ impl Group {
     }
 
     /// The group of an engine.
-    pub fn new(mut ranks: Box<dyn Ranks>) -> Self {
-        ranks.set_deadline(Some(DEADLINE));
+    pub fn new(ranks: Box<dyn Ranks>) -> Self {
         Self::with(ranks.world().clone(), Some(Mutex::new(ranks)))
     }
 
@@ -120,7 +121,7 @@ impl Group {
         Self(Arc::new(GroupState {
             world,
             ranks,
-            deadline: Mutex::new(Some(DEADLINE)),
+            deadline: Mutex::new(DEADLINE),
             waited: AtomicU64::new(0),
             agreed_to_end: AtomicBool::new(false),
         }))
@@ -150,9 +151,9 @@ impl Group {
 
     /// Sets how long every later call waits for other ranks.
     pub fn set_deadline(&self, deadline: Duration) {
-        *lock(&self.0.deadline) = Some(deadline);
+        *lock(&self.0.deadline) = deadline;
         if let Some(ranks) = &self.0.ranks {
-            lock(ranks).set_deadline(Some(deadline));
+            lock(ranks).set_deadline(deadline);
         }
     }
 
@@ -168,20 +169,19 @@ impl Group {
         Some(result)
     }
 
-    /// Without a deadline: other ranks may do something that takes long.
-    pub fn without_deadline<T>(
-        &self,
-        work: impl FnOnce() -> anyhow::Result<T>,
-    ) -> anyhow::Result<T> {
-        let set = |deadline| {
-            if let Some(ranks) = &self.0.ranks {
-                lock(ranks).set_deadline(deadline);
-            }
-        };
-        set(None);
-        let result = work();
-        set(*lock(&self.0.deadline));
+    /// [`Group::agree`] after work of some ranks that may take long: all wait for up to a day.
+    pub fn agree_patiently<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<T> {
+        let usual = *lock(&self.0.deadline);
+        self.set_deadline(PATIENCE);
+        let result = self.agree(result);
+        self.set_deadline(usual);
         result
+    }
+
+    /// [`Group::agree`] after work of rank 0 that may take long: the others wait for it for up to a day, it
+    /// for them as usual.
+    pub fn agree_after_first<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<T> {
+        if self.is_first() { self.agree(result) } else { self.agree_patiently(result) }
     }
 
     /// [`Ranks::all_to_all`].

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{env, fs, ptr, thread};
 
-use super::{Ranks, World, late};
+use super::{DEADLINE, Ranks, World, late};
 use crate::error;
 
 /// Libraries that a launcher belongs to.
@@ -242,7 +242,7 @@ impl Functions {
     fn version(&self) -> String {
         let mut text = vec![0 as c_char; MAX_TEXT_BYTES + 1];
         let mut length = 0;
-        // SAFETY: the text has room for what any library writes, and ends in a zero byte.
+        // SAFETY: the buffer is as long as any library writes, and ends in a zero byte.
         let text = unsafe {
             (self.get_library_version)(text.as_mut_ptr(), &raw mut length);
             CStr::from_ptr(text.as_ptr())
@@ -264,7 +264,7 @@ pub struct MpiRanks {
     functions: Functions,
     constants: Constants,
     world: World,
-    deadline: Option<Duration>,
+    deadline: Duration,
     calls: u64,
 }
 
@@ -342,7 +342,7 @@ impl MpiRanks {
             local_size: number(here, functions.comm_size),
             library,
         };
-        Ok(Self { functions, constants, world, deadline: None, calls: 0 })
+        Ok(Self { functions, constants, world, deadline: DEADLINE, calls: 0 })
     }
 
     /// Waits until a collective is complete.
@@ -365,11 +365,9 @@ impl MpiRanks {
             if complete != 0 {
                 return Ok(());
             }
-            if let Some(deadline) = self.deadline
-                && begin.elapsed() >= deadline
-            {
+            if begin.elapsed() >= self.deadline {
                 let who = "a rank that did not come";
-                return Err(late(&self.world, deadline, call, self.calls, who));
+                return Err(late(&self.world, self.deadline, call, self.calls, who));
             }
             // Other ranks may need this processor.
             looks += 1;
@@ -386,7 +384,7 @@ impl MpiRanks {
         }
         let mut text = vec![0 as c_char; MAX_TEXT_BYTES + 1];
         let mut length = 0;
-        // SAFETY: the text has room for what any library writes, and ends in a zero byte.
+        // SAFETY: the buffer is as long as any library writes, and ends in a zero byte.
         let text = unsafe {
             (self.functions.error_string)(code, text.as_mut_ptr(), &raw mut length);
             CStr::from_ptr(text.as_ptr())
@@ -491,7 +489,7 @@ impl Ranks for MpiRanks {
         Ok(true)
     }
 
-    fn set_deadline(&mut self, deadline: Option<Duration>) {
+    fn set_deadline(&mut self, deadline: Duration) {
         self.deadline = deadline;
     }
 

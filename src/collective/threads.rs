@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Ranks, World, late};
+use super::{DEADLINE, Ranks, World, late};
 use crate::error;
 
 /// One rank of several in this process.
@@ -12,7 +12,7 @@ pub struct ThreadRanks {
     table: Arc<Rendezvous>,
     /// Calls so far.
     calls: u64,
-    deadline: Option<Duration>,
+    deadline: Duration,
 }
 
 /// Where the ranks of a process meet.
@@ -45,7 +45,7 @@ impl ThreadRanks {
             library: "threads".to_string(),
         };
         let rank =
-            |rank| Self { world: world(rank), table: table.clone(), calls: 0, deadline: None };
+            |rank| Self { world: world(rank), table: table.clone(), calls: 0, deadline: DEADLINE };
         (0..size).map(rank).collect()
     }
 
@@ -63,14 +63,12 @@ impl ThreadRanks {
             table.complete.notify_all();
         }
         while round.number == number {
-            let left = self.deadline.map(|deadline| deadline.saturating_sub(begin.elapsed()));
-            if left == Some(Duration::ZERO) {
+            let left = self.deadline.saturating_sub(begin.elapsed());
+            if left.is_zero() {
                 let missing = round.posted.iter().position(Option::is_none).unwrap_or(0);
-                let waited = self.deadline.unwrap_or_default();
                 let who = format!("rank {missing}, which did not come");
-                return Err(late(&self.world, waited, call, self.calls, &who));
+                return Err(late(&self.world, self.deadline, call, self.calls, &who));
             }
-            let left = left.unwrap_or(Duration::from_secs(1));
             let waited = table.complete.wait_timeout(round, left);
             round = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -123,7 +121,7 @@ impl Ranks for ThreadRanks {
         Ok(())
     }
 
-    fn set_deadline(&mut self, deadline: Option<Duration>) {
+    fn set_deadline(&mut self, deadline: Duration) {
         self.deadline = deadline;
     }
 

@@ -26,7 +26,6 @@ use super::replace::{STAGED, Staged, settle};
 use super::weights::{self, Mapped, Tensors};
 use super::{Config, GenerationDefaults, Layout, Provenance, card};
 use crate::corpus::hex;
-use crate::device::check_host_memory;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files;
@@ -172,7 +171,6 @@ fn completed_tokenizer_config(bytes: &[u8], context: usize) -> anyhow::Result<Ve
 pub fn load(folder: &Path) -> anyhow::Result<Model> {
     let (config, mut warnings) = load_config(folder)?;
     let mut load = || {
-        check_host_memory(4 * config.parameter_count(), "the model")?;
         let layout = Layout::new(&config);
         let (files, places) = weight_files(folder)?;
         let mapped = Mapped::open(&files)?;

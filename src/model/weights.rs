@@ -8,6 +8,7 @@ use anyhow::Context;
 use safetensors::tensor::{Dtype as StoredDtype, SafeTensors, TensorView, View};
 
 use super::{Config, Layout, Parameter};
+use crate::device::check_host_memory;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files::{self, MappedFile};
@@ -181,6 +182,7 @@ pub(super) fn take_arena(
         };
         found.push((parameter, checked(&name, parameter, tensor, path)?));
     }
+    check_host_memory(4 * layout.len as u128, "the model")?;
     let mut arena = vec![0.0; layout.len];
     for (parameter, (tensor, dtype)) in &found {
         decode(tensor, *dtype, &mut arena[parameter.span.range()]);

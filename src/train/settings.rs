@@ -351,7 +351,7 @@ impl Settings {
         self.check_slices(self.dp_slices.unwrap_or(1))
     }
 
-    /// Refuses slices that the batch size is no multiple of.
+    /// Refuses a number of slices that does not divide the batch size.
     pub fn check_slices(&self, slices: usize) -> anyhow::Result<()> {
         if self.batch_size.is_multiple_of(slices) {
             return Ok(());

@@ -784,7 +784,7 @@ impl<'a> Trainer<'a> {
     fn finish_writing(&mut self, observer: &mut dyn Observer) -> anyhow::Result<()> {
         let group = self.job.group.clone();
         let written = self.writer.finish();
-        for line in group.without_deadline(|| group.agree(written))? {
+        for line in group.agree_after_first(written)? {
             observer.note(&line);
         }
         Ok(())
@@ -800,7 +800,7 @@ impl<'a> Trainer<'a> {
         let group = self.job.group.clone();
         let snapshot = self.snapshot()?;
         let written = if group.is_first() { target.put(&snapshot) } else { Ok(Vec::new()) };
-        for line in group.without_deadline(|| group.agree(written))? {
+        for line in group.agree_after_first(written)? {
             observer.note(&line);
         }
         Ok(())

@@ -78,7 +78,7 @@ fn an_error_of_one_rank_is_one_of_all() {
 #[test]
 fn a_rank_that_is_late_or_elsewhere_is_an_error_that_names_the_call() {
     let mut ranks = ThreadRanks::new(2);
-    ranks[0].set_deadline(Some(Duration::from_millis(20)));
+    ranks[0].set_deadline(Duration::from_millis(20));
     let why = ranks[0].all_gather(&[1], &mut [0; 2]).unwrap_err();
     assert_eq!(
         why.to_string(),
@@ -93,6 +93,28 @@ fn a_rank_that_is_late_or_elsewhere_is_an_error_that_names_the_call() {
     });
     let expected = "rank 0 is in broadcast of 8 bytes, rank 1 in all_gather of 8";
     assert_eq!(said, (expected.to_string(), true));
+}
+
+/// While rank 0 saves, the others wait; a rank that does not come meanwhile is an error of rank 0.
+#[test]
+fn ranks_wait_for_the_first_longer_than_it_for_them() {
+    let agree = |late: usize| {
+        on_ranks(2, |group| {
+            group.set_deadline(Duration::from_millis(100));
+            if group.rank() == late {
+                thread::sleep(Duration::from_millis(400));
+            }
+            // A rank that comes too late is not to wait for one that is gone.
+            let agreed = match (group.rank(), late) {
+                (1, 1) => group.agree(Ok(())),
+                _ => group.agree_after_first(Ok(())),
+            };
+            agreed.err().map(|why| why.to_string())
+        })
+    };
+    assert_eq!(agree(0), [None, None]);
+    let late = "rank 0 waited 0.1 s in all_gather (call 1) for rank 1, which did not come";
+    assert_eq!(agree(1)[0].as_deref(), Some(late));
 }
 
 /// A model so small that its steps take no time, of a shape that leaves odd lengths.

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::cli::error_of;
 use crate::support::laam;
-use crate::tokenizer::{hex, small_corpus, train};
+use crate::tokenizer::{hex, llama2, small_corpus, train};
 use crate::training::trained;
 
 /// The folder of a tokenizer in a package of npm, unpacked once; none after a loud line.
@@ -77,26 +77,13 @@ fn a_long_text_has_the_tokens_that_the_crate_gives_it_whole() {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": true})
     };
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null,
-        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "pre_tokenizer": null,
-        "post_processor": {"type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "fuse_unk": true,
-            "byte_fallback": true, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-            "vocab": vocab,
-            "merges": ["▁ t", "▁t h", "▁th e", "▁ C", "i n", "in g", "e a", "▁ s", "▁s ea", "▁ ▁"]}
-    });
+    let mut tokenizer = llama2();
+    tokenizer["added_tokens"] = json!([special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")]);
+    tokenizer["post_processor"]["special_tokens"]["<s>"]["ids"] = json!([1]);
+    tokenizer["model"]["unk_token"] = "<unk>".into();
+    tokenizer["model"]["vocab"] = vocab.into();
+    tokenizer["model"]["merges"] =
+        json!(["▁ t", "▁t h", "▁th e", "▁ C", "i n", "in g", "e a", "▁ s", "▁s ea", "▁ ▁"]);
     let bytes = serde_json::to_vec(&tokenizer).unwrap();
     let crates = tokenizers::Tokenizer::from_bytes(&bytes).unwrap();
     let config = br#"{"bos_token": "<s>", "eos_token": "</s>"}"#;
@@ -106,8 +93,8 @@ fn a_long_text_has_the_tokens_that_the_crate_gives_it_whole() {
     assert!(text.len() > 300_000 && ours.encode_text(&text).unwrap() == ids);
     let (framed, before) = ours.encode_framed(&Document::new("", text.as_str())).unwrap();
     assert_eq!((before, framed[0], framed.last()), (1, 1, Some(&2)));
-    // Each token's own bytes: together they are the text as it decodes, with a blank after a token that
-    // is no text, which encoding puts there.
+    // Each token's own bytes: together they are the text as it decodes, with the blank that encoding puts
+    // after a special token.
     let bytes = |(at, &id): (usize, &u32)| ours.token_bytes(id, at == 0).unwrap();
     let spelled: Vec<u8> = ids.iter().enumerate().flat_map(bytes).collect();
     assert!(spelled == text.replace("</s>\n", "</s> \n").as_bytes());

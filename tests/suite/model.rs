@@ -295,7 +295,7 @@ fn every_bad_folder_is_refused_with_a_reason_and_a_hint() {
         ("stored as I32", |f| edit_header(f, |h| h["model.norm.weight"]["dtype"] = json!("I32"))),
         ("[6, 2]", |f| edit_header(f, |h| h["model.norm.weight"]["shape"] = json!([6, 2]))),
         ("missing tensor model.layers.2", |f| edit_config(f, "num_hidden_layers", json!(3))),
-        ("has the shape [41, 12]", |f| edit_config(f, "vocab_size", json!(2_000_000))),
+        ("has the shape [41, 12]", |f| edit_config(f, "vocab_size", json!(2_000_000_000))),
         ("lm_head.weight differs", |f| edit_config(f, "tie_word_embeddings", json!(true))),
         ("names the file", |f| shard_as(f, "../model-1.safetensors")),
         ("names the file", |f| shard_as(f, "/model-1.safetensors")),

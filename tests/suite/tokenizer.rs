@@ -430,7 +430,7 @@ fn foreign_tokenizers_load_for_generation() {
 }
 
 /// The tokenizer.json of a small Llama 2: blanks before words, characters it lacks as bytes.
-fn llama2() -> serde_json::Value {
+pub fn llama2() -> serde_json::Value {
     serde_json::json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false,
