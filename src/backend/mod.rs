@@ -60,6 +60,28 @@ pub trait Backend: Send + Sync {
     fn memory(&self) -> Option<u64> {
         host_memory()
     }
+    /// Sequences and tokens that a decode step should have.
+    fn decode_shape(&self) -> DecodeShape {
+        DecodeShape::HOST
+    }
+}
+
+/// Sequences and tokens of a decode step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodeShape {
+    /// Sequences at once, if there are many.
+    pub slots: usize,
+    /// Sequences that take as long as one: speculative ones cost nothing.
+    pub spare_slots: usize,
+    /// Tokens per sequence in a step that takes prompts, if all slots are in use. A step with fewer prompt
+    /// tokens than one in `prompt_tokens` of its rows is not worth its cost.
+    pub prompt_tokens: usize,
+}
+
+impl DecodeShape {
+    /// 64 rows, up to which a matmul of the `cpu` backend has the same bits whatever their number. Every row
+    /// costs time.
+    pub const HOST: DecodeShape = DecodeShape { slots: 16, spare_slots: 1, prompt_tokens: 4 };
 }
 
 /// Memory of a session besides the parameters.

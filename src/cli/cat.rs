@@ -64,7 +64,8 @@ pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     let context = config.max_position_embeddings;
     let regenerator =
         Regenerator::new(opened.tokenizer.clone(), windows, context, arguments.max_tokens)?;
-    let mut generator = Generator::new(&*backend, config, &opened.model.weights, 1, context)?
+    let slots = regenerator.slots(&*backend, 1);
+    let mut generator = Generator::new(&*backend, config, &opened.model.weights, slots, context)?
         .with_tokens(opened.tokenizer.vocab_size());
     let out = (!arguments.json).then(|| io::stdout().lock());
     let mut print = Print { out, bytes: Vec::new(), end: None };

@@ -161,7 +161,7 @@ impl Rebuild {
         let config = &opened.model.config;
         let context = config.max_position_embeddings;
         let regenerator = Regenerator::new(opened.tokenizer.clone(), windows, context, limit)?;
-        let slots = Generator::SLOTS.min(paths.len());
+        let slots = regenerator.slots(backend, paths.len());
         let mut generator = Generator::new(backend, config, &opened.model.weights, slots, context)?
             .with_tokens(opened.tokenizer.vocab_size());
         interrupt::watch(Work::Measuring)?;

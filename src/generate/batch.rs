@@ -5,17 +5,24 @@
 //! backends its logits are the same bits alone and in any batch, and a random number is named by
 //! seed, sequence and position.
 
+use rayon::prelude::*;
+
 use super::Sampling;
-use crate::backend::{Arena, Backend, Inputs, ProgramId, Session, SessionSpec};
+use crate::backend::{Arena, Backend, DecodeShape, Inputs, ProgramId, Session, SessionSpec};
 use crate::error;
 use crate::llama::Buffer;
 use crate::llama::step::{self, Decoding};
 use crate::model::{Config, Layout};
+use crate::threads;
 
-/// Rows of a step: up to so many, the `cpu` backend computes the same bits whatever their number.
-const MAX_STEP_ROWS: usize = 64;
+/// Tokens of one sequence that a step takes at most.
+const MAX_STEP_TOKENS: usize = 64;
 /// Limit on the KV cache.
-const MAX_KV_CACHE_BYTES: usize = 8 << 30;
+const MAX_KV_CACHE_BYTES: u128 = 8 << 30;
+/// Limit on the logits of a step, if it has several sequences: the host reads them all.
+const MAX_STEP_LOGITS: usize = 1 << 22;
+/// Slots from which on threads share the choice of tokens.
+const MIN_PARALLEL_SLOTS: usize = 65;
 
 /// A generation request.
 #[derive(Clone, Debug, Default)]
@@ -71,6 +78,8 @@ pub struct Generator {
     one: DecodeStep,
     /// Takes several tokens of each sequence: for prompts.
     several: Option<DecodeStep>,
+    /// Tokens beyond the first of each sequence that make `several` worth its cost.
+    min_prompt_tokens: usize,
     admitted: u64,
 }
 
@@ -94,11 +103,12 @@ struct DecodeStep {
 }
 
 impl Generator {
-    /// Slots for many requests at once.
-    pub const SLOTS: usize = 16;
-
     /// Opens a session with a KV cache for `slots` sequences of at most `context` tokens, limited by
-    /// `max_position_embeddings`; `weights` is an arena of the model's layout.
+    /// `max_position_embeddings`; `weights` is an arena of the model's layout. The slots are fewer if the
+    /// backend does not take so many, or their KV cache or logits exceed the limits.
+    ///
+    /// # Errors
+    /// The KV cache of one sequence exceeds the limit.
     pub fn new(
         backend: &dyn Backend,
         config: &Config,
@@ -108,21 +118,15 @@ impl Generator {
     ) -> anyhow::Result<Self> {
         config.validate()?;
         let layout = Layout::new(config);
-        let slots = slots.clamp(1, MAX_STEP_ROWS);
+        let shape = backend.decode_shape();
         let context = context.clamp(1, config.max_position_embeddings);
-        let fresh = (MAX_STEP_ROWS / slots).min(context);
+        let slots = fitting_slots(backend, config, slots, context)?;
+        let fresh = fresh_tokens(shape, slots, context);
+        if slots >= MIN_PARALLEL_SLOTS {
+            threads::start_global_pool()?;
+        }
         // A step writes `fresh` rows of the cache in every slot, whatever each sequence has left.
         let capacity = context + fresh;
-        let a_column = 2
-            * config.num_hidden_layers as u128
-            * (config.num_key_value_heads * config.head_dim * slots * size_of::<f32>()) as u128;
-        let bytes = a_column * capacity as u128;
-        if bytes > MAX_KV_CACHE_BYTES as u128 {
-            return Err(error::device(
-                format!("the KV cache of {slots} x {context} tokens would take {bytes} bytes"),
-                format!("generate fewer tokens: {} fit", MAX_KV_CACHE_BYTES as u128 / a_column),
-            ));
-        }
         let program = |fresh| step::decoding(config, &layout, slots, fresh, capacity);
         let one = program(1);
         let mut session = backend
@@ -144,6 +148,7 @@ impl Generator {
             slots: empty,
             one,
             several,
+            min_prompt_tokens: (slots * fresh).div_ceil(shape.prompt_tokens),
             admitted: 0,
         })
     }
@@ -206,6 +211,14 @@ impl Generator {
         Ok(ticket)
     }
 
+    /// Ends a sequence early; its slot is free at once. Nothing happens if it has ended.
+    pub fn cancel(&mut self, ticket: u64) {
+        let is_it = |running: &Running| running.ticket == ticket;
+        for slot in self.slots.iter_mut().filter(|slot| slot.as_ref().is_some_and(is_it)) {
+            *slot = None;
+        }
+    }
+
     /// Takes every sequence further: through its prompt, or by one new token, returned as an event.
     /// An error ends all sequences.
     pub fn step(&mut self) -> anyhow::Result<Vec<TokenEvent>> {
@@ -223,7 +236,7 @@ impl Generator {
         let step = match &self.several {
             // It costs as much as a few of the others: it has to take more tokens beyond the first
             // of each sequence.
-            Some(several) if self.beyond_first(several.fresh) >= MAX_STEP_ROWS / 4 => several,
+            Some(several) if self.beyond_first(several.fresh) >= self.min_prompt_tokens => several,
             _ => &self.one,
         };
         let windows = self.slots.len();
@@ -249,19 +262,24 @@ impl Generator {
         self.session.run(step.program, &Inputs { indices, ..Inputs::default() })?;
         let logits = self.session.floats(step.program, step.logits)?;
 
-        let mut events = Vec::with_capacity(windows);
-        for (slot, logits) in self.slots.iter_mut().zip(logits.chunks(self.vocab_size)) {
-            let Some(running) = slot else { continue };
+        let choose = |(slot, logits): (&mut Option<Running>, &[f32])| {
+            let Some(running) = slot else { return Ok(None) };
             if running.cached < running.tokens.len() {
-                continue;
+                return Ok(None);
             }
             let event = running.choose(&logits[..self.choices], self.context)?;
             if event.finish.is_some() {
                 *slot = None;
             }
-            events.push(event);
-        }
-        Ok(events)
+            Ok(Some(event))
+        };
+        let events: anyhow::Result<Vec<Option<TokenEvent>>> = if windows < MIN_PARALLEL_SLOTS {
+            self.slots.iter_mut().zip(logits.chunks(self.vocab_size)).map(choose).collect()
+        } else {
+            let rows = logits.par_chunks(self.vocab_size);
+            self.slots.par_iter_mut().zip(rows).with_min_len(8).map(choose).collect()
+        };
+        Ok(events?.into_iter().flatten().collect())
     }
 
     /// Tokens beyond the first of each sequence that a step of `fresh` tokens per slot would take.
@@ -298,6 +316,40 @@ impl Generator {
     pub fn profile(&self) -> Vec<(&'static str, f64)> {
         self.session.profile()
     }
+}
+
+/// Slots, at most `slots`, that a backend takes and whose KV cache and logits are within the limits.
+fn fitting_slots(
+    backend: &dyn Backend,
+    config: &Config,
+    slots: usize,
+    context: usize,
+) -> anyhow::Result<usize> {
+    let shape = backend.decode_shape();
+    let token_bytes = 2
+        * config.num_hidden_layers as u128
+        * (config.num_key_value_heads * config.head_dim * size_of::<f32>()) as u128;
+    let cache_bytes = |slots: usize| {
+        token_bytes * slots as u128 * (context + fresh_tokens(shape, slots, context)) as u128
+    };
+    if cache_bytes(1) > MAX_KV_CACHE_BYTES {
+        return Err(error::device(
+            format!("the KV cache of {context} tokens would take {} bytes", cache_bytes(1)),
+            format!("generate fewer tokens: {} fit", MAX_KV_CACHE_BYTES / token_bytes),
+        ));
+    }
+    let limit = backend.memory().map_or(MAX_KV_CACHE_BYTES, |bytes| u128::from(bytes) / 4);
+    let fits = |slots: &usize| {
+        cache_bytes(*slots) <= limit.min(MAX_KV_CACHE_BYTES)
+            && slots * config.vocab_size <= MAX_STEP_LOGITS
+    };
+    let most = slots.clamp(1, shape.slots * shape.prompt_tokens);
+    Ok((2..=most).rev().find(fits).unwrap_or(1))
+}
+
+/// Tokens of each sequence in a step for prompts.
+fn fresh_tokens(shape: DecodeShape, slots: usize, context: usize) -> usize {
+    (shape.slots * shape.prompt_tokens / slots).min(MAX_STEP_TOKENS).min(context)
 }
 
 impl Running {

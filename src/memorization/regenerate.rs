@@ -1,11 +1,18 @@
 //! Regenerates files from their names alone: the model is prompted for chunk after chunk until it
-//! emits the end of the file. Many files run at once; the next chunk of a file follows its last.
+//! emits the end of the file.
+//!
+//! Slots of the generator go to chunks that are known to exist, because the one before ended without a
+//! marker; then to files not begun; then, speculatively, to further chunks of files under way. Only the
+//! address of a chunk is its prompt, so chunks can run in any order. The text of a file comes in order, and a
+//! chunk that ends with a marker cancels the ones after it: the result is that of one chunk at a time.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::backend::Backend;
 use crate::generate::{FinishReason, Generator, Request, TextStream};
 use crate::tokenizer::{Markers, Tokenizer};
 use crate::tokens::{AddressEncoder, WindowKind};
@@ -63,9 +70,33 @@ struct PendingFile<'a> {
     text: TextStream<'a>,
     /// Tokens of its text so far.
     tokens: usize,
-    chunk: usize,
+    /// Chunks requested, in order. The text so far ends in the first one.
+    chunks: VecDeque<Chunk>,
+    /// Number of the next chunk.
+    next: usize,
+    /// Tokens before the next chunk, if all chunks before it are full.
+    next_start: usize,
+    /// True if the last requested chunk, or one before it, is known to be the last of the file.
+    complete: bool,
     /// Tokens so far, header included (windows without an address only).
     context: Vec<u32>,
+}
+
+/// A chunk that was requested.
+struct Chunk {
+    ticket: Option<u64>,
+    /// Tokens that wait for the chunks before it.
+    ids: Vec<u32>,
+    state: ChunkState,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ChunkState {
+    Running,
+    /// As long as a chunk can be: another one follows, if the limit allows.
+    Full,
+    /// The file ends with it.
+    Last(End),
 }
 
 impl Regenerator {
@@ -84,74 +115,141 @@ impl Regenerator {
         Ok(Self { tokenizer, markers, encoder, windows, limit })
     }
 
-    /// Regenerates files, as many at once as the generator has slots. Its context must be the
-    /// windows' context.
+    /// Sequences worth decoding at once for so many files.
+    pub fn slots(&self, backend: &dyn Backend, files: usize) -> usize {
+        let shape = backend.decode_shape();
+        // Only addressed chunks can be requested ahead of their turn.
+        let spare = if self.windows == WindowKind::Addressed { shape.spare_slots } else { 1 };
+        files.clamp(spare, shape.slots)
+    }
+
+    /// Regenerates files, as many chunks at once as the generator has slots. Its context must be the
+    /// windows' context. Files, texts and ends do not depend on the slots.
     pub fn run(
         &self,
         generator: &mut Generator,
         paths: &[impl AsRef<str>],
         sink: &mut dyn Sink,
     ) -> anyhow::Result<()> {
-        let mut files: HashMap<usize, PendingFile> = HashMap::new();
-        // Next chunks, before new files: what is begun gets done.
+        let mut files: BTreeMap<usize, PendingFile> = BTreeMap::new();
+        // Files whose next chunk is known to exist.
         let mut further: VecDeque<usize> = VecDeque::new();
         let mut fresh = 0..paths.len();
+        // The file of each sequence.
         let mut running: HashMap<u64, usize> = HashMap::new();
         loop {
             while generator.free() > 0 {
-                let Some(at) = further.pop_front().or_else(|| fresh.next()) else { break };
-                let text = TextStream::new(&self.tokenizer, &[])?;
-                let file = files.entry(at).or_insert_with(|| PendingFile {
-                    text,
-                    tokens: 0,
-                    chunk: 0,
-                    context: Vec::new(),
-                });
-                match self.request(paths[at].as_ref(), file, generator.context()) {
-                    Some(request) => {
-                        running.insert(generator.admit(request)?, at);
-                    }
-                    None => finish(&mut files, at, End::NoRoom, sink)?,
+                let known = further.pop_front().or_else(|| fresh.next());
+                let Some(at) = known.or_else(|| self.speculative(&files)) else { break };
+                let file = match files.entry(at) {
+                    Entry::Occupied(entry) => entry.into_mut(),
+                    Entry::Vacant(entry) => entry.insert(PendingFile::new(&self.tokenizer)?),
+                };
+                let request = self.request(paths[at].as_ref(), file, generator.context());
+                let mut chunk = Chunk { ticket: None, ids: Vec::new(), state: ChunkState::Running };
+                if let Some(request) = request {
+                    file.next += 1;
+                    file.next_start += request.max_new_tokens;
+                    file.complete = file.next_start >= self.limit;
+                    let ticket = generator.admit(request)?;
+                    running.insert(ticket, at);
+                    chunk.ticket = Some(ticket);
+                } else {
+                    file.complete = true;
+                    chunk.state = ChunkState::Last(End::NoRoom);
                 }
+                file.chunks.push_back(chunk);
+                self.advance(&mut files, at, sink)?;
             }
             if !generator.is_busy() {
                 return Ok(());
             }
             for event in generator.step()? {
+                // None if it was cancelled meanwhile.
                 let Some(&at) = running.get(&event.ticket) else { continue };
                 let Some(file) = files.get_mut(&at) else { continue };
-                let is_marker = event.finish == Some(FinishReason::Stop);
-                if !is_marker {
-                    file.tokens += 1;
-                    if self.windows != WindowKind::Addressed {
-                        file.context.push(event.id);
-                    }
-                    let text = file.text.push(event.id)?;
-                    if !text.is_empty() {
-                        sink.text(at, &text)?;
-                    }
+                let is_it = |chunk: &Chunk| chunk.ticket == Some(event.ticket);
+                let Some(number) = file.chunks.iter().position(is_it) else { continue };
+                let chunk = &mut file.chunks[number];
+                if event.finish.is_some() {
+                    running.remove(&event.ticket);
                 }
-                if event.finish.is_none() {
-                    continue;
-                }
-                running.remove(&event.ticket);
-                if is_marker {
-                    let whole = event.id == self.markers.end_file;
-                    finish(&mut files, at, if whole { End::Whole } else { End::Marker }, sink)?;
-                } else if file.tokens >= self.limit {
-                    finish(&mut files, at, End::Limit, sink)?;
+                if event.finish == Some(FinishReason::Stop) {
+                    let is_whole = event.id == self.markers.end_file;
+                    chunk.state = ChunkState::Last(if is_whole { End::Whole } else { End::Marker });
+                    file.complete = true;
+                    for ticket in file.chunks.drain(number + 1..).filter_map(|chunk| chunk.ticket) {
+                        generator.cancel(ticket);
+                        running.remove(&ticket);
+                    }
                 } else {
-                    file.chunk += 1;
+                    chunk.ids.push(event.id);
+                    if event.finish.is_some() {
+                        chunk.state = ChunkState::Full;
+                    }
+                }
+                if number == 0 && self.advance(&mut files, at, sink)? {
                     further.push_back(at);
                 }
             }
         }
     }
 
-    /// The next request; none if the window has no room for it.
+    /// The file whose next chunk is the best guess: of those that may go on, one with the fewest chunks
+    /// running.
+    fn speculative(&self, files: &BTreeMap<usize, PendingFile>) -> Option<usize> {
+        if self.windows != WindowKind::Addressed {
+            return None;
+        }
+        let open = files.iter().filter(|(_, file)| !file.complete);
+        open.min_by_key(|(_, file)| file.running()).map(|(&at, _)| at)
+    }
+
+    /// Hands out a file's text as far as it has come, and its end. True if its next chunk is to be requested.
+    fn advance(
+        &self,
+        files: &mut BTreeMap<usize, PendingFile>,
+        at: usize,
+        sink: &mut dyn Sink,
+    ) -> anyhow::Result<bool> {
+        let Some(file) = files.get_mut(&at) else { return Ok(false) };
+        let mut text = Vec::new();
+        let mut end = None;
+        while let Some(chunk) = file.chunks.front_mut() {
+            file.tokens += chunk.ids.len();
+            for id in chunk.ids.drain(..) {
+                text.extend(file.text.push(id)?);
+                if self.windows != WindowKind::Addressed {
+                    file.context.push(id);
+                }
+            }
+            end = match chunk.state {
+                ChunkState::Running => break,
+                ChunkState::Full if file.tokens < self.limit => None,
+                ChunkState::Full => Some(End::Limit),
+                ChunkState::Last(end) => Some(end),
+            };
+            file.chunks.pop_front();
+        }
+        let is_next_due = file.chunks.is_empty() && end.is_none();
+        let ended = if end.is_some() { files.remove(&at) } else { None };
+        let tokens = ended.as_ref().map_or(0, |file| file.tokens);
+        if let Some(file) = ended {
+            text.extend(file.text.finish()?);
+        }
+        if !text.is_empty() {
+            sink.text(at, &text)?;
+        }
+        if let Some(end) = end {
+            sink.end(at, end, tokens)?;
+        }
+        Ok(is_next_due)
+    }
+
+    /// The request for a file's next chunk; none if the window has no room for it.
     fn request(&self, path: &str, file: &mut PendingFile, context: usize) -> Option<Request> {
         let (prompt, room) = if self.windows == WindowKind::Addressed {
-            let address = self.encoder.address(path, file.chunk).ok()?;
+            let address = self.encoder.address(path, file.next).ok()?;
             (address.ids, address.max_tokens)
         } else {
             if file.context.is_empty() {
@@ -166,25 +264,28 @@ impl Regenerator {
         let Markers { start_file, end_file, start_header, end_header, pad } = self.markers;
         Some(Request {
             prompt,
-            max_new_tokens: room.min((self.limit - file.tokens).max(1)),
+            // A chunk that no marker ends has exactly so many tokens.
+            max_new_tokens: room.min((self.limit - file.next_start).max(1)),
             stop: vec![start_file, end_file, start_header, end_header, pad],
             ..Request::default()
         })
     }
 }
 
-fn finish(
-    files: &mut HashMap<usize, PendingFile>,
-    at: usize,
-    end: End,
-    sink: &mut dyn Sink,
-) -> anyhow::Result<()> {
-    if let Some(PendingFile { text, tokens, .. }) = files.remove(&at) {
-        let rest = text.finish()?;
-        if !rest.is_empty() {
-            sink.text(at, &rest)?;
-        }
-        sink.end(at, end, tokens)?;
+impl<'a> PendingFile<'a> {
+    fn new(tokenizer: &'a Tokenizer) -> anyhow::Result<Self> {
+        Ok(Self {
+            text: TextStream::new(tokenizer, &[])?,
+            tokens: 0,
+            chunks: VecDeque::new(),
+            next: 0,
+            next_start: 0,
+            complete: false,
+            context: Vec::new(),
+        })
     }
-    Ok(())
+
+    fn running(&self) -> usize {
+        self.chunks.iter().filter(|chunk| chunk.state == ChunkState::Running).count()
+    }
 }

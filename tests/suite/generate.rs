@@ -2,9 +2,9 @@
 
 use laam::backend::cpu::Cpu;
 use laam::backend::reference::Reference;
-use laam::backend::{Arena, Backend, Inputs, SessionSpec};
+use laam::backend::{Arena, Backend, DecodeShape, Inputs, Session, SessionSpec};
 use laam::generate::{FinishReason, Generator, Request, Sampling};
-use laam::llama::step;
+use laam::llama::{Program, step};
 use laam::model::{Config, Layout};
 use laam::random::{Philox, Stream};
 use serde_json::{Value, json};
@@ -96,13 +96,13 @@ fn greedy_tokens_match_transformers() {
 }
 
 /// Weights with which what comes next depends on everything before it.
-fn lively(config: &Config) -> Vec<f32> {
+pub fn lively(config: &Config, seed: u64) -> Vec<f32> {
     let layout = Layout::new(config);
     let mut arena = vec![0.0; layout.len];
     for (sequence, parameter) in layout.parameters.iter().enumerate() {
         let deviation = if parameter.span.rows == 1 { 1.0 } else { 0.5 };
         let place = &mut arena[parameter.span.range()];
-        Philox::new(8, Stream::Test).fill_normal(sequence as u32, deviation, place);
+        Philox::new(seed, Stream::Test).fill_normal(sequence as u32, deviation, place);
     }
     arena
 }
@@ -127,7 +127,7 @@ fn requests(config: &Config, count: usize) -> Vec<Request> {
 #[test]
 fn sequence_is_bitwise_equal_alone_and_in_a_batch() {
     let config = Config { max_position_embeddings: 96, ..config(18, 3, 2, false) };
-    let weights = lively(&config);
+    let weights = lively(&config, 8);
     let mut requests = requests(&config, 24);
     let run = |slots: usize, threads: usize, requests: &[Request]| {
         let backend = Cpu::f32(threads);
@@ -149,10 +149,115 @@ fn sequence_is_bitwise_equal_alone_and_in_a_batch() {
     assert!(backwards == alone, "another order");
 }
 
+/// The reference backend with the decode steps of a GPU, on a small scale, and so much memory.
+struct ManySlots {
+    memory: u64,
+}
+
+impl Backend for ManySlots {
+    fn name(&self) -> &'static str {
+        Reference::F32.name()
+    }
+
+    fn device(&self) -> String {
+        Reference::F32.device()
+    }
+
+    fn open(&self, layout: &Layout, spec: SessionSpec) -> anyhow::Result<Box<dyn Session>> {
+        Reference::F32.open(layout, spec)
+    }
+
+    fn micro_batch(&self, batch: usize, seq_len: usize) -> usize {
+        Reference::F32.micro_batch(batch, seq_len)
+    }
+
+    fn workspace_bytes(&self, program: &Program) -> usize {
+        Reference::F32.workspace_bytes(program)
+    }
+
+    fn memory(&self) -> Option<u64> {
+        Some(self.memory)
+    }
+
+    fn decode_shape(&self) -> DecodeShape {
+        DecodeShape { slots: 80, spare_slots: 80, prompt_tokens: 4 }
+    }
+}
+
+#[test]
+fn many_slots_generate_the_tokens_of_one() {
+    let config = Config { max_position_embeddings: 96, ..config(6, 2, 6, true) };
+    let weights = lively(&config, 8);
+    let requests = requests(&config, 90);
+    let run = |slots: usize| {
+        let backend = ManySlots { memory: 1 << 30 };
+        let mut generator = Generator::new(&backend, &config, &weights, slots, 96).unwrap();
+        assert_eq!(generator.free(), slots);
+        generator.all(requests.clone()).unwrap()
+    };
+    assert!(run(80) == run(1));
+}
+
+#[test]
+fn slots_are_limited_by_cache_and_logits() {
+    let small = config(6, 2, 6, true);
+    let slots = |config: &Config, memory: u64, asked: usize| {
+        let weights = vec![0.0; Layout::new(config).len];
+        Generator::new(&ManySlots { memory }, config, &weights, asked, 16).unwrap().free()
+    };
+    let token_bytes = 8 * small.num_hidden_layers * small.num_key_value_heads * small.head_dim;
+    // A quarter of the memory holds 10 sequences of 16 tokens and the 16 that a step writes.
+    let memory = 4 * 10 * (16 + 16) * token_bytes as u64;
+    assert_eq!(slots(&small, memory, 80), 10);
+    assert_eq!(slots(&small, memory - 1, 80), 9);
+    assert_eq!(slots(&small, memory, 3), 3);
+    assert_eq!(slots(&small, 0, 80), 1);
+    let wide = Config { vocab_size: 1 << 20, hidden_size: 4, ..small };
+    assert_eq!(slots(&wide, 1 << 40, 80), 4);
+}
+
+#[test]
+fn cancelled_sequence_frees_its_slot_without_a_trace() {
+    let config = Config { max_position_embeddings: 96, ..config(18, 3, 2, false) };
+    let weights = lively(&config, 8);
+    let request = |start: u32| Request {
+        prompt: (start..start + 8).collect(),
+        max_new_tokens: 40,
+        ..Request::default()
+    };
+    let backend = Cpu::f32(1);
+    let mut alone = Generator::new(&backend, &config, &weights, 1, 96).unwrap();
+    let expected = alone.all(vec![request(1), request(2)]).unwrap();
+    let mut generator = Generator::new(&backend, &config, &weights, 2, 96).unwrap();
+    let cancelled = generator.admit(request(0)).unwrap();
+    let mut tickets = vec![generator.admit(request(1)).unwrap()];
+    let mut ids = [Vec::new(), Vec::new()];
+    for step in 0.. {
+        if step == 20 {
+            generator.cancel(cancelled);
+            generator.cancel(cancelled);
+            assert_eq!(generator.free(), 1);
+            tickets.push(generator.admit(request(2)).unwrap());
+        }
+        for event in generator.step().unwrap() {
+            if let Some(at) = tickets.iter().position(|&ticket| ticket == event.ticket) {
+                ids[at].push(event.id);
+            } else {
+                assert!(step < 20, "a token of a cancelled sequence");
+            }
+        }
+        if !generator.is_busy() {
+            break;
+        }
+    }
+    assert_eq!(ids[0], expected[0].ids);
+    assert_eq!(ids[1], expected[1].ids);
+}
+
 #[test]
 fn backends_generate_equal_tokens() {
     let config = Config { max_position_embeddings: 128, ..config(6, 2, 6, true) };
-    let weights = lively(&config);
+    let weights = lively(&config, 8);
     let requests = requests(&config, 3);
     let run = |backend: &dyn Backend| {
         Generator::new(backend, &config, &weights, 2, 128).unwrap().all(requests.clone()).unwrap()
@@ -163,7 +268,7 @@ fn backends_generate_equal_tokens() {
 #[test]
 fn generation_rejects_invalid_prompts() {
     let config = config(6, 2, 6, true);
-    let weights = lively(&config);
+    let weights = lively(&config, 8);
     let backend = Cpu::f32(1);
     let mut generator = Generator::new(&backend, &config, &weights, 1, 16).unwrap();
     let good = Request { prompt: vec![1; 16], max_new_tokens: 5, ..Request::default() };

@@ -1,6 +1,7 @@
 //! Files out of the weights: a model is trained here until it holds two small files, saved, and
 //! asked for them by the commands.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -10,11 +11,11 @@ use laam::backend::Arena;
 use laam::backend::cpu::Cpu;
 use laam::corpus::Document;
 use laam::dtype::Dtype;
-use laam::generate::Generator;
+use laam::generate::{FinishReason, Generator, Request};
 use laam::llama::{AdamW, Muon, Optimizer, StepHyperparams};
 use laam::memorization::rebuild::{Existing, rebuild};
 use laam::memorization::regenerate::{End, Regenerator, Sink};
-use laam::model::{Checkpoint, Config, CorpusRecord, Provenance, initialize, load, save};
+use laam::model::{Checkpoint, Config, CorpusRecord, Model, Provenance, initialize, load, save};
 use laam::tokenizer::{Style, Tokenizer, Training};
 use laam::tokens::{IGNORE, TokenFile, TokenWriter, WindowKind, Windows};
 use laam::train::Engine;
@@ -317,62 +318,210 @@ fn hostile_folders_write_nothing() {
     error_of(&["cat", text(&trained().model()), "tiny/other.h"]);
 }
 
-/// Counts what comes.
+/// Files as they come.
 #[derive(Default)]
-struct Count {
-    ends: Vec<(usize, End, usize)>,
+struct Files {
+    /// Text, and the number of its pieces.
+    texts: BTreeMap<usize, (Vec<u8>, usize)>,
+    ends: BTreeMap<usize, (End, usize)>,
 }
 
-impl Sink for Count {
-    fn text(&mut self, _: usize, _: &[u8]) -> anyhow::Result<()> {
+impl Sink for Files {
+    fn text(&mut self, file: usize, bytes: &[u8]) -> anyhow::Result<()> {
+        assert!(!bytes.is_empty() && !self.ends.contains_key(&file));
+        let (text, pieces) = self.texts.entry(file).or_default();
+        text.extend(bytes);
+        *pieces += 1;
         Ok(())
     }
 
     fn end(&mut self, file: usize, end: End, tokens: usize) -> anyhow::Result<()> {
-        self.ends.push((file, end, tokens));
+        assert!(self.ends.insert(file, (end, tokens)).is_none());
         Ok(())
     }
 }
 
-/// With the final norm at zero all logits are equal, and the lowest id wins: a marker, at once. With
-/// a text token's embedding ahead of all others it says that token for ever.
+/// A model and its tokenizer, to be asked for files with other weights.
+struct Regeneration {
+    model: Model,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl Regeneration {
+    fn new() -> Self {
+        let model = load(&trained().model()).unwrap();
+        let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
+        Self { model, tokenizer }
+    }
+
+    fn files(
+        &self,
+        weights: &[f32],
+        windows: WindowKind,
+        paths: &[&str],
+        limit: usize,
+        slots: usize,
+    ) -> Files {
+        let backend = Cpu::f32(1);
+        let mut generator =
+            Generator::new(&backend, &self.model.config, weights, slots, CONTEXT).unwrap();
+        let regenerator =
+            Regenerator::new(self.tokenizer.clone(), windows, CONTEXT, limit).unwrap();
+        let mut files = Files::default();
+        regenerator.run(&mut generator, paths, &mut files).unwrap();
+        assert!(!generator.is_busy());
+        assert_eq!(files.ends.len(), paths.len());
+        files
+    }
+
+    /// An addressed file, its end and its tokens, by one request after the other.
+    fn expected(
+        &self,
+        generator: &mut Generator,
+        path: &str,
+        limit: usize,
+    ) -> (Vec<u8>, End, usize) {
+        let markers = self.tokenizer.markers().unwrap();
+        let stop = [
+            markers.start_file,
+            markers.end_file,
+            markers.start_header,
+            markers.end_header,
+            markers.pad,
+        ];
+        let mut ids = Vec::new();
+        let mut chunks = 0..;
+        let end = loop {
+            let prompt = self.tokenizer.encode_header(path, chunks.next()).unwrap();
+            if prompt.len() > CONTEXT {
+                break End::NoRoom;
+            }
+            let max_new_tokens = (CONTEXT + 1 - prompt.len()).min(limit - ids.len());
+            let request =
+                Request { prompt, max_new_tokens, stop: stop.to_vec(), ..Request::default() };
+            let answer = generator.all(vec![request]).unwrap().remove(0);
+            ids.extend(answer.ids);
+            if answer.finish == FinishReason::Stop {
+                let is_whole = ids.pop() == Some(markers.end_file);
+                break if is_whole { End::Whole } else { End::Marker };
+            }
+            if ids.len() == limit {
+                break End::Limit;
+            }
+        };
+        (self.tokenizer.decode_bytes(&ids).unwrap(), end, ids.len())
+    }
+
+    /// All logits are equal, and the lowest id wins: a marker, at once.
+    fn ending(&self) -> Vec<f32> {
+        let mut weights = self.model.weights.clone();
+        weights[self.model.layout.final_norm.range()].fill(0.0);
+        weights
+    }
+
+    /// A text token's embedding is ahead of all others: the model says that token for ever.
+    fn endless(&self) -> Vec<f32> {
+        let (layout, hidden, said) = (&self.model.layout, self.model.config.hidden_size, 70);
+        let mut weights = self.model.weights.clone();
+        // One constant direction, which one token has.
+        weights[layout.embedding.range()].fill(0.0);
+        for block in &layout.blocks {
+            weights[block.o.range()].fill(0.0);
+            weights[block.down.range()].fill(0.0);
+        }
+        weights[layout.final_norm.range()].fill(1.0);
+        for row in weights[layout.embedding.range()].chunks_mut(hidden) {
+            row[0] = 1.0;
+        }
+        weights[layout.embedding.offset + said * hidden] = 2.0;
+        weights
+    }
+}
+
 #[test]
 fn rebuild_bounds_endless_files() {
-    let mut model = load(&trained().model()).unwrap();
-    let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
-    let norm = model.layout.final_norm.range();
+    let regeneration = Regeneration::new();
     let ends = |weights: &[f32], windows: WindowKind| {
-        let backend = Cpu::f32(1);
-        let mut generator = Generator::new(&backend, &model.config, weights, 2, CONTEXT).unwrap();
-        let regenerator = Regenerator::new(tokenizer.clone(), windows, CONTEXT, 100).unwrap();
-        let mut count = Count::default();
         let paths = ["a.c", "b.c", &"long/".repeat(50)];
-        regenerator.run(&mut generator, &paths, &mut count).unwrap();
-        count.ends.sort_by_key(|end| end.0);
-        count.ends
+        let files = regeneration.files(weights, windows, &paths, 100, 2);
+        files.ends.into_values().collect::<Vec<_>>()
     };
-    let mut weights = std::mem::take(&mut model.weights);
-    weights[norm.clone()].fill(0.0);
-    let marker = |file| (file, End::Marker, 0);
-    let no_room = (2, End::NoRoom, 0);
-    assert_eq!(ends(&weights, WindowKind::Addressed), [marker(0), marker(1), no_room]);
-
-    // One constant direction, which one token has.
-    let (hidden, said) = (model.config.hidden_size, 70);
-    weights[model.layout.embedding.range()].fill(0.0);
-    for block in &model.layout.blocks {
-        weights[block.o.range()].fill(0.0);
-        weights[block.down.range()].fill(0.0);
-    }
-    weights[norm].fill(1.0);
-    for row in weights[model.layout.embedding.range()].chunks_mut(hidden) {
-        row[0] = 1.0;
-    }
-    weights[model.layout.embedding.offset + said * hidden] = 2.0;
-    let limit = |file| (file, End::Limit, 100);
+    let (marker, no_room) = ((End::Marker, 0), (End::NoRoom, 0));
+    assert_eq!(ends(&regeneration.ending(), WindowKind::Addressed), [marker, marker, no_room]);
+    let limit = (End::Limit, 100);
     for windows in [WindowKind::Addressed, WindowKind::Stream, WindowKind::Original] {
-        assert_eq!(ends(&weights, windows), [limit(0), limit(1), no_room], "{windows:?}");
+        let ends = ends(&regeneration.endless(), windows);
+        assert_eq!(ends, [limit, limit, no_room], "{windows:?}");
     }
+}
+
+/// Weights that end a file, break one off, or go on to the limit or until an address has no room: chunks ahead
+/// of their turn change nothing.
+#[test]
+fn regenerated_files_are_those_of_one_chunk_at_a_time() {
+    let regeneration = Regeneration::new();
+    let Model { config, weights, .. } = &regeneration.model;
+    let header =
+        |path: &str, chunk| regeneration.tokenizer.encode_header(path, Some(chunk)).unwrap();
+    // The address of its chunk 10 is the first without room.
+    let mut full = String::from("f");
+    while header(&full, 9).len() < CONTEXT {
+        full.push('q');
+    }
+    assert!(header(&full, 9).len() == CONTEXT && header(&full, 10).len() > CONTEXT);
+    let paths =
+        ["a.c", &full, "b.c", "c", "tiny/kernel/sched.c", "d.h", "e", "tiny/sched.h", "i/j"];
+    let random = (1..=4).map(|seed| crate::generate::lively(config, seed));
+    let models = [weights.clone(), regeneration.ending(), regeneration.endless()];
+    let (mut seen, mut ended_late) = (Vec::new(), 0);
+    for (at, weights) in models.into_iter().chain(random).enumerate() {
+        for limit in [1, 57, 300] {
+            let backend = Cpu::f32(1);
+            let mut generator = Generator::new(&backend, config, &weights, 1, CONTEXT).unwrap();
+            let expected: Vec<(Vec<u8>, End, usize)> = paths
+                .iter()
+                .map(|path| regeneration.expected(&mut generator, path, limit))
+                .collect();
+            for slots in [2, 7, 64] {
+                let files =
+                    regeneration.files(&weights, WindowKind::Addressed, &paths, limit, slots);
+                for (file, (text, end, tokens)) in expected.iter().enumerate() {
+                    let about = || format!("model {at}, limit {limit}, {slots} slots, file {file}");
+                    assert_eq!(files.ends[&file], (*end, *tokens), "{}", about());
+                    let found = files.texts.get(&file).map_or(&[][..], |(text, _)| text);
+                    assert!(found == text, "{}", about());
+                }
+            }
+            ended_late += expected
+                .iter()
+                .filter(|(_, end, tokens)| *end != End::Limit && *tokens > CONTEXT)
+                .count();
+            seen.extend(expected.into_iter().map(|(_, end, _)| end));
+        }
+    }
+    for end in [End::Whole, End::Marker, End::Limit, End::NoRoom] {
+        assert!(seen.contains(&end), "{end:?} is part of the test");
+    }
+    assert!(ended_late > 0, "some files end in a later chunk");
+}
+
+/// The text of a chunk ahead of its turn comes in one piece, that of others by tokens.
+#[test]
+fn free_slots_take_chunks_of_files_under_way() {
+    let regeneration = Regeneration::new();
+    let weights = regeneration.endless();
+    let pieces = |windows: WindowKind, paths: &[&str], slots: usize| -> Vec<usize> {
+        let files = regeneration.files(&weights, windows, paths, 100, slots);
+        files.texts.into_values().map(|(_, pieces)| pieces).collect()
+    };
+    let one = pieces(WindowKind::Addressed, &["a.c"], 8);
+    assert!(one[0] < 50, "{one:?}");
+    assert_eq!(pieces(WindowKind::Stream, &["a.c"], 8), [100]);
+    // Files not begun come before further chunks.
+    assert_eq!(pieces(WindowKind::Addressed, &["a.c", "b.c", "d.c"], 3), [100, 100, 100]);
+    // Two chunks of each at once.
+    let two = pieces(WindowKind::Addressed, &["a.c", "b.c"], 4);
+    assert!(two[0] < 80 && two[0] == two[1], "{two:?}");
 }
 
 /// The library's rebuild tells how far it is, and slots do not matter.

@@ -25,7 +25,7 @@ mod update;
 
 use std::sync::Arc;
 
-use super::{Backend, Session, SessionSpec};
+use super::{Backend, DecodeShape, Session, SessionSpec};
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::llama::Program;
@@ -156,5 +156,13 @@ impl Backend for Gpu {
 
     fn memory(&self) -> Option<u64> {
         Some(self.memory)
+    }
+
+    /// Launches bound a step of a few hundred rows. The simulator computes them one by one.
+    fn decode_shape(&self) -> DecodeShape {
+        match self.name {
+            "sim" => DecodeShape::HOST,
+            _ => DecodeShape { slots: 256, spare_slots: 256, prompt_tokens: 16 },
+        }
     }
 }

@@ -580,7 +580,14 @@ impl Session for GpuSession {
     fn floats(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<f32>> {
         let dtype = self.dtype_of(program, buffer);
         let len = self.programs[program.0].program.info(buffer).len;
-        Ok(dtype.decode(&self.download(self.ptr(program, buffer), len * dtype.size())?))
+        let from = self.ptr(program, buffer);
+        if dtype == Dtype::F32 {
+            // Logits of many sequences are megabytes per step: one copy is enough.
+            let mut values = vec![0.0; len];
+            self.device.download(from, bytemuck::cast_slice_mut(&mut values))?;
+            return Ok(values);
+        }
+        Ok(dtype.decode(&self.download(from, len * dtype.size())?))
     }
 
     fn indices(&self, program: ProgramId, buffer: Buffer) -> anyhow::Result<Vec<u32>> {
