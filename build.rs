@@ -1,11 +1,12 @@
 //! Compiles `kernels/*.cu`: each to one fatbin for GPUs and to PTX for the simulator.
 //!
-//! Without nvcc, or without the features `cuda` and `sim`, the program has no kernels and runs on the
-//! CPU. Variables:
+//! Without nvcc the program contains the shipped PTX, `kernels/prebuilt`, which the driver compiles for
+//! the GPU. Without the features `cuda` and `sim` it has no kernels and runs on the CPU. Variables:
 //!
-//! - `LAAM_CUDA`: `auto` (the default: kernels if there is an nvcc), `require`, or `off`
-//! - `LAAM_CUDA_ARCHS`: the architectures to make SASS for, `80,90a` by default; PTX for all others is
-//!   always there
+//! - `LAAM_CUDA`: `auto` (the default: nvcc, else the shipped PTX), `require` (nvcc, else an error),
+//!   `prebuilt` (the shipped PTX even if there is an nvcc), or `off` (no kernels)
+//! - `LAAM_CUDA_ARCHS`: the architectures to make SASS for; by default `80,90a` and that of each GPU that
+//!   nvidia-smi shows. The driver compiles PTX for all others
 //! - `NVCC`: the compiler; searched for by default
 
 use std::ffi::OsStr;
@@ -15,6 +16,11 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs};
+
+use prebuilt::ShippedKernels;
+
+#[path = "src/kernels/prebuilt.rs"]
+mod prebuilt;
 
 /// CUDA 12.0 is the first to know sm_90a.
 const OLDEST: u32 = 12;
@@ -62,35 +68,91 @@ fn version() -> String {
     format!("{version} ({commit}{dirty})")
 }
 
+/// Where the kernels come from.
+enum Kernels {
+    Compiled(Nvcc, Vec<String>),
+    Shipped(ShippedKernels),
+    /// None, and why.
+    Left(String),
+}
+
 fn build() -> Outcome<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    let archs = archs(&var("LAAM_CUDA_ARCHS").unwrap_or_else(|| "80,90a".into()))?;
+    let given = var("LAAM_CUDA_ARCHS").map(|list| archs(&list)).transpose()?;
     let wanted = feature("CUDA") || feature("SIM");
-    let (nvcc, without) = match var("LAAM_CUDA").as_deref() {
-        _ if !wanted => (None, "it was built without the features cuda and sim".to_string()),
-        Some("off") => (None, "it was built with LAAM_CUDA=off".to_string()),
-        None | Some("auto") => match find()? {
-            Ok(nvcc) => (Some(nvcc), String::new()),
-            Err(why) => {
-                println!("cargo::warning=no CUDA kernels: {why}; {INSTALL}");
-                (None, why)
+    let kernels = match var("LAAM_CUDA").as_deref() {
+        _ if !wanted => Kernels::Left("it was built without the features cuda and sim".into()),
+        Some("off") => Kernels::Left("it was built with LAAM_CUDA=off".into()),
+        Some("prebuilt") => {
+            Kernels::Shipped(shipped().map_err(|why| format!("LAAM_CUDA=prebuilt, but {why}"))?)
+        }
+        None | Some("auto") => match (find()?, shipped()) {
+            (Ok(nvcc), _) => Kernels::Compiled(nvcc, sources()?),
+            (Err(_), Ok(manifest)) => Kernels::Shipped(manifest),
+            (Err(why), Err(stale)) => {
+                println!("cargo::warning=no CUDA kernels: {why}, and {stale}; {INSTALL}");
+                Kernels::Left(format!("{why}, and {stale}"))
             }
         },
         Some("require") => {
             let nvcc = find()?.map_err(|why| format!("LAAM_CUDA=require, but {why}; {INSTALL}"))?;
-            (Some(nvcc), String::new())
+            Kernels::Compiled(nvcc, sources()?)
         }
         Some(other) => {
-            return Err(format!("invalid LAAM_CUDA={other}: must be auto, require or off"));
+            return Err(format!(
+                "invalid LAAM_CUDA={other}: must be auto, require, prebuilt or off"
+            ));
         }
     };
-    let mut kernels = Vec::new();
-    if let Some(nvcc) = &nvcc {
-        kernels = sources()?;
-        compile(nvcc, &kernels, &archs, &out)?;
+    let mut built = Vec::new();
+    if let Kernels::Compiled(nvcc, names) = &kernels {
+        built = given.unwrap_or_else(|| usual_archs(nvcc));
+        compile(nvcc, names, &built, &out)?;
     }
-    let text = generated(nvcc.as_ref(), &archs, &without, &kernels);
+    let text = generated(&kernels, &built);
     fs::write(out.join("kernels.rs"), text).map_err(|e| format!("writing kernels.rs: {e}"))
+}
+
+/// The shipped PTX, or why it cannot be used: it was made from other sources.
+fn shipped() -> Outcome<ShippedKernels> {
+    let kernels = Path::new("kernels");
+    let text = fs::read_to_string(kernels.join("prebuilt").join(prebuilt::MANIFEST));
+    let manifest = text.ok().and_then(|text| ShippedKernels::parse(&text));
+    let manifest = manifest.ok_or("kernels/prebuilt has no manifest")?;
+    let mut names = manifest.modules.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    names.sort();
+    let is_current = |(name, hash): &(String, String)| {
+        prebuilt::source_hash(kernels, name).is_ok_and(|now| now == *hash)
+    };
+    if names == sources()? && manifest.modules.iter().all(is_current) {
+        return Ok(manifest);
+    }
+    Err("kernels/prebuilt was made from other sources than kernels/ has: scripts/prebuild".into())
+}
+
+/// `80`, `90a`, and the architecture of each GPU of this machine that nvcc knows.
+fn usual_archs(nvcc: &Nvcc) -> Vec<String> {
+    let mut archs = vec!["80".to_string(), "90a".to_string()];
+    let lines = |command: &mut Command| {
+        let output = command.output().ok().filter(|output| output.status.success());
+        let text = output.map_or_else(String::new, |output| {
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        });
+        text.lines().map(|line| line.trim().to_string()).collect::<Vec<_>>()
+    };
+    let query = ["--query-gpu=compute_cap", "--format=csv,noheader"];
+    let present = lines(Command::new("nvidia-smi").args(query));
+    if present.is_empty() {
+        return archs;
+    }
+    let known = lines(Command::new(&nvcc.path).arg("--list-gpu-code"));
+    for arch in present.iter().map(|capability| capability.replace('.', "")) {
+        let is_new = !archs.iter().any(|built| built.trim_end_matches('a') == arch);
+        if is_new && known.contains(&format!("sm_{arch}")) {
+            archs.push(arch);
+        }
+    }
+    archs
 }
 
 /// A variable that decides about the build: a change of it starts a new one.
@@ -302,18 +364,21 @@ fn is_current(record_file: &Path, record: &str, dependencies: &Path) -> bool {
 }
 
 /// The Rust text that `src/kernels.rs` includes.
-fn generated(nvcc: Option<&Nvcc>, archs: &[String], without: &str, kernels: &[String]) -> String {
+fn generated(kernels: &Kernels, archs: &[String]) -> String {
     let compiler = env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
     let rustc = Command::new(compiler).arg("--version").output();
     let rustc = rustc.map_or_else(|_| String::new(), |o| String::from_utf8_lossy(&o.stdout).into());
     let given = |name: &str| env::var(name).unwrap_or_default();
     let mut text = String::new();
-    let cuda = match nvcc {
-        Some(nvcc) => {
-            let path = nvcc.path.display().to_string();
-            format!("Ok(Nvcc {{ path: {path:?}, version: {:?}, archs: &{archs:?} }})", nvcc.version)
+    let cuda = match kernels {
+        Kernels::Compiled(nvcc, _) => {
+            let (path, version) = (nvcc.path.display().to_string(), &nvcc.version);
+            format!("Ok(Nvcc {{ path: Some({path:?}), version: {version:?}, archs: &{archs:?} }})")
         }
-        None => format!("Err({without:?})"),
+        Kernels::Shipped(manifest) => {
+            format!("Ok(Nvcc {{ path: None, version: {:?}, archs: &[] }})", manifest.nvcc)
+        }
+        Kernels::Left(why) => format!("Err({why:?})"),
     };
     writeln!(
         text,
@@ -324,19 +389,36 @@ fn generated(nvcc: Option<&Nvcc>, archs: &[String], without: &str, kernels: &[St
         rustc.trim()
     )
     .expect("a string takes all");
-    text.push_str("/// Every kernel file, by name; none if there was no nvcc.\n");
+    let count = match kernels {
+        Kernels::Compiled(_, names) => names.len(),
+        Kernels::Shipped(manifest) => manifest.modules.len(),
+        Kernels::Left(_) => 0,
+    };
+    text.push_str("/// Every kernel file, by name.\n");
     // A static: of a constant, each codegen unit that names it would have a copy.
-    text.push_str("pub static CUDA_MODULES: &[CudaModule] = &[\n");
-    for name in kernels {
-        let file = |kind| format!("(concat!(env!(\"OUT_DIR\"), \"/{name}.{kind}\"))");
-        let fatbin = if feature("CUDA") {
-            format!("include_bytes!{}", file("fatbin"))
-        } else {
-            "&[]".to_string()
-        };
-        let ptx = format!("include_str!{}", file("ptx"));
-        writeln!(text, "    CudaModule {{ name: {name:?}, fatbin: {fatbin}, ptx: {ptx} }},")
-            .expect("a string takes all");
+    text.push_str("pub static CUDA_MODULES: &[CudaModule] = &MODULES;\n");
+    writeln!(text, "static MODULES: [CudaModule; {count}] = [").expect("a string takes all");
+    let mut line = |module: String| writeln!(text, "    CudaModule::{module},").expect("as above");
+    match kernels {
+        Kernels::Compiled(_, names) => {
+            for name in names {
+                let file = |kind| format!("(concat!(env!(\"OUT_DIR\"), \"/{name}.{kind}\"))");
+                let fatbin = if feature("CUDA") {
+                    format!("include_bytes!{}", file("fatbin"))
+                } else {
+                    "&[]".to_string()
+                };
+                line(format!("compiled({name:?}, {fatbin}, include_str!{})", file("ptx")));
+            }
+        }
+        Kernels::Shipped(manifest) => {
+            for (name, _) in &manifest.modules {
+                let file = format!("/kernels/prebuilt/{name}.ptx.xz");
+                let file = format!("concat!(env!(\"CARGO_MANIFEST_DIR\"), {file:?})");
+                line(format!("shipped({name:?}, include_bytes!({file}))"));
+            }
+        }
+        Kernels::Left(_) => {}
     }
     text.push_str("];\n");
     text

@@ -1,23 +1,92 @@
-//! CUDA modules compiled from `kernels/*.cu` by `build.rs`, and the record of that build.
+//! CUDA modules of `kernels/*.cu`, compiled by `build.rs` or shipped as PTX, and the record of the build.
+
+pub mod prebuilt;
 
 use std::collections::HashMap;
+use std::io::Read;
 use std::sync::OnceLock;
 
 /// One compiled kernel file.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct CudaModule {
     /// File stem: `rms_norm` for `kernels/rms_norm.cu`.
     pub name: &'static str,
-    /// SASS for the architectures of the build and PTX for all others: what the driver loads.
+    /// SASS for the architectures of the build; empty in a build without nvcc.
     pub fatbin: &'static [u8],
-    /// PTX for compute capability 8.0 with line info: what the simulator runs.
-    pub ptx: &'static str,
+    text: PtxText,
+}
+
+/// PTX as the program contains it.
+#[derive(Debug)]
+enum PtxText {
+    Plain(&'static str),
+    /// In xz, and the text once it was asked for.
+    Packed(&'static [u8], OnceLock<String>),
+}
+
+/// ISA version of [`portable`] PTX: the first that knows compute capability 8.0. Every driver for CUDA
+/// 11.0 or newer compiles it.
+pub const PORTABLE_ISA: &str = "7.0";
+
+/// PTX without comments and line tables, at version [`PORTABLE_ISA`].
+pub fn portable(ptx: &str) -> String {
+    let code = ptx.split("\n\t.section\t.debug_").next().unwrap_or(ptx);
+    let mut text = String::with_capacity(code.len());
+    for line in code.lines() {
+        let start = line.trim_start();
+        if start.is_empty() || ["//", ".loc\t", ".file\t"].iter().any(|cut| start.starts_with(cut))
+        {
+            continue;
+        }
+        if start.starts_with(".version ") {
+            text.push_str(".version ");
+            text.push_str(PORTABLE_ISA);
+        } else {
+            text.push_str(line);
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// Bytes of the largest shipped PTX, and of the memory that unpacking it takes, with room to spare.
+const MAX_PTX_BYTES: u64 = 64 << 20;
+
+/// Unpacks a shipped PTX.
+pub fn unpack(packed: &[u8]) -> std::io::Result<String> {
+    let mut text = String::new();
+    let reader = lzma_rust2::XzReader::new_mem_limit(packed, false, (MAX_PTX_BYTES >> 10) as u32);
+    reader.take(MAX_PTX_BYTES).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+// Each build uses one of the two.
+#[allow(dead_code)]
+impl CudaModule {
+    const fn compiled(name: &'static str, fatbin: &'static [u8], ptx: &'static str) -> CudaModule {
+        CudaModule { name, fatbin, text: PtxText::Plain(ptx) }
+    }
+
+    const fn shipped(name: &'static str, packed: &'static [u8]) -> CudaModule {
+        CudaModule { name, fatbin: &[], text: PtxText::Packed(packed, OnceLock::new()) }
+    }
 }
 
 impl CudaModule {
+    /// PTX for compute capability 8.0: what the simulator runs, and what a driver compiles for a GPU that
+    /// the fatbin has no SASS for. nvcc's own has line tables, the shipped one is [`portable`].
+    pub fn ptx(&'static self) -> &'static str {
+        match &self.text {
+            PtxText::Plain(text) => text,
+            PtxText::Packed(packed, text) => {
+                text.get_or_init(|| unpack(packed).expect("a test unpacks every shipped PTX"))
+            }
+        }
+    }
+
     /// Entry names, in PTX order.
-    pub fn entries(&self) -> impl Iterator<Item = &'static str> {
-        self.ptx.lines().filter_map(|line| {
+    pub fn entries(&'static self) -> impl Iterator<Item = &'static str> {
+        self.ptx().lines().filter_map(|line| {
             let rest = line.trim_start().strip_prefix(".visible .entry ")?;
             Some(rest.split('(').next().unwrap_or(rest).trim())
         })
@@ -61,7 +130,7 @@ pub fn entry(name: &str) -> Option<&'static Entry> {
     let all = ENTRIES.get_or_init(|| {
         let entries = CUDA_MODULES.iter().flat_map(|module| {
             module.entries().map(move |name| {
-                (name, Entry { module, parameters: Entry::parameters(module.ptx, name) })
+                (name, Entry { module, parameters: Entry::parameters(module.ptx(), name) })
             })
         });
         entries.collect()
@@ -78,22 +147,33 @@ pub struct Build {
     pub profile: &'static str,
     /// `rustc 1.95.0 (...)`
     pub rustc: &'static str,
-    /// CUDA compiler, or the reason there was none.
+    /// The compiler of the kernels, or the reason there are none.
     pub cuda: Result<Nvcc, &'static str>,
 }
 
-/// CUDA compiler of a build.
+/// CUDA compiler of the kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Nvcc {
-    /// Path on the build machine.
-    pub path: &'static str,
+    /// Path on the build machine; `None` if the build took the shipped PTX.
+    pub path: Option<&'static str>,
     /// `13.0.88`
     pub version: &'static str,
-    /// Architectures with SASS: `80`, `90a`.
+    /// Architectures with SASS: `80`, `90a`; none in the shipped PTX.
     pub archs: &'static [&'static str],
 }
 
 impl Nvcc {
+    /// Whether there is SASS for this compute capability: of the same major version and a minor version
+    /// that is not newer (PTX ISA, `.target`); `90a` is for 9.0 alone.
+    pub fn has_sass(&self, (major, minor): (i32, i32)) -> bool {
+        self.archs.iter().any(|arch| {
+            let number = arch.trim_end_matches(['a', 'f']);
+            let Ok(number) = number.parse::<i32>() else { return false };
+            let (of, up_to) = (number / 10, number % 10);
+            of == major && if arch.ends_with('a') { up_to == minor } else { up_to <= minor }
+        })
+    }
+
     /// Major version.
     pub fn major(&self) -> u32 {
         self.version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
@@ -158,7 +238,7 @@ mod tests {
     #[test]
     fn parameter_sizes_match_the_simulator() {
         for module in CUDA_MODULES {
-            let simulated = ptxsim::Module::from_ptx(module.ptx).unwrap();
+            let simulated = ptxsim::Module::from_ptx(module.ptx()).unwrap();
             for simulated in simulated.kernels() {
                 let sizes: Vec<usize> =
                     simulated.params().iter().map(|parameter| parameter.size).collect();
@@ -176,13 +256,27 @@ mod tests {
     }
 
     #[test]
+    fn sass_runs_on_its_own_generation_only() {
+        let nvcc = Nvcc { path: None, version: "13.0.88", archs: &["80", "90a", "120"] };
+        for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1)] {
+            assert!(nvcc.has_sass(capability), "{capability:?}");
+        }
+        for capability in [(7, 5), (10, 0), (10, 3), (11, 0)] {
+            assert!(!nvcc.has_sass(capability), "{capability:?}");
+        }
+        assert!(!Nvcc { archs: &["90a"], ..nvcc }.has_sass((9, 1)));
+        assert!(!Nvcc { archs: &["89"], ..nvcc }.has_sass((8, 6)));
+        assert!(!Nvcc { archs: &[], ..nvcc }.has_sass((8, 0)));
+    }
+
+    #[test]
     fn every_kernel_file_is_compiled_with_all_its_entries() {
         let Ok(nvcc) = BUILD.cuda else {
             assert!(CUDA_MODULES.is_empty());
             eprintln!("SKIPPED: kernel entries, because {}", BUILD.cuda.unwrap_err());
             return;
         };
-        assert!(nvcc.major() >= 12 && !nvcc.archs.is_empty());
+        assert!(nvcc.major() >= 12 && nvcc.archs.is_empty() == nvcc.path.is_none());
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
         let mut files = 0;
         for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
@@ -204,8 +298,11 @@ mod tests {
                     "{name}: {entry} is not declared"
                 );
             }
-            assert!(module.ptx.contains(".target sm_80"), "{name}");
-            assert!(module.ptx.contains("\t.loc\t"), "{name} has no line info");
+            assert!(module.ptx().contains(".target sm_80"), "{name}");
+            if nvcc.path.is_none() {
+                continue;
+            }
+            assert!(module.ptx().contains("\t.loc\t"), "{name} has no line info");
             // The first word of what `cuModuleLoadData` takes for a fatbin.
             assert_eq!(module.fatbin[..4], 0xBA55_ED50_u32.to_le_bytes(), "{name}");
         }

@@ -1,10 +1,11 @@
 //! The backend that executes: flags that every command which runs a model shares.
 
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use clap::{Args, ValueEnum};
 
 use super::group;
+use super::output::say;
 use crate::backend::Backend;
 use crate::backend::cpu::{Cpu, CpuKernels};
 use crate::backend::gpu::{self, Gpu, Mode, Options};
@@ -50,6 +51,9 @@ pub struct BackendArgs {
     /// LM head and loss kernels of a GPU
     #[arg(long, alias = "head", value_enum, default_value_t)]
     pub lm_head_kernel: LmHeadKernel,
+    /// Matmuls of a GPU
+    #[arg(long, value_enum, default_value_t)]
+    pub matmul_kernel: MatmulKernel,
     /// Kernels of the cpu backend
     #[arg(long, value_enum, default_value_t)]
     pub cpu_kernels: CpuKernels,
@@ -64,6 +68,16 @@ pub enum LmHeadKernel {
     /// The one for every shape, which the others are compared with
     #[value(alias = "plain")]
     Generic,
+}
+
+/// Matmuls on a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum MatmulKernel {
+    /// cuBLASLt if there is one, else laam's own; loops on the host in the simulator
+    #[default]
+    Auto,
+    /// laam's own
+    Own,
 }
 
 /// Kernels for attention on a GPU.
@@ -109,6 +123,7 @@ impl BackendArgs {
             dtype,
             mode: if profile { Mode::Profile } else { Mode::Graphs },
             generic_lm_head: self.lm_head_kernel == LmHeadKernel::Generic,
+            own_matmul: self.matmul_kernel == MatmulKernel::Own,
             attention: match self.attention_kernel {
                 AttentionKernelArg::Auto => gpu::AttentionChoice::Auto,
                 AttentionKernelArg::NoTensorCores => gpu::AttentionChoice::NoTensorCores,
@@ -120,7 +135,12 @@ impl BackendArgs {
         let threads = self.threads();
         Ok(match kind {
             BackendKind::Reference => Box::new(Reference::F32),
-            BackendKind::Cuda => Box::new(Gpu::new(Arc::new(|| open_cuda(own_gpu())), options)?),
+            BackendKind::Cuda => {
+                let gpu = Gpu::new(Arc::new(|| open_cuda(own_gpu())), options)?;
+                static NOTES: Once = Once::new();
+                NOTES.call_once(|| gpu.notes().iter().for_each(|note| say!("{note}")));
+                Box::new(gpu)
+            }
             BackendKind::Sim => Box::new(Gpu::new(Arc::new(move || open_sim(threads)), options)?),
             BackendKind::Auto | BackendKind::Cpu => {
                 let (bf16, kernels) = (dtype == Dtype::Bf16, self.cpu_kernels);

@@ -12,7 +12,7 @@ use super::{Outcome, backend};
 use crate::collective::launcher::LaunchPlace;
 use crate::collective::mpi::{self, MpiFamily};
 use crate::corpus::cache_folder;
-use crate::device::driver::{Driver, Library, oldest_driver};
+use crate::device::driver::{Driver, Library, OLDEST_DRIVER};
 use crate::error::hint_of;
 use crate::escape::visible;
 use crate::files;
@@ -115,16 +115,15 @@ impl Findings {
             add("a debug build: several times slower".into(), "cargo build --release");
         }
         let driver = &self.driver;
-        let wanted = BUILD.cuda.map_or(0, |nvcc| oldest_driver(nvcc.major()));
         match driver.major() {
             None if driver.library.is_some() => {} // As under WSL: the driver is the host's.
             None => add(
                 "no NVIDIA driver".into(),
-                "with an NVIDIA GPU, install its driver (580 or newer); without one, train on the CPU",
+                "with an NVIDIA GPU, install its driver (525 or newer); without one, train on the CPU",
             ),
-            Some(major) if major < wanted => add(
-                format!("driver {major} is too old for these kernels, which need {wanted}"),
-                "update the driver, or build with an older CUDA by setting NVCC",
+            Some(major) if major < OLDEST_DRIVER => add(
+                format!("driver {major} is too old: the kernels need {OLDEST_DRIVER}"),
+                "update the driver",
             ),
             Some(_) if driver.library.is_none() => add(
                 "a driver, but no libcuda.so.1".into(),
@@ -140,7 +139,7 @@ impl Findings {
             && (driver.library.is_some() || driver.version.is_some())
         {
             add(
-                "no cuBLASLt (libcublasLt.so.13 or .12), which the GPU's products need".into(),
+                "no cuBLASLt (libcublasLt.so.13 or .12): matmuls are slower without it".into(),
                 "name the place in VIRTUAL_ENV (pip install nvidia-cublas), CUDA_HOME or LAAM_CUBLASLT",
             );
         }
@@ -174,8 +173,15 @@ impl Findings {
                 let archs: Vec<_> = nvcc.archs.iter().map(|arch| format!("sm_{arch}")).collect();
                 let (version, archs) = (nvcc.version, archs.join(", "));
                 writeln!(out, "  kernels {}", names().join(", "))?;
-                writeln!(out, "          by nvcc {version} for {archs} and PTX for compute_80")?;
-                writeln!(out, "          {}", nvcc.path)?;
+                if let Some(path) = nvcc.path {
+                    writeln!(
+                        out,
+                        "          by nvcc {version} for {archs} and PTX for compute_80"
+                    )?;
+                    writeln!(out, "          {path}")?;
+                } else {
+                    writeln!(out, "          shipped PTX of nvcc {version} for compute_80")?;
+                }
             }
             Err(why) => writeln!(out, "  kernels none: {why}")?,
         }
@@ -222,8 +228,9 @@ impl Findings {
             "rustc": BUILD.rustc,
             "backends": self.backends,
             "kernels": names(),
-            "nvcc": nvcc.map(|nvcc| nvcc.path),
+            "nvcc": nvcc.and_then(|nvcc| nvcc.path),
             "nvcc_version": nvcc.map(|nvcc| nvcc.version),
+            "shipped_ptx": nvcc.is_some_and(|nvcc| nvcc.path.is_none()),
             "archs": nvcc.map(|nvcc| nvcc.archs),
             "no_kernels_because": BUILD.cuda.err(),
             "threads": self.threads,

@@ -69,10 +69,10 @@ pub enum Library {
     Loaded(PathBuf),
 }
 
-/// Oldest driver that runs kernels compiled by a CUDA toolkit of this major version.
-pub fn oldest_driver(cuda: u32) -> u32 {
-    if cuda >= 13 { 580 } else { 525 }
-}
+/// Oldest CUDA version of a driver that this program supports, and the first driver with it. Kernels that
+/// a newer toolkit compiled are given to an older driver as PTX.
+pub const OLDEST_CUDA: u32 = 12;
+pub const OLDEST_DRIVER: u32 = 525;
 
 /// The first word of digits and dots in `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06
 /// Sun ...`.

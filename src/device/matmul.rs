@@ -1,6 +1,6 @@
-//! Matrix products: `C = A B` or `C += A B`, row-major.
+//! Matrix products: `C = A B` or `C += A B`, row-major; and their launches with `kernels/matmul.cu`.
 
-use super::Address;
+use super::{Address, Arg, Launch};
 use crate::dtype::Dtype;
 use crate::error;
 
@@ -41,6 +41,9 @@ impl Matrix {
     }
 }
 
+/// Limit of the grid along y.
+const MAX_BATCH_PER_LAUNCH: usize = 65_535;
+
 /// `c = a b` or `c += a b`, accumulated in f32 and rounded once; strided-batched if `batch` is above
 /// 1, with each operand's matrices `rows * stride` elements apart. `a` and `b` have one dtype, `c` has
 /// that dtype or f32; `c` is not transposed and overlaps neither operand.
@@ -70,5 +73,57 @@ impl Matmul {
             return Ok((m, n, k));
         }
         Err(error::internal(format!("invalid matmul: shapes or dtypes do not match in {self:?}")))
+    }
+    /// Launches of `kernels/matmul.cu` that compute this: on tensor cores if the dtype has 16 bits and
+    /// rows of both operands begin at multiples of 16 bytes, else on the CUDA cores.
+    pub fn launches(&self) -> anyhow::Result<Vec<Launch>> {
+        let (m, n, k) = self.check()?;
+        let Matmul { a, b, c, .. } = *self;
+        let size = a.dtype.size();
+        let is_aligned =
+            |x: &Matrix| x.at.0.is_multiple_of(16) && (x.stride * size).is_multiple_of(16);
+        let tensor_cores = size == 2 && [a, b].iter().all(is_aligned);
+        let (kernel, tile, threads) = if tensor_cores {
+            let layout = |x: &Matrix| if x.transposed { 't' } else { 'n' };
+            (format!("{}{}", layout(&a), layout(&b)), [128, 64], 128)
+        } else {
+            ("simt".to_string(), [64, 64], 256)
+        };
+        let blocks = m.div_ceil(tile[0]) * n.div_ceil(tile[1]);
+        let narrow = |size: usize| {
+            i32::try_from(size)
+                .map_err(|_| error::internal(format!("invalid matmul: {size} is too large")))
+        };
+        let rows = |x: &Matrix| x.stride as u64;
+        // Elements from one position to the next along m or n, and along k.
+        let (along_m, a_along_k) = if a.transposed { (1, rows(&a)) } else { (rows(&a), 1) };
+        let (along_n, b_along_k) = if b.transposed { (rows(&b), 1) } else { (1, rows(&b)) };
+        let matrix = |x: &Matrix| x.rows * x.stride;
+        let mut launches = Vec::new();
+        for first in (0..self.batch).step_by(MAX_BATCH_PER_LAUNCH) {
+            let at = |x: &Matrix| Arg::from(x.at.plus(first * matrix(x) * x.dtype.size()));
+            let mut args = vec![at(&a), at(&b), at(&c)];
+            args.extend([narrow(m)?, narrow(n)?, narrow(k)?].map(Arg::from));
+            if tensor_cores {
+                args.extend([rows(&a), rows(&b)].map(Arg::from));
+            } else {
+                args.extend([along_m, a_along_k, along_n, b_along_k].map(Arg::from));
+            }
+            args.push(rows(&c).into());
+            args.extend([a, b, c].map(|x| Arg::from(matrix(&x) as u64)));
+            args.extend([self.accumulate, c.dtype == Dtype::F32].map(|x| Arg::from(i32::from(x))));
+            launches.push(Launch {
+                entry: format!("matmul_{kernel}_{}", a.dtype.suffix()),
+                grid: [
+                    narrow(blocks)? as u32,
+                    MAX_BATCH_PER_LAUNCH.min(self.batch - first) as u32,
+                    1,
+                ],
+                block: [threads, 1, 1],
+                shared: 0,
+                args,
+            });
+        }
+        Ok(launches)
     }
 }

@@ -61,6 +61,10 @@ pub trait Device: Send {
     fn peak_flops(&self, _dtype: Dtype) -> Option<f64> {
         None
     }
+    /// Lines for whoever starts a run: what will be slow, and what to do about it.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// Free and total memory in bytes.
     fn memory(&self) -> anyhow::Result<(u64, u64)>;
 
@@ -82,7 +86,7 @@ pub trait Device: Send {
     fn load(&mut self, entry: &str) -> anyhow::Result<()>;
     /// Launches a kernel, after checking its arguments in number and size.
     fn launch(&mut self, launch: &Launch) -> anyhow::Result<()>;
-    /// Computes a matmul with f32 accumulation.
+    /// Computes a matmul with f32 accumulation, by the device's library or by [`Matmul::launches`].
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()>;
 
     /// Joins a group: exchanges are with its other ranks.

@@ -211,7 +211,7 @@ fn module(cuda: &'static CudaModule) -> anyhow::Result<Module> {
     if let Some(module) = modules.get(cuda.name) {
         return Ok(module.clone());
     }
-    let module = Module::from_ptx(cuda.ptx).map_err(|e| {
+    let module = Module::from_ptx(cuda.ptx()).map_err(|e| {
         error::device(
             format!("the simulator cannot read kernels/{}.cu: {e}", cuda.name),
             "use the instructions that crates/ptxsim/README.md lists, or add this one to ptxsim",

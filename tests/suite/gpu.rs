@@ -176,6 +176,23 @@ fn twenty_steps_in_bf16_follow_the_reference_that_rounds() {
     }
 }
 
+/// Whole steps without a library for matmuls: within the same bounds.
+#[test]
+fn steps_with_laams_own_matmul_follow_the_reference() {
+    let config = config(8);
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let exact = train(&Reference::F64, &config, true, 3);
+        let plain = train(&Reference::mixed(dtype), &config, true, 3);
+        let options = Options { own_matmul: true, mode: Mode::Graphs, ..Options::new(dtype) };
+        let Some(backend) = open(options, 2) else { return };
+        let got = train(&backend, &config, true, 3);
+        for (got, plain, exact) in [(&got.0, &plain.0, &exact.0), (&got.1, &plain.1, &exact.1)] {
+            let (error, bound) = (apart(got, exact), 2.0 * apart(plain, exact) + 1e-5);
+            assert!(error <= bound, "{dtype:?}: {error} > {bound}");
+        }
+    }
+}
+
 #[test]
 fn graphs_and_threads_change_no_bit() {
     let config = config(8);

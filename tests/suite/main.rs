@@ -26,6 +26,7 @@ mod limits;
 mod memorization;
 mod model;
 mod output_folder;
+mod prebuilt;
 mod process;
 mod provenance;
 mod rebuild;

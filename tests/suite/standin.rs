@@ -142,8 +142,7 @@ fn check(standin: &Standin, backend: &str, arguments: &[&str]) -> Vec<Value> {
 #[test]
 fn doctor_and_check_run_on_the_stand_in_driver() {
     let Some(standin) = Standin::new() else { return };
-    let (out, _) = done(standin.laam().args(["doctor", "--json"]));
-    let doctor: Value = serde_json::from_str(&out).unwrap();
+    let doctor = doctor(&standin);
     assert_eq!(doctor["cublaslt"], true);
     let gpu = doctor["usable_gpus"][0].as_str().unwrap();
     assert!(gpu.contains("simulated GPU") && gpu.contains("17.2 of 17.2 GB free"), "{gpu}");
@@ -247,12 +246,14 @@ fn drivers_and_libraries_that_will_not_do_are_errors_with_hints() {
         error_in(&output(check.env(variable.0, variable.1)))
     };
     for (variable, text) in [
-        (("CUDA_STANDIN_DRIVER", "12040"), "the driver supports CUDA 12.4, but the kernels were"),
+        (
+            ("CUDA_STANDIN_DRIVER", "11080"),
+            "the driver supports CUDA 11.8, but the kernels need 12.0",
+        ),
         (("CUDA_STANDIN_GPUS", "0"), "initializing the driver"),
         (("CUDA_STANDIN_MEMORY", "1000000"), "out of memory"),
-        (("CUDA_STANDIN_ALGORITHMS", "none"), "planning a matmul of"),
         (("LAAM_CUDA_PTX", "0"), "loading kernels/"),
-        (("LAAM_CUBLASLT", "/no/such/library"), "cuBLASLt was not found"),
+        (("LAAM_CUBLASLT", "/no/such/library"), "LAAM_CUBLASLT=/no/such/library: not a cuBLASLt"),
     ] {
         let said = fails(variable);
         assert!(said.contains(text), "{variable:?}: {said}");
@@ -280,6 +281,57 @@ fn drivers_and_libraries_that_will_not_do_are_errors_with_hints() {
         // What a person asks first must not fail.
         done(standin.laam().arg("doctor"));
     }
+}
+
+#[test]
+fn matmuls_without_cublaslt_or_without_an_algorithm_are_those_of_laams_own_kernel() {
+    let Some(standin) = Standin::new() else { return };
+    let own = check(&standin, "sim", &["--only", "linear", "--matmul-kernel", "own"]);
+    let none = |standin: &Standin| {
+        let mut check = standin.laam();
+        check.args(["check", "--backend", "cuda", "--seed", "7", "--json", "--only", "linear"]);
+        check
+    };
+    let rows = |command: &mut Command| {
+        let (out, said) = done(command);
+        let checked: Value = serde_json::from_str(&out).unwrap();
+        let runs = checked["runs"].as_array().unwrap();
+        (runs.iter().map(|run| run["rows"].clone()).collect::<Vec<_>>(), said)
+    };
+    let mut without_algorithm = none(&standin);
+    let (got, said) = rows(without_algorithm.env("CUDA_STANDIN_ALGORITHMS", "none"));
+    assert!(got == own && !said.contains("cuBLASLt"), "{said}");
+
+    fs::remove_file(standin.path(CUBLASLT)).unwrap();
+    if doctor(&standin)["cublaslt"] == true {
+        return eprintln!("SKIPPED: matmuls without cuBLASLt, because the system has one");
+    }
+    let (got, said) = rows(&mut none(&standin));
+    assert!(got == own, "{said}");
+    assert_eq!(said.matches("note: no cuBLASLt: matmuls run on laam's own kernel").count(), 1);
+
+    // A run that began without it says so where there is one.
+    standin.prepare();
+    standin.cut(&mut standin.train("cuda", "run", 8), 250);
+    symlink(built("libcublaslt_standin.so"), standin.path(CUBLASLT)).unwrap();
+    let (_, said) = done(standin.train("cuda", "run", 8).arg("--resume"));
+    assert!(said.contains("chosen for another matmul kernel"), "{said}");
+}
+
+/// An older driver than nvcc is given PTX of an ISA that it knows, and compiles it.
+#[test]
+fn drivers_older_than_nvcc_compile_the_kernels() {
+    let Some(standin) = Standin::new() else { return };
+    let mut check = standin.laam();
+    check.args(["check", "--backend", "cuda", "--only", "attention", "--precision", "bfloat16"]);
+    check.env_remove("LAAM_CUDA_PTX").env("CUDA_STANDIN_DRIVER", "12000");
+    let (_, said) = done(check.env("CUDA_CACHE_PATH", "/cache/of/the/driver"));
+    let note = "tens of seconds the first time, then they are in /cache/of/the/driver";
+    assert_eq!(said.matches(note).count(), 1, "{said}");
+}
+
+fn doctor(standin: &Standin) -> Value {
+    serde_json::from_str(&done(standin.laam().args(["doctor", "--json"])).0).unwrap()
 }
 
 #[test]

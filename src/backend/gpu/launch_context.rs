@@ -194,7 +194,7 @@ impl LaunchContext<'_> {
         c: Matrix,
         accumulate: bool,
     ) -> anyhow::Result<()> {
-        self.device.matmul(&Matmul { a, b, c, accumulate, batch: 1 })
+        self.run_matmul(&Matmul { a, b, c, accumulate, batch: 1 })
     }
 
     /// `c = a b` for `batch` contiguous matrices in each operand.
@@ -205,7 +205,14 @@ impl LaunchContext<'_> {
         b: Matrix,
         c: Matrix,
     ) -> anyhow::Result<()> {
-        self.device.matmul(&Matmul { a, b, c, accumulate: false, batch })
+        self.run_matmul(&Matmul { a, b, c, accumulate: false, batch })
+    }
+
+    fn run_matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
+        if !self.options.own_matmul {
+            return self.device.matmul(matmul);
+        }
+        matmul.launches()?.iter().try_for_each(|launch| self.device.launch(launch))
     }
 
     /// A buffer as a matrix.

@@ -1,4 +1,4 @@
-//! Linear layers: matmuls of the device, no kernels of our own.
+//! Linear layers: matmuls, by the device or by `kernels/matmul.cu`.
 
 use super::launch_context::LaunchContext;
 use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};

@@ -64,6 +64,8 @@ pub struct Options {
     pub mode: Mode,
     /// LM head by matmuls and logits in memory, whatever the shape.
     pub generic_lm_head: bool,
+    /// Matmuls by `kernels/matmul.cu`, whatever the device has.
+    pub own_matmul: bool,
     pub attention: AttentionChoice,
     /// Limit of the token file in device memory, in bytes; half of the free memory by default. From a
     /// larger file the host gathers batches, a few steps ahead.
@@ -80,6 +82,7 @@ impl Options {
             dtype,
             mode: Mode::Eager,
             generic_lm_head: false,
+            own_matmul: false,
             attention: AttentionChoice::Auto,
             max_resident_bytes: None,
             guard: false,
@@ -95,6 +98,7 @@ pub struct Gpu {
     device: String,
     memory: u64,
     peak: Option<f64>,
+    notes: Vec<String>,
 }
 
 impl Gpu {
@@ -105,8 +109,14 @@ impl Gpu {
         let name = device.name();
         let precision = options.dtype.suffix();
         let peak = device.peak_flops(options.dtype);
+        let notes = device.notes();
         let device = format!("{}, {precision}", device.describe());
-        Ok(Gpu { open, options, name, device, memory, peak })
+        Ok(Gpu { open, options, name, device, memory, peak, notes })
+    }
+
+    /// [`Device::notes`]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 }
 

@@ -20,7 +20,8 @@ use crate::error;
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     workspace: Address,
-    plans: HashMap<MatmulKey, MatmulPlan>,
+    /// `None` for a matmul that cuBLASLt has no algorithm for.
+    plans: HashMap<MatmulKey, Option<MatmulPlan>>,
 }
 
 /// The algorithm of each matmul.
@@ -123,8 +124,10 @@ impl CublasLt {
 
     /// The algorithms chosen so far.
     pub fn plans(&self) -> PinnedPlans {
-        let chosen = |(key, plan): (&MatmulKey, &MatmulPlan)| (*key, plan.algorithm.data);
-        let mut matmuls: Vec<_> = self.plans.iter().map(chosen).collect();
+        let chosen = |(key, plan): (&MatmulKey, &Option<MatmulPlan>)| {
+            Some((*key, plan.as_ref()?.algorithm.data))
+        };
+        let mut matmuls: Vec<_> = self.plans.iter().filter_map(chosen).collect();
         matmuls.sort_unstable();
         PinnedPlans { version: Self::version(), matmuls }
     }
@@ -137,7 +140,7 @@ impl CublasLt {
         for (key, algorithm) in plans.matmuls {
             match plan(self.handle, &key, Some(&algorithm)) {
                 Ok(plan) => {
-                    self.plans.insert(key, plan);
+                    self.plans.insert(key, Some(plan));
                 }
                 Err(_) => refused += 1,
             }
@@ -145,19 +148,27 @@ impl CublasLt {
         refused
     }
 
-    /// Executes a matmul. cuBLASLt is column-major, and a row-major `[rows, cols]` matrix is its
+    /// Executes a matmul; false if cuBLASLt has no algorithm for it. cuBLASLt is column-major, and a row-major `[rows, cols]` matrix is its
     /// column-major transpose, so it computes `cT = bT aT` without copies.
-    pub fn run(&mut self, matmul: &Matmul, stream: CUstream) -> anyhow::Result<()> {
+    pub fn run(&mut self, matmul: &Matmul, stream: CUstream) -> anyhow::Result<bool> {
         let (m, n, k) = matmul.check()?;
         let Matmul { a, b, c, accumulate, batch } = *matmul;
         let operand = |matrix| Operand::of(matrix, batch);
         let key = MatmulKey { a: operand(a), b: operand(b), c: operand(c), accumulate, batch };
         if !self.plans.contains_key(&key) {
-            let plan = plan(self.handle, &key, None)
-                .map_err(|e| failed(&format!("planning a matmul of {m} x {k} by {k} x {n}"), e))?;
+            let plan = match plan(self.handle, &key, None) {
+                Ok(plan) => Some(plan),
+                Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => None,
+                Err(e) => {
+                    let what = format!("planning a matmul of {m} x {k} by {k} x {n}");
+                    return Err(failed(&what, e));
+                }
+            };
             self.plans.insert(key, plan);
         }
-        let MatmulPlan { descriptors, algorithm } = &self.plans[&key];
+        let Some(MatmulPlan { descriptors, algorithm }) = &self.plans[&key] else {
+            return Ok(false);
+        };
         let (alpha, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
         let pointer = |address: Address| address.0 as *mut c_void;
         // SAFETY: the descriptors were created for exactly these shapes and live as long as the plan;
@@ -182,7 +193,8 @@ impl CublasLt {
                 stream.cast(),
             )
         }
-        .map_err(|e| failed(&format!("a matmul of {m} x {k} by {k} x {n}"), e))
+        .map_err(|e| failed(&format!("a matmul of {m} x {k} by {k} x {n}"), e))?;
+        Ok(true)
     }
 }
 

@@ -110,11 +110,16 @@ pub(super) fn event_elapsed_time() -> unsafe extern "C" fn(*mut f32, CUevent, CU
     }
 }
 
+/// The library that `LAAM_CUBLASLT` names.
+pub(super) fn given_cublaslt() -> Option<PathBuf> {
+    env::var_os("LAAM_CUBLASLT").filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
 /// Finds cuBLASLt and loads it. `LAAM_CUBLASLT` goes before all other places.
 pub fn cublaslt() -> Library {
     // SAFETY: this loads only cuBLASLt, by its names, whose initializers are safe to run.
     let present = || unsafe { cublaslt::sys::is_culib_present() };
-    let given = env::var_os("LAAM_CUBLASLT").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let given = given_cublaslt();
     if given.is_none() && present() {
         return Library::Loaded(loaded("libcublasLt.so"));
     }
@@ -156,7 +161,7 @@ fn loaded(name: &str) -> PathBuf {
 }
 
 /// Folders that may contain CUDA's libraries: installed toolkits, then the wheels of Python
-/// environments.
+/// environments: the active ones, those of the `python3` on PATH, the user's, the system's.
 fn folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for name in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"] {
@@ -165,6 +170,17 @@ fn folders() -> Vec<PathBuf> {
     folders.extend(["/usr/local/cuda/lib64", "/opt/cuda/lib64"].map(PathBuf::from));
     let mut environments: Vec<PathBuf> =
         ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(absolute).collect();
+    // A conda environment keeps them in its own lib.
+    folders.extend(absolute("CONDA_PREFIX").map(|environment| environment.join("lib")));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let python = env::split_paths(&path)
+        .map(|folder| folder.join("python3"))
+        .find(|python| python.is_absolute() && python.is_file());
+    // An environment's python3 is a link to another's: both may have the library.
+    let pythons = python.iter().cloned().chain(python.iter().filter_map(|p| p.canonicalize().ok()));
+    environments
+        .extend(pythons.filter_map(|python| Some(python.parent()?.parent()?.to_path_buf())));
+    environments.extend(absolute("HOME").map(|home| home.join(".local")));
     environments.extend(["/usr/local", "/usr"].map(PathBuf::from));
     for environment in environments {
         let lib = environment.join("lib").read_dir().into_iter().flatten().flatten();

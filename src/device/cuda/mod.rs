@@ -6,6 +6,7 @@ mod libraries;
 mod shared;
 
 use std::collections::HashMap;
+use std::env;
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 
 use self::cublaslt::{CublasLt, PinnedPlans};
 use self::shared::SharedGpu;
-use super::driver::{Library, oldest_driver};
+use super::driver::{Library, OLDEST_CUDA, OLDEST_DRIVER};
 use super::{Address, Arg, Device, Event, Graph, Launch, Matmul, launch};
 use crate::collective::Group;
 use crate::dtype::Dtype;
@@ -31,6 +32,7 @@ pub struct Cuda {
     // Fields are dropped in this order: the context last, after everything in it.
     graphs: Vec<CudaGraph>,
     events: Vec<CudaEvent>,
+    /// `None` before its first use, and if there is none.
     cublaslt: Option<CublasLt>,
     allocations: HashMap<Address, usize>,
     group: Group,
@@ -75,23 +77,19 @@ impl Cuda {
         if let Some(symbol) = libraries::missing_driver_symbol() {
             return Err(error::device(
                 format!("the driver's libcuda.so.1 has no {symbol}"),
-                format!("update the driver to {} or newer", oldest_driver(nvcc.major())),
+                format!("update the driver to {OLDEST_DRIVER} or newer"),
             ));
         }
         result::init().map_err(|e| failed("initializing the driver", e))?;
         let driver = driver_version().map_err(|e| failed("querying the driver", e))?;
-        if driver / 1000 < nvcc.major() {
+        if driver / 1000 < OLDEST_CUDA {
             return Err(error::device(
                 format!(
-                    "the driver supports CUDA {}.{}, but the kernels were built with {}",
+                    "the driver supports CUDA {}.{}, but the kernels need {OLDEST_CUDA}.0",
                     driver / 1000,
-                    driver % 1000 / 10,
-                    nvcc.version
+                    driver % 1000 / 10
                 ),
-                format!(
-                    "update the driver to {} or newer, or build with an older nvcc (NVCC=...)",
-                    oldest_driver(nvcc.major())
-                ),
+                format!("update the driver to {OLDEST_DRIVER} or newer; or set `backend` to cpu"),
             ));
         }
         let gpus = count();
@@ -101,7 +99,7 @@ impl Cuda {
                 "check nvidia-smi and CUDA_VISIBLE_DEVICES, or set `backend` to cpu",
             ));
         }
-        let shared = SharedGpu::open(ordinal)?;
+        let shared = SharedGpu::open(ordinal, &nvcc, driver)?;
         let context = shared.context.clone();
         let about = || -> Result<_, DriverError> {
             let sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
@@ -136,14 +134,15 @@ impl Cuda {
         self.context.bind_to_thread().map_err(|e| failed("making the context current", e))
     }
 
-    /// cuBLASLt, opened on first use.
-    fn cublaslt(&mut self) -> anyhow::Result<&mut CublasLt> {
-        if self.cublaslt.is_none() {
-            let handle = self.shared.cublaslt()?;
+    /// cuBLASLt, opened on first use, if there is one.
+    fn cublaslt(&mut self) -> anyhow::Result<Option<&mut CublasLt>> {
+        if self.cublaslt.is_none()
+            && let Some(handle) = self.shared.cublaslt()?
+        {
             let workspace = self.alloc(CublasLt::WORKSPACE_BYTES)?;
             self.cublaslt = Some(CublasLt::new(handle, workspace));
         }
-        Ok(self.cublaslt.as_mut().expect("opened above"))
+        Ok(self.cublaslt.as_mut())
     }
 }
 
@@ -286,7 +285,12 @@ impl Device for Cuda {
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
         self.bind()?;
         let stream = self.stream.cu_stream();
-        self.cublaslt()?.run(matmul, stream)
+        if let Some(cublaslt) = self.cublaslt()?
+            && cublaslt.run(matmul, stream)?
+        {
+            return Ok(());
+        }
+        matmul.launches()?.iter().try_for_each(|launch| self.launch(launch))
     }
 
     fn join(&mut self, group: Group) -> anyhow::Result<()> {
@@ -350,9 +354,36 @@ impl Device for Cuda {
         gpus::peak_flops(&self.gpu, dtype)
     }
 
+    fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if self.shared.compiles_ptx() {
+            let is_set = |name| env::var_os(name).filter(|value| !value.is_empty());
+            notes.push(if is_set("CUDA_CACHE_DISABLE").is_some_and(|value| value != "0") {
+                "note: the driver compiles the kernels for this GPU in every run, which takes tens of \
+                 seconds: CUDA_CACHE_DISABLE is set"
+                    .to_string()
+            } else {
+                let folder = is_set("CUDA_CACHE_PATH").unwrap_or("~/.nv/ComputeCache".into());
+                format!(
+                    "note: the driver compiles the kernels for this GPU: tens of seconds the first \
+                     time, then they are in {} (CUDA_CACHE_PATH)",
+                    folder.display()
+                )
+            });
+        }
+        if cublaslt() == Library::Missing && libraries::given_cublaslt().is_none() {
+            notes.push(
+                "note: no cuBLASLt: matmuls run on laam's own kernel, and would be faster with it: pip \
+                 install nvidia-cublas in a virtual environment and activate it, or set LAAM_CUBLASLT \
+                 to the path of libcublasLt.so.13 or .12"
+                    .to_string(),
+            );
+        }
+        notes
+    }
+
     fn matmul_plans(&self) -> Value {
-        let Some(cublaslt) = &self.cublaslt else { return Value::Null };
-        json!({ "gpu": self.gpu, "cublaslt": cublaslt.plans() })
+        json!({ "gpu": self.gpu, "cublaslt": self.cublaslt.as_ref().map(CublasLt::plans) })
     }
 
     fn pin_matmul_plans(&mut self, plans: &Value) -> Option<String> {
@@ -367,13 +398,20 @@ impl Device for Cuda {
         if gpu.and_then(Value::as_str) != Some(self.gpu.as_str()) {
             return differs("GPU");
         }
+        let here = cublaslt() != Library::Missing;
+        if plans["cublaslt"].is_null() {
+            // The run had no cuBLASLt.
+            return if here { differs("matmul kernel") } else { None };
+        }
         let pinned: Option<PinnedPlans> = serde_json::from_value(plans["cublaslt"].clone()).ok();
         match pinned {
-            Some(pinned) if cublaslt() != Library::Missing => {
+            Some(pinned) if here => {
                 if pinned.version != CublasLt::version() {
                     return differs("version of cuBLASLt");
                 }
-                let pinning = self.bind().and_then(|()| Ok(self.cublaslt()?.pin(pinned)));
+                let pinning = self
+                    .bind()
+                    .and_then(|()| Ok(self.cublaslt()?.map_or(0, |cublaslt| cublaslt.pin(pinned))));
                 match pinning {
                     Ok(0) => None,
                     Ok(refused) => Some(format!(

@@ -25,8 +25,42 @@ pub(super) struct SharedGpu {
     pub context: Arc<CudaContext>,
     /// Limit of shared memory per block with opt-in, static and dynamic, in bytes.
     max_shared: u32,
+    image: Image,
     kernels: Mutex<Kernels>,
     cublaslt: Mutex<Option<CublasLtHandle>>,
+}
+
+/// The form in which the driver is given the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Image {
+    /// SASS of this build.
+    Fatbin,
+    /// PTX with line tables, which the driver compiles: on request.
+    Ptx,
+    /// PTX that every supported driver compiles: the build has no SASS for this GPU, or the driver is
+    /// older than nvcc.
+    PortablePtx,
+}
+
+impl Image {
+    /// The form for a GPU and its driver, whose CUDA version is 13000 for 13.0.
+    fn choose(nvcc: &kernels::Nvcc, capability: (i32, i32), driver: u32) -> Image {
+        let asked =
+            env::var_os("LAAM_CUDA_PTX").is_some_and(|value| !value.is_empty() && value != "0");
+        match driver / 1000 >= nvcc.major() {
+            true if asked => Image::Ptx,
+            true if nvcc.has_sass(capability) => Image::Fatbin,
+            _ => Image::PortablePtx,
+        }
+    }
+
+    fn of(self, module: &'static kernels::CudaModule) -> Ptx {
+        match self {
+            Image::Fatbin => Ptx::from_binary(module.fatbin.to_vec()),
+            Image::Ptx => Ptx::from_src(module.ptx()),
+            Image::PortablePtx => Ptx::from_src(kernels::portable(module.ptx())),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -54,8 +88,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl SharedGpu {
-    /// The GPU with this ordinal, opened on first use.
-    pub fn open(ordinal: usize) -> anyhow::Result<Arc<SharedGpu>> {
+    /// The GPU with this ordinal, opened on first use, for kernels of this build and a driver of this CUDA
+    /// version.
+    pub fn open(
+        ordinal: usize,
+        nvcc: &kernels::Nvcc,
+        driver: u32,
+    ) -> anyhow::Result<Arc<SharedGpu>> {
         static OPEN: Mutex<Option<HashMap<usize, Arc<SharedGpu>>>> = Mutex::new(None);
         let mut open = lock(&OPEN);
         let open = open.get_or_insert_with(HashMap::new);
@@ -67,9 +106,11 @@ impl SharedGpu {
         unsafe { context.disable_event_tracking() };
         let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let max_shared = context.attribute(limit).map_err(|e| failed("querying the GPU", e))?;
+        let capability = context.compute_capability().map_err(|e| failed("querying the GPU", e))?;
         let shared = Arc::new(SharedGpu {
             context,
             max_shared: max_shared as u32,
+            image: Image::choose(nvcc, capability, driver),
             kernels: Mutex::default(),
             cublaslt: Mutex::default(),
         });
@@ -77,11 +118,16 @@ impl SharedGpu {
         Ok(shared)
     }
 
+    /// Whether the driver compiles the kernels, which takes long the first time.
+    pub fn compiles_ptx(&self) -> bool {
+        self.image != Image::Fatbin
+    }
+
     /// The function of a kernel, loaded on first use and opted in to its dynamic shared memory. The
     /// context is current.
     pub fn function(
         &self,
-        module: &kernels::CudaModule,
+        module: &'static kernels::CudaModule,
         entry: &str,
         shared: u32,
     ) -> anyhow::Result<sys::CUfunction> {
@@ -90,7 +136,7 @@ impl SharedGpu {
             if !kernels.modules.contains_key(module.name) {
                 let loaded = self
                     .context
-                    .load_module(image(module))
+                    .load_module(self.image.of(module))
                     .map_err(|e| failed(&format!("loading kernels/{}.cu", module.name), e))?;
                 kernels.modules.insert(module.name, loaded);
             }
@@ -127,17 +173,17 @@ impl SharedGpu {
         Ok(function.entry.cu_function())
     }
 
-    /// The cuBLASLt handle, created on first use. The context is current.
-    pub fn cublaslt(&self) -> anyhow::Result<cublasLtHandle_t> {
+    /// The cuBLASLt handle, created on first use; `None` if there is no cuBLASLt. The context is current.
+    pub fn cublaslt(&self) -> anyhow::Result<Option<cublasLtHandle_t>> {
         let mut handle = lock(&self.cublaslt);
         if let Some(CublasLtHandle(handle)) = *handle {
-            return Ok(handle);
+            return Ok(Some(handle));
         }
         if libraries::cublaslt() == Library::Missing {
+            let Some(given) = libraries::given_cublaslt() else { return Ok(None) };
             return Err(error::device(
-                "cuBLASLt was not found: libcublasLt.so.13 or .12",
-                "pip install nvidia-cublas in a virtual environment and activate it, or set \
-                 LAAM_CUBLASLT to the path of the library",
+                format!("LAAM_CUBLASLT={}: not a cuBLASLt that can be loaded", given.display()),
+                "set it to the path of a libcublasLt.so.13 or .12, or unset it",
             ));
         }
         if let Some(symbol) = libraries::missing_cublaslt_symbol() {
@@ -149,14 +195,6 @@ impl SharedGpu {
         let created = cublaslt::result::create_handle()
             .map_err(|e| super::cublaslt::failed("initializing cuBLASLt", e))?;
         *handle = Some(CublasLtHandle(created));
-        Ok(created)
+        Ok(Some(created))
     }
-}
-
-/// What the driver loads: the fatbin; or PTX, which it compiles, if `LAAM_CUDA_PTX` is set.
-fn image(module: &kernels::CudaModule) -> Ptx {
-    if env::var_os("LAAM_CUDA_PTX").is_some_and(|value| !value.is_empty() && value != "0") {
-        return Ptx::from_src(module.ptx);
-    }
-    Ptx::from_binary(module.fatbin.to_vec())
 }

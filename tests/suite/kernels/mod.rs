@@ -4,6 +4,7 @@
 
 mod gather;
 mod lm_head;
+mod matmul;
 mod mutants;
 mod operations;
 mod queue;
@@ -125,7 +126,7 @@ pub fn module(name: &str) -> Option<Module> {
         return None;
     }
     let kernel = laam::kernels::module(name).unwrap_or_else(|| panic!("no kernel file {name}"));
-    Some(Module::from_ptx(kernel.ptx).unwrap_or_else(|error| panic!("{name}: {error}")))
+    Some(Module::from_ptx(kernel.ptx()).unwrap_or_else(|error| panic!("{name}: {error}")))
 }
 
 /// Does `check` with the kernels of a file, where there are any.

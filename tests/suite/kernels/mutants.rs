@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Module, gather, lm_head, operations, queue, single};
+use super::{Module, gather, lm_head, matmul, operations, queue, single};
 
 /// A set of mutants of one kernel file, or of the headers it includes, and the check that kills them.
 pub struct MutationSet {
@@ -66,6 +66,8 @@ mutation_tests! {
     lce_mutants_are_killed: lm_head::LCE,
     #[ignore = "minutes of compiling: scripts/test --all runs it"]
     lce_f16_mutants_are_killed: lm_head::LCE_F16,
+    #[ignore = "minutes of compiling: scripts/test --all runs it"]
+    matmul_mutants_are_killed: matmul::MATMUL,
     #[ignore = "minutes of compiling: scripts/test --all runs it"]
     muon_mutants_are_killed: operations::MUON,
     #[ignore = "minutes of compiling: scripts/test --all runs it"]
@@ -140,9 +142,10 @@ impl MutationSet {
 
 /// Compiles the kernel with each mutant by itself, and demands that the check fails.
 fn kills_mutants(set: &MutationSet) {
-    let nvcc = match laam::kernels::BUILD.cuda {
-        Ok(nvcc) if Path::new(nvcc.path).is_file() => nvcc,
-        Ok(nvcc) => return eprintln!("SKIPPED: mutation tests, as {} is gone", nvcc.path),
+    let nvcc = match laam::kernels::BUILD.cuda.map(|nvcc| nvcc.path) {
+        Ok(Some(nvcc)) if Path::new(nvcc).is_file() => nvcc,
+        Ok(Some(nvcc)) => return eprintln!("SKIPPED: mutation tests, as {nvcc} is gone"),
+        Ok(None) => return eprintln!("SKIPPED: mutation tests, because there is no nvcc"),
         Err(why) => return eprintln!("SKIPPED: mutation tests, because {why}"),
     };
     let mut survived = Vec::new();
@@ -159,7 +162,7 @@ fn kills_mutants(set: &MutationSet) {
             fs::write(temporary.path().join(file), text).unwrap();
         }
         let ptx = temporary.path().join("ptx");
-        let mut command = Command::new(nvcc.path);
+        let mut command = Command::new(nvcc);
         command.args(["-ptx", "-arch=compute_80", "-O3", "-std=c++17", "-lineinfo", "-o"]);
         let output = command.arg(&ptx).arg(temporary.path().join(source)).output().unwrap();
         assert!(output.status.success(), "{}, {label}: {output:?}", set.kernel);
