@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use crate::ex2::ex2;
 use crate::math::{self, canonical, flush, saturate};
 use crate::registers::{File, Form, Lanes, Reg, Regs, Slots, WARP, lanes};
 use crate::round::{NAN_F16, NAN_F32, Round, odd, to_bf16, to_f16, to_f32, two_sum};
@@ -107,7 +108,7 @@ fn single(name: &str, m: &Modifiers) -> Option<Form> {
         "rcp" => f32_form!(m, |a| 1.0 / a),
         "sqrt" => f32_form!(m, |a| a.sqrt()),
         "rsqrt" => f32_form!(m, |a| math::rsqrt(a)),
-        "ex2" => f32_form!(m, |a| math::exp2(a)),
+        "ex2" => f32_form!(m, |a| ex2(a)),
         "lg2" => f32_form!(m, |a| math::log2(a)),
         "sin" => f32_form!(m, |a| math::sin(a)),
         "cos" => f32_form!(m, |a| math::cos(a)),

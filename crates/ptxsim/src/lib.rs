@@ -51,6 +51,7 @@ mod copies;
 mod decode;
 mod decode_ops;
 mod decoder;
+mod ex2;
 mod exec;
 mod fault;
 mod float;
