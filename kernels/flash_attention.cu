@@ -20,22 +20,34 @@
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-constexpr int WARPS = 4, THREADS = WARPS * WARP_SIZE, STAGES = 2;
+constexpr int STAGES = 2;
 
-// Blocks of 16 rows per warp, streamed rows per tile, and minimum resident blocks per SM
-// (`__launch_bounds__`). A second block of rows per warp halves the shared-memory traffic of a
-// matmul and costs registers. src/backend/gpu/attention.rs has the same table.
+// Warps per block, blocks of 16 rows per warp, streamed rows per tile, minimum resident blocks per SM
+// (`__launch_bounds__`), and whether a warp keeps its stationary rows in registers. A second block of
+// rows per warp halves the shared-memory traffic of a matmul and costs registers. The fastest of those
+// timed on an H200. src/backend/gpu/attention.rs has the same table.
 struct TileConfig {
-    int row_blocks, tile, blocks;
+    int warps, row_blocks, tile, blocks;
+    bool keep;
+
+    __host__ __device__ constexpr int threads() const { return warps * WARP_SIZE; }
+    __host__ __device__ constexpr int rows() const { return warps * row_blocks * 16; }
 };
 enum Pass { FORWARD, BACKWARD_DQ, BACKWARD_DKDV };
 __host__ __device__ constexpr TileConfig tile_config(Pass pass, int head_dim) {
     switch (pass) {
         case FORWARD:
-            return head_dim <= 32 ? TileConfig{2, 32, 3}
-                                  : TileConfig{2, head_dim <= 64 ? 64 : 32, 2};
-        case BACKWARD_DQ: return head_dim <= 64 ? TileConfig{2, 32, 2} : TileConfig{1, 32, 2};
-        default: return head_dim <= 32 ? TileConfig{2, 32, 2} : TileConfig{1, 32, 2};
+            return head_dim <= 32   ? TileConfig{4, 1, 64, 4, true}
+                   : head_dim <= 64 ? TileConfig{4, 2, 64, 2, false}
+                                    : TileConfig{4, 2, 32, 2, false};
+        case BACKWARD_DQ:
+            return head_dim <= 32   ? TileConfig{4, 1, 64, 4, false}
+                   : head_dim <= 64 ? TileConfig{4, 2, 32, 2, true}
+                                    : TileConfig{4, 1, 32, 2, true};
+        default:
+            return head_dim <= 32   ? TileConfig{4, 1, 64, 3, true}
+                   : head_dim <= 64 ? TileConfig{4, 1, 64, 2, true}
+                                    : TileConfig{4, 1, 48, 2, false};
     }
 }
 
@@ -46,7 +58,7 @@ struct SmemTile {
     uint32_t at;
 
     // Asynchronous copy of rows `pitch` apart; rows from `valid_rows` on are filled with zeros.
-    template <typename T>
+    template <int THREADS, typename T>
     __device__ void copy(const T *from, size_t pitch, int valid_rows) const {
         constexpr int PIECES = D / 8, STEP = THREADS / PIECES;
         const int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
@@ -106,17 +118,46 @@ struct AccFragment {
     }
 };
 
-// acc = stationary rows times streamed rows, transposed; the stationary ones from shared memory.
-template <typename T, int D, int ROW_BLOCKS, int TILE, int ROWS>
-__device__ inline void qk_mma(AccFragment<ROW_BLOCKS, TILE> &acc, SmemTile<D, ROWS> stationary,
-                              int row, SmemTile<D, TILE> tile) {
+// A warp's stationary rows as A fragments, kept in registers or read from shared memory each time.
+template <int D, int ROW_BLOCKS, bool KEEP, int ROWS>
+struct Stationary {
+    SmemTile<D, ROWS> rows;
+    int row;
+    uint32_t kept[ROW_BLOCKS][KEEP ? D / 16 : 1][4];
+
+    // The rows must be in shared memory.
+    __device__ void load() {
+        if constexpr (KEEP) {
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) {
+#pragma unroll
+                for (int m = 0; m < ROW_BLOCKS; m++) rows.a_frag(kept[m][k], row + 16 * m, k);
+            }
+        }
+    }
+    __device__ void a_frag(uint32_t (&a)[4], int m, int k) const {
+        if constexpr (KEEP) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = kept[m][k][i];
+        } else {
+            rows.a_frag(a, row + 16 * m, k);
+        }
+    }
+};
+
+// acc = stationary rows times streamed rows, transposed.
+template <typename T, int D, int ROW_BLOCKS, bool KEEP, int TILE, int ROWS>
+__device__ inline void qk_mma(AccFragment<ROW_BLOCKS, TILE> &acc,
+                              const Stationary<D, ROW_BLOCKS, KEEP, ROWS> &stationary,
+                              SmemTile<D, TILE> tile) {
     acc.clear();
-    // A full unroll would exceed the registers.
-#pragma unroll 4
+    // Without kept rows a full unroll would exceed the registers.
+    constexpr int UNROLL = KEEP ? D / 16 : 4;
+#pragma unroll UNROLL
     for (int k = 0; k < D / 16; k++) {
         uint32_t a[ROW_BLOCKS][4];
 #pragma unroll
-        for (int m = 0; m < ROW_BLOCKS; m++) stationary.a_frag(a[m], row + 16 * m, k);
+        for (int m = 0; m < ROW_BLOCKS; m++) stationary.a_frag(a[m], m, k);
 #pragma unroll
         for (int n = 0; n < TILE / 16; n++) {
             uint32_t b[4];
@@ -210,7 +251,8 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
                         float *lse, const AttentionShape shape) {
     constexpr TileConfig CONFIG = tile_config(FORWARD, D);
     constexpr int ROW_BLOCKS = CONFIG.row_blocks, TILE = CONFIG.tile;
-    constexpr int CHUNK = WARPS * ROW_BLOCKS * 16;
+    constexpr int THREADS = CONFIG.threads(), CHUNK = CONFIG.rows();
+    constexpr bool KEEP = CONFIG.keep;
     extern __shared__ __align__(16) uint8_t smem[];
     const uint32_t base = cvta_to_shared(smem);
     const SmemTile<D, CHUNK> queries{base};
@@ -239,12 +281,18 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
         const auto load_stage = [&](int position) {
             const int stage = position / TILE % STAGES;
             const size_t at = (kv_row + position) * D;
-            keys(stage).copy(k + at, D, shape.seq_len - position);
-            values(stage).copy(v + at, D, shape.seq_len - position);
+            keys(stage).template copy<THREADS>(k + at, D, shape.seq_len - position);
+            values(stage).template copy<THREADS>(v + at, D, shape.seq_len - position);
             cp_async_commit();
         };
-        queries.copy(q + row * D, D, valid_rows);
+        queries.template copy<THREADS>(q + row * D, D, valid_rows);
         if (begin < end) load_stage(begin);
+        Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_queries{queries, warp_row};
+        if constexpr (KEEP) {
+            cp_async_wait<0>();
+            __syncthreads();
+            own_queries.load();
+        }
 
         // First row of this lane; the others are 8, 16 and 24 rows further.
         const int first_position = first + warp_row + lane / 4;
@@ -261,17 +309,14 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
         }
         for (int tile = begin; tile < end; tile += TILE) {
             const int stage = tile / TILE % STAGES;
-            if (tile + TILE < end) {
-                load_stage(tile + TILE);
-                cp_async_wait<1>();
-            } else {
-                cp_async_wait<0>();
-            }
-            __syncthreads();
+            // Behind the barrier the tile is there, and all warps are done with the one before it.
+            cp_async_wait<0>();
+            __syncthreads();  // mutant: stage_overwritten
+            if (tile + TILE < end) load_stage(tile + TILE);
             // Past this warp's rows, other warps may still have work.
             if (tile < first + warp_row + 16 * ROW_BLOCKS) {
                 AccFragment<ROW_BLOCKS, TILE> p;
-                qk_mma<T>(p, queries, warp_row, keys(stage));
+                qk_mma<T>(p, own_queries, keys(stage));
                 if (masked_until > tile || tile + TILE - 1 > first + warp_row) {
                     mask(p, first_keys, first_position, tile, shape.seq_len);
                 }
@@ -331,8 +376,6 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
                 }
                 pv_mma<T>(acc, p, values(stage));
             }
-            // The stage is free once all warps have read it.
-            __syncthreads();  // mutant: stage_overwritten
         }
         // The copy of the queries, if there was no tile to wait for.
         cp_async_wait<0>();
@@ -363,7 +406,8 @@ __device__ void backward_dq(const T *q, const T *k, const T *v, const uint32_t *
                            const AttentionShape shape) {
     constexpr TileConfig CONFIG = tile_config(BACKWARD_DQ, D);
     constexpr int ROW_BLOCKS = CONFIG.row_blocks, TILE = CONFIG.tile;
-    constexpr int CHUNK = WARPS * ROW_BLOCKS * 16;
+    constexpr int THREADS = CONFIG.threads(), CHUNK = CONFIG.rows();
+    constexpr bool KEEP = CONFIG.keep;
     extern __shared__ __align__(16) uint8_t smem[];
     const uint32_t base = cvta_to_shared(smem);
     const SmemTile<D, CHUNK> queries{base}, douts{base + queries.BYTES};
@@ -392,13 +436,21 @@ __device__ void backward_dq(const T *q, const T *k, const T *v, const uint32_t *
         const auto load_stage = [&](int position) {
             const int stage = position / TILE % STAGES;
             const size_t at = (kv_row + position) * D;
-            keys(stage).copy(k + at, D, shape.seq_len - position);
-            values(stage).copy(v + at, D, shape.seq_len - position);
+            keys(stage).template copy<THREADS>(k + at, D, shape.seq_len - position);
+            values(stage).template copy<THREADS>(v + at, D, shape.seq_len - position);
             cp_async_commit();
         };
-        queries.copy(q + row * D, D, valid_rows);
-        douts.copy(dout + shape.out_row(head, first) * D, pitch, valid_rows);
+        queries.template copy<THREADS>(q + row * D, D, valid_rows);
+        douts.template copy<THREADS>(dout + shape.out_row(head, first) * D, pitch, valid_rows);
         if (begin < end) load_stage(begin);
+        Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_queries{queries, warp_row};
+        Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_douts{douts, warp_row};
+        if constexpr (KEEP) {
+            cp_async_wait<0>();
+            __syncthreads();
+            own_queries.load();
+            own_douts.load();
+        }
 
         // First row of this lane; the others are 8, 16 and 24 rows further.
         const int first_position = first + warp_row + lane / 4;
@@ -416,17 +468,14 @@ __device__ void backward_dq(const T *q, const T *k, const T *v, const uint32_t *
         }
         for (int tile = begin; tile < end; tile += TILE) {
             const int stage = tile / TILE % STAGES;
-            if (tile + TILE < end) {
-                load_stage(tile + TILE);
-                cp_async_wait<1>();
-            } else {
-                cp_async_wait<0>();
-            }
+            // Behind the barrier the tile is there, and all warps are done with the one before it.
+            cp_async_wait<0>();
             __syncthreads();
+            if (tile + TILE < end) load_stage(tile + TILE);
             if (tile < first + warp_row + 16 * ROW_BLOCKS) {
                 AccFragment<ROW_BLOCKS, TILE> p, ds;
-                qk_mma<T>(p, queries, warp_row, keys(stage));
-                qk_mma<T>(ds, douts, warp_row, values(stage));
+                qk_mma<T>(p, own_queries, keys(stage));
+                qk_mma<T>(ds, own_douts, values(stage));
                 if (masked_until > tile || tile + TILE - 1 > first + warp_row) {
                     mask(p, first_keys, first_position, tile, shape.seq_len);
                 }
@@ -445,8 +494,6 @@ __device__ void backward_dq(const T *q, const T *k, const T *v, const uint32_t *
                 }
                 pv_mma<T>(acc, ds, keys(stage));
             }
-            // The stage is free once all warps have read it.
-            __syncthreads();
         }
         // The copy of the stationary rows, if there was no tile to wait for.
         cp_async_wait<0>();
@@ -470,7 +517,8 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
                             const AttentionShape shape) {
     constexpr TileConfig CONFIG = tile_config(BACKWARD_DKDV, D);
     constexpr int ROW_BLOCKS = CONFIG.row_blocks, TILE = CONFIG.tile;
-    constexpr int CHUNK = WARPS * ROW_BLOCKS * 16;
+    constexpr int THREADS = CONFIG.threads(), CHUNK = CONFIG.rows();
+    constexpr bool KEEP = CONFIG.keep;
     static_assert(TILE <= THREADS);
     extern __shared__ __align__(16) uint8_t smem[];
     const uint32_t base = cvta_to_shared(smem);
@@ -506,8 +554,8 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
             const int head = kv_head * shape.group() + step / tiles;
             const int position = (begin + step % tiles) * TILE, a_frag = shape.seq_len - position;
             const size_t row = shape.row(head, position);
-            queries(step % STAGES).copy(q + row * D, D, a_frag);
-            douts(step % STAGES).copy(dout + shape.out_row(head, position) * D, pitch, a_frag);
+            queries(step % STAGES).template copy<THREADS>(q + row * D, D, a_frag);
+            douts(step % STAGES).template copy<THREADS>(dout + shape.out_row(head, position) * D, pitch, a_frag);
             cp_async_commit();
             const int at = threadIdx.x;
             if (at < TILE) {
@@ -524,23 +572,27 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
         };
         // Other warps may still be reading the previous task's tiles.
         __syncthreads();
-        keys.copy(k + kv_row * D, D, valid_rows);
-        values.copy(v + kv_row * D, D, valid_rows);
+        keys.template copy<THREADS>(k + kv_row * D, D, valid_rows);
+        values.template copy<THREADS>(v + kv_row * D, D, valid_rows);
         load_stage(0);
         store_stats(0);
+        Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_keys{keys, warp_row};
+        Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_values{values, warp_row};
+        if constexpr (KEEP) {
+            cp_async_wait<0>();
+            __syncthreads();
+            own_keys.load();
+            own_values.load();
+        }
 
         AccFragment<ROW_BLOCKS, D> dk_acc, dv_acc;
         dk_acc.clear();
         dv_acc.clear();
         for (int step = 0; step < steps; step++) {
             const int stage = step % STAGES, tile = (begin + step % tiles) * TILE;
-            if (step + 1 < steps) {
-                load_stage(step + 1);
-                cp_async_wait<1>();
-            } else {
-                cp_async_wait<0>();
-            }
+            cp_async_wait<0>();
             __syncthreads();
+            if (step + 1 < steps) load_stage(step + 1);
             const RowStats<TILE> &tile_stats = stats[stage];
             int min_first = tile_stats.from[lane % TILE], max_first = min_first;
             for (int i = lane; i < TILE; i += WARP_SIZE) {
@@ -553,8 +605,8 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
                 tile + TILE - 1 < low || __reduce_min_sync(FULL_MASK, min_first) > high;
             if (!all_hidden) {
                 AccFragment<ROW_BLOCKS, TILE> p, ds;
-                qk_mma<T>(p, keys, warp_row, queries(stage));
-                qk_mma<T>(ds, values, warp_row, douts(stage));
+                qk_mma<T>(p, own_keys, queries(stage));
+                qk_mma<T>(ds, own_values, douts(stage));
                 if (__reduce_max_sync(FULL_MASK, max_first) > low || tile < high) {
 #pragma unroll
                     for (int j = 0; j < TILE / 4; j++) {
@@ -584,8 +636,6 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
                 pv_mma<T>(dk_acc, ds, queries(stage));
             }
             if (step + 1 < steps) store_stats(step + 1);  // mutant: stats_not_stored
-            // The stage is free once all warps have read it.
-            __syncthreads();
         }
         float ones[ROW_BLOCKS][2], scales[ROW_BLOCKS][2];
 #pragma unroll
@@ -598,19 +648,21 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
     }
 }
 
-// Launch: blocks of 128 threads, any grid along x; one block per 64 rows of a head (of a key/value
-// head for dk and dv), or 128 with two row blocks per warp, is best. Dynamic shared memory, with C
+// Launch: blocks of the threads of `tile_config`, any grid along x; one block per `rows()` rows of a head
+// (of a key/value head for dk and dv) is best. Dynamic shared memory, with C
 // stationary rows per block and R rows per tile of 2 D + 16 bytes each: C + 4 R rows forward, 2 C +
 // 4 R backward, and 24 R bytes more for dk and dv.
 #define ENTRIES(D, T)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, tile_config(FORWARD, D).blocks)          \
+    extern "C" __global__ void __launch_bounds__(tile_config(FORWARD, D).threads(),                \
+                                                 tile_config(FORWARD, D).blocks)                   \
     flash_attention_##D##_##T(                                                                     \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
         int batch, int seq_len, int heads, int kv_heads) {                                         \
         forward<D>(q, k, v, first_key, out, lse, {batch, seq_len, heads, kv_heads, D});            \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, tile_config(BACKWARD_DQ, D).blocks)      \
+    extern "C" __global__ void __launch_bounds__(tile_config(BACKWARD_DQ, D).threads(),            \
+                                                 tile_config(BACKWARD_DQ, D).blocks)               \
     flash_attention_backward_dq_##D##_##T(                                                         \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
@@ -619,7 +671,8 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
         backward_dq<D>(q, k, v, first_key, lse, delta, dout, dq,                                   \
                       {batch, seq_len, heads, kv_heads, D});                                       \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, tile_config(BACKWARD_DKDV, D).blocks)    \
+    extern "C" __global__ void __launch_bounds__(tile_config(BACKWARD_DKDV, D).threads(),          \
+                                                 tile_config(BACKWARD_DKDV, D).blocks)             \
     flash_attention_backward_dkdv_##D##_##T(                                                       \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \

@@ -15,8 +15,8 @@
 // backward: bound by memory.
 //
 // Launch of rms_norm and rms_norm_backward: blocks of (threads per row, rows per block), shaped as
-// `row_sum` requires, at most 256 threads; any grid along x. The backward also takes
-// 4 * blockDim.y * hidden bytes of dynamic shared memory.
+// `row_sum` requires, at most 256 threads; any grid along x. The backward also takes 4 blockDim.y bytes
+// of dynamic shared memory for each column, with columns rounded up to whole passes of a row of threads.
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
@@ -64,14 +64,15 @@ template <int N, typename T>
 __device__ void normalize_backward(const T *x, const float *rstd, const T *weight, const T *dy,
                                    const T *dsum, T *dx, float *partials, int rows,
                                    int hidden) {
-    // dweight of each row of threads, [blockDim.y, hidden]; a column is private to one thread until
-    // the rows are added.
+    // dweight of each row of threads; a column is private to one thread until the rows are added. The
+    // values of consecutive threads are neighbors, without bank conflicts: [passes, N, blockDim.x].
     extern __shared__ float partial_rows[];
-    float *partial = partial_rows + static_cast<size_t>(threadIdx.y) * hidden;
     const int first = N * threadIdx.x, stride = N * blockDim.x;
-    for (int column = first; column < hidden; column += stride) {
+    const int row_size = (hidden + stride - 1) / stride * stride;
+    float *partial = partial_rows + threadIdx.y * row_size + threadIdx.x;
+    for (int column = first, pass = 0; column < hidden; column += stride, pass += stride) {
 #pragma unroll
-        for (int i = 0; i < N; i++) partial[column + i] = 0.0f;
+        for (int i = 0; i < N; i++) partial[pass + i * blockDim.x] = 0.0f;
     }
     for (int base = blockIdx.x * blockDim.y; base < rows; base += gridDim.x * blockDim.y) {
         const int row = base + threadIdx.y;
@@ -79,7 +80,8 @@ __device__ void normalize_backward(const T *x, const float *rstd, const T *weigh
         const size_t at = static_cast<size_t>(row) * hidden;
         const float scale = valid ? rstd[row] : 0.0f;
         float dot = 0.0f;
-        for (int column = first; valid && column < hidden; column += stride) {
+        for (int column = first, pass = 0; valid && column < hidden;
+             column += stride, pass += stride) {
             float values[N], d[N], w[N];
             load(values, x + at + column);
             load(d, dy + at + column);
@@ -88,7 +90,7 @@ __device__ void normalize_backward(const T *x, const float *rstd, const T *weigh
             for (int i = 0; i < N; i++) {
                 const float n = values[i] * scale;
                 dot += d[i] * w[i] * n;
-                partial[column + i] += d[i] * n;
+                partial[pass + i * blockDim.x] += d[i] * n;
             }
         }
         const float mean = row_sum(dot) / hidden;
@@ -109,10 +111,10 @@ __device__ void normalize_backward(const T *x, const float *rstd, const T *weigh
     __syncthreads();  // mutant: rows_added_early
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     for (int column = thread; column < hidden; column += blockDim.x * blockDim.y) {
+        const int pass = column / stride * stride, in_pass = column - pass;
+        const float *from = partial_rows + pass + in_pass % N * blockDim.x + in_pass / N;
         float total = 0.0f;
-        for (int row = 0; row < blockDim.y; row++) {
-            total += partial_rows[static_cast<size_t>(row) * hidden + column];
-        }
+        for (int row = 0; row < blockDim.y; row++) total += from[row * row_size];
         partials[static_cast<size_t>(blockIdx.x) * hidden + column] = total;
     }
 }
@@ -158,12 +160,12 @@ ENTRIES(f32)
 ENTRIES(bf16)
 ENTRIES(f16)
 
-// dweight += sum of the partial sums, [blocks, hidden]. Launch: ceil(hidden / 32) blocks of (32, 8)
-// threads; each row of threads adds every eighth partial sum.
-extern "C" __global__ void __launch_bounds__(256)
+// dweight += sum of the partial sums, [blocks, hidden]. Launch: ceil(hidden / 32) blocks of (32, 32)
+// threads; each row of threads adds every 32nd partial sum.
+extern "C" __global__ void __launch_bounds__(1024)
 rms_norm_backward_weight(const float *__restrict__ partials, float *__restrict__ dweight,
                          int blocks, int hidden) {
-    constexpr int STRIPS = 8;
+    constexpr int STRIPS = 32;
     __shared__ float strips[STRIPS][WARP_SIZE];
     const int column = blockIdx.x * WARP_SIZE + threadIdx.x;
     float strip = 0.0f;

@@ -17,7 +17,8 @@
 //
 // Launch: blocks of (x, y) threads, at most 256; any grid along x. Threads along x take consecutive
 // vectors of a head over all positions, threads along y iterate over heads, so that a block reads
-// whole sectors of a QKV row however small the heads.
+// whole sectors of a QKV row however small the heads. Writing them takes another order:
+// `rope_backward_whole`.
 #include "lib/vector.cuh"
 
 // q, k and v (or their gradients), split by head.
@@ -58,9 +59,58 @@ __device__ void store_pairs(T *to, const float (&a)[2 * N], int half) {
     }
 }
 
+// Cosines and sines of N pairs, `from` on; the sines negated for the backward.
+template <int N, bool BACKWARD>
+__device__ void load_rotation(float (&rotation)[2 * N], const float *from) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float pair[2];
+        load(pair, from + 2 * n);
+        rotation[2 * n] = pair[0];
+        rotation[2 * n + 1] = BACKWARD ? -pair[1] : pair[1];  // mutant: angle_not_negated
+    }
+}
+
+template <int N>
+__device__ void rotate(float (&x)[2 * N], const float (&rotation)[2 * N]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const float low = x[n], high = x[n + N];
+        x[n] = low * rotation[2 * n] - high * rotation[2 * n + 1];
+        x[n + N] = high * rotation[2 * n] + low * rotation[2 * n + 1];
+    }
+}
+
 struct Shape {
     int batch, seq_len, heads, kv_heads, head_dim;
 };
+
+// The backward of heads of 2 N values, a single access each. Threads along x iterate over heads instead,
+// and those along y over the positions of a strip: a warp stores consecutive values of a QKV row, and
+// what it loads of the other positions of a sector stays in L1 for the other warps.
+template <int N, typename T>
+__device__ void rope_backward_whole(T *dqkv, const SplitQkv<T> &split, const float *cos_sin,
+                                    const Shape &shape) {
+    const int slots = shape.heads + 2 * shape.kv_heads, rotated = shape.heads + shape.kv_heads;
+    const size_t head_size = static_cast<size_t>(shape.seq_len) * 2 * N;
+    const int strips = (shape.seq_len + blockDim.x - 1) / blockDim.x;
+    for (int tile = blockIdx.x; tile < shape.batch * strips; tile += gridDim.x) {
+        const int sequence = tile / strips, first = (tile - sequence * strips) * blockDim.x;
+        const int end = min(first + static_cast<int>(blockDim.x), shape.seq_len);
+        for (int t = first + threadIdx.y; t < end; t += blockDim.y) {
+            float rotation[2 * N];
+            load_rotation<N, true>(rotation, cos_sin + t * 2 * N);
+            const size_t row = static_cast<size_t>(sequence) * shape.seq_len + t;
+            for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) {
+                const T *head = split.head(sequence, slot, shape.heads, shape.kv_heads, head_size);
+                float x[2 * N];
+                load(x, head + t * 2 * N);
+                if (slot < rotated) rotate<N>(x, rotation);  // mutant: dv_rotated
+                store(dqkv + (row * slots + slot) * 2 * N, x);
+            }
+        }
+    }
+}
 
 template <int N, bool WHOLE, bool BACKWARD, typename T>
 __device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, const float *cos_sin,
@@ -78,14 +128,7 @@ __device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, co
         // mutant: start_ignored
         const size_t position = t + (start != nullptr ? start[sequence] : 0u);
         float rotation[2 * N];
-        const float *from = cos_sin + (position * half + i) * 2;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            float pair[2];
-            load(pair, from + 2 * n);
-            rotation[2 * n] = pair[0];
-            rotation[2 * n + 1] = BACKWARD ? -pair[1] : pair[1];  // mutant: angle_not_negated
-        }
+        load_rotation<N, BACKWARD>(rotation, cos_sin + (position * half + i) * 2);
         const size_t row = static_cast<size_t>(sequence) * shape.seq_len + t;
         for (int slot = threadIdx.y; slot < slots; slot += blockDim.y) {
             T *packed = qkv + (row * slots + slot) * shape.head_dim + i;
@@ -93,14 +136,7 @@ __device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, co
             head += static_cast<size_t>(t) * shape.head_dim + i;
             float x[2 * N];
             load_pairs<N, WHOLE>(x, BACKWARD ? head : packed, half);
-            if (slot < rotated) {  // mutant: v_rotated
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    const float low = x[n], high = x[n + N];
-                    x[n] = low * rotation[2 * n] - high * rotation[2 * n + 1];
-                    x[n + N] = high * rotation[2 * n] + low * rotation[2 * n + 1];
-                }
-            }
+            if (slot < rotated) rotate<N>(x, rotation);  // mutant: v_rotated
             store_pairs<N, WHOLE>(BACKWARD ? packed : head, x, half);
         }
     }
@@ -113,6 +149,12 @@ __device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, co
     const bool vectors = aligned(qkv, split.q, split.k, split.v, cos_sin);
     if (vectors && half % VEC<T> == 0) {
         rope<VEC<T>, false, BACKWARD>(qkv, split, start, cos_sin, shape);
+    } else if (BACKWARD && vectors && half == 1) {
+        rope_backward_whole<1>(qkv, split, cos_sin, shape);
+    } else if (BACKWARD && vectors && half == 2) {
+        rope_backward_whole<2>(qkv, split, cos_sin, shape);
+    } else if (BACKWARD && vectors && half * 2 == VEC<T>) {
+        rope_backward_whole<VEC<T> / 2>(qkv, split, cos_sin, shape);
     } else if (vectors && half == 1) {
         rope<1, true, BACKWARD>(qkv, split, start, cos_sin, shape);
     } else if (vectors && half == 2) {

@@ -37,7 +37,12 @@ impl AttentionKernel {
     fn of(shape: &AttentionShape, dtype: Dtype, choice: AttentionChoice) -> AttentionKernel {
         match shape.head_dim {
             _ if choice == AttentionChoice::Generic => AttentionKernel::Generic,
-            2 | 4 if dtype != Dtype::F32 && choice == AttentionChoice::Auto => {
+            // Heads of 2 leave half of a tensor core's product empty: it gains only if few rows wait for
+            // one another (timed on an H200).
+            2 if dtype != Dtype::F32 && choice == AttentionChoice::Auto && !fills_gpu(shape, 4) => {
+                AttentionKernel::SmallHeadTf32
+            }
+            4 if dtype != Dtype::F32 && choice == AttentionChoice::Auto => {
                 AttentionKernel::SmallHeadTf32
             }
             2 | 4 | 8 => AttentionKernel::SmallHead,
@@ -106,9 +111,11 @@ impl AttentionKernel {
             AttentionKernel::Flash => {
                 // Rows per block and per tile: the same table as `tile_config` in the kernel file.
                 let (stationary, tile, planes) = match pass {
-                    AttentionPass::Forward => (128, if d == 64 { 64 } else { 32 }, 1),
+                    AttentionPass::Forward if d <= 32 => (64, 64, 1),
+                    AttentionPass::Forward => (128, if d <= 64 { 64 } else { 32 }, 1),
+                    AttentionPass::BackwardDq if d <= 32 => (64, 64, 2),
                     AttentionPass::BackwardDq => (if d <= 64 { 128 } else { 64 }, 32, 2),
-                    AttentionPass::BackwardDkdv => (if d <= 32 { 128 } else { 64 }, 32, 2),
+                    AttentionPass::BackwardDkdv => (64, if d <= 64 { 64 } else { 48 }, 2),
                 };
                 let stats_bytes = if pass == AttentionPass::BackwardDkdv { 24 * tile } else { 0 };
                 let shared = (planes * stationary + 4 * tile) * (2 * d + 16) + stats_bytes;
@@ -136,13 +143,16 @@ impl AttentionKernel {
 /// Warps that fill a GPU of 132 SMs: two per scheduler, four schedulers per SM.
 const MIN_WARPS: usize = 2 * 4 * 132;
 
+/// True if so many rows per lane leave enough warps. Depends on the shape alone, so that every GPU adds in
+/// the same order. The dk and dv pass also has a warp per query head.
+fn fills_gpu(shape: &AttentionShape, rows_per_lane: usize) -> bool {
+    shape.batch * shape.heads * shape.seq_len.div_ceil(32 * rows_per_lane) >= MIN_WARPS
+}
+
 /// Rows per lane of the SmallHead kernels: several amortize the loads, one gives the most warps.
-/// Depends on the shape alone, so that every GPU adds in the same order.
 fn rows_per_lane(pass: AttentionPass, shape: &AttentionShape) -> usize {
     let several = if pass != AttentionPass::Forward && shape.head_dim == 8 { 2 } else { 4 };
-    // The dk and dv pass also has a warp per query head.
-    let warps = shape.batch * shape.heads * shape.seq_len.div_ceil(32 * several);
-    if warps < MIN_WARPS { 1 } else { several }
+    if fills_gpu(shape, several) { several } else { 1 }
 }
 
 /// 16-row blocks per warp of the SmallHeadTf32 kernels, by the same rule as [`rows_per_lane`].
@@ -217,6 +227,14 @@ mod tests {
             let shape = AttentionShape { batch: 1, seq_len: 9, heads: 2, kv_heads: 1, head_dim };
             AttentionKernel::of(&shape, dtype, choice)
         };
+        let original =
+            |batch| AttentionShape { batch, seq_len: 512, heads: 32, kv_heads: 4, head_dim: 2 };
+        for (batch, expected) in
+            [(1, AttentionKernel::SmallHeadTf32), (64, AttentionKernel::SmallHead)]
+        {
+            let shape = original(batch);
+            assert_eq!(AttentionKernel::of(&shape, Dtype::Bf16, AttentionChoice::Auto), expected);
+        }
         for head_dim in [2, 4] {
             assert_eq!(
                 kernel(head_dim, Dtype::Bf16, AttentionChoice::Auto),

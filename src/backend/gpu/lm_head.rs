@@ -20,12 +20,14 @@ pub(super) fn loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyh
     }
 }
 
-/// Most logits of a chunk: 2,048 rows of a vocabulary of 32,768.
-const MAX_CHUNK_LOGITS: usize = 1 << 26;
+/// Logits of a chunk if the vocabulary is small: 2,048 rows of a vocabulary of 32,768.
+const CHUNK_LOGITS: usize = 1 << 26;
+/// Fewest rows of a chunk: each reads and writes the whole gradient of the LM head.
+const MIN_CHUNK_ROWS: usize = 2048;
 
 /// Rows per chunk of the generic path.
 fn chunk(o: &FusedLinearCrossEntropy) -> usize {
-    (MAX_CHUNK_LOGITS / o.w.rows).clamp(1, o.rows)
+    (CHUNK_LOGITS / o.w.rows).max(MIN_CHUNK_ROWS).min(o.rows)
 }
 
 /// Elements from one row of logits to the next: rows of an odd vocabulary (50,257) are padded, so that

@@ -5,17 +5,22 @@ use crate::device::Address;
 use crate::dtype::Dtype;
 use crate::llama::ops::{RmsNorm, RmsNormBackward};
 
-/// Grid limit of the backward: each block stores a partial sum of dweight for the second pass to add.
-const MAX_PARTIALS: usize = 264;
+/// Grid limit of the backward, eight blocks for each of 132 SMs: each stores a partial sum of dweight for
+/// the second pass to add.
+const MAX_PARTIALS: usize = 1056;
 /// Grid limit of the forward: enough blocks to fill any GPU.
 const MAX_BLOCKS: usize = 2048;
 
 /// (threads per row, rows per block): a thread takes 16 bytes at a time if the hidden size allows it.
 fn block(hidden: usize, dtype: Dtype) -> (usize, usize) {
-    let vec_len = 16 / dtype.size();
-    let vectors = if hidden.is_multiple_of(vec_len) { hidden / vec_len } else { hidden };
-    let width = vectors.next_power_of_two().min(256);
+    let width = (hidden / access(hidden, dtype)).next_power_of_two().min(256);
     (width, 256 / width)
+}
+
+/// Values per access.
+fn access(hidden: usize, dtype: Dtype) -> usize {
+    let vec_len = 16 / dtype.size();
+    if hidden.is_multiple_of(vec_len) { vec_len } else { 1 }
 }
 
 pub(super) fn forward(ctx: &mut LaunchContext, o: &RmsNorm) -> anyhow::Result<()> {
@@ -58,7 +63,7 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &RmsNormBackward) -> anyhow::
     let shape = LaunchShape {
         grid: [grid, 1, 1],
         block: [width, rows_per_block, 1],
-        shared: 4 * rows_per_block * hidden,
+        shared: 4 * rows_per_block * hidden.next_multiple_of(width * access(hidden, ctx.dtype)),
     };
     let args = [
         ctx.ptr(o.x).into(),
@@ -72,7 +77,7 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &RmsNormBackward) -> anyhow::
         int(hidden),
     ];
     ctx.launch_for_dtype("rms_norm_backward", shape, &args)?;
-    let shape = LaunchShape { grid: [hidden.div_ceil(32), 1, 1], block: [32, 8, 1], shared: 0 };
+    let shape = LaunchShape { grid: [hidden.div_ceil(32), 1, 1], block: [32, 32, 1], shared: 0 };
     let args = [partials.into(), ctx.gradient_ptr(o.weight).into(), int(grid), int(hidden)];
     ctx.launch("rms_norm_backward_weight", shape, &args)
 }

@@ -193,6 +193,7 @@ pub const ROPE: MutationSet = MutationSet {
         ("angle_not_negated", "BACKWARD ? -pair[1] : pair[1]", "pair[1]"),
         ("start_ignored", "start != nullptr ? start[sequence] : 0u", "0u"),
         ("v_rotated", "slot < rotated", "slot < slots"),
+        ("dv_rotated", "slot < rotated", "slot < slots"),
         ("kv_heads_taken_for_heads", "* kv_heads", "* heads"),
         ("neighbors_paired", "from + half", "from + N"),
         ("one_position_too_many", "t >= shape.seq_len", "t > shape.seq_len"),
