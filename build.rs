@@ -278,21 +278,21 @@ fn compile(nvcc: &Nvcc, kernels: &[String], archs: &[String], out: &Path) -> Out
 fn compile_file(nvcc: &Nvcc, name: &str, archs: &[String], out: &Path) -> Outcome<()> {
     let file = |suffix: &str| out.join(format!("{name}.{suffix}"));
     let io = |path: &Path, e: std::io::Error| format!("{}: {e}", path.display());
-    let (new, keep) = (file("new"), file("keep"));
-    let command = |arguments: &[&str]| {
+    let new = file("new");
+    let command = |arguments: &[&str], source: &Path| {
         let mut command = Command::new(&nvcc.path);
-        command.args(["-O3", "-std=c++17", "-lineinfo", "-MD", "-MF"]).arg(file("d"));
-        command.args(arguments).arg("-o").arg(&new).arg(format!("kernels/{name}.cu"));
+        command.args(["-O3", "-lineinfo"]).args(arguments).arg("-o").arg(&new).arg(source);
         command
     };
-    let ptx = command(&["-ptx", "-arch=compute_80"]);
+    let depend = file("d").display().to_string();
+    let source = PathBuf::from(format!("kernels/{name}.cu"));
+    let options = ["-ptx", "-arch=compute_80", "-std=c++17", "-MD", "-MF", &depend];
+    let ptx = command(&options, &source);
     let fatbin = feature("CUDA").then(|| {
-        let keep = keep.display().to_string();
-        // All SASS is assembled from the same PTX: a front end for each architecture takes two thirds of
-        // nvcc's time, and no kernel has instructions of one architecture.
+        // All SASS is assembled from the one PTX that the simulator runs: no kernel has instructions of one
+        // architecture.
         let code = format!("-gencode=arch=compute_80,code=[sm_{},compute_80]", archs.join(",sm_"));
-        let compress = "-Xfatbin=-compress-all";
-        command(&["-fatbin", &code, compress, "--keep", "--keep-dir", &keep])
+        command(&["-fatbin", &code, "-Xfatbin=-compress-all"], &file("ptx"))
     });
     let record = format!("{} {fatbin:?} {ptx:?}", nvcc.version);
     let outputs: &[&str] = if feature("CUDA") { &["ptx", "fatbin"] } else { &["ptx"] };
@@ -305,24 +305,29 @@ fn compile_file(nvcc: &Nvcc, name: &str, archs: &[String], out: &Path) -> Outcom
     }
     // Written before nvcc starts: a source that changes while it runs is newer than this.
     fs::write(file("record"), record).map_err(|e| io(&file("record"), e))?;
+    run(ptx, name)?;
+    let text = fs::read_to_string(&new).map_err(|e| io(&new, e))?;
+    fs::write(file("ptx"), with_explicit_rounding(&text)).map_err(|e| io(&file("ptx"), e))?;
     if let Some(fatbin) = fatbin {
-        // What a failed run kept is not of this one.
-        let _ = fs::remove_dir_all(&keep);
-        fs::create_dir_all(&keep).map_err(|e| io(&keep, e))?;
         run(fatbin, name)?;
         fs::rename(&new, file("fatbin")).map_err(|e| io(&new, e))?;
-        // nvcc made the PTX on its way, and named its architecture if there are several. A compiler
-        // cache in its place gives back the fatbin alone.
-        for kept in ["compute_80.ptx", "ptx"] {
-            let _ = fs::rename(keep.join(format!("{name}.{kept}")), file("ptx"));
-        }
-        fs::remove_dir_all(&keep).map_err(|e| io(&keep, e))?;
-    }
-    if !file("ptx").is_file() {
-        run(ptx, name)?;
-        fs::rename(&new, file("ptx")).map_err(|e| io(&new, e))?;
     }
     Ok(())
+}
+
+/// PTX whose sums and products are rounded one by one. Without `.rn` ptxas may fuse a product and a
+/// sum, and the GPU would compute other bits than the simulator. What nvcc fused is `fma.rn` already:
+/// this costs at most 1% of a kernel's instructions.
+fn with_explicit_rounding(ptx: &str) -> String {
+    let mut text = ptx.to_string();
+    for operation in ["add", "sub", "mul"] {
+        for dtype in ["f32", "ftz.f32", "f64"] {
+            let rounded = format!("{operation}.rn.{dtype}\t");
+            text = text.replace(&format!("{operation}.{dtype} \t"), &rounded);
+            text = text.replace(&format!("{operation}.{dtype}\t"), &rounded);
+        }
+    }
+    text
 }
 
 /// Runs nvcc on a kernel file; its warnings become cargo's.
