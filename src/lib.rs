@@ -7,8 +7,8 @@
 //! - [`escape`][]: foreign text made fit to be shown
 //! - [`files`][]: atomic and bounded file access
 //! - [`output`][]: output folders with one writer
-//! - [`random`][]: counter-based random numbers
 //! - [`threads`][]: thread counts and pools
+//! - [`random`][]: counter-based random numbers
 //! - [`dtype`][]: element types of tensors
 //! - [`schema`][]: versions of the JSON files
 //! - [`corpus`][]: text sources (kernel.org, archives, folders, files of documents, the built-in sample)

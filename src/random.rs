@@ -2,6 +2,10 @@
 //! repeated, and made anywhere: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
 //! 1, 2, 3", SC 2011).
 
+use rayon::prelude::*;
+
+use crate::threads::start_global_pool;
+
 /// What a stream of random numbers is for. Streams of one seed are independent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -49,18 +53,30 @@ impl Philox {
 
     /// Fills `out` with draws from normal(0, `deviation`), by the Box-Muller transform in f64.
     pub fn fill_normal(&self, sequence: u32, deviation: f64, out: &mut [f32]) {
-        for (pair, values) in out.chunks_mut(2).enumerate() {
-            let [a, b, c, d] = self.at(sequence, pair as u64);
-            // 1 - u is in (0, 1]: its logarithm is finite.
-            let radius = deviation * (-2.0 * (1.0 - unit([a, b, 0, 0])).ln()).sqrt();
-            let angle = std::f64::consts::TAU * unit([c, d, 0, 0]);
-            values[0] = (radius * angle.cos()) as f32;
-            if let Some(second) = values.get_mut(1) {
-                *second = (radius * angle.sin()) as f32;
+        let fill = |(task, values): (usize, &mut [f32])| {
+            for (pair, values) in values.chunks_mut(2).enumerate() {
+                let counter = task * PAIRS_PER_TASK + pair;
+                let [a, b, c, d] = self.at(sequence, counter as u64);
+                // 1 - u is in (0, 1]: its logarithm is finite.
+                let radius = deviation * (-2.0 * (1.0 - unit([a, b, 0, 0])).ln()).sqrt();
+                let angle = std::f64::consts::TAU * unit([c, d, 0, 0]);
+                values[0] = (radius * angle.cos()) as f32;
+                if let Some(second) = values.get_mut(1) {
+                    *second = (radius * angle.sin()) as f32;
+                }
             }
+        };
+        // Without threads to be had it takes longer.
+        if out.len() > 2 * PAIRS_PER_TASK && start_global_pool().is_ok() {
+            out.par_chunks_mut(2 * PAIRS_PER_TASK).enumerate().for_each(fill);
+        } else {
+            out.chunks_mut(2 * PAIRS_PER_TASK).enumerate().for_each(fill);
         }
     }
 }
+
+/// Pairs of draws that a thread makes at a time: a millisecond of work.
+const PAIRS_PER_TASK: usize = 1 << 14;
 
 fn unit(words: [u32; 4]) -> f64 {
     let bits = (u64::from(words[0]) << 32) | u64::from(words[1]);
