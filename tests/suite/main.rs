@@ -18,6 +18,7 @@ mod foreign;
 mod generate;
 mod gpu;
 mod gpu_day;
+mod hardware;
 mod hostile_archives;
 mod hostile_files;
 mod kernels;

@@ -13,10 +13,12 @@ mod cases;
 mod draw;
 
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use self::cases::Output;
 use crate::backend::reference::Reference;
 use crate::backend::{Arena, Backend, Inputs, ProgramId, Session};
+use crate::corpus::hex;
 use crate::dtype::Dtype;
 use crate::error;
 use crate::llama::ops::name_matches;
@@ -35,6 +37,8 @@ pub struct CheckRow {
     pub bound: f64,
     /// A second run gave the same bits.
     pub repeats: bool,
+    /// Of the values as little-endian f32: equal where two devices compute the same bits.
+    pub sha256: String,
     pub passed: bool,
 }
 
@@ -164,6 +168,7 @@ impl Case {
                 error,
                 bound,
                 repeats,
+                sha256: hex(&Sha256::digest(bytemuck::cast_slice::<f32, u8>(got))),
                 passed: error <= bound && repeats,
             });
         }
