@@ -136,8 +136,8 @@ impl BackendArgs {
         Ok(match kind {
             BackendKind::Reference => Box::new(Reference::F32),
             BackendKind::Cuda => {
-                let gpu = Gpu::new(Arc::new(|| open_cuda(own_gpu())), options)?;
                 static NOTES: Once = Once::new();
+                let gpu = Gpu::new(Arc::new(|| open_cuda(own_gpu())), options)?;
                 NOTES.call_once(|| gpu.notes().iter().for_each(|note| say!("{note}")));
                 Box::new(gpu)
             }

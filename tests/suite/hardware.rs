@@ -15,7 +15,8 @@ use crate::support::laam;
 const OPERATIONS: &str = include_str!("../fixtures/h200_operations.tsv");
 
 fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    let digest = Sha256::digest(bytes);
+    digest.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 fn operations_have_the_bits_of_an_h200(precision: &str, dtype: &str) {

@@ -49,7 +49,7 @@ pub(crate) fn ex2(x: f32) -> f32 {
 fn unit(x: f32) -> f32 {
     // Beyond 128 all results are 0 or infinite. The conversion drops bits below 2^-23.
     let magnitude = (x.abs().min(200.0) * 8_388_608.0) as i32;
-    let is_whole = magnitude & 0x7F_FFFF == 0;
+    let is_whole = magnitude.trailing_zeros() >= 23;
     // The complement of a magnitude that has a fraction: one unit less than its negative.
     let fixed = match x.is_sign_negative() {
         true if is_whole => -magnitude,
