@@ -11,12 +11,12 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::support::laam;
+use crate::tokenizer::hex;
 
 const OPERATIONS: &str = include_str!("../fixtures/h200_operations.tsv");
 
-fn hex(bytes: &[u8]) -> String {
-    let digest = Sha256::digest(bytes);
-    digest.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
 }
 
 fn operations_have_the_bits_of_an_h200(precision: &str, dtype: &str) {
@@ -38,7 +38,7 @@ fn operations_have_the_bits_of_an_h200(precision: &str, dtype: &str) {
         let digests = computed
             .get(&(operation.to_string(), shape.to_string()))
             .unwrap_or_else(|| panic!("{operation} {shape} is no case any more"));
-        assert_eq!(&hex(digests.as_bytes())[..16], expected, "{operation} {shape} in {dtype}");
+        assert_eq!(&sha256(digests.as_bytes())[..16], expected, "{operation} {shape} in {dtype}");
         cases += 1;
     }
     assert!(cases > 200, "{cases} cases");
@@ -110,6 +110,6 @@ fn training_leaves_the_weights_of_an_h200() {
                       --learning_rate 1e-3 --tokenizer_path";
         run(&format!("{common} {} {flags}", tokenizer.display()), &model);
         let weights = std::fs::read(model.join("model.safetensors")).unwrap();
-        assert_eq!(hex(&weights), expected, "{flags}");
+        assert_eq!(sha256(&weights), expected, "{flags}");
     }
 }
