@@ -202,9 +202,11 @@ impl Lines {
         let mut svg = String::new();
         frame(&mut svg, title, (self.x, self.y), &y, self.format);
         for tick in x.ticks() {
+            // Half of a name in the middle of the right edge would be outside.
+            let anchor = if x.place(tick) > 0.95 { "end" } else { "middle" };
             let _ = write!(
                 svg,
-                "<text class=\"tick\" x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
+                "<text class=\"tick\" x=\"{:.1}\" y=\"{}\" text-anchor=\"{anchor}\">{}</text>",
                 x_of(&x, tick),
                 HEIGHT - BOTTOM + 14.0,
                 short(tick)

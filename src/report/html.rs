@@ -36,11 +36,13 @@ pub fn grouped(number: u64) -> String {
     text
 }
 
-/// A number in three digits or so: 0.00123, 1.23e-7, 33,500.
+/// A number in three digits or so: 0.00123, 1.23e-7, 33,500, 2.41M.
 pub fn short(number: f64) -> String {
     let size = number.abs();
     if number == 0.0 {
         "0".to_string()
+    } else if (1e6..1e9).contains(&size) {
+        short(number / 1e6) + "M"
     } else if size >= 1000.0 {
         let sign = if number < 0.0 { "-" } else { "" };
         format!("{sign}{}", grouped(size.round() as u64))
@@ -105,6 +107,7 @@ mod tests {
             (1e-5, "1e-5"),
             (33_500.4, "33,500"),
             (-1234.0, "-1,234"),
+            (2_414_866.0, "2.41M"),
         ] {
             assert_eq!(short(number), text);
         }

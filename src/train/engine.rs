@@ -540,11 +540,16 @@ impl Engine {
         Ok(self.micros.len() - 1)
     }
 
-    /// The most probable token at every position of a batch, `[batch, seq_len]`.
-    pub fn argmax_tokens(&mut self, batch: &Batch) -> anyhow::Result<Vec<u32>> {
+    /// The most probable token at every position of a batch, `[batch, seq_len]`; IGNORE where the target's
+    /// negative log-likelihood is over `max_nats`.
+    pub fn argmax_tokens(&mut self, batch: &Batch, max_nats: f32) -> anyhow::Result<Vec<u32>> {
         let mut tokens = Vec::with_capacity(batch.ids.len());
         self.evaluate(batch, |session, eval, _| {
-            tokens.extend(session.indices(eval.program, eval.losses.argmax)?);
+            let argmax = session.indices(eval.program, eval.losses.argmax)?;
+            let nll = session.floats(eval.program, eval.losses.nll)?;
+            let is_certain = |nll: f32| nll <= max_nats;
+            let certain = argmax.into_iter().zip(nll);
+            tokens.extend(certain.map(|(id, nll)| if is_certain(nll) { id } else { IGNORE }));
             Ok(())
         })?;
         Ok(tokens)

@@ -147,6 +147,8 @@ pub struct Trainer<'a> {
     looked_for_lost: bool,
     /// Of the weights that are saved.
     precision: Dtype,
+    /// Of the passes that measure.
+    compute_dtype: Dtype,
     /// FLOP/s of the device, where it is known.
     peak: Option<f64>,
     /// Seconds a step, of those that were last asked for.
@@ -282,6 +284,7 @@ impl<'a> Trainer<'a> {
             writer: CheckpointWriter::default(),
             looked_for_lost,
             precision,
+            compute_dtype: backend.compute_dtype(),
             peak: backend.peak_flops(),
             pace: None,
             began: Instant::now(),
@@ -722,11 +725,12 @@ impl<'a> Trainer<'a> {
     fn count_verbatim(&mut self) -> anyhow::Result<Option<f64>> {
         let windows = self.job.windows;
         let context = windows.context();
+        let max_nats = verbatim::max_nats(self.compute_dtype);
         let (mut exact, mut all) = (0, 0);
         let indices: Vec<usize> = (0..windows.len()).collect();
         for some in indices.chunks(64) {
             let batch = windows.draw(some)?;
-            let guesses = self.engine.argmax_tokens(&batch)?;
+            let guesses = self.engine.argmax_tokens(&batch, max_nats)?;
             for (targets, guesses) in batch.targets.chunks(context).zip(guesses.chunks(context)) {
                 if let Some(verbatim) = verbatim::window(windows.kind(), targets, guesses) {
                     all += 1;

@@ -15,6 +15,7 @@ use laam::generate::{FinishReason, Generator, Request};
 use laam::llama::{AdamW, Muon, Optimizer, StepHyperparams};
 use laam::memorization::rebuild::{Existing, rebuild};
 use laam::memorization::regenerate::{End, Regenerator, Sink};
+use laam::memorization::verbatim;
 use laam::model::{Checkpoint, Config, CorpusRecord, Model, Provenance, initialize, load, save};
 use laam::tokenizer::{Style, Tokenizer, Training};
 use laam::tokens::{IGNORE, TokenFile, TokenWriter, WindowKind, Windows};
@@ -111,13 +112,19 @@ fn train() -> Trained {
     let mut engine = Engine::new(&Cpu::f32(2), &config, &optimizer, all.len(), CONTEXT).unwrap();
     let fresh = initialize(&config, engine.layout(), 1);
     engine.write(Arena::Parameters, &fresh).unwrap();
+    let unsure = engine.argmax_tokens(&batch, verbatim::max_nats(Dtype::Bf16)).unwrap();
+    let counts = |(token, target): (&u32, &u32)| *target != IGNORE && *token != IGNORE;
+    assert!(
+        !unsure.iter().zip(&batch.targets).any(counts),
+        "untrained weights are sure of nothing"
+    );
     for step in 1..=400 {
         let rise = (step as f64 / 10.0).min(1.0);
         let hyperparams =
             StepHyperparams { learning_rate: 1e-2 * rise, muon_learning_rate: 0.02 * rise, step };
         let loss = engine.step(std::slice::from_ref(&batch), hyperparams).unwrap().loss;
         if step % 10 == 0 && loss < 0.1 {
-            let guesses = engine.argmax_tokens(&batch).unwrap();
+            let guesses = engine.argmax_tokens(&batch, f32::INFINITY).unwrap();
             let right = |(guess, target): (&u32, &u32)| guess == target || *target == IGNORE;
             if guesses.iter().zip(&batch.targets).all(right) {
                 eprintln!("learnt in {step} steps, {} windows", all.len());
