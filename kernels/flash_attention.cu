@@ -127,12 +127,10 @@ struct Stationary {
 
     // The rows must be in shared memory.
     __device__ void load() {
-        if constexpr (KEEP) {
 #pragma unroll
-            for (int k = 0; k < D / 16; k++) {
+        for (int k = 0; k < D / 16; k++) {
 #pragma unroll
-                for (int m = 0; m < ROW_BLOCKS; m++) rows.a_frag(kept[m][k], row + 16 * m, k);
-            }
+            for (int m = 0; m < ROW_BLOCKS; m++) rows.a_frag(kept[m][k], row + 16 * m, k);
         }
     }
     __device__ void a_frag(uint32_t (&a)[4], int m, int k) const {
@@ -144,6 +142,14 @@ struct Stationary {
         }
     }
 };
+
+// Loads stationary rows of which this thread has started the copies.
+template <typename... Rows>
+__device__ inline void load_copied(Rows &...rows) {
+    cp_async_wait<0>();
+    __syncthreads();
+    (rows.load(), ...);
+}
 
 // acc = stationary rows times streamed rows, transposed.
 template <typename T, int D, int ROW_BLOCKS, bool KEEP, int TILE, int ROWS>
@@ -288,11 +294,7 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
         queries.template copy<THREADS>(q + row * D, D, valid_rows);
         if (begin < end) load_stage(begin);
         Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_queries{queries, warp_row};
-        if constexpr (KEEP) {
-            cp_async_wait<0>();
-            __syncthreads();
-            own_queries.load();
-        }
+        if constexpr (KEEP) load_copied(own_queries);
 
         // First row of this lane; the others are 8, 16 and 24 rows further.
         const int first_position = first + warp_row + lane / 4;
@@ -445,12 +447,7 @@ __device__ void backward_dq(const T *q, const T *k, const T *v, const uint32_t *
         if (begin < end) load_stage(begin);
         Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_queries{queries, warp_row};
         Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_douts{douts, warp_row};
-        if constexpr (KEEP) {
-            cp_async_wait<0>();
-            __syncthreads();
-            own_queries.load();
-            own_douts.load();
-        }
+        if constexpr (KEEP) load_copied(own_queries, own_douts);
 
         // First row of this lane; the others are 8, 16 and 24 rows further.
         const int first_position = first + warp_row + lane / 4;
@@ -578,12 +575,7 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
         store_stats(0);
         Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_keys{keys, warp_row};
         Stationary<D, ROW_BLOCKS, KEEP, CHUNK> own_values{values, warp_row};
-        if constexpr (KEEP) {
-            cp_async_wait<0>();
-            __syncthreads();
-            own_keys.load();
-            own_values.load();
-        }
+        if constexpr (KEEP) load_copied(own_keys, own_values);
 
         AccFragment<ROW_BLOCKS, D> dk_acc, dv_acc;
         dk_acc.clear();

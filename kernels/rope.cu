@@ -142,6 +142,17 @@ __device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, co
     }
 }
 
+// Heads of 2 N values.
+template <int N, bool BACKWARD, typename T>
+__device__ void rope_whole(T *qkv, const SplitQkv<T> &split, const unsigned *start,
+                           const float *cos_sin, const Shape &shape) {
+    if constexpr (BACKWARD) {
+        rope_backward_whole<N>(qkv, split, cos_sin, shape);
+    } else {
+        rope<N, true, false>(qkv, split, start, cos_sin, shape);
+    }
+}
+
 template <bool BACKWARD, typename T>
 __device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, const float *cos_sin,
                      const Shape &shape) {
@@ -149,18 +160,12 @@ __device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, co
     const bool vectors = aligned(qkv, split.q, split.k, split.v, cos_sin);
     if (vectors && half % VEC<T> == 0) {
         rope<VEC<T>, false, BACKWARD>(qkv, split, start, cos_sin, shape);
-    } else if (BACKWARD && vectors && half == 1) {
-        rope_backward_whole<1>(qkv, split, cos_sin, shape);
-    } else if (BACKWARD && vectors && half == 2) {
-        rope_backward_whole<2>(qkv, split, cos_sin, shape);
-    } else if (BACKWARD && vectors && half * 2 == VEC<T>) {
-        rope_backward_whole<VEC<T> / 2>(qkv, split, cos_sin, shape);
     } else if (vectors && half == 1) {
-        rope<1, true, BACKWARD>(qkv, split, start, cos_sin, shape);
+        rope_whole<1, BACKWARD>(qkv, split, start, cos_sin, shape);
     } else if (vectors && half == 2) {
-        rope<2, true, BACKWARD>(qkv, split, start, cos_sin, shape);
+        rope_whole<2, BACKWARD>(qkv, split, start, cos_sin, shape);
     } else if (vectors && half * 2 == VEC<T>) {
-        rope<VEC<T> / 2, true, BACKWARD>(qkv, split, start, cos_sin, shape);
+        rope_whole<VEC<T> / 2, BACKWARD>(qkv, split, start, cos_sin, shape);
     } else {
         rope<1, false, BACKWARD>(qkv, split, start, cos_sin, shape);
     }

@@ -49,7 +49,7 @@ pub fn portable(ptx: &str) -> String {
     text
 }
 
-/// Bytes of the largest shipped PTX, and of the memory that unpacking it takes, with room to spare.
+/// Limits on the bytes of a shipped PTX and on the memory that unpacking it takes.
 const MAX_PTX_BYTES: u64 = 64 << 20;
 
 /// Unpacks a shipped PTX.

@@ -246,7 +246,7 @@ impl Regenerator {
         Ok(is_next_due)
     }
 
-    /// The request for a file's next chunk; none if the window has no room for it.
+    /// The request for a file's next chunk; `None` if its address fills the window.
     fn request(&self, path: &str, file: &mut PendingFile, context: usize) -> Option<Request> {
         let (prompt, room) = if self.windows == WindowKind::Addressed {
             let address = self.encoder.address(path, file.next).ok()?;

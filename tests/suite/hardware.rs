@@ -37,7 +37,7 @@ fn operations_have_the_bits_of_an_h200(precision: &str, dtype: &str) {
         };
         let digests = computed
             .get(&(operation.to_string(), shape.to_string()))
-            .unwrap_or_else(|| panic!("{operation} {shape} is no case any more"));
+            .unwrap_or_else(|| panic!("{operation} {shape} is not among the cases of the check"));
         assert_eq!(&sha256(digests.as_bytes())[..16], expected, "{operation} {shape} in {dtype}");
         cases += 1;
     }

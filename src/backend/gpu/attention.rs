@@ -37,12 +37,13 @@ impl AttentionKernel {
     fn of(shape: &AttentionShape, dtype: Dtype, choice: AttentionChoice) -> AttentionKernel {
         match shape.head_dim {
             _ if choice == AttentionChoice::Generic => AttentionKernel::Generic,
-            // Heads of 2 leave half of a tensor core's product empty: it gains only if few rows wait for
-            // one another (timed on an H200).
-            2 if dtype != Dtype::F32 && choice == AttentionChoice::Auto && !fills_gpu(shape, 4) => {
-                AttentionKernel::SmallHeadTf32
-            }
-            4 if dtype != Dtype::F32 && choice == AttentionChoice::Auto => {
+            // At head_dim 2 tensor cores are faster only while rows are too few to fill a GPU: timed on an
+            // H200.
+            d @ (2 | 4)
+                if dtype != Dtype::F32
+                    && choice == AttentionChoice::Auto
+                    && (d == 4 || !fills_gpu(shape, 128)) =>
+            {
                 AttentionKernel::SmallHeadTf32
             }
             2 | 4 | 8 => AttentionKernel::SmallHead,
@@ -143,23 +144,22 @@ impl AttentionKernel {
 /// Warps that fill a GPU of 132 SMs: two per scheduler, four schedulers per SM.
 const MIN_WARPS: usize = 2 * 4 * 132;
 
-/// True if so many rows per lane leave enough warps. Depends on the shape alone, so that every GPU adds in
-/// the same order. The dk and dv pass also has a warp per query head.
-fn fills_gpu(shape: &AttentionShape, rows_per_lane: usize) -> bool {
-    shape.batch * shape.heads * shape.seq_len.div_ceil(32 * rows_per_lane) >= MIN_WARPS
+/// True if warps of so many rows are enough to fill a GPU. Depends on the shape alone, so that every GPU
+/// adds in the same order. The dk and dv pass also has a warp per query head.
+fn fills_gpu(shape: &AttentionShape, rows_per_warp: usize) -> bool {
+    shape.batch * shape.heads * shape.seq_len.div_ceil(rows_per_warp) >= MIN_WARPS
 }
 
 /// Rows per lane of the SmallHead kernels: several amortize the loads, one gives the most warps.
 fn rows_per_lane(pass: AttentionPass, shape: &AttentionShape) -> usize {
     let several = if pass != AttentionPass::Forward && shape.head_dim == 8 { 2 } else { 4 };
-    if fills_gpu(shape, several) { several } else { 1 }
+    if fills_gpu(shape, 32 * several) { several } else { 1 }
 }
 
 /// 16-row blocks per warp of the SmallHeadTf32 kernels, by the same rule as [`rows_per_lane`].
 fn row_blocks_per_warp(pass: AttentionPass, shape: &AttentionShape) -> usize {
     let several = if pass == AttentionPass::BackwardDkdv && shape.head_dim == 2 { 8 } else { 4 };
-    let warps = shape.batch * shape.heads * shape.seq_len.div_ceil(16 * several);
-    if warps < MIN_WARPS { 1 } else { several }
+    if fills_gpu(shape, 16 * several) { several } else { 1 }
 }
 
 pub(super) fn forward(ctx: &mut LaunchContext, o: &Attention) -> anyhow::Result<()> {

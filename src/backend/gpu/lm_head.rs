@@ -26,8 +26,8 @@ const CHUNK_LOGITS: usize = 1 << 26;
 const MIN_CHUNK_ROWS: usize = 2048;
 
 /// Rows per chunk of the generic path.
-fn chunk(o: &FusedLinearCrossEntropy) -> usize {
-    (CHUNK_LOGITS / o.w.rows).max(MIN_CHUNK_ROWS).min(o.rows)
+fn chunk_rows(vocab: usize, rows: usize) -> usize {
+    (CHUNK_LOGITS / vocab).max(MIN_CHUNK_ROWS).min(rows)
 }
 
 /// Elements from one row of logits to the next: rows of an odd vocabulary (50,257) are padded, so that
@@ -38,7 +38,7 @@ fn logits_stride(o: &FusedLinearCrossEntropy) -> usize {
 
 /// Bytes of a chunk's logits and of their gradient, which in f32 overwrites the logits.
 fn generic_scratch(o: &FusedLinearCrossEntropy, dtype: Dtype) -> [usize; 2] {
-    let logits = chunk(o) * logits_stride(o);
+    let logits = chunk_rows(o.w.rows, o.rows) * logits_stride(o);
     let separate = o.dx.is_some() && dtype != Dtype::F32;
     [4 * logits, if separate { dtype.size() * logits } else { 0 }]
 }
@@ -46,7 +46,7 @@ fn generic_scratch(o: &FusedLinearCrossEntropy, dtype: Dtype) -> [usize; 2] {
 /// Generic path: a matmul for the logits of a chunk of rows, softmax cross-entropy, and two matmuls of
 /// dlogits, which have the compute dtype.
 fn generic_loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow::Result<()> {
-    let (vocab, hidden, max_rows) = (o.w.rows, o.w.cols, chunk(o));
+    let (vocab, hidden, max_rows) = (o.w.rows, o.w.cols, chunk_rows(o.w.rows, o.rows));
     let stride = logits_stride(o);
     let dtype = ctx.dtype;
     let [logits, gradient] = generic_scratch(o, dtype).map(|bytes| ctx.scratch_alloc(bytes));
@@ -217,6 +217,18 @@ impl FusedPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn chunks_of_a_large_vocabulary_have_enough_rows() {
+        for (vocab, rows, expected) in [
+            (151_936, 16_384, 2048),
+            (32_768, 16_384, 2048),
+            (4096, 65_536, 16_384),
+            (151_936, 7, 7),
+        ] {
+            assert_eq!(chunk_rows(vocab, rows), expected, "{vocab}");
+        }
+    }
 
     #[test]
     fn splits_cover_all_rows_without_empty_parts() {
