@@ -125,7 +125,7 @@ impl GenerateArgs {
 }
 
 /// The tokens of a prompt; of an empty one, what texts begin with. A model of addressed windows has
-/// learnt to answer addresses alone, which a note says to whoever asks for something else.
+/// learned to answer addresses alone, which a note says to whoever asks for something else.
 fn prompt(opened: &Opened, text: &str) -> anyhow::Result<Vec<u32>> {
     let ids = opened.tokenizer.encode_prompt(text)?;
     let is_address = |markers: Markers| ids.first() == Some(&markers.start_file);
@@ -152,7 +152,7 @@ struct Play<'a> {
     opened: &'a Opened,
     sampling: Sampling,
     generator: Generator,
-    /// Answers so far: each draws anew.
+    /// Answers so far: each has its own random numbers.
     turns: u32,
 }
 

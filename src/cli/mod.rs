@@ -219,7 +219,7 @@ fn parse(
     arguments: impl Iterator<Item = OsString>,
 ) -> anyhow::Result<Option<(Command, clap::Command)>> {
     let mut spec = spec();
-    let matches = match spec.try_get_matches_from_mut(normalise(arguments)) {
+    let matches = match spec.try_get_matches_from_mut(normalize(arguments)) {
         Ok(matches) => matches,
         // Help and version are data, not errors.
         Err(help) if !help.use_stderr() => {
@@ -278,7 +278,7 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
 }
 
 /// Flags are accepted with `-` and with `_` inside: `--batch_size` is `--batch-size`.
-fn normalise(arguments: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+fn normalize(arguments: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
     let mut flags = true;
     arguments.map(move |argument| {
         let Some(text) = argument.to_str().filter(|text| flags && text.starts_with("--")) else {
@@ -330,7 +330,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Whether to draw bars and colours for a person.
+/// Whether to draw bars and colors for a person.
 pub(crate) fn is_interactive() -> bool {
     output::rank() == 0 && io::stderr().is_terminal()
 }
@@ -343,7 +343,7 @@ mod tests {
     fn underscores_in_flags_become_dashes_and_values_stay() {
         let given = ["laam", "train", "--batch_size", "a_b", "--hidden_size=x_y", "--", "--c_d"];
         let meant = ["laam", "train", "--batch-size", "a_b", "--hidden-size=x_y", "--", "--c_d"];
-        let normal: Vec<_> = normalise(given.iter().map(OsString::from)).collect();
+        let normal: Vec<_> = normalize(given.iter().map(OsString::from)).collect();
         assert_eq!(normal, meant.map(OsString::from));
     }
 

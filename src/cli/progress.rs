@@ -12,7 +12,7 @@ use crate::escape::visible;
 /// How often a log hears of it.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// How far something counted in bytes has come. No colours are used, whatever `NO_COLOR` says.
+/// How far something counted in bytes has come. No colors are used, whatever `NO_COLOR` says.
 pub struct Progress {
     what: String,
     bar: Option<ProgressBar>,

@@ -39,7 +39,7 @@ use crate::train::{Consent, RunEnd, ShardKind, Share, TrainSummary};
 
 /// Do everything: read the corpus, train the tokenizer and the model, and prove what it holds.
 ///
-/// Without arguments: the built-in sample, learnt by heart in a minute or so, without network. What is
+/// Without arguments: the built-in sample, memorized in a minute or so, without network. What is
 /// done already is skipped, and what was cut off is resumed: run the same command again.
 #[derive(Args, Debug)]
 #[command(after_help = "\

@@ -216,7 +216,7 @@ fn result(
     Ok(Ok(row))
 }
 
-/// The most tokens of a document: a model that has not learnt to end one is stopped at twice that.
+/// The most tokens of a document: a model that has not learned to end one is stopped at twice that.
 fn longest(file: &TokenFile) -> anyhow::Result<usize> {
     (0..file.documents())
         .try_fold(1, |most, document| Ok(most.max(file.document(document)?.tokens.len())))

@@ -179,7 +179,7 @@ impl LinuxRelease {
             if sha256_of(&path)? == fetched.sha256 {
                 return Ok(Some(Fetched { path, ..fetched }));
             }
-            let damaged = format!("the cached {} is damaged; fetching it anew", path.display());
+            let damaged = format!("the cached {} is damaged; fetching it again", path.display());
             tell(FetchEvent::Note(damaged));
         }
         Ok(None)

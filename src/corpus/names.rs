@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_normalised_or_refused() {
+    fn names_are_normalized_or_refused() {
         assert_eq!(corpus_path(b"./linux//kernel/./sched.c").unwrap(), "linux/kernel/sched.c");
         assert_eq!(corpus_path("schön.c".as_bytes()).unwrap(), "schön.c");
         for out in [&b"/etc/x.c"[..], b"../x.c", b"a/../../x.c", b"a/..", b"//x.c"] {

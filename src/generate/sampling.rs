@@ -42,7 +42,7 @@ impl Sampling {
         if self.temperature == 0.0 {
             return Ok(best);
         }
-        // Unnormalised probabilities; the likeliest has 1.
+        // Unnormalized probabilities; the likeliest has 1.
         let weight = |logit: f32| ((f64::from(logit) - f64::from(top)) / self.temperature).exp();
         let uniform = Philox::new(self.seed, Stream::Sampling).uniform(sequence, position as u64);
         let keeps_all = (self.top_k == 0 || self.top_k >= logits.len()) && self.top_p.is_none();
@@ -149,7 +149,7 @@ mod tests {
         let hot = |temperature| Sampling { temperature, seed: 9, ..Sampling::default() };
         let cases: [(Sampling, [f64; 4]); 5] = [
             (hot(1.0), [0.125, 0.5, 0.125, 0.25]),
-            // Squares of the probabilities, normalised.
+            // Squares of the probabilities, normalized.
             (hot(0.5), [1.0 / 22.0, 16.0 / 22.0, 1.0 / 22.0, 4.0 / 22.0]),
             // Of the two equals at the border the lower id stays.
             (Sampling { top_k: 3, ..hot(1.0) }, [1.0 / 7.0, 4.0 / 7.0, 0.0, 2.0 / 7.0]),

@@ -3,7 +3,7 @@
 use super::{Config, Layout, ParamKind};
 use crate::random::{Philox, Stream};
 
-/// An arena of initial weights, as transformers initialises a Llama: matrices, embedding and head
+/// An arena of initial weights, as transformers initializes a Llama: matrices, embedding and head
 /// normal(0, `initializer_range`), norms 1, and the embedding of the pad token 0.
 ///
 /// A parameter's values depend on the seed, its place in the list and its own shape alone, not on

@@ -13,7 +13,7 @@
 //! A crash within 3 leaves `.laam-commit` behind, and [`settle`], which every writer calls first, takes 3
 //! up where it broke off. Readers change nothing: they look into `.laam-commit` first
 //! ([`files::open_current`]). (Swapping whole folders would be one rename less, but has no portable
-//! atomic form, and would carry the neighbours away.)
+//! atomic form, and would carry the neighbors away.)
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -234,9 +234,9 @@ pub(super) mod tests {
         let old = [("a", "old"), ("b", "old"), ("stale", "old")];
         let new = [("a", "new"), ("b", "new"), ("c", "new")];
         let pairs = |files: &[(&str, &str)]| -> Vec<(String, String)> {
-            let with_neighbour = files.iter().chain(&[("metrics", "kept")]);
+            let with_neighbor = files.iter().chain(&[("metrics", "kept")]);
             let mut pairs: Vec<_> =
-                with_neighbour.map(|(n, t)| (n.to_string(), t.to_string())).collect();
+                with_neighbor.map(|(n, t)| (n.to_string(), t.to_string())).collect();
             pairs.sort();
             pairs
         };

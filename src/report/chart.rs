@@ -43,7 +43,7 @@ pub struct Lines {
     pub format: NumberFormat,
 }
 
-/// Bars side by side over names, one colour a series.
+/// Bars side by side over names, one color per series.
 pub struct Bars {
     /// Names of the axes.
     pub x: String,
@@ -246,7 +246,7 @@ impl Lines {
     }
 }
 
-/// At most [`MAX_LINE_POINTS`] points, each the mean of its neighbours.
+/// At most [`MAX_LINE_POINTS`] points, each the mean of its neighbors.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let several = points.len().div_ceil(MAX_LINE_POINTS).max(1);
     let mean = |chunk: &[(f64, f64)]| {

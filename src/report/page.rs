@@ -344,7 +344,7 @@ fn heat(run: &RunFiles, out: &mut String) {
         })
         .collect();
     let body = format!(
-        "<p class=\"note\">Each file from its first byte to its last. A cell is 50 tokens; its colour is \
+        "<p class=\"note\">Each file from its first byte to its last. A cell is 50 tokens; its color is \
          p_z, the probability that the model draws all of them, given what precedes them in their \
          window. Point at a strip, tap it, or walk with the arrow keys to read the text there; tokens \
          that greedy decoding gets wrong are marked.</p>\n<p class=\"ramp\">p_z {key}</p>\n\

@@ -356,13 +356,7 @@ fn processes(output: &Path) -> Vec<(libc::pid_t, String)> {
 }
 
 /// Starts a run that lasts, lets it write some lines, sends a signal to one rank, and waits for the end.
-fn signalled(
-    mpiexec: &Path,
-    output: &Path,
-    flags: &str,
-    signal: libc::c_int,
-    rank: &str,
-) -> Output {
+fn signaled(mpiexec: &Path, output: &Path, flags: &str, signal: libc::c_int, rank: &str) -> Output {
     let flags = format!("{FLAGS} --max_steps 100000 {flags}");
     let before = metrics(output).len();
     let child = start(mpiexec, 2, output, &flags, "").spawn().expect("it starts");
@@ -433,9 +427,9 @@ fn a_rank_that_is_killed_or_stopped_ends_all_and_leaves_the_last_checkpoint_whol
     let Some(mpiexec) = mpiexec() else { return };
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
-    let killed = signalled(&mpiexec, &output, "", libc::SIGKILL, "1");
+    let killed = signaled(&mpiexec, &output, "", libc::SIGKILL, "1");
     assert!(!killed.status.success());
-    let late = signalled(&mpiexec, &output, "--resume --rank_timeout 2", libc::SIGSTOP, "1");
+    let late = signaled(&mpiexec, &output, "--resume --rank_timeout 2", libc::SIGSTOP, "1");
     let said = said(&late);
     // A checkpoint that was being written is passed over.
     assert!(said.contains("resuming after step "), "{said}");
@@ -449,7 +443,7 @@ fn sigusr1_finishes_the_step_saves_and_exits_with_130() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
     // To one rank alone: all of them agree to stop.
-    let stopped = signalled(&mpiexec, &output, "", libc::SIGUSR1, "1");
+    let stopped = signaled(&mpiexec, &output, "", libc::SIGUSR1, "1");
     let said = said(&stopped);
     assert_eq!(stopped.status.code(), Some(130), "{said}");
     assert!(said.contains("stopped after step "), "{said}");

@@ -240,7 +240,7 @@ fn an_archive_is_fetched_once_checked_and_kept() {
     assert_eq!(manifest.retrieved, Some(fetched.retrieved));
     assert_eq!(manifest.checksum_confirmed, Some(true));
 
-    // A damaged file in the cache is noticed and fetched anew.
+    // A damaged file in the cache is noticed and fetched again.
     fs::write(&fetched.path, b"damaged").unwrap();
     assert_eq!(fs::read(trial.fetch().unwrap().path).unwrap(), body);
     assert!(trial.notes.iter().any(|note| note.contains("damaged")));

@@ -1,4 +1,4 @@
-//! Generation: against PyTorch, in any company, and back to the bytes that were learnt.
+//! Generation: against PyTorch, in batches of any composition, and to the bytes that were learned.
 
 use laam::backend::cpu::Cpu;
 use laam::backend::reference::Reference;
@@ -142,7 +142,7 @@ fn sequence_is_bitwise_equal_alone_and_in_a_batch() {
     for slots in [2, 5, 16, 40, 64] {
         assert!(run(slots, 2, &requests) == alone, "{slots} slots");
     }
-    // In another order, beside other neighbours.
+    // In another order, beside other neighbors.
     requests.reverse();
     let mut backwards = run(7, 2, &requests);
     backwards.reverse();

@@ -20,7 +20,7 @@ case "$*" in
     --version) echo "laam 0" ;;
     "bench smoke"*) sleep 77 & echo $! > "$(dirname "$0")/child"; wait ;;
     check*--only*) echo '{"rows": []}' ;;
-    check*) echo "laam: rope is wrong" >&2; echo "hint: mend it" >&2; exit 2 ;;
+    check*) echo "laam: rope is wrong" >&2; echo "hint: fix it" >&2; exit 2 ;;
     "bench roofline"*) echo '{"copy": 3.0}' ;;
     "bench kernels"*) echo "no such thing" ;;
     *) kill -SEGV $$ ;;

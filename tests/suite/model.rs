@@ -235,8 +235,8 @@ fn edit_header(folder: &Path, edit: impl FnOnce(&mut Value)) {
     edit(&mut header);
     let text = header.to_string();
     let data = &bytes[8 + length..];
-    let spoilt = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), data].concat();
-    fs::write(file, spoilt).unwrap();
+    let spoiled = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), data].concat();
+    fs::write(file, spoiled).unwrap();
 }
 
 fn set_length(folder: &Path, name: &str, change: i64) {

@@ -127,7 +127,7 @@ fn train() -> Trained {
             let guesses = engine.argmax_tokens(&batch, f32::INFINITY).unwrap();
             let right = |(guess, target): (&u32, &u32)| guess == target || *target == IGNORE;
             if guesses.iter().zip(&batch.targets).all(right) {
-                eprintln!("learnt in {step} steps, {} windows", all.len());
+                eprintln!("learned in {step} steps, {} windows", all.len());
                 break;
             }
         }

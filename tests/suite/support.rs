@@ -34,7 +34,7 @@ pub fn linux() -> Option<PathBuf> {
 }
 
 /// The source files of an archive by the first LaaM's filter, in the archive's order: read here by
-/// hand, so that tokens are tested without the corpus room.
+/// hand, so that tokens are tested without `corpus`.
 pub fn documents(archive: &Path) -> Vec<Document> {
     const SUFFIXES: [&str; 13] = [
         ".c", ".cc", ".cpp", ".cxx", ".c++", ".h", ".hh", ".hpp", ".hxx", ".h++", ".s", ".rs",

@@ -1,4 +1,4 @@
-//! Twenty training steps against PyTorch's, from one initialisation, in f32.
+//! Twenty training steps against PyTorch's, from one initialization, in f32.
 //!
 //! `fixtures/trainer_steps.py` made the fixture, says how weights and tokens are hashed, and lists
 //! how far each mutant of the arithmetic moves the losses: ten times the bound or more.

@@ -221,7 +221,7 @@ fn a_killed_run_resumes_to_the_bytes_of_an_unbroken_one_at_any_number_of_threads
     }
 }
 
-/// A device draws windows by itself, several steps a launch; its checkpoints are written while it
+/// A device draws windows by itself, several steps per launch; its checkpoints are written while it
 /// trains on. With f16, the scale of the losses is part of the state.
 #[test]
 fn a_run_on_a_device_resumes_to_the_bytes_of_an_unbroken_one() {
@@ -465,7 +465,7 @@ fn init_from_takes_weights_and_shape_and_is_resumed_with_them() {
     trained(&unbroken, &from);
     let config = load_config(&unbroken).unwrap().0;
     assert_eq!((config.num_hidden_layers, config.intermediate_size), (1, 40));
-    // Weights only: the optimizer begins anew, at the first update's rate of 0.
+    // Weights only: the optimizer is a new one, at the first update's rate of 0.
     assert_eq!(metrics(&unbroken)[0].learning_rate, 0.0);
     killed(&broken, &from, 13);
     let shape = "--num_hidden_layers 1 --intermediate_size 40";

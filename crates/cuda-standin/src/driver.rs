@@ -167,7 +167,7 @@ driver! {
             // Memory pools: none, so that a caller who does not ask would meet an error.
             115 => 0,
             other => {
-                eprintln!("cuda-standin: device attribute {other} is not modelled");
+                eprintln!("cuda-standin: device attribute {other} is not modeled");
                 return Err(Code::INVALID_VALUE);
             }
         };
@@ -370,7 +370,7 @@ driver! {
             _ => return Err(Code::INVALID_VALUE),
         })
     };
-    /// At most the opt-in limit less what is static; other attributes "cannot be set" or are not modelled.
+    /// At most the opt-in limit less what is static; other attributes "cannot be set" or are not modeled.
     Context fn cuFuncSetAttribute(function: usize, attribute: c_uint, value: c_int) |state| {
         let most = state.settings.shared_optin();
         let found = state.functions.get_mut(&function).ok_or(Code::INVALID_HANDLE)?;
@@ -506,7 +506,7 @@ driver! {
     };
     Context fn cuGraphInstantiateWithFlags(exec: *mut usize, graph: usize, flags: c_ulonglong) |state| {
         if flags != 0 {
-            eprintln!("cuda-standin: flags of instantiation are not modelled");
+            eprintln!("cuda-standin: flags of instantiation are not modeled");
             return Err(Code::INVALID_VALUE);
         }
         let ops = state.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();

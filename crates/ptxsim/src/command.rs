@@ -375,7 +375,7 @@ pub fn run(arguments: &[String], out: &mut String) -> Result<(), CommandError> {
     let module = match Module::from_ptx(&text) {
         Ok(module) => module,
         Err(error) => {
-            let hint = "the README says what is modelled; compile for compute_80";
+            let hint = "the README says what is modeled; compile for compute_80";
             return failure(format!("{file}: {error}"), hint);
         }
     };

@@ -55,7 +55,7 @@ pub(crate) fn decode<'a>(
         "movmatrix" => move_matrix(d, mods, operands),
         "mma" => mma(d, mods, operands),
         "cp" if mods.first() == Some(&"async") => copy_async(d, &mods[1..], operands),
-        // A hint to a cache there is none of, and a pause where time is not modelled.
+        // A hint to a cache there is none of, and a pause where time is not modeled.
         "prefetch" | "nanosleep" => none(d, &[], Op::Nop),
         _ => register_form(d, name, mods, operands),
     }
@@ -63,7 +63,7 @@ pub(crate) fn decode<'a>(
 
 fn unknown<T>(d: &Decoder, name: &str, mods: &[&str]) -> Result<T> {
     let dots: String = mods.iter().flat_map(|m| [".", m]).collect();
-    d.fail(format!("`{name}{dots}` is not modelled"))
+    d.fail(format!("`{name}{dots}` is not modeled"))
 }
 
 fn none(d: &mut Decoder, operands: &[Operand], op: Op) -> Result<()> {

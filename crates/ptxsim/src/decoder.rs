@@ -43,7 +43,7 @@ fn scalar(variable: &Variable) -> Result<Scalar> {
         || {
             error(
                 variable.line,
-                format!("type `.{}` of `{}` is not modelled", variable.ty, variable.name),
+                format!("type `.{}` of `{}` is not modeled", variable.ty, variable.name),
             )
         },
         Ok,
@@ -94,10 +94,7 @@ impl<'a> ModuleScope<'a> {
         if variable.external && !shared {
             return error(
                 variable.line,
-                format!(
-                    "`{}` is defined in another module; linking is not modelled",
-                    variable.name
-                ),
+                format!("`{}` is defined in another module; linking is not modeled", variable.name),
             );
         }
         let mut init = Vec::new();
@@ -594,7 +591,7 @@ impl<'a> Decoder<'a, '_> {
             _ => {}
         }
         if let Some(Symbol::Register(..)) = self.symbol(name) {
-            return self.fail("calls through a register are not modelled");
+            return self.fail("calls through a register are not modeled");
         }
         let Some(&index) = self.module.functions.get(name) else {
             return self.fail(format!("`{name}` is not defined in this module"));
@@ -670,7 +667,7 @@ impl<'a> Decoder<'a, '_> {
     pub fn start_instruction(&mut self, instruction: &parse::Instruction<'a>) -> Result<()> {
         self.origin.line = instruction.line;
         let Some(opcode) = self.module.opcode(instruction.opcode) else {
-            return self.fail(format!("`{}` is not modelled", instruction.opcode));
+            return self.fail(format!("`{}` is not modeled", instruction.opcode));
         };
         self.origin.opcode = opcode;
         self.guard = (0, false);

@@ -94,7 +94,7 @@ impl Inner {
                 if variable.shared {
                     return 0;
                 }
-                // What is not initialised is zero, as the CUDA language has it.
+                // What is not initialized is zero, as the CUDA language has it.
                 let address = memory.alloc_zeroed(variable.size.unwrap_or(0) as usize);
                 let written = memory.write(address, &variable.init);
                 debug_assert!(written.is_ok(), "decoding checked the size");
@@ -259,7 +259,7 @@ impl Kernel {
             return refuse(format!("a grid of {grid:?} blocks"));
         }
         if grid.iter().try_fold(1u32, |all, &n| all.checked_mul(n)).is_none() {
-            return refuse(format!("a grid of {grid:?} blocks: more than 2^32 are not modelled"));
+            return refuse(format!("a grid of {grid:?} blocks: more than 2^32 are not modeled"));
         }
         // The race detector numbers the warps of a grid in 32 bits, and so their times.
         let warps = volume(grid).saturating_mul(volume(block).div_ceil(32));

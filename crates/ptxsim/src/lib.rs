@@ -34,9 +34,9 @@
 //! Pipeline: `parse` makes a syntax tree; `decode`, with `decoder` and `decode_ops`, makes `code`
 //! of it, whose instructions (`op`) run forms from `int`, `float`, `convert` and `compare`; `exec`
 //! executes it on the `state` of a warp, 32 lanes at a time; `sched` runs the warps of blocks, and
-//! `race` watches. Imports go one way, which a test checks. `README.md` says what is modelled.
+//! `race` watches. Imports go one way, which a test checks. `README.md` says what is modeled.
 #![warn(missing_docs)]
-// What a lane does must fold into the loop over the lanes to be vectorised with it.
+// What a lane does must fold into the loop over the lanes to be vectorized with it.
 #![allow(clippy::inline_always)]
 // Bit fields read best in the ISA's own manner, shifts before masks.
 #![allow(clippy::precedence)]

@@ -122,7 +122,7 @@ pub(crate) enum Operand<'a> {
     Address(&'a str, i64),
     AbsoluteAddress(i64),
     Vector(Vec<Operand<'a>>),
-    /// The parenthesised lists of a call.
+    /// The parenthesized lists of a call.
     List(Vec<Operand<'a>>),
 }
 
@@ -360,7 +360,7 @@ impl<'a> Parser<'a> {
                 Token::Word(".address_size") => {
                     self.advance()?;
                     if self.integer()? != 64 {
-                        return error(line, "only 64-bit addresses are modelled");
+                        return error(line, "only 64-bit addresses are modeled");
                     }
                 }
                 Token::Word(".extern") => {
@@ -615,7 +615,7 @@ impl<'a> Parser<'a> {
                 Token::Word(name) => {
                     return error(
                         self.line,
-                        format!("initial values that are addresses (`{name}`) are not modelled"),
+                        format!("initial values that are addresses (`{name}`) are not modeled"),
                     );
                 }
                 _ => return self.unexpected("an initial value"),

@@ -1,6 +1,6 @@
 //! Data races, by vector clocks.
 //!
-//! Every warp counts its synchronising operations; that count is the time of its accesses. What a
+//! Every warp counts its synchronizing operations; that count is the time of its accesses. What a
 //! warp knows of the others' times comes from barriers alone, and, between blocks, from atomics
 //! between fences. Inside a warp each lane knows the others' times from `bar.warp.sync` and
 //! barriers: shuffles and running in step order nothing. An access races with an earlier one by
@@ -495,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbouring_bytes_do_not_race() {
+    fn neighboring_bytes_do_not_race() {
         let mut race = race();
         assert!(race.write(who(0, 0), shared(0, 1), WriteKind::Plain, false).is_ok());
         assert!(race.write(who(0, 1), shared(1, 1), WriteKind::Plain, false).is_ok());

@@ -1,5 +1,5 @@
 //! Registers of one warp, held lane by lane so that one decoded instruction serves 32 threads in
-//! a loop the compiler can vectorise.
+//! a loop the compiler can vectorize.
 
 use half::{bf16, f16};
 

@@ -121,7 +121,7 @@ pub(crate) fn to_tf32(x: f32, mode: Round) -> f32 {
     if x.is_nan() { NAN_F32 } else { round(f64::from(x), TF32, mode) as f32 }
 }
 
-/// f32 to bf16, to nearest even, in a form that vectorises.
+/// f32 to bf16, to nearest even, in a form that vectorizes.
 #[inline(always)]
 pub(crate) fn bf16_nearest(x: f32) -> u16 {
     let bits = x.to_bits();

@@ -3,7 +3,7 @@
 //! The products of a k-group and the accumulator are aligned to the largest exponent among them
 //! and truncated to a fixed number of bits, summed exactly, and rounded once: toward zero to f32,
 //! to nearest even to f16. A product's exponent is the sum of its factors' exponents, before any
-//! normalisation. Groups follow one another, the accumulator going through. Subnormals count as
+//! normalization. Groups follow one another, the accumulator going through. Subnormals count as
 //! they are; zeros take no part in the alignment. NaN and infinity follow IEEE 754, with the
 //! canonical NaN; what overflows is infinite.
 //!
@@ -60,7 +60,7 @@ struct Factor<const R: usize, const C: usize> {
 }
 
 // Integer arithmetic wraps here though it never overflows: checks would keep the loops from being
-// vectorised. Closures would be compiled without the caller's instruction set.
+// vectorized. Closures would be compiled without the caller's instruction set.
 impl<const R: usize, const C: usize> Factor<R, C> {
     #[inline(always)]
     fn of(bits: &Bits<R, C>, ty: MmaType) -> Factor<R, C> {
@@ -132,7 +132,7 @@ fn add_products(
         let field = (bits >> 23 & 0xFF) as i32;
         let significand = bits & 0x7F_FFFF | u32::from(field != 0) << 23;
         let own = field.max(1).wrapping_sub(127);
-        // An f16 below its normal range is not normalised.
+        // An f16 below its normal range is not normalized.
         let exponent = own.max(least);
         c_significand[j] = significand.wrapping_shr(exponent.wrapping_sub(own).min(31) as u32);
         c_exponent[j] = if significand == 0 { ZERO } else { exponent };

@@ -1,4 +1,4 @@
-//! Flash-style attention for any head_dim, vectorised across keys; and the task split that
+//! Flash-style attention for any head_dim, vectorized across keys; and the task split that
 //! [`super::avx512`] shares.
 //!
 //! A task is one KV head of one sequence with the query heads that share it (GQA). It transposes keys and
@@ -177,7 +177,7 @@ struct QueryRow {
     keys: Range<usize>,
 }
 
-/// Queries of every head that shares a KV head, ordered by head, then position: neighbours see nearly the same
+/// Queries of every head that shares a KV head, ordered by head, then position: neighbors see nearly the same
 /// keys.
 fn query_rows(shape: &AttentionShape, keys: impl Fn(usize) -> Range<usize>) -> Vec<QueryRow> {
     let d = shape.head_dim;

@@ -128,7 +128,7 @@ impl ReferenceExecutor {
         let max = scores.iter().fold(R::neg_infinity(), |max, &s| max.max(s));
         let sum = scores.iter().fold(R::zero(), |sum, &s| sum + (s - max).exp());
         for (&score, value) in scores.iter().zip(values) {
-            // Mixed precision rounds the unnormalised p before its product and divides after.
+            // Mixed precision rounds the unnormalized p before its product and divides after.
             add_scaled(out, self.round((score - max).exp()), value);
         }
         for out in out {

@@ -1,7 +1,7 @@
-//! Mutation tests: a change of one labelled line in a kernel's source, which the kernel's check must
+//! Mutation tests: a change of one labeled line in a kernel's source, which the kernel's check must
 //! detect.
 //!
-//! A line is labelled `// mutant: NAME`, at its end or alone on the line before it; several names are
+//! A line is labeled `// mutant: NAME`, at its end or alone on the line before it; several names are
 //! separated by commas. A mutant replaces a text that is there exactly once on that line, or deletes
 //! the line. `docs/mutants.tsv` lists every mutant and the test that kills it.
 
@@ -113,7 +113,7 @@ impl MutationSet {
             })
             .collect();
         let [(file, mut lines, mut at)] = <[_; 1]>::try_from(found).unwrap_or_else(|found| {
-            panic!("{}: {} lines are labelled {label}", self.kernel, found.len())
+            panic!("{}: {} lines are labeled {label}", self.kernel, found.len())
         });
         if lines[at].trim_start().starts_with(MARK) {
             at += 1;
@@ -192,7 +192,7 @@ fn mutants_are_those_of_the_table() {
     let sources = names.filter_map(|name| Some(name.to_str()?.to_string()));
     let files =
         sources.filter(|name| Path::new(name).extension() == Some("cu".as_ref())).chain(headers());
-    let labelled: BTreeSet<_> = files
+    let labeled: BTreeSet<_> = files
         .flat_map(|file| {
             let names: Vec<_> = read(&file)
                 .iter()
@@ -201,7 +201,7 @@ fn mutants_are_those_of_the_table() {
             names.into_iter().map(move |name| (file.clone(), name))
         })
         .collect();
-    let without: Vec<_> = labelled.difference(&used).collect();
+    let without: Vec<_> = labeled.difference(&used).collect();
     assert!(without.is_empty(), "labels without a mutant: {without:?}");
     if std::env::var_os("LAAM_MUTANTS").is_some_and(|wish| wish == "write") {
         fs::write(TABLE, &text).unwrap();

@@ -192,7 +192,7 @@ cublaslt! {
         state.handles.swap_remove(at.ok_or(Status::NOT_INITIALIZED)?);
         Ok(())
     };
-    /// Modelled: `CUBLAS_COMPUTE_32F` (68) with scale type `CUDA_R_32F` (0).
+    /// Modeled: `CUBLAS_COMPUTE_32F` (68) with scale type `CUDA_R_32F` (0).
     fn cublasLtMatmulDescCreate(description: *mut usize, compute: c_int, scale: c_int) |state| {
         if (compute, scale) != (68, 0) {
             return Err(Status::NOT_SUPPORTED);
@@ -219,7 +219,7 @@ cublaslt! {
         }
         Ok(())
     };
-    /// Modelled types: f32, f16 and bf16.
+    /// Modeled types: f32, f16 and bf16.
     fn cublasLtMatrixLayoutCreate(layout: *mut usize, dtype: u32, rows: u64, cols: u64, ld: i64) |state| {
         if ![0, 2, 14].contains(&dtype) {
             return Err(Status::NOT_SUPPORTED);
@@ -366,7 +366,7 @@ cublaslt! {
             return Err(Status::NOT_INITIALIZED);
         }
         let problem = Problem::new(state, description, [a_layout, b_layout, c_layout, d_layout])?;
-        // A null algorithm asks for one: not modelled, since it may change from call to call.
+        // A null algorithm asks for one: not modeled, since it may change from call to call.
         if alpha.is_null() || beta.is_null() || algorithm.is_null() {
             return Err(Status::INVALID_VALUE);
         }

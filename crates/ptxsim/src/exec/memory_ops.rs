@@ -602,7 +602,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sub_words_keep_their_neighbours() {
+    fn sub_words_keep_their_neighbors() {
         let mut words = vec![[0u32; WARP]; 2];
         write_words(&mut words, 3, 0, 8, 0x1122_3344_5566_7788);
         write_words(&mut words, 3, 2, 2, 0xABCD);

@@ -1,4 +1,4 @@
-// out[i] = sum over tiles of in[tile, i] and its block neighbours, through shared memory: small
+// out[i] = sum over tiles of in[tile, i] and its block neighbors, through shared memory: small
 // kernels, each with its mutants, selected by macro.
 #include <stdint.h>
 

@@ -678,7 +678,7 @@ pub fn double_precision() {
     op2("max.f64", |a: f64, b: f64| if a.is_nan() || b > a { b } else { a });
 }
 
-/// The representable number nearest to x, found among the neighbours of a guess.
+/// The representable number nearest to x, found among the neighbors of a guess.
 fn nearest<T: Value>(x: f64, guess: T, wide: fn(T) -> f64, limit: f64) -> T {
     if x.is_nan() || x == 0.0 || x.abs() >= limit {
         return guess;

@@ -12,7 +12,7 @@ const HEAD: &str = ".version 9.0\n.target sm_80\n.address_size 64\n";
 #[test]
 fn errors_say_the_line_and_the_reason() {
     for (text, line, word) in [
-        (".entry k() {\n frobnicate.b32 %r1;\n}", 5, "`frobnicate.b32` is not modelled"),
+        (".entry k() {\n frobnicate.b32 %r1;\n}", 5, "`frobnicate.b32` is not modeled"),
         (".entry k() {\n .reg .b32 %r<2>;\n add.s33 %r1, %r1, %r1;\n}", 6, "`add.s33`"),
         (".entry k() {\n .reg .b32 %r<2>;\n add.s32 %r1, %r1, %r2;\n}", 6, "unknown name `%r2`"),
         (
