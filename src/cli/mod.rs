@@ -219,25 +219,31 @@ fn parse(
     arguments: impl Iterator<Item = OsString>,
 ) -> anyhow::Result<Option<(Command, clap::Command)>> {
     let mut spec = spec();
-    let matches = match spec.try_get_matches_from_mut(normalize(arguments)) {
-        Ok(matches) => matches,
-        // Help and version are data, not errors.
-        Err(help) if !help.use_stderr() => {
-            help.print().map_err(output::unwritten)?;
-            return Ok(None);
-        }
-        // No subcommand at all: clap's message is the help itself.
-        Err(help)
-            if help.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
-        {
-            output::write_to_stderr(&help.render().to_string());
-            return Err(error::config("no command", "laam run trains the sample and proves it"));
-        }
-        Err(bad) => return Err(usage_error(&bad)),
+    let mut words: Vec<OsString> = normalize(arguments).collect();
+    let Some(mut matches) = matches_of(&mut spec, &words)? else { return Ok(None) };
+    let command_of = |matches: &clap::ArgMatches| -> anyhow::Result<Command> {
+        Ok(Cli::from_arg_matches(matches).map_err(|bad| usage_error(&bad))?.command)
     };
-    let mut command = Cli::from_arg_matches(&matches).map_err(|bad| usage_error(&bad))?.command;
-    if let (Command::Train(train), Some((_, given))) = (&mut command, matches.subcommand()) {
-        train.note_given(given);
+    let mut command = command_of(&matches)?;
+    if let Command::Train(train) = &mut command {
+        let flags = spec.find_subcommand("train").expect("it was parsed").clone();
+        let given = |matches: &clap::ArgMatches, train: &mut train::TrainArgs| {
+            if let Some((_, given)) = matches.subcommand() {
+                train.note_given(given, &flags);
+            }
+        };
+        given(&matches, train);
+        let more = train.flags_of_config(&flags)?;
+        if !more.is_empty() {
+            // After the name of the subcommand.
+            words.splice(2..2, normalize(more.into_iter()));
+            let Some(with_more) = matches_of(&mut spec, &words)? else { return Ok(None) };
+            matches = with_more;
+            command = command_of(&matches)?;
+            if let Command::Train(train) = &mut command {
+                given(&matches, train);
+            }
+        }
     }
     let mut given = &matches;
     while let Some((name, below)) = given.subcommand() {
@@ -245,6 +251,29 @@ fn parse(
         given = below;
     }
     Ok(Some((command, spec)))
+}
+
+/// What clap makes of the words; none if help was printed.
+fn matches_of(
+    spec: &mut clap::Command,
+    words: &[OsString],
+) -> anyhow::Result<Option<clap::ArgMatches>> {
+    match spec.try_get_matches_from_mut(words) {
+        Ok(matches) => Ok(Some(matches)),
+        // Help and version are data, not errors.
+        Err(help) if !help.use_stderr() => {
+            help.print().map_err(output::unwritten)?;
+            Ok(None)
+        }
+        // No subcommand at all: clap's message is the help itself.
+        Err(help)
+            if help.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
+        {
+            output::write_to_stderr(&help.render().to_string());
+            Err(error::config("no command", "laam run trains the sample and proves it"))
+        }
+        Err(bad) => Err(usage_error(&bad)),
+    }
 }
 
 fn run(command: Command) -> anyhow::Result<Outcome> {

@@ -21,7 +21,7 @@ use crate::escape::visible;
 use crate::generate::Generator;
 use crate::memorization::rebuild::{self, Comparison, Difference, Existing, Rebuilt, rebuild};
 use crate::memorization::regenerate::{End, Regenerator};
-use crate::model::load_provenance;
+use crate::model::{Provenance, load_provenance};
 use crate::output::OutputFolder;
 use crate::schema::versioned;
 use crate::tokenizer::Tokenizer;
@@ -30,8 +30,9 @@ use crate::tokens::WindowKind;
 /// Regenerate every file that a model was trained on, from the names alone.
 ///
 /// Files are written under the output folder and nowhere else. With --compare they are then held
-/// against the originals: exits with 1 when one differs, or is missing. bytes_exact counts, in each
-/// file, the bytes before its first difference.
+/// against the originals: exits with 1 when one differs, or is missing. Files that training held out
+/// (--validation) are counted apart: the model was not trained on them. bytes_exact counts, in each file, the
+/// bytes before its first difference.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
@@ -142,6 +143,8 @@ pub const AGAIN: &str = "run the same command again";
 pub struct Rebuild {
     output: PathBuf,
     files: Vec<Rebuilt>,
+    /// Paths of the files that training held out.
+    held_out: Vec<String>,
     seconds: f64,
     pub comparison: Option<Comparison>,
 }
@@ -174,12 +177,18 @@ impl Rebuild {
                 }
                 interrupt::check(AGAIN)
             })?;
-        Ok(Self { output, files, seconds: began.elapsed().as_secs_f64(), comparison: None })
+        let provenance = opened.provenance.as_ref();
+        let held_out = provenance.map(Provenance::held_out).unwrap_or_default();
+        let held_out = held_out.into_iter().map(String::from).collect();
+        let seconds = began.elapsed().as_secs_f64();
+        Ok(Self { output, files, held_out, seconds, comparison: None })
     }
 
     /// Compares the files with the originals; the result also stays in `self.comparison`.
     pub fn compare(&mut self, originals: &Corpus) -> anyhow::Result<&Comparison> {
-        let comparison = rebuild::compare(&self.output, &self.files, originals.documents()?)?;
+        let held_out = self.held_out.iter().map(String::as_str).collect();
+        let documents = originals.documents()?;
+        let comparison = rebuild::compare(&self.output, &self.files, &held_out, documents)?;
         Ok(self.comparison.insert(comparison))
     }
 
@@ -219,6 +228,7 @@ impl Rebuild {
             "bytes_exact": comparison.map(Comparison::bytes_exact),
             "files_whole": self.files.iter().filter(|file| file.end == End::Whole).count(),
             "missing": comparison.map(|comparison| &comparison.missing),
+            "held_out": comparison.map(|comparison| &comparison.held_out),
             "extra": comparison.map(|comparison| &comparison.extra),
             "tokens": tokens,
             "seconds": self.seconds,
@@ -243,7 +253,12 @@ impl Rebuild {
         writeln!(
             out,
             "{exact} of {all} files exact, {bytes_exact} of {bytes} bytes before a difference"
-        )
+        )?;
+        if !comparison.held_out.is_empty() {
+            let count = comparison.held_out.len();
+            writeln!(out, "{count} more were held out in training, and not asked for")?;
+        }
+        Ok(())
     }
 
     /// One line for each file that is not exact, or missing.

@@ -353,6 +353,7 @@ fn prove(
         model,
         &opened,
         corpus,
+        None,
         (kind, WindowShape::of(&opened, None)?),
         question,
         false,

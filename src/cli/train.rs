@@ -1,6 +1,7 @@
 //! `laam train`: a model from a corpus and a tokenizer.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,6 +39,35 @@ use crate::train::{
 
 /// A file of settings has some 50 lines.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
+const CONFIG_HINT: &str = "a file has keys like batch_size = 8; --print-config prints one";
+
+/// Settings as the keys of a file. TOML has no integers beyond 63 bits: a larger seed is a string.
+fn table_of(settings: &Settings) -> anyhow::Result<toml::Table> {
+    let mut table = toml::Table::try_from(Settings { seed: 0, ..settings.clone() })?;
+    let seed = settings.seed;
+    table.insert(
+        "seed".to_string(),
+        i64::try_from(seed).map_or_else(|_| seed.to_string().into(), Into::into),
+    );
+    Ok(table)
+}
+
+/// The settings of a file's keys.
+fn settings_of(mut table: toml::Table) -> anyhow::Result<Settings> {
+    let seed = table.get("seed").and_then(toml::Value::as_str).and_then(|seed| seed.parse().ok());
+    if seed.is_some() {
+        table.remove("seed");
+    }
+    let settings: Settings = table.try_into()?;
+    Ok(Settings { seed: seed.unwrap_or(settings.seed), ..settings })
+}
+
+/// True if a key is one of a recipe's stage.
+fn is_setting(key: &str) -> bool {
+    let flags = Settings::augment_args(clap::Command::new("settings"));
+    let key = Settings::key(key);
+    key == "validation" || flags.get_arguments().any(|flag| flag.get_id() == key)
+}
 
 /// Train a model until its steps are done, and save it as a Hugging Face folder.
 ///
@@ -97,10 +127,11 @@ pub struct TrainArgs {
     tensorboard: Option<PathBuf>,
     #[command(flatten)]
     backend: BackendArgs,
-    /// A TOML file of settings, with the keys of a recipe's stage; flags win
+    /// A TOML file of settings, with the keys of a recipe's stage, and of other flags by their names (source =
+    /// ["a.txt"], tokenizer_path = "tokenizer"); flags win
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Print the settings as --config reads them, and train nothing
+    /// Print the settings, and the other flags that are given, as --config reads them, and train nothing
     #[arg(long)]
     print_config: bool,
     #[command(flatten)]
@@ -121,6 +152,22 @@ pub struct TrainArgs {
     /// The arguments that were given, by their names.
     #[arg(skip)]
     given: BTreeSet<String>,
+    /// Those of them that are no settings, as --config reads them.
+    #[arg(skip)]
+    other_flags: toml::Table,
+}
+
+/// Flags that make no sense in a file of settings.
+const NOT_IN_CONFIG: [&str; 5] = ["config", "print_config", "json", "help", "deterministic"];
+
+/// Flags of which only one may be given: one on the command line wins over others in a file.
+const ALTERNATIVES: [&[&str]; 2] =
+    [&["source", "version"], &["resume", "reload", "init_from", "overwrite"]];
+
+/// A flag's key in a file of settings.
+fn key_of(flag: &clap::Arg) -> Option<String> {
+    let key = flag.get_long()?.replace('-', "_");
+    (!NOT_IN_CONFIG.contains(&key.as_str())).then_some(key)
 }
 
 /// What a run needs besides its output folder.
@@ -185,42 +232,128 @@ impl TrainArgs {
         Ok(PreparedRun { settings, tokenizer, weights, corpus, validation, backend })
     }
 
-    /// Notes which arguments the command line gave; all others have their defaults.
-    pub fn note_given(&mut self, matches: &clap::ArgMatches) {
+    /// Notes which arguments the command line gave; all others have their defaults. `flags` describes them.
+    pub fn note_given(&mut self, matches: &clap::ArgMatches, flags: &clap::Command) {
         let is_given =
             |id: &&clap::Id| matches.value_source(id.as_str()) == Some(ValueSource::CommandLine);
         self.given = matches.ids().filter(is_given).map(|id| id.as_str().to_string()).collect();
+        for flag in flags.get_arguments() {
+            let id = flag.get_id().as_str();
+            let Some(key) = key_of(flag)
+                .filter(|key| self.given.contains(id) && (!is_setting(key) || key == "validation"))
+            else {
+                continue;
+            };
+            let values = matches.get_raw(id).into_iter().flatten();
+            let mut values: Vec<toml::Value> =
+                values.map(|value| value.to_string_lossy().into_owned().into()).collect();
+            let value = match flag.get_action() {
+                clap::ArgAction::SetTrue => true.into(),
+                clap::ArgAction::Append => values.into(),
+                _ => values.pop().unwrap_or_else(|| true.into()),
+            };
+            self.other_flags.insert(key, value);
+        }
+    }
+
+    /// The text of the file of `config`, as keys; none without a file.
+    fn config_keys(&self) -> anyhow::Result<Option<toml::Table>> {
+        let Some(path) = &self.config else { return Ok(None) };
+        let text = files::read_text(path, MAX_CONFIG_BYTES)
+            .with_context(|| format!("cannot read {}", path.display()))
+            .hint(ErrorKind::Config, || CONFIG_HINT)?;
+        let keys = toml::from_str(&text)
+            .with_context(|| format!("in {}", path.display()))
+            .hint(ErrorKind::Config, || CONFIG_HINT)?;
+        Ok(Some(keys))
+    }
+
+    /// Flags that the file of `config` has, but for settings and for those that the command line has.
+    pub fn flags_of_config(&self, flags: &clap::Command) -> anyhow::Result<Vec<OsString>> {
+        let Some(keys) = self.config_keys()? else { return Ok(Vec::new()) };
+        let given: Vec<String> = flags
+            .get_arguments()
+            .filter(|flag| self.given.contains(flag.get_id().as_str()))
+            .filter_map(key_of)
+            .collect();
+        let mut words = Vec::new();
+        for (key, value) in &keys {
+            let is_flag = flags.get_arguments().any(|flag| key_of(flag).as_ref() == Some(key));
+            let is_number = value.is_float() || value.is_integer();
+            let is_ours = if key == "validation" { is_number } else { is_setting(key) };
+            let alternatives = ALTERNATIVES.iter().find(|keys| keys.contains(&key.as_str()));
+            let is_overruled = given.contains(key)
+                || alternatives
+                    .is_some_and(|keys| keys.iter().any(|key| given.iter().any(|it| it == key)));
+            if !is_flag || is_ours || is_overruled {
+                continue;
+            }
+            let values = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+            for value in values {
+                words.push(match value {
+                    toml::Value::Boolean(false) => continue,
+                    toml::Value::Boolean(true) => format!("--{key}").into(),
+                    toml::Value::String(text) => format!("--{key}={text}").into(),
+                    other => format!("--{key}={other}").into(),
+                });
+            }
+        }
+        Ok(words)
     }
 
     /// Takes the settings that no flag gave from the file of `config`.
     fn read_config(&mut self) -> anyhow::Result<()> {
-        let Some(path) = &self.config else { return Ok(()) };
-        let advice = || "a file has keys like batch_size = 8; --print-config prints one";
-        let text = files::read_text(path, MAX_CONFIG_BYTES)
-            .with_context(|| format!("cannot read {}", path.display()))
-            .hint(ErrorKind::Config, advice)?;
+        let Some(mut keys) = self.config_keys()? else { return Ok(()) };
+        let place = self.config.as_deref().unwrap_or(Path::new("")).display().to_string();
+        // The command line has them by now.
+        keys.retain(|key, value| match key {
+            "validation" => !value.is_str(),
+            key => is_setting(key) || !Self::knows_flag(key),
+        });
         let read = || -> anyhow::Result<(toml::Table, Settings)> {
-            let mut keys: toml::Table = toml::from_str(&text)?;
-            let settings = keys.clone().try_into()?;
-            keys =
-                keys.into_iter().map(|(key, value)| (Settings::key(&key).into(), value)).collect();
+            let settings = settings_of(keys.clone())?;
+            let keys = keys.into_iter();
+            let keys = keys.map(|(key, value)| (Settings::key(&key).into(), value)).collect();
             Ok((keys, settings))
         };
         let (keys, from_file) = read()
-            .with_context(|| format!("in {}", path.display()))
-            .hint(ErrorKind::Config, advice)?;
-        let mut merged = toml::Table::try_from(&from_file)?;
-        let mut flags = toml::Table::try_from(&self.settings)?;
+            .with_context(|| format!("in {place}"))
+            .hint(ErrorKind::Config, || CONFIG_HINT)?;
+        let mut merged = table_of(&from_file)?;
+        let mut flags = table_of(&self.settings)?;
         for key in &self.given {
             // Some settings are left out where they have their defaults.
             match flags.remove(key) {
                 Some(value) => merged.insert(key.clone(), value),
                 None => merged.remove(key),
             };
+            let other = match key.as_str() {
+                "eval_steps" => "eval_epochs",
+                "eval_epochs" => "eval_steps",
+                _ => continue,
+            };
+            merged.remove(other);
         }
-        self.settings = merged.try_into()?;
+        self.settings = settings_of(merged)?;
         self.given.extend(keys.into_iter().map(|(key, _)| key));
         Ok(())
+    }
+
+    /// True if a key of a file of settings is a flag.
+    fn knows_flag(key: &str) -> bool {
+        let flags = <Self as clap::Args>::augment_args(clap::Command::new("train"));
+        flags.get_arguments().any(|flag| key_of(flag).as_deref() == Some(key))
+    }
+
+    /// The settings, and the other flags that were given, as `config` reads them.
+    fn as_config(&self) -> anyhow::Result<String> {
+        let settings = self.effective_settings(self.model().as_deref())?;
+        settings.validate()?;
+        let mut table = self.other_flags.clone();
+        for (key, value) in table_of(&settings)? {
+            table.insert(key, value);
+        }
+        Ok(toml::to_string(&table)?)
     }
 
     /// Puts a fraction that is held out into the settings; of a text of its own only how often the loss is
@@ -284,10 +417,14 @@ pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
     arguments.obsolete.warn();
     arguments.read_config()?;
     arguments.set_validation();
+    if arguments.json && arguments.metrics.as_deref() == Some(Path::new("-")) {
+        return Err(error::config(
+            "both `metrics` - and `json` on stdout",
+            "write the metrics into a file, or leave out `json`",
+        ));
+    }
     if arguments.print_config {
-        let settings = arguments.effective_settings(arguments.model().as_deref())?;
-        settings.validate()?;
-        write!(stdout(), "{}", toml::to_string(&settings)?)?;
+        write!(stdout(), "{}", arguments.as_config()?)?;
         return Ok(Outcome::Done);
     }
     let arguments = &arguments;
@@ -475,7 +612,10 @@ impl Stage<'_> {
             (false, Some(fraction)) => {
                 let held = windows.hold_out(fraction)?;
                 // The weights know nothing of the others.
-                provenance.corpus.paths.truncate(windows.documents()?);
+                let paths = (windows.documents()?..windows.file().documents())
+                    .map(|document| Ok(windows.file().document(document)?.path))
+                    .collect::<anyhow::Result<Vec<_>>>()?;
+                provenance.corpus.hold_out(paths.into_iter());
                 Some(held)
             }
             (false, None) => None,

@@ -98,11 +98,22 @@ pub fn cut(
     kind: WindowKind,
     shape: WindowShape,
 ) -> anyhow::Result<(Cut, Manifest)> {
+    let (cut, manifest) = cut_other(corpus, opened, kind, shape)?;
+    source::warn_of_other_text(&manifest, opened.provenance.as_ref());
+    Ok((cut, manifest))
+}
+
+/// Cuts a corpus that is known not to be the one that the model was trained on.
+pub fn cut_other(
+    corpus: &Corpus,
+    opened: &Opened,
+    kind: WindowKind,
+    shape: WindowShape,
+) -> anyhow::Result<(Cut, Manifest)> {
     Windows::check_names(kind, &opened.tokenizer, corpus.has_names())?;
     let scratch = Scratch::new()?;
     let tokens = scratch.0.join("tokens");
     let (file, manifest) = source::tokenize(corpus, &opened.tokenizer, &tokens, true)?;
-    source::warn_of_other_text(&manifest, opened.provenance.as_ref());
     Ok((Cut::new(scratch, file, opened, kind, shape)?, manifest))
 }
 

@@ -27,8 +27,8 @@ const MAX_XZ_MEMORY_KIB: u32 = 129 << 10;
 
 /// Limit on the ratio of unpacked to packed bytes, and the unpacked bytes to which it does not apply.
 /// Source code packs to a tenth; xz makes a seven-thousandth of zeros.
-const MAX_RATIO: u64 = 200;
-const ANY_RATIO_BYTES: u64 = 64 << 20;
+pub(super) const MAX_RATIO: u64 = 200;
+pub(super) const ANY_RATIO_BYTES: u64 = 64 << 20;
 
 /// Limit on header bytes between two members.
 const MAX_HEADER_BYTES: u64 = 1 << 20;
@@ -226,7 +226,10 @@ pub fn open_packed(path: &Path) -> io::Result<impl BufRead> {
     let packed = Metered { inner: files::open(path)?, meter: meter.clone(), packed: None };
     let mut packed = BufReader::with_capacity(1 << 16, packed);
     let start = packed.fill_buf()?;
-    let inner: Box<dyn Read> = if start.starts_with(b"\x28\xB5\x2F\xFD") {
+    // A skippable frame may come first, as pzstd writes one.
+    let is_zstd =
+        matches!(start, [0x28, 0xB5, 0x2F, 0xFD, ..] | [0x50..=0x5F, 0x2A, 0x4D, 0x18, ..]);
+    let inner: Box<dyn Read> = if is_zstd {
         Box::new(zstd::Decoder::with_buffer(packed)?)
     } else if start.starts_with(&[0x1F, 0x8B]) {
         Box::new(Gzip::Member(GzDecoder::new(packed)))

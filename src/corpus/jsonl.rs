@@ -6,14 +6,17 @@ use std::io::{BufRead, Read};
 use std::path::Path;
 
 use serde::Deserializer;
-use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use super::archive::open_packed;
 use super::names::shown;
 use super::pass::{Flow, Intake};
 use super::shards::{damaged, invalid_record};
-use crate::error;
+use crate::error::{self, ErrorKind, Hint};
 
+/// What a file of one JSON document needs.
+const ONE_A_LINE: &str =
+    "each line is an object by itself: jq -c '.[]' writes a list so, jq -c . an object";
 /// Keys of a record that an error names.
 const MAX_NAMED_KEYS: usize = 8;
 
@@ -35,9 +38,16 @@ pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<Flow> {
             continue;
         }
         let mut json = serde_json::Deserializer::from_slice(object);
-        let found = TextOf { field: &field, keys: Vec::new() }.deserialize(&mut json);
+        let found = TextOf { field: &field, keys: Vec::new(), before: String::new() };
+        let found = found.deserialize(&mut json);
         let found = found.and_then(|found| json.end().map(|()| found));
-        let text = match found.map_err(|why| invalid_record(number, why, path))? {
+        let starts_list = object.trim_ascii_start().starts_with(b"[");
+        let is_one = number == 1 && (starts_list || found.as_ref().is_err_and(|why| why.is_eof()));
+        let mut found = found.map_err(|why| invalid_record(number, why, path));
+        if is_one {
+            found = found.hint(ErrorKind::Data, || ONE_A_LINE);
+        }
+        let text = match found? {
             Ok(text) => text,
             Err(keys) => {
                 let keys: Vec<_> = keys.iter().map(|key| shown(key.as_bytes())).collect();
@@ -58,10 +68,13 @@ pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<Flow> {
     Ok(Flow::Continue(()))
 }
 
-/// Reads one field of an object, a string or null, and skips all others.
+/// Reads one field of an object, a string or null, and skips all others. A field `a.b` is that of this name, or
+/// else the field `b` of the object `a`, as a column of Parquet is named.
 struct TextOf<'a> {
     field: &'a str,
     keys: Vec<String>,
+    /// The path of the object, with a dot at its end.
+    before: String,
 }
 
 impl<'de> DeserializeSeed<'de> for TextOf<'_> {
@@ -69,7 +82,20 @@ impl<'de> DeserializeSeed<'de> for TextOf<'_> {
     type Value = Result<Option<String>, Vec<String>>;
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
-        from.deserialize_map(self)
+        from.deserialize_any(self)
+    }
+}
+
+impl TextOf<'_> {
+    /// What is not an object has no field; a record has to be one.
+    fn no_object<E: Error>(
+        self,
+        found: Unexpected,
+    ) -> Result<Result<Option<String>, Vec<String>>, E> {
+        if self.before.is_empty() {
+            return Err(E::invalid_type(found, &self));
+        }
+        Ok(Err(vec![self.before.trim_end_matches('.').to_string()]))
     }
 }
 
@@ -80,17 +106,58 @@ impl<'de> Visitor<'de> for TextOf<'_> {
         f.write_str("an object")
     }
 
+    /// Null in place of an object has no text.
+    fn visit_unit<E: Error>(self) -> Result<Self::Value, E> {
+        if self.before.is_empty() { self.no_object(Unexpected::Unit) } else { Ok(Ok(None)) }
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Self::Value, E> {
+        self.no_object(Unexpected::Bool(value))
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Self::Value, E> {
+        self.no_object(Unexpected::Signed(value))
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Self::Value, E> {
+        self.no_object(Unexpected::Unsigned(value))
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Self::Value, E> {
+        self.no_object(Unexpected::Float(value))
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<Self::Value, E> {
+        self.no_object(Unexpected::Str(value))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let found = self.no_object(Unexpected::Seq)?;
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(found)
+    }
+
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut text = None;
         while let Some(key) = map.next_key::<Cow<str>>()? {
             if key == self.field {
                 let value = map.next_value::<Option<String>>();
-                text = Some(value.map_err(|why| A::Error::custom(format!("{key}: {why}")))?);
+                let named = |why| A::Error::custom(format!("{}{key}: {why}", self.before));
+                text = Some(value.map_err(named)?);
+                continue;
+            }
+            let inner = self.field.strip_prefix(&*key).and_then(|rest| rest.strip_prefix('.'));
+            if let (Some(field), None) = (inner, &text) {
+                let before = format!("{}{key}.", self.before);
+                match map.next_value_seed(TextOf { field, keys: Vec::new(), before })? {
+                    Ok(found) => text = Some(found),
+                    Err(keys) => self.keys.extend(keys),
+                }
                 continue;
             }
             map.next_value::<IgnoredAny>()?;
             if text.is_none() && self.keys.len() < MAX_NAMED_KEYS {
-                self.keys.push(key.into_owned());
+                self.keys.push(format!("{}{key}", self.before));
             }
         }
         Ok(text.ok_or(self.keys))

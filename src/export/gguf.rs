@@ -97,6 +97,25 @@ impl GgmlType {
             GgmlType::Q8_0 => values.as_chunks().0.iter().flat_map(q8_0).collect(),
         }
     }
+
+    /// The values as they are read back.
+    pub fn round(self, values: &mut [f32]) {
+        match self {
+            GgmlType::Plain(dtype) => {
+                for value in values {
+                    *value = dtype.round(*value);
+                }
+            }
+            GgmlType::Q8_0 => {
+                for block in values.as_chunks_mut().0 {
+                    let stored = q8_0(block);
+                    for (value, rounded) in block.iter_mut().zip(from_q8_0(&stored)) {
+                        *value = rounded;
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// A block as ggml's reference quantizes it: the scale is the largest magnitude over 127, and each value the
@@ -111,6 +130,12 @@ fn q8_0(values: &[f32; Q8_0_BLOCK]) -> [u8; 2 + Q8_0_BLOCK] {
         *byte = (value * inverse).round() as i8 as u8;
     }
     block
+}
+
+/// What a reader makes of a block.
+fn from_q8_0(block: &[u8; 2 + Q8_0_BLOCK]) -> impl Iterator<Item = f32> {
+    let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+    block[2..].iter().map(move |&byte| f32::from(byte as i8) * scale)
 }
 
 /// A tensor to be written: a matrix, or a vector as a matrix of one row.

@@ -9,7 +9,7 @@ use super::vocabulary::GgufVocabulary;
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::files::{self, AtomicFile};
-use crate::model::{Config, Model, ParamKind, Parameter, RopeScaling};
+use crate::model::{Config, Layout, Model, ParamKind, Parameter, RopeScaling};
 use crate::tokenizer::Tokenizer;
 
 /// Element type of the matrices in a GGUF file. Norms are float32.
@@ -55,6 +55,24 @@ impl GgufDtype {
             Self::Q8_0 => 7,
             Self::Bf16 => 32,
         }
+    }
+}
+
+/// The weights as a GGUF file of this dtype gives them back: all matrices are rounded.
+pub fn rounded(weights: &[f32], layout: &Layout, dtype: GgufDtype) -> Vec<f32> {
+    let mut weights = weights.to_vec();
+    for parameter in &layout.parameters {
+        encoding(parameter, dtype).round(&mut weights[parameter.span.range()]);
+    }
+    weights
+}
+
+/// Element type of a parameter in a file of a dtype.
+fn encoding(parameter: &Parameter, dtype: GgufDtype) -> GgmlType {
+    if parameter.kind == ParamKind::Norm {
+        GgmlType::Plain(Dtype::F32)
+    } else {
+        dtype.encoding(parameter.span.cols)
     }
 }
 
@@ -142,8 +160,7 @@ fn tensor<'a>(
 ) -> anyhow::Result<Tensor<'a>> {
     let is_vector = parameter.kind == ParamKind::Norm;
     let values = &model.weights[parameter.span.range()];
-    let encoding =
-        if is_vector { GgmlType::Plain(Dtype::F32) } else { dtype.encoding(parameter.span.cols) };
+    let encoding = encoding(parameter, dtype);
     let overflows =
         |&value: &f32| value.is_finite() && !Dtype::F16.round(value / 127.0).is_finite();
     let overflows = match encoding {

@@ -4,4 +4,4 @@ mod gguf;
 mod llama;
 mod vocabulary;
 
-pub use llama::{Exported, GgufDtype, export_gguf};
+pub use llama::{Exported, GgufDtype, export_gguf, rounded};

@@ -36,8 +36,11 @@ impl GgufVocabulary {
             .context("cannot read tokenizer.json")
             .hint(ErrorKind::Data, || "restore the file")?;
         let model = &json["model"];
-        let Some(pre) = pre(&json["pre_tokenizer"]).filter(|_| model["byte_fallback"] != true)
-        else {
+        let affixes = ["continuing_subword_prefix", "end_of_word_suffix"];
+        let is_plain = model["type"] == "BPE"
+            && model["byte_fallback"] != true
+            && affixes.iter().all(|affix| model[*affix].is_null() || model[*affix] == "");
+        let Some(pre) = pre(&json["pre_tokenizer"]).filter(|_| is_plain) else {
             return Err(error::data(
                 "the tokenizer cuts text in a way that laam has no GGUF name for",
                 "convert the folder with llama.cpp's convert_hf_to_gguf.py",

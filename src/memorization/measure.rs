@@ -2,8 +2,8 @@
 //!
 //! Greedy decoding reproduces a text exactly if every teacher-forced argmax is the true token. So one
 //! pass over the windows gives, for each, whether greedy decoding continues its prefix with the true
-//! suffix (Carlini et al. 2022), the probability p_z of that suffix under sampling (Hayes et al.
-//! 2024), and the residual bits of the text under the model.
+//! suffix (Carlini et al. 2022), the probability p_z of that suffix under sampling (Hayes et al. 2024;
+//! over a whole text, Cooper et al. 2025), and the residual bits of the text under the model.
 
 use std::collections::BTreeMap;
 use std::f64::consts::{LN_2, LN_10};
@@ -11,7 +11,9 @@ use std::ops::Range;
 
 use serde::Serialize;
 
+use super::occurrences::{OccurrenceTally, count, tallies};
 use super::pass::{WindowResult, pass};
+use super::rate::MatchRate;
 use crate::backend::Backend;
 use crate::model::Config;
 use crate::tokenizer::Tokenizer;
@@ -26,23 +28,6 @@ pub const PREFIXES: [usize; 7] = [8, 16, 32, 50, 100, 200, 400];
 pub struct Question {
     pub prefix: usize,
     pub suffix: usize,
-}
-
-/// Windows tested, and those that greedy decoding reproduces.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct MatchRate {
-    pub windows: usize,
-    pub exact: usize,
-    /// `exact / windows`; none without windows.
-    pub rate: Option<f64>,
-}
-
-impl MatchRate {
-    fn add(&mut self, exact: bool) {
-        self.windows += 1;
-        self.exact += usize::from(exact);
-        self.rate = Some(self.exact as f64 / self.windows as f64);
-    }
 }
 
 /// Result of one test over all windows that are long enough for it.
@@ -75,6 +60,8 @@ pub struct Discoverable {
     pub p: f64,
     /// The part of the windows.
     pub rate: Option<f64>,
+    /// Its 95% confidence interval: see [`wilson`](super::rate::wilson).
+    pub interval: Option<[f64; 2]>,
 }
 
 /// A run of a file's tokens, each the argmax.
@@ -126,6 +113,10 @@ pub struct Answer {
     pub exact: bool,
     /// Natural logarithm of p_z.
     pub log_p: f64,
+    /// Position of the passage, prefix and suffix, in the token file.
+    pub start: usize,
+    /// How often the passage occurs in the text, counted by [`Memorized::count_occurrences`].
+    pub occurrences: u64,
 }
 
 /// Memorization of a text.
@@ -133,6 +124,8 @@ pub struct Answer {
 pub struct Memorized {
     /// Rate of the windows whose suffix greedy decoding reproduces.
     pub verbatim_rate: Option<f64>,
+    /// Its 95% confidence interval: see [`wilson`](super::rate::wilson).
+    pub verbatim_interval: Option<[f64; 2]>,
     /// Rates by prefix length.
     pub by_prefix: BTreeMap<usize, Option<f64>>,
     /// Counts by prefix length.
@@ -141,6 +134,8 @@ pub struct Memorized {
     pub pythia: Tally,
     /// Addressed windows whose whole chunk is reproduced from the address alone.
     pub from_address: Option<MatchRate>,
+    /// Rates by how often the passage, prefix and suffix together, occurs in the text.
+    pub by_occurrence: Vec<OccurrenceTally>,
     pub p_z: Histogram,
     pub discoverable: Vec<Discoverable>,
     /// Mean negative log-likelihood of the text's tokens, in nats.
@@ -158,6 +153,30 @@ pub struct Memorized {
     pub answers: Vec<Answer>,
     #[serde(skip)]
     pub heat: Vec<FileHeat>,
+}
+
+impl Memorized {
+    /// The windows tested, and those that greedy decoding reproduces.
+    pub fn asked(&self) -> MatchRate {
+        let exact = self.answers.iter().filter(|answer| answer.exact).count();
+        MatchRate::of(exact, self.answers.len())
+    }
+
+    /// Counts how often each passage of the question occurs in the text that its windows were cut from.
+    pub fn count_occurrences(
+        &mut self,
+        file: &TokenFile,
+        Question { prefix, suffix }: Question,
+    ) -> anyhow::Result<()> {
+        let starts: Vec<usize> = self.answers.iter().map(|answer| answer.start).collect();
+        let counts = count(file, &starts, prefix + suffix)?;
+        for (answer, count) in self.answers.iter_mut().zip(counts) {
+            answer.occurrences = count;
+        }
+        let counted = self.answers.iter().map(|answer| (answer.occurrences, answer.exact));
+        self.by_occurrence = tallies(counted);
+        Ok(())
+    }
 }
 
 /// Tokens of a cell of [`FileHeat`].
@@ -255,7 +274,8 @@ impl<'a> FileWalk<'a> {
             let log_p = -suffix.iter().map(|(nll, _)| f64::from(*nll)).sum::<f64>();
             let (window, file) = (seen.window, self.files.len());
             self.asked.share.add(exact);
-            self.answers.push(Answer { window, file, exact, log_p });
+            let start = place.tokens.start;
+            self.answers.push(Answer { window, file, exact, log_p, start, occurrences: 0 });
             if let Some(file) = &mut self.file {
                 file.measures.windows += 1;
                 file.measures.verbatim += usize::from(exact);
@@ -305,8 +325,8 @@ impl<'a> FileWalk<'a> {
         for n in [1, 10, 100] {
             for p in [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99] {
                 let found = p_z.iter().filter(|&&p_z| within(n, p_z) >= p).count();
-                let rate = (!p_z.is_empty()).then(|| found as f64 / p_z.len() as f64);
-                discoverable.push(Discoverable { n, p, rate });
+                let MatchRate { rate, interval, .. } = MatchRate::of(found, p_z.len());
+                discoverable.push(Discoverable { n, p, rate, interval });
             }
         }
         let sum = |of: fn(&FileMeasures) -> u64| self.files.iter().map(of).sum::<u64>();
@@ -317,9 +337,11 @@ impl<'a> FileWalk<'a> {
         by_prefix.insert(self.asked.question.prefix, self.asked.share.rate);
         Memorized {
             verbatim_rate: self.asked.share.rate,
+            verbatim_interval: self.asked.share.interval,
             by_prefix,
             pythia: self.pythia,
             from_address: self.from_address,
+            by_occurrence: Vec::new(),
             p_z: Histogram::new(&p_z),
             discoverable,
             loss: residual_bits * LN_2 / (tokens as f64).max(1.0),

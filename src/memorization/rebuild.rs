@@ -3,7 +3,7 @@
 //! The names come from the model's folder, which may be anybody's: a name that is not a plain path
 //! within the folder is refused before anything is written, and no link is followed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -70,8 +70,10 @@ pub struct Difference {
 pub struct Comparison {
     /// In the order of the rebuilt files.
     pub files: Vec<Compared>,
-    /// Originals that were not rebuilt.
+    /// Originals that were not rebuilt, though nobody held them out.
     pub missing: Vec<String>,
+    /// Originals that were not rebuilt, as training held them out.
+    pub held_out: Vec<String>,
     /// Rebuilt files that have no original.
     pub extra: Vec<String>,
 }
@@ -91,7 +93,7 @@ impl Comparison {
         self.files.iter().map(|file| file.bytes_exact).sum()
     }
 
-    /// True if every file is exact and none is missing.
+    /// True if every file is exact and none is missing; held-out ones are not asked for.
     pub fn is_exact(&self) -> bool {
         self.missing.is_empty() && self.files.iter().all(|file| file.exact)
     }
@@ -286,10 +288,11 @@ fn place(folder: &Path, path: &str) -> anyhow::Result<PathBuf> {
     Ok(place)
 }
 
-/// Holds the written files against the originals.
+/// Holds the written files against the originals. `held_out` are the paths that training held out.
 pub fn compare(
     folder: &Path,
     rebuilt: &[Rebuilt],
+    held_out: &HashSet<&str>,
     originals: impl IntoIterator<Item = anyhow::Result<Document>>,
 ) -> anyhow::Result<Comparison> {
     let mut compared: BTreeMap<&str, Compared> = BTreeMap::new();
@@ -298,7 +301,9 @@ pub fn compare(
     for original in originals {
         let original = original?;
         let Some(&key) = known.get(original.path.as_str()) else {
-            comparison.missing.push(original.path);
+            let is_held_out = held_out.contains(original.path.as_str());
+            let Comparison { missing, held_out, .. } = &mut comparison;
+            if is_held_out { held_out } else { missing }.push(original.path);
             continue;
         };
         let place = place(folder, &original.path)?;
@@ -439,7 +444,9 @@ mod tests {
             fs::write(folder.path().join("a.c"), ours).unwrap();
             let bytes = ours.len() as u64;
             let rebuilt = Rebuilt { path: "a.c".into(), bytes, tokens: 1, end: End::Whole };
-            let comparison = compare(folder.path(), &[rebuilt], [Ok(original.clone())]).unwrap();
+            let comparison =
+                compare(folder.path(), &[rebuilt], &HashSet::new(), [Ok(original.clone())])
+                    .unwrap();
             assert_eq!((comparison.is_exact(), comparison.bytes()), (exact, 9));
         }
     }
@@ -456,14 +463,18 @@ mod tests {
         let original = |path: &str, text: &str| Ok(Document::new(path, text));
         let originals =
             [original("d.c", "delta"), original("b.c", "beat"), original("a.c", "alpha")];
-        let comparison = compare(folder.path(), &rebuilt, originals).unwrap();
+        let comparison = compare(folder.path(), &rebuilt, &HashSet::new(), originals).unwrap();
         let exact: Vec<bool> = comparison.files.iter().map(|file| file.exact).collect();
         assert_eq!(exact, [true, false, false]);
         assert_eq!((comparison.bytes(), comparison.bytes_exact()), (9, 7));
         assert_eq!(comparison.missing, ["d.c"]);
         assert_eq!(comparison.extra, ["c.c"]);
         assert!(!comparison.is_exact());
-        let originals = [original("a.c", "alpha")];
-        assert!(compare(folder.path(), &rebuilt[..1], originals).unwrap().is_exact());
+        let originals = || [original("a.c", "alpha"), original("d.c", "delta")];
+        let held_out = HashSet::from(["a.c", "d.c"]);
+        let comparison = compare(folder.path(), &rebuilt[..1], &held_out, originals()).unwrap();
+        assert!(comparison.is_exact() && comparison.held_out == ["d.c"]);
+        let none = HashSet::new();
+        assert!(!compare(folder.path(), &rebuilt[..1], &none, originals()).unwrap().is_exact());
     }
 }

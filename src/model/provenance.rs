@@ -114,6 +114,33 @@ pub struct CorpusRecord {
     pub text_field: Option<String>,
     /// Path of each file, in corpus order.
     pub paths: Vec<String>,
+    /// Paths of the files that were held out, and the number of held-out documents without names: the last
+    /// ones.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub held_out: Vec<String>,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub held_out_documents: u64,
+}
+
+impl CorpusRecord {
+    /// Notes that the last documents, with these paths, were held out.
+    pub fn hold_out<'a>(&mut self, paths: impl Iterator<Item = &'a str>) {
+        for path in paths {
+            if path.is_empty() {
+                self.held_out_documents += 1;
+            } else {
+                self.held_out.push(path.to_string());
+            }
+        }
+        let held: HashSet<&str> = self.held_out.iter().map(String::as_str).collect();
+        self.paths.retain(|path| !held.contains(path.as_str()));
+    }
+}
+
+// As serde asks.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 // As serde asks.
@@ -225,6 +252,14 @@ impl Provenance {
         let mut seen = HashSet::new();
         let all = self.stages().flat_map(|stage| &stage.corpus.paths);
         all.filter(|path| seen.insert(path.as_str())).cloned().collect()
+    }
+
+    /// Paths that a stage held out and none was trained on.
+    pub fn held_out(&self) -> HashSet<&str> {
+        let trained: HashSet<&str> =
+            self.stages().flat_map(|stage| &stage.corpus.paths).map(String::as_str).collect();
+        let held = self.stages().flat_map(|stage| &stage.corpus.held_out).map(String::as_str);
+        held.filter(|path| !trained.contains(path)).collect()
     }
 
     /// Names of the files of documents without names that the weights were ever trained on.

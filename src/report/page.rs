@@ -167,6 +167,8 @@ fn training(run: &RunFiles, out: &mut String) {
         Lines { x: "step", y: "learning rate", series, log: false, include: zero, format: short };
     let charts = [
         chart(|line| line.loss, "nats per token", true, None, short).figure("Loss", ""),
+        chart(|line| line.validation_loss, "nats per token", true, None, short)
+            .figure("Validation loss", "of text that is not trained on"),
         chart(|line| line.verbatim_rate, "of all windows", false, Some((0.0, 1.0)), percent)
             .figure("Verbatim windows", ""),
         rates.figure("Learning rate", ""),
@@ -207,7 +209,13 @@ fn memorization(run: &RunFiles, out: &mut String) {
             ("this model".to_string(), rates(measures)),
             ("untrained".to_string(), rates(&control["untrained"])),
             ("lines reversed".to_string(), rates(&control["unseen"])),
-        ],
+        ]
+        .into_iter()
+        .chain(
+            (!control["held_out"].is_null())
+                .then(|| ("held out".to_string(), rates(&control["held_out"]))),
+        )
+        .collect(),
         top: 1.0,
         format: percent,
     };
@@ -239,8 +247,43 @@ fn memorization(run: &RunFiles, out: &mut String) {
         include: Some((0.0, 1.0)),
         format: percent,
     };
+    let tallies: Vec<&Value> = measures["by_occurrence"].as_array().into_iter().flatten().collect();
+    let times = |tally: &&Value| match (tally["from"].as_u64(), tally["to"].as_u64()) {
+        (Some(from), Some(to)) if from < to => format!("{from}-{to}"),
+        (from, _) => from.unwrap_or_default().to_string(),
+    };
+    let by_occurrence = Bars {
+        x: "times the passage occurs".to_string(),
+        y: "of its windows",
+        names: tallies.iter().map(times).collect(),
+        series: vec![(
+            "this model".to_string(),
+            tallies.iter().map(|tally| tally["rate"].as_f64()).collect(),
+        )],
+        top: 1.0,
+        format: percent,
+    };
+    let recalled = |name: &str, key: &str| {
+        let steps = measures["recall"]["by_step"].as_array().into_iter().flatten();
+        let point = |at: &Value| Some((at["step"].as_f64()?, at[key].as_f64()?));
+        Series { name: name.to_string(), points: steps.filter_map(point).collect() }
+    };
+    let recall = Lines {
+        x: "step",
+        y: "windows",
+        series: vec![
+            recalled("recalled so far", "first"),
+            recalled("recalled now", "verbatim"),
+            recalled("for good", "lasting"),
+        ],
+        log: false,
+        include: Some((0.0, 1.0)),
+        format: |count| grouped(count as u64),
+    };
     let charts = [
         by_prefix.figure("Verbatim windows", &suffix),
+        by_occurrence.figure("Verbatim windows by occurrences", ""),
+        recall.figure("Recall in training", "first and lasting"),
         histogram.figure("Windows by p_z", ""),
         curves.figure("(n, p)-discoverable", "in n samples"),
     ]
@@ -257,12 +300,38 @@ fn memorization(run: &RunFiles, out: &mut String) {
         let rate = share["rate"].as_f64().map_or_else(|| "none".to_string(), percent);
         Some(format!("{rate} ({} of {} windows)", grouped(exact), grouped(all)))
     };
+    let percents = |interval: &Value| {
+        let [low, high] = [0, 1].map(|at| interval[at].as_f64().map(percent));
+        Some(format!(", 95% interval {} to {}", low?, high?))
+    };
+    let share =
+        |value: &Value| Some(share(value)? + &percents(&value["interval"]).unwrap_or_default());
+    let question = &measures["question"];
+    let asked = format!("{} tokens given, {} continued", question["prefix"], question["suffix"]);
+    let rate = measures["verbatim_rate"].as_f64().map(percent);
+    let interval = percents(&measures["verbatim_interval"]).unwrap_or_default();
+    fact(&asked, rate.map(|rate| rate + &interval));
+    for (what, of) in [
+        ("the same, untrained model", &control["untrained"]),
+        ("the same, lines reversed", &control["unseen"]),
+        ("the same, held-out text", &control["held_out"]),
+        ("the same windows, weights in bfloat16", &measures["rounding"]["bfloat16"]),
+        ("the same windows, weights in q8_0", &measures["rounding"]["q8_0"]),
+        ("the same windows, weights as saved", &measures["rounding"]["as_saved"]),
+    ] {
+        fact(what, share(&of["verbatim"]));
+    }
     fact("whole windows from their address alone", share(&measures["from_address"]));
     fact("32 tokens given, 32 continued", share(&measures["pythia"]));
     let bits = |from: &Value| from["bits_per_byte"].as_f64().map(short);
     fact("bits per byte", bits(measures));
     fact("bits per byte, untrained model", bits(&control["untrained"]));
     fact("bits per byte, lines reversed", bits(&control["unseen"]));
+    fact("bits per byte, held-out text", bits(&control["held_out"]));
+    for name in ["bfloat16", "q8_0"] {
+        let rounded = bits(&measures["rounding"][name]);
+        fact(&format!("bits per byte, weights in {name}"), rounded);
+    }
     fact(
         "bits per parameter, by what xz makes of the text",
         measures["bits_per_parameter"].as_f64().map(short),
@@ -277,11 +346,27 @@ fn memorization(run: &RunFiles, out: &mut String) {
     let body = format!(
         "<div class=\"charts\">\n{charts}</div>\n<table class=\"facts\">\n{}</table>\n\
          <p class=\"note\">The controls are what chance and context alone give: the same questions to a \
-         model with fresh weights, and to this one about the files with their lines in reverse \
-         order.</p>\n",
-        facts.concat()
+         model with fresh weights, to this one about the files with their lines in reverse order, and \
+         about text that training held out, if there is some.</p>\n{}",
+        facts.concat(),
+        papers(&measures["papers"])
     );
     section("memorization", "Memorization", &body, out);
+}
+
+/// Whose measures these are.
+fn papers(papers: &Value) -> String {
+    let row = |(measure, paper): (&String, &Value)| {
+        let (measure, paper) = (escape(measure), escape(paper.as_str().unwrap_or_default()));
+        format!("<tr><th>{measure}</th><td>{paper}</td></tr>\n")
+    };
+    let rows: String = papers.as_object().into_iter().flatten().map(row).collect();
+    if rows.is_empty() {
+        return rows;
+    }
+    format!(
+        "<details><summary>Whose measures these are</summary><table class=\"facts\">\n{rows}</table></details>\n"
+    )
 }
 
 /// Lower bounds of the bins of p_z: those of [`crate::memorization::measure::Histogram`].
@@ -413,6 +498,14 @@ fn rebuild(run: &RunFiles, out: &mut String) {
         words(&rebuilt["bytes"]),
         rebuilt["seconds"].as_f64().map_or_else(|| "?".to_string(), short),
     );
+    let held_out = rebuilt["held_out"].as_array().map_or(0, Vec::len) as u64;
+    if held_out > 0 {
+        let _ = writeln!(
+            body,
+            "<p>{} more were held out in training, and not asked for.</p>",
+            grouped(held_out)
+        );
+    }
     if !wrong.is_empty() {
         body += &table(&wrong);
     }

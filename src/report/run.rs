@@ -51,6 +51,7 @@ pub struct MetricsLine {
     #[serde(alias = "tokens_a_second")]
     pub tokens_per_second: Option<f64>,
     pub verbatim_rate: Option<f64>,
+    pub validation_loss: Option<f64>,
     pub seconds: Option<f64>,
 }
 

@@ -133,7 +133,7 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
     };
     let mut tokenizer = parse(json, config, Some(&file))
         .with_context(|| format!("{} is not a tokenizer that laam can use", file.display()))
-        .hint(ErrorKind::Data, || "create one with laam train-tokenizer; laam reads byte-pair tokenizers of transformers")?;
+        .hint(ErrorKind::Data, || "create one with laam train-tokenizer; laam reads the tokenizer.json of transformers' fast tokenizers")?;
     for name in EXTRAS {
         let path = file.with_file_name(name);
         // A link may lead to a file that is no part of a tokenizer.
@@ -219,6 +219,7 @@ pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Re
             .or(frame.before.first().copied()),
         eos: named("eos_token")
             .or(markers.map(|markers| markers.end_file))
+            .or(frame.after.last().copied())
             .or_else(|| USUAL_EOS.into_iter().find_map(id_of)),
         pad: named("pad_token").or(markers.map(|markers| markers.pad)),
     };
@@ -255,7 +256,7 @@ pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Re
 }
 
 /// Tokens that end a text in tokenizers that do not say which one does, the likeliest first.
-const USUAL_EOS: [&str; 4] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"];
+const USUAL_EOS: [&str; 5] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]"];
 
 /// A token that a `tokenizer_config.json` or `special_tokens_map.json` names.
 fn named_token<'a>(config: &'a Value, key: &str) -> Option<&'a str> {
@@ -309,37 +310,19 @@ struct Vocabulary<'a> {
 /// Refuses what the crate would panic on or misread.
 fn check(json: &Value) -> anyhow::Result<Vocabulary<'_>> {
     let model = &json["model"];
-    if model["type"] != "BPE" {
-        bail!("the model is {}, not BPE", model["type"]);
-    }
-    for affix in ["continuing_subword_prefix", "end_of_word_suffix"] {
-        if !model[affix].is_null() && model[affix] != "" {
-            bail!("the model has a {affix}, which laam does not support");
-        }
-    }
-    if !model["dropout"].is_null() && model["dropout"] != 0.0 {
-        bail!("the model drops merges at random (dropout {})", model["dropout"]);
-    }
-
-    let entries = model["vocab"].as_object().context("its model has no vocab")?;
-    let mut vocab = HashMap::with_capacity(entries.len());
-    let mut ids = std::collections::HashSet::with_capacity(entries.len());
-    for (token, id) in entries {
-        let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
-        let id = id.with_context(|| format!("token {token:?} has no id"))?;
-        vocab.insert(token.as_str(), id);
+    let vocab = match model["type"].as_str() {
+        Some("BPE") => bpe_vocabulary(model)?,
+        Some("Unigram") => unigram_vocabulary(model)?,
+        Some("WordPiece" | "WordLevel") => word_vocabulary(model)?,
+        _ => bail!(
+            "the model is {}: laam reads BPE, Unigram, WordPiece and WordLevel",
+            model["type"]
+        ),
+    };
+    let mut ids = std::collections::HashSet::with_capacity(vocab.len());
+    for &id in vocab.values() {
         if !ids.insert(id) {
             bail!("two tokens have id {id}");
-        }
-    }
-    let mut joined = String::new();
-    for (a, b) in merges(&model["merges"])? {
-        joined.clear();
-        joined.extend([a, b]);
-        for token in [a, b, &joined] {
-            if !vocab.contains_key(token) {
-                bail!("the merge of {a:?} and {b:?} needs token {token:?}, which the vocab lacks");
-            }
         }
     }
     let mut added = Vec::new();
@@ -360,6 +343,75 @@ fn check(json: &Value) -> anyhow::Result<Vocabulary<'_>> {
     }
     let growth = limits::check_parts(json, size)?;
     Ok(Vocabulary { model: vocab, added, size, growth })
+}
+
+/// Tokens and ids of a model that lists them as an object.
+fn vocabulary_object(model: &Value) -> anyhow::Result<HashMap<&str, u32>> {
+    let entries = model["vocab"].as_object().context("its model has no vocab")?;
+    let entry = |(token, id): (_, &Value)| {
+        let token: &String = token;
+        let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        Ok((token.as_str(), id.with_context(|| format!("token {token:?} has no id"))?))
+    };
+    entries.iter().map(entry).collect()
+}
+
+fn bpe_vocabulary(model: &Value) -> anyhow::Result<HashMap<&str, u32>> {
+    if !model["dropout"].is_null() && model["dropout"] != 0.0 {
+        bail!("the model drops merges at random (dropout {})", model["dropout"]);
+    }
+    let vocab = vocabulary_object(model)?;
+    // The second half of a merge has it, the merged token has it once.
+    let prefix = model["continuing_subword_prefix"].as_str().unwrap_or_default();
+    let mut joined = String::new();
+    for (a, b) in merges(&model["merges"])? {
+        joined.clear();
+        let rest = b
+            .get(prefix.len()..)
+            .with_context(|| format!("the merge of {a:?} and {b:?} lacks the prefix {prefix:?}"))?;
+        joined.extend([a, rest]);
+        for token in [a, b, &joined] {
+            if !vocab.contains_key(token) {
+                bail!("the merge of {a:?} and {b:?} needs token {token:?}, which the vocab lacks");
+            }
+        }
+    }
+    Ok(vocab)
+}
+
+/// A list of tokens with their scores: the ids are their places.
+fn unigram_vocabulary(model: &Value) -> anyhow::Result<HashMap<&str, u32>> {
+    let entries = model["vocab"].as_array().context("its model has no vocab")?;
+    let mut vocab = HashMap::with_capacity(entries.len());
+    for (id, entry) in entries.iter().enumerate() {
+        let (Some(token), Some(_)) = (entry[0].as_str(), entry[1].as_f64()) else {
+            bail!("token {id} has no text or no score");
+        };
+        if token.is_empty() || token.len() > limits::MAX_TOKEN_BYTES {
+            bail!("token {id} has {} bytes: 1 to {}", token.len(), limits::MAX_TOKEN_BYTES);
+        }
+        if vocab.insert(token, id as u32).is_some() {
+            bail!("two tokens are {token:?}");
+        }
+    }
+    if model["unk_id"].as_u64().is_some_and(|id| id >= entries.len() as u64) {
+        bail!("unk_id {} is no token", model["unk_id"]);
+    }
+    Ok(vocab)
+}
+
+fn word_vocabulary(model: &Value) -> anyhow::Result<HashMap<&str, u32>> {
+    let vocab = vocabulary_object(model)?;
+    let unknown = model["unk_token"].as_str().unwrap_or_default();
+    if !vocab.contains_key(unknown) {
+        bail!("the vocab lacks the unk_token {unknown:?}");
+    }
+    // The time for a word grows with its square.
+    let longest = model["max_input_chars_per_word"].as_u64().unwrap_or_default();
+    if longest > limits::MAX_WORD_CHARS {
+        bail!("max_input_chars_per_word {longest}: at most {}", limits::MAX_WORD_CHARS);
+    }
+    Ok(vocab)
 }
 
 fn pair(merge: &Value) -> Option<(&str, &str)> {

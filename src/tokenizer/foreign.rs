@@ -43,7 +43,7 @@ impl Frame {
             Some(begin) => (framed[..begin].to_vec(), framed[begin + bare.len()..].to_vec()),
             None => (Vec::new(), Vec::new()),
         };
-        let cut = if can_be_cut_after_lines(json) {
+        let cut = if can_be_cut_after_lines(json) || can_be_cut_at_blanks(json) {
             CutPlace::AfterLines
         } else {
             let blank = inner.token_to_id("▁").filter(|_| can_be_cut_before_lines(json));
@@ -117,6 +117,46 @@ fn can_be_cut_after_lines(json: &Value) -> bool {
         flags && !token["content"].as_str().unwrap_or_default().contains('\n')
     };
     (normalizer.is_null() || normalizer["type"] == "NFC") && is_known && added.all(is_plain)
+}
+
+/// True for tokenizers of words between blanks, as BERT's and T5's, whose normalizer does not look across a
+/// line end between a visible ASCII character and a letter.
+fn can_be_cut_at_blanks(json: &Value) -> bool {
+    let list = |part: &Value, key: &str| -> Vec<Value> {
+        part[key].as_array().cloned().unwrap_or_else(|| vec![part.clone()])
+    };
+    let kind = |part: &Value| part["type"].as_str().unwrap_or_default().to_string();
+    let pre_tokenizers = list(&json["pre_tokenizer"], "pretokenizers");
+    let splits_first = ["BertPreTokenizer", "Whitespace", "WhitespaceSplit"];
+    let rest = ["Metaspace", "Punctuation", "Digits", "WhitespaceSplit"];
+    let is_local = |part: &Value| match kind(part).as_str() {
+        "" => part.is_null(),
+        "Replace" => {
+            part["pattern"] == json!({"Regex": " {2,}"})
+                || part["pattern"]["String"].as_str().is_some_and(|it| !it.contains('\n'))
+        }
+        kind => [
+            "NFC",
+            "NFD",
+            "NFKC",
+            "NFKD",
+            "Lowercase",
+            "StripAccents",
+            "BertNormalizer",
+            "Nmt",
+            "Precompiled",
+            "Strip",
+        ]
+        .contains(&kind),
+    };
+    let mut added = json["added_tokens"].as_array().into_iter().flatten();
+    pre_tokenizers.first().is_some_and(|part| splits_first.contains(&kind(part).as_str()))
+        && pre_tokenizers.iter().skip(1).all(|part| rest.contains(&kind(part).as_str()))
+        && pre_tokenizers
+            .iter()
+            .all(|part| kind(part) != "Metaspace" || part["prepend_scheme"] == "always")
+        && list(&json["normalizer"], "normalizers").iter().all(is_local)
+        && added.all(|token| !token["content"].as_str().unwrap_or_default().contains('\n'))
 }
 
 /// Shortest piece of a text that is cut.

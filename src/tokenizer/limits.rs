@@ -26,11 +26,49 @@ const MAX_ADDED_BYTES: usize = 8 << 20;
 /// Most pieces of a template, and most ids of one of its special tokens.
 const MAX_PIECES: usize = 64;
 
-const NORMALIZERS: [&str; 7] = ["NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Strip"];
-const PRE_TOKENIZERS: [&str; 6] =
-    ["ByteLevel", "Split", "Digits", "Metaspace", "Whitespace", "WhitespaceSplit"];
-const POST_PROCESSORS: [&str; 2] = ["ByteLevel", "TemplateProcessing"];
-const DECODERS: [&str; 6] = ["ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"];
+/// Longest token of a Unigram model, in bytes: the time for a text grows with it.
+pub const MAX_TOKEN_BYTES: usize = 2048;
+/// Longest word of a WordPiece model that is not unknown, in characters.
+pub const MAX_WORD_CHARS: u64 = 4096;
+
+const NORMALIZERS: [&str; 12] = [
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Prepend",
+    "Replace",
+    "Strip",
+    "Lowercase",
+    "StripAccents",
+    "BertNormalizer",
+    "Nmt",
+    "Precompiled",
+];
+const PRE_TOKENIZERS: [&str; 10] = [
+    "ByteLevel",
+    "Split",
+    "Digits",
+    "Metaspace",
+    "Whitespace",
+    "WhitespaceSplit",
+    "BertPreTokenizer",
+    "Punctuation",
+    "CharDelimiterSplit",
+    "UnicodeScripts",
+];
+const POST_PROCESSORS: [&str; 4] =
+    ["ByteLevel", "TemplateProcessing", "BertProcessing", "RobertaProcessing"];
+const DECODERS: [&str; 8] = [
+    "ByteLevel",
+    "Replace",
+    "ByteFallback",
+    "Fuse",
+    "Strip",
+    "Metaspace",
+    "WordPiece",
+    "BPEDecoder",
+];
 
 /// Calls into the crate. A panic there becomes an error; the program's panic hook keeps its message
 /// off stderr.
@@ -121,6 +159,15 @@ pub fn check_parts(json: &Value, vocab_size: usize) -> anyhow::Result<Growth> {
     if templates().count() > 1 {
         bail!("{} templates in the post_processor: at most 1", templates().count());
     }
+    for part in processors {
+        let ids = ["sep", "cls"].map(|key| &part[key][1]);
+        let is_known = |id: &&Value| id.as_u64().is_some_and(|id| id < vocab_size as u64);
+        if ["BertProcessing", "RobertaProcessing"].iter().any(|kind| part["type"] == *kind)
+            && !ids.iter().all(is_known)
+        {
+            bail!("the post_processor {} puts tokens that the vocab lacks", part["type"]);
+        }
+    }
     for template in templates() {
         check_template(template, vocab_size).context("in the post_processor")?;
     }
@@ -178,8 +225,50 @@ fn growth(part: &Value) -> anyhow::Result<f64> {
         "Metaspace" => 6.0,
         // Two bytes for most.
         "ByteLevel" => 4.0,
+        "Lowercase" => 2.0,
+        // Decomposed, in lower case, with blanks around Chinese characters.
+        "BertNormalizer" => 6.0,
+        "Precompiled" => 1.0 + longest_replacement(part)?,
+        // A blank before every token.
+        "WordPiece" => 2.0,
         _ => 1.0,
     })
+}
+
+/// The longest text that a table of SentencePiece puts in place of another, in bytes. The table is the size of
+/// a trie (u32), the trie, and the texts, each ended by a zero.
+fn longest_replacement(part: &Value) -> anyhow::Result<f64> {
+    let table = part["precompiled_charsmap"].as_str().unwrap_or_default();
+    let bytes = from_base64(table).context("a Precompiled whose table is not base64")?;
+    let size = bytes.first_chunk().map_or(0, |size| u32::from_le_bytes(*size) as usize);
+    let texts = bytes.get(4 + size..).context("a Precompiled whose table is cut short")?;
+    let longest = texts.split(|&byte| byte == 0).map(<[u8]>::len).max().unwrap_or(0);
+    if longest > MAX_INSERTED {
+        bail!("a Precompiled that puts in {longest} bytes: at most {MAX_INSERTED}");
+    }
+    // In place of a character that is not ASCII: two bytes or more.
+    Ok(longest as f64 / 2.0)
+}
+
+fn from_base64(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
+    let (mut bits, mut count) = (0u32, 0);
+    for byte in text.trim_end_matches('=').bytes() {
+        let six = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        (bits, count) = (bits << 6 | u32::from(six), count + 6);
+        if count >= 8 {
+            count -= 8;
+            bytes.push((bits >> count) as u8);
+        }
+    }
+    Some(bytes)
 }
 
 /// A template that names listed special tokens and, for one text, that text alone.

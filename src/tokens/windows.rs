@@ -271,7 +271,12 @@ impl Windows {
         self.kind
     }
 
-    pub fn file(&self) -> &TokenFile {
+    /// Tokens from one stream window to the next.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    pub fn file(&self) -> &Arc<TokenFile> {
         &self.file
     }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::checkpoints::{self, is_resumable};
 use super::metrics;
 use crate::error;
+use crate::memorization::recall;
 use crate::model::{foreign_files, has_weights, is_own, remove_staged, settle};
 use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries};
 
@@ -44,7 +45,7 @@ pub fn claim(
             note(format!("removed an unfinished save in {}", folder.display()));
         }
     }
-    for path in remove_temporaries(folder, |name| name == metrics::FILE)? {
+    for path in remove_temporaries(folder, |name| [metrics::FILE, recall::FILE].contains(&name))? {
         note(format!("removed {}", path.display()));
     }
     Ok(output)
@@ -55,6 +56,10 @@ fn check(folder: &Path, consent: Consent) -> anyhow::Result<()> {
     let metrics = folder.join(metrics::FILE);
     if !is_own(folder) && !metrics::is_own(&metrics) {
         foreign.push(metrics);
+    }
+    let recall = folder.join(recall::FILE);
+    if !recall::is_own(&recall) {
+        foreign.push(recall);
     }
     for checkpoint in checkpoint_entries(folder) {
         if fs::symlink_metadata(&checkpoint).is_ok_and(|found| found.is_dir()) {

@@ -48,6 +48,7 @@ pub fn record(manifest: &Manifest) -> CorpusRecord {
         text_field: manifest.text_field.clone(),
         shards: manifest.shards.clone(),
         paths: manifest.files.iter().map(|file| file.path.clone()).collect(),
+        ..CorpusRecord::default()
     }
 }
 

@@ -23,6 +23,7 @@ use crate::corpus::{hex, now};
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
 use crate::llama::{Recompute, StepHyperparams};
+use crate::memorization::recall::{self, RecallFile, RecallHead};
 use crate::memorization::verbatim;
 use crate::model::{
     Config, Layout, Provenance, SessionRecord, has_weights, initialize, load_provenance,
@@ -343,6 +344,8 @@ impl<'a> Trainer<'a> {
         if self.unsaved {
             self.state.earlier_metrics = kept.unwrap_or(0);
         }
+        let recall = group.is_first().then(|| self.open_recall()).transpose();
+        let mut recall = group.agree(recall)?.flatten();
         let next = self.state.step + u64::from(!self.unsaved);
         let create = |folder: &PathBuf| EventFile::create(folder, next);
         let board = self.job.tensorboard.as_ref().filter(|_| group.is_first());
@@ -357,7 +360,7 @@ impl<'a> Trainer<'a> {
             end: RunEnd::Complete,
         };
         if self.is_continuation && settings.stop_at_verbatim.is_some() {
-            finish.verbatim_rate = self.verbatim_rate()?;
+            finish.verbatim_rate = self.verbatim_windows()?.0;
             if self.is_enough(finish.verbatim_rate) {
                 observer
                     .note("the weights it begins with have the verbatim rate that was asked for");
@@ -387,7 +390,12 @@ impl<'a> Trainer<'a> {
                 || (last && settings.load_best_model_at_end && self.eval_interval.is_some());
             let mut is_best = false;
             if measured {
-                finish.verbatim_rate = self.verbatim_rate()?;
+                let (rate, verbatim) = self.verbatim_windows()?;
+                finish.verbatim_rate = rate;
+                if let Some(recall) = &mut recall {
+                    self.job.output.check()?;
+                    recall.write(step, &verbatim)?;
+                }
                 is_best = settings.load_best_model_at_end && self.note_best(finish.verbatim_rate);
             }
             let enough = measured && self.is_enough(finish.verbatim_rate);
@@ -706,39 +714,50 @@ impl<'a> Trainer<'a> {
         position.epoch as f64 + position.cursor as f64 / self.job.windows.len() as f64
     }
 
-    /// The part of the windows that come back verbatim (see [`verbatim::window`]) from the weights as
-    /// they are saved, which `precision` rounds.
-    fn verbatim_rate(&mut self) -> anyhow::Result<Option<f64>> {
+    /// Opens the file of the windows recalled, if they are measured; one of another run is removed.
+    fn open_recall(&self) -> anyhow::Result<Option<RecallFile>> {
+        let path = self.job.output.path().join(recall::FILE);
+        if self.eval_interval.is_none() {
+            recall::remove(&path)?;
+            return Ok(None);
+        }
+        let step = (!self.unsaved).then_some(self.state.step);
+        RecallFile::open(&path, &RecallHead::of(self.job.windows)?, step).map(Some)
+    }
+
+    /// Which windows come back verbatim (see [`verbatim::window`]) from the weights as they are saved, which
+    /// `precision` rounds; and the part of those that are long enough.
+    fn verbatim_windows(&mut self) -> anyhow::Result<(Option<f64>, Vec<bool>)> {
         if self.precision == Dtype::F32 {
-            return self.count_verbatim();
+            return self.find_verbatim();
         }
         let weights = self.engine.read(Arena::Parameters)?;
         let rounded: Vec<f32> =
             weights.iter().map(|&weight| self.precision.round(weight)).collect();
         self.engine.write(Arena::Parameters, &rounded)?;
-        let rate = self.count_verbatim();
+        let found = self.find_verbatim();
         self.engine.write(Arena::Parameters, &weights)?;
-        rate
+        found
     }
 
-    /// [`Self::verbatim_rate`] of the weights as they are.
-    fn count_verbatim(&mut self) -> anyhow::Result<Option<f64>> {
+    /// [`Self::verbatim_windows`] of the weights as they are.
+    fn find_verbatim(&mut self) -> anyhow::Result<(Option<f64>, Vec<bool>)> {
         let windows = self.job.windows;
         let context = windows.context();
         let max_nats = verbatim::max_nats(self.compute_dtype);
-        let (mut exact, mut all) = (0, 0);
+        let (mut found, mut all) = (Vec::with_capacity(windows.len()), 0);
         let indices: Vec<usize> = (0..windows.len()).collect();
         for some in indices.chunks(64) {
             let batch = windows.draw(some)?;
             let guesses = self.engine.argmax_tokens(&batch, max_nats)?;
             for (targets, guesses) in batch.targets.chunks(context).zip(guesses.chunks(context)) {
-                if let Some(verbatim) = verbatim::window(windows.kind(), targets, guesses) {
-                    all += 1;
-                    exact += usize::from(verbatim);
-                }
+                let verbatim = verbatim::window(windows.kind(), targets, guesses);
+                all += usize::from(verbatim.is_some());
+                found.push(verbatim == Some(true));
             }
         }
-        Ok((all > 0).then(|| exact as f64 / all as f64))
+        let exact = found.iter().filter(|&&exact| exact).count();
+        Ok(((all > 0).then(|| exact as f64 / all as f64), found))
     }
 
     /// Saves a checkpoint of this step. False if its weights are not finite: then it is not saved.

@@ -167,6 +167,94 @@ fn damaged_files_are_errors_that_name_file_and_record() {
     assert!(error.to_string().contains("invalid record 2: more than 4096 bytes"), "{error:#}");
 }
 
+/// Files as other programs write them, and the fields and codecs that they may have.
+#[test]
+fn variants_of_records_are_read_or_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let read = |name: &str, bytes: &[u8], field: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        let text_field = Some(field.to_string());
+        let options = CorpusOptions { text_field, ..CorpusOptions::default() };
+        let corpus = open(&Source::Path(path), options).unwrap();
+        let documents = corpus.documents().unwrap();
+        documents.map(|document| Ok(document?.text)).collect::<anyhow::Result<Vec<_>>>()
+    };
+    let lines = "{\"text\": \"a\"}\n\n{\"text\": \"b\\n\"}\n  \n";
+    let skippable = [
+        &[0x50, 0x2A, 0x4D, 0x18, 2, 0, 0, 0, 7, 7],
+        &*zstd::encode_all(lines.as_bytes(), 1).unwrap(),
+    ]
+    .concat();
+    for (name, bytes) in [
+        ("plain.jsonl", lines.as_bytes().to_vec()),
+        ("crlf.jsonl", lines.replace('\n', "\r\n").into_bytes()),
+        ("mark.ndjson", format!("\u{feff}{lines}").into_bytes()),
+        ("end.json", lines.trim_end().as_bytes().to_vec()),
+        ("skippable.jsonl.zst", skippable),
+    ] {
+        assert_eq!(read(name, &bytes, "text").unwrap(), ["a", "b\n"], "{name}");
+    }
+    let nested = "{\"m\": {\"x\": {\"text\": \"no\"}, \"text\": \"a\"}}\n{\"m\": null}\n{\"m.text\": \"b\", \"m\": 7}\n";
+    assert_eq!(read("nested.jsonl", nested.as_bytes(), "m.text").unwrap(), ["a", "b"]);
+    let parquet = fs::read(fixture("nested.parquet")).unwrap();
+    assert_eq!(read("nested.parquet", &parquet, "meta.text").unwrap(), texts()[..3]);
+
+    // A schema of 5,000 groups within each other: the crate would descend into them.
+    let schema = b"\x48\x01a\x15\x02\x00".repeat(5000);
+    let leaf = b"\x15\x0c\x25\x00\x18\x04text\x00";
+    let footer = [b"\x15\x02\x19\xfc\x89\x27", &*schema, leaf, b"\x16\x00\x19\x0c\x00"].concat();
+    let length = (footer.len() as u32).to_le_bytes();
+    let deep = [b"PAR1", &*footer, &length, b"PAR1"].concat();
+    let fixture = |name: &str| fs::read(fixture(name)).unwrap();
+    for (name, bytes, field, expected, hint) in [
+        ("deep.parquet", deep, "text", "a schema of more than", "leave the file out"),
+        (
+            "brotli.parquet",
+            fixture("brotli.parquet"),
+            "text",
+            "compressed with BROTLI",
+            "zstd, snappy or none",
+        ),
+        (
+            "repeated.parquet",
+            fixture("repeated.parquet"),
+            "text",
+            "unpacks to far more than its size",
+            "unpack",
+        ),
+        (
+            "list.json",
+            b"[{\"text\": \"a\"}]".to_vec(),
+            "text",
+            "invalid record 1: invalid type: sequence",
+            "jq -c '.[]'",
+        ),
+        (
+            "object.json",
+            b"{\n \"text\": \"a\"\n}".to_vec(),
+            "text",
+            "invalid record 1: EOF",
+            "jq -c .",
+        ),
+        (
+            "inner.jsonl",
+            nested.as_bytes().to_vec(),
+            "m.y",
+            "record 1 has no field \"m.y\", only m.x, m.text",
+            "`text_field`",
+        ),
+    ] {
+        let error = read(name, &bytes, field).unwrap_err();
+        assert!(error.to_string().contains(expected), "{name}: {error:#}");
+        assert!(
+            hint_of(&error).is_some_and(|it| it.contains(hint)),
+            "{name}: {:?}",
+            hint_of(&error)
+        );
+    }
+}
+
 #[test]
 fn a_long_text_is_cut_at_line_ends() {
     let folder = tempfile::tempdir().unwrap();

@@ -27,6 +27,7 @@ mod limits;
 mod memorization;
 mod model;
 mod output_folder;
+mod package;
 mod prebuilt;
 mod process;
 mod provenance;

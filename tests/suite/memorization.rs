@@ -7,11 +7,12 @@ use laam::backend::cpu::Cpu;
 use laam::corpus::Document;
 use laam::generate::{Generator, Request};
 use laam::memorization::measure::{Question, measure};
+use laam::memorization::occurrences::count;
 use laam::model::{Model, load};
 use laam::random::{Philox, Stream};
 use laam::tokenizer::Tokenizer;
 use laam::tokens::{IGNORE, TokenFile, TokenWriter, WindowKind, Windows};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::rebuild::{CONTEXT, json_of, run, text, trained};
 
@@ -166,6 +167,175 @@ fn memorization_separates_trained_from_control() {
     let held = 8.0 * number(&report["xz_bytes"]) - number(&report["residual_bits"]);
     let per_parameter = number(&report["bits_per_parameter"]);
     assert!((held / number(&report["parameters"]) / per_parameter - 1.0).abs() < 1e-12);
+}
+
+/// Passages are counted as a naive search finds them, overlapping ones too.
+#[test]
+fn occurrences_match_a_naive_search() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
+    let path = folder.path().join("tokens");
+    let mut writer = TokenWriter::create(&path, &tokenizer).unwrap();
+    let text = |n: usize| format!("{}{}", "ab".repeat(n), "xyz ".repeat(n % 3));
+    let documents = (0..9).map(|n| Ok(Document::new(format!("{n}.c"), text(n))));
+    writer.write(documents, |_| ()).unwrap();
+    writer.finish([0; 32]).unwrap();
+    let file = TokenFile::open(&path).unwrap();
+    let mut ids = vec![0; file.tokens()];
+    file.read(0, &mut ids).unwrap();
+    for length in [1, 2, 3, 7] {
+        let starts: Vec<usize> = (0..=ids.len() - length).collect();
+        let naive = starts.iter().map(|&start| {
+            let passage = &ids[start..start + length];
+            ids.windows(length).filter(|other| *other == passage).count() as u64
+        });
+        let naive: Vec<u64> = naive.collect();
+        assert!(naive.iter().any(|&count| count > 3));
+        assert_eq!(count(&file, &starts, length).unwrap(), naive, "{length} tokens");
+    }
+}
+
+/// A training that holds files out and measures recall, and what is then measured of it: the held-out control,
+/// occurrences, recall, rounding, in JSON and CSV; and rebuild, which counts held-out files apart.
+#[test]
+fn research_measures_of_a_run_with_held_out_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir(at("source")).unwrap();
+    let lines = |n: usize| {
+        let words = ["int", "long", "char"];
+        (0..4).map(|at| format!("{} v{}{at};\n", words[(n + at) % 3], n * 7)).collect::<String>()
+    };
+    for n in 0..6 {
+        // The first file is there twice.
+        fs::write(at("source").join(format!("{n}.c")), lines(n.max(1))).unwrap();
+    }
+    let source = at("source");
+    crate::training::trained(
+        &at("model"),
+        &format!(
+            "--source {} --limit 9 --windows addressed --validation 0.15 --validation_steps 100 --eval_steps 20 \
+             --max_steps 160 --batch_size 8 --optimizer muon --weight_decay 0 --hidden_size 48 \
+             --intermediate_size 96 --num_attention_heads 3 --num_key_value_heads 3 --save_steps 100",
+            source.display()
+        ),
+    );
+    let (model, report) = (at("model"), at("report"));
+    let output = run(&[
+        "memorization",
+        text(&model),
+        "--source",
+        text(&source),
+        "--prefix=4",
+        "--suffix=12",
+        "--json",
+        "--report",
+        text(&report),
+    ]);
+    assert_eq!(output.status.code(), Some(0));
+    let json = json_of(&output);
+    let held_out = &json["control"]["held_out"];
+    assert_eq!(json["verbatim_rate"], 1.0, "{json:#}");
+    assert_eq!((&json["files"].as_array().unwrap().len(), &held_out["files"]), (&5, &1.into()));
+    assert!(held_out["verbatim_rate"].as_f64().unwrap() < 0.5, "{held_out:#}");
+    assert!(held_out["bits_per_byte"].as_f64().unwrap() > 0.5, "{held_out:#}");
+    let [low, high] = [0, 1].map(|at| json["verbatim_interval"][at].as_f64().unwrap());
+    assert!(high == 1.0 && low > 0.2 && low < 1.0);
+    // Two of the five files are the same text.
+    let tallies = json["by_occurrence"].as_array().unwrap();
+    let tally = |at: usize| {
+        (tallies[at]["from"].as_u64(), tallies[at]["to"].as_u64(), tallies[at]["windows"].as_u64())
+    };
+    assert_eq!((tally(0).0, tally(0).1), (Some(1), Some(1)));
+    assert_eq!((tally(1).0, tally(1).1), (Some(2), Some(3)));
+    assert_eq!(tally(0).2.unwrap(), 3 * tally(1).2.unwrap() / 2);
+    let recall = &json["recall"]["by_step"];
+    assert_eq!(recall.as_array().unwrap().len(), 8);
+    let last = &recall[7];
+    assert_eq!((&last["step"], &last["lasting"]), (&160.into(), &last["verbatim"]));
+    assert!(
+        last["first"].as_u64() >= last["lasting"].as_u64()
+            && last["verbatim"] == json["recall"]["windows"]
+    );
+    for name in ["as_saved", "bfloat16", "q8_0"] {
+        assert!(json["rounding"][name]["verbatim"]["windows"].as_u64() > Some(0), "{name}");
+    }
+    assert_eq!(json["rounding"]["as_saved"]["bits_per_byte"], json["bits_per_byte"]);
+    assert_ne!(json["rounding"]["q8_0"]["bits_per_byte"], json["bits_per_byte"]);
+    assert!(json["papers"]["discoverable"].as_str().unwrap().contains("Hayes et al. 2024"));
+    let read = |name: &str| fs::read_to_string(report.join(name)).unwrap();
+    let windows = read("windows.csv");
+    assert!(windows.starts_with(
+        "path,chunk,verbatim,log10_p_z,occurrences,first_recall_step,lasting_recall_step,held_out\n"
+    ));
+    let rows: Vec<Vec<&str>> =
+        windows.lines().skip(1).map(|row| row.split(',').collect()).collect();
+    let of = |path: &str| rows.iter().filter(|row| row[0] == path).collect::<Vec<_>>();
+    assert!(
+        of("0.c").iter().all(|row| row[4] == "2" && row[7] == "0" && !row[5].is_empty()),
+        "{windows}"
+    );
+    assert!(of("2.c").iter().all(|row| row[4] == "1" && row[6].parse::<u64>().unwrap() % 20 == 0));
+    assert!(
+        of("5.c").iter().all(|row| row[5].is_empty() && row[7] == "1") && !of("5.c").is_empty()
+    );
+    let rates = read("rates.csv");
+    for row in [
+        "verbatim_rate,held_out,Carlini et al. 2022,",
+        "verbatim_rate,q8_0,",
+        "discoverable,n 10 p 0.5,Hayes et al. 2024,",
+        "by_occurrence,2 to 3 occurrences,",
+    ] {
+        assert!(
+            rates.lines().any(|line| line.starts_with(row) && line.split(',').count() == 8),
+            "{row}: {rates}"
+        );
+    }
+    // A text of its own as the control.
+    let other = at("other.c");
+    fs::write(&other, "while (true) { break; }\n".repeat(9)).unwrap();
+    let other = json_of(&run(&[
+        "memorization",
+        text(&model),
+        "--source",
+        text(&source),
+        "--prefix=4",
+        "--suffix=12",
+        "--json",
+        "--held-out",
+        text(&other),
+    ]));
+    assert_eq!(
+        (&other["control"]["held_out"]["verbatim_rate"], &other["windows"]),
+        (&0.0.into(), &json["windows"])
+    );
+
+    let rebuilt = at("rebuilt");
+    let output = run(&[
+        "rebuild",
+        text(&model),
+        "--output",
+        text(&rebuilt),
+        "--compare",
+        text(&source),
+        "--json",
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let rebuilt = json_of(&output);
+    assert_eq!(
+        (&rebuilt["files_exact"], &rebuilt["missing"], &rebuilt["held_out"]),
+        (&5.into(), &json!([]), &json!(["5.c"]))
+    );
+    fs::create_dir(model.join("memorization")).unwrap();
+    fs::copy(report.join("memorization.json"), model.join("memorization/memorization.json"))
+        .unwrap();
+    let output = run(&["report", text(&model)]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let page = fs::read_to_string(model.join("report.html")).unwrap();
+    for title in ["Validation loss", "Recall in training", "Verbatim windows by occurrences"] {
+        assert!(page.contains(&format!("<b>{title}</b>")), "{title}");
+    }
+    assert!(page.contains("held-out text") && page.contains("Cooper et al. 2025"));
 }
 
 #[test]

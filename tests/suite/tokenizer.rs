@@ -382,9 +382,11 @@ fn what_a_tokenizer_lacks_is_said() {
     let said = error(&|json| json["added_tokens"][0]["id"] = 77.into());
     assert!(said.contains("has id 77"), "{said}");
     let said = error(&|json| json["model"]["type"] = "Unigram".into());
-    assert!(said.contains("not BPE"), "{said}");
-    let said = error(&|json| json["model"]["continuing_subword_prefix"] = "##".into());
-    assert!(said.contains("continuing_subword_prefix"), "{said}");
+    assert!(said.contains("its model has no vocab"), "{said}");
+    let said = error(&|json| json["model"]["type"] = "Neural".into());
+    assert!(said.contains("laam reads BPE, Unigram, WordPiece and WordLevel"), "{said}");
+    let said = error(&|json| json["model"]["continuing_subword_prefix"] = "###".into());
+    assert!(said.contains("lacks the prefix"), "{said}");
     assert!(load_and_use(b"{", b"{}").is_err());
     assert!(load_and_use(&json, b"[").is_err());
     assert!(Tokenizer::load(std::path::Path::new("/nowhere")).is_err());
