@@ -18,19 +18,23 @@ use half::{bf16, f16};
 )]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Dtype {
+    /// IEEE single precision
     #[default]
     #[serde(rename = "float32", alias = "fp32", alias = "f32")]
     #[cfg_attr(feature = "cli", value(name = "float32", aliases = ["fp32", "f32"]))]
     F32,
+    /// IEEE half precision
     #[serde(rename = "float16", alias = "fp16", alias = "f16")]
     #[cfg_attr(feature = "cli", value(name = "float16", aliases = ["fp16", "f16"]))]
     F16,
+    /// The upper half of a float32
     #[serde(rename = "bfloat16", alias = "bf16")]
     #[cfg_attr(feature = "cli", value(name = "bfloat16", alias = "bf16"))]
     Bf16,
 }
 
 impl Dtype {
+    /// All element types.
     pub const ALL: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
     /// Bytes per element.

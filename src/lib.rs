@@ -30,6 +30,121 @@
 //! - `cli`: the command line
 //!
 //! `tests/suite/architecture.rs` checks this order.
+//!
+//! # Examples
+//!
+//! A tiny model, trained until it knows a sequence (`examples/train_tiny.rs` at length):
+//!
+//! ```
+//! use laam::backend::{Arena, cpu::Cpu};
+//! use laam::llama::{AdamW, Optimizer, StepHyperparams};
+//! use laam::model::{Config, initialize, preset};
+//! use laam::tokens::Batch;
+//! use laam::train::Engine;
+//!
+//! let config = Config {
+//!     vocab_size: 64,
+//!     hidden_size: 32,
+//!     intermediate_size: 96,
+//!     num_hidden_layers: 1,
+//!     num_attention_heads: 2,
+//!     num_key_value_heads: 2,
+//!     head_dim: 16,
+//!     ..preset("original")?
+//! };
+//! let optimizer = Optimizer {
+//!     adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8 },
+//!     muon: None,
+//!     weight_decay: 0.0,
+//!     max_grad_norm: 1.0,
+//! };
+//! let mut engine = Engine::new(&Cpu::f32(1), &config, &optimizer, 1, 16)?;
+//! let weights = initialize(&config, engine.layout(), 42);
+//! engine.write(Arena::Parameters, &weights)?;
+//! let batch = Batch {
+//!     windows: 1,
+//!     context: 16,
+//!     ids: (0..16).collect(),
+//!     targets: (1..17).collect(),
+//!     first_key: vec![0; 16],
+//! };
+//! let mut loss = f64::INFINITY;
+//! for step in 1..=60 {
+//!     let hyperparams = StepHyperparams { learning_rate: 1e-2, muon_learning_rate: 0.0, step };
+//!     loss = engine.step(std::slice::from_ref(&batch), hyperparams)?.loss;
+//! }
+//! assert!(loss < 0.1, "{loss}");
+//! # anyhow::Ok(())
+//! ```
+//!
+//! The memory and the arithmetic of a step, before it runs:
+//!
+//! ```
+//! use laam::llama::{Recompute, step};
+//! use laam::model::{Layout, preset};
+//!
+//! let config = preset("124m")?;
+//! let layout = Layout::new(&config);
+//! let activation_bytes = |recompute| {
+//!     let program = step::training(&config, &layout, 16, 1024, recompute).program;
+//!     program.byte_plan(2).bytes
+//! };
+//! assert!(activation_bytes(Recompute::Block) < activation_bytes(Recompute::None) / 3);
+//! let program = step::training(&config, &layout, 16, 1024, Recompute::None).program;
+//! let flops: usize = program.costs(layout.len).map(|(_, cost)| cost.flops).sum();
+//! assert!(flops > 6 * config.parameter_count() * 16 * 1024);
+//! # anyhow::Ok(())
+//! ```
+//!
+//! A program on two backends:
+//!
+//! ```
+//! use laam::backend::{Arena, Backend, Inputs, SessionSpec, cpu::Cpu, reference::Reference};
+//! use laam::llama::step;
+//! use laam::model::{Config, Layout, initialize, preset};
+//!
+//! let config = Config { vocab_size: 100, num_hidden_layers: 2, ..preset("original")? };
+//! let layout = Layout::new(&config);
+//! let weights = initialize(&config, &layout, 42);
+//! let evaluation = step::evaluation(&config, &layout, 1, 4);
+//! let indices = evaluation.inputs.bind([&[7, 8, 9, 10], &[8, 9, 10, 11], &[0; 4]]);
+//! let inputs = Inputs { indices, ..Inputs::default() };
+//! let nll = |backend: &dyn Backend| {
+//!     let mut session = backend.open(&layout, SessionSpec::default())?;
+//!     session.write(Arena::Parameters, &weights)?;
+//!     let program = session.load(evaluation.program.clone())?;
+//!     session.run(program, &inputs)?;
+//!     session.floats(program, evaluation.losses.nll)
+//! };
+//! for (a, b) in nll(&Cpu::f32(1))?.into_iter().zip(nll(&Reference::F64)?) {
+//!     assert!((a - b).abs() < 1e-5, "{a} {b}");
+//! }
+//! # anyhow::Ok(())
+//! ```
+//!
+//! A CUDA kernel, `kernels/fill.cu`, in the simulator:
+//!
+//! ```
+//! use laam::device::{Device, Launch, sim::Sim};
+//!
+//! # if laam::kernels::BUILD.cuda.is_err() {
+//! #     return anyhow::Ok(());
+//! # }
+//! let mut device = Sim::new(ptxsim::Options::default())?;
+//! let out = device.alloc(4 * 1000)?;
+//! device.launch(&Launch {
+//!     entry: "fill_f32".to_string(),
+//!     grid: [1, 1, 1],
+//!     block: [256, 1, 1],
+//!     shared: 0,
+//!     args: vec![out.into(), 2.5f32.into(), 1000u64.into()],
+//! })?;
+//! let mut bytes = vec![0; 4 * 1000];
+//! device.download(out, &mut bytes)?;
+//! assert!(bytes.chunks_exact(4).all(|x| x == 2.5f32.to_le_bytes()));
+//! # anyhow::Ok(())
+//! ```
+#![warn(missing_docs)]
 
 /// Version of the program; of a release build, with the commit it was built from.
 pub const VERSION: &str = env!("LAAM_VERSION");

@@ -84,6 +84,7 @@ impl OutputFolder {
         Self { path: path.to_path_buf(), lock: None, identity, created: Vec::new() }
     }
 
+    /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -10,9 +10,13 @@ use crate::threads::start_global_pool;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Stream {
+    /// Initial weights.
     Init = 1,
+    /// Order of the windows.
     Shuffle = 2,
+    /// Sampled tokens.
     Sampling = 3,
+    /// Inputs of tests and checks.
     Test = 4,
 }
 
@@ -24,6 +28,7 @@ pub struct Philox {
 }
 
 impl Philox {
+    /// Numbers of a seed and a purpose.
     pub fn new(seed: u64, stream: Stream) -> Self {
         Self { key: [seed as u32, (seed >> 32) as u32], stream: stream as u32 }
     }

@@ -106,12 +106,15 @@ impl SessionSpec {
 /// The flat arrays of a model. All but the cache have the layout's length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arena {
+    /// Parameters, in f32.
     Parameters,
+    /// Gradients of the parameters, in f32.
     Gradients,
     /// Adam's mean of gradients; Muon's momentum.
     FirstMoment,
     /// Adam's mean of squared gradients.
     SecondMoment,
+    /// KV cache of a decoding session.
     Cache,
 }
 
@@ -134,6 +137,7 @@ pub struct Inputs<'a> {
     pub floats: Vec<(Buffer, Cow<'a, [f32]>)>,
     /// Weight of each token's loss in the gradient: 1 / counted tokens of the whole step.
     pub loss_scale: f64,
+    /// Learning rates and step number.
     pub hyperparams: StepHyperparams,
 }
 
@@ -209,10 +213,13 @@ pub trait StepQueue {
 /// One run of a training program.
 #[derive(Clone, Debug)]
 pub struct StepRun<'a> {
+    /// Program to run.
     pub program: ProgramId,
+    /// Its batch.
     pub data: BatchSource<'a>,
     /// Weight of each token's loss in the gradient: 1 / counted tokens of the whole step.
     pub loss_scale: f64,
+    /// Learning rates and step number.
     pub hyperparams: StepHyperparams,
 }
 
@@ -221,6 +228,7 @@ pub struct StepRun<'a> {
 pub enum BatchSource<'a> {
     /// Indices of windows in the uploaded token file.
     Windows(&'a [usize]),
+    /// A batch that the host has made.
     Batch(Cow<'a, Batch>),
     /// Of a program without a batch.
     None,

@@ -9,6 +9,7 @@ use crate::llama::slices::SumOrder;
 /// One exchange at one size.
 #[derive(Clone, Debug)]
 pub struct CollectiveTiming {
+    /// Name of the exchange.
     pub name: &'static str,
     /// Bytes of the whole buffer of a rank.
     pub bytes: usize,

@@ -11,15 +11,23 @@ use crate::llama::{Cost, Op};
 /// One operation at one shape.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelTiming {
+    /// Name of the op.
     pub operation: &'static str,
+    /// Shape, in words.
     pub shape: String,
+    /// Compute dtype.
     pub dtype: &'static str,
     /// The median, and the 10th and 90th percentile.
     pub seconds: f64,
+    /// 10th percentile, in seconds.
     pub p10: f64,
+    /// 90th percentile, in seconds.
     pub p90: f64,
+    /// Bytes read and written per second, in units of 1e9.
     pub gigabytes_per_second: f64,
+    /// FLOP per second, in units of 1e12.
     pub teraflops: f64,
+    /// Exponentials per second.
     pub exponentials_per_second: f64,
     /// For attention: query-key pairs.
     pub pairs_per_second: Option<f64>,

@@ -13,23 +13,32 @@ use super::step::{Ceilings, Timing};
 /// Measurements of one machine, in the order they were made.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Page {
+    /// Device, in words.
     pub device: String,
+    /// Version of laam.
     pub program: String,
+    /// Day of the measurements, in UTC.
     pub date: String,
     /// Why some part is missing, for a person.
     pub notes: Vec<String>,
+    /// Roofline ceilings of the device.
     pub ceilings: Vec<Ceiling>,
+    /// Ops by themselves.
     pub kernels: Vec<KernelTiming>,
+    /// Whole training steps.
     pub steps: Vec<StepRow>,
 }
 
 /// A training step of laam and of its peers.
 #[derive(Clone, Debug, Serialize)]
 pub struct StepRow {
+    /// Timing of laam.
     pub laam: Timing,
+    /// Optimizer of the matrices inside the blocks.
     pub optimizer: &'static str,
     /// PyTorch's tokens per second by the way it ran: eager, compile, graph.
     pub pytorch: Vec<(String, f64)>,
+    /// Prediction for this device and shape.
     pub predicted: Option<Prediction>,
 }
 
@@ -39,8 +48,11 @@ pub struct StepRow {
 pub struct Prediction {
     /// Part of the device's name.
     pub device: String,
+    /// Preset of the model's shape.
     pub preset: String,
+    /// Windows per step.
     pub batch: usize,
+    /// Predicted time of a step.
     pub milliseconds: f64,
     /// The least and the most that was thought likely.
     pub range: Option<[f64; 2]>,

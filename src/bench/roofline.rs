@@ -9,8 +9,11 @@ use crate::dtype::Dtype;
 /// One measured limit of the device.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ceiling {
+    /// Name of the rate.
     pub name: &'static str,
+    /// Measured rate, in `unit`.
     pub value: f64,
+    /// Unit of the rate.
     pub unit: &'static str,
     /// Seconds of one repetition: minimum, median, maximum.
     pub seconds: [f64; 3],

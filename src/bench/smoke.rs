@@ -10,7 +10,9 @@ use crate::kernels::CUDA_MODULES;
 /// The result for one feature.
 #[derive(Clone, Debug, Serialize)]
 pub struct Step {
+    /// Name of the check.
     pub name: &'static str,
+    /// True if the device did what was asked.
     pub passed: bool,
     /// What was measured, or the error.
     pub detail: String,

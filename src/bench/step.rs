@@ -22,15 +22,23 @@ const MIN_TIMED_SECONDS: f64 = 0.2;
 /// Timing of training steps.
 #[derive(Clone, Debug, Serialize)]
 pub struct Timing {
+    /// Name of the backend.
     pub backend: String,
+    /// Device, in words.
     pub device: String,
+    /// Preset of the model's shape.
     pub preset: String,
+    /// Compute dtype.
     pub precision: String,
+    /// Windows per step.
     pub batch: usize,
+    /// Tokens per window.
     pub context: usize,
+    /// Parameters of the model.
     pub parameters: usize,
     /// Median of the timed steps.
     pub step_seconds: f64,
+    /// Tokens per second of the median step.
     pub tokens_per_second: f64,
     /// Model FLOP/s (recomputation not counted) in units of 1e12.
     pub teraflops: f64,
@@ -38,7 +46,9 @@ pub struct Timing {
     pub mfu: Option<f64>,
     /// Roofline floor of a step in seconds, if the device's ceilings were measured.
     pub floor: Option<f64>,
+    /// Seconds of the fastest timed step.
     pub fastest: f64,
+    /// Seconds of the slowest timed step.
     pub slowest: f64,
     /// Peak resident memory of the process.
     pub peak_bytes: u64,
@@ -86,14 +96,17 @@ impl Ceilings {
 /// Tokens per second of several ranks beside those of one.
 #[derive(Clone, Debug, Serialize)]
 pub struct Scaling {
+    /// Number of processes.
     pub ranks: usize,
     /// Of rank 0 alone, on `batch` windows.
     pub alone: f64,
     /// Of all ranks, on `batch` windows together, and over `ranks` times those of one.
     pub strong: f64,
+    /// `strong` over `ranks` times `alone`.
     pub strong_efficiency: f64,
     /// Of all ranks, on `batch` windows each.
     pub weak: f64,
+    /// `weak` over `ranks` times `alone`.
     pub weak_efficiency: f64,
 }
 

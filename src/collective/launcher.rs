@@ -9,6 +9,7 @@ use crate::error;
 pub enum Launcher {
     /// PyTorch's `torchrun`, or `--gpus`.
     Torchrun,
+    /// An MPI library's.
     Mpi(MpiFamily),
     /// `srun` without an MPI of its own.
     Slurm,
@@ -17,8 +18,11 @@ pub enum Launcher {
 /// The place in a group that the environment gives this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LaunchPlace {
+    /// Kind of the launcher.
     pub launcher: Launcher,
+    /// Number of this process, from 0.
     pub rank: usize,
+    /// Number of all processes.
     pub size: usize,
     /// The variable that names the size.
     size_variable: &'static str,

@@ -31,6 +31,7 @@ pub struct World {
     pub size: usize,
     /// The same among the processes of this host.
     pub local_rank: usize,
+    /// Number of processes on this host.
     pub local_size: usize,
     /// What moves the bytes: `MPICH 5.0.2`.
     pub library: String,
@@ -38,6 +39,7 @@ pub struct World {
 
 /// An engine: moves bytes between all ranks. Every rank makes the same calls in the same order.
 pub trait Ranks: Send {
+    /// Number of this process and of all.
     fn world(&self) -> &World;
     /// Sends piece `i` of `from` to rank `i`; piece `i` of `into` comes from rank `i`. As many pieces as
     /// ranks, of one length.
@@ -78,7 +80,9 @@ struct GroupState {
 /// Another rank failed, and tells of it itself.
 #[derive(Debug)]
 pub struct OtherRankFailed {
+    /// Number of the rank that failed.
     pub rank: usize,
+    /// Its error.
     pub message: String,
     /// The error is one of the group: see [`ErrorKind::Group`].
     pub is_group: bool,
@@ -127,14 +131,17 @@ impl Group {
         }))
     }
 
+    /// Number of this process and of all.
     pub fn world(&self) -> &World {
         &self.0.world
     }
 
+    /// Number of this process, from 0.
     pub fn rank(&self) -> usize {
         self.0.world.rank
     }
 
+    /// Number of all processes.
     pub fn size(&self) -> usize {
         self.0.world.size
     }

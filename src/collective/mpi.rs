@@ -15,6 +15,7 @@ use crate::error;
 /// Libraries that a launcher belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MpiFamily {
+    /// Open MPI 4 and 5.
     OpenMpi,
     /// MPICH, Intel MPI, MVAPICH, Cray MPICH; the standard interface.
     Mpich,

@@ -14,9 +14,17 @@ pub enum FetchEvent {
     /// Something a person should know.
     Note(String),
     /// A download starts or resumes.
-    Start { url: String },
-    /// Bytes received so far, with those of earlier attempts, and in all if the server says.
-    Progress { done: u64, total: Option<u64> },
+    Start {
+        /// Address of the file.
+        url: String,
+    },
+    /// Bytes have arrived.
+    Progress {
+        /// Bytes received so far, with those of earlier attempts.
+        done: u64,
+        /// Bytes of the file, if the server says.
+        total: Option<u64>,
+    },
     /// The download is complete.
     End,
 }

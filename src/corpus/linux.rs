@@ -70,6 +70,7 @@ impl fmt::Display for Version {
 /// A kernel archive, and where to get and keep it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinuxRelease {
+    /// Version on kernel.org.
     pub version: Version,
     /// `http(s)://HOST/PATH`, the folder that holds `v1.0`.
     pub mirror: String,
@@ -84,11 +85,14 @@ pub struct LinuxRelease {
 /// An archive in the cache. The record beside it (`ARCHIVE.json`) holds the same.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fetched {
+    /// Archive in the cache.
     #[serde(skip)]
     pub path: PathBuf,
+    /// Address it came from.
     pub url: String,
     /// Time of the download: UTC, RFC 3339.
     pub retrieved: String,
+    /// SHA-256 of the archive.
     pub sha256: String,
     /// True if the server's list names the archive, with this sha256. False if it has no list or
     /// does not name it; an archive that the list contradicts is refused.

@@ -15,9 +15,12 @@ pub enum SourceOrigin {
     Sample,
     /// A kernel of kernel.org or of a mirror, by its version: `v1.0/1.0`.
     Release(String),
+    /// A folder.
     #[default]
     Folder,
+    /// An archive.
     Archive,
+    /// A text file by itself.
     File,
     /// Several files of text.
     Files,
@@ -28,6 +31,7 @@ pub enum SourceOrigin {
 /// Files of one pass over a corpus, and their source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
+    /// Kind of the source.
     pub origin: SourceOrigin,
     /// The URL without credentials, the path as it was given, or `built-in sample`.
     pub source: String,
@@ -43,6 +47,7 @@ pub struct Manifest {
     /// Globs of the files that count instead, and of those that do not (see
     /// [`NameFilter`](super::NameFilter)).
     pub include: Vec<String>,
+    /// Globs of files left out.
     pub exclude: Vec<String>,
     /// Treatment of files that are not UTF-8.
     pub encoding: Encoding,
@@ -65,6 +70,7 @@ pub struct Manifest {
 /// Files with other suffixes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OtherFiles {
+    /// Number of files.
     pub files: u64,
     /// The first few names, escaped.
     pub names: Vec<String>,
@@ -86,9 +92,11 @@ pub(super) const MAX_NAMED_FILES: usize = 5;
 /// One file that was given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
+    /// Path within the source.
     pub path: String,
     /// Sha256 of the file's bytes as found, in hexadecimal.
     pub sha256: String,
+    /// Size.
     pub bytes: u64,
 }
 
@@ -124,6 +132,7 @@ fn is_zero(count: &u64) -> bool {
 pub struct LeftOut {
     /// The name, shortened and escaped if it is not a plain one.
     pub name: String,
+    /// Why it was left out.
     pub reason: Reason,
 }
 

@@ -98,7 +98,9 @@ pub struct CorpusOptions {
     pub limit: Option<usize>,
     /// A file that would have to be left out because it is not UTF-8 is an error.
     pub strict: bool,
+    /// How bytes become text.
     pub encoding: Encoding,
+    /// Limits on files and archives.
     pub limits: Limits,
     /// The manifest hash that a whole pass must have.
     pub expected: Option<String>,
@@ -115,6 +117,7 @@ pub struct TokenVocabulary {
     pub size: usize,
     /// The tokens that may separate documents: the first of a text, and the last.
     pub bos: Option<u32>,
+    /// Id that ends a text.
     pub eos: Option<u32>,
 }
 

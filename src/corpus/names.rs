@@ -55,10 +55,12 @@ impl NameFilter {
         })
     }
 
+    /// Globs of which a file must match one.
     pub fn include(&self) -> &[String] {
         &self.include
     }
 
+    /// Globs of which a file must match none.
     pub fn exclude(&self) -> &[String] {
         &self.exclude
     }

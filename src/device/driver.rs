@@ -64,6 +64,7 @@ impl Driver {
 /// Result of the search for a library.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Library {
+    /// There is no such library.
     Missing,
     /// Loaded from this file.
     Loaded(PathBuf),
@@ -72,6 +73,7 @@ pub enum Library {
 /// Oldest CUDA version of a driver that this program supports, and the first driver with it. Kernels that
 /// a newer toolkit compiled are given to an older driver as PTX.
 pub const OLDEST_CUDA: u32 = 12;
+/// Oldest NVIDIA driver that is supported.
 pub const OLDEST_DRIVER: u32 = 525;
 
 /// The first word of digits and dots in `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06

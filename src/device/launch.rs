@@ -15,17 +15,24 @@ pub struct Launch {
     pub block: [u32; 3],
     /// Dynamic shared memory per block in bytes.
     pub shared: u32,
+    /// Arguments, in the kernel's order.
     pub args: Vec<Arg>,
 }
 
 /// A kernel argument, passed by value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Arg {
+    /// Device memory.
     Address(Address),
+    /// `int`
     I32(i32),
+    /// `unsigned`
     U32(u32),
+    /// `unsigned long long`
     U64(u64),
+    /// `float`
     F32(f32),
+    /// `double`
     F64(f64),
 }
 

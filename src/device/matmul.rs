@@ -7,9 +7,13 @@ use crate::error;
 /// A row-major matrix in a device's memory, `[rows, cols]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matrix {
+    /// First element.
     pub at: Address,
+    /// Type of the elements.
     pub dtype: Dtype,
+    /// Rows as stored.
     pub rows: usize,
+    /// Columns as stored.
     pub cols: usize,
     /// Elements from one row to the next, at least `cols`.
     pub stride: usize,
@@ -49,8 +53,11 @@ const MAX_BATCH_PER_LAUNCH: usize = 65_535;
 /// that dtype or f32; `c` is not transposed and overlaps neither operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matmul {
+    /// Left operand, `[m, k]`.
     pub a: Matrix,
+    /// Right operand, `[k, n]`.
     pub b: Matrix,
+    /// Result, `[m, n]`.
     pub c: Matrix,
     /// `c += a b` instead of `c = a b`.
     pub accumulate: bool,

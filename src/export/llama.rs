@@ -16,10 +16,13 @@ use crate::tokenizer::Tokenizer;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum GgufDtype {
+    /// IEEE single precision
     #[cfg_attr(feature = "cli", value(name = "f32", aliases = ["float32", "fp32"]))]
     F32,
+    /// IEEE half precision
     #[cfg_attr(feature = "cli", value(name = "f16", aliases = ["float16", "fp16"]))]
     F16,
+    /// The upper half of a float32
     #[cfg_attr(feature = "cli", value(name = "bf16", alias = "bfloat16"))]
     Bf16,
     /// 8 bits and a scale per 32 values; f16 if rows are not a multiple of 32
@@ -79,9 +82,11 @@ fn encoding(parameter: &Parameter, dtype: GgufDtype) -> GgmlType {
 /// A written file.
 #[derive(Clone, Debug)]
 pub struct Exported {
+    /// Tensors written.
     pub tensors: usize,
     /// Tensors of `q8_0` that are float16, as rows are not a multiple of 32.
     pub not_quantized: usize,
+    /// What a reader of the file should know.
     pub warnings: Vec<String>,
 }
 

@@ -33,6 +33,7 @@ pub struct Request {
     pub max_new_tokens: usize,
     /// Tokens that end the sequence; the one that did is its last.
     pub stop: Vec<u32>,
+    /// How tokens are drawn.
     pub sampling: Sampling,
     /// Sequence number: with the seed it names the random stream.
     pub sequence: u32,
@@ -54,6 +55,7 @@ pub enum FinishReason {
 pub struct TokenEvent {
     /// The sequence, as [`Generator::admit`] numbered it.
     pub ticket: u64,
+    /// Id of the token.
     pub id: u32,
     /// Set with the last token.
     pub finish: Option<FinishReason>,
@@ -62,7 +64,9 @@ pub struct TokenEvent {
 /// New tokens of one request, and the reason for their end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Continuation {
+    /// Generated ids.
     pub ids: Vec<u32>,
+    /// Why generation ended.
     pub finish: FinishReason,
 }
 

@@ -15,6 +15,7 @@ pub struct Sampling {
     pub top_k: usize,
     /// Only the likeliest tokens that together reach this probability. `None` is all.
     pub top_p: Option<f64>,
+    /// Seed of the random numbers.
     pub seed: u64,
 }
 

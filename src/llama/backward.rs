@@ -16,6 +16,7 @@ use crate::model::{BlockParams, Span};
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
+    /// Nothing: all activations are kept
     #[default]
     None,
     /// Those inside the MLP: gate, up and their product

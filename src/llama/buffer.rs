@@ -36,11 +36,15 @@ pub enum BufferRole {
     Output,
 }
 
+/// Description of a buffer of a program.
 #[derive(Clone, Debug)]
 pub struct BufferInfo {
+    /// Name, for messages and profiles.
     pub name: String,
+    /// Type of its elements.
     pub kind: BufferKind,
     /// Number of elements.
     pub len: usize,
+    /// Who writes and reads it.
     pub role: BufferRole,
 }

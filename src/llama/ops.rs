@@ -17,14 +17,20 @@ use crate::model::Span;
 /// `kv_heads` is below `heads`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionShape {
+    /// Sequences.
     pub batch: usize,
+    /// Positions per sequence.
     pub seq_len: usize,
+    /// Query heads.
     pub heads: usize,
+    /// Key/value heads, each of which `heads / kv_heads` query heads share.
     pub kv_heads: usize,
+    /// Components per head.
     pub head_dim: usize,
 }
 
 impl AttentionShape {
+    /// Rows of all sequences: `batch * seq_len`.
     pub fn rows(&self) -> usize {
         self.batch * self.seq_len
     }
@@ -32,9 +38,11 @@ impl AttentionShape {
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
+    /// Columns of all query heads: `heads * head_dim`.
     pub fn q_width(&self) -> usize {
         self.heads * self.head_dim
     }
+    /// Columns of all key/value heads: `kv_heads * head_dim`.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
@@ -51,7 +59,9 @@ impl AttentionShape {
 /// `out[r] = table[ids[r]]`.
 #[derive(Clone, Debug)]
 pub struct Embedding {
+    /// Token ids, `[rows]`.
     pub ids: Buffer,
+    /// Embedding matrix, `[vocab, hidden]`.
     pub table: Span,
     /// `[rows, hidden]`
     pub out: Buffer,
@@ -60,8 +70,11 @@ pub struct Embedding {
 /// `dtable[ids[r]] += dout[r]`, in the order of the rows.
 #[derive(Clone, Debug)]
 pub struct EmbeddingBackward {
+    /// Token ids, `[rows]`.
     pub ids: Buffer,
+    /// Gradient of the output, `[rows, hidden]`.
     pub dout: Buffer,
+    /// Embedding matrix, whose gradient is accumulated.
     pub table: Span,
 }
 
@@ -73,7 +86,9 @@ pub struct RmsNorm {
     pub x: Buffer,
     /// The residual that is added first.
     pub add: Option<ResidualAdd>,
+    /// Weight, `[hidden]`.
     pub weight: Span,
+    /// Addend of the mean of squares.
     pub eps: f64,
     /// `[rows, hidden]`
     pub y: Buffer,
@@ -84,7 +99,9 @@ pub struct RmsNorm {
 /// The addition fused into [`RmsNorm`]: `sum = x + residual`.
 #[derive(Clone, Copy, Debug)]
 pub struct ResidualAdd {
+    /// Residual stream, `[rows, hidden]`.
     pub residual: Buffer,
+    /// `x + residual`, `[rows, hidden]`.
     pub sum: Buffer,
 }
 
@@ -93,38 +110,56 @@ pub struct ResidualAdd {
 /// the residual stream.
 #[derive(Clone, Debug)]
 pub struct RmsNormBackward {
+    /// Input of the forward, `[rows, hidden]`.
     pub x: Buffer,
+    /// `1 / sqrt(mean square + eps)` of the forward, `[rows]`.
     pub rstd: Buffer,
+    /// Weight, whose gradient is accumulated.
     pub weight: Span,
+    /// Gradient of the output, `[rows, hidden]`.
     pub dy: Buffer,
+    /// Gradient of the residual sum, which is added to dx.
     pub dsum: Option<Buffer>,
+    /// Gradient of the input, `[rows, hidden]`.
     pub dx: Buffer,
 }
 
 /// `y = x wT`: `[rows, in]` times `[out, in]` transposed.
 #[derive(Clone, Debug)]
 pub struct Linear {
+    /// Input, `[rows, in]`.
     pub x: Buffer,
+    /// Weight, `[out, in]`.
     pub w: Span,
+    /// Output, `[rows, out]`.
     pub y: Buffer,
+    /// Rows of x and y.
     pub rows: usize,
 }
 
 /// `dx = dy w`.
 #[derive(Clone, Debug)]
 pub struct LinearBackwardInput {
+    /// Gradient of the output, `[rows, out]`.
     pub dy: Buffer,
+    /// Weight, `[out, in]`.
     pub w: Span,
+    /// Gradient of the input, `[rows, in]`.
     pub dx: Buffer,
+    /// Rows of dy and dx.
     pub rows: usize,
 }
 
 /// `dw += dyT x`.
 #[derive(Clone, Debug)]
 pub struct LinearBackwardWeight {
+    /// Gradient of the output, `[rows, out]`.
     pub dy: Buffer,
+    /// Input of the forward, `[rows, in]`.
     pub x: Buffer,
+    /// Weight, whose gradient is accumulated.
     pub w: Span,
+    /// Rows of dy and x.
     pub rows: usize,
 }
 
@@ -133,6 +168,7 @@ pub struct LinearBackwardWeight {
 /// k by `position * frequencies[i]` radians. Su et al. 2021, in Hugging Face's half-split form.
 #[derive(Clone, Debug)]
 pub struct Rope {
+    /// Packed rows of all heads, `[rows, q_width + 2 kv_width]`.
     pub qkv: Buffer,
     /// Position of the first row of each sequence, `[batch]`; 0 if `None`.
     pub start: Option<Buffer>,
@@ -140,20 +176,30 @@ pub struct Rope {
     pub positions: usize,
     /// Radians per position, `[head_dim / 2]`.
     pub frequencies: Arc<[f64]>,
+    /// Shape of q, k and v.
     pub shape: AttentionShape,
+    /// Rotated queries, `[batch, heads, seq_len, head_dim]`.
     pub q: Buffer,
+    /// Rotated keys, `[batch, kv_heads, seq_len, head_dim]`.
     pub k: Buffer,
+    /// Values, `[batch, kv_heads, seq_len, head_dim]`.
     pub v: Buffer,
 }
 
 /// Backward of [`Rope`]: rotates dq and dk by the opposite angle and joins them with dv.
 #[derive(Clone, Debug)]
 pub struct RopeBackward {
+    /// Gradient of the rotated queries, `[batch, heads, seq_len, head_dim]`.
     pub dq: Buffer,
+    /// Gradient of the rotated keys, `[batch, kv_heads, seq_len, head_dim]`.
     pub dk: Buffer,
+    /// Gradient of the values, `[batch, kv_heads, seq_len, head_dim]`.
     pub dv: Buffer,
+    /// Angle per position of each pair of components, as in the forward.
     pub frequencies: Arc<[f64]>,
+    /// Shape of dq, dk and dv.
     pub shape: AttentionShape,
+    /// Gradient of the packed rows, `[rows, q_width + 2 kv_width]`.
     pub dqkv: Buffer,
 }
 
@@ -161,11 +207,17 @@ pub struct RopeBackward {
 /// none yields 0 with a log-sum-exp of 0. `out` is `[rows, heads * head_dim]`.
 #[derive(Clone, Debug)]
 pub struct Attention {
+    /// Queries, `[batch, heads, seq_len, head_dim]`.
     pub q: Buffer,
+    /// Keys, `[batch, kv_heads, seq_len, head_dim]`.
     pub k: Buffer,
+    /// Values, `[batch, kv_heads, seq_len, head_dim]`.
     pub v: Buffer,
+    /// First visible key position of each row, `[batch, seq_len]`.
     pub first_key: Buffer,
+    /// Shape of q, k and v.
     pub shape: AttentionShape,
+    /// Output, `[batch, seq_len, q_width]`.
     pub out: Buffer,
     /// Log-sum-exp of the scaled scores, natural logarithm: `[batch, heads, seq_len]`.
     pub lse: Buffer,
@@ -176,16 +228,27 @@ pub struct Attention {
 /// query heads. Dao et al. 2022.
 #[derive(Clone, Debug)]
 pub struct AttentionBackward {
+    /// Queries of the forward.
     pub q: Buffer,
+    /// Keys of the forward.
     pub k: Buffer,
+    /// Values of the forward.
     pub v: Buffer,
+    /// First visible key position of each row, `[batch, seq_len]`.
     pub first_key: Buffer,
+    /// Output of the forward.
     pub out: Buffer,
+    /// Log-sum-exp of the forward.
     pub lse: Buffer,
+    /// Gradient of the output, `[batch, seq_len, q_width]`.
     pub dout: Buffer,
+    /// Shape of q, k and v.
     pub shape: AttentionShape,
+    /// Gradient of the queries, shaped as q.
     pub dq: Buffer,
+    /// Gradient of the keys, shaped as k.
     pub dk: Buffer,
+    /// Gradient of the values, shaped as v.
     pub dv: Buffer,
 }
 
@@ -193,10 +256,15 @@ pub struct AttentionBackward {
 /// cache, then lets position `start + t` see the positions `0..=start + t`.
 #[derive(Clone, Debug)]
 pub struct AttentionDecode {
+    /// Queries of the new positions, `[batch, heads, seq_len, head_dim]`.
     pub q: Buffer,
+    /// Keys of the new positions, `[batch, kv_heads, seq_len, head_dim]`.
     pub k: Buffer,
+    /// Values of the new positions, `[batch, kv_heads, seq_len, head_dim]`.
     pub v: Buffer,
+    /// Positions in the cache before the new ones, `[batch]`.
     pub start: Buffer,
+    /// Shape of the new positions.
     pub shape: AttentionShape,
     /// Offset of this layer's keys in the cache arena, of `batch * kv_heads * capacity * head_dim`
     /// elements in the backend's own order.
@@ -205,23 +273,31 @@ pub struct AttentionDecode {
     pub values: usize,
     /// Positions per sequence that the cache holds.
     pub capacity: usize,
+    /// Output, `[batch, seq_len, q_width]`.
     pub out: Buffer,
 }
 
 /// `out = silu(gate) * up` for the joined rows `[rows, 2 inter]` of gate, then up. Shazeer 2020.
 #[derive(Clone, Debug)]
 pub struct SwiGlu {
+    /// Gate and up projections side by side, `[rows, 2 inter]`.
     pub gate_up: Buffer,
+    /// Columns of the gate and of the up projection.
     pub inter: usize,
+    /// Output, `[rows, inter]`.
     pub out: Buffer,
 }
 
 /// `dgate_up` from `dout`; recomputes the activation.
 #[derive(Clone, Debug)]
 pub struct SwiGluBackward {
+    /// Input of the forward, `[rows, 2 inter]`.
     pub gate_up: Buffer,
+    /// Gradient of the output, `[rows, inter]`.
     pub dout: Buffer,
+    /// Columns of the gate and of the up projection.
     pub inter: usize,
+    /// Gradient of the input, `[rows, 2 inter]`.
     pub dgate_up: Buffer,
 }
 
@@ -233,23 +309,32 @@ pub struct SwiGluBackward {
 pub struct FusedLinearCrossEntropy {
     /// `[rows, hidden]`
     pub x: Buffer,
+    /// Weight of the LM head, `[vocab, hidden]`.
     pub w: Span,
+    /// Target ids, `[rows]`.
     pub targets: Buffer,
+    /// Rows of x.
     pub rows: usize,
     /// `[rows]`
     pub nll: Buffer,
     /// `[rows]`; the lowest id among equal largest logits.
     pub argmax: Buffer,
+    /// Gradient of x, `[rows, hidden]`; none in evaluation.
     pub dx: Option<Buffer>,
 }
 
 /// One row of each sequence: `out[b] = x[b * seq_len + position[b]]`.
 #[derive(Clone, Debug)]
 pub struct GatherRows {
+    /// Rows of all sequences, `[batch, seq_len, hidden]`.
     pub x: Buffer,
+    /// Position of the row of each sequence, `[batch]`.
     pub position: Buffer,
+    /// Sequences.
     pub batch: usize,
+    /// Positions per sequence.
     pub seq_len: usize,
+    /// Gathered rows, `[batch, hidden]`.
     pub out: Buffer,
 }
 
@@ -269,6 +354,7 @@ pub struct GradNorm {
 /// The runs by which a gradient norm is summed.
 #[derive(Clone, Debug)]
 pub struct NormRuns {
+    /// Shards, with the runs of each.
     pub shards: Arc<Shards>,
     /// This process has the gradients of its own shard only, and gets the sums of other runs from other
     /// ranks.
@@ -278,12 +364,14 @@ pub struct NormRuns {
 /// `slot = gradients; gradients = 0`: keeps the gradients of a slice, or a sum of several.
 #[derive(Clone, Debug)]
 pub struct SaveGradients {
+    /// Where they are kept.
     pub slot: usize,
 }
 
 /// `gradients = slot + gradients`.
 #[derive(Clone, Debug)]
 pub struct AddGradients {
+    /// Where the addend is kept.
     pub slot: usize,
 }
 
@@ -291,22 +379,27 @@ pub struct AddGradients {
 /// shards are left undefined.
 #[derive(Clone, Debug)]
 pub struct ReduceGradients {
+    /// Shards of all ranks.
     pub shards: Arc<Shards>,
     /// Slots of this rank's subtrees, before the one that the gradients hold.
     pub slots: Vec<usize>,
+    /// Order of the sum over the slices.
     pub order: SumOrder,
 }
 
 /// An arena whose shards come from the ranks that own them.
 #[derive(Clone, Debug)]
 pub struct GatherShards {
+    /// Shards of all ranks.
     pub shards: Arc<Shards>,
+    /// Arena that is gathered.
     pub arena: ShardedArena,
 }
 
 /// The arena of [`GatherShards`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShardedArena {
+    /// Gradients, summed.
     Gradients,
     /// With their copies in the compute dtype.
     Parameters,
@@ -320,10 +413,15 @@ pub enum ShardedArena {
 /// in PyTorch's arithmetic.
 #[derive(Clone, Debug)]
 pub struct AdamWStep {
+    /// Norm of the gradients, `[1]`.
     pub norm: Buffer,
+    /// Norm above which gradients are scaled down.
     pub max_grad_norm: f64,
+    /// Decay of the first moment.
     pub beta1: f64,
+    /// Decay of the second moment.
     pub beta2: f64,
+    /// Addend of the denominator.
     pub epsilon: f64,
     /// Ranges of the arena and the weight decay of each.
     pub ranges: Vec<(std::ops::Range<usize>, f64)>,
@@ -334,9 +432,13 @@ pub struct AdamWStep {
 /// `w -= lr * sqrt(max(1, rows / cols)) * u`. Jordan et al. 2024.
 #[derive(Clone, Debug)]
 pub struct MuonStep {
+    /// Norm of the gradients, `[1]`.
     pub norm: Buffer,
+    /// Norm above which gradients are scaled down.
     pub max_grad_norm: f64,
+    /// Decay of the momentum.
     pub momentum: f64,
+    /// Weight decay per unit of the learning rate.
     pub weight_decay: f64,
     /// At least one.
     pub matrices: Vec<Span>,
@@ -352,8 +454,9 @@ impl MuonStep {
     }
 }
 
-/// One op of a program.
+/// One op of a program: its variants are the structs of their names.
 #[derive(Clone, Debug)]
+#[expect(missing_docs)]
 pub enum Op {
     Embedding(Embedding),
     EmbeddingBackward(EmbeddingBackward),
@@ -388,6 +491,7 @@ pub struct Cost {
     pub flops: usize,
     /// Bytes read and written, at two per activation or weight and four per gradient.
     pub bytes: usize,
+    /// Exponentials.
     pub exponentials: usize,
 }
 

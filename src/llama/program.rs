@@ -6,7 +6,9 @@ use super::ops::{Cost, Op};
 /// A flat list of ops over named buffers.
 #[derive(Clone, Debug, Default)]
 pub struct Program {
+    /// Buffers that the ops name.
     pub buffers: Vec<BufferInfo>,
+    /// Ops in the order of their execution.
     pub ops: Vec<Op>,
 }
 
@@ -23,6 +25,7 @@ impl Program {
         Buffer(self.buffers.len() - 1)
     }
 
+    /// Description of a buffer.
     pub fn info(&self, buffer: Buffer) -> &BufferInfo {
         &self.buffers[buffer.0]
     }

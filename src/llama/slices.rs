@@ -16,7 +16,9 @@ use crate::model::{Layout, ParamKind};
 /// consecutive terms, a power of two; blocks are added in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SumOrder {
+    /// Number of trees.
     pub blocks: usize,
+    /// Terms per tree, a power of two.
     pub width: usize,
 }
 
@@ -27,6 +29,7 @@ impl SumOrder {
         Self { blocks: terms / width, width }
     }
 
+    /// Number of all terms.
     pub fn terms(self) -> usize {
         self.blocks * self.width
     }
@@ -145,6 +148,7 @@ pub struct Shards {
 const RUN_ELEMENTS: usize = 1 << 14;
 
 impl Shards {
+    /// Shards of the arenas for `ranks` processes, seen from process `rank`.
     pub fn new(layout: &Layout, optimizer: &Optimizer, ranks: usize, rank: usize) -> Arc<Self> {
         let mut runs = Vec::new();
         // Where a shard may begin: index of a run, and the elements before it.
@@ -179,6 +183,7 @@ impl Shards {
         Arc::new(Self { rank, ranges, runs, first_runs })
     }
 
+    /// Number of processes.
     pub fn ranks(&self) -> usize {
         self.ranges.len()
     }

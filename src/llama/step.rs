@@ -10,24 +10,33 @@ use crate::model::{Config, Layout};
 /// Forward and backward of a micro-batch; gradients accumulate.
 #[derive(Clone, Debug)]
 pub struct MicroBatch {
+    /// Forward and backward.
     pub program: Program,
+    /// Its inputs.
     pub inputs: BatchInputs,
+    /// Its results.
     pub losses: Losses,
 }
 
 /// Forward of a batch.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
+    /// Forward and loss.
     pub program: Program,
+    /// Its inputs.
     pub inputs: BatchInputs,
+    /// Its results.
     pub losses: Losses,
 }
 
 /// The input buffers of a batch, each `[batch, seq_len]`.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchInputs {
+    /// Token ids, `[batch, seq_len]`.
     pub ids: Buffer,
+    /// Target ids, `[batch, seq_len]`.
     pub targets: Buffer,
+    /// First visible key position of each row, `[batch, seq_len]`.
     pub first_key: Buffer,
 }
 
@@ -50,6 +59,7 @@ pub struct Losses {
 /// Prefill or decode of a batch with a KV cache.
 #[derive(Clone, Debug)]
 pub struct Decoding {
+    /// Forward of new positions over a KV cache.
     pub program: Program,
     /// `[batch, seq_len]`: the new tokens, right-padded with any id.
     pub ids: Buffer,

@@ -14,32 +14,40 @@ use crate::model::{Layout, ParamKind, Span};
 /// Hyperparameters of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
+    /// Decay of the first moment.
     pub beta1: f64,
+    /// Decay of the second moment.
     pub beta2: f64,
+    /// Addend of the denominator.
     pub epsilon: f64,
 }
 
 /// Hyperparameters of Muon.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Muon {
+    /// Decay of the momentum.
     pub momentum: f64,
 }
 
 /// The optimizer and its constant hyperparameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Optimizer {
+    /// AdamW, for what Muon does not update.
     pub adamw: AdamW,
     /// Muon for the matrices inside the blocks; AdamW for the rest, or for all if `None`.
     pub muon: Option<Muon>,
     /// Decoupled weight decay of matrices and embeddings; norms have none.
     pub weight_decay: f64,
+    /// Norm above which gradients are scaled down.
     pub max_grad_norm: f64,
 }
 
 /// Hyperparameters that change from step to step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepHyperparams {
+    /// AdamW's learning rate.
     pub learning_rate: f64,
+    /// Muon's learning rate.
     pub muon_learning_rate: f64,
     /// Number of this update, from 1, for Adam's bias correction.
     pub step: u64,

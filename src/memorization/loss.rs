@@ -12,6 +12,7 @@ use crate::tokens::Windows;
 pub struct Measured {
     /// Mean negative log-likelihood of a counted token, in nats.
     pub loss: f64,
+    /// Exponential of the loss.
     pub perplexity: f64,
     /// Bits of all counted tokens, paths and markers included, for each byte of the files. What is
     /// counted depends on the windows: `original` ones leave out the first token of each.

@@ -26,15 +26,19 @@ pub const PREFIXES: [usize; 7] = [8, 16, 32, 50, 100, 200, 400];
 /// next `suffix` tokens. In an addressed window both belong to the chunk, after the address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Question {
+    /// True tokens given.
     pub prefix: usize,
+    /// Tokens to be generated.
     pub suffix: usize,
 }
 
 /// Result of one test over all windows that are long enough for it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Tally {
+    /// Lengths of prefix and suffix.
     #[serde(flatten)]
     pub question: Question,
+    /// Windows tested and reproduced.
     #[serde(flatten)]
     pub share: MatchRate,
 }
@@ -50,13 +54,16 @@ impl Tally {
 pub struct Histogram {
     /// Lower bounds of the bins; the last one ends at 1.
     pub from: [f64; 8],
+    /// Windows in each bin.
     pub windows: [usize; 8],
 }
 
 /// (n, p)-discoverable: drawn `n` times, the suffix comes at least once with probability `p`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Discoverable {
+    /// Number of samples.
     pub n: u32,
+    /// Probability of at least one match.
     pub p: f64,
     /// The part of the windows.
     pub rate: Option<f64>,
@@ -67,9 +74,11 @@ pub struct Discoverable {
 /// A run of a file's tokens, each the argmax.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct VerbatimRun {
+    /// Path of the file.
     pub path: String,
     /// Bytes of the file before it.
     pub byte: u64,
+    /// Bytes of the run.
     pub bytes: u64,
 }
 
@@ -77,6 +86,7 @@ pub struct VerbatimRun {
 /// count.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct FileMeasures {
+    /// Path of the file.
     pub path: String,
     /// Bytes of the tokens that were predicted.
     pub bytes: u64,
@@ -86,16 +96,20 @@ pub struct FileMeasures {
     pub tokens_correct: u64,
     /// Negative log2-likelihood of the text.
     pub bits: f64,
+    /// Bytes of the longest run of argmax tokens.
     pub longest_run_bytes: u64,
     /// Windows tested, and those that greedy decoding reproduces.
     pub windows: usize,
+    /// Windows that greedy decoding reproduces.
     pub verbatim: usize,
 }
 
 /// Data of a file's heat strip.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct FileHeat {
+    /// Path of the file.
     pub path: String,
+    /// Text of the file.
     pub text: String,
     /// One cell for every [`HEAT_CELL_TOKENS`] tokens: its bytes, and log10 of p_z.
     pub cells: Vec<(u32, f32)>,
@@ -106,6 +120,7 @@ pub struct FileHeat {
 /// Result of one window.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Answer {
+    /// Index of the window.
     pub window: usize,
     /// Index of its file in [`Memorized::files`].
     pub file: usize,
@@ -136,21 +151,32 @@ pub struct Memorized {
     pub from_address: Option<MatchRate>,
     /// Rates by how often the passage, prefix and suffix together, occurs in the text.
     pub by_occurrence: Vec<OccurrenceTally>,
+    /// Histogram of the windows by p_z.
     pub p_z: Histogram,
+    /// Rates of (n, p)-discoverable windows.
     pub discoverable: Vec<Discoverable>,
     /// Mean negative log-likelihood of the text's tokens, in nats.
     pub loss: f64,
+    /// Tokens that were predicted.
     pub tokens: u64,
+    /// Tokens that were the argmax.
     pub tokens_correct: u64,
+    /// Bytes of the predicted tokens.
     pub bytes: u64,
     /// Negative log2-likelihood of the text: so many more bits would encode it exactly.
     pub residual_bits: f64,
+    /// `residual_bits` per byte of text.
     pub bits_per_byte: f64,
+    /// Bytes of the longest run of argmax tokens.
     pub longest_run_bytes: u64,
+    /// Longest run of argmax tokens.
     pub longest_run: VerbatimRun,
+    /// Measures of each file.
     pub files: Vec<FileMeasures>,
+    /// Results of each window.
     #[serde(skip)]
     pub answers: Vec<Answer>,
+    /// Heat strips of each file.
     #[serde(skip)]
     pub heat: Vec<FileHeat>,
 }

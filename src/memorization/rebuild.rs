@@ -20,9 +20,13 @@ use crate::generate::Generator;
 /// A file that was regenerated and written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Rebuilt {
+    /// Path within the corpus.
     pub path: String,
+    /// Size.
     pub bytes: u64,
+    /// Generated tokens.
     pub tokens: usize,
+    /// How its text ended.
     pub end: End,
 }
 
@@ -31,6 +35,7 @@ pub struct Rebuilt {
 pub struct RebuildProgress {
     /// Files written, of how many.
     pub files: usize,
+    /// Files of the model.
     pub of: usize,
     /// Bytes regenerated, those of unfinished files included.
     pub bytes: u64,
@@ -39,6 +44,7 @@ pub struct RebuildProgress {
 /// Comparison of a file with its original.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Compared {
+    /// Path within the corpus.
     pub path: String,
     /// True if the two are the same bytes.
     pub exact: bool,
@@ -47,6 +53,7 @@ pub struct Compared {
     /// Bytes before the first difference: all of an exact file. What follows a difference counts
     /// for nothing, even if it is right.
     pub bytes_exact: u64,
+    /// First difference, if the two are not equal.
     pub first_difference: Option<Difference>,
 }
 
@@ -57,11 +64,14 @@ pub struct Difference {
     pub byte: u64,
     /// From 1, as is the column, which counts bytes.
     pub line: u64,
+    /// Column, from 1, in bytes.
     pub column: u64,
     /// The line up to there, the same in both, and what follows it in either, for a person: a few
     /// lines, and invalid UTF-8 replaced.
     pub before: String,
+    /// What follows in the original.
     pub original: String,
+    /// What follows in the regenerated file.
     pub rebuilt: String,
 }
 
@@ -79,6 +89,7 @@ pub struct Comparison {
 }
 
 impl Comparison {
+    /// Files that are equal to their originals.
     pub fn files_exact(&self) -> usize {
         self.files.iter().filter(|file| file.exact).count()
     }
@@ -176,6 +187,7 @@ fn resolve(path: &Path) -> anyhow::Result<PathBuf> {
 pub enum Existing {
     /// It stays, and the rebuild ends with an error.
     Keep,
+    /// Files that are there are replaced.
     Overwrite,
 }
 

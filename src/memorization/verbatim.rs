@@ -9,6 +9,7 @@ use crate::tokens::{IGNORE, WindowKind};
 /// Tokens a model is given of a window without an address, and tokens it has to go on with
 /// (Carlini et al. 2022).
 pub const PREFIX: usize = 50;
+/// Tokens that a window must reproduce.
 pub const SUFFIX: usize = 50;
 
 /// The largest negative log-likelihood of a token that counts. Decoding token by token rounds in another

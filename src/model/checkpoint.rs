@@ -60,13 +60,19 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 
 /// Content of a model folder to be saved.
 pub struct Checkpoint<'a> {
+    /// Shape of the model.
     pub config: &'a Config,
+    /// Layout of the weights.
     pub layout: &'a Layout,
     /// An arena. It is rounded to `precision` on its way to the file.
     pub weights: &'a [f32],
+    /// Type of the saved weights.
     pub precision: Dtype,
+    /// Tokenizer, saved beside the weights.
     pub tokenizer: Option<&'a Tokenizer>,
+    /// Origin of the weights.
     pub provenance: &'a Provenance,
+    /// State of the run, if it can be resumed.
     pub training_state: Option<TrainingState<'a>>,
 }
 
@@ -81,7 +87,9 @@ pub struct TrainingState<'a> {
 /// A model read from a folder.
 #[derive(Debug)]
 pub struct Model {
+    /// Shape of the model.
     pub config: Config,
+    /// Layout of the weights.
     pub layout: Layout,
     /// An arena of [`Layout::len`].
     pub weights: Vec<f32>,
@@ -94,7 +102,9 @@ pub struct Model {
 /// A training state read from a folder.
 #[derive(Debug)]
 pub struct SavedState {
+    /// Arenas by name: see [`Checkpoint::training_state`].
     pub arenas: BTreeMap<String, Vec<f32>>,
+    /// The object saved with them.
     pub state: Value,
 }
 

@@ -5,25 +5,37 @@ use crate::error;
 /// Every number that shapes the model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
+    /// Token ids.
     pub vocab_size: usize,
+    /// Width of the residual stream.
     pub hidden_size: usize,
+    /// Width of the MLP.
     pub intermediate_size: usize,
+    /// Blocks.
     pub num_hidden_layers: usize,
+    /// Query heads.
     pub num_attention_heads: usize,
+    /// Key/value heads, a divisor of the query heads.
     pub num_key_value_heads: usize,
+    /// Components per head.
     pub head_dim: usize,
     /// The longest window the model was meant for.
     pub max_position_embeddings: usize,
+    /// Addend of the mean of squares in RMSNorm.
     pub rms_norm_eps: f64,
+    /// Base of RoPE's frequencies.
     pub rope_theta: f64,
+    /// RoPE scaling.
     pub rope_scaling: RopeScaling,
     /// One matrix for embedding and LM head.
     pub tie_word_embeddings: bool,
     /// The standard deviation of the initial weights.
     pub initializer_range: f64,
+    /// Id that begins a text.
     pub bos_token_id: Option<u32>,
     /// Each ends a text.
     pub eos_token_ids: Vec<u32>,
+    /// Id of padding.
     pub pad_token_id: Option<u32>,
     /// How the windows the model was trained on were cut, in laam's word for it, if it is known.
     pub window_kind: Option<String>,
@@ -32,17 +44,25 @@ pub struct Config {
 /// RoPE scaling of a model for contexts longer than those it was trained on.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum RopeScaling {
+    /// Frequencies as they are.
     #[default]
     None,
     /// Every frequency divided by `factor`.
-    Linear { factor: f64 },
+    Linear {
+        /// Divisor of the frequencies.
+        factor: f64,
+    },
     /// Llama 3.1's: wavelengths above `original_max_position_embeddings / low_freq_factor` are
     /// stretched by `factor`, those below `original_max_position_embeddings / high_freq_factor`
     /// stay, those between are blended.
     Llama3 {
+        /// Stretch of the longest wavelengths.
         factor: f64,
+        /// Divisor of the context that gives the shortest stretched wavelength.
         low_freq_factor: f64,
+        /// Divisor of the context that gives the longest wavelength that stays.
         high_freq_factor: f64,
+        /// Context that the model was first trained on.
         original_max_position_embeddings: usize,
     },
 }

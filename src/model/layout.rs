@@ -18,20 +18,26 @@ pub enum ParamKind {
 /// A run of the arena read as a row-major matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
+    /// First element in the arena.
     pub offset: usize,
+    /// Rows.
     pub rows: usize,
+    /// Columns; 1 for a vector.
     pub cols: usize,
 }
 
 impl Span {
+    /// Number of elements.
     pub fn len(&self) -> usize {
         self.rows * self.cols
     }
 
+    /// True without elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
+    /// Elements of the arena.
     pub fn range(&self) -> std::ops::Range<usize> {
         self.offset..self.offset + self.len()
     }
@@ -40,8 +46,11 @@ impl Span {
 /// A parameter under its Hugging Face name. A vector has one row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameter {
+    /// Hugging Face name.
     pub name: String,
+    /// What the optimizer does with it.
     pub kind: ParamKind,
+    /// Place in the arena.
     pub span: Span,
 }
 
@@ -80,6 +89,7 @@ pub struct Layout {
     pub parameters: Vec<Parameter>,
     /// `[vocab, hidden]`
     pub embedding: Span,
+    /// Parameters of each block.
     pub blocks: Vec<BlockParams>,
     /// `[1, hidden]`
     pub final_norm: Span,
@@ -93,6 +103,7 @@ impl Layout {
     /// 64 elements: 16-byte accesses stay aligned in every type an arena may hold.
     pub const ALIGN: usize = 64;
 
+    /// Layout of a model's parameters.
     pub fn new(config: &Config) -> Self {
         let mut build = LayoutBuilder { parameters: Vec::new(), next: 0 };
         let (hidden, inter) = (config.hidden_size, config.intermediate_size);

@@ -15,17 +15,20 @@ use crate::schema::SchemaVersion;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Provenance {
+    /// Version of the keys.
     pub schema_version: SchemaVersion,
     /// License of the weights; none in files of earlier versions (see [`Provenance::license`]).
     pub license: Option<License>,
     /// True if whoever trained the model set the license.
     #[serde(skip_serializing_if = "is_false")]
     pub license_is_given: bool,
+    /// Training corpus.
     pub corpus: CorpusRecord,
     /// Sha256 of `tokenizer.json`.
     pub tokenizer_sha256: Option<String>,
     /// The settings that the training run really used, with the model's shape.
     pub recipe: serde_json::Value,
+    /// Seed of initialization and sampling.
     pub seed: u64,
     /// The version of laam, with the commit if it is a release build.
     pub program_version: String,
@@ -50,6 +53,7 @@ pub struct Provenance {
 
 /// What [`CorpusRecord::recognized`] is of the kernel's text.
 pub const KERNEL_RELEASE: &str = "a kernel release";
+/// [`CorpusRecord::recognized`] of text with files of Linux 1.0, after their number.
 pub const KERNEL_FILES: &str = "files of Linux 1.0";
 
 /// A parent model.
@@ -66,12 +70,17 @@ pub struct ParentRecord {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SessionRecord {
+    /// Start, as RFC 3339.
     pub date: String,
+    /// Wall time.
     pub seconds: f64,
     /// Steps done before it, and after it.
     pub steps: (u64, u64),
+    /// Version of laam.
     pub program_version: String,
+    /// Name of the backend.
     pub backend: String,
+    /// Device, in words.
     pub device: String,
     /// Most main memory that the process had, in bytes.
     pub peak_memory_bytes: u64,
@@ -89,6 +98,7 @@ pub struct CorpusRecord {
     pub url: Option<String>,
     /// Time of retrieval: UTC, RFC 3339.
     pub retrieved: Option<String>,
+    /// SHA-256 of the archive.
     pub archive_sha256: Option<String>,
     /// Sha256 of one line `SHA256  PATH` per file, sorted by path.
     pub manifest_sha256: Option<String>,
@@ -97,10 +107,13 @@ pub struct CorpusRecord {
     /// Globs of the filter, and the number of files asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub include: Vec<String>,
+    /// Globs of files left out.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exclude: Vec<String>,
+    /// Number of files or documents asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
+    /// License of the text.
     #[serde(alias = "licence")]
     pub license: License,
     /// What the text was recognized as, which decides the license if none is given: `a kernel release`,
@@ -110,6 +123,7 @@ pub struct CorpusRecord {
     /// Files of documents without names, in corpus order, and the field or column of their text.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub shards: Vec<ShardRecord>,
+    /// Field or column of the text in shards.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_field: Option<String>,
     /// Path of each file, in corpus order.
@@ -154,6 +168,7 @@ fn is_false(value: &bool) -> bool {
 pub enum License {
     /// The Linux kernel's, version 2 alone.
     Gpl2,
+    /// MIT.
     Mit,
     /// Text of the user's own, of which laam knows nothing.
     #[default]

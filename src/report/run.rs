@@ -21,12 +21,15 @@ pub struct RunFiles {
     pub name: String,
     /// The resolved recipe, as TOML.
     pub recipe: Option<String>,
+    /// Training runs, one per stage.
     pub stages: Vec<StageMetrics>,
     /// `provenance.json` and `config.json` of the model; null if there is none.
     pub provenance: Value,
+    /// `config.json` of the model.
     pub config: Value,
     /// Written by `laam memorization --report`.
     pub memorization: Value,
+    /// Heat strips of the files.
     pub heat: Vec<HeatStrip>,
     /// Output of `laam rebuild --json`.
     pub rebuild: Value,

@@ -120,7 +120,9 @@ fn text(value: &Value) -> String {
 
 /// One run of the plot.
 pub struct Dot {
+    /// Name of the run.
     pub name: String,
+    /// Bits per byte of the text.
     pub bits_per_byte: f64,
     /// Rate of verbatim windows.
     pub verbatim: Option<f64>,

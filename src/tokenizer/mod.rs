@@ -73,10 +73,15 @@ impl Style {
 /// The ids of the markers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Markers {
+    /// Begins a document.
     pub start_file: u32,
+    /// Ends a document.
     pub end_file: u32,
+    /// Begins the address of a document.
     pub start_header: u32,
+    /// Ends the address of a document.
     pub end_header: u32,
+    /// Fills a window.
     pub pad: u32,
 }
 
@@ -87,6 +92,7 @@ pub struct Special {
     pub bos: Option<u32>,
     /// Ends every text.
     pub eos: Option<u32>,
+    /// Id of padding.
     pub pad: Option<u32>,
 }
 

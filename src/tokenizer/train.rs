@@ -22,6 +22,7 @@ use crate::threads;
 /// Training options.
 #[derive(Clone, Debug)]
 pub struct Training {
+    /// Kind of tokenizer.
     pub style: Style,
     /// The vocabulary asked for, special tokens included.
     pub vocab_size: usize,
@@ -32,6 +33,7 @@ pub struct Training {
 pub struct Trained {
     /// Tokens in the vocabulary, pads included.
     pub num_tokens: usize,
+    /// Special tokens among them.
     pub num_special_tokens: usize,
     /// `<|extra_id_N>` tokens that fill a short vocabulary (style `original` only).
     pub num_pad_tokens: usize,
@@ -39,10 +41,12 @@ pub struct Trained {
     pub pre_vocab_size: usize,
     /// Documents and bytes read.
     pub documents: usize,
+    /// Bytes of text read.
     pub bytes: u64,
     /// Distinct words, and how often a word may have occurred and yet been dropped from the table
     /// (0: none was dropped).
     pub words: usize,
+    /// Largest count of a word that may have been dropped.
     pub dropped_up_to: u64,
 }
 
@@ -51,8 +55,11 @@ pub struct Trained {
 pub enum TrainingProgress {
     /// Bytes of text read.
     Read(u64),
-    /// All is read; merges are chosen among so many words.
-    Merge { words: usize },
+    /// All is read; merges are chosen.
+    Merge {
+        /// Distinct words that they are chosen among.
+        words: usize,
+    },
 }
 
 /// Text is handed to the threads in batches of about this many bytes.

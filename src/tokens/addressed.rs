@@ -27,6 +27,7 @@ pub struct ChunkAddress {
 }
 
 impl AddressEncoder {
+    /// Windows of `context` tokens.
     pub fn new(tokenizer: Arc<Tokenizer>, context: usize) -> Self {
         Self { tokenizer, context }
     }

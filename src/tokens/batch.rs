@@ -6,7 +6,9 @@ pub const IGNORE: u32 = u32::MAX;
 /// `windows` windows of `context` tokens each; every vector is `[windows, context]`, row-major.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
+    /// Number of windows.
     pub windows: usize,
+    /// Positions per window.
     pub context: usize,
     /// The token at each position.
     pub ids: Vec<u32>,

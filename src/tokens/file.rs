@@ -48,12 +48,19 @@ pub(super) const ENTRY: u64 = 24;
 pub struct Header {
     /// 2 or 4.
     pub id_bytes: u32,
+    /// Number of tokens.
     pub tokens: u64,
+    /// Number of documents.
     pub documents: u64,
+    /// Bytes of all paths together.
     pub path_bytes: u64,
+    /// Vocabulary size: every id is below it.
     pub vocab_size: u32,
+    /// SHA-256 of the tokenizer's `tokenizer.json`.
     pub tokenizer_sha256: [u8; 32],
+    /// SHA-256 of the corpus manifest.
     pub corpus_sha256: [u8; 32],
+    /// SHA-256 of everything after the header.
     pub body_sha256: [u8; 32],
 }
 
@@ -174,10 +181,12 @@ impl TokenFile {
         Ok(Self { map, header, path: path.to_path_buf() })
     }
 
+    /// The header.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -24,6 +24,7 @@ pub enum Order {
 /// State of a sampler: all that a resumed run needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
+    /// Seed of the order.
     pub seed: u64,
     /// Epochs gone through.
     pub epoch: u64,
@@ -60,6 +61,7 @@ impl Sampler {
         Ok(Self { windows, order, position })
     }
 
+    /// Where the next batch begins.
     pub fn position(&self) -> Position {
         self.position
     }

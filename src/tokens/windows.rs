@@ -59,18 +59,25 @@ pub struct WindowSpan {
 /// Positions are those of tokens in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WindowTable {
+    /// Windows of the first LaaM: documents cut into pieces, padded on the left.
     Original {
+        /// First token of each window.
         starts: Vec<u64>,
+        /// Tokens of each window.
         lengths: Vec<u32>,
     },
+    /// Windows of the documents, one after another.
     Stream {
         /// First token of each document.
         documents: Vec<u64>,
+        /// Tokens between the first tokens of two windows.
         stride: usize,
     },
+    /// Chunks of documents, each after its address.
     Addressed {
-        /// First token and length of each chunk.
+        /// First token of each chunk.
         starts: Vec<u64>,
+        /// Tokens of each chunk.
         lengths: Vec<u32>,
         /// Tokens of all addresses, one after another.
         addresses: Vec<u32>,
@@ -267,6 +274,7 @@ impl Windows {
         self.context
     }
 
+    /// Kind of the windows.
     pub fn kind(&self) -> WindowKind {
         self.kind
     }
@@ -276,6 +284,7 @@ impl Windows {
         self.stride
     }
 
+    /// File of their tokens.
     pub fn file(&self) -> &Arc<TokenFile> {
         &self.file
     }

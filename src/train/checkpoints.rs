@@ -22,12 +22,14 @@ use crate::tokens::Position;
 /// Where a run stood when it was saved: with the arenas, all that it needs to go on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {
+    /// Version of the keys.
     #[serde(default)]
     pub schema_version: SchemaVersion,
     /// Steps done.
     pub step: u64,
     /// Steps the run has in all.
     pub total: u64,
+    /// Position of the sampler.
     pub position: Position,
     /// Tokens trained on.
     pub tokens: u64,
@@ -39,6 +41,7 @@ pub struct TrainState {
     /// Lines of the metrics file that were written by runs before this one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub earlier_metrics: usize,
+    /// Settings of the run.
     pub settings: Settings,
     /// The highest verbatim rate measured, and the step it was first measured at; kept if the run is to
     /// end with these weights.

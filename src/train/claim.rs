@@ -15,6 +15,7 @@ use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries
 pub enum Consent {
     /// Nothing: a folder with a finished or resumable run is refused.
     None,
+    /// Continue the run that is there.
     Resume,
     /// A new run begins with its weights and replaces it; its metrics stay.
     Reload,

@@ -42,9 +42,11 @@ pub struct Engine {
 /// How steps are divided among processes.
 #[derive(Clone, Debug)]
 pub struct Parallelism {
+    /// Processes that train together.
     pub group: Group,
     /// Slices of a step, a multiple of the number of processes: the bits of a step depend on it.
     pub slices: usize,
+    /// What each process holds.
     pub shard: ShardKind,
 }
 
@@ -100,6 +102,7 @@ struct SlicedRuns {
 pub struct TrainStep {
     /// Window indices of each of its batches.
     pub batches: Vec<Vec<usize>>,
+    /// Learning rates and step number.
     pub hyperparams: StepHyperparams,
 }
 
@@ -304,6 +307,7 @@ impl Engine {
         }
     }
 
+    /// Layout of the arenas.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }

@@ -16,7 +16,9 @@ use crate::model::{Config, Layout};
 pub struct Footprint {
     /// Micro-batch size, in windows.
     pub micro_batch: usize,
+    /// Parameters, with their copies in the compute dtype.
     pub parameters: usize,
+    /// Gradients.
     pub gradients: usize,
     /// Both moments.
     pub optimizer: usize,
@@ -35,8 +37,11 @@ pub struct Footprint {
 /// The place of a rank whose memory is planned: the first of several, with the largest part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
+    /// Slices of a step.
     pub slices: usize,
+    /// Processes.
     pub ranks: usize,
+    /// What each process holds.
     pub shard: ShardKind,
 }
 

@@ -20,6 +20,7 @@ pub const MAX_METRICS: u64 = 1 << 30;
 /// One line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
+    /// Version of the keys.
     #[serde(default)]
     pub schema_version: SchemaVersion,
     /// Updates so far, from 1.

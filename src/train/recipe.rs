@@ -44,6 +44,7 @@ pub(super) const MAX_RECIPE: u64 = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
+    /// Description, in a sentence.
     pub description: String,
     /// The kernel that is the corpus if the command names none; without it, the built-in sample.
     pub version: Option<String>,
@@ -53,16 +54,21 @@ pub struct Recipe {
     /// Whether every file is regenerated from its name at the end, and compared.
     #[serde(default)]
     pub rebuild: bool,
+    /// Tokenizer.
     pub tokenizer: TokenizerRecipe,
+    /// Training stages, in order.
     #[serde(rename = "stage")]
     pub stages: Vec<RecipeStage>,
 }
 
+/// Tokenizer of a recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerRecipe {
+    /// Kind of tokenizer.
     #[serde(default)]
     pub style: Style,
+    /// Vocabulary asked for, special tokens included.
     pub vocab_size: usize,
 }
 
@@ -72,6 +78,7 @@ pub struct TokenizerRecipe {
 pub struct RecipeStage {
     /// Names its folder.
     pub name: String,
+    /// Settings of the stage.
     #[serde(flatten)]
     pub settings: Settings,
 }

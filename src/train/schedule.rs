@@ -21,6 +21,7 @@ pub enum LrDecay {
 /// A learning-rate schedule.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LrSchedule {
+    /// Shape of the decay.
     pub decay: LrDecay,
     /// Updates of the linear warm-up from 0.
     pub warmup: u64,

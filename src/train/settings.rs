@@ -17,6 +17,7 @@ use crate::tokens::{Order, WindowKind};
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerKind {
+    /// AdamW for all parameters.
     #[default]
     Adamw,
     /// Muon for them, AdamW for embeddings, head and norms.
@@ -441,6 +442,7 @@ impl Settings {
         }
     }
 
+    /// Constants of the optimizer.
     pub fn optimizer(&self) -> Optimizer {
         Optimizer {
             adamw: AdamW {
@@ -483,6 +485,7 @@ impl Settings {
         self.validation_steps.unwrap_or(self.save_steps)
     }
 
+    /// Learning rates of a run of `total` steps.
     pub fn schedule(&self, total: u64) -> LrSchedule {
         LrSchedule {
             decay: self.lr_scheduler_type,

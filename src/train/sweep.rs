@@ -36,7 +36,9 @@ const MAX_RUNS: usize = 10_000;
 /// A sweep's runs, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sweep {
+    /// Description, in a sentence.
     pub description: String,
+    /// Runs, in order.
     pub runs: Vec<SweepRun>,
 }
 
@@ -49,6 +51,7 @@ pub struct SweepRun {
     pub given: Option<String>,
     /// What sets it apart, key by key.
     pub changed: Table,
+    /// Recipe of the run.
     pub recipe: Recipe,
 }
 

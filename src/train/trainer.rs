@@ -46,22 +46,29 @@ pub struct Start {
 
 /// Everything a run is made of.
 pub struct Job<'a> {
+    /// Settings of the run.
     pub settings: &'a Settings,
+    /// Shape of the model.
     pub config: &'a Config,
+    /// Windows that are trained on.
     pub windows: &'a Windows,
     /// Windows that are not trained on, and which of them the validation loss is measured on.
     pub validation: Option<(&'a Windows, &'a [usize])>,
+    /// Initial weights, or the checkpoint to resume.
     pub start: Start,
     /// Written into every model folder.
     pub tokenizer: Arc<Tokenizer>,
+    /// Folder of the checkpoints and the finished model.
     pub output: Arc<OutputFolder>,
     /// The metrics file; `-` is stdout.
     pub metrics: PathBuf,
+    /// Folder of TensorBoard events.
     pub tensorboard: Option<PathBuf>,
     /// With corpus and tokenizer filled in.
     pub provenance: Provenance,
     /// The processes that train together. Rank 0 writes; every rank has the same settings and windows.
     pub group: Group,
+    /// What each process holds.
     pub shard: ShardKind,
 }
 
@@ -87,7 +94,9 @@ pub trait Observer {
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainSummary {
+    /// Steps done.
     pub steps: u64,
+    /// Steps of the whole run.
     pub total: u64,
     /// Of the last step.
     pub loss: f64,
@@ -95,12 +104,14 @@ pub struct TrainSummary {
     pub verbatim_rate: Option<f64>,
     /// The last measured validation loss.
     pub validation_loss: Option<f64>,
+    /// Why it ended.
     pub end: RunEnd,
 }
 
 /// Why a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunEnd {
+    /// All steps are done.
     Complete,
     /// The observer ended it before its time; it can be resumed.
     Interrupted,
@@ -300,6 +311,7 @@ impl<'a> Trainer<'a> {
         self.state.step
     }
 
+    /// Steps of the whole run.
     pub fn total(&self) -> u64 {
         self.state.total
     }

@@ -121,6 +121,10 @@ const SUMS: &str = "/v1.0/sha256sums.asc";
 
 /// An archive of one source file and some bytes that do not pack.
 fn archive() -> Vec<u8> {
+    archive_of("int a;\n")
+}
+
+fn archive_of(text: &str) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     let mut state = 1u32;
     let noise: Vec<u8> = std::iter::repeat_with(|| {
@@ -129,7 +133,7 @@ fn archive() -> Vec<u8> {
     })
     .take(300_000)
     .collect();
-    for (name, bytes) in [("linux/a.c", &b"int a;\n"[..]), ("linux/noise.bin", &noise)] {
+    for (name, bytes) in [("linux/a.c", text.as_bytes()), ("linux/noise.bin", &noise)] {
         let mut header = tar::Header::new_gnu();
         header.set_size(bytes.len() as u64);
         header.set_mode(0o644);
@@ -149,6 +153,17 @@ fn sums(body: &[u8], name: &str) -> Vec<u8> {
 
 fn all(stream: &mut TcpStream, body: &[u8]) {
     respond(stream, "200 OK", "", body, body.len());
+}
+
+/// Address of a server that has Linux 1.0, with one source file of this text.
+pub fn mirror(text: &str) -> String {
+    let served = archive_of(text);
+    let server = Server::start(move |request, stream| match request.path.as_str() {
+        SUMS => all(stream, &sums(&served, "linux-1.0.tar.xz")),
+        XZ => all(stream, &served),
+        _ => missing(stream),
+    });
+    server.address
 }
 
 struct Trial {

@@ -1,10 +1,11 @@
 //! SASS statistics of every kernel entry against the table in `docs/sass.tsv`: spills, lost vector
-//! accesses and longer loops are detected without a GPU.
+//! accesses and longer loops are detected without a GPU. The pages of `docs/kernels/` have its columns for
+//! their entries.
 //!
-//! `scripts/sass --write` rewrites the table. It is valid for one nvcc version; with another the comparison
-//! is skipped.
+//! `scripts/sass --write` rewrites the table, then the pages. It is valid for one nvcc version; with another the
+//! comparison is skipped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,20 +15,19 @@ use std::sync::OnceLock;
 use laam::kernels::{BUILD, CUDA_MODULES, Nvcc};
 
 /// Counted quantities, and whether more, less or any of them is worse.
-const COLUMNS: [(&str, Worse); 7] = [
+const COLUMNS: [(&str, Worse); 8] = [
     ("registers", Worse::More),
-    ("stack", Worse::Any),   // bytes per thread
-    ("local", Worse::Any),   // instructions on local memory: spills and arrays
-    ("shared", Worse::More), // static bytes per block
-    ("wide", Worse::Less),   // 128-bit accesses to global memory
-    ("mma", Worse::Less),    // matrix instructions
-    ("loop", Worse::More),   // instructions of the longest innermost loop
+    ("stack", Worse::Any),    // bytes per thread
+    ("local", Worse::Any),    // instructions on local memory: spills and arrays
+    ("shared", Worse::More),  // static bytes per block
+    ("wide", Worse::Less),    // 128-bit accesses to global memory
+    ("mma", Worse::Less),     // matrix instructions
+    ("loop", Worse::More),    // instructions of the longest innermost loop
+    ("per_exp", Worse::More), // instructions per exponential in the innermost loop that has the fewest, or 0
 ];
-type Row = [u64; COLUMNS.len()];
+type Row = [f64; COLUMNS.len()];
 /// Rows by entry and architecture.
 type Table = BTreeMap<(String, String), Row>;
-/// Instructions per query-key pair, by entry and architecture.
-type Pairs = BTreeMap<(String, String), f64>;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Worse {
@@ -67,8 +67,8 @@ fn disassembler() -> Option<(PathBuf, Nvcc)> {
     Some((tool, nvcc))
 }
 
-/// Rows and instructions per pair of the entries in a fatbin.
-fn rows(tool: &Path, file: &Path) -> (Table, Pairs) {
+/// Rows of the entries in a fatbin.
+fn rows(tool: &Path, file: &Path) -> Table {
     let folder = tool.parent().unwrap();
     let mut command = Command::new(tool);
     command.env("PATH", folder).args(["-sass", "-res-usage"]).arg(file);
@@ -77,8 +77,8 @@ fn rows(tool: &Path, file: &Path) -> (Table, Pairs) {
     parse(&String::from_utf8(output.stdout).unwrap())
 }
 
-fn parse(text: &str) -> (Table, Pairs) {
-    let (mut table, mut pairs) = (Table::new(), Pairs::new());
+fn parse(text: &str) -> Table {
+    let mut table = Table::new();
     let mut codes: BTreeMap<(String, String), Vec<&str>> = BTreeMap::new();
     let (mut arch, mut entry) = (String::new(), String::new());
     for line in text.lines().map(str::trim) {
@@ -93,9 +93,9 @@ fn parse(text: &str) -> (Table, Pairs) {
         } else if line.starts_with("REG:") {
             let field = |name: &str| {
                 let found = line.split_whitespace().find_map(|field| field.strip_prefix(name));
-                found.unwrap_or_else(|| panic!("no {name} in {line}")).parse::<u64>().unwrap()
+                found.unwrap_or_else(|| panic!("no {name} in {line}")).parse::<f64>().unwrap()
             };
-            let row = [field("REG:"), field("STACK:"), 0, field("SHARED:"), 0, 0, 0];
+            let row = [field("REG:"), field("STACK:"), 0.0, field("SHARED:"), 0.0, 0.0, 0.0, 0.0];
             table.insert((entry.clone(), arch.clone()), row);
         } else if line.starts_with("/*") && line.contains(';') {
             codes.entry((entry.clone(), arch.clone())).or_default().push(line);
@@ -106,20 +106,20 @@ fn parse(text: &str) -> (Table, Pairs) {
         let row = table.get_mut(&key).unwrap_or_else(|| panic!("no resource usage of {key:?}"));
         let loops = innermost(&code);
         count(&code, row);
-        row[6] = loops.iter().map(Vec::len).max().unwrap_or(0) as u64;
-        pairs.insert(key, per_pair(&loops));
+        row[6] = loops.iter().map(Vec::len).max().unwrap_or(0) as f64;
+        row[7] = per_exponential(&loops);
     }
-    (table, pairs)
+    table
 }
 
 /// Counts the instructions of an entry, except loop lengths.
 fn count(code: &[&str], row: &mut Row) {
     for (_, opcode) in code.iter().map(|line| instruction(line)) {
         let parts: Vec<_> = opcode.split('.').collect();
-        row[2] += u64::from(["LDL", "STL"].contains(&parts[0]));
+        row[2] += f64::from(["LDL", "STL"].contains(&parts[0]));
         let global = ["LDG", "STG", "LDGSTS", "LD", "ST"].contains(&parts[0]);
-        row[4] += u64::from(global && parts.contains(&"128"));
-        row[5] += u64::from(["HMMA", "HGMMA", "IMMA", "DMMA"].contains(&parts[0]));
+        row[4] += f64::from(global && parts.contains(&"128"));
+        row[5] += f64::from(["HMMA", "HGMMA", "IMMA", "DMMA"].contains(&parts[0]));
     }
 }
 
@@ -163,30 +163,28 @@ fn innermost<'a>(code: &'a [&'a str]) -> Vec<Vec<&'a str>> {
         .collect()
 }
 
-/// Instructions per query-key pair in the shortest innermost loop of an attention kernel, with one
-/// exponential per pair.
-fn per_pair(loops: &[Vec<&str>]) -> f64 {
+/// Instructions per exponential, to two digits, in the innermost loop that has the fewest; 0 without one. In
+/// attention, whose kernels compute one exponential per query-key pair, instructions per pair.
+fn per_exponential(loops: &[Vec<&str>]) -> f64 {
     let each = loops.iter().filter_map(|body| {
         let exponential = |line: &&&str| instruction(line).1 == "MUFU.EX2";
-        let pairs = body.iter().filter(exponential).count();
-        (pairs > 0).then(|| body.len() as f64 / pairs as f64)
+        let count = body.iter().filter(exponential).count();
+        (count > 0).then(|| (100.0 * body.len() as f64 / count as f64).round() / 100.0)
     });
-    each.fold(f64::INFINITY, f64::min)
+    each.min_by(f64::total_cmp).unwrap_or(0.0)
 }
 
 /// All kernels of this build, disassembled once.
-fn built(tool: &Path) -> &'static (Table, Pairs) {
-    static BUILT: OnceLock<(Table, Pairs)> = OnceLock::new();
+fn built(tool: &Path) -> &'static Table {
+    static BUILT: OnceLock<Table> = OnceLock::new();
     BUILT.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
-        let mut all = (Table::new(), Pairs::new());
+        let mut all = Table::new();
         for module in CUDA_MODULES {
             let file = folder.path().join(module.name);
             fs::write(&file, module.fatbin).unwrap();
-            let (table, pairs) = rows(tool, &file);
             let is_listed = |(_, arch): &(String, String)| TABLE_ARCHS.contains(&arch.as_str());
-            all.0.extend(table.into_iter().filter(|(key, _)| is_listed(key)));
-            all.1.extend(pairs.into_iter().filter(|(key, _)| is_listed(key)));
+            all.extend(rows(tool, &file).into_iter().filter(|(key, _)| is_listed(key)));
         }
         all
     })
@@ -209,10 +207,80 @@ fn write(table: &Table, nvcc: &Nvcc) -> String {
 fn read(text: &str) -> Table {
     let row = |line: &str| {
         let fields: Vec<_> = line.split('\t').collect();
-        let numbers: Vec<u64> = fields[2..].iter().map(|field| field.parse().unwrap()).collect();
+        let numbers: Vec<f64> = fields[2..].iter().map(|field| field.parse().unwrap()).collect();
         ((fields[0].to_string(), fields[1].to_string()), numbers.try_into().unwrap())
     };
     text.lines().skip(2).map(row).collect()
+}
+
+fn is_rewritten() -> bool {
+    std::env::var_os("LAAM_SASS").is_some_and(|wish| wish == "write")
+}
+
+/// First and last line of a page's generated table; PREFIXES are of the entries in it, divided by blanks.
+const BEGIN: &str = "<!-- sass: ";
+const END: &str = "<!-- end -->";
+
+/// Table of the entries that begin with one of the prefixes, and their names. Entries that differ in the
+/// dtype alone share a row if they have the same numbers.
+fn page_table<'a>(table: &'a Table, prefixes: &str) -> (String, Vec<&'a str>) {
+    let arch = TABLE_ARCHS[1];
+    let listed: Vec<_> = table
+        .iter()
+        .filter(|((entry, a), _)| a == arch && prefixes.split(' ').any(|p| entry.starts_with(p)))
+        .map(|((entry, _), row)| {
+            let dtype = ["_bf16", "_f16", "_f32"].into_iter().find(|dtype| entry.ends_with(dtype));
+            (entry.as_str(), entry.strip_suffix(dtype.unwrap_or("")).unwrap(), dtype, row)
+        })
+        .collect();
+    let mut text = format!(
+        "| entry, {arch} | registers | shared memory | 128-bit | mma | loop | per exponential |\n\
+         |---|---|---|---|---|---|---|\n"
+    );
+    for same in listed.chunk_by(|a, b| (a.1, a.3) == (b.1, b.3)) {
+        let [(_, stem, _, row), ..] = same else { unreachable!("chunks are not empty") };
+        let dtypes: Vec<_> = same.iter().filter_map(|entry| Some(&entry.2?[1..])).collect();
+        let name = match dtypes.as_slice() {
+            [] => (*stem).to_string(),
+            [dtype] => format!("{stem}_{dtype}"),
+            several => format!("{stem}_{{{}}}", several.join(",")),
+        };
+        let shown = |column: usize| match row[column] {
+            0.0 => "-".to_string(),
+            number => number.to_string(),
+        };
+        let cells = [0, 3, 4, 5, 6, 7].map(shown).join(" | ");
+        writeln!(text, "| `{name}` | {cells} |").unwrap();
+    }
+    (text, listed.iter().map(|entry| entry.0).collect())
+}
+
+/// Every entry is in the generated table of exactly one page of `docs/kernels/`.
+#[test]
+fn kernel_pages_have_the_numbers_of_the_sass_table() {
+    let table = read(&fs::read_to_string(TABLE).unwrap());
+    let mut missing: BTreeSet<&str> = table.keys().map(|(entry, _)| entry.as_str()).collect();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/kernels");
+    for page in fs::read_dir(folder).unwrap().map(|page| page.unwrap().path()) {
+        let text = fs::read_to_string(&page).unwrap();
+        let mut parts = text.split(BEGIN);
+        let mut expected = parts.next().unwrap().to_string();
+        for part in parts {
+            let (prefixes, rest) = part.split_once(" -->\n").unwrap();
+            let (_, after) = rest.split_once(END).unwrap();
+            let (rows, entries) = page_table(&table, prefixes);
+            for entry in entries {
+                assert!(missing.remove(entry), "{}: {entry} is in two tables", page.display());
+            }
+            write!(expected, "{BEGIN}{prefixes} -->\n{rows}{END}{after}").unwrap();
+        }
+        if is_rewritten() {
+            fs::write(&page, expected).unwrap();
+        } else {
+            assert!(text == expected, "{} is not as docs/sass.tsv: {REWRITE}", page.display());
+        }
+    }
+    assert!(missing.is_empty(), "entries on no page: {missing:?}");
 }
 
 /// Regressions, one sentence each.
@@ -226,7 +294,7 @@ fn worse(old: &Table, new: &Table) -> Vec<String> {
         for (column, (name, rule)) in COLUMNS.into_iter().enumerate() {
             let now = row[column];
             if rule == Worse::Any {
-                if now != 0 {
+                if now != 0.0 {
                     sentences.push(format!("{entry} on {arch}: {name} is {now}, must be 0"));
                 }
                 continue;
@@ -246,9 +314,9 @@ fn worse(old: &Table, new: &Table) -> Vec<String> {
 #[test]
 fn sass_is_no_worse_than_the_table() {
     let Some((tool, nvcc)) = disassembler() else { return };
-    let (new, _) = built(&tool);
+    let new = built(&tool);
     assert!(!new.is_empty());
-    if std::env::var_os("LAAM_SASS").is_some_and(|wish| wish == "write") {
+    if is_rewritten() {
         fs::write(TABLE, write(new, &nvcc)).unwrap();
     }
     let text = fs::read_to_string(TABLE).unwrap();
@@ -273,7 +341,7 @@ fn sass_is_no_worse_than_the_table() {
 #[test]
 fn attention_smallhead_takes_few_instructions_per_pair() {
     let Some((tool, _)) = disassembler() else { return };
-    let (_, pairs) = built(&tool);
+    let table = built(&tool);
     for (name, several, [forward, backward]) in [
         ("attention_smallhead", [4, 4, 4], [7.0, 20.0]),
         ("attention_smallhead_tf32", [4, 4, 8], [3.0, 6.5]),
@@ -281,7 +349,7 @@ fn attention_smallhead_takes_few_instructions_per_pair() {
         for arch in TABLE_ARCHS {
             let passes = ["", "_backward_dq", "_backward_dkdv"].into_iter().zip(several);
             let entry = |(pass, rows)| (format!("{name}{pass}_2_{rows}_bf16"), arch.to_string());
-            let counted: Vec<_> = passes.map(|pass| pairs[&entry(pass)]).collect();
+            let counted: Vec<_> = passes.map(|pass| table[&entry(pass)][7]).collect();
             eprintln!("{name} on {arch}: instructions per pair {counted:.2?}");
             assert!(counted[0] <= forward, "{name} on {arch}: {counted:?}");
             assert!(counted[1] + counted[2] <= backward, "{name} on {arch}: {counted:?}");
@@ -312,20 +380,20 @@ fn spills_and_lost_vector_accesses_are_worse() {
     let Some((tool, nvcc)) = disassembler() else { return };
     let judged = |patch: &dyn Fn(String) -> String, flags: &[&str]| {
         let fatbin = patched(&nvcc, "swiglu", patch, flags);
-        let (table, _) = rows(&tool, &fatbin);
+        let table = rows(&tool, &fatbin);
         fs::remove_dir_all(fatbin.parent().unwrap()).unwrap();
         table
     };
     let good = judged(&|text| text, &[]);
     assert!(worse(&good, &good).is_empty(), "{:?}", worse(&good, &good));
-    assert!(good.values().all(|row| row[4] > 0 && row[6] > 0), "{good:?}");
+    assert!(good.values().all(|row| row[4] > 0.0 && row[6] > 0.0), "{good:?}");
 
     let spilling =
         judged(&|text| text.replace("__launch_bounds__(256)", ""), &["-maxrregcount=16"]);
     let sentences = worse(&good, &spilling).join("\n");
     let key = ("swiglu_backward_bf16".to_string(), "sm_90a".to_string());
     let local = spilling[&key][2];
-    assert!(local > 0 && spilling[&key][1] > 0, "the mutant does not spill: {spilling:?}");
+    assert!(local > 0.0 && spilling[&key][1] > 0.0, "the mutant does not spill: {spilling:?}");
     let sentence = format!("swiglu_backward_bf16 on sm_90a: local is {local}, must be 0");
     assert!(sentences.contains(&sentence), "{sentences}");
 

@@ -8,6 +8,7 @@
 //! function or section. It encodes a reading of that text, not a measurement of a driver.
 //!
 //! [`settings`] lists the environment variables. The crate exports C symbols only.
+#![warn(missing_docs)]
 
 mod codes;
 mod driver;

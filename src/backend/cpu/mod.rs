@@ -67,10 +67,12 @@ use crate::threads;
 /// SIMD kernels for any processor.
 #[derive(Clone, Copy, Debug)]
 pub struct Cpu {
+    /// Threads that work on an op; the bits do not depend on it.
     pub threads: usize,
     /// Round matmul operands to bfloat16, if the processor has bfloat16 dot products and `kernels`
     /// allows them.
     pub bf16: bool,
+    /// Kernels that may be used.
     pub kernels: CpuKernels,
 }
 

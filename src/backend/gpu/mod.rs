@@ -61,11 +61,13 @@ pub enum AttentionChoice {
 pub struct Options {
     /// Compute dtype: that of activations and of the weights that matmuls read.
     pub dtype: Dtype,
+    /// Graphs, or launches one by one.
     pub mode: Mode,
     /// LM head by matmuls and logits in memory, whatever the shape.
     pub generic_lm_head: bool,
     /// Matmuls by `kernels/matmul.cu`, whatever the device has.
     pub own_matmul: bool,
+    /// Attention kernels that may be used.
     pub attention: AttentionChoice,
     /// Limit of the token file in device memory, in bytes; half of the free memory by default. From a
     /// larger file the host gathers batches, a few steps ahead.

@@ -25,20 +25,25 @@ use crate::model::{Layout, Span};
 /// The arithmetic of the loops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arithmetic {
+    /// Single precision.
     F32,
+    /// Double precision.
     F64,
 }
 
 /// The backend of plain loops.
 #[derive(Clone, Copy, Debug)]
 pub struct Reference {
+    /// Type of all values and sums.
     pub arithmetic: Arithmetic,
     /// The dtype that values are rounded to at the rounding points of mixed precision.
     pub rounding: Option<Dtype>,
 }
 
 impl Reference {
+    /// Double precision throughout: what others are compared with.
     pub const F64: Reference = Reference { arithmetic: Arithmetic::F64, rounding: None };
+    /// Single precision throughout.
     pub const F32: Reference = Reference { arithmetic: Arithmetic::F32, rounding: None };
 
     /// Loops in f32 that round to `dtype` as mixed precision does.

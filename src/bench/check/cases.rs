@@ -62,6 +62,7 @@ impl Size {
 pub struct Case {
     /// The name of the operation.
     pub operation: &'static str,
+    /// Shape, in words.
     pub shape: String,
     pub(in crate::bench) layout: Layout,
     pub(in crate::bench) spec: SessionSpec,

@@ -29,16 +29,21 @@ pub use cases::{Case, Size, cases, operations};
 /// One output of one operation at one shape.
 #[derive(Clone, Debug, Serialize)]
 pub struct CheckRow {
+    /// Name of the op.
     pub operation: &'static str,
+    /// Shape, in words.
     pub shape: String,
+    /// Name of the output.
     pub output: String,
     /// ‖a − b‖ / ‖b‖ against f64; the share of indices that differ. Never passes if not finite.
     pub error: f64,
+    /// Largest error that passes.
     pub bound: f64,
     /// A second run gave the same bits.
     pub repeats: bool,
     /// Of the values as little-endian f32: equal where two devices compute the same bits.
     pub sha256: String,
+    /// Repeats, with an error within the bound.
     pub passed: bool,
 }
 
@@ -47,6 +52,7 @@ pub struct CheckRow {
 pub struct Selection<'a> {
     /// Operations whose names contain this; all by default.
     pub only: Option<&'a str>,
+    /// Shapes that are checked.
     pub size: Size,
     /// Of the random inputs.
     pub seed: u64,

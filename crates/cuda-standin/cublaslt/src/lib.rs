@@ -14,6 +14,7 @@
 //! | `CUDA_STANDIN_FAULT` | `cublasLtMatmul@3=13`: the third call of a symbol returns status 13 |
 //! | `CUDA_STANDIN_ALGORITHMS` | `all` (the default), `none`, or `vectorized`: none for matrices whose columns are not 16-byte aligned |
 //! | `CUDA_STANDIN_CUBLASLT` | version, `130000` by default |
+#![warn(missing_docs)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::env;
