@@ -29,8 +29,8 @@ use crate::tokens::WindowKind;
 
 /// Regenerate every file that a model was trained on, from the names alone.
 ///
-/// Files are written under the output folder and nowhere else. With --compare they are then held
-/// against the originals: exits with 1 when one differs, or is missing. Files that training held out
+/// Files are written under the output folder and nowhere else. With --compare they are then compared
+/// with the originals: exits with 1 when one differs, or is missing. Files that training held out
 /// (--validation) are counted apart: the model was not trained on them. bytes_exact counts, in each file, the
 /// bytes before its first difference.
 #[derive(Args, Debug)]

@@ -100,10 +100,8 @@ fn readme_commands_run() {
         let file = file.unwrap();
         fs::copy(file.path(), place("Llama-3.2-1B").join(file.file_name())).unwrap();
     }
-    for (folder, file) in [("linux/kernel", "fork.c"), ("sample", "sched.c")] {
-        fs::create_dir_all(place(folder)).unwrap();
-        fs::write(place(folder).join(file), "int main(void)\n{\n\treturn 0;\n}\n").unwrap();
-    }
+    fs::create_dir_all(place("linux/kernel")).unwrap();
+    fs::write(place("linux/kernel/fork.c"), "int main(void)\n{\n\treturn 0;\n}\n").unwrap();
     let shape = "--hidden_size 16 --intermediate_size 24 --num_hidden_layers 1 --num_attention_heads 2 \
                  --num_key_value_heads 2";
     let keys = shape.split(" --").map(|pair| pair.trim_start_matches("--").replace(' ', " = "));
@@ -167,7 +165,7 @@ fn readme_commands_run() {
                     set("--batch_size", "2");
                 }
             }
-            "cat" => may_fail = true,
+            "cat" | "rebuild" => may_fail = true,
             "bench" if more.is_empty() => {
                 // The page of figures takes minutes.
                 left_out.push(command);
@@ -366,7 +364,8 @@ fn documented_files_flags_and_names_exist() {
             for word in span.split_whitespace().filter(|word| file.is_match(word)) {
                 let path = format!("/{}", word.trim_end_matches('/'));
                 let inside = format!("{path}/");
-                check(1, word, paths.iter().any(|p| p.ends_with(&path) || p.contains(&inside)));
+                let is_found = paths.iter().any(|p| p.ends_with(&path) || p.contains(&inside));
+                check(1, word, is_found || Path::new(ROOT).join(word).exists());
             }
             if name.is_match(span) && (span.contains('_') || span.contains("::")) {
                 let parts = span.trim_end_matches("()").split("::").filter(|part| !part.is_empty());

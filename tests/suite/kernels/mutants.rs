@@ -3,7 +3,7 @@
 //!
 //! A line is labeled `// mutant: NAME`, at its end or alone on the line before it; several names are
 //! separated by commas. A mutant replaces a text that is there exactly once on that line, or deletes
-//! the line. `docs/mutants.tsv` lists every mutant and the test that kills it.
+//! the line. `docs/mutants.tsv` lists every mutant and the test that kills it; `docs/testing.md` counts them.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -29,7 +29,9 @@ pub type Mutant = (&'static str, &'static str, &'static str);
 
 macro_rules! mutation_tests {
     ($($(#[$attribute:meta])* $test:ident: $mutants:path,)*) => {
-        const TESTS: &[(&str, &MutationSet)] = &[$((stringify!($test), &$mutants)),*];
+        /// Name, whether only `scripts/test --all` runs it, and set of each test.
+        const TESTS: &[(&str, bool, &MutationSet)] =
+            &[$((stringify!($test), !stringify!($(#[$attribute])*).is_empty(), &$mutants)),*];
         $(
             #[test]
             $(#[$attribute])*
@@ -174,20 +176,33 @@ fn kills_mutants(set: &MutationSet) {
     assert!(survived.is_empty(), "{}: survived: {survived:?}", set.kernel);
 }
 
-/// Every label has a mutant, every mutant a label, and `docs/mutants.tsv` is the list of them.
+/// Every label has a mutant, every mutant a label, `docs/mutants.tsv` is the list of them, and
+/// `docs/testing.md` has their numbers.
 #[test]
 fn mutants_are_those_of_the_table() {
     const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/mutants.tsv");
+    const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/testing.md");
     const WRITE: &str = "LAAM_MUTANTS=write cargo test --test suite mutants_are_those";
+    const BEGIN: &str = "<!-- mutants -->\n";
+    const END: &str = "<!-- end -->";
     let mut used = BTreeSet::new();
     let mut text = format!("# written by {WRITE}\nfile\tmutant\tkilled by\tcode\tmutated\n");
-    for (test, set) in TESTS {
+    let mut counts =
+        "| mutants of | number | killed by | run by |\n|---|---|---|---|\n".to_string();
+    for (test, is_ignored, set) in TESTS {
+        let mut files = BTreeSet::new();
         for mutant in set.mutants {
             let (file, _, [code, mutated]) = set.apply(mutant);
             writeln!(text, "{file}\t{}\t{test}\t{code}\t{mutated}", mutant.0).unwrap();
+            files.insert(format!("`{file}`"));
             used.insert((file, mutant.0.to_string()));
         }
+        let files = files.into_iter().collect::<Vec<_>>().join(", ");
+        let by = if *is_ignored { "`scripts/test --all`" } else { "`scripts/test`" };
+        writeln!(counts, "| {files} | {} | `{test}` | {by} |", set.mutants.len()).unwrap();
     }
+    let number: usize = TESTS.iter().map(|(.., set)| set.mutants.len()).sum();
+    writeln!(counts, "| all | {number} | | |").unwrap();
     let names = fs::read_dir(folder()).unwrap().map(|file| file.unwrap().file_name());
     let sources = names.filter_map(|name| Some(name.to_str()?.to_string()));
     let files =
@@ -203,9 +218,16 @@ fn mutants_are_those_of_the_table() {
         .collect();
     let without: Vec<_> = labeled.difference(&used).collect();
     assert!(without.is_empty(), "labels without a mutant: {without:?}");
+    let page = fs::read_to_string(PAGE).unwrap();
+    let (before, rest) = page.split_once(BEGIN).unwrap();
+    let (_, after) = rest.split_once(END).unwrap();
+    let counted = format!("{before}{BEGIN}{counts}{END}{after}");
     if std::env::var_os("LAAM_MUTANTS").is_some_and(|wish| wish == "write") {
         fs::write(TABLE, &text).unwrap();
+        fs::write(PAGE, &counted).unwrap();
+    } else {
+        let table = fs::read_to_string(TABLE).unwrap_or_default();
+        assert!(table == text, "docs/mutants.tsv is not the list of the mutants: {WRITE}");
+        assert!(page == counted, "docs/testing.md does not have their numbers: {WRITE}");
     }
-    let table = fs::read_to_string(TABLE).unwrap_or_default();
-    assert!(table == text, "docs/mutants.tsv is not the list of the mutants: {WRITE}");
 }
