@@ -11,8 +11,11 @@ use crate::tokens::TokenFile;
 /// reproduces.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct OccurrenceTally {
+    /// Least number of occurrences.
     pub from: u64,
+    /// Largest number of occurrences.
     pub to: u64,
+    /// Windows tested and reproduced.
     #[serde(flatten)]
     pub share: MatchRate,
 }

@@ -23,7 +23,9 @@ pub fn wilson(hits: usize, all: usize) -> Option<[f64; 2]> {
 /// Windows tested, and those that greedy decoding reproduces.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct MatchRate {
+    /// Windows tested.
     pub windows: usize,
+    /// Windows reproduced.
     pub exact: usize,
     /// `exact / windows`; none without windows.
     pub rate: Option<f64>,
@@ -32,6 +34,7 @@ pub struct MatchRate {
 }
 
 impl MatchRate {
+    /// Counts one window.
     pub fn add(&mut self, exact: bool) {
         *self = Self::of(self.exact + usize::from(exact), self.windows + 1);
     }

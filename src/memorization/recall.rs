@@ -23,16 +23,24 @@ const MAX_RECALL_BYTES: u64 = 1 << 30;
 /// The first line: which windows the others are of.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RecallHead {
+    /// Version of the keys.
     #[serde(default)]
     pub schema_version: SchemaVersion,
+    /// SHA-256 of the token file.
     pub tokens_sha256: String,
+    /// Kind of the windows.
     pub window_kind: WindowKind,
+    /// Tokens per window.
     pub context: usize,
+    /// Tokens from one stream window to the next.
     pub stride: usize,
+    /// Number of windows.
     pub windows: usize,
 }
 
 impl RecallHead {
+    /// The windows of a run.
+    ///
     /// # Errors
     /// The token file cannot be read.
     pub fn of(windows: &Windows) -> anyhow::Result<Self> {
@@ -158,6 +166,7 @@ fn read_lines(path: &Path) -> anyhow::Result<Option<(RecallHead, Vec<RecallLine>
 /// Counts at one measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct RecallStep {
+    /// Step of the measurement.
     pub step: u64,
     /// Windows reproduced verbatim at this step.
     pub verbatim: usize,
@@ -172,6 +181,7 @@ pub struct RecallStep {
 pub struct Recall {
     /// Windows that were trained on.
     pub windows: usize,
+    /// Counts at each measurement, in order.
     pub by_step: Vec<RecallStep>,
     /// Of each window, the step at which it was first reproduced.
     #[serde(skip)]

@@ -128,10 +128,10 @@ pub struct CorpusRecord {
     pub text_field: Option<String>,
     /// Path of each file, in corpus order.
     pub paths: Vec<String>,
-    /// Paths of the files that were held out, and the number of held-out documents without names: the last
-    /// ones.
+    /// Paths of the files that were held out: the last ones.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub held_out: Vec<String>,
+    /// Number of held-out documents without names: the last ones.
     #[serde(skip_serializing_if = "is_zero")]
     pub held_out_documents: u64,
 }
