@@ -28,6 +28,8 @@ pub enum CutPlace {
     /// Before line ends, as [`pieces_before_lines`] does: each piece but the first then begins with this
     /// token, the blank that is put before every text, which is not in the text.
     BeforeLines(u32),
+    /// In place of blanks, as [`pieces_between_blanks`] does: the one that is put before every text stands for it.
+    AtBlanks,
 }
 
 impl Frame {
@@ -43,8 +45,10 @@ impl Frame {
             Some(begin) => (framed[..begin].to_vec(), framed[begin + bare.len()..].to_vec()),
             None => (Vec::new(), Vec::new()),
         };
-        let cut = if can_be_cut_after_lines(json) || can_be_cut_at_blanks(json) {
+        let cut = if can_be_cut_after_lines(json) || splits_at_blanks(json) {
             CutPlace::AfterLines
+        } else if marks_blanks(json) {
+            CutPlace::AtBlanks
         } else {
             let blank = inner.token_to_id("▁").filter(|_| can_be_cut_before_lines(json));
             blank.map_or(CutPlace::Nowhere, CutPlace::BeforeLines)
@@ -119,56 +123,87 @@ fn can_be_cut_after_lines(json: &Value) -> bool {
     (normalizer.is_null() || normalizer["type"] == "NFC") && is_known && added.all(is_plain)
 }
 
-/// True for tokenizers of words between blanks, as BERT's and T5's, whose normalizer does not look across a
-/// line end between a visible ASCII character and a letter.
-fn can_be_cut_at_blanks(json: &Value) -> bool {
-    let list = |part: &Value, key: &str| -> Vec<Value> {
-        part[key].as_array().cloned().unwrap_or_else(|| vec![part.clone()])
-    };
-    let kind = |part: &Value| part["type"].as_str().unwrap_or_default().to_string();
-    let pre_tokenizers = list(&json["pre_tokenizer"], "pretokenizers");
-    let splits_first = ["BertPreTokenizer", "Whitespace", "WhitespaceSplit"];
-    let rest = ["Metaspace", "Punctuation", "Digits", "WhitespaceSplit"];
-    let is_local = |part: &Value| match kind(part).as_str() {
-        "" => part.is_null(),
-        "Replace" => {
-            part["pattern"] == json!({"Regex": " {2,}"})
-                || part["pattern"]["String"].as_str().is_some_and(|it| !it.contains('\n'))
-        }
-        kind => [
-            "NFC",
-            "NFD",
-            "NFKC",
-            "NFKD",
-            "Lowercase",
-            "StripAccents",
-            "BertNormalizer",
-            "Nmt",
-            "Precompiled",
-            "Strip",
-        ]
-        .contains(&kind),
+/// The parts of a sequence, or the one part.
+fn parts<'a>(part: &'a Value, list: &str) -> &'a [Value] {
+    part[list].as_array().map_or(std::slice::from_ref(part), Vec::as_slice)
+}
+
+fn kind(part: &Value) -> &str {
+    part["type"].as_str().unwrap_or_default()
+}
+
+/// True if the normalizer does not look across a blank or a line end between a visible ASCII character and a
+/// letter, and no added token has one of the two.
+fn is_local(json: &Value) -> bool {
+    const LOCAL: [&str; 10] = [
+        "NFC",
+        "NFD",
+        "NFKC",
+        "NFKD",
+        "Lowercase",
+        "StripAccents",
+        "BertNormalizer",
+        "Nmt",
+        "Precompiled",
+        "Strip",
+    ];
+    let is_local = |part: &Value| {
+        let replaced = part["pattern"]["String"].as_str();
+        part.is_null()
+            || LOCAL.contains(&kind(part))
+            || part["pattern"] == json!({"Regex": " {2,}"})
+            || (kind(part) == "Replace" && replaced.is_some_and(|it| !it.contains([' ', '\n'])))
     };
     let mut added = json["added_tokens"].as_array().into_iter().flatten();
-    pre_tokenizers.first().is_some_and(|part| splits_first.contains(&kind(part).as_str()))
-        && pre_tokenizers.iter().skip(1).all(|part| rest.contains(&kind(part).as_str()))
-        && pre_tokenizers
-            .iter()
-            .all(|part| kind(part) != "Metaspace" || part["prepend_scheme"] == "always")
-        && list(&json["normalizer"], "normalizers").iter().all(is_local)
-        && added.all(|token| !token["content"].as_str().unwrap_or_default().contains('\n'))
+    parts(&json["normalizer"], "normalizers").iter().all(is_local)
+        && added.all(|token| !token["content"].as_str().unwrap_or_default().contains([' ', '\n']))
+}
+
+/// True for tokenizers of the words between blanks, as BERT's and T5's.
+fn splits_at_blanks(json: &Value) -> bool {
+    let parts = parts(&json["pre_tokenizer"], "pretokenizers");
+    let [first, rest @ ..] = parts else { return false };
+    ["BertPreTokenizer", "Whitespace", "WhitespaceSplit"].contains(&kind(first))
+        && rest.iter().all(|part| match kind(part) {
+            "Metaspace" => part["prepend_scheme"] == "always",
+            kind => ["Punctuation", "Digits", "WhitespaceSplit"].contains(&kind),
+        })
+        && is_local(json)
+}
+
+/// True for tokenizers of words that begin with a mark in place of a blank, as SentencePiece's, the first one
+/// too.
+fn marks_blanks(json: &Value) -> bool {
+    let [metaspace] = parts(&json["pre_tokenizer"], "pretokenizers") else { return false };
+    kind(metaspace) == "Metaspace"
+        && metaspace["split"].as_bool().unwrap_or(true)
+        && ["always", "first"].iter().any(|scheme| metaspace["prepend_scheme"] == *scheme)
+        && is_local(json)
+}
+
+/// A text in pieces of at least so many bytes, without a blank between each and the next, which stands between
+/// a visible ASCII character and a letter.
+pub fn pieces_between_blanks(text: &str, least: usize) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let cut = rest.as_bytes().windows(3).skip(least).position(|bytes| {
+            bytes[0].is_ascii_graphic() && bytes[1] == b' ' && bytes[2].is_ascii_alphabetic()
+        });
+        let (piece, later) = match cut {
+            Some(at) => (&rest[..least + at + 1], &rest[least + at + 2..]),
+            None => (rest, ""),
+        };
+        rest = later;
+        (!piece.is_empty()).then_some(piece)
+    })
 }
 
 /// Shortest piece of a text that is cut.
 pub const PIECE_BYTES: usize = 128 << 10;
 
-/// A text in pieces of at least [`PIECE_BYTES`]: cut after line ends between a visible ASCII character
-/// and a letter. There the known patterns end a word, whatever follows.
-pub fn pieces(text: &str) -> impl Iterator<Item = &str> {
-    pieces_of(text, PIECE_BYTES)
-}
-
-fn pieces_of(text: &str, least: usize) -> impl Iterator<Item = &str> {
+/// A text in pieces of at least so many bytes: cut after line ends between a visible ASCII character and a
+/// letter. There the known patterns end a word, whatever follows.
+pub fn pieces(text: &str, least: usize) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
         let cut = rest.as_bytes().windows(3).skip(least).position(|bytes| {
@@ -228,7 +263,7 @@ mod tests {
             };
             let gpt2 = ByteLevel::new(false, true, true).into();
             for pre_tokenizer in [split(LLAMA_3_PATTERN), split(QWEN_2_PATTERN), gpt2] {
-                let of_pieces = pieces_of(&text, 3).flat_map(|piece| words(piece, &pre_tokenizer));
+                let of_pieces = pieces(&text, 3).flat_map(|piece| words(piece, &pre_tokenizer));
                 prop_assert_eq!(of_pieces.collect::<Vec<_>>(), words(&text, &pre_tokenizer));
             }
         }
@@ -237,7 +272,7 @@ mod tests {
     #[test]
     fn a_text_is_cut_between_lines_of_code() {
         let text = "int a;\nint b;\n\nint c;\n}\nx";
-        let pieces: Vec<_> = pieces_of(text, 1).collect();
+        let pieces: Vec<_> = pieces(text, 1).collect();
         assert_eq!(pieces, ["int a;\n", "int b;\n\nint c;\n}\n", "x"]);
     }
 }

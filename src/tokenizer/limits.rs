@@ -110,6 +110,11 @@ impl Growth {
         check_length(bytes, self.encoding)
     }
 
+    /// Bytes of the pieces of a long text: at most `most`, and half of what may become too long.
+    pub fn piece_bytes(self, most: usize) -> usize {
+        most.min((MAX_TEXT / self.encoding / 2.0) as usize)
+    }
+
     /// Refuses tokens of so many bytes in all if their text may become too long inside the crate.
     pub fn check_decoding(self, bytes: usize) -> anyhow::Result<()> {
         check_length(bytes, self.decoding)
@@ -210,6 +215,8 @@ fn growth(part: &Value) -> anyhow::Result<f64> {
         "Replace" => {
             let content = inserted("content")?;
             match part["pattern"]["String"].as_str() {
+                // SentencePiece's: two blanks or more become one.
+                None if part["pattern"]["Regex"] == " {2,}" => content.max(1.0),
                 Some("") => bail!("a Replace with an empty pattern"),
                 Some(pattern) => (content / pattern.len() as f64).max(1.0),
                 // A regular expression may match nothing, between any two bytes.

@@ -280,11 +280,13 @@ impl Tokenizer {
             self.encode_words(text, &mut ids)?;
             Ok(ids)
         };
+        let least = self.growth.piece_bytes(foreign::PIECE_BYTES);
         let pieces: Vec<_> = match self.frame.cut {
-            _ if text.len() <= foreign::PIECE_BYTES => return encode(text),
-            _ if is_exact => foreign::pieces(text).collect(),
+            _ if text.len() <= least => return encode(text),
+            _ if is_exact => foreign::pieces(text, least).collect(),
             CutPlace::Nowhere => return encode(text),
-            CutPlace::AfterLines => foreign::pieces(text).collect(),
+            CutPlace::AfterLines => foreign::pieces(text, least).collect(),
+            CutPlace::AtBlanks => foreign::pieces_between_blanks(text, least).collect(),
             CutPlace::BeforeLines(_) => foreign::pieces_before_lines(text).collect(),
         };
         let mut ids = pieces.into_par_iter().map(encode).collect::<anyhow::Result<Vec<_>>>()?;

@@ -62,6 +62,51 @@ fn published_tokenizers_give_the_ids_of_the_python_package() {
 }
 
 /// Llama 2's kind: a blank before every text, no words, bytes for what has no token.
+/// Models of every kind, made by their own libraries: WordPiece, Unigram, words, BPE with a suffix. The ids are
+/// those of the Python package, of a long text too, which is cut into pieces here.
+#[test]
+fn every_kind_of_token_model_gives_the_ids_of_the_python_package() {
+    let fixture = include_str!("../fixtures/token_models.json");
+    let fixture: Value = serde_json::from_str(fixture).unwrap();
+    let lines: Vec<_> = (0..200)
+        .map(|n| {
+            format!(
+                "The quick Brown fox No. {n} jumps over {} lazy dogs; it's {} o'clock.",
+                n * n,
+                n % 7
+            )
+        })
+        .collect();
+    let lines = lines.iter().cycle().take(30 * lines.len()).enumerate();
+    let long = lines
+        .map(|(n, line)| if n % 3 > 0 { format!("{line}\n") } else { format!("  {line}  \n\n") });
+    let long: String = long.collect();
+    assert_eq!(hex(&Sha256::digest(&long)), fixture["long"]["sha256"]);
+    let texts = || fixture["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap());
+    let made = fixture["tokenizers"].as_object().unwrap();
+    assert_eq!(made.len(), 5);
+    made.iter().collect::<Vec<_>>().par_iter().for_each(|(name, expected)| {
+        let json = serde_json::to_vec(&expected["json"]).unwrap();
+        let tokenizer = Tokenizer::from_bytes(json, b"{}".to_vec()).unwrap();
+        let eos = tokenizer.special().eos.unwrap();
+        for (text, ids) in texts().zip(expected["ids"].as_array().unwrap()) {
+            let mut ids: Vec<u32> = serde_json::from_value(ids.clone()).unwrap();
+            assert_eq!(tokenizer.encode_prompt(text).unwrap(), ids, "{name}: {text}");
+            if ids.last() != Some(&eos) {
+                ids.push(eos);
+            }
+            let document = Document::new("", text);
+            assert_eq!(tokenizer.encode_document(&document).unwrap(), ids, "{name}: {text}");
+        }
+        let ids = tokenizer.encode_text(&long).unwrap();
+        assert_eq!(ids.len(), expected["long_tokens"].as_u64().unwrap() as usize, "{name}");
+        let spelled: Vec<_> = ids.iter().map(u32::to_string).collect();
+        assert_eq!(hex(&Sha256::digest(spelled.join(" "))), expected["long_sha256"], "{name}");
+        let decoded = String::from_utf8(tokenizer.decode_bytes(&ids[..40]).unwrap()).unwrap();
+        assert_eq!(decoded, expected["decoded"].as_str().unwrap(), "{name}");
+    });
+}
+
 #[test]
 fn a_long_text_has_the_tokens_that_the_crate_gives_it_whole() {
     let mut vocab = serde_json::Map::new();

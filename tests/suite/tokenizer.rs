@@ -492,7 +492,7 @@ fn hostile_parts_are_refused_before_the_crate_sees_them() {
         json!({"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens":
             {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}})
     }
-    let cases: [HostilePart; 12] = [
+    let cases: [HostilePart; 18] = [
         ("not listed", |json| {
             json["post_processor"] =
                 template(&json!([{"SpecialToken": {"id": "<x>", "type_id": 0}}]));
@@ -532,6 +532,27 @@ fn hostile_parts_are_refused_before_the_crate_sees_them() {
         ("at most 32", |json| {
             json["pre_tokenizer"] =
                 sequence("pretokenizers", &vec![json!({"type": "Whitespace"}); 33]);
+        }),
+        ("puts tokens that the vocab lacks", |json| {
+            let token = json!(["<s>", 4_000_000]);
+            json["post_processor"] = json!({"type": "BertProcessing", "sep": token, "cls": token});
+        }),
+        ("cut short", |json| {
+            let table = "/wAAAA==";
+            json["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": table});
+        }),
+        ("not base64", |json| {
+            json["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "?"});
+        }),
+        ("two tokens are", |json| {
+            json["model"] = json!({"type": "Unigram", "vocab": [["a", 0.0], ["a", 0.0]]});
+        }),
+        ("unk_id 9 is no token", |json| {
+            json["model"] = json!({"type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]]});
+        }),
+        ("max_input_chars_per_word", |json| {
+            json["model"] = json!({"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0},
+                "max_input_chars_per_word": 1u64 << 40, "continuing_subword_prefix": "##"});
         }),
         ("values: at most", |json| json["more"] = vec![0; 5 << 20].into()),
     ];
