@@ -544,8 +544,22 @@ impl Measures {
             );
         }
         if let Some(share) = from_address {
-            let (exact, all) = (share.exact, share.windows);
-            let _ = writeln!(text, "whole windows from their address: {exact} of {all}");
+            let counts = |share: &Value| {
+                format!(
+                    "{} of {}{}",
+                    share["exact"],
+                    share["windows"],
+                    interval(&share["interval"])
+                )
+            };
+            let _ = write!(text, "whole windows from their address: {}", counts(&json!(share)));
+            let held_out = &json["control"]["held_out"]["from_address"];
+            let held_out = if held_out.is_null() {
+                String::new()
+            } else {
+                format!(", held out {}", counts(held_out))
+            };
+            let _ = writeln!(text, "{held_out}");
         }
         for tally in prefixes.iter().chain([pythia]) {
             let (question, share) = (tally.question, tally.share);

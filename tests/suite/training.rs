@@ -619,6 +619,50 @@ fn settings_come_from_a_file_and_flags_win() {
     }
 }
 
+/// All flags of a run in a file: its text, its tokenizer and the text it is validated on too.
+#[test]
+fn a_printed_config_gives_the_same_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("own.c"), "int main(void)\n{\n\treturn 0;\n}\n".repeat(40)).unwrap();
+    fs::write(at("other.c"), "while (next) next = next->next;\n".repeat(20)).unwrap();
+    let flags = format!(
+        "--source {} --validation {} --validation_steps 2 --max_steps 4 --seed 18446744073709551615 \
+         --windows stream --tie_word_embeddings --decay_rate 0.5 --epochs 0.25 --metrics {}",
+        at("own.c").display(),
+        at("other.c").display(),
+        at("told.jsonl").display()
+    );
+    trained(&at("model"), &flags);
+    let told = fs::read_to_string(at("told.jsonl")).unwrap();
+    let printed = train(&at("again"), &format!("{flags} --print-config")).output().unwrap();
+    assert!(printed.status.success(), "{}", String::from_utf8_lossy(&printed.stderr));
+    assert!(!at("again").exists());
+    fs::write(at("flags.toml"), &printed.stdout).unwrap();
+    let config = at("flags.toml");
+    let run = |more: &[&str]| {
+        laam().args(["train", "--config"]).arg(&config).args(more).output().unwrap()
+    };
+    let done = run(&[]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let weights = |name: &str| fs::read(at(name).join("model.safetensors")).unwrap();
+    assert!(weights("model") == weights("again"));
+    let again = fs::read_to_string(at("told.jsonl")).unwrap();
+    let losses = |text: &str| -> Vec<Option<f64>> {
+        let metrics = text.lines().map(|line| serde_json::from_str::<Metrics>(line).unwrap());
+        metrics.map(|metrics| metrics.validation_loss).collect()
+    };
+    assert_eq!((losses(&told).len(), losses(&told)), (2, losses(&again)));
+    // Flags win over the file, over its alternatives too.
+    let printed =
+        run(&["--overwrite", "--version", "v1.0/1.0", "--eval_epochs", "2", "--print-config"]);
+    let printed: toml::Table = toml::from_str(&String::from_utf8(printed.stdout).unwrap()).unwrap();
+    assert!(printed.get("source").is_none() && printed["version"].as_str() == Some("v1.0/1.0"));
+    let refused = run(&["--overwrite", "--metrics", "-", "--json"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("both --metrics - and --json"));
+}
+
 #[test]
 fn beginning_with_the_wrong_things_is_refused() {
     let folder = tempfile::tempdir().unwrap();
