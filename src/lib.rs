@@ -26,7 +26,7 @@
 //! - [`memorization`][]: extraction, files regenerated from their names, bits per byte
 //! - [`train`][]: the loop: schedule, metrics, checkpoints, resume; recipes and sweeps
 //! - [`report`][]: a run directory as one HTML page
-//! - [`bench`][]: `check` of every op against f64, timings, roofline
+//! - [`mod@bench`][]: `check` of every op against f64, timings, roofline
 //! - `cli`: the command line
 //!
 //! `tests/suite/architecture.rs` checks this order.

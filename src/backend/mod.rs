@@ -1,6 +1,6 @@
 //! Backends: execution of programs.
 //!
-//! - [`reference`]: plain loops in f64 or f32, obviously correct, never tuned
+//! - [`mod@reference`]: plain loops in f64 or f32, obviously correct, never tuned
 //! - [`cpu`]: SIMD kernels on this machine's processor
 //! - [`gpu`]: CUDA kernels, on a GPU or in the simulator
 

@@ -115,7 +115,7 @@ pub enum RunEnd {
     Complete,
     /// The observer ended it before its time; it can be resumed.
     Interrupted,
-    /// No update in [`MAX_SKIPPED_STEPS`] steps in a row, or weights that are not finite. What was saved
+    /// No update in `MAX_SKIPPED_STEPS` steps in a row, or weights that are not finite. What was saved
     /// before stays as it was.
     Diverged,
 }

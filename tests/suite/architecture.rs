@@ -67,7 +67,7 @@ fn violations(order: &[String], sources: &[(PathBuf, String)]) -> Vec<String> {
 /// The order that the crate's documentation states.
 fn stated_order() -> Vec<String> {
     let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
-    let line = Regex::new(r"(?m)^//! - (?:\[`(\w+)`\]\[\]|`(\w+)`): ").unwrap();
+    let line = Regex::new(r"(?m)^//! - (?:\[`(?:mod@)?(\w+)`\]\[\]|`(\w+)`): ").unwrap();
     let name = |found: regex::Captures| found.get(1).or(found.get(2)).unwrap().as_str().to_string();
     let order: Vec<String> = line.captures_iter(&lib).map(name).collect();
     let module = Regex::new(r"(?m)^pub mod (\w+);").unwrap();

@@ -7,7 +7,7 @@
 //! the CUDA Driver API reference (<https://docs.nvidia.com/cuda/cuda-driver-api/>), named in comments by
 //! function or section. It encodes a reading of that text, not a measurement of a driver.
 //!
-//! [`settings`] lists the environment variables. The crate exports C symbols only.
+//! `src/settings.rs` lists the environment variables. The crate exports C symbols only.
 #![warn(missing_docs)]
 
 mod codes;

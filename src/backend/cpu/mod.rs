@@ -2,8 +2,8 @@
 //! bfloat16 matmuls on processors with bfloat16 dot products.
 //!
 //! Work is split into tasks whose number and order depend on shapes alone, so that results are bitwise the
-//! same for any number of threads. Each file is one family of operations; [`matmul`] and [`simd`] are what
-//! they share. [`avx512`] has faster kernels of the costliest operations for processors with AVX-512 and its
+//! same for any number of threads. Each file is one family of operations; `matmul.rs` and `simd.rs` are what
+//! they share. `avx512/` has faster kernels of the costliest operations for processors with AVX-512 and its
 //! bfloat16 dot products.
 
 mod attention;

@@ -5,7 +5,7 @@
 //! activations as they are written, operands of the second matmul inside attention and the LM head.
 //! Parameter gradients, statistics, moments and master weights are f32.
 //!
-//! [`session`] holds memory and programs; [`queue`] is the device-side step queue; [`launch_context`] is
+//! `session.rs` holds memory and programs; `queue.rs` is the device-side step queue; `launch_context.rs` is
 //! what ops launch kernels with; each other file is one family of ops: launch shapes, scratch memory,
 //! order of kernels.
 
