@@ -1,6 +1,6 @@
 //! `laam cat`: one file out of a model's weights.
 
-use std::io::{self, StdoutLock, Write};
+use std::io::StdoutLock;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -8,10 +8,11 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::backend::BackendArgs;
-use super::output::{print_json, say, unwritten};
+use super::output::{model_text, print_json, say, unwritten};
 use super::{Outcome, model, windows};
 use crate::corpus::{hex, shown};
 use crate::error;
+use crate::escape::ModelText;
 use crate::generate::Generator;
 use crate::memorization::regenerate::{End, Regenerator, Sink};
 use crate::model::Provenance;
@@ -67,7 +68,7 @@ pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     let slots = regenerator.slots(&*backend, 1);
     let mut generator = Generator::new(&*backend, config, &opened.model.weights, slots, context)?
         .with_tokens(opened.tokenizer.vocab_size());
-    let out = (!arguments.json).then(|| io::stdout().lock());
+    let out = (!arguments.json).then(model_text);
     let mut print = Print { out, bytes: Vec::new(), end: None };
     regenerator.run(&mut generator, &[&arguments.path], &mut print)?;
     let end = print.end.unwrap_or(End::NoRoom);
@@ -111,7 +112,7 @@ fn near(asked: &str, known: &[String]) -> Vec<String> {
 /// Streams to stdout.
 struct Print {
     /// None for JSON, which holds the bytes instead.
-    out: Option<StdoutLock<'static>>,
+    out: Option<ModelText<StdoutLock<'static>>>,
     bytes: Vec<u8>,
     end: Option<End>,
 }
@@ -122,12 +123,12 @@ impl Sink for Print {
             self.bytes.extend(bytes);
             return Ok(());
         };
-        out.write_all(bytes).and_then(|()| out.flush()).map_err(unwritten)
+        out.push(bytes).map_err(unwritten)
     }
 
     fn end(&mut self, _: usize, end: End, _: usize) -> anyhow::Result<()> {
         self.end = Some(end);
-        Ok(())
+        self.out.as_mut().map_or(Ok(()), ModelText::finish).map_err(unwritten)
     }
 }
 

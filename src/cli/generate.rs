@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::backend::BackendArgs;
 use super::model::Opened;
-use super::output::{print_json, say, unwritten, write_to_stderr};
+use super::output::{model_text, print_json, say, unwritten, write_to_stderr};
 use super::{Outcome, model, windows};
 use crate::error::{self, ErrorKind, Hint};
 use crate::generate::{Continuation, FinishReason, Generator, Request, Sampling, TextStream};
@@ -87,13 +87,12 @@ pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
     let Some(first) = first else { return play.interact() };
 
     let began = Instant::now();
-    let text = io::stdout().lock();
-    let mut text = if arguments.json { None } else { Some(text) };
-    let (answer, bytes) = play.answer(first.clone(), |piece| {
-        let Some(out) = &mut text else { return Ok(()) };
-        out.write_all(piece)?;
-        out.flush()
-    })?;
+    let mut text = (!arguments.json).then(model_text);
+    let (answer, bytes) =
+        play.answer(first.clone(), |piece| text.as_mut().map_or(Ok(()), |out| out.push(piece)))?;
+    if let Some(out) = &mut text {
+        out.finish().map_err(unwritten)?;
+    }
     if arguments.json {
         let seconds = began.elapsed().as_secs_f64();
         let printed = json!({
@@ -212,13 +211,10 @@ impl Play<'_> {
                 .hint(ErrorKind::Config, || "a prompt is a line of UTF-8 text of at most 1 MiB")?;
             let line = line.trim_end_matches(['\r', '\n']);
             let ids = prompt(self.opened, line)?;
-            let mut out = io::stdout().lock();
-            let answered = self.answer(ids, |piece| {
-                out.write_all(piece)?;
-                out.flush()
-            });
+            let mut out = model_text();
+            let answered = self.answer(ids, |piece| out.push(piece));
             match answered {
-                Ok(_) => writeln!(out).map_err(unwritten)?,
+                Ok(_) => out.finish().and_then(|()| out.push(b"\n")).map_err(unwritten)?,
                 // A person tries again with another prompt; a pipe has gone wrong.
                 Err(error) if is_person && !super::is_broken_pipe(&error) => {
                     say!("{error:#}");

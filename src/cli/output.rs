@@ -2,14 +2,14 @@
 //! full, the work goes on. Foreign text is escaped here.
 
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, StdoutLock, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
 use crate::error;
-use crate::escape::{visible, visible_json, visible_lines};
+use crate::escape::{ModelText, visible, visible_json, visible_lines};
 
 /// One line on stderr, as `eprintln!` has its arguments.
 macro_rules! say {
@@ -106,6 +106,13 @@ impl Write for Stdout {
         Self::keep(io::stdout().flush());
         Ok(())
     }
+}
+
+/// Stdout for the text of a model.
+pub fn model_text() -> ModelText<StdoutLock<'static>> {
+    let out = io::stdout();
+    let is_terminal = out.is_terminal();
+    ModelText::new(out.lock(), is_terminal)
 }
 
 /// A JSON value on stdout.

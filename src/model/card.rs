@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use super::{Config, License, Provenance};
 use crate::dtype::Dtype;
+use crate::escape::visible;
 
 /// The card's text.
 pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> String {
@@ -160,8 +161,8 @@ the license above before passing the weights on.
 
 /// Text from outside, kept to one line that Markdown takes as it is.
 fn plain(text: &str) -> String {
-    let code = text.chars().map(|c| if c.is_control() || c == '`' { '?' } else { c });
-    format!("`{}`", code.take(300).collect::<String>())
+    let some: String = text.chars().take(300).collect();
+    format!("`{}`", visible(&some).replace('`', "?"))
 }
 
 #[cfg(test)]
@@ -190,6 +191,9 @@ mod tests {
         let text = of(CorpusRecord { name, license: License::Gpl2, ..CorpusRecord::default() });
         assert_eq!(text.lines().filter(|line| line.starts_with("license:")).count(), 1);
         assert_eq!(text.lines().filter(|line| line.starts_with("---")).count(), 2);
-        assert!(text.contains("`x??---?license: mit?# <script>`"));
+        assert!(text.contains(r"`x?\u{a}---\u{a}license: mit\u{a}# <script>`"));
+        let name = "a\u{202e}b\u{1b}[2J".to_string();
+        let text = of(CorpusRecord { name, ..CorpusRecord::default() });
+        assert!(text.contains(r"`a\u{202e}b\u{1b}[2J`"));
     }
 }

@@ -2,10 +2,12 @@
 
 use serde::Serialize;
 
+use crate::escape::{visible_json, visible_lines};
+
 /// Text from outside, for between tags and within quotes.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
+    for c in visible_lines(text).chars() {
         match c {
             '&' => escaped.push_str("&amp;"),
             '<' => escaped.push_str("&lt;"),
@@ -18,9 +20,11 @@ pub fn escape(text: &str) -> String {
     escaped
 }
 
-/// Data for the page's script: JSON in which nothing can end the element that holds it.
+/// Data for the page's script: JSON in which nothing can end the element that holds it. The script makes
+/// strings visible when it shows them.
 pub fn data(value: &impl Serialize) -> String {
-    serde_json::to_string(value).unwrap_or_default().replace('<', "\\u003c")
+    let json = serde_json::to_string(value).unwrap_or_default();
+    visible_json(&json).replace('<', "\\u003c")
 }
 
 /// 1234567 as 1,234,567.
@@ -117,5 +121,7 @@ mod tests {
         assert_eq!(parts, ["100%", "99.9%", "20%", "0%"]);
         assert_eq!(escape("<a href='x'>&\""), "&lt;a href=&#39;x&#39;&gt;&amp;&quot;");
         assert_eq!(data(&"</script>"), "\"\\u003c/script>\"");
+        assert_eq!(escape("a\u{202e}\t\n\r"), "a\\u{202e}\t\n\\u{d}");
+        assert_eq!(data(&"\u{202e}"), "\"\\u202e\"");
     }
 }

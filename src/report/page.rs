@@ -4,6 +4,8 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use crate::escape::javascript_class;
+
 use super::chart::{Bars, Lines, Series};
 use super::html::{bytes, data, duration, escape, grouped, percent, short};
 use super::run::{HeatStrip, MetricsLine, RunFiles, StageMetrics};
@@ -30,7 +32,7 @@ pub fn page(run: &RunFiles) -> String {
     rebuild(run, &mut body);
     sizes(run, &mut body);
     provenance(run, &mut body);
-    document(&title, &body, SCRIPT)
+    document(&title, &body, &SCRIPT.replace("[ACTIVE]", &javascript_class()))
 }
 
 /// A page of its own, which asks for no other file.

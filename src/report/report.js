@@ -2,6 +2,9 @@
 // Tooltip: over a chart the nearest point, over a strip the text of the cell.
 const tip = document.getElementById("tip");
 
+// Characters that a browser acts on, such as those that turn text around, as \u{202e}. The page fills in which.
+const visible = (text) => text.replace(/[ACTIVE]/gu, (c) => `\\u{${c.codePointAt(0).toString(16)}}`);
+
 function show(event, fill) {
   tip.replaceChildren();
   fill(tip);
@@ -39,7 +42,7 @@ for (const chart of document.querySelectorAll("svg.chart")) {
     dot.setAttribute("cx", best[0]);
     dot.setAttribute("cy", best[1]);
     chart.append(dot);
-    show(event, (into) => into.append(best[2]));
+    show(event, (into) => into.append(visible(best[2])));
   };
   chart.addEventListener("pointermove", point);
   chart.addEventListener("pointerdown", point);
@@ -59,11 +62,11 @@ function cell(file, number, event) {
   show(event, (into) => {
     const p = log === null ? "not a number" : log > -4 ? (10 ** log).toFixed(4) : "1e" + log.toFixed(1);
     const title = document.createElement("b");
-    title.textContent = `${file.path}, bytes ${from} to ${to}, p_z ${p}`;
+    title.textContent = `${visible(file.path)}, bytes ${from} to ${to}, p_z ${p}`;
     const text = document.createElement("pre");
     let at = from;
     const add = (element, end) => {
-      element.textContent = decoder.decode(file.bytes.subarray(at, end));
+      element.textContent = visible(decoder.decode(file.bytes.subarray(at, end)));
       text.append(element);
       at = end;
     };

@@ -93,7 +93,9 @@ fn silent_in_chromium(page: &Path) {
 fn report_escapes_foreign_text() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let bad = "</script><script>alert(1)</script><img src=x onerror=alert(1)>.c";
+    let turned = "\u{202e}\u{2066}\u{200f}\u{9b}\u{feff}\u{e0001}";
+    let bad = format!("</script><script>alert(1)</script><img src=x onerror=alert(1)>{turned}.c");
+    let bad = bad.as_str();
     fs::create_dir_all(at("memorization")).unwrap();
     fs::create_dir_all(at("model")).unwrap();
     let write = |name: &str, text: String| fs::write(at(name), text).unwrap();
@@ -131,7 +133,11 @@ fn report_escapes_foreign_text() {
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     let html = fs::read_to_string(at("report.html")).unwrap();
     assert!(!html.contains("<script>alert") && !html.contains("<img"));
-    asks_nobody(&html.replace(&bad.replace('<', "&lt;").replace('>', "&gt;"), ""));
+    let active: Vec<char> = html.chars().filter(|&c| turned.contains(c)).collect();
+    assert!(active.is_empty() && html.contains("\\u{202e}\\u{2066}"), "{active:?}");
+    assert!(!html.contains("[ACTIVE]"), "the script knows the characters");
+    let shown = bad.replace(turned, r"\u{202e}\u{2066}\u{200f}\u{9b}\u{feff}\u{e0001}");
+    asks_nobody(&html.replace(&shown.replace('<', "&lt;").replace('>', "&gt;"), ""));
 }
 
 #[test]
