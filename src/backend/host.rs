@@ -10,7 +10,7 @@ use super::exchange;
 use super::memory::Memory;
 use super::{Arena, Inputs, ProgramId, Session, SessionSpec};
 use crate::collective::Group;
-use crate::device::check_host_memory;
+use crate::device::{check_host_memory, check_whole_host_memory};
 use crate::error;
 use crate::llama::{Buffer, BufferKind, BufferRole, Op, Plan, Program};
 use crate::model::Layout;
@@ -83,7 +83,13 @@ impl<R: Real, E: Execute<R>> HostSession<R, E> {
     pub fn new(layout: &Layout, spec: SessionSpec, executor: E) -> anyhow::Result<Self> {
         let arenas = if spec.training { 4 } else { 1 };
         let values = arenas * layout.len as u128 + spec.cache_len as u128;
-        check_host_memory(values * size_of::<R>() as u128, "the model with its caches")?;
+        let bytes = values * size_of::<R>() as u128;
+        if spec.training {
+            // The state of a run that is resumed was read before, and goes when it is copied here.
+            check_whole_host_memory(bytes, "training the model")?;
+        } else {
+            check_host_memory(bytes, "the model with its caches")?;
+        }
         let programs = Vec::new();
         let (group, seconds) = (Group::alone(), BTreeMap::new());
         let moments = spec.moments.map(|_| spec.moment_range(layout.len));
@@ -104,6 +110,7 @@ impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
 
     fn load(&mut self, program: Program) -> anyhow::Result<ProgramId> {
         let plan = program.plan();
+        check_host_memory(self.memory.missing(&program, &plan), "a step of the model")?;
         self.memory.reserve(&plan);
         self.memory.reserve_slots(&program);
         self.programs.push((program, plan));

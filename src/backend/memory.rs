@@ -70,6 +70,17 @@ impl<R: Copy + Default> Memory<R> {
         }
     }
 
+    /// Bytes that [`Memory::reserve`] and [`Memory::reserve_slots`] will allocate for a program.
+    pub fn missing(&self, program: &Program, plan: &Plan) -> u128 {
+        let slots = program.ops.iter().map(Op::slots).max().unwrap_or(0);
+        let wire = program.ops.iter().map(exchange::wire_elements).max().unwrap_or(0);
+        let more = |needed: usize, there: usize| needed.saturating_sub(there) as u128;
+        let values = more(plan.floats, self.floats.data.len())
+            + more(slots, self.slots.len()) * self.gradients.len() as u128
+            + more(wire, self.wire.len());
+        values * size_of::<R>() as u128 + 4 * more(plan.indices, self.indices.data.len())
+    }
+
     /// Grows the block to the length of a plan.
     pub fn reserve(&mut self, plan: &Plan) {
         if self.floats.data.len() < plan.floats {

@@ -60,6 +60,10 @@ pub trait Backend: Send + Sync {
     fn memory(&self) -> Option<u64> {
         host_memory()
     }
+    /// True if models lie in main memory.
+    fn is_host(&self) -> bool {
+        true
+    }
     /// Sequences and tokens that a decode step should have.
     fn decode_shape(&self) -> DecodeShape {
         DecodeShape::HOST

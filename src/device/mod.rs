@@ -152,13 +152,36 @@ pub trait Device: Send {
 /// Main memory that this process may use in bytes, if the system reports it (Linux): the machine's, or the
 /// least that a control group above the process or a resource limit allows.
 pub fn host_memory() -> Option<u64> {
-    let read = |path: &Path| files::read_text(path, 1 << 20).ok();
-    let text = read(Path::new("/proc/meminfo"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    let groups = read(Path::new("/proc/self/cgroup")).unwrap_or_default();
-    let limits = cgroup_limits(&groups, Path::new("/sys/fs/cgroup"), &read);
-    limits.into_iter().chain([kib * 1024, address_space_limit()]).min()
+    let limits = cgroups().into_iter().map(|group| group.limit);
+    limits.chain([kib_of(&meminfo()?, "MemTotal:")?, address_space_limit()]).min()
+}
+
+/// Main memory in bytes that this process may still allocate, if the system reports it (Linux): what the
+/// machine has available, swap included, or the least that is left of a limit.
+pub fn available_host_memory() -> Option<u64> {
+    let machine = meminfo()?;
+    let free = kib_of(&machine, "MemAvailable:")? + kib_of(&machine, "SwapFree:").unwrap_or(0);
+    let groups = cgroups().into_iter().map(|group| group.limit.saturating_sub(group.used));
+    let mapped = kib_of(&own_status(), "VmSize:").unwrap_or(0);
+    groups.chain([free, address_space_limit().saturating_sub(mapped)]).min()
+}
+
+fn read_proc(path: &Path) -> Option<String> {
+    files::read_text(path, 1 << 20).ok()
+}
+
+fn meminfo() -> Option<String> {
+    read_proc(Path::new("/proc/meminfo"))
+}
+
+fn own_status() -> String {
+    read_proc(Path::new("/proc/self/status")).unwrap_or_default()
+}
+
+/// Bytes of a line `NAME N kB`.
+fn kib_of(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(1024 * line.split_whitespace().next()?.parse::<u64>().ok()?)
 }
 
 /// The limit of `ulimit -v` in bytes.
@@ -171,38 +194,73 @@ fn address_space_limit() -> u64 {
     }
 }
 
-/// Memory limits of the control groups that `/proc/self/cgroup` names and of those above them, of version 2
-/// and 1. In a container the group itself may be the root of what can be seen.
-fn cgroup_limits(groups: &str, root: &Path, read: &dyn Fn(&Path) -> Option<String>) -> Vec<u64> {
-    let mut limits = Vec::new();
+/// Memory of a control group, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct CgroupMemory {
+    limit: u64,
+    /// Without files that are cached, which the system drops for other use.
+    used: u64,
+}
+
+/// The control groups above this process that limit its memory.
+fn cgroups() -> Vec<CgroupMemory> {
+    let groups = read_proc(Path::new("/proc/self/cgroup")).unwrap_or_default();
+    limiting_cgroups(&groups, Path::new("/sys/fs/cgroup"), &read_proc)
+}
+
+/// The control groups that `/proc/self/cgroup` names and those above them, of version 2 and 1, that have a
+/// limit. In a container the group itself may be the root of what can be seen.
+fn limiting_cgroups(
+    groups: &str,
+    root: &Path,
+    read: &dyn Fn(&Path) -> Option<String>,
+) -> Vec<CgroupMemory> {
+    let mut found = Vec::new();
     for line in groups.lines() {
         let mut parts = line.splitn(3, ':');
         let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next())
         else {
             continue;
         };
-        let (root, file) = match controllers {
-            "" => (root.to_path_buf(), "memory.max"),
+        let (root, limit, used, cached) = match controllers {
+            "" => (root.to_path_buf(), "memory.max", "memory.current", "file "),
             _ if controllers.split(',').any(|name| name == "memory") => {
-                (root.join("memory"), "memory.limit_in_bytes")
+                let names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache ");
+                (root.join("memory"), names.0, names.1, names.2)
             }
             _ => continue,
         };
+        let bytes = |path: &Path| read(path)?.trim().parse::<u64>().ok();
         let group = root.join(path.trim_start_matches('/'));
-        let above = group.ancestors().take_while(|folder| folder.starts_with(&root));
-        // "max" is not a number: no limit.
-        limits.extend(
-            above.filter_map(|folder| read(&folder.join(file))?.trim().parse::<u64>().ok()),
-        );
+        for folder in group.ancestors().take_while(|folder| folder.starts_with(&root)) {
+            // "max" is not a number: no limit.
+            let Some(limit) = bytes(&folder.join(limit)) else { continue };
+            let stat = read(&folder.join("memory.stat")).unwrap_or_default();
+            let cached = stat.lines().find_map(|line| line.strip_prefix(cached)?.parse().ok());
+            let used = bytes(&folder.join(used)).unwrap_or(0);
+            found.push(CgroupMemory { limit, used: used.saturating_sub(cached.unwrap_or(0)) });
+        }
     }
-    limits
+    found
 }
 
-/// Fails if the process may not use so much memory, before an allocation ends it.
+/// Fails if the process cannot allocate so much memory more, before an allocation ends it.
+///
+/// # Errors
+/// Of the kind [`error::ErrorKind::Device`].
 pub fn check_host_memory(needed: u128, what: &str) -> anyhow::Result<()> {
-    let Some(there) = host_memory().map(u128::from).filter(|there| needed > *there) else {
-        return Ok(());
-    };
+    check_against(needed, what, available_host_memory().map(u128::from))
+}
+
+/// [`check_host_memory`] for memory that what this process has now is part of, or makes room for.
+pub fn check_whole_host_memory(needed: u128, what: &str) -> anyhow::Result<()> {
+    let own = kib_of(&own_status(), "RssAnon:").unwrap_or(0);
+    let there = available_host_memory().map(|there| u128::from(there) + u128::from(own));
+    check_against(needed, what, there)
+}
+
+fn check_against(needed: u128, what: &str, there: Option<u128>) -> anyhow::Result<()> {
+    let Some(there) = there.filter(|there| needed > *there) else { return Ok(()) };
     let giga = |bytes: u128| bytes as f64 / 1e9;
     Err(error::device(
         format!(
@@ -210,7 +268,8 @@ pub fn check_host_memory(needed: u128, what: &str) -> anyhow::Result<()> {
             giga(needed),
             giga(there)
         ),
-        "use a machine or a memory limit that holds the model",
+        "use a machine or a memory limit that holds the model; `recompute` block or a smaller \
+         `max_position_embeddings` takes less in training, and laam plan shows what takes the memory",
     ))
 }
 
@@ -223,14 +282,23 @@ mod tests {
         let read = |path: &Path| match path.to_str().unwrap() {
             "/c/a/b/memory.max" => Some("max\n".to_string()),
             "/c/a/memory.max" => Some("5000\n".to_string()),
+            "/c/a/memory.current" => Some("70\n".to_string()),
+            "/c/a/memory.stat" => Some("anon 30\nfile_mapped 9\nfile 40\n".to_string()),
             "/c/memory/d/memory.limit_in_bytes" => Some("7000\n".to_string()),
+            "/c/memory/d/memory.usage_in_bytes" => Some("50\n".to_string()),
+            "/c/memory/d/memory.stat" => Some("cache 1\ntotal_cache 30\n".to_string()),
             "/c/memory/memory.limit_in_bytes" => Some("9223372036854771712\n".to_string()),
             _ => None,
         };
-        let limits = |groups| cgroup_limits(groups, Path::new("/c"), &read);
-        assert_eq!(limits("0::/a/b\n"), [5000]);
-        assert_eq!(limits("3:cpu,memory:/d\n2:pids:/a\n0::/\n"), [7000, 9_223_372_036_854_771_712]);
+        let limits = |groups| limiting_cgroups(groups, Path::new("/c"), &read);
+        let group = |limit, used| CgroupMemory { limit, used };
+        assert_eq!(limits("0::/a/b\n"), [group(5000, 30)]);
+        let unlimited = group(9_223_372_036_854_771_712, 0);
+        assert_eq!(limits("3:cpu,memory:/d\n2:pids:/a\n0::/\n"), [group(7000, 20), unlimited]);
         assert!(limits("nothing").is_empty());
-        assert!(check_host_memory(1, "x").is_ok() && check_host_memory(1 << 70, "x").is_err());
+        for check in [check_host_memory, check_whole_host_memory] {
+            assert!(check(1, "x").is_ok() && check(1 << 70, "x").is_err());
+        }
+        assert!(available_host_memory() <= host_memory().map(|all| all + (1 << 40)));
     }
 }

@@ -239,6 +239,7 @@ impl Device for Sim {
 
     fn alloc(&mut self, bytes: usize) -> anyhow::Result<Address> {
         self.not_captured("an allocation")?;
+        super::check_host_memory(bytes as u128, "an allocation of the simulator")?;
         let address = Address(self.memory.alloc_uninit(bytes.max(1)));
         self.sizes.insert(address, bytes);
         Ok(address)

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::ShardKind;
 use crate::backend::Backend;
+use crate::device::check_whole_host_memory;
 use crate::error;
 use crate::files;
 use crate::llama::ops::ShardedArena;
@@ -159,24 +160,38 @@ fn check_arithmetic(config: &Config, micro_batch: usize, seq_len: usize) -> anyh
     Ok(())
 }
 
-/// Fails if the machine has too little memory, before an allocation aborts the process.
+/// Fails if there is too little memory for a run, before an allocation ends the process: on the device, and
+/// in main memory.
 pub fn check_memory(
     backend: &dyn Backend,
     config: &Config,
+    optimizer: &Optimizer,
     batch: usize,
     seq_len: usize,
     recompute: Recompute,
+    share: Share,
 ) -> anyhow::Result<()> {
-    let Some(there) = backend.memory().map(u128::from) else { return Ok(()) };
     // Sizes may be arbitrarily large: a lower bound that cannot overflow, then the sum itself.
-    let rows = backend.micro_batch(batch, seq_len) as u128 * seq_len as u128;
+    let windows = batch.div_ceil(share.slices);
+    let rows = backend.micro_batch(windows, seq_len) as u128 * seq_len as u128;
     let heads = config.num_attention_heads as u128 * config.head_dim as u128;
     let width = heads + config.hidden_size as u128 + 2 * config.intermediate_size as u128;
-    let least = 16 * config.parameter_count() + 4 * rows.saturating_mul(width);
+    let model = config.parameter_count();
+    let least = 8 * model + 4 * rows.saturating_mul(width);
+    if backend.is_host() {
+        check_whole_host_memory(least, TRAINING)?;
+        let footprint =
+            Footprint::of_rank(backend, config, optimizer, batch, seq_len, recompute, share)?;
+        return check_whole_host_memory(footprint.peak() as u128, TRAINING);
+    }
+    // What a checkpoint holds goes through main memory.
+    check_whole_host_memory(12 * model, "a checkpoint of the model")?;
+    let Some(there) = backend.memory().map(u128::from) else { return Ok(()) };
     let needed = if least > there {
         least
     } else {
-        Footprint::new(backend, config, batch, seq_len, recompute)?.peak() as u128
+        Footprint::of_rank(backend, config, optimizer, batch, seq_len, recompute, share)?.peak()
+            as u128
     };
     if needed <= there {
         return Ok(());
@@ -184,7 +199,7 @@ pub fn check_memory(
     let giga = |bytes: u128| bytes as f64 / 1e9;
     Err(error::device(
         format!(
-            "training takes {:.1} GB of memory, this machine has {:.1}",
+            "{TRAINING} takes {:.1} GB of memory, the GPU has {:.1}",
             giga(needed),
             giga(there)
         ),
@@ -192,6 +207,9 @@ pub fn check_memory(
          shows what takes the memory",
     ))
 }
+
+/// What takes the memory, for messages.
+const TRAINING: &str = "training";
 
 /// Peak resident memory of this process in bytes, if the system reports it (Linux).
 pub fn peak_memory_bytes() -> u64 {

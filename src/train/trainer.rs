@@ -9,7 +9,7 @@ use anyhow::Context;
 use sha2::{Digest, Sha256};
 
 use super::checkpoints::{self, TrainState};
-use super::footprint::{check_memory, memory_bytes, peak_memory_bytes};
+use super::footprint::{Share, check_memory, memory_bytes, peak_memory_bytes};
 use super::metrics::{KeptLines, MetricsFile};
 use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
 use super::{
@@ -246,8 +246,10 @@ impl<'a> Trainer<'a> {
             ..SessionRecord::default()
         });
         let (batch_size, context) = (settings.batch_size, windows.context());
-        check_memory(backend, &config, batch_size, context, settings.recompute)?;
         let optimizer = settings.optimizer();
+        let share = Share { slices, ranks: group.size(), shard: job.shard };
+        let recompute = settings.recompute;
+        check_memory(backend, &config, &optimizer, batch_size, context, recompute, share)?;
         let parallelism = Parallelism { group: group.clone(), slices, shard: job.shard };
         let mut engine =
             Engine::parallel(backend, &config, &optimizer, batch_size, context, &parallelism)?

@@ -1,7 +1,8 @@
 //! Sizes that are too large, and what cannot be had: an error in bounded time and memory.
 
 use std::fs;
-use std::path::Path;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -119,7 +120,11 @@ fn models_beyond_the_memory_limit_are_refused_before_they_are_read() {
     let folder = tempfile::tempdir().unwrap();
     copy(tiny_run(), folder.path());
     widen_mlp(&folder.path().join("run/model"), 2 * host_memory().expect("of Linux"));
+    let provenance = fs::read(folder.path().join("run/model/provenance.json")).unwrap();
+    let provenance: Value = serde_json::from_slice(&provenance).unwrap();
+    let file = provenance["corpus"]["paths"][0].as_str().unwrap();
     for line in [
+        &format!("cat DIR/run/model {file}"),
         "evaluate DIR/run/model",
         "generate DIR/run/model",
         "rebuild DIR/run/model --output DIR/rebuilt",
@@ -132,9 +137,57 @@ fn models_beyond_the_memory_limit_are_refused_before_they_are_read() {
         assert!(said.contains("GB of memory"), "{line}: {said}");
     }
     // With less than the machine has: `ulimit -v`.
-    let line = "train --limit 1 --tokenizer_path DIR/run/tokenizer --hidden_size 65536 --output_path DIR/next";
-    let said = error_in(&run(&line.replace("DIR", folder.path().to_str().unwrap())));
-    assert!(said.contains("GB of memory"), "{said}");
+    let recipe = fs::read_to_string(folder.path().join("tiny.toml")).unwrap();
+    let recipe = recipe.replace("hidden_size = 8", "hidden_size = 65536");
+    fs::write(folder.path().join("large.toml"), recipe).unwrap();
+    for line in [
+        "train --limit 1 --tokenizer_path DIR/run/tokenizer --hidden_size 65536 --output_path DIR/next",
+        "run --recipe DIR/large.toml --limit 1 --output DIR/other",
+        "bench step --preset 1.5b --batch 1",
+        "bench step --preset 1.5b --batch 1 --backend reference",
+    ] {
+        let said = error_in(&run(&line.replace("DIR", folder.path().to_str().unwrap())));
+        assert!(said.contains("GB of memory"), "{line}: {said}");
+    }
+}
+
+/// A control group with a limit, of version 1 or 2, removed at the end.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(bytes: u64) -> Option<Self> {
+        let name = format!("laam-test-{}", std::process::id());
+        for (root, limit) in [("memory", "memory.limit_in_bytes"), ("", "memory.max")] {
+            let group = Self(Path::new("/sys/fs/cgroup").join(root).join(&name));
+            let made = fs::create_dir(&group.0)
+                .and_then(|()| fs::OpenOptions::new().write(true).open(group.0.join(limit)))
+                .and_then(|mut file| write!(file, "{bytes}"));
+            if made.is_ok() {
+                return Some(group);
+            }
+        }
+        None
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn the_limit_of_a_control_group_is_known_before_memory_is_taken() {
+    let Some(group) = Cgroup::new(300 << 20) else {
+        eprintln!("SKIPPED: no control group can be made here to limit memory by.");
+        return;
+    };
+    let procs = group.0.join("cgroup.procs");
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(&procs);
+    command.arg(laam().get_program()).args(["bench", "step", "--preset", "124m", "--batch", "1"]);
+    let said = error_in(&command.stdin(Stdio::null()).output().unwrap());
+    assert!(said.contains("this process may use 0."), "{said}");
 }
 
 /// The most memory a process had in use, by looking again and again until it ends.

@@ -166,6 +166,10 @@ impl Backend for Gpu {
         self.peak
     }
 
+    fn is_host(&self) -> bool {
+        false
+    }
+
     fn memory(&self) -> Option<u64> {
         Some(self.memory)
     }
