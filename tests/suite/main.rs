@@ -13,6 +13,7 @@ mod docs;
 mod doctor;
 mod documents;
 mod export;
+mod faults;
 mod fetch;
 mod foreign;
 mod generate;
