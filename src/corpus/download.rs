@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use ureq::http::{Response, StatusCode, header};
+use ureq::tls::TlsConfig;
 use ureq::{Agent, Body};
 
 use super::event::{FetchEvent, MAX_RECORD_BYTES, Tell, cannot_write};
@@ -30,7 +31,12 @@ const MIN_BYTES_PER_SECOND: u64 = 1 << 10;
 
 /// An HTTP client that never waits longer than `timeout` for the next byte.
 pub fn agent(timeout: Duration) -> Agent {
+    agent_with(timeout, TlsConfig::default())
+}
+
+fn agent_with(timeout: Duration, tls: TlsConfig) -> Agent {
     Agent::config_builder()
+        .tls_config(tls)
         .http_status_as_error(false)
         .timeout_resolve(Some(timeout))
         .timeout_connect(Some(timeout))
@@ -434,7 +440,84 @@ pub fn write_whole(file: &Path, bytes: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::resolve;
+    use std::net::TcpListener;
+    use std::sync::Arc;
+
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+    use super::*;
+
+    /// Starts an https server on this machine that redirects `/a` to `/b`, answers `/b` with its name, and
+    /// redirects all else to `elsewhere`.
+    fn https_server(elsewhere: String) -> String {
+        let certificate = include_bytes!("../../tests/fixtures/tls/certificate.der");
+        let key = include_bytes!("../../tests/fixtures/tls/key.der");
+        let key = PrivateKeyDer::try_from(key.to_vec()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![CertificateDer::from(certificate.to_vec())], key)
+            .unwrap();
+        let (config, listener) = (Arc::new(config), TcpListener::bind("127.0.0.1:0").unwrap());
+        let address = format!("https://{}", listener.local_addr().unwrap());
+        // The thread listens until the test's process ends.
+        std::thread::spawn(move || {
+            for socket in listener.incoming().flatten() {
+                let connection = rustls::ServerConnection::new(config.clone()).unwrap();
+                let mut stream = rustls::StreamOwned::new(connection, socket);
+                let mut request = Vec::new();
+                let mut byte = [0];
+                while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n > 0)
+                {
+                    request.extend(byte);
+                }
+                let request = String::from_utf8_lossy(&request);
+                let path = request.split(' ').nth(1).unwrap_or_default();
+                let (status, header) = match path {
+                    "/a" => ("302 Found", "Location: /b\r\n".to_string()),
+                    "/b" => ("200 OK", String::new()),
+                    _ => ("302 Found", format!("Location: {elsewhere}\r\n")),
+                };
+                let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n", path.len());
+                let _ = write!(stream, "{head}Connection: close\r\n{header}\r\n{path}");
+                stream.conn.send_close_notify();
+                let _ = stream.flush();
+            }
+        });
+        address
+    }
+
+    #[test]
+    fn https_is_never_redirected_to_http() {
+        let plain = TcpListener::bind("127.0.0.1:0").unwrap();
+        plain.set_nonblocking(true).unwrap();
+        let timeout = Duration::from_secs(20);
+        // The certificate is nobody's.
+        let agent = agent_with(timeout, TlsConfig::builder().disable_verification(true).build());
+        let at = |location: String| https_server(location);
+        let http = format!("http://{}/b", plain.local_addr().unwrap());
+        let insecure = at(http.clone());
+        assert_eq!(text(&agent, &format!("{insecure}/a"), timeout).unwrap().unwrap(), "/b");
+        // At once, by the address of another scheme in capitals, and after another redirect.
+        for first in
+            [insecure.clone(), at(http.replace("http", "HTTP")), at(format!("{insecure}/c"))]
+        {
+            let url = format!("{first}/x");
+            let folder = tempfile::tempdir().unwrap();
+            let part = folder.path().join("part");
+            let download = Download { agent: &agent, url: &url, part, timeout };
+            for why in
+                [text(&agent, &url, timeout).unwrap_err(), download.run(&mut |_| {}).unwrap_err()]
+            {
+                let why = format!("{why:#}");
+                assert!(why.contains("redirects from https to http://"), "{why}");
+            }
+        }
+        let asked = plain.accept().map(drop).unwrap_err();
+        assert_eq!(asked.kind(), io::ErrorKind::WouldBlock, "nothing is asked for without TLS");
+    }
 
     #[test]
     fn locations_are_resolved_against_the_address_they_came_from() {

@@ -487,6 +487,17 @@ fn fetch_times_out_on_a_stalled_server() {
     // One whose list of checksums comes a byte at a time.
     let slow_list = Server::start(|_, stream| respond_slowly(stream, true));
     trials.push((Trial::new(&slow_list.address), "broke off"));
+    // One whose head never ends, and one whose list never does.
+    let endless_head = Server::start(|_, stream| {
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n");
+        respond_slowly_with(stream, b"X: y\r\n");
+    });
+    trials.push((Trial::new(&endless_head.address), "timeout"));
+    let endless_list = Server::start(|_, stream| {
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000000\r\n\r\n");
+        while stream.write_all(&[b'\n'; 1 << 16]).is_ok() {}
+    });
+    trials.push((Trial::new(&endless_list.address), "broke off"));
     trials.push((Trial::new(&silent.address), "timeout"));
     std::thread::scope(|scope| {
         for (mut trial, about) in trials {
@@ -503,8 +514,12 @@ fn fetch_times_out_on_a_stalled_server() {
 /// A head that promises much, and then next to nothing for a long time.
 fn respond_slowly(stream: &mut TcpStream, dribbles: bool) {
     let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n");
+    respond_slowly_with(stream, if dribbles { b"x" } else { b"" });
+}
+
+fn respond_slowly_with(stream: &mut TcpStream, piece: &[u8]) {
     for _ in 0..600 {
-        if dribbles && stream.write_all(b"x").is_err() {
+        if stream.write_all(piece).is_err() {
             return;
         }
         std::thread::sleep(Duration::from_millis(100));
