@@ -9,9 +9,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use memmap2::{Mmap, UncheckedAdvice};
@@ -47,6 +49,41 @@ fn only_regular(found: &fs::Metadata) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {what}, not a regular file")))
 }
 
+/// How long a FIFO that is written to may be without a reader.
+const MAX_READER_WAIT: Duration = Duration::from_secs(10);
+
+/// Opens what is not a regular file, such as a FIFO or a device, for writing. Waits some seconds for the
+/// reader of a FIFO, not for ever.
+///
+/// # Errors
+/// Nobody reads, or it cannot be written to.
+pub fn open_irregular(path: &Path) -> io::Result<File> {
+    open_irregular_within(path, MAX_READER_WAIT)
+}
+
+fn open_irregular_within(path: &Path, wait: Duration) -> io::Result<File> {
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let began = Instant::now();
+    let file = loop {
+        match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+            Err(why) if why.raw_os_error() == Some(libc::ENXIO) && began.elapsed() < wait => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(why) if why.raw_os_error() == Some(libc::ENXIO) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "nobody reads from it"));
+            }
+            opened => break opened?,
+        }
+    };
+    // Writing waits for room, as everywhere.
+    // SAFETY: the descriptor is open, and the flags are integers.
+    let set = unsafe {
+        let given = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
+        libc::fcntl(file.as_raw_fd(), libc::F_SETFL, given & !libc::O_NONBLOCK)
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(file) }
+}
+
 /// Opens a file in a folder of laam's own for reading and writing, or creates it. Without waiting,
 /// and never through a link, which could lead to someone else's file.
 ///
@@ -56,16 +93,20 @@ pub fn open_own(path: &Path) -> io::Result<File> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_NOFOLLOW;
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).custom_flags(flags);
-    let irregular = |found: fs::Metadata| {
-        if found.is_symlink() {
-            Err(io::Error::other("it is a link"))
-        } else {
-            only_regular(&found)
-        }
-    };
     match options.open(path) {
         Ok(file) => only_regular(&file.metadata()?).map(|()| file),
-        Err(why) => Err(fs::symlink_metadata(path).and_then(irregular).err().unwrap_or(why)),
+        Err(why) => Err(check_regular(path).err().unwrap_or(why)),
+    }
+}
+
+/// # Errors
+/// Something else than a regular file has the path, such as a link.
+pub fn check_regular(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_symlink() => Err(io::Error::other("it is a link")),
+        Ok(found) => only_regular(&found),
+        Err(none) if none.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(why) => Err(why),
     }
 }
 
@@ -129,6 +170,31 @@ pub fn open_current(path: &Path) -> io::Result<File> {
 /// [`read`] of [`open_current`].
 pub fn read_current(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     read_bounded(open_current(path)?, limit)
+}
+
+/// Whether a file that was opened at `path` lies in the folder of `path` or below it, or where a cache of
+/// Hugging Face keeps it: in the same folder `models--*`, whose snapshots are links to its blobs. A link may
+/// lead anywhere else, and what is not the folder's own must not be copied out of it.
+///
+/// # Errors
+/// The folder, or the place of the file, cannot be found.
+pub fn is_own_of_folder(file: &File, path: &Path) -> io::Result<bool> {
+    let folder = folder_of(path).canonicalize()?;
+    // Of the open file, which stays what it is if somebody replaces the link.
+    let place = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let place = place.or_else(|_| path.canonicalize())?;
+    let is_model = |folder: &&Path| {
+        folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("models--"))
+    };
+    let cached = folder.ancestors().find(is_model);
+    Ok(place.starts_with(cached.unwrap_or(&folder)))
+}
+
+/// [`read_current`], and whether the file [is the folder's own](is_own_of_folder).
+pub fn read_member(path: &Path, limit: u64) -> io::Result<(Vec<u8>, bool)> {
+    let file = open_current(path)?;
+    let is_own = is_own_of_folder(&file, path)?;
+    Ok((read_bounded(file, limit)?, is_own))
 }
 
 /// Bytes of the file system that holds a path, if the system tells.
@@ -352,7 +418,7 @@ impl AtomicFile {
         if self.in_place {
             let mut bytes = self.file.get_ref();
             bytes.rewind()?;
-            let mut target = OpenOptions::new().write(true).open(&self.target)?;
+            let mut target = open_irregular(&self.target)?;
             return io::copy(&mut bytes, &mut target).map(drop);
         }
         self.file.get_ref().sync_all()?;
@@ -393,6 +459,24 @@ fn follow(path: &Path) -> io::Result<PathBuf> {
         }
     }
     Err(io::Error::other("too many links"))
+}
+
+/// True if writing to a path replaces nothing but a file of a kind, by what such files begin with; also if
+/// there is nothing, an empty file, or what is not a regular file.
+pub fn holds_nothing_but(path: &Path, magic: &[u8]) -> bool {
+    if fs::symlink_metadata(path).is_err() || is_irregular(path) {
+        return true;
+    }
+    let begin = || -> io::Result<Vec<u8>> {
+        let mut begin = Vec::new();
+        open(path)?.take(magic.len() as u64).read_to_end(&mut begin)?;
+        Ok(begin)
+    };
+    match begin() {
+        Ok(begin) => begin.is_empty() || begin == magic,
+        // A link to nothing yet.
+        Err(why) => why.kind() == io::ErrorKind::NotFound,
+    }
 }
 
 /// True if there is something that is neither a regular file nor a folder.
@@ -505,9 +589,26 @@ mod tests {
         // SAFETY: the path is a string that ends in a zero byte.
         assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
         let fifo = path("fifo");
+        let unread = open_irregular_within(&fifo, Duration::from_millis(60)).unwrap_err();
+        assert_eq!(unread.kind(), io::ErrorKind::TimedOut);
         let reader = std::thread::spawn(move || fs::read(fifo).unwrap());
         write_atomically(&path("fifo"), b"through").unwrap();
         assert_eq!(reader.join().unwrap(), b"through");
+    }
+
+    #[test]
+    fn files_of_another_kind_are_told_from_own_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        for (text, expected) in
+            [("", true), ("MAGIC", true), ("MAGIC and more", true), ("MAG", false), ("mine", false)]
+        {
+            let path = folder.path().join("file");
+            fs::write(&path, text).unwrap();
+            assert_eq!(holds_nothing_but(&path, b"MAGIC"), expected, "{text}");
+        }
+        assert!(holds_nothing_but(&folder.path().join("none"), b"MAGIC"));
+        assert!(holds_nothing_but(Path::new("/dev/null"), b"MAGIC"));
+        assert!(!holds_nothing_but(folder.path(), b"MAGIC"));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::corpus::now;
 use crate::files::{self, write_atomically};
 use crate::llama::{Cost, Muon};
 use crate::model::preset;
+use crate::output::refuse_foreign;
 use crate::report;
 use crate::schema::versioned;
 use crate::train::Parallelism;
@@ -79,6 +80,7 @@ pub fn run(arguments: &PageArgs) -> anyhow::Result<Outcome> {
     let mut page =
         Page { device, program: crate::VERSION.to_string(), date: now(), ..Page::default() };
     let base = arguments.output.join(file_name(&page.device));
+    check_own(&base)?;
 
     if !is_cpu {
         let effort = if arguments.small { Effort::Small } else { Effort::Full };
@@ -193,10 +195,29 @@ fn measure_pytorch(arguments: &PageArgs, is_cpu: bool, page: &mut Page) -> anyho
     Ok(())
 }
 
+/// Larger files are not a page's.
+const MAX_PAGE_BYTES: u64 = 64 << 20;
+
+fn path(base: &Path, extension: &str) -> PathBuf {
+    PathBuf::from(format!("{}.{extension}", base.display()))
+}
+
+/// Refuses to replace files that are not those of an earlier page, whose JSON is known by its fields.
+fn check_own(base: &Path) -> anyhow::Result<()> {
+    let json = files::read(&path(base, "json"), MAX_PAGE_BYTES).unwrap_or_default();
+    let json: Value = serde_json::from_slice(&json).unwrap_or_default();
+    if json["schema_version"].is_u64() && json["device"].is_string() {
+        return Ok(());
+    }
+    let paths = ["json", "html", "md"].map(|extension| path(base, extension));
+    let there = paths.into_iter().filter(|path| path.symlink_metadata().is_ok());
+    refuse_foreign(&there.collect::<Vec<_>>())
+}
+
 /// Writes the page as it is so far: an interruption leaves what was measured.
 fn write(base: &Path, page: &Page) -> anyhow::Result<Value> {
     let json = versioned(page.json());
-    let path = |extension: &str| PathBuf::from(format!("{}.{extension}", base.display()));
+    let path = |extension: &str| path(base, extension);
     write_atomically(&path("json"), format!("{json:#}\n").as_bytes())?;
     write_atomically(&path("html"), report::bench::page(&json).as_bytes())?;
     write_atomically(&path("md"), page.markdown().as_bytes())?;

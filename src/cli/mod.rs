@@ -17,6 +17,7 @@ mod fetch;
 mod generate;
 mod group;
 mod interrupt;
+mod library_path;
 mod ls;
 mod memorization;
 mod model;
@@ -130,6 +131,7 @@ pub fn main() -> ExitCode {
     panic::set_hook(Box::new(|info| {
         *LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner) = one_line(&info.to_string());
     }));
+    library_path::leave_out_current_folder();
     let json = wants_json(std::env::args_os());
     group::note_rank();
     match parse(std::env::args_os()) {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
@@ -82,11 +82,10 @@ pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
     let opened = model::open(&arguments.model)?;
     // The originals' faults show before the work, not after it.
     let originals = arguments.compare.as_deref();
-    if let Some(source) = originals.map(Path::new).filter(|source| source.exists()) {
-        rebuild::check_apart(&arguments.output, source)?;
-    }
     let originals =
         originals.map(|source| arguments.originals(source, &opened.tokenizer)).transpose()?;
+    let places = originals.iter().flat_map(Corpus::places);
+    places.into_iter().try_for_each(|place| rebuild::check_apart(&arguments.output, place))?;
 
     let windows = windows::kind(arguments.windows, &opened);
     // Before anything is written: a signal from then on leaves no half of it.

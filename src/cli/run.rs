@@ -16,7 +16,7 @@ use super::memorization::Measures;
 use super::output::{Stderr, print_json, say, stdout, write_to_stderr};
 use super::progress::Progress;
 use super::rebuild::Rebuild;
-use super::source::{self, SourceArgs};
+use super::source::{self, SourceArgs, check_run_apart};
 use super::train::{Stage, claimed};
 use super::windows::WindowShape;
 use super::{Outcome, model, plan, windows};
@@ -110,8 +110,8 @@ pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     let backend = arguments.backend.open()?;
     let name = Path::new(&arguments.recipe).file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("runs").join(name));
-    arguments.source.check_apart(&folder)?;
     let corpus = arguments.source.corpus_of_recipe(&recipe)?;
+    check_run_apart(&folder, &corpus)?;
     let manifest = corpus.manifest()?;
     say!("{}: {} files, {} bytes", manifest.source, manifest.documents(), manifest.bytes());
     let identity = Identity::new(&recipe, &manifest)?;

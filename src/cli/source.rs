@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context;
 use clap::Args;
 use sha2::{Digest, Sha256};
 
@@ -14,7 +15,8 @@ use crate::corpus::{
     Corpus, CorpusOptions, Encoding, LinuxRelease, MIRROR, Manifest, NameFilter, SAMPLE, Source,
     SourceOrigin, TokenVocabulary, Version, cache_folder, hex, shown,
 };
-use crate::error::{self, with_flags};
+use crate::error::{self, ErrorKind, Hint, with_flags};
+use crate::files;
 use crate::memorization::rebuild::check_apart;
 use crate::model::Provenance;
 use crate::output::remove_temporaries;
@@ -59,17 +61,6 @@ pub struct SourceArgs {
 }
 
 impl SourceArgs {
-    /// Refuses an output folder that a named source overlaps.
-    pub fn check_apart(&self, output: &Path) -> anyhow::Result<()> {
-        self.source.iter().try_for_each(|source| {
-            if source.is_dir() {
-                check_apart(output, source)
-            } else {
-                check_apart(&output.join("rebuilt"), source)
-            }
-        })
-    }
-
     /// The corpus, read as a tokenizer reads: see [`Self::corpus`].
     pub fn corpus_for(&self, tokenizer: &Tokenizer) -> anyhow::Result<Corpus> {
         open(&self.named(None)?, self.options_for(tokenizer)?)
@@ -199,6 +190,17 @@ impl SourceArgs {
     }
 }
 
+/// Refuses the output folder of a run that its source overlaps.
+pub fn check_run_apart(folder: &Path, corpus: &Corpus) -> anyhow::Result<()> {
+    corpus.places().into_iter().try_for_each(|source| {
+        if source.is_dir() {
+            check_apart(folder, source)
+        } else {
+            check_apart(&folder.join("rebuilt"), source)
+        }
+    })
+}
+
 /// Opens a corpus, and says which one it is.
 fn open(source: &Source, options: CorpusOptions) -> anyhow::Result<Corpus> {
     let mut downloads = Downloads::default();
@@ -249,7 +251,11 @@ pub fn token_cache(output: &Path) -> anyhow::Result<PathBuf> {
     let hash = hex(&Sha256::digest(output.as_os_str().as_encoded_bytes()));
     let name = output.file_name().unwrap_or_default().to_string_lossy();
     let name: String = name.chars().filter(char::is_ascii_alphanumeric).take(40).collect();
-    Ok(folder.join(format!("{name}-{}.tokens", &hash[..16])))
+    let file = folder.join(format!("{name}-{}.tokens", &hash[..16]));
+    files::check_regular(&file)
+        .with_context(|| format!("cannot write {}", file.display()))
+        .hint(ErrorKind::Data, || "remove it, or set LAAM_CACHE to another folder")?;
+    Ok(file)
 }
 
 /// Writes a corpus as a token file, with progress unless `quiet`, and says what it left out.

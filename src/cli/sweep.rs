@@ -15,7 +15,7 @@ use super::output::{self, say};
 use super::rebuild::AGAIN;
 use super::rebuild::Rebuild;
 use super::run::{Identity, claim, train};
-use super::source::SourceArgs;
+use super::source::{SourceArgs, check_run_apart};
 use super::windows::WindowShape;
 use super::{Outcome, model, windows};
 use crate::corpus::Corpus;
@@ -79,7 +79,9 @@ pub fn run(arguments: &SweepArgs) -> anyhow::Result<Outcome> {
     let sweep = Sweep::read(&arguments.sweep)?;
     let name = arguments.sweep.file_stem().unwrap_or_default();
     let folder = arguments.output.clone().unwrap_or_else(|| Path::new("sweeps").join(name));
-    arguments.source.check_apart(&folder)?;
+    if let Some(run) = sweep.runs.first() {
+        check_run_apart(&folder, &arguments.source.corpus_of_recipe(&run.recipe)?)?;
+    }
     let _folder = claim_sweep(&folder)?;
     let (mut rows, mut outcome) = (Vec::new(), Outcome::Done);
     for (at, run) in sweep.runs.iter().enumerate() {

@@ -11,7 +11,7 @@ use super::source::{self, SourceArgs};
 use super::{Outcome, print_fields};
 use crate::corpus::hex;
 use crate::tokenizer::Tokenizer;
-use crate::tokens::{WindowKind, Windows};
+use crate::tokens::{TokenFile, WindowKind, Windows};
 
 /// Write a corpus as tokens, to be trained on.
 ///
@@ -49,6 +49,7 @@ pub struct TokenizeArgs {
 
 pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
     Windows::check_shape(arguments.max_position_embeddings, arguments.stride)?;
+    TokenFile::check_output(&arguments.output)?;
     let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
     let corpus = arguments.source.corpus_for(&tokenizer)?;
     let (file, manifest) =

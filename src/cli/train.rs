@@ -576,6 +576,7 @@ impl Stage<'_> {
     ) -> anyhow::Result<TrainSummary> {
         let settings = self.settings;
         let (group, tokenizer) = (&self.group, &self.tokenizer);
+        group.agree(tokenizer.check_copyable())?;
         let (kind, context) = (settings.windows, settings.max_position_embeddings);
         let mut texts = [corpus, self.validation].into_iter().flatten();
         let named =

@@ -259,6 +259,17 @@ impl Corpus {
         Ok(ResolvedSource::Files(files))
     }
 
+    /// What the user named and what globs found: files, or a folder. Nothing of a kernel release or of the
+    /// built-in sample.
+    pub fn places(&self) -> Vec<&Path> {
+        match &self.place {
+            _ if matches!(self.origin.origin, SourceOrigin::Release(_)) => Vec::new(),
+            ResolvedSource::Archive(path) | ResolvedSource::Folder(path) => vec![path],
+            ResolvedSource::Files(files) => files.iter().map(|file| file.path.as_path()).collect(),
+            ResolvedSource::Sample => Vec::new(),
+        }
+    }
+
     /// True if every document has a name.
     pub fn has_names(&self) -> bool {
         self.origin.shards.is_empty()

@@ -141,15 +141,7 @@ pub fn export_gguf(
 
 /// Refuses to replace a file that is not GGUF.
 fn check_output(output: &Path) -> anyhow::Result<()> {
-    if !output.exists() || files::is_irregular(output) {
-        return Ok(());
-    }
-    let is_gguf = files::open(output).and_then(|mut file| {
-        let mut magic = [0; 4];
-        std::io::Read::read_exact(&mut file, &mut magic)?;
-        Ok(&magic == gguf::MAGIC)
-    });
-    if matches!(is_gguf, Ok(true)) {
+    if files::holds_nothing_but(output, gguf::MAGIC) {
         return Ok(());
     }
     Err(error::data(

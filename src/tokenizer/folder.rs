@@ -114,7 +114,7 @@ pub fn save_vocabulary(tokenizer: &Tokenizer, folder: &Path) -> anyhow::Result<(
 
 pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
     let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
-    let json = files::read_current(&file, MAX_TOKENIZER_BYTES)
+    let (json, is_own) = files::read_member(&file, MAX_TOKENIZER_BYTES)
         .with_context(|| format!("cannot read the tokenizer {}", file.display()))
         .hint(
             ErrorKind::Data,
@@ -122,9 +122,9 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
         )?;
     // A tokenizer.json by itself is a tokenizer too.
     let config_file = file.with_file_name("tokenizer_config.json");
-    let config = match files::read_current(&config_file, MAX_CONFIG_BYTES) {
+    let (config, is_own_config) = match files::read_member(&config_file, MAX_CONFIG_BYTES) {
         Ok(config) => config,
-        Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => b"{}".to_vec(),
+        Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => (b"{}".to_vec(), true),
         Err(error) => {
             return Err(error)
                 .with_context(|| format!("cannot read {}", config_file.display()))
@@ -134,20 +134,25 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
     let mut tokenizer = parse(json, config, Some(&file))
         .with_context(|| format!("{} is not a tokenizer that laam can use", file.display()))
         .hint(ErrorKind::Data, || "create one with laam train-tokenizer; laam reads the tokenizer.json of transformers' fast tokenizers")?;
+    tokenizer.foreign = match (is_own, is_own_config) {
+        (true, true) => None,
+        (true, false) => Some(config_file),
+        (false, _) => Some(file.clone()),
+    };
     for name in EXTRAS {
         let path = file.with_file_name(name);
-        // A link may lead to a file that is no part of a tokenizer.
-        if path.is_symlink() {
-            continue;
-        }
-        match files::read_current(&path, MAX_CONFIG_BYTES) {
-            Ok(bytes) => {
+        match files::read_member(&path, MAX_CONFIG_BYTES) {
+            // A link may lead to a file that is not part of a tokenizer.
+            Ok((_, false)) => {}
+            Ok((bytes, true)) => {
                 if name == EXTRAS[0] && tokenizer.markers.is_none() {
                     name_special_tokens(&mut tokenizer, &bytes);
                 }
                 tokenizer.extras.push((name, bytes));
             }
             Err(absent) if absent.kind() == std::io::ErrorKind::NotFound => {}
+            // A link to what is not a file is not part of a tokenizer either.
+            Err(_) if path.is_symlink() => {}
             Err(error) => {
                 return Err(error)
                     .with_context(|| format!("cannot read {}", path.display()))
@@ -241,6 +246,7 @@ pub fn parse(json: Vec<u8>, config: Vec<u8>, place: Option<&Path>) -> anyhow::Re
         json,
         config,
         extras: Vec::new(),
+        foreign: None,
         place: place.map(Path::to_path_buf),
         vocab_size: vocabulary.size,
         growth: vocabulary.growth,

@@ -109,6 +109,8 @@ pub struct Tokenizer {
     config: Vec<u8>,
     /// Optional files beside them, by their names.
     extras: Vec<(&'static str, Vec<u8>)>,
+    /// One of the first two that is a link to somewhere outside the folder.
+    foreign: Option<PathBuf>,
     sha256: [u8; 32],
     /// Source path, for messages.
     place: Option<PathBuf>,
@@ -412,6 +414,20 @@ impl Tokenizer {
         [("tokenizer.json", self.json.as_slice()), ("tokenizer_config.json", &self.config)]
             .into_iter()
             .chain(extras)
+    }
+
+    /// Refuses a tokenizer whose files must not be copied into a model: one of them is a link that leads out
+    /// of its folder, to a file that is perhaps not meant to be passed on. Links within a model's folder in a
+    /// cache of Hugging Face are followed.
+    ///
+    /// # Errors
+    /// Names the link.
+    pub fn check_copyable(&self) -> anyhow::Result<()> {
+        let Some(link) = &self.foreign else { return Ok(()) };
+        Err(error::data(
+            format!("{} is a link that leads out of its folder", link.display()),
+            "a copy of the file would go into the model: put the file itself there instead of the link",
+        ))
     }
 
     /// Writes `tokenizer.json` and `tokenizer_config.json`, each wholly or not at all.

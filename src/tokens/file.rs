@@ -153,6 +153,17 @@ pub struct TokenFile {
 }
 
 impl TokenFile {
+    /// Refuses to replace a file that is not a token file.
+    pub fn check_output(output: &Path) -> anyhow::Result<()> {
+        if files::holds_nothing_but(output, &MAGIC) {
+            return Ok(());
+        }
+        Err(error::data(
+            format!("{} exists and is not a token file", output.display()),
+            "choose another `output`, or remove it",
+        ))
+    }
+
     /// Opens a token file. Takes microseconds, whatever its size.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         let cannot = |why: anyhow::Error| {

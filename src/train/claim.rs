@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::checkpoints::{self, is_resumable};
 use super::metrics;
 use crate::error;
+use crate::files;
 use crate::memorization::recall;
 use crate::model::{foreign_files, has_weights, is_own, remove_staged, settle};
 use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries};
@@ -55,7 +56,9 @@ pub fn claim(
 fn check(folder: &Path, consent: Consent) -> anyhow::Result<()> {
     let mut foreign = foreign_files(folder, consent == Consent::Reload);
     let metrics = folder.join(metrics::FILE);
-    if !is_own(folder) && !metrics::is_own(&metrics) {
+    let is_ours = is_own(folder) || metrics::is_own(&metrics);
+    // No run makes a FIFO or a link to a device.
+    if !is_ours || files::is_irregular(&metrics) {
         foreign.push(metrics);
     }
     let recall = folder.join(recall::FILE);

@@ -154,12 +154,13 @@ impl MetricsFile {
             }
             write_atomically(path, &kept)?;
         }
-        let file = OpenOptions::new()
-            .append(!is_irregular)
-            .write(true)
-            .open(path)
-            .with_context(|| format!("cannot write {name}"))
-            .hint(ErrorKind::Data, advice)?;
+        let opened = if is_irregular {
+            files::open_irregular(path)
+        } else {
+            OpenOptions::new().append(true).open(path)
+        };
+        let file =
+            opened.with_context(|| format!("cannot write {name}")).hint(ErrorKind::Data, advice)?;
         Ok((Self { file: Box::new(file), path: name }, count))
     }
 

@@ -92,6 +92,10 @@ fn libraries_are_loaded_from_named_places_never_from_the_current_folder() {
             assert!(!mark.exists(), "{line} {variable:?}");
         }
     }
+    for list in [":", "/none:", ".", "lib64:/none"] {
+        run("doctor", Some(("LD_LIBRARY_PATH", Path::new(list))));
+        assert!(!mark.exists(), "{list}");
+    }
     // Where the system's loader has one, that comes first.
     let absolute = folder.path().join(".venv");
     let said = run("doctor", Some(("VIRTUAL_ENV", &absolute)));

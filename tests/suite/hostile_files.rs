@@ -126,6 +126,7 @@ fn run_folders_hold_regular_files_only() {
     refused("run/tokenizer/tokenizer.json", again);
     refused("tiny.toml", again);
     refused("run/model/checkpoint-2/training_state.safetensors", again);
+    refused("run/model/metrics.jsonl", again);
     refused("sweep.toml", on(&["sweep"], "sweep.toml"));
 }
 
@@ -147,6 +148,33 @@ fn tokenizers_and_sources_are_regular_files() {
         command.arg(folder.join("new")).arg("--source").arg(folder.join("run/tokenizer/special"));
         command
     });
+}
+
+#[test]
+fn token_files_in_the_cache_are_regular_files() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(tiny_run(), folder.path());
+    let cache = folder.path().join("cache");
+    let run = || {
+        let mut command = laam();
+        command.arg("run").arg("--recipe").arg(folder.path().join("tiny.toml"));
+        command.args(["--limit", "1", "--output"]).arg(folder.path().join("fresh"));
+        bounded(command.env("LAAM_CACHE", &cache), DEADLINE, MEMORY)
+    };
+    assert!(run().status.success());
+    let mut files = fs::read_dir(cache.join("tokens")).unwrap().map(|entry| entry.unwrap().path());
+    let tokens = files.next().unwrap();
+    let victim = folder.path().join("victim");
+    fs::write(&victim, "precious").unwrap();
+    for kind in KINDS.into_iter().chain([victim.to_str().unwrap()]) {
+        let _ = fs::remove_dir_all(folder.path().join("fresh"));
+        put(kind, &tokens);
+        assert!(error_in(&run()).contains("tokens"), "{kind}");
+        assert_eq!(fs::read(&victim).unwrap(), b"precious");
+        if kind == "directory" {
+            fs::remove_dir(&tokens).unwrap();
+        }
+    }
 }
 
 #[test]

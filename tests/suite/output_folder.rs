@@ -150,6 +150,7 @@ fn the_tokenizer_of_a_model_is_the_one_it_was_trained_with() {
     }
     fs::write(folder.path().join("secret"), "{}").unwrap();
     std::os::unix::fs::symlink("../secret", place.join("special_tokens_map.json")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", place.join("added_tokens.json")).unwrap();
     let flags = format!(
         "--max_steps 300 --save_steps 200 --logging_steps 1 --tokenizer_path {}",
         place.display()
@@ -182,6 +183,67 @@ fn the_tokenizer_of_a_model_is_the_one_it_was_trained_with() {
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&weights, bytes).unwrap();
     assert!(opened().contains(&format!("warning: {} is not the file", weights.display())));
+}
+
+/// What is copied into a model is a file of the tokenizer's folder, or a link within a model's folder in a
+/// cache of Hugging Face.
+#[test]
+fn links_that_lead_out_of_a_tokenizer_folder_are_not_copied() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let snapshot = at("hub/models--a--b/snapshots/0123");
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir(at("hub/models--a--b/blobs")).unwrap();
+    fs::create_dir(at("hub/models--c--d")).unwrap();
+    fs::write(at("map"), "{}").unwrap();
+    for (number, name) in ["tokenizer.json", "tokenizer_config.json"].into_iter().enumerate() {
+        fs::copy(tokenizer().join(name), at(name)).unwrap();
+        fs::copy(tokenizer().join(name), at("hub/models--c--d").join(name)).unwrap();
+        let blob = format!("hub/models--a--b/blobs/{number}");
+        fs::copy(tokenizer().join(name), at(&blob)).unwrap();
+        symlink(format!("../../blobs/{number}"), snapshot.join(name)).unwrap();
+    }
+    fs::copy(at("map"), at("hub/models--a--b/blobs/2")).unwrap();
+    symlink("../../blobs/2", snapshot.join("special_tokens_map.json")).unwrap();
+    symlink(at("hub"), at("cache")).unwrap();
+    let train = |name: &str| {
+        let flags = format!("--max_steps 1 --overwrite --tokenizer_path {}", at(name).display());
+        train(&at("model"), &flags).output().unwrap()
+    };
+    // Also through a link to a folder above, or by the name of the file.
+    for name in ["hub", "cache", "hub/models--a--b/../"] {
+        let done = train(&format!("{name}/models--a--b/snapshots/0123"));
+        assert!(done.status.success(), "{}", said(&done));
+        for name in ["tokenizer.json", "special_tokens_map.json"] {
+            let copied = at("model").join(name);
+            let found = fs::symlink_metadata(&copied).unwrap();
+            assert!(found.is_file(), "a file of its own");
+            assert!(fs::read(copied).unwrap() == fs::read(snapshot.join(name)).unwrap());
+        }
+    }
+    fs::remove_dir_all(at("model")).unwrap();
+    for target in ["../../../../", "../../../models--c--d/", "../../blobs/../../models--c--d/"] {
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            let link = snapshot.join(name);
+            let before = fs::read_link(&link).unwrap();
+            fs::remove_file(&link).unwrap();
+            symlink(format!("{target}{name}"), &link).unwrap();
+            for given in ["", "/tokenizer.json"] {
+                let failed = train(&format!("hub/models--a--b/snapshots/0123{given}"));
+                let said = error_in(&failed);
+                assert!(said.contains(&format!("{name} is a link that leads out")), "{said}");
+                assert!(!at("model").exists());
+            }
+            // What was named is read where nothing of it is copied.
+            let mut tokenize = laam();
+            tokenize.args(["tokenize", "--limit", "1", "--output"]).arg(at("tokens"));
+            let done = tokenize.arg("--tokenizer_path").arg(&snapshot).output().unwrap();
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+            fs::remove_file(&link).unwrap();
+            symlink(before, &link).unwrap();
+        }
+    }
 }
 
 #[test]
@@ -378,6 +440,24 @@ fn other_commands_replace_only_what_laam_wrote() {
         run(&tokenizer, &output, 2);
         assert_eq!(content(&output)[&output.join(name)], b"{}");
     }
+    let place = at("tokenizer");
+    let place = place.to_str().unwrap();
+    let tokenize = ["tokenize", "--source", source, "--tokenizer_path", place, "--output"];
+    for _ in 0..2 {
+        run(&tokenize, &at("tokens"), 0);
+    }
+    for name in ["source/a.c", "tokenizer/tokenizer.json"] {
+        let before = fs::read(at(name)).unwrap();
+        assert!(run(&tokenize, &at(name), 2).contains("is not a token file"));
+        assert!(fs::read(at(name)).unwrap() == before);
+    }
+    // A glob of the originals does not hide them from `run`.
+    fs::create_dir(at("own")).unwrap();
+    fs::create_dir(at("own/rebuilt")).unwrap();
+    fs::write(at("own/rebuilt/a.c"), "int a;\n").unwrap();
+    let glob = at("own/rebuilt/*.c");
+    let recipe = ["run", "--recipe", "sample", "--source", glob.to_str().unwrap(), "--output"];
+    assert!(run(&recipe, &at("own"), 2).contains("overlap"));
     let sweep = at("sweep.toml");
     fs::write(&sweep, "recipe = 'sample'\n").unwrap();
     fs::create_dir(at("sweep")).unwrap();

@@ -275,6 +275,9 @@ fn rebuild_refuses_an_output_that_overlaps_the_originals() {
         ("source/new/er", "source"),
         ("link/new", "source"),
         (".", "source"),
+        // Globs name what they find.
+        ("source", "source/tiny/*.h"),
+        ("link", "sour[c]e/**/sched.?"),
     ] {
         for more in [&[][..], &["--overwrite"]] {
             let (output, source) = (at(output), at(source));
