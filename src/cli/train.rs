@@ -127,8 +127,8 @@ pub struct TrainArgs {
     tensorboard: Option<PathBuf>,
     #[command(flatten)]
     backend: BackendArgs,
-    /// A TOML file of settings, with the keys of a recipe's stage, and of other flags by their names (source =
-    /// ["a.txt"], tokenizer_path = "tokenizer"); flags win
+    /// A TOML file of settings, with the keys of a recipe's stage, and of other flags by their names, as
+    /// tokenizer_path = "tokenizer"; flags win
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print the settings, and the other flags that are given, as --config reads them, and train nothing

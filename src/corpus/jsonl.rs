@@ -42,7 +42,8 @@ pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<Flow> {
         let found = found.deserialize(&mut json);
         let found = found.and_then(|found| json.end().map(|()| found));
         let starts_list = object.trim_ascii_start().starts_with(b"[");
-        let is_one = number == 1 && (starts_list || found.as_ref().is_err_and(|why| why.is_eof()));
+        let is_one =
+            number == 1 && (starts_list || found.as_ref().is_err_and(serde_json::Error::is_eof));
         let mut found = found.map_err(|why| invalid_record(number, why, path));
         if is_one {
             found = found.hint(ErrorKind::Data, || ONE_A_LINE);

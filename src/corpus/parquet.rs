@@ -107,14 +107,15 @@ impl Thrift<'_> {
     /// Number and type of the next field of a struct; a type of 0 ends it.
     fn field(&mut self, last: &mut i64) -> Option<u8> {
         let byte = self.byte()?;
-        if byte & 15 == 0 {
+        let kind = byte & 15;
+        if kind == 0 {
             return Some(0);
         }
         *last = match byte >> 4 {
             0 => self.zigzag()?,
             delta => *last + i64::from(delta),
         };
-        Some(byte & 15)
+        Some(kind)
     }
 
     fn zigzag(&mut self) -> Option<i64> {

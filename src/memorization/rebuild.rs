@@ -3,7 +3,7 @@
 //! The names come from the model's folder, which may be anybody's: a name that is not a plain path
 //! within the folder is refused before anything is written, and no link is followed.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -304,7 +304,7 @@ fn place(folder: &Path, path: &str) -> anyhow::Result<PathBuf> {
 pub fn compare(
     folder: &Path,
     rebuilt: &[Rebuilt],
-    held_out: &HashSet<&str>,
+    held_out: &BTreeSet<&str>,
     originals: impl IntoIterator<Item = anyhow::Result<Document>>,
 ) -> anyhow::Result<Comparison> {
     let mut compared: BTreeMap<&str, Compared> = BTreeMap::new();
@@ -457,7 +457,7 @@ mod tests {
             let bytes = ours.len() as u64;
             let rebuilt = Rebuilt { path: "a.c".into(), bytes, tokens: 1, end: End::Whole };
             let comparison =
-                compare(folder.path(), &[rebuilt], &HashSet::new(), [Ok(original.clone())])
+                compare(folder.path(), &[rebuilt], &BTreeSet::new(), [Ok(original.clone())])
                     .unwrap();
             assert_eq!((comparison.is_exact(), comparison.bytes()), (exact, 9));
         }
@@ -475,7 +475,7 @@ mod tests {
         let original = |path: &str, text: &str| Ok(Document::new(path, text));
         let originals =
             [original("d.c", "delta"), original("b.c", "beat"), original("a.c", "alpha")];
-        let comparison = compare(folder.path(), &rebuilt, &HashSet::new(), originals).unwrap();
+        let comparison = compare(folder.path(), &rebuilt, &BTreeSet::new(), originals).unwrap();
         let exact: Vec<bool> = comparison.files.iter().map(|file| file.exact).collect();
         assert_eq!(exact, [true, false, false]);
         assert_eq!((comparison.bytes(), comparison.bytes_exact()), (9, 7));
@@ -483,10 +483,10 @@ mod tests {
         assert_eq!(comparison.extra, ["c.c"]);
         assert!(!comparison.is_exact());
         let originals = || [original("a.c", "alpha"), original("d.c", "delta")];
-        let held_out = HashSet::from(["a.c", "d.c"]);
+        let held_out = BTreeSet::from(["a.c", "d.c"]);
         let comparison = compare(folder.path(), &rebuilt[..1], &held_out, originals()).unwrap();
         assert!(comparison.is_exact() && comparison.held_out == ["d.c"]);
-        let none = HashSet::new();
+        let none = BTreeSet::new();
         assert!(!compare(folder.path(), &rebuilt[..1], &none, originals()).unwrap().is_exact());
     }
 }

@@ -2,7 +2,7 @@
 //! weights were trained on, and nothing else about those files: no lengths, no counts, no content.
 //! It is made to be published: no path of the machine that trained, no user or token of a URL.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -270,7 +270,7 @@ impl Provenance {
     }
 
     /// Paths that a stage held out and none was trained on.
-    pub fn held_out(&self) -> HashSet<&str> {
+    pub fn held_out(&self) -> BTreeSet<&str> {
         let trained: HashSet<&str> =
             self.stages().flat_map(|stage| &stage.corpus.paths).map(String::as_str).collect();
         let held = self.stages().flat_map(|stage| &stage.corpus.held_out).map(String::as_str);

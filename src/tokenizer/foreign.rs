@@ -190,7 +190,7 @@ pub fn pieces_between_blanks(text: &str, least: usize) -> impl Iterator<Item = &
             bytes[0].is_ascii_graphic() && bytes[1] == b' ' && bytes[2].is_ascii_alphabetic()
         });
         let (piece, later) = match cut {
-            Some(at) => (&rest[..least + at + 1], &rest[least + at + 2..]),
+            Some(at) => (&rest[..=least + at], &rest[least + at + 2..]),
             None => (rest, ""),
         };
         rest = later;

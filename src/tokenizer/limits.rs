@@ -228,16 +228,14 @@ fn growth(part: &Value) -> anyhow::Result<f64> {
         // The longest decompositions: of U+0390 and of U+FDFA.
         "NFC" | "NFD" => 3.0,
         "NFKC" | "NFKD" => 11.0,
-        // A blank before every piece, in up to three bytes each.
-        "Metaspace" => 6.0,
+        // A blank before every piece, in up to three bytes each; decomposed, in lower case, with blanks around
+        // Chinese characters.
+        "Metaspace" | "BertNormalizer" => 6.0,
         // Two bytes for most.
         "ByteLevel" => 4.0,
-        "Lowercase" => 2.0,
-        // Decomposed, in lower case, with blanks around Chinese characters.
-        "BertNormalizer" => 6.0,
         "Precompiled" => 1.0 + longest_replacement(part)?,
-        // A blank before every token.
-        "WordPiece" => 2.0,
+        // The longest character in lower case; a blank before every token.
+        "Lowercase" | "WordPiece" => 2.0,
         _ => 1.0,
     })
 }

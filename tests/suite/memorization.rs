@@ -204,7 +204,8 @@ fn research_measures_of_a_run_with_held_out_files() {
     fs::create_dir(at("source")).unwrap();
     let lines = |n: usize| {
         let words = ["int", "long", "char"];
-        (0..4).map(|at| format!("{} v{}{at};\n", words[(n + at) % 3], n * 7)).collect::<String>()
+        let line = |at| format!("{} v{}{at};\n", words[(n + at) % 3], n * 7);
+        (0..4).map(line).collect::<Vec<_>>().concat()
     };
     for n in 0..6 {
         // The first file is there twice.
