@@ -93,6 +93,7 @@ pub struct ModelText<W> {
 }
 
 impl<W: Write> ModelText<W> {
+    /// Text of a model on its way to `out`.
     pub fn new(out: W, is_terminal: bool) -> Self {
         Self { out, is_terminal, pending: Vec::new() }
     }

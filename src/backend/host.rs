@@ -177,6 +177,12 @@ impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
         Ok(())
     }
 
+    fn map(&mut self, arena: Arena, value: &dyn Fn(f32) -> f32) -> anyhow::Result<()> {
+        let values = self.memory.arena_mut(arena);
+        values.iter_mut().for_each(|x| *x = R::from_f32(value(x.to_f32())));
+        Ok(())
+    }
+
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
         let values = match &self.moments {
             Some(range) if arena.is_moment() && values.len() == self.memory.parameters.len() => {

@@ -177,6 +177,12 @@ pub trait Session: Send {
     fn poison(&mut self) -> anyhow::Result<()>;
     /// Replaces an arena by `values` of its length.
     fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()>;
+    /// Replaces each value of an arena.
+    fn map(&mut self, arena: Arena, value: &dyn Fn(f32) -> f32) -> anyhow::Result<()> {
+        let mut values = self.read(arena)?;
+        values.iter_mut().for_each(|x| *x = value(*x));
+        self.write(arena, &values)
+    }
     /// Seconds spent in each kind of op since the session began; empty if the backend does not
     /// profile.
     fn profile(&self) -> Vec<(&'static str, f64)>;

@@ -14,7 +14,7 @@ use crate::backend::Backend;
 use crate::error;
 use crate::model::{self, Config};
 use crate::schema::versioned;
-use crate::train::{Footprint, Settings, ShardKind, Share};
+use crate::train::{Footprint, Settings, ShardKind, Share, measuring_bytes};
 
 /// Say how many parameters a model has, how much arithmetic a token is, and what memory training takes.
 ///
@@ -163,6 +163,7 @@ pub fn as_json(
         "shard": share.shard.name(),
         "bytes_slices": memory.slices,
         "bytes_exchange": memory.exchange,
+        "bytes_measuring": memory.measuring,
         "bytes_sent_per_step": memory.sent,
         "bytes_peak": memory.peak(),
     }))
@@ -206,10 +207,14 @@ pub fn text(
         ("workspace", memory.workspace),
         ("slices", memory.slices),
         ("exchange", memory.exchange),
+        ("measuring", memory.measuring),
         ("peak", memory.peak()),
     ] {
-        // Only of a step that is cut into slices.
-        if share.slices > 1 || !["slices", "exchange"].contains(&what) {
+        // Only of a step that is cut into slices, and of a run that measures itself.
+        if share.slices > 1 && what != "measuring"
+            || bytes > 0
+            || !["slices", "exchange", "measuring"].contains(&what)
+        {
             let _ = writeln!(out, "  {what:12} {:>20}", grouped(bytes as u128));
         }
     }
@@ -234,7 +239,9 @@ fn footprint(
 ) -> anyhow::Result<Footprint> {
     let (batch, context) = (settings.batch_size, config.max_position_embeddings);
     let optimizer = settings.optimizer();
-    Footprint::of_rank(backend, config, &optimizer, batch, context, settings.recompute, share)
+    let recompute = settings.recompute;
+    let steps = Footprint::of_rank(backend, config, &optimizer, batch, context, recompute, share)?;
+    Ok(Footprint { measuring: measuring_bytes(backend, config, settings), ..steps })
 }
 
 /// 4662336 as 4,662,336.

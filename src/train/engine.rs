@@ -615,6 +615,11 @@ impl Engine {
         self.session.read(arena)
     }
 
+    /// Replaces each value of an arena.
+    pub fn map(&mut self, arena: Arena, value: &dyn Fn(f32) -> f32) -> anyhow::Result<()> {
+        self.session.map(arena, value)
+    }
+
     /// Replaces an arena.
     pub fn write(&mut self, arena: Arena, values: &[f32]) -> anyhow::Result<()> {
         self.session.write(arena, values)

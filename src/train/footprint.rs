@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::ShardKind;
+use super::{Settings, ShardKind};
 use crate::backend::Backend;
 use crate::device::check_whole_host_memory;
+use crate::dtype::Dtype;
 use crate::error;
 use crate::files;
 use crate::llama::ops::ShardedArena;
@@ -31,6 +32,8 @@ pub struct Footprint {
     pub slices: usize,
     /// Buffers that ranks exchange through.
     pub exchange: usize,
+    /// What a run takes beside its steps to measure itself: see [`measuring_bytes`].
+    pub measuring: usize,
     /// Bytes that a rank sends per step; not memory.
     pub sent: usize,
 }
@@ -78,6 +81,7 @@ impl Footprint {
             workspace: backend.workspace_bytes(&program),
             slices: 0,
             exchange: 0,
+            measuring: 0,
             sent: 0,
         })
     }
@@ -129,9 +133,27 @@ impl Footprint {
     /// Sum of all parts.
     pub fn peak(&self) -> usize {
         let model = self.parameters + self.gradients + self.optimizer + self.slices;
-        model + self.activations + self.workspace + self.exchange
+        model + self.activations + self.workspace + self.exchange + self.measuring
     }
 }
+
+/// Bytes in main memory that a run takes beside its steps: the exact parameters while their rounded values
+/// are measured, or a second model, which writes samples.
+pub fn measuring_bytes(backend: &dyn Backend, config: &Config, settings: &Settings) -> usize {
+    if !backend.is_host() {
+        return 0;
+    }
+    let arena = 4 * Layout::new(config).len;
+    let precision = settings.precision.unwrap_or_else(|| backend.compute_dtype());
+    let is_measured = settings.eval_steps.is_some() || settings.eval_epochs.is_some();
+    let rounded = if is_measured && precision != Dtype::F32 { arena } else { 0 };
+    let keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim;
+    let cache = 4 * keys * config.max_position_embeddings.min(MAX_SAMPLE_CONTEXT);
+    rounded.max(if settings.sample_steps.is_some() { arena + cache } else { 0 })
+}
+
+/// Tokens of a sample and its prompt, about.
+const MAX_SAMPLE_CONTEXT: usize = 192;
 
 /// Fails if the sizes of a program for these windows may overflow: an upper bound in 128 bits, so
 /// generous that what it refuses fits into no machine.
@@ -165,12 +187,12 @@ fn check_arithmetic(config: &Config, micro_batch: usize, seq_len: usize) -> anyh
 pub fn check_memory(
     backend: &dyn Backend,
     config: &Config,
-    optimizer: &Optimizer,
-    batch: usize,
+    settings: &Settings,
     seq_len: usize,
-    recompute: Recompute,
     share: Share,
 ) -> anyhow::Result<()> {
+    let (batch, recompute) = (settings.batch_size, settings.recompute);
+    let optimizer = &settings.optimizer();
     // Sizes may be arbitrarily large: a lower bound that cannot overflow, then the sum itself.
     let windows = batch.div_ceil(share.slices);
     let rows = backend.micro_batch(windows, seq_len) as u128 * seq_len as u128;
@@ -182,7 +204,8 @@ pub fn check_memory(
         check_whole_host_memory(least, TRAINING)?;
         let footprint =
             Footprint::of_rank(backend, config, optimizer, batch, seq_len, recompute, share)?;
-        return check_whole_host_memory(footprint.peak() as u128, TRAINING);
+        let measuring = measuring_bytes(backend, config, settings);
+        return check_whole_host_memory((footprint.peak() + measuring) as u128, TRAINING);
     }
     // What a checkpoint holds goes through main memory.
     check_whole_host_memory(12 * model, "a checkpoint of the model")?;

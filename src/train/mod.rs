@@ -20,7 +20,7 @@ mod trainer;
 pub use checkpoints::{TrainState, candidates, is_resumable};
 pub use claim::{Consent, claim};
 pub use engine::{Engine, Parallelism, ShardKind, StepStats, TrainStep};
-pub use footprint::{Footprint, Share, peak_memory_bytes};
+pub use footprint::{Footprint, Share, measuring_bytes, peak_memory_bytes};
 pub use metrics::{MAX_METRICS, Metrics};
 pub use schedule::{LrDecay, LrSchedule};
 pub use settings::{OptimizerKind, Settings};

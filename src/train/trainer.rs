@@ -248,8 +248,7 @@ impl<'a> Trainer<'a> {
         let (batch_size, context) = (settings.batch_size, windows.context());
         let optimizer = settings.optimizer();
         let share = Share { slices, ranks: group.size(), shard: job.shard };
-        let recompute = settings.recompute;
-        check_memory(backend, &config, &optimizer, batch_size, context, recompute, share)?;
+        check_memory(backend, &config, settings, context, share)?;
         let parallelism = Parallelism { group: group.clone(), slices, shard: job.shard };
         let mut engine =
             Engine::parallel(backend, &config, &optimizer, batch_size, context, &parallelism)?
@@ -746,9 +745,8 @@ impl<'a> Trainer<'a> {
             return self.find_verbatim();
         }
         let weights = self.engine.read(Arena::Parameters)?;
-        let rounded: Vec<f32> =
-            weights.iter().map(|&weight| self.precision.round(weight)).collect();
-        self.engine.write(Arena::Parameters, &rounded)?;
+        let precision = self.precision;
+        self.engine.map(Arena::Parameters, &|weight| precision.round(weight))?;
         let found = self.find_verbatim();
         self.engine.write(Arena::Parameters, &weights)?;
         found

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use laam::corpus::{Corpus, CorpusOptions, Document, Limits, Source, TokenVocabulary};
+use laam::memorization::recall::{self, Recall, RecallHead};
 use laam::model::{self, Config, Layout, Provenance};
 use laam::report::RunFiles;
+use laam::schema::SchemaVersion;
 use laam::tokenizer::{Style, Tokenizer, Training};
-use laam::tokens::{TokenFile, TokenWriter};
+use laam::tokens::{TokenFile, TokenWriter, WindowKind};
 use laam::train::recipe::Recipe;
 use laam::train::sweep::Sweep;
 use laam::train::{Settings, TrainState};
@@ -68,6 +70,32 @@ const PROVENANCE: &str = r#"{"schema_version": 2, "corpus": {"source": "sample",
 
 const METRICS: &str = "{\"schema_version\":2,\"step\":1,\"epoch\":0.5,\"loss\":5.5,\"learning_rate\":0.001,\
     \"grad_norm\":1.5,\"tokens\":32,\"tokens_per_second\":1000.0,\"seconds\":0.1,\"skipped\":0}\n";
+
+/// Tokenizers of each kind of model that laam does not train.
+const OTHER_TOKENIZERS: [&str; 3] = [
+    r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0,"content":"<unk>","single_word":false,
+    "lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":{"type":"NFKC"},"pre_tokenizer":
+    {"type":"Metaspace","replacement":"\u2581","prepend_scheme":"always","split":true},"post_processor":null,"decoder":
+    {"type":"Metaspace","replacement":"\u2581","prepend_scheme":"always","split":true},"model":{"type":"Unigram","unk_id":0,
+    "vocab":[["<unk>",0.0],["\u2581",-1.0],["a",-2.0],["int",-2.5],["\u2581a",-3.0]],"byte_fallback":false}}"#,
+    r###"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0,"content":"[UNK]","single_word":false,
+    "lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":{"type":"BertNormalizer","clean_text":true,
+    "handle_chinese_chars":true,"strip_accents":null,"lowercase":true},"pre_tokenizer":{"type":"BertPreTokenizer"},
+    "post_processor":{"type":"TemplateProcessing","single":[{"Sequence":{"id":"A","type_id":0}},{"SpecialToken":{"id":"[UNK]",
+    "type_id":0}}],"pair":[{"Sequence":{"id":"A","type_id":0}},{"Sequence":{"id":"B","type_id":1}}],"special_tokens":{"[UNK]":
+    {"id":"[UNK]","ids":[0],"tokens":["[UNK]"]}}},"decoder":{"type":"WordPiece","prefix":"##","cleanup":true},"model":
+    {"type":"WordPiece","unk_token":"[UNK]","continuing_subword_prefix":"##","max_input_chars_per_word":100,"vocab":
+    {"[UNK]":0,"a":1,"##b":2,"int":3,"=":4,"12":5,";":6}}}"###,
+    r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0,"content":"<unk>","single_word":false,
+    "lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":{"type":"Sequence","normalizers":
+    [{"type":"Replace","pattern":{"Regex":"c"},"content":"d"},{"type":"Lowercase"}]},"pre_tokenizer":{"type":"Sequence",
+    "pretokenizers":[{"type":"WhitespaceSplit"},{"type":"Punctuation","behavior":"Isolated"},{"type":"Digits",
+    "individual_digits":true}]},"post_processor":null,"decoder":null,"model":{"type":"WordLevel","vocab":{"<unk>":0,"int":1,
+    "a":2,"=":3,"1":4,"2":5,";":6},"unk_token":"<unk>"}}"#,
+];
+
+const RECALL: &str = "{\"schema_version\":2,\"tokens_sha256\":\"00\",\"window_kind\":\"stream\",\"context\":16,\
+    \"stride\":16,\"windows\":10}\n{\"step\":1,\"verbatim\":\"0100\"}\n{\"step\":2,\"verbatim\":\"ff03\"}\n";
 
 const HEAT: &str = r#"{"schema_version":2,"files":[{"path":"a.c","text":"int x;\n","cells":[[4,-0.5],[7,null]],
     "wrong":[[0,2]]}]}"#;
@@ -152,7 +180,8 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
             files.map(|name| Ok(fs::read(folder.join(name))?)).into_iter().collect()
         })
         .collect::<anyhow::Result<_>>()?;
-    let jsons: Vec<Vec<u8>> = saved.iter().map(|files| files[0].clone()).collect();
+    let own = saved.iter().map(|files| files[0].clone());
+    let jsons: Vec<Vec<u8>> = own.chain(OTHER_TOKENIZERS.map(Vec::from)).collect();
     let configs: Vec<Vec<u8>> = saved.iter().map(|files| files[1].clone()).collect();
     let exact = jsons[0].clone();
 
@@ -204,6 +233,7 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
     let archive = archive?.join("archive");
     fs::write(model.join("config.json"), CONFIG)?;
     fs::write(state_folder.join("config.json"), CONFIG)?;
+    let recalled = at("recall")?;
     let pages = at("pages")?;
     fs::create_dir_all(pages.join("memorization"))?;
     fs::write(pages.join("metrics.jsonl"), METRICS)?;
@@ -279,6 +309,18 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
         target("metrics", vec![METRICS.into(), METRICS.repeat(3).into()], move |input| {
             fs::write(run.join("metrics.jsonl"), input)?;
             RunFiles::read(&run).map(drop)
+        }),
+        target("recall", vec![RECALL.into()], move |input| {
+            fs::write(recalled.join(recall::FILE), input)?;
+            let head = RecallHead {
+                schema_version: SchemaVersion,
+                tokens_sha256: "00".to_string(),
+                window_kind: WindowKind::Stream,
+                context: 16,
+                stride: 16,
+                windows: 1 << 20,
+            };
+            Recall::read(&recalled, &head).map(drop)
         }),
         target("report", vec![HEAT.into(), REBUILD.into()], move |input| {
             let names =
