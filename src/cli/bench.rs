@@ -358,7 +358,7 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
         timing.preset, timing.parameters, timing.device
     ));
     table.line(format_args!(
-        "batch {} x {}: {:.2} ms a step ({:.2} to {:.2}), {:.0} tokens/s, {:.2} TFLOP/s, {} MB of main \
+        "batch {} x {}: {:.2} ms per step ({:.2} to {:.2}), {:.0} tokens/s, {:.2} TFLOP/s, {} MB of main \
          memory at most",
         timing.batch,
         timing.context,

@@ -192,7 +192,7 @@ pub fn text(
             writeln!(out, "  {what:12} {:>20}  {share:5.1}%", grouped(count))
         };
     }
-    let _ = writeln!(out, "\nFLOPs a token, windows of {context}");
+    let _ = writeln!(out, "\nFLOPs per token, windows of {context}");
     let _ = writeln!(out, "  {:12} {:>20}", "forward", grouped(config.forward_flops(context)));
     let _ = writeln!(out, "  {:12} {:>20}", "training", grouped(config.training_flops(context)));
     let memory = footprint(config, settings, backend, share)?;

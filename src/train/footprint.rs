@@ -165,7 +165,7 @@ fn check_arithmetic(config: &Config, micro_batch: usize, seq_len: usize) -> anyh
         + 2 * wide(config.hidden_size)
         + 2 * wide(config.intermediate_size)
         + wide(config.vocab_size);
-    // Up to 16 buffers of each width in the forward and the backward of a layer, 8 bytes an element, and
+    // Up to 16 buffers of each width in the forward and the backward of a layer, 8 bytes per element, and
     // for the workspace a row of scores for each row, eight times.
     let layers = wide(config.num_hidden_layers) + 1;
     let buffers = rows.saturating_mul(width).saturating_mul(32 * 8 * layers);

@@ -9,7 +9,7 @@ use ptxsim::{Arg, Config, Memory, Options};
 use crate::coverage;
 use crate::nvcc::load;
 
-/// Runs a body for one warp. It finds its lane in %lane, eight input words a lane in %in0..%in7,
+/// Runs a body for one warp. It finds its lane in %lane, eight input words per lane in %in0..%in7,
 /// and leaves its results in %out0..%out3.
 pub fn warp(body: &str, input: &[[u32; 8]; 32]) -> Vec<[u32; 4]> {
     if coverage::note(body) {
