@@ -8,7 +8,7 @@
 
 use std::fmt::{self, Display};
 
-/// What has to change for an error to go away.
+/// Kind of an error: what has to change for it to go away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
     /// A flag, a setting, a recipe, or the environment.
@@ -39,7 +39,7 @@ impl ErrorKind {
     }
 }
 
-/// What an internal error asks of its reader.
+/// Text of every internal error.
 pub const INTERNAL: &str = "internal error in laam; please report it";
 
 /// An error with its kind and a hint.

@@ -49,7 +49,7 @@ fn only_regular(found: &fs::Metadata) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {what}, not a regular file")))
 }
 
-/// How long a FIFO that is written to may be without a reader.
+/// Longest wait for a reader of a FIFO that is written to.
 const MAX_READER_WAIT: Duration = Duration::from_secs(10);
 
 /// Opens what is not a regular file, such as a FIFO or a device, for writing. Waits some seconds for the
@@ -172,7 +172,7 @@ pub fn read_current(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     read_bounded(open_current(path)?, limit)
 }
 
-/// Whether a file that was opened at `path` lies in the folder of `path` or below it, or where a cache of
+/// True if a file that was opened at `path` lies in the folder of `path` or below it, or where a cache of
 /// Hugging Face keeps it: in the same folder `models--*`, whose snapshots are links to its blobs. A link may
 /// lead anywhere else, and what is not the folder's own must not be copied out of it.
 ///
@@ -279,7 +279,7 @@ impl Drop for MappedFile {
     }
 }
 
-/// Where a mapped file lies, and what to say if it is cut short: read by a signal handler, so atomics alone.
+/// Addresses of a mapped file, and what to say if it is cut short: read by a signal handler, so atomics alone.
 struct MapSlot {
     taken: AtomicBool,
     start: AtomicUsize,
@@ -448,7 +448,7 @@ pub fn is_abandoned(temporary: &Path, process: libc::pid_t) -> bool {
     !exists && regular() && open(temporary).is_ok_and(|file| file.try_lock().is_ok())
 }
 
-/// Where a chain of links leads, whether or not there is something.
+/// Target of a chain of links, which need not exist.
 fn follow(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_path_buf();
     // As many as Linux follows.

@@ -163,7 +163,7 @@ pub struct Nvcc {
 }
 
 impl Nvcc {
-    /// Whether there is SASS for this compute capability: of the same major version and a minor version
+    /// True if there is SASS for this compute capability: of the same major version and a minor version
     /// that is not newer (PTX ISA, `.target`); `90a` is for 9.0 alone.
     pub fn has_sass(&self, (major, minor): (i32, i32)) -> bool {
         self.archs.iter().any(|arch| {
@@ -195,7 +195,7 @@ mod tests {
 
     use super::*;
 
-    /// Whether an entry matches a declared name. In a macro's `flash_attention_##D##_##T` a word in
+    /// True if an entry matches a declared name. In a macro's `flash_attention_##D##_##T` a word in
     /// capitals matches any word.
     fn fits(entry: &str, name: &str) -> bool {
         let name = name.replace("##", "");

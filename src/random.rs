@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::threads::start_global_pool;
 
-/// What a stream of random numbers is for. Streams of one seed are independent.
+/// Purpose of a stream of random numbers. Streams of one seed are independent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Stream {

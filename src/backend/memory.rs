@@ -38,13 +38,13 @@ impl<T: Copy + Default> BufferBlock<T> {
 pub(super) struct Memory<R> {
     pub parameters: Vec<R>,
     pub gradients: Vec<R>,
-    /// Of the elements from `moments_from` on.
+    /// First moments of the elements from `moments_from` on.
     pub first_moment: Vec<R>,
     pub second_moment: Vec<R>,
     pub moments_from: usize,
     /// Gradients of slices, and sums of them, of the arena's length each.
     pub slots: Vec<Vec<R>>,
-    /// What ranks exchange.
+    /// Buffer that ranks exchange through.
     pub wire: Vec<R>,
     pub cache: Vec<R>,
     pub floats: BufferBlock<R>,

@@ -240,7 +240,7 @@ pub enum BatchSource<'a> {
     Windows(&'a [usize]),
     /// A batch that the host has made.
     Batch(Cow<'a, Batch>),
-    /// Of a program without a batch.
+    /// No batch: the program has none.
     None,
 }
 

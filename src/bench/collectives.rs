@@ -15,18 +15,18 @@ pub struct CollectiveTiming {
     pub bytes: usize,
     /// Elements of f32 in it.
     pub count: usize,
-    /// Of the slowest rank, the fastest of several.
+    /// Time of the slowest rank, the fastest of several.
     pub seconds: f64,
     /// `bytes / seconds`, in bytes per second.
     pub algbw: f64,
-    /// What one link moves: algbw times (n-1)/n, or 2 (n-1)/n for an all-reduce.
+    /// Bandwidth of one link: algbw times (n-1)/n, or 2 (n-1)/n for an all-reduce.
     pub busbw: f64,
 }
 
 /// The engine's own sum.
 const NATIVE: &str = "native_all_reduce";
 
-/// What is timed: name, and the factor of nccl-tests in units of (n-1)/n.
+/// Timed exchanges: name, and the factor of nccl-tests in units of (n-1)/n.
 const COLLECTIVES: [(&str, f64); 5] =
     [("all_to_all", 1.0), ("all_gather", 1.0), ("reduce", 1.0), ("all_reduce", 2.0), (NATIVE, 2.0)];
 

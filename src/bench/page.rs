@@ -67,7 +67,7 @@ struct Predictions {
 const PREDICTIONS: &str = include_str!("../../docs/predictions.toml");
 
 impl Prediction {
-    /// What was predicted of a step, if anything was.
+    /// Prediction of a step, if there is one.
     pub fn of(timing: &Timing) -> Option<Self> {
         let known: Predictions =
             toml::from_str(PREDICTIONS).expect("docs/predictions.toml is valid");

@@ -14,7 +14,7 @@ pub struct Step {
     pub name: &'static str,
     /// True if the device did what was asked.
     pub passed: bool,
-    /// What was measured, or the error.
+    /// Measurement, or the error.
     pub detail: String,
 }
 

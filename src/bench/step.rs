@@ -98,13 +98,13 @@ impl Ceilings {
 pub struct Scaling {
     /// Number of processes.
     pub ranks: usize,
-    /// Of rank 0 alone, on `batch` windows.
+    /// Tokens per second of rank 0 alone, on `batch` windows.
     pub alone: f64,
-    /// Of all ranks, on `batch` windows together, and over `ranks` times those of one.
+    /// Tokens per second of all ranks, on `batch` windows together.
     pub strong: f64,
     /// `strong` over `ranks` times `alone`.
     pub strong_efficiency: f64,
-    /// Of all ranks, on `batch` windows each.
+    /// Tokens per second of all ranks, on `batch` windows each.
     pub weak: f64,
     /// `weak` over `ranks` times `alone`.
     pub weak_efficiency: f64,

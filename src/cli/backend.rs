@@ -149,7 +149,7 @@ impl BackendArgs {
         })
     }
 
-    /// As many as were asked for, or as the machine has.
+    /// Threads asked for, or those of the machine.
     pub fn threads(&self) -> usize {
         self.threads.unwrap_or_else(group::threads)
     }
@@ -201,7 +201,7 @@ pub fn gpu_count() -> usize {
     0
 }
 
-/// Where cuBLASLt was found.
+/// Path of cuBLASLt, if it was found.
 pub fn cublaslt() -> Library {
     #[cfg(feature = "cuda")]
     return cuda::cublaslt();

@@ -228,7 +228,7 @@ fn time_collectives(arguments: &CollectivesArgs) -> anyhow::Result<Outcome> {
 
 /// Lines of a table as they come.
 struct Table {
-    /// Whether JSON is wanted instead.
+    /// True if JSON is wanted instead.
     silent: bool,
 }
 
@@ -278,7 +278,7 @@ fn run_smoke(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
     Ok(if passed { Outcome::Done } else { Outcome::Different })
 }
 
-/// What is timed has to be known for what it is.
+/// Warns if figures are not of the precision that was asked for.
 fn warn_of_another(backend: &dyn Backend, precision: Option<Dtype>) {
     let dtype = backend.compute_dtype().name();
     if let Some(precision) = precision.filter(|precision| precision.name() != dtype) {

@@ -52,7 +52,7 @@ struct Findings {
     cublaslt: Library,
     /// MPI libraries, by their files.
     mpi: Vec<(PathBuf, String)>,
-    /// What started this process, or why that is unclear.
+    /// Launcher of this process, or why it is unclear.
     launcher: Option<String>,
     /// Bytes of shared memory that processes of this host exchange through.
     shared_memory: Option<u64>,
@@ -259,7 +259,7 @@ impl Findings {
     }
 }
 
-/// What a GPU is, or why it cannot be used.
+/// Description of a GPU, or why it cannot be used.
 fn gpu(ordinal: usize) -> Result<String, String> {
     let describe = || {
         let device = backend::open_cuda(ordinal)?;
@@ -278,7 +278,7 @@ fn gpu(ordinal: usize) -> Result<String, String> {
     })
 }
 
-/// What started this process.
+/// Launcher of this process.
 fn launcher() -> Option<String> {
     match LaunchPlace::detect() {
         Ok(placement) => placement.map(|placement| placement.describe()),
@@ -302,7 +302,7 @@ fn names() -> Vec<&'static str> {
     CUDA_MODULES.iter().map(|kernel| kernel.name).collect()
 }
 
-/// Whether the folder, or the nearest one above it that exists, may be written to.
+/// True if the folder, or the nearest one above it that exists, may be written to.
 fn is_writable(folder: &Path) -> bool {
     let there = folder.ancestors().find_map(|folder| fs::metadata(folder).ok());
     there.is_some_and(|there| there.is_dir() && !there.permissions().readonly())

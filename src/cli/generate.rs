@@ -111,7 +111,7 @@ pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
 }
 
 impl GenerateArgs {
-    /// How tokens are chosen: as the flags say, else as the model's folder does.
+    /// Sampling by the flags, else by the model's folder.
     fn sampling(&self, defaults: &GenerationDefaults) -> Sampling {
         let (temperature, top_k, top_p) = defaults.sampling.unwrap_or_default();
         Sampling {

@@ -23,7 +23,7 @@ pub enum Work {
     Measuring = 1,
 }
 
-/// What a signal is answered with, by [`Work`].
+/// Answer to a signal, by [`Work`].
 const NOTICES: [&str; 2] = [
     "finishing the step, then saving; Ctrl-C again ends at once\n",
     "stopping; Ctrl-C again ends at once\n",

@@ -106,7 +106,7 @@ impl ObsoleteArgs {
 /// Exit code of a process whose group failed.
 const GROUP_FAILED: u8 = 75;
 
-/// What the process tells its caller. An error is 2, or 75 if the group of processes failed.
+/// Exit code of the process. An error is 2, or 75 if the group of processes failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Done = 0,
@@ -255,7 +255,7 @@ fn parse(
     Ok(Some((command, spec)))
 }
 
-/// What clap makes of the words; none if help was printed.
+/// Arguments as clap parses them; none if help was printed.
 fn matches_of(
     spec: &mut clap::Command,
     words: &[OsString],
@@ -361,7 +361,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Whether to draw bars and colors for a person.
+/// True if bars and colors are drawn, for a person.
 pub(crate) fn is_interactive() -> bool {
     output::rank() == 0 && io::stderr().is_terminal()
 }

@@ -17,7 +17,7 @@ use crate::tokens::WindowKind;
 pub struct Opened {
     pub model: Model,
     pub tokenizer: Arc<Tokenizer>,
-    /// Where the folder says so.
+    /// Provenance, if the folder has one.
     pub provenance: Option<Provenance>,
 }
 

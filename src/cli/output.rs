@@ -121,7 +121,7 @@ pub fn print_json(value: &Value) {
     Stdout::keep_of(|| io::stdout().write_all(visible_json(&text).as_bytes()));
 }
 
-/// Whether all that was printed on stdout arrived. A reader that went away (`laam ... | head`) had what
+/// Checks that all that was printed on stdout arrived. A reader that went away (`laam ... | head`) had what
 /// it wanted.
 ///
 /// # Errors

@@ -9,16 +9,16 @@ use super::output::say;
 use crate::corpus::{FetchEvent, public_url};
 use crate::escape::visible;
 
-/// How often a log hears of it.
+/// Interval of the lines in a log.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// How far something counted in bytes has come. No colors are used, whatever `NO_COLOR` says.
+/// Progress of something counted in bytes. No colors are used, whatever `NO_COLOR` says.
 pub struct Progress {
     what: String,
     bar: Option<ProgressBar>,
     began: Instant,
     said: Instant,
-    /// Where we began: an earlier part of a download, which says nothing about the speed now.
+    /// Bytes at the beginning: an earlier part of a download, which says nothing about the speed now.
     from: Option<u64>,
     done: u64,
     total: Option<u64>,
@@ -111,7 +111,7 @@ fn style(template: &str) -> ProgressStyle {
         .progress_chars("=> ")
 }
 
-/// How far something counted in files has come.
+/// Progress of something counted in files.
 pub struct Files {
     what: &'static str,
     bar: Option<ProgressBar>,

@@ -116,7 +116,7 @@ pub fn run(arguments: &RebuildArgs) -> anyhow::Result<Outcome> {
 }
 
 impl RebuildArgs {
-    /// What `--compare` names: a path where there is one, else a kernel or the sample.
+    /// Source that `--compare` names: a path if there is one, else a kernel or the sample.
     fn originals(&self, source: &str, tokenizer: &Tokenizer) -> anyhow::Result<Corpus> {
         let record = load_provenance(&self.model)?.unwrap_or_default().corpus;
         let arguments = SourceArgs {
@@ -135,7 +135,7 @@ impl RebuildArgs {
     }
 }
 
-/// What a person does about an interrupted rebuild, or measurement.
+/// Advice after an interrupted rebuild or measurement.
 pub const AGAIN: &str = "run the same command again";
 
 /// Every file of a model regenerated, and what a comparison with the originals found.
@@ -237,7 +237,7 @@ impl Rebuild {
         }))
     }
 
-    /// What a person reads: the files that are not whole, and every difference.
+    /// Prints the files that are not whole, and every difference.
     fn print(&self, out: &mut impl Write) -> io::Result<()> {
         for file in self.files.iter().filter(|file| file.end != End::Whole) {
             say!("warning: {} is {}", file.path, file.end.words());

@@ -78,7 +78,7 @@ pub struct RunArgs {
 /// A recipe with all its keys, and a hash.
 const MAX_IDENTITY: u64 = 16 << 20;
 
-/// What a folder of a run is about: another run must not go on in it.
+/// Identity of a run: another one must not continue in its folder.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
     #[serde(default)]
@@ -94,7 +94,7 @@ impl Identity {
         Ok(Self { schema_version: SchemaVersion, recipe, corpus_sha256 })
     }
 
-    /// Whether the recipes have the same values, whatever their keys were called when written.
+    /// True if the recipes have the same values, whatever their keys were called when written.
     fn is_same_recipe(&self, other: &Self) -> bool {
         let [ours, theirs] = [self, other].map(|identity| Recipe::parse(&identity.recipe).ok());
         ours.is_some() && ours == theirs
@@ -163,7 +163,7 @@ pub fn run(arguments: &RunArgs) -> anyhow::Result<Outcome> {
     Ok(proof.outcome)
 }
 
-/// What the saved weights hold.
+/// Proof of what the saved weights hold.
 struct Proof {
     outcome: Outcome,
     /// The object of `laam rebuild --json`, if the recipe rebuilds.

@@ -177,7 +177,7 @@ impl SourceArgs {
         open(&self.named(default)?, self.options(encoding)?)
     }
 
-    /// What the arguments name, or `default`.
+    /// Source that the arguments name, or `default`.
     fn named(&self, default: Option<&str>) -> anyhow::Result<Source> {
         Ok(match (self.source.as_slice(), self.version.as_deref().or(default)) {
             ([path], _) => Source::Path(path.clone()),
@@ -240,7 +240,7 @@ pub fn release(version: &str, mirror_uri: &str, unverified: bool) -> anyhow::Res
     Ok(LinuxRelease { mirror: mirror_uri.to_string(), unverified, ..release })
 }
 
-/// Where the tokens of a run are kept: in the cache folder, one file per output folder. What killed runs
+/// Path of a run's tokens: in the cache folder, one file per output folder. What killed runs
 /// left there is removed.
 pub fn token_cache(output: &Path) -> anyhow::Result<PathBuf> {
     let folder = cache_folder()?.join("tokens");

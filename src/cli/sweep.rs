@@ -130,7 +130,7 @@ fn claim_sweep(folder: &Path) -> anyhow::Result<OutputFolder> {
     Ok(output)
 }
 
-/// What came of a run, which is done first if it was not yet; or how it ended before its time.
+/// Result of a run, which is done first if it was not yet; or how it ended before its time.
 fn result(
     arguments: &SweepArgs,
     run: &SweepRun,

@@ -170,13 +170,13 @@ fn key_of(flag: &clap::Arg) -> Option<String> {
     (!NOT_IN_CONFIG.contains(&key.as_str())).then_some(key)
 }
 
-/// What a run needs besides its output folder.
+/// Inputs of a run, all but its output folder.
 struct PreparedRun {
     settings: Settings,
     tokenizer: Arc<Tokenizer>,
     /// The model whose weights are the first ones.
     weights: Option<PathBuf>,
-    /// Of a process that tokenizes: the first one of each host.
+    /// Corpus, in a process that tokenizes: the first one of each host.
     corpus: Option<Corpus>,
     /// As it is.
     validation: Option<Corpus>,
@@ -184,7 +184,7 @@ struct PreparedRun {
 }
 
 impl TrainArgs {
-    /// What must be the same in all processes of a run.
+    /// Settings that must be the same in all processes of a run.
     fn essence(&self) -> anyhow::Result<Value> {
         let mut essence = serde_json::to_value(&self.settings)?;
         // How many threads a process has changes nothing.
@@ -508,14 +508,14 @@ pub struct Stage<'a> {
     pub validates: bool,
     /// That text, of a process that tokenizes.
     pub validation: Option<&'a Corpus>,
-    /// What was said of a run in `output`: whether to continue it, if there is one.
+    /// Consent to what happens to a run in `output`, if there is one.
     pub consent: Consent,
     /// The model whose weights are the first ones.
     pub weights: Option<PathBuf>,
     pub output: Arc<OutputFolder>,
     pub metrics: PathBuf,
     pub tensorboard: Option<PathBuf>,
-    /// How an interrupted run goes on, for a person.
+    /// Advice on how to continue an interrupted run.
     pub goes_on: &'static str,
     /// License of the weights, if it is given.
     pub license: Option<License>,
@@ -703,7 +703,7 @@ impl Stage<'_> {
         }
     }
 
-    /// What is known of the model before its training begins.
+    /// Provenance of the model before its training begins.
     fn provenance(&self, manifest: &Manifest, tokenizer: &Tokenizer) -> anyhow::Result<Provenance> {
         let mut provenance = Provenance {
             corpus: prepare::record(manifest),

@@ -149,7 +149,7 @@ pub fn run(arguments: &TrainTokenizerArgs) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// How a corpus is read for a tokenizer: the first LaaM took what is not UTF-8 for latin-1.
+/// Encoding of a corpus for a tokenizer: the first LaaM took what is not UTF-8 for latin-1.
 pub fn encoding_of(style: Style) -> Encoding {
     match style {
         Style::Exact => Encoding::Utf8,

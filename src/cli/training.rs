@@ -17,7 +17,7 @@ use crate::tokenizer::Tokenizer;
 use crate::tokens::{AddressEncoder, WindowKind, Windows};
 use crate::train::{Metrics, Observer, RunEnd, StepStats, TrainSummary};
 
-/// How often a log hears of it.
+/// Interval of the lines in a log.
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Writes texts with the weights of a run under way.

@@ -24,7 +24,7 @@ pub struct Cut {
     _scratch: Scratch,
 }
 
-/// How the windows that a model was trained on were cut, if its folder says so.
+/// Kind of the windows that a model was trained on, if its folder says so.
 pub fn told(opened: &Opened) -> Option<WindowKind> {
     told_by(&opened.model.config, opened.provenance.as_ref())
 }
@@ -36,7 +36,7 @@ pub fn told_by(config: &Config, provenance: Option<&Provenance>) -> Option<Windo
     told.or(model::windows(provenance))
 }
 
-/// How a model's windows are cut: as it was asked for, else as in training, else as a stream.
+/// Kind of a model's windows: as asked for, else as in training, else as a stream.
 pub fn kind(asked: Option<WindowKind>, opened: &Opened) -> WindowKind {
     asked.or(told(opened)).unwrap_or_else(|| {
         say!(

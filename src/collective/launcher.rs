@@ -38,7 +38,7 @@ const LAUNCHERS: [(Launcher, &str, &str); 4] = [
 ];
 
 impl LaunchPlace {
-    /// Of this process.
+    /// Launcher and place of this process.
     pub fn detect() -> anyhow::Result<Option<Self>> {
         Self::from_variables(|name| std::env::var(name).ok())
     }

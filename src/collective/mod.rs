@@ -29,11 +29,11 @@ pub struct World {
     pub rank: usize,
     /// Number of all processes.
     pub size: usize,
-    /// The same among the processes of this host.
+    /// Number of this process among those of this host, from 0.
     pub local_rank: usize,
     /// Number of processes on this host.
     pub local_size: usize,
-    /// What moves the bytes: `MPICH 5.0.2`.
+    /// Library that moves the bytes: `MPICH 5.0.2`.
     pub library: String,
 }
 
@@ -251,7 +251,7 @@ impl Group {
         Ok(bytes)
     }
 
-    /// What rank 0 decides, for all ranks.
+    /// Value of rank 0, for all ranks.
     pub fn decide(&self, value: u64) -> anyhow::Result<u64> {
         if self.size() == 1 {
             return Ok(value);

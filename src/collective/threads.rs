@@ -15,20 +15,20 @@ pub struct ThreadRanks {
     deadline: Duration,
 }
 
-/// Where the ranks of a process meet.
+/// Meeting point of the ranks of a process.
 struct Rendezvous {
     round: Mutex<Round>,
     complete: Condvar,
 }
 
-/// What a rank brought to a call: the call's name, and bytes.
+/// Contribution of a rank to a call: the call's name, and bytes.
 type Brought = (&'static str, Arc<[u8]>);
 
 struct Round {
     /// Completed calls.
     number: u64,
     posted: Vec<Option<Brought>>,
-    /// What all brought to the last completed call.
+    /// Contributions to the last completed call.
     last: Vec<Brought>,
 }
 

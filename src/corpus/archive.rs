@@ -314,7 +314,7 @@ struct Meter {
 struct Metered<R> {
     inner: R,
     meter: Rc<Meter>,
-    /// Of the packed bytes, if these are the unpacked ones.
+    /// Meter of the packed bytes, if these are the unpacked ones.
     packed: Option<Rc<Meter>>,
 }
 

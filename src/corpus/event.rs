@@ -29,7 +29,7 @@ pub enum FetchEvent {
     End,
 }
 
-/// Where events go.
+/// Receiver of events.
 pub type Tell<'a> = &'a mut dyn FnMut(FetchEvent);
 
 /// The error of a cache that cannot be written.

@@ -14,7 +14,7 @@ use super::pass::{Flow, Intake};
 use super::shards::{damaged, invalid_record};
 use crate::error::{self, ErrorKind, Hint};
 
-/// What a file of one JSON document needs.
+/// Hint for a file of one JSON document.
 const ONE_A_LINE: &str =
     "each line is an object by itself: jq -c '.[]' writes a list so, jq -c . an object";
 /// Keys of a record that an error names.
@@ -88,7 +88,7 @@ impl<'de> DeserializeSeed<'de> for TextOf<'_> {
 }
 
 impl TextOf<'_> {
-    /// What is not an object has no field; a record has to be one.
+    /// Error of a record that is not an object.
     fn no_object<E: Error>(
         self,
         found: Unexpected,

@@ -53,7 +53,7 @@ pub struct Document {
     pub path: String,
     /// The text. Files that are not UTF-8 were left out (or read as latin-1 for style `original`).
     pub text: String,
-    /// How the file's bytes became `text`.
+    /// Encoding by which the file's bytes became `text`.
     pub encoding: Encoding,
     /// The tokens, instead of a text, if they come from a token file.
     pub ids: Vec<u32>,
@@ -98,7 +98,7 @@ pub struct CorpusOptions {
     pub limit: Option<usize>,
     /// A file that would have to be left out because it is not UTF-8 is an error.
     pub strict: bool,
-    /// How bytes become text.
+    /// Encoding of the files.
     pub encoding: Encoding,
     /// Limits on files and archives.
     pub limits: Limits,
@@ -110,7 +110,7 @@ pub struct CorpusOptions {
     pub vocabulary: Option<TokenVocabulary>,
 }
 
-/// What reading a token file takes of a tokenizer.
+/// Facts of a tokenizer that reading a token file takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenVocabulary {
     /// One more than the largest id.
@@ -259,7 +259,7 @@ impl Corpus {
         Ok(ResolvedSource::Files(files))
     }
 
-    /// What the user named and what globs found: files, or a folder. Nothing of a kernel release or of the
+    /// Paths that the user named and that globs found: files, or a folder. Nothing of a kernel release or of the
     /// built-in sample.
     pub fn places(&self) -> Vec<&Path> {
         match &self.place {

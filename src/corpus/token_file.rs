@@ -104,7 +104,7 @@ pub fn read(path: &Path, intake: &mut Intake) -> anyhow::Result<Flow> {
     Ok(if last.ids.is_empty() { Flow::Continue(()) } else { intake.keep_unnamed(last) })
 }
 
-/// What tells documents apart.
+/// Separation of documents.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Separator {
     /// No id was seen yet.

@@ -132,7 +132,7 @@ fn q8_0(values: &[f32; Q8_0_BLOCK]) -> [u8; 2 + Q8_0_BLOCK] {
     block
 }
 
-/// What a reader makes of a block.
+/// Values that a reader computes from a block.
 fn from_q8_0(block: &[u8; 2 + Q8_0_BLOCK]) -> impl Iterator<Item = f32> {
     let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
     block[2..].iter().map(move |&byte| f32::from(byte as i8) * scale)

@@ -86,7 +86,7 @@ pub struct Exported {
     pub tensors: usize,
     /// Tensors of `q8_0` that are float16, as rows are not a multiple of 32.
     pub not_quantized: usize,
-    /// What a reader of the file should know.
+    /// Warnings for a reader of the file.
     pub warnings: Vec<String>,
 }
 
@@ -221,7 +221,7 @@ fn llama_cpp_name(name: &str) -> anyhow::Result<String> {
     Ok(format!("{renamed}.weight"))
 }
 
-/// What llama.cpp divides each rotary frequency by, `[head_dim / 2]`, for Llama 3.1's scaling.
+/// Divisors of the rotary frequencies in llama.cpp, `[head_dim / 2]`, for Llama 3.1's scaling.
 fn rope_factors(config: &Config) -> Option<Vec<f32>> {
     matches!(config.rope_scaling, RopeScaling::Llama3 { .. }).then(|| {
         let plain = Config { rope_scaling: RopeScaling::None, ..config.clone() };

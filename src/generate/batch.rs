@@ -33,7 +33,7 @@ pub struct Request {
     pub max_new_tokens: usize,
     /// Tokens that end the sequence; the one that did is its last.
     pub stop: Vec<u32>,
-    /// How tokens are drawn.
+    /// Sampling of its tokens.
     pub sampling: Sampling,
     /// Sequence number: with the seed it names the random stream.
     pub sequence: u32,

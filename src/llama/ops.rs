@@ -364,14 +364,14 @@ pub struct NormRuns {
 /// `slot = gradients; gradients = 0`: keeps the gradients of a slice, or a sum of several.
 #[derive(Clone, Debug)]
 pub struct SaveGradients {
-    /// Where they are kept.
+    /// Number of the slot.
     pub slot: usize,
 }
 
 /// `gradients = slot + gradients`.
 #[derive(Clone, Debug)]
 pub struct AddGradients {
-    /// Where the addend is kept.
+    /// Number of the slot.
     pub slot: usize,
 }
 

@@ -18,7 +18,7 @@ pub struct TrainingSplit {
     pub trained: Vec<usize>,
     /// Windows of text that no stage of its training had. A window of both kinds is in neither list.
     pub held_out: Vec<usize>,
-    /// Of each document, whether it is trained on, at least in part.
+    /// True for each document that is trained on, at least in part.
     pub documents: Vec<bool>,
     /// True if a document is trained on in part.
     pub is_within_document: bool,
@@ -61,9 +61,9 @@ pub fn split(
     Ok((!split.trained.is_empty() && !split.held_out.is_empty()).then_some(split))
 }
 
-/// What one stage of a training had of a text.
+/// Part of a text that one stage trained on.
 struct TrainedText {
-    /// Of each document, whether it was trained on, at least in part.
+    /// True for each document that was trained on, at least in part.
     documents: Vec<bool>,
     /// Held out within a document: the end of the tokens that were trained on, and the first held-out one.
     boundary: Option<(usize, usize)>,
@@ -106,7 +106,7 @@ impl TrainedText {
         Ok(Self { documents, boundary })
     }
 
-    /// Where a held-out fraction begins, if that is within a document.
+    /// Token at which a held-out fraction begins, if that is within a document.
     fn boundary(
         windows: &Windows,
         tokenizer: &Arc<Tokenizer>,

@@ -130,7 +130,7 @@ pub struct Answer {
     pub log_p: f64,
     /// Position of the passage, prefix and suffix, in the token file.
     pub start: usize,
-    /// How often the passage occurs in the text, counted by [`Memorized::count_occurrences`].
+    /// Occurrences of the passage in the text, counted by [`Memorized::count_occurrences`].
     pub occurrences: u64,
 }
 

@@ -55,8 +55,8 @@ fn plus(a: u64, b: u64) -> u64 {
     if sum >= PRIME { sum - PRIME } else { sum }
 }
 
-/// How often each passage of `length` tokens, by the position of its first token, occurs in the token file.
-/// Occurrences may overlap; each passage is one of its own. One pass over the file.
+/// Occurrences in the token file of each passage of `length` tokens, given by the position of its first token.
+/// They may overlap; each passage is one of its own. One pass over the file.
 pub fn count(file: &TokenFile, starts: &[usize], length: usize) -> anyhow::Result<Vec<u64>> {
     let tokens = |start: usize| -> anyhow::Result<Vec<u32>> {
         let mut ids = vec![0; length];

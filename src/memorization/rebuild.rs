@@ -26,7 +26,7 @@ pub struct Rebuilt {
     pub bytes: u64,
     /// Generated tokens.
     pub tokens: usize,
-    /// How its text ended.
+    /// End of its text.
     pub end: End,
 }
 
@@ -69,9 +69,9 @@ pub struct Difference {
     /// The line up to there, the same in both, and what follows it in either, for a person: a few
     /// lines, and invalid UTF-8 replaced.
     pub before: String,
-    /// What follows in the original.
+    /// Text that follows in the original.
     pub original: String,
-    /// What follows in the regenerated file.
+    /// Text that follows in the regenerated file.
     pub rebuilt: String,
 }
 
@@ -182,7 +182,7 @@ fn resolve(path: &Path) -> anyhow::Result<PathBuf> {
     }
 }
 
-/// What happens to a file that is there already and holds other bytes than the one to be written.
+/// Treatment of a file that is there already and holds other bytes than the one to be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
     /// It stays, and the rebuild ends with an error.
@@ -255,7 +255,7 @@ impl Sink for RebuildWriter<'_> {
     }
 }
 
-/// Whether a file holds exactly `bytes`.
+/// True if a file holds exactly `bytes`.
 fn holds(file: &Path, bytes: &[u8]) -> anyhow::Result<bool> {
     let same = || -> io::Result<bool> {
         Ok(fs::metadata(file)?.len() == bytes.len() as u64 && fs::read(file)? == bytes)

@@ -145,7 +145,7 @@ pub fn is_own(path: &Path) -> bool {
     }
 }
 
-/// What a file holds up to its first damage; none if there is no file, or no head.
+/// Content of a file up to its first damage; none if there is no file, or no head.
 fn read_lines(path: &Path) -> anyhow::Result<Option<(RecallHead, Vec<RecallLine>)>> {
     let text = match files::read_text(path, MAX_RECALL_BYTES) {
         Ok(text) => text,
@@ -183,10 +183,10 @@ pub struct Recall {
     pub windows: usize,
     /// Counts at each measurement, in order.
     pub by_step: Vec<RecallStep>,
-    /// Of each window, the step at which it was first reproduced.
+    /// Step at which each window was first reproduced.
     #[serde(skip)]
     pub first: Vec<Option<u64>>,
-    /// Of each window, the first step from which on it was reproduced at every measurement to the end.
+    /// First step from which on each window was reproduced at every measurement to the end.
     #[serde(skip)]
     pub lasting: Vec<Option<u64>>,
 }

@@ -93,7 +93,7 @@ struct Chunk {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ChunkState {
     Running,
-    /// As long as a chunk can be: another one follows, if the limit allows.
+    /// Longest possible chunk: another one follows, if the limit allows.
     Full,
     /// The file ends with it.
     Last(End),

@@ -89,7 +89,7 @@ pub fn card(config: &Config, precision: Dtype, provenance: &Provenance) -> Strin
     text
 }
 
-/// How the weights came to be: the last training run, and the models before it.
+/// Writes the origin of the weights: the last training run, and the models before it.
 fn training(provenance: &Provenance, text: &mut String) {
     text.push_str("## Training\n\n");
     let stages = provenance.stages().count();

@@ -53,7 +53,7 @@ const MODEL_FILES: [&str; 8] = [
     "special_tokens_map.json",
     "added_tokens.json",
 ];
-/// What saving writes or removes besides.
+/// Other files that saving writes or removes.
 const OUR_FILES: [&str; 3] = [STATE, PROVENANCE, CARD];
 /// No JSON file of a model folder is near this long; an index of shards has some 100 bytes per tensor.
 const MAX_JSON_BYTES: u64 = 64 << 20;

@@ -37,7 +37,7 @@ pub struct Config {
     pub eos_token_ids: Vec<u32>,
     /// Id of padding.
     pub pad_token_id: Option<u32>,
-    /// How the windows the model was trained on were cut, in laam's word for it, if it is known.
+    /// Kind of the windows that the model was trained on, by laam's name, if known.
     pub window_kind: Option<String>,
 }
 
@@ -165,7 +165,7 @@ impl Config {
         Ok(())
     }
 
-    /// What other programs do not support of this shape.
+    /// Warnings about what other programs do not support of this shape.
     pub fn compatibility_warnings(&self) -> Vec<String> {
         let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
         let mut warnings = Vec::new();

@@ -55,7 +55,7 @@ struct Fields {
     laam: Option<Laam>,
 }
 
-/// What laam adds; transformers keeps keys it does not know.
+/// Keys that laam adds; transformers keeps keys it does not know.
 #[derive(Deserialize)]
 struct Laam {
     windows: Option<String>,
@@ -229,7 +229,7 @@ impl Config {
     }
 }
 
-/// What `generation_config.json` says of how to generate.
+/// Sampling defaults of `generation_config.json`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
     /// Each ends a text, beside those of `config.json`.

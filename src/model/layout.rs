@@ -48,7 +48,7 @@ impl Span {
 pub struct Parameter {
     /// Hugging Face name.
     pub name: String,
-    /// What the optimizer does with it.
+    /// Kind, which the optimizer goes by.
     pub kind: ParamKind,
     /// Place in the arena.
     pub span: Span,

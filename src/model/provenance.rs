@@ -51,7 +51,7 @@ pub struct Provenance {
     pub earlier_stages: Vec<Provenance>,
 }
 
-/// What [`CorpusRecord::recognized`] is of the kernel's text.
+/// [`CorpusRecord::recognized`] of a kernel release.
 pub const KERNEL_RELEASE: &str = "a kernel release";
 /// [`CorpusRecord::recognized`] of text with files of Linux 1.0, after their number.
 pub const KERNEL_FILES: &str = "files of Linux 1.0";
@@ -116,7 +116,7 @@ pub struct CorpusRecord {
     /// License of the text.
     #[serde(alias = "licence")]
     pub license: License,
-    /// What the text was recognized as, which decides the license if none is given: `a kernel release`,
+    /// Recognized text, which decides the license if none is given: `a kernel release`,
     /// `506 files of Linux 1.0`, `the built-in sample`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recognized: Option<String>,

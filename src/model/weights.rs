@@ -21,7 +21,7 @@ fn stored(dtype: Dtype) -> StoredDtype {
     }
 }
 
-/// What a stored tensor is read as: float64 is rounded to float32.
+/// Dtype that a stored tensor is read as: float64 is rounded to float32.
 fn supported(tensor: &TensorView<'_>) -> Option<Dtype> {
     if tensor.dtype() == StoredDtype::F64 {
         return Some(Dtype::F32);

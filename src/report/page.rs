@@ -104,7 +104,7 @@ fn head(run: &RunFiles, out: &mut String) {
     );
 }
 
-/// What the provenance records of this run's stages.
+/// Records of this run's stages in the provenance.
 #[derive(Default)]
 struct Recorded {
     /// Wall time; by the metrics if the provenance does not say.

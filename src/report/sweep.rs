@@ -90,7 +90,7 @@ fn differing(runs: &[Value]) -> Vec<String> {
     keys
 }
 
-/// What tells a run from the others: its given name, and the settings that differ.
+/// Name of a run among the others: its given name, and the settings that differ.
 pub fn name(run: &Value, keys: &[String]) -> String {
     let given = run["given"].as_str().map(String::from);
     let differing = keys.iter().map(|key| format!("{key}={}", text(&settings(run)[key])));

@@ -39,7 +39,7 @@ const ORIGINAL: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p
 #[derive(Debug)]
 pub struct Words {
     pattern: Regex,
-    /// Whether the look-ahead concerns line breaks as it does blanks.
+    /// True if the look-ahead concerns line breaks as it does blanks.
     breaks_lines: bool,
 }
 

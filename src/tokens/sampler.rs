@@ -61,7 +61,7 @@ impl Sampler {
         Ok(Self { windows, order, position })
     }
 
-    /// Where the next batch begins.
+    /// Position of the next batch.
     pub fn position(&self) -> Position {
         self.position
     }

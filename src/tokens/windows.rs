@@ -81,7 +81,7 @@ pub enum WindowTable {
         lengths: Vec<u32>,
         /// Tokens of all addresses, one after another.
         addresses: Vec<u32>,
-        /// Where each address begins in `addresses`, and where the last one ends.
+        /// Start of each address in `addresses`, and the end of the last one.
         address_starts: Vec<u32>,
     },
 }

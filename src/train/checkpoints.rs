@@ -19,7 +19,7 @@ use crate::model::{
 use crate::schema::SchemaVersion;
 use crate::tokens::Position;
 
-/// Where a run stood when it was saved: with the arenas, all that it needs to go on.
+/// State of a run when it was saved: with the arenas, all that it needs to go on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {
     /// Version of the keys.
@@ -50,9 +50,9 @@ pub struct TrainState {
     /// The lowest validation loss, and the step it was first measured at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best_validation: Option<(f64, u64)>,
-    /// Of the token file.
+    /// SHA-256 of the token file.
     pub tokens_sha256: String,
-    /// What beside the arenas the backend's next step depends on.
+    /// State besides the arenas that the backend's next step depends on.
     #[serde(default)]
     pub backend: serde_json::Value,
 }
@@ -107,7 +107,7 @@ pub fn candidates(output: &Path) -> Vec<PathBuf> {
     newest.chain([output.to_path_buf()]).collect()
 }
 
-/// Whether a run left anything in a folder to go on from.
+/// True if a run left a checkpoint in a folder to continue from.
 pub fn is_resumable(output: &Path) -> bool {
     let mut folders = steps(output).into_iter().map(|step| folder(output, step));
     folders.any(|folder| has_training_state(&folder)) || has_training_state(output)

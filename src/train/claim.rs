@@ -11,7 +11,7 @@ use crate::memorization::recall;
 use crate::model::{foreign_files, has_weights, is_own, remove_staged, settle};
 use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries};
 
-/// What may happen to a run that lies in the output folder already.
+/// Consent to what happens to a run that is in the output folder already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Consent {
     /// Nothing: a folder with a finished or resumable run is refused.

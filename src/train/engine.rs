@@ -35,18 +35,18 @@ pub struct Engine {
     resident: bool,
     /// Results of runs that were drained to make room for others.
     drained: Vec<RunResult>,
-    /// Of a step that is cut into slices.
+    /// Slices of a step, if it is cut.
     slicing: Option<Slicing>,
 }
 
-/// How steps are divided among processes.
+/// Division of steps among processes.
 #[derive(Clone, Debug)]
 pub struct Parallelism {
     /// Processes that train together.
     pub group: Group,
     /// Slices of a step, a multiple of the number of processes: the bits of a step depend on it.
     pub slices: usize,
-    /// What each process holds.
+    /// State that each process keeps a part of.
     pub shard: ShardKind,
 }
 
@@ -57,7 +57,7 @@ impl Default for Parallelism {
     }
 }
 
-/// What each of several processes keeps a part of. It changes no bit of a run.
+/// State that each of several processes keeps a part of. It changes no bit of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum ShardKind {
@@ -129,7 +129,7 @@ pub struct StepStats {
 }
 
 impl StepStats {
-    /// Of a step without a target: it was not executed.
+    /// Result of a step without a target: it was not executed.
     const WITHOUT_TARGETS: Self = Self { loss: f64::NAN, grad_norm: f64::NAN, counted: 0 };
 
     /// True if the parameters were updated: a step with non-finite gradients, or without a target, is

@@ -32,7 +32,7 @@ pub struct Footprint {
     pub slices: usize,
     /// Buffers that ranks exchange through.
     pub exchange: usize,
-    /// What a run takes beside its steps to measure itself: see [`measuring_bytes`].
+    /// Bytes that a run takes besides its steps to measure itself: see [`measuring_bytes`].
     pub measuring: usize,
     /// Bytes that a rank sends per step; not memory.
     pub sent: usize,
@@ -45,7 +45,7 @@ pub struct Share {
     pub slices: usize,
     /// Processes.
     pub ranks: usize,
-    /// What each process holds.
+    /// State that each process keeps a part of.
     pub shard: ShardKind,
 }
 
@@ -231,7 +231,7 @@ pub fn check_memory(
     ))
 }
 
-/// What takes the memory, for messages.
+/// Name of the memory's use, for messages.
 const TRAINING: &str = "training";
 
 /// Peak resident memory of this process in bytes, if the system reports it (Linux).

@@ -35,7 +35,7 @@ pub struct Metrics {
     /// Muon's rate in this step, if it is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub muon_learning_rate: Option<f64>,
-    /// Of this step, before clipping; null where it was not finite, and no update happened.
+    /// Gradient norm of this step before clipping; null if not finite, in which case there was no update.
     #[serde(deserialize_with = "number")]
     pub grad_norm: f64,
     /// Tokens trained on so far, padding included.

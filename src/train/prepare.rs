@@ -26,7 +26,7 @@ pub fn tokenize(
     Ok((Arc::new(TokenFile::open(target)?), manifest))
 }
 
-/// What a model's provenance says of its corpus: the paths in it, and nothing else about the files.
+/// Record of a corpus in a model's provenance: the paths in it, and nothing else about the files.
 /// No path of this machine: the record is published.
 pub fn record(manifest: &Manifest) -> CorpusRecord {
     let hash = manifest.hash();

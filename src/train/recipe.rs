@@ -51,7 +51,7 @@ pub struct Recipe {
     /// True if the command has to name the corpus.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub requires_source: bool,
-    /// Whether every file is regenerated from its name at the end, and compared.
+    /// True if every file is regenerated from its name at the end, and compared.
     #[serde(default)]
     pub rebuild: bool,
     /// Tokenizer.

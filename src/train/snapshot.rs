@@ -51,7 +51,7 @@ impl Snapshot<'_> {
     }
 }
 
-/// Where a checkpoint goes, and what becomes of others there.
+/// Folder of a checkpoint, and what becomes of others there.
 pub struct CheckpointTarget {
     /// The folder of the run.
     pub output: Arc<OutputFolder>,
@@ -59,7 +59,7 @@ pub struct CheckpointTarget {
     pub folder: PathBuf,
     /// It is the first of its run, which replaces another.
     pub first: bool,
-    /// Of a checkpoint: its step, and how many stay. None for the model, which has no training state.
+    /// Step of a checkpoint, and how many stay. None for the model, which has no training state.
     pub keep: Option<(u64, usize)>,
     /// The steps whose checkpoints stay beside them: the best ones'.
     pub best: Vec<u64>,
@@ -89,7 +89,7 @@ pub struct CheckpointWriter {
 }
 
 impl CheckpointWriter {
-    /// Whether one is being written.
+    /// True while one is being written.
     pub fn is_busy(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }

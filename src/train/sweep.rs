@@ -49,7 +49,7 @@ pub struct SweepRun {
     pub name: String,
     /// Its own name, if the sweep gives one.
     pub given: Option<String>,
-    /// What sets it apart, key by key.
+    /// Settings that set it apart, key by key.
     pub changed: Table,
     /// Recipe of the run.
     pub recipe: Recipe,

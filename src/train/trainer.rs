@@ -33,7 +33,7 @@ use crate::schema::SchemaVersion;
 use crate::tokenizer::Tokenizer;
 use crate::tokens::{Sampler, Windows};
 
-/// What a run begins with.
+/// Beginning of a run: a checkpoint, weights, or neither.
 #[derive(Default)]
 pub struct Start {
     /// Go on from the newest whole checkpoint in the output folder, with its shape, if there is one.
@@ -68,7 +68,7 @@ pub struct Job<'a> {
     pub provenance: Provenance,
     /// The processes that train together. Rank 0 writes; every rank has the same settings and windows.
     pub group: Group,
-    /// What each process holds.
+    /// State that each process keeps a part of.
     pub shard: ShardKind,
 }
 
@@ -87,18 +87,18 @@ pub trait Observer {
     }
     /// Something a person should know.
     fn note(&mut self, line: &str);
-    /// Whether to finish this step, save, and stop.
+    /// True to finish this step, save, and stop.
     fn stop(&self) -> bool;
 }
 
-/// How a run ended.
+/// Result of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainSummary {
     /// Steps done.
     pub steps: u64,
     /// Steps of the whole run.
     pub total: u64,
-    /// Of the last step.
+    /// Loss of the last step.
     pub loss: f64,
     /// The last measured part of windows that come back verbatim.
     pub verbatim_rate: Option<f64>,
@@ -155,11 +155,11 @@ pub struct Trainer<'a> {
     /// Steps from one measurement of the verbatim rate to the next.
     eval_interval: Option<u64>,
     writer: CheckpointWriter,
-    /// Whether a step of this run was looked at for parameters without a gradient.
+    /// True once a step of this run was looked at for parameters without a gradient.
     looked_for_lost: bool,
-    /// Of the weights that are saved.
+    /// Dtype of the weights that are saved.
     precision: Dtype,
-    /// Of the passes that measure.
+    /// Compute dtype of the passes that measure.
     compute_dtype: Dtype,
     /// FLOP/s of the device, where it is known.
     peak: Option<f64>,
@@ -171,7 +171,7 @@ pub struct Trainer<'a> {
     last_line: (Instant, f64),
     /// The last rank that was told of as slow.
     slow_rank: Option<usize>,
-    /// What a person should know before it begins.
+    /// Notes for a person before it begins.
     notes: Vec<String>,
 }
 
@@ -599,7 +599,7 @@ impl<'a> Trainer<'a> {
         Ok(self.job.group.decide(u64::from(is_over))? == 1)
     }
 
-    /// How many steps can be asked for before somebody has to look: to the next line of metrics,
+    /// Steps that can be asked for before somebody has to look: to the next line of metrics,
     /// measure or checkpoint, and not so long that Ctrl-C is not heard.
     fn ahead(&mut self) -> u64 {
         let settings = self.job.settings;
@@ -905,7 +905,7 @@ impl<'a> Trainer<'a> {
         Ok(finite)
     }
 
-    /// Where the checkpoint of this step goes.
+    /// Target of this step's checkpoint.
     fn target(&self) -> CheckpointTarget {
         let (output, step) = (self.job.output.clone(), self.state.step);
         let folder = checkpoints::folder(output.path(), step);

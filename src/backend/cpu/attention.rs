@@ -55,7 +55,7 @@ impl KvHead<'_> {
     }
 }
 
-/// What the backward of a task reads besides its operands.
+/// Inputs of a task's backward besides its operands.
 pub(super) struct BackwardInputs<'a> {
     /// The forward's log-sum-exp, `[group, seq_len]`.
     pub lse: &'a [f32],

@@ -36,7 +36,7 @@ impl<'a> MatrixView<'a> {
     }
 }
 
-/// Whether a matmul is one of many that run in parallel, or may itself use every thread.
+/// Threads of a matmul: one, as one of many that run in parallel, or all.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum MatmulThreads {
     One,

@@ -20,7 +20,7 @@ pub(super) struct Arenas {
     pub weights: Address,
     /// f32, as are the moments; all null in a session without training.
     pub gradients: Address,
-    /// Where the first element of the whole arena would lie, if moments are kept for a range of it.
+    /// Address that the first element of the whole arena would have, if moments are kept for a range of it.
     pub first_moment: Address,
     pub second_moment: Address,
     /// In the compute dtype.

@@ -106,9 +106,9 @@ struct FusedPlan {
     width: usize,
     /// Rows rounded up to whole blocks.
     padded: usize,
-    /// Of the vocabulary in the lse pass.
+    /// Split of the vocabulary in the lse pass.
     vocab_split: Split,
-    /// Of the rows in the grad pass.
+    /// Split of the rows in the grad pass.
     row_split: Split,
 }
 

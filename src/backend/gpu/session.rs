@@ -59,7 +59,7 @@ struct DeviceBuffer {
 /// A loaded program.
 struct CompiledProgram {
     program: Program,
-    /// Where each buffer lies.
+    /// Address of each buffer.
     place: Placement,
     /// Constant tables, by op index.
     tables: HashMap<usize, Address>,
@@ -71,7 +71,7 @@ struct CompiledProgram {
     graphs: HashMap<RunMode, Graph>,
 }
 
-/// Where the buffers of a program lie.
+/// Placement of the buffers of a program.
 enum Placement {
     /// In the block that all programs share.
     Block(BytePlan),

@@ -564,7 +564,7 @@ fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, dtype:
     }
 }
 
-/// What the forward leaves for the backward, in f64.
+/// Activations that the forward leaves for the backward, in f64.
 fn forward(
     case: &Case,
     [q, k, v, first_key]: [Buffer; 4],

@@ -41,20 +41,20 @@ pub struct CheckRow {
     pub bound: f64,
     /// A second run gave the same bits.
     pub repeats: bool,
-    /// Of the values as little-endian f32: equal where two devices compute the same bits.
+    /// SHA-256 of the values as little-endian f32: equal if two devices compute the same bits.
     pub sha256: String,
     /// Repeats, with an error within the bound.
     pub passed: bool,
 }
 
-/// What is checked.
+/// Cases that are checked.
 #[derive(Clone, Debug)]
 pub struct Selection<'a> {
     /// Operations whose names contain this; all by default.
     pub only: Option<&'a str>,
     /// Shapes that are checked.
     pub size: Size,
-    /// Of the random inputs.
+    /// Seed of the random inputs.
     pub seed: u64,
 }
 
@@ -88,7 +88,7 @@ pub type Outputs = Vec<Vec<f32>>;
 
 /// Fewer numbers than these do not average their errors, and may all but cancel by chance.
 const FEW: usize = 16;
-/// How many inputs near a case's own show how far its exact result moves.
+/// Inputs near a case's own, which show how far its exact result moves.
 const NEIGHBORS: u32 = 16;
 /// The most an input of a neighbor is off, relative: 16 roundings of f32.
 const NEAR: f64 = 1.0 / (1 << 20) as f64;

@@ -118,7 +118,7 @@ impl SharedGpu {
         Ok(shared)
     }
 
-    /// Whether the driver compiles the kernels, which takes long the first time.
+    /// True if the driver compiles the kernels, which takes long the first time.
     pub fn compiles_ptx(&self) -> bool {
         self.image != Image::Fatbin
     }

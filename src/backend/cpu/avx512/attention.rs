@@ -28,7 +28,7 @@ const TILE_ROWS: usize = 4;
 /// overflows or underflows f32.
 const SAFE_SCORE: f32 = 60.0;
 
-/// Whether these kernels support the head_dim.
+/// True if these kernels support the head_dim.
 pub(super) fn supports(shape: &AttentionShape) -> bool {
     matches!(shape.head_dim, 2 | 4 | 6 | 8)
 }
