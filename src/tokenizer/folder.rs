@@ -29,6 +29,10 @@ const MAX_CONFIG_BYTES: u64 = 16 << 20;
 /// Optional files of a tokenizer's folder, which older programs read.
 const EXTRAS: [&str; 2] = ["special_tokens_map.json", "added_tokens.json"];
 
+/// Files of tokenizers that have no tokenizer.json.
+const SLOW_FILES: [&str; 5] =
+    ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"];
+
 /// Pre-tokenizer of style `exact`.
 fn exact_pre_tokenizer() -> Value {
     json!({
@@ -116,10 +120,14 @@ pub fn load(path: &Path) -> anyhow::Result<Tokenizer> {
     let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
     let (json, is_own) = files::read_member(&file, MAX_TOKENIZER_BYTES)
         .with_context(|| format!("cannot read the tokenizer {}", file.display()))
-        .hint(
-            ErrorKind::Data,
-            || "give a folder that laam train-tokenizer or transformers wrote",
-        )?;
+        .hint(ErrorKind::Data, || {
+            if SLOW_FILES.iter().any(|name| file.with_file_name(name).exists()) {
+                "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes a \
+                 tokenizer.json"
+            } else {
+                "give a folder that laam train-tokenizer or transformers wrote"
+            }
+        })?;
     // A tokenizer.json by itself is a tokenizer too.
     let config_file = file.with_file_name("tokenizer_config.json");
     let (config, is_own_config) = match files::read_member(&config_file, MAX_CONFIG_BYTES) {

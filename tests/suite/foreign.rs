@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use laam::corpus::Document;
+use laam::error::hint_of;
 use laam::tokenizer::{Style, Tokenizer};
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -105,6 +106,11 @@ fn every_kind_of_token_model_gives_the_ids_of_the_python_package() {
         let decoded = String::from_utf8(tokenizer.decode_bytes(&ids[..40]).unwrap()).unwrap();
         assert_eq!(decoded, expected["decoded"].as_str().unwrap(), "{name}");
     });
+    // What needs to be converted first is said.
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("spiece.model"), "").unwrap();
+    let error = Tokenizer::load(folder.path()).unwrap_err();
+    assert!(hint_of(&error).unwrap().contains("writes a tokenizer.json"), "{error:#}");
 }
 
 #[test]
