@@ -293,10 +293,11 @@ fn code(page: &str) -> (Vec<String>, Vec<String>) {
 }
 
 /// Flags of other programs that the documentation names.
-const FOREIGN_FLAGS: [&str; 11] = [
+const FOREIGN_FLAGS: [&str; 12] = [
     "--allow-run-as-root",
     "--bench",
     "--bind-to",
+    "--doc",
     "--example",
     "--fmad",
     "--interleave",
