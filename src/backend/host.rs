@@ -178,8 +178,9 @@ impl<R: Real, E: Execute<R>> Session for HostSession<R, E> {
     }
 
     fn map(&mut self, arena: Arena, value: &dyn Fn(f32) -> f32) -> anyhow::Result<()> {
-        let values = self.memory.arena_mut(arena);
-        values.iter_mut().for_each(|x| *x = R::from_f32(value(x.to_f32())));
+        for x in self.memory.arena_mut(arena) {
+            *x = R::from_f32(value(x.to_f32()));
+        }
         Ok(())
     }
 

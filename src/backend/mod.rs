@@ -180,7 +180,9 @@ pub trait Session: Send {
     /// Replaces each value of an arena.
     fn map(&mut self, arena: Arena, value: &dyn Fn(f32) -> f32) -> anyhow::Result<()> {
         let mut values = self.read(arena)?;
-        values.iter_mut().for_each(|x| *x = value(*x));
+        for x in &mut values {
+            *x = value(*x);
+        }
         self.write(arena, &values)
     }
     /// Seconds spent in each kind of op since the session began; empty if the backend does not
