@@ -495,7 +495,7 @@ fn fetch_times_out_on_a_stalled_server() {
     trials.push((Trial::new(&endless_head.address), "timeout"));
     let endless_list = Server::start(|_, stream| {
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000000\r\n\r\n");
-        while stream.write_all(&[b'\n'; 1 << 16]).is_ok() {}
+        while stream.write_all(&[b'\n'; 1 << 14]).is_ok() {}
     });
     trials.push((Trial::new(&endless_list.address), "broke off"));
     trials.push((Trial::new(&silent.address), "timeout"));
