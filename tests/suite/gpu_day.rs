@@ -13,7 +13,7 @@ fn script(path: &Path, text: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// The program's part on a GPU: smoke hangs with a child, check fails, kernels says no JSON.
+/// The program's part on a GPU: smoke hangs with a child, check fails, a step says no JSON.
 const LAAM: &str = r#"#!/bin/sh
 echo "$*" >> "$(dirname "$0")/calls"
 case "$*" in
@@ -21,8 +21,8 @@ case "$*" in
     "bench smoke"*) sleep 77 & echo $! > "$(dirname "$0")/child"; wait ;;
     check*--only*) echo '{"rows": []}' ;;
     check*) echo "laam: rope is wrong" >&2; echo "hint: fix it" >&2; exit 2 ;;
-    "bench roofline"*) echo '{"copy": 3.0}' ;;
-    "bench kernels"*) echo "no such thing" ;;
+    "bench --backend cuda"*) echo '{"copy": 3.0}' ;;
+    *"--preset 350m"*) echo "no such thing" ;;
     *) kill -SEGV $$ ;;
 esac
 "#;
@@ -50,6 +50,11 @@ fn gpu_day_loses_nothing_to_a_hang_or_a_failure_and_goes_on_where_it_was() {
         "#!/bin/sh\nshift 4\ncase \"$*\" in *swiglu) echo '= Invalid read' >&2; exit 99 ;; esac\n\
          exec \"$@\"\n",
     );
+    // May not count.
+    script(
+        &folder.join("ncu"),
+        "#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM - The user does not have permission'; exit 1\n",
+    );
     let begun = Instant::now();
     let output = gpu_day(folder, &[]);
     assert!(begun.elapsed() < Duration::from_mins(1), "{:?}", begun.elapsed());
@@ -63,10 +68,13 @@ fn gpu_day_loses_nothing_to_a_hang_or_a_failure_and_goes_on_where_it_was() {
     assert_eq!(part("smoke", "result"), "timed out");
     assert_eq!(part("check", "result"), "failed");
     assert_eq!(part("check", "note"), "exit 2: laam: rope is wrong");
-    assert_eq!(part("ceilings", "result"), "ok");
-    assert_eq!(part("ceilings", "data")["copy"], 3.0);
-    assert_eq!(part("kernels", "note"), "no JSON");
-    assert_eq!(part("step original x 1", "status"), -11);
+    assert_eq!(part("page", "result"), "ok");
+    assert_eq!(part("page", "data")["copy"], 3.0);
+    assert_eq!(part("step 350m x 16", "note"), "no JSON");
+    assert_eq!(part("profile original x 1", "status"), -11);
+    assert_eq!(part("ncu attention_", "result"), "not here");
+    let note = part("ncu attention_", "note");
+    assert!(note.as_str().unwrap().contains("no permission"), "{note}");
     assert_eq!(part("torch kernels", "result"), "not here");
     assert_eq!(part("memcheck rope", "result"), "ok");
     assert_eq!(part("memcheck swiglu", "note"), "exit 99: = Invalid read");
@@ -82,16 +90,16 @@ fn gpu_day_loses_nothing_to_a_hang_or_a_failure_and_goes_on_where_it_was() {
 
     // Again: what was ok is not run again, all else is.
     fs::remove_file(folder.join("calls")).unwrap();
-    gpu_day(folder, &["--only", "check,ceilings,kernels"]);
+    gpu_day(folder, &["--only", "check,page,step 350m"]);
     let calls = fs::read_to_string(folder.join("calls")).unwrap();
     assert_eq!(calls, "--version\ncheck --backend cuda --json\n");
     assert_eq!(read()["parts"], day_without_seconds(&day, &read()));
 
     // Another program: nothing of the old one counts.
     script(&folder.join("laam"), &LAAM.replace("3.0", "4.0"));
-    let output = gpu_day(folder, &["--only", "ceilings"]);
+    let output = gpu_day(folder, &["--only", "page"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    assert_eq!(read()["parts"]["ceilings"]["data"]["copy"], 4.0);
+    assert_eq!(read()["parts"]["page"]["data"]["copy"], 4.0);
     assert_eq!(read()["parts"].as_object().unwrap().len(), 1);
 }
 
