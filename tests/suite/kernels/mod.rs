@@ -48,6 +48,23 @@ pub fn simulated(
 /// is beyond the bound, the order of warps and blocks changes its bits, or the simulator finds a fault
 /// or a race. Each case runs on its own grid and on few blocks; races are watched on one of the two.
 pub fn pass(operations: &[&str], options: Options, shape: &str, replaced: Replaced) {
+    pass_on(2, operations, options, shape, replaced);
+}
+
+/// [`pass`], of the 16-bit dtypes on one of the two grids: their kernels are instances of the same code, and
+/// the other dtype runs on the other grid.
+pub fn pass_by_turns(operations: &[&str], options: Options) {
+    let grids = if options.dtype == Dtype::F32 { 2 } else { 1 };
+    pass_on(grids, operations, options, "", None);
+}
+
+fn pass_on(
+    grids_per_case: usize,
+    operations: &[&str],
+    options: Options,
+    shape: &str,
+    replaced: Replaced,
+) {
     if let Err(why) = laam::kernels::BUILD.cuda {
         return eprintln!("SKIPPED: kernels in the simulator, because {why}");
     }
@@ -62,7 +79,7 @@ pub fn pass(operations: &[&str], options: Options, shape: &str, replaced: Replac
             &[(serial, Check::Races, 1), (random, Check::Faults, 2)],
             &[(random, Check::Faults, 1)],
         ];
-        for (grid, runs) in grids.into_iter().zip(runs) {
+        for (grid, runs) in grids.into_iter().zip(runs).take(grids_per_case) {
             let mut outputs = Vec::new();
             for &(schedule, check, times) in runs {
                 let run = case.run(&simulated(options, (schedule, check), grid, replaced), times);

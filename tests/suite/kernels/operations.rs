@@ -18,14 +18,14 @@ fn operations_match_f64_under_every_schedule() {
     let operations: Vec<_> =
         operations().filter(|name| !ATTENTION.contains(name) && !LM_HEAD.contains(name)).collect();
     for dtype in DTYPES {
-        pass(&operations, Options::new(dtype), "", None);
+        pass_by_turns(&operations, Options::new(dtype));
     }
 }
 
 #[test]
 fn attention_matches_f64_under_every_schedule() {
     for dtype in DTYPES {
-        pass(&ATTENTION, Options::new(dtype), "", None);
+        pass_by_turns(&ATTENTION, Options::new(dtype));
     }
 }
 
@@ -33,28 +33,28 @@ fn attention_matches_f64_under_every_schedule() {
 fn attention_without_tensor_cores_matches_f64_under_every_schedule() {
     let attention = AttentionChoice::NoTensorCores;
     for dtype in [Dtype::Bf16, Dtype::F16] {
-        pass(&ATTENTION, Options { attention, ..Options::new(dtype) }, "", None);
+        pass_by_turns(&ATTENTION, Options { attention, ..Options::new(dtype) });
     }
 }
 
 #[test]
 fn generic_attention_matches_f64_under_every_schedule() {
     for dtype in DTYPES {
-        pass(&ATTENTION, generic(dtype), "", None);
+        pass_by_turns(&ATTENTION, generic(dtype));
     }
 }
 
 #[test]
 fn lm_head_matches_f64_under_every_schedule() {
     for dtype in DTYPES {
-        pass(&LM_HEAD, Options::new(dtype), "", None);
+        pass_by_turns(&LM_HEAD, Options::new(dtype));
     }
 }
 
 #[test]
 fn generic_lm_head_matches_f64_under_every_schedule() {
     for dtype in [Dtype::Bf16, Dtype::F16] {
-        pass(&LM_HEAD, generic(dtype), "", None);
+        pass_by_turns(&LM_HEAD, generic(dtype));
     }
 }
 
