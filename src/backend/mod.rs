@@ -56,7 +56,7 @@ pub trait Backend: Send + Sync {
     fn peak_flops(&self) -> Option<f64> {
         None
     }
-    /// Total memory in bytes, if known. By default, this machine's.
+    /// Memory that a run may use in bytes, if known. By default, this machine's.
     fn memory(&self) -> Option<u64> {
         host_memory()
     }

@@ -4,6 +4,7 @@ pub mod check;
 pub mod collectives;
 pub mod kernels;
 pub mod page;
+pub mod probes;
 pub mod pytorch;
 pub mod roofline;
 pub mod smoke;

@@ -81,6 +81,8 @@ pub fn measure(
         ("ex2.approx", "roofline_ex2", links / 1e12, "T/s"),
         ("fma, f32", "roofline_fma", 2.0 * links / 1e12, "TFLOP/s"),
         ("mma.sync m16n8k16 bf16", "roofline_mma", links / 32.0 * 4096.0 / 1e12, "TFLOP/s"),
+        ("mma.sync m16n8k8 TF32", "roofline_mma_tf32_k8", links / 32.0 * 2048.0 / 1e12, "TFLOP/s"),
+        ("mma.sync m16n8k4 TF32", "roofline_mma_tf32_k4", links / 32.0 * 1024.0 / 1e12, "TFLOP/s"),
     ] {
         let launch = launch(entry, rounds);
         let seconds = repeat(device, |device| device.launch(&launch))?;

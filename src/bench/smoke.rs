@@ -3,6 +3,9 @@
 
 use serde::Serialize;
 
+use super::probes::{PROBES, Subject};
+use super::roofline::Effort;
+use crate::backend::gpu::Open;
 use crate::device::{Address, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
 use crate::kernels::CUDA_MODULES;
@@ -14,6 +17,8 @@ pub struct Step {
     pub name: &'static str,
     /// True if the device did what was asked.
     pub passed: bool,
+    /// What a probe of the hardware expects.
+    pub expected: Option<&'static str>,
     /// Measurement, or the error.
     pub detail: String,
 }
@@ -31,16 +36,32 @@ const STEPS: [(&str, Try); 8] = [
     ("time", time),
 ];
 
-/// Runs every step, also after a failure; `on_step` is called for each at once.
-pub fn smoke(device: &mut dyn Device, mut on_step: impl FnMut(&Step)) -> Vec<Step> {
+/// Runs every step and every probe, also after a failure; `on_step` is called for each at once. `open`
+/// opens the device again.
+pub fn smoke(
+    device: &mut dyn Device,
+    open: &Open,
+    effort: Effort,
+    mut on_step: impl FnMut(&Step),
+) -> Vec<Step> {
     let mut steps = Vec::new();
-    for (name, attempt) in STEPS {
-        let step = match attempt(device) {
-            Ok(detail) => Step { name, passed: true, detail },
-            Err(error) => Step { name, passed: false, detail: format!("{error:#}") },
-        };
+    let mut add = |step: Step| {
         on_step(&step);
         steps.push(step);
+    };
+    for (name, attempt) in STEPS {
+        let (passed, detail) = match attempt(device) {
+            Ok(detail) => (true, detail),
+            Err(error) => (false, format!("{error:#}")),
+        };
+        add(Step { name, passed, expected: None, detail });
+    }
+    for probe in PROBES {
+        let (passed, detail) = match (probe.run)(&mut Subject { device, effort, open }) {
+            Ok(seen) => (seen.passed, seen.text),
+            Err(error) => (false, format!("{error:#}")),
+        };
+        add(Step { name: probe.name, passed, expected: Some(probe.expected), detail });
     }
     steps
 }

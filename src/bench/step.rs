@@ -3,9 +3,11 @@
 use std::time::Instant;
 
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use crate::backend::{Arena, Backend};
 use crate::collective::Group;
+use crate::corpus::hex;
 use crate::llama::{
     AdamW, Cost, Muon, Optimizer, Program, Recompute, StepHyperparams, append_update, step,
 };
@@ -154,19 +156,10 @@ pub fn time(
     parallelism: &Parallelism,
 ) -> anyhow::Result<Timing> {
     let context = config.max_position_embeddings;
-    let optimizer = Optimizer {
-        adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
-        muon,
-        weight_decay: 0.1,
-        max_grad_norm: 1.0,
-    };
+    let optimizer = optimizer(muon);
     let group = &parallelism.group;
-    let mut engine = Engine::parallel(backend, config, &optimizer, batch, context, parallelism)?;
+    let mut engine = random_model(backend, config, &optimizer, batch, parallelism)?;
     let layout = Layout::new(config);
-    let mut arena = vec![0.0; layout.len];
-    Philox::new(0, Stream::Init).fill_normal(0, config.initializer_range, &mut arena);
-    engine.write(Arena::Parameters, &arena)?;
-    drop(arena);
 
     // A device runs several steps without synchronization, as in training.
     let mut together = 1;
@@ -175,16 +168,8 @@ pub fn time(
     let mut before = Vec::new();
     let mut done = 0;
     for round in 0..warmup + steps {
-        let batches: Vec<_> = (done..done + together)
-            .map(|step| {
-                let windows = random_windows(batch, context, config.vocab_size, step as u32);
-                let step = step as u64 + 1;
-                Ok((
-                    vec![windows],
-                    StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.02, step },
-                ))
-            })
-            .collect();
+        let batches: Vec<_> =
+            (done..done + together).map(|step| Ok(random_step(config, batch, step))).collect();
         if round == warmup {
             before = engine.profile();
         }
@@ -240,6 +225,59 @@ pub fn time(
         losses,
         operations,
     })
+}
+
+/// SHA-256 of the losses of `steps` steps and of the parameters after them.
+pub fn digest(
+    backend: &dyn Backend,
+    config: &Config,
+    batch: usize,
+    steps: usize,
+) -> anyhow::Result<String> {
+    let parallelism = Parallelism::default();
+    let mut engine = random_model(backend, config, &optimizer(None), batch, &parallelism)?;
+    let mut hash = Sha256::new();
+    for step in 0..steps {
+        for outcome in engine.run_steps(std::iter::once(Ok(random_step(config, batch, step))))? {
+            hash.update(outcome.loss.to_le_bytes());
+        }
+    }
+    hash.update(bytemuck::cast_slice::<f32, u8>(&engine.arena(Arena::Parameters)?));
+    Ok(hex(&hash.finalize()))
+}
+
+/// The optimizer of timed steps.
+pub fn optimizer(muon: Option<Muon>) -> Optimizer {
+    Optimizer {
+        adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 },
+        muon,
+        weight_decay: 0.1,
+        max_grad_norm: 1.0,
+    }
+}
+
+/// A model with random weights.
+fn random_model(
+    backend: &dyn Backend,
+    config: &Config,
+    optimizer: &Optimizer,
+    batch: usize,
+    parallelism: &Parallelism,
+) -> anyhow::Result<Engine> {
+    let context = config.max_position_embeddings;
+    let mut engine = Engine::parallel(backend, config, optimizer, batch, context, parallelism)?;
+    let mut arena = vec![0.0; Layout::new(config).len];
+    Philox::new(0, Stream::Init).fill_normal(0, config.initializer_range, &mut arena);
+    engine.write(Arena::Parameters, &arena)?;
+    Ok(engine)
+}
+
+/// Batches and hyperparameters of the step after `step` others.
+fn random_step(config: &Config, batch: usize, step: usize) -> (Vec<Batch>, StepHyperparams) {
+    let context = config.max_position_embeddings;
+    let windows = random_windows(batch, context, config.vocab_size, step as u32);
+    let step = step as u64 + 1;
+    (vec![windows], StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.02, step })
 }
 
 fn random_windows(windows: usize, context: usize, vocab: usize, step: u32) -> Batch {

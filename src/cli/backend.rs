@@ -1,6 +1,6 @@
 //! The backend that executes: flags that every command which runs a model shares.
 
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Once, OnceLock};
 
 use clap::{Args, ValueEnum};
 
@@ -8,8 +8,11 @@ use super::group;
 use super::output::say;
 use crate::backend::Backend;
 use crate::backend::cpu::{Cpu, CpuKernels};
-use crate::backend::gpu::{self, Gpu, Mode, Options};
+use crate::backend::gpu::{self, Gpu, Mode, Open, Options};
 use crate::backend::reference::Reference;
+use crate::bench::check::self_check;
+#[cfg(feature = "cuda")]
+use crate::corpus::cache_folder;
 use crate::device::Device;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::{self, Cuda};
@@ -24,7 +27,7 @@ use crate::threads;
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum BackendKind {
-    /// The fastest that this machine and this build have
+    /// An NVIDIA GPU if there is one and it computes what it should, else the processor
     #[default]
     Auto,
     /// The processor of this machine
@@ -54,6 +57,9 @@ pub struct BackendArgs {
     /// Matmuls of a GPU
     #[arg(long, value_enum, default_value_t)]
     pub matmul_kernel: MatmulKernel,
+    /// Algorithms of cuBLASLt's matmuls
+    #[arg(long, value_enum, default_value_t)]
+    pub matmul_algorithms: MatmulAlgorithms,
     /// Kernels of the cpu backend
     #[arg(long, value_enum, default_value_t)]
     pub cpu_kernels: CpuKernels,
@@ -78,6 +84,16 @@ pub enum MatmulKernel {
     Auto,
     /// laam's own
     Own,
+}
+
+/// Choice among cuBLASLt's algorithms for a matmul.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum MatmulAlgorithms {
+    /// The first that cuBLASLt offers: the bits of a run depend on no timing
+    #[default]
+    First,
+    /// The fastest of eight, timed once per GPU and kept in the cache folder and in checkpoints
+    Tuned,
 }
 
 /// Kernels for attention on a GPU.
@@ -113,7 +129,9 @@ impl BackendArgs {
     ) -> anyhow::Result<Box<dyn Backend>> {
         self.threads.map_or(Ok(()), threads::check_count)?;
         let kind = match self.backend {
-            BackendKind::Auto if BUILD.cuda.is_ok() && gpu_count() > 0 => BackendKind::Cuda,
+            BackendKind::Auto if BUILD.cuda.is_ok() && gpu_count() > 0 && gpu_works() => {
+                BackendKind::Cuda
+            }
             BackendKind::Auto => BackendKind::Cpu,
             kind => kind,
         };
@@ -137,7 +155,7 @@ impl BackendArgs {
             BackendKind::Reference => Box::new(Reference::F32),
             BackendKind::Cuda => {
                 static NOTES: Once = Once::new();
-                let gpu = Gpu::new(Arc::new(|| open_cuda(own_gpu())), options)?;
+                let gpu = Gpu::new(self.open_gpu(), options)?;
                 NOTES.call_once(|| gpu.notes().iter().for_each(|note| say!("{note}")));
                 Box::new(gpu)
             }
@@ -157,24 +175,55 @@ impl BackendArgs {
     /// The device by itself.
     pub fn device(&self) -> anyhow::Result<Box<dyn Device>> {
         self.threads.map_or(Ok(()), threads::check_count)?;
+        (self.open_device())()
+    }
+
+    /// Opens the GPU of this process.
+    fn open_gpu(&self) -> Open {
+        let algorithms = self.matmul_algorithms;
+        Arc::new(move || open_cuda(own_gpu(), algorithms))
+    }
+
+    /// Opens the device; an error for backends without one.
+    pub fn open_device(&self) -> Open {
+        let threads = self.threads();
         match self.backend {
-            BackendKind::Auto | BackendKind::Cuda => open_cuda(own_gpu()),
-            BackendKind::Sim => open_sim(self.threads()),
-            BackendKind::Cpu | BackendKind::Reference => Err(error::config(
-                "the cpu and reference backends have no device",
-                "set `backend` to cuda or sim",
-            )),
+            BackendKind::Auto | BackendKind::Cuda => self.open_gpu(),
+            BackendKind::Sim => Arc::new(move || open_sim(threads)),
+            BackendKind::Cpu | BackendKind::Reference => Arc::new(|| {
+                Err(error::config(
+                    "the cpu and reference backends have no device",
+                    "set `backend` to cuda or sim",
+                ))
+            }),
         }
     }
 }
 
+/// Whether the GPU opens and computes what it should, found out once. If not, says why.
+fn gpu_works() -> bool {
+    static WORKS: OnceLock<bool> = OnceLock::new();
+    *WORKS.get_or_init(|| {
+        let tried = Gpu::new(
+            Arc::new(|| open_cuda(own_gpu(), MatmulAlgorithms::First)),
+            Options::new(Dtype::Bf16),
+        )
+        .and_then(|gpu| self_check(&gpu));
+        tried.inspect_err(|why| say!("warning: running on the CPU: {why:#}")).is_ok()
+    })
+}
+
 #[cfg(feature = "cuda")]
-pub fn open_cuda(ordinal: usize) -> anyhow::Result<Box<dyn Device>> {
-    Ok(Box::new(Cuda::new(ordinal)?))
+pub fn open_cuda(ordinal: usize, algorithms: MatmulAlgorithms) -> anyhow::Result<Box<dyn Device>> {
+    let cuda = Cuda::new(ordinal)?;
+    Ok(Box::new(match algorithms {
+        MatmulAlgorithms::First => cuda,
+        MatmulAlgorithms::Tuned => cuda.with_tuned_matmuls(cache_folder()?.join("matmul")),
+    }))
 }
 
 #[cfg(not(feature = "cuda"))]
-pub fn open_cuda(_: usize) -> anyhow::Result<Box<dyn Device>> {
+pub fn open_cuda(_: usize, _: MatmulAlgorithms) -> anyhow::Result<Box<dyn Device>> {
     Err(error::missing_feature("cuda"))
 }
 

@@ -11,9 +11,10 @@ use super::bench_page::{self, PageArgs};
 use super::group::GroupArgs;
 use super::output::{print_json, say, stdout};
 use crate::backend::Backend;
+use crate::backend::gpu::Mode;
 use crate::bench::check::Size;
 use crate::bench::roofline::{self, Ceiling, Effort};
-use crate::bench::{collectives, kernels, smoke, step};
+use crate::bench::{collectives, kernels, probes, smoke, step};
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::error;
@@ -42,8 +43,7 @@ enum BenchCommand {
     #[command(alias = "ceilings")]
     Roofline(DeviceBenchArgs),
     Kernels(KernelBenchArgs),
-    /// Whether the device does what training needs
-    Smoke(DeviceBenchArgs),
+    Smoke(SmokeArgs),
     Step(StepBenchArgs),
 }
 
@@ -79,6 +79,19 @@ struct DeviceBenchArgs {
     /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
+}
+
+/// Whether the device does what training needs, and probes of what the kernels assume of it.
+#[derive(Args, Debug)]
+struct SmokeArgs {
+    #[command(flatten)]
+    device: DeviceBenchArgs,
+    /// Little work in the probes: to see that they run
+    #[arg(long)]
+    small: bool,
+    /// Only print the hash of a short training run, as a second process does for the probe of equal bits
+    #[arg(long, hide = true)]
+    digest: bool,
 }
 
 /// Every operation by itself, at the shapes of recipes and of larger models.
@@ -252,9 +265,14 @@ impl Table {
     }
 }
 
+/// The simulator's times mean nothing.
+fn effort_of(device: &dyn Device, small: bool) -> Effort {
+    if small || device.name() == "sim" { Effort::Small } else { Effort::Full }
+}
+
 fn roofline(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
     let mut device = arguments.backend.device()?;
-    let effort = if device.name() == "sim" { Effort::Small } else { Effort::Full };
+    let effort = effort_of(&*device, false);
     say!("{}", device.describe());
     let table = Table::new(arguments.json);
     let found = roofline::measure(&mut *device, effort, |ceiling| {
@@ -265,13 +283,23 @@ fn roofline(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn run_smoke(arguments: &DeviceBenchArgs) -> anyhow::Result<Outcome> {
-    let mut device: Box<dyn Device> = arguments.backend.device()?;
+fn run_smoke(arguments: &SmokeArgs) -> anyhow::Result<Outcome> {
+    let DeviceBenchArgs { backend, json: as_json } = &arguments.device;
+    let open = backend.open_device();
+    if arguments.digest {
+        // It always succeeds.
+        let _ = writeln!(stdout(), "{}", probes::digest(&open, Mode::Eager)?);
+        return Ok(Outcome::Done);
+    }
+    let mut device: Box<dyn Device> = backend.device()?;
     say!("{}", device.describe());
-    let table = Table::new(arguments.json);
-    let steps = smoke::smoke(&mut *device, |step| {
+    let table = Table::new(*as_json);
+    let effort = effort_of(&*device, arguments.small);
+    let steps = smoke::smoke(&mut *device, &open, effort, |step| {
         let verdict = if step.passed { "ok" } else { "FAILED" };
-        table.line(format_args!("{:28} {verdict:6} {}", step.name, step.detail));
+        let expected =
+            step.expected.map_or(String::new(), |expected| format!(" (expected: {expected})"));
+        table.line(format_args!("{:28} {verdict:6} {}{expected}", step.name, step.detail));
     });
     table.finish(json!({ "device": device.describe(), "steps": steps }));
     let passed = steps.iter().all(|step| step.passed);

@@ -16,12 +16,12 @@ use crate::bench::roofline::{self, Effort};
 use crate::bench::{kernels, step};
 use crate::corpus::now;
 use crate::files::{self, write_atomically};
-use crate::llama::{Cost, Muon};
+use crate::llama::{Cost, Muon, Recompute};
 use crate::model::preset;
 use crate::output::refuse_foreign;
 use crate::report;
 use crate::schema::versioned;
-use crate::train::Parallelism;
+use crate::train::{Parallelism, Share, Workload};
 
 /// Measures of this machine, in some five minutes.
 #[derive(Args, Debug)]
@@ -98,7 +98,7 @@ pub fn run(arguments: &PageArgs) -> anyhow::Result<Outcome> {
                 say!(
                     "{} x {}: {:.0} tokens/s",
                     shape.preset,
-                    shape.batch,
+                    row.laam.batch,
                     row.laam.tokens_per_second
                 );
                 page.steps.push(row);
@@ -144,13 +144,19 @@ fn measure_step(
         (false, _) => (5, 20),
     };
     let muon = shape.muon.then_some(Muon { momentum: 0.95 });
+    let (optimizer, recompute) = (&step::optimizer(muon), Recompute::None);
+    let workload = Workload { backend, config: &config, optimizer, recompute, share: Share::WHOLE };
+    // As many windows as others publish figures of, or as many of them as this device has memory for.
+    let memory = backend.memory().unwrap_or(u64::MAX);
+    let context = config.max_position_embeddings;
+    let batch = workload.largest_batch(context, Some(shape.batch), memory)?;
     let ceilings = step::Ceilings::of(&page.ceilings);
     let laam = step::time(
         backend,
         shape.preset,
         &config,
         muon,
-        shape.batch,
+        batch,
         warmup,
         steps,
         ceilings,

@@ -262,7 +262,7 @@ impl Findings {
 /// Description of a GPU, or why it cannot be used.
 fn gpu(ordinal: usize) -> Result<String, String> {
     let describe = || {
-        let device = backend::open_cuda(ordinal)?;
+        let device = backend::open_cuda(ordinal, backend::MatmulAlgorithms::First)?;
         let (free, total) = device.memory()?;
         let giga = |bytes: u64| bytes as f64 / 1e9;
         anyhow::Ok(format!(

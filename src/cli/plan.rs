@@ -14,7 +14,7 @@ use crate::backend::Backend;
 use crate::error;
 use crate::model::{self, Config};
 use crate::schema::versioned;
-use crate::train::{Footprint, Settings, ShardKind, Share, measuring_bytes};
+use crate::train::{Footprint, Settings, ShardKind, Share, largest_preset, measuring_bytes};
 
 /// Say how many parameters a model has, how much arithmetic a token is, and what memory training takes.
 ///
@@ -25,13 +25,15 @@ use crate::train::{Footprint, Settings, ShardKind, Share, measuring_bytes};
 Examples:
   laam plan models/llama2 --batch_size 8
   laam plan --preset 124m --batch_size 16 --recompute block
+  laam plan --preset auto --memory 24 --batch_size auto --precision bf16
   laam plan --vocab_size 4096 --hidden_size 192 --intermediate_size 512 \\
     --num_hidden_layers 8 --num_attention_heads 6 --num_key_value_heads 6 --tie_word_embeddings")]
 pub struct PlanArgs {
     /// A model folder, in place of the flags of a model's shape
     #[arg(conflicts_with_all = SHAPE)]
     model: Option<PathBuf>,
-    /// A named shape: original, linux-5m, 32m, 124m, 350m, 0.5b, 1.3b, 1.5b, 7b
+    /// A named shape: original, linux-5m, 32m, 124m, 350m, 0.5b, 1.3b, 1.5b, 7b; auto: the largest of them
+    /// that trains on eight windows at a time within the memory
     #[arg(long, value_name = "NAME", conflicts_with = "model", conflicts_with_all = SHAPE)]
     preset: Option<String>,
     /// Tokens in the vocabulary
@@ -39,6 +41,9 @@ pub struct PlanArgs {
     vocab_size: usize,
     #[command(flatten)]
     settings: Settings,
+    /// Memory in GB that auto is about [default: this machine's, or the GPU's]
+    #[arg(long, value_name = "X")]
+    memory: Option<f64>,
     /// Processes that train together: the plan is that of each
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Several processes")]
     ranks: usize,
@@ -57,6 +62,9 @@ pub struct PlanArgs {
     json: bool,
 }
 
+/// Windows at a time that `--preset auto` makes room for.
+const AUTO_PRESET_BATCH: usize = 8;
+
 /// The flags of a model's shape.
 const SHAPE: [&str; 11] = [
     "vocab_size",
@@ -73,11 +81,29 @@ const SHAPE: [&str; 11] = [
 ];
 
 pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
-    let settings = &arguments.settings;
+    let mut settings = arguments.settings.clone();
     arguments.obsolete.warn();
-    settings.validate()?;
+    Settings { batch_size: settings.batch_size.max(1), ..settings.clone() }.validate()?;
+    let memory = match arguments.memory {
+        Some(memory) if !(memory > 0.0 && memory < 1e9) => {
+            return Err(error::invalid("memory", memory, "more than 0 and less than 1e9"));
+        }
+        memory => memory.map(|giga| (giga * 1e9) as u64),
+    };
     let backend = arguments.backend.open_in(settings.precision)?;
     let config = match (&arguments.model, &arguments.preset) {
+        (_, Some(name)) if name == "auto" => {
+            let memory = memory.or_else(|| backend.memory()).unwrap_or(u64::MAX);
+            let name = largest_preset(&*backend, &settings.optimizer(), AUTO_PRESET_BATCH, memory)
+                .ok_or_else(|| {
+                    error::config(
+                        format!("no preset trains within {:.1} GB", memory as f64 / 1e9),
+                        "give the flags of a smaller model",
+                    )
+                })?;
+            say!("preset auto: {name}");
+            model::preset(name)?
+        }
         (_, Some(name)) => model::preset(name)?,
         (Some(folder), None) => {
             let (config, warnings) = model::load_config(folder)?;
@@ -90,6 +116,8 @@ pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
             settings.config(arguments.vocab_size, crate::tokenizer::Special::default())?
         }
     };
+    settings.fit_batch(&*backend, &config, memory)?;
+    let settings = &settings;
     let slices = settings.dp_slices.unwrap_or(arguments.ranks);
     if arguments.ranks == 0 || !slices.is_multiple_of(arguments.ranks) {
         let range = format!("a divisor of the {slices} slices of a step");

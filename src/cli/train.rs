@@ -33,8 +33,8 @@ use crate::threads;
 use crate::tokenizer::Tokenizer;
 use crate::tokens::{TokenFile, Windows};
 use crate::train::{
-    Consent, Job, RunEnd, Settings, ShardKind, Start, TrainSummary, Trainer, candidates,
-    check_slices, claim, is_resumable, prepare,
+    AUTO_BATCH_SIZE, Consent, Job, RunEnd, Settings, ShardKind, Start, TrainSummary, Trainer,
+    candidates, check_slices, claim, is_resumable, prepare,
 };
 
 /// A file of settings has some 50 lines.
@@ -204,9 +204,16 @@ impl TrainArgs {
 
     fn prepare(&self, group: &Group) -> anyhow::Result<PreparedRun> {
         let model = self.model();
-        let settings = self.effective_settings(model.as_deref())?;
-        settings.validate()?;
+        let mut settings = self.effective_settings(model.as_deref())?;
+        validate(&settings)?;
         Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
+        if settings.batch_size == AUTO_BATCH_SIZE && settings.dp_slices.unwrap_or(group.size()) > 1
+        {
+            return Err(error::config(
+                "`batch_size` auto is for one process and one slice",
+                "set `batch_size` to a number",
+            ));
+        }
         if !self.resume {
             check_slices(settings.dp_slices.unwrap_or(group.size()), group, &settings)?;
         }
@@ -216,8 +223,18 @@ impl TrainArgs {
         let tokenizer = own.as_ref().unwrap_or(&self.tokenizer_path);
         let tokenizer = Arc::new(Tokenizer::load(tokenizer)?);
         let weights = if self.reload { Some(&self.output_path) } else { self.init_from.as_ref() };
-        if weights.is_none() {
-            settings.config(tokenizer.vocab_size(), tokenizer.special())?;
+        let config = match weights.map(|folder| load_config(folder)).transpose()? {
+            Some((config, _)) => {
+                Config { max_position_embeddings: settings.max_position_embeddings, ..config }
+            }
+            None => settings.config(tokenizer.vocab_size(), tokenizer.special())?,
+        };
+        if settings.fit_batch(&*backend, &config, None)? {
+            say!(
+                "batch_size auto: {} windows at a time, {} times per step",
+                settings.batch_size,
+                settings.gradient_accumulation_steps
+            );
         }
         let tokenizes = group.world().local_rank == 0;
         let corpus = tokenizes.then(|| self.source.corpus_for(&tokenizer)).transpose()?;
@@ -348,6 +365,12 @@ impl TrainArgs {
     /// The settings, and the other flags that were given, as `config` reads them.
     fn as_config(&self) -> anyhow::Result<String> {
         let settings = self.effective_settings(self.model().as_deref())?;
+        if settings.batch_size == AUTO_BATCH_SIZE {
+            return Err(error::config(
+                "`batch_size` auto depends on the machine",
+                "set `batch_size` to a number; laam plan --batch-size auto says which",
+            ));
+        }
         settings.validate()?;
         let mut table = self.other_flags.clone();
         for (key, value) in table_of(&settings)? {
@@ -381,6 +404,7 @@ impl TrainArgs {
     fn effective_settings(&self, folder: Option<&Path>) -> anyhow::Result<Settings> {
         let Some(folder) = folder else { return Ok(self.settings.clone()) };
         let (config, _) = load_config(folder)?;
+        let record = load_provenance(folder)?;
         let is_given = |name: &str| self.given.contains(name);
         let conflicts = self.settings.shape_conflicts(&config);
         if let Some((field, ours, theirs)) =
@@ -406,11 +430,26 @@ impl TrainArgs {
             settings.max_position_embeddings = config.max_position_embeddings;
         }
         if !is_given("windows") {
-            let known = windows::told_by(&config, load_provenance(folder)?.as_ref());
+            let known = windows::told_by(&config, record.as_ref());
             settings.windows = known.unwrap_or(settings.windows);
+        }
+        if self.resume && settings.batch_size == AUTO_BATCH_SIZE {
+            let saved = |name: &str| record.as_ref()?.recipe[name].as_u64();
+            if let (Some(windows), Some(times)) =
+                (saved("batch_size"), saved("gradient_accumulation_steps"))
+            {
+                settings.batch_size = windows as usize;
+                settings.gradient_accumulation_steps = times as usize;
+            }
         }
         Ok(settings)
     }
+}
+
+/// [`Settings::validate`], also before `batch_size` auto is known.
+fn validate(settings: &Settings) -> anyhow::Result<()> {
+    let batch_size = settings.batch_size.max(1);
+    Settings { batch_size, ..settings.clone() }.validate()
 }
 
 pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {

@@ -11,7 +11,7 @@ use crate::files;
 use crate::llama::ops::ShardedArena;
 use crate::llama::slices::{Shards, SlicePlan};
 use crate::llama::{Op, Optimizer, Program, Recompute, sliced_update, step};
-use crate::model::{Config, Layout};
+use crate::model::{Config, Layout, preset, preset_names};
 
 /// Bytes that a training run allocates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,57 +182,152 @@ fn check_arithmetic(config: &Config, micro_batch: usize, seq_len: usize) -> anyh
     Ok(())
 }
 
-/// Fails if there is too little memory for a run, before an allocation ends the process: on the device, and
-/// in main memory.
-pub fn check_memory(
-    backend: &dyn Backend,
-    config: &Config,
-    settings: &Settings,
-    seq_len: usize,
-    share: Share,
-) -> anyhow::Result<()> {
-    let (batch, recompute) = (settings.batch_size, settings.recompute);
-    let optimizer = &settings.optimizer();
-    // Sizes may be arbitrarily large: a lower bound that cannot overflow, then the sum itself.
-    let windows = batch.div_ceil(share.slices);
-    let rows = backend.micro_batch(windows, seq_len) as u128 * seq_len as u128;
-    let heads = config.num_attention_heads as u128 * config.head_dim as u128;
-    let width = heads + config.hidden_size as u128 + 2 * config.intermediate_size as u128;
-    let model = config.parameter_count();
-    let least = 8 * model + 4 * rows.saturating_mul(width);
-    if backend.is_host() {
-        check_whole_host_memory(least, TRAINING)?;
-        let footprint =
-            Footprint::of_rank(backend, config, optimizer, batch, seq_len, recompute, share)?;
-        let measuring = measuring_bytes(backend, config, settings);
-        return check_whole_host_memory((footprint.peak() + measuring) as u128, TRAINING);
-    }
-    // What a checkpoint holds goes through main memory.
-    check_whole_host_memory(12 * model, "a checkpoint of the model")?;
-    let Some(there) = backend.memory().map(u128::from) else { return Ok(()) };
-    let needed = if least > there {
-        least
-    } else {
-        Footprint::of_rank(backend, config, optimizer, batch, seq_len, recompute, share)?.peak()
-            as u128
-    };
-    if needed <= there {
-        return Ok(());
-    }
-    let giga = |bytes: u128| bytes as f64 / 1e9;
-    Err(error::device(
-        format!(
-            "{TRAINING} takes {:.1} GB of memory, the GPU has {:.1}",
-            giga(needed),
-            giga(there)
-        ),
-        "set `recompute` to block, or make the model or `max_position_embeddings` smaller; laam plan \
-         shows what takes the memory",
-    ))
+/// A training run whose memory is planned, all but the sizes of its batch and its windows.
+#[derive(Clone, Copy)]
+pub struct Workload<'a> {
+    /// Where it trains.
+    pub backend: &'a dyn Backend,
+    /// The model.
+    pub config: &'a Config,
+    /// What updates it.
+    pub optimizer: &'a Optimizer,
+    /// Activations that backward computes again.
+    pub recompute: Recompute,
+    /// The process that is planned.
+    pub share: Share,
 }
 
 /// Name of the memory's use, for messages.
 const TRAINING: &str = "training";
+/// Largest micro-batch that is chosen where none is asked for: enough rows for every matmul.
+const MAX_AUTO_BATCH: usize = 256;
+
+impl Workload<'_> {
+    /// Fails if there is too little memory for a run, before an allocation ends the process: on the device,
+    /// and in main memory, where measurements take `measuring` bytes more. The hint names sizes that fit on the
+    /// device.
+    pub fn check_memory(
+        &self,
+        batch: usize,
+        seq_len: usize,
+        measuring: usize,
+    ) -> anyhow::Result<()> {
+        let there = self.backend.memory().unwrap_or(u64::MAX);
+        let needed = self.needed(batch, seq_len, there)?;
+        if self.backend.is_host() {
+            return check_whole_host_memory(needed + measuring as u128, TRAINING);
+        }
+        // What a checkpoint holds goes through main memory.
+        check_whole_host_memory(12 * self.config.parameter_count(), "a checkpoint of the model")?;
+        if needed <= there.into() {
+            return Ok(());
+        }
+        let giga = |bytes: u128| bytes as f64 / 1e9;
+        Err(error::device(
+            format!(
+                "{TRAINING} takes {:.1} GB of memory, the GPU has {:.1}",
+                giga(needed),
+                giga(there.into())
+            ),
+            self.advice(batch, seq_len, there),
+        ))
+    }
+
+    /// Bytes of training, or a lower bound if that is more than `memory` bytes.
+    fn needed(&self, batch: usize, seq_len: usize, memory: u64) -> anyhow::Result<u128> {
+        // Sizes may be arbitrarily large: the bound cannot overflow.
+        let config = self.config;
+        let windows = batch.div_ceil(self.share.slices);
+        let rows = self.backend.micro_batch(windows, seq_len) as u128 * seq_len as u128;
+        let heads = config.num_attention_heads as u128 * config.head_dim as u128;
+        let width = heads + config.hidden_size as u128 + 2 * config.intermediate_size as u128;
+        let least = 8 * config.parameter_count() + 4 * rows.saturating_mul(width);
+        if least > memory.into() {
+            return Ok(least);
+        }
+        let Workload { backend, optimizer, recompute, share, .. } = *self;
+        let footprint =
+            Footprint::of_rank(backend, config, optimizer, batch, seq_len, recompute, share)?;
+        Ok(footprint.peak() as u128)
+    }
+
+    fn fits(&self, batch: usize, seq_len: usize, memory: u64) -> bool {
+        self.needed(batch, seq_len, memory).is_ok_and(|needed| needed <= memory.into())
+    }
+
+    /// Largest batch, in windows, with which training fits into `memory` bytes: a divisor of `windows`, or a
+    /// power of two if that is `None`.
+    ///
+    /// # Errors
+    /// If not even one window fits.
+    pub fn largest_batch(
+        &self,
+        seq_len: usize,
+        windows: Option<usize>,
+        memory: u64,
+    ) -> anyhow::Result<usize> {
+        let sizes: Vec<usize> = match windows {
+            Some(windows) => {
+                (1..=windows).rev().filter(|size| windows.is_multiple_of(*size)).collect()
+            }
+            None => powers_of_two(MAX_AUTO_BATCH).collect(),
+        };
+        if let Some(batch) = sizes.into_iter().find(|&batch| self.fits(batch, seq_len, memory)) {
+            return Ok(batch);
+        }
+        Err(error::device(
+            format!(
+                "{TRAINING} takes {:.1} GB of memory with one window at a time, there are {:.1}",
+                self.needed(1, seq_len, memory)? as f64 / 1e9,
+                memory as f64 / 1e9
+            ),
+            self.advice(1, seq_len, memory),
+        ))
+    }
+
+    /// The largest batch and the largest context that fit, each with all else as it is.
+    fn advice(&self, batch: usize, seq_len: usize, memory: u64) -> String {
+        let smaller = |size: usize| powers_of_two(size.saturating_sub(1));
+        let mut ways = Vec::new();
+        if let Some(batch) = smaller(batch).find(|&batch| self.fits(batch, seq_len, memory)) {
+            ways.push(format!("`batch_size` to {batch}"));
+        }
+        let recomputed = Self { recompute: Recompute::Block, ..*self };
+        if self.recompute == Recompute::None && recomputed.fits(batch, seq_len, memory) {
+            ways.push("`recompute` to block".to_string());
+        }
+        if let Some(context) = smaller(seq_len).find(|&seq_len| self.fits(batch, seq_len, memory)) {
+            ways.push(format!("`max_position_embeddings` to {context}"));
+        }
+        if ways.is_empty() {
+            return "make the model smaller; laam plan shows what takes the memory".to_string();
+        }
+        format!("set {}; laam plan shows what takes the memory", ways.join(", or "))
+    }
+}
+
+/// Powers of two from the largest that is at most `most` down to 1.
+fn powers_of_two(most: usize) -> impl Iterator<Item = usize> {
+    let largest = most.checked_ilog2().map(|log| 1 << log);
+    std::iter::successors(largest, |size| Some(size / 2)).take_while(|&size| size > 0)
+}
+
+/// The largest preset that trains within `memory` bytes on at least `batch` windows of its context at a
+/// time.
+pub fn largest_preset(
+    backend: &dyn Backend,
+    optimizer: &Optimizer,
+    batch: usize,
+    memory: u64,
+) -> Option<&'static str> {
+    let config = |name: &str| preset(name).expect("a name of the list");
+    let fits = |name: &&str| {
+        let (config, recompute, share) = (config(name), Recompute::None, Share::WHOLE);
+        let workload = Workload { backend, config: &config, optimizer, recompute, share };
+        workload.fits(batch, config.max_position_embeddings, memory)
+    };
+    preset_names().filter(fits).max_by_key(|name| config(name).parameter_count())
+}
 
 /// Peak resident memory of this process in bytes, if the system reports it (Linux).
 pub fn peak_memory_bytes() -> u64 {

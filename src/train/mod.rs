@@ -20,9 +20,11 @@ mod trainer;
 pub use checkpoints::{TrainState, candidates, is_resumable};
 pub use claim::{Consent, claim};
 pub use engine::{Engine, Parallelism, ShardKind, StepStats, TrainStep};
-pub use footprint::{Footprint, Share, measuring_bytes, peak_memory_bytes};
+pub use footprint::{
+    Footprint, Share, Workload, largest_preset, measuring_bytes, peak_memory_bytes,
+};
 pub use metrics::{MAX_METRICS, Metrics};
 pub use schedule::{LrDecay, LrSchedule};
-pub use settings::{OptimizerKind, Settings};
+pub use settings::{AUTO_BATCH_SIZE, OptimizerKind, Settings};
 pub use tensorboard::EventFile;
 pub use trainer::{Job, Observer, RunEnd, Start, TrainSummary, Trainer, check_slices};

@@ -4,7 +4,10 @@
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
+use super::footprint::{Share, Workload};
 use super::{LrDecay, LrSchedule};
+use crate::backend::Backend;
+use crate::device::available_host_memory;
 use crate::dtype::Dtype;
 use crate::error;
 use crate::llama::{AdamW, Muon, Optimizer, Recompute};
@@ -29,8 +32,9 @@ pub enum OptimizerKind {
 #[cfg_attr(feature = "cli", derive(clap::Args))]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// Windows per micro-batch
-    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.batch_size, help_heading = "Training"))]
+    /// Windows per micro-batch, or auto: as many as fit into memory, of the --gradient-accumulation-steps
+    /// windows of a step if that is given
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N|auto", default_value_t = DEFAULT.batch_size, value_parser = parse_batch_size, help_heading = "Training"))]
     pub batch_size: usize,
     /// Micro-batches whose gradients are accumulated per step
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.gradient_accumulation_steps, help_heading = "Training"))]
@@ -188,6 +192,21 @@ pub struct Settings {
     pub deterministic: IgnoredAny,
 }
 
+/// `batch_size` until it is known what fits; no valid size.
+pub const AUTO_BATCH_SIZE: usize = 0;
+
+#[cfg(feature = "cli")]
+fn parse_batch_size(text: &str) -> Result<usize, String> {
+    match text {
+        "auto" => Ok(AUTO_BATCH_SIZE),
+        _ => match text.parse() {
+            Ok(0) => Err("must be at least 1, or auto".to_string()),
+            Ok(size) => Ok(size),
+            Err(error) => Err(format!("must be a number or auto ({error})")),
+        },
+    }
+}
+
 #[allow(clippy::ref_option)] // as serde asks
 fn is_one_slice(slices: &Option<usize>) -> bool {
     slices.is_none_or(|slices| slices == 1)
@@ -253,6 +272,32 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// Replaces a `batch_size` of [`AUTO_BATCH_SIZE`] by the largest that fits into `memory` bytes. The
+    /// windows of a step stay [`Settings::gradient_accumulation_steps`] if that is above 1. Returns
+    /// whether it did.
+    ///
+    /// # Errors
+    /// If not even one window fits.
+    pub fn fit_batch(
+        &mut self,
+        backend: &dyn Backend,
+        config: &Config,
+        memory: Option<u64>,
+    ) -> anyhow::Result<bool> {
+        if self.batch_size != AUTO_BATCH_SIZE {
+            return Ok(false);
+        }
+        let windows = Some(self.gradient_accumulation_steps).filter(|&windows| windows > 1);
+        let there = if backend.is_host() { available_host_memory() } else { backend.memory() };
+        let memory = memory.or(there).unwrap_or(u64::MAX);
+        let (optimizer, recompute) = (&self.optimizer(), self.recompute);
+        let workload = Workload { backend, config, optimizer, recompute, share: Share::WHOLE };
+        self.batch_size =
+            workload.largest_batch(config.max_position_embeddings, windows, memory)?;
+        self.gradient_accumulation_steps = windows.map_or(1, |windows| windows / self.batch_size);
+        Ok(true)
+    }
+
     /// Today's key for a key that a recipe or a sweep may have.
     pub fn key(key: &str) -> &str {
         if key == "decay_rate" { "weight_decay" } else { key }

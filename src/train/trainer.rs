@@ -9,7 +9,7 @@ use anyhow::Context;
 use sha2::{Digest, Sha256};
 
 use super::checkpoints::{self, TrainState};
-use super::footprint::{Share, check_memory, memory_bytes, peak_memory_bytes};
+use super::footprint::{Share, Workload, measuring_bytes, memory_bytes, peak_memory_bytes};
 use super::metrics::{KeptLines, MetricsFile};
 use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
 use super::{
@@ -248,10 +248,13 @@ impl<'a> Trainer<'a> {
         let (batch_size, context) = (settings.batch_size, windows.context());
         let optimizer = settings.optimizer();
         let share = Share { slices, ranks: group.size(), shard: job.shard };
-        check_memory(backend, &config, settings, context, share)?;
+        let (recompute, optimizer) = (settings.recompute, &optimizer);
+        let workload = Workload { backend, config: &config, optimizer, recompute, share };
+        let measuring = measuring_bytes(backend, &config, settings);
+        workload.check_memory(batch_size, context, measuring)?;
         let parallelism = Parallelism { group: group.clone(), slices, shard: job.shard };
         let mut engine =
-            Engine::parallel(backend, &config, &optimizer, batch_size, context, &parallelism)?
+            Engine::parallel(backend, &config, optimizer, batch_size, context, &parallelism)?
                 .with_recompute(settings.recompute);
         let unsaved = saved.is_none();
         let is_from_output = saved.as_ref().is_some_and(|saved| saved.folder == job.output.path());

@@ -6,6 +6,7 @@
 
 mod architecture;
 mod backend;
+mod bench;
 mod cli;
 mod collective;
 mod corpus;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use laam::backend::gpu::RESERVED_BYTES as GPU_RESERVED_BYTES;
 use laam::device::cuda::Cuda;
 use laam::device::{Address, Device, Launch, Matmul, Matrix};
 use laam::dtype::Dtype;
@@ -73,15 +74,28 @@ impl Standin {
 
     /// `laam train` of a small model, which saves every fourth step.
     fn train(&self, backend: &str, output: &str, steps: usize) -> Command {
+        self.train_windows(backend, output, steps, "2", "32")
+    }
+
+    /// [`Self::train`] on `batch` windows of `context` tokens.
+    fn train_windows(
+        &self,
+        backend: &str,
+        output: &str,
+        steps: usize,
+        batch: &str,
+        context: &str,
+    ) -> Command {
         let mut train = self.laam();
         train.arg("train").arg("--source").arg(self.path("source"));
         train.arg("--tokenizer_path").arg(self.path("tokenizer"));
         train.arg("--output_path").arg(self.path(output));
         let steps = steps.to_string();
-        train.args(["--backend", backend, "--max_steps", &steps, "--batch_size", "2"]);
+        train.args(["--backend", backend, "--max_steps", &steps, "--batch_size", batch]);
         train.args("--hidden_size 32 --intermediate_size 48 --num_hidden_layers 1".split(' '));
         train.args("--num_attention_heads 4 --num_key_value_heads 2 --seed 1".split(' '));
-        train.args("--max_position_embeddings 32 --warmup_steps 2 --save_steps 4".split(' '));
+        train.args(["--max_position_embeddings", context]);
+        train.args("--warmup_steps 2 --save_steps 4".split(' '));
         train
     }
 
@@ -318,6 +332,43 @@ fn matmuls_without_cublaslt_or_without_an_algorithm_are_those_of_laams_own_kerne
     assert!(said.contains("chosen for another matmul kernel"), "{said}");
 }
 
+/// The first algorithm takes longer: timing chooses the second, and the choice is kept.
+#[test]
+fn tuned_matmuls_take_the_fastest_algorithm_and_keep_it() {
+    let Some(standin) = Standin::new() else { return };
+    standin.prepare();
+    let algorithms = |run: &str, choice: &str| -> Vec<u64> {
+        let mut train = standin.train("cuda", run, 4);
+        train.args(["--matmul-algorithms", choice]).env("LAAM_CACHE", standin.path("cache"));
+        done(train.env("CUDA_STANDIN_ALGORITHMS", "two"));
+        let state = fs::read(standin.path(run).join("checkpoint-4/training_state.safetensors"));
+        let (_, metadata) = safetensors::SafeTensors::read_metadata(&state.unwrap()).unwrap();
+        let texts = metadata.metadata().as_ref().unwrap().values().cloned();
+        let states = texts.filter_map(|text| serde_json::from_str::<Value>(&text).ok());
+        let found = states.filter_map(|state| {
+            let plans = state.pointer("/backend/matmul_plans/cublaslt/matmuls")?;
+            Some(plans.as_array()?.iter().map(|plan| plan[1][7].as_u64().unwrap()).collect())
+        });
+        found.last().expect("the checkpoint has matmul plans")
+    };
+    let cache = || fs::read_dir(standin.path("cache/matmul")).map_or(0, Iterator::count);
+    let first = algorithms("first", "first");
+    assert!(!first.is_empty() && first.iter().all(|&number| number == 0) && cache() == 0);
+    let tuned = algorithms("tuned", "tuned");
+    assert!(tuned.len() == first.len() && tuned.iter().all(|&number| number == 1), "{tuned:?}");
+    assert_eq!(cache(), 1);
+    assert!(standin.model("first") == standin.model("tuned"));
+
+    // Kept: what the file says is used without a measurement.
+    let path = fs::read_dir(standin.path("cache/matmul")).unwrap().next().unwrap().unwrap().path();
+    let mut kept: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for plan in kept["matmuls"].as_array_mut().unwrap() {
+        plan[1][7] = 0.into();
+    }
+    fs::write(&path, kept.to_string()).unwrap();
+    assert!(algorithms("kept", "tuned").iter().all(|&number| number == 0));
+}
+
 /// An older driver than nvcc is given PTX of an ISA that it knows, and compiles it.
 #[test]
 fn drivers_older_than_nvcc_compile_the_kernels() {
@@ -328,6 +379,82 @@ fn drivers_older_than_nvcc_compile_the_kernels() {
     let (_, said) = done(check.env("CUDA_CACHE_PATH", "/cache/of/the/driver"));
     let note = "tens of seconds the first time, then they are in /cache/of/the/driver";
     assert_eq!(said.matches(note).count(), 1, "{said}");
+}
+
+/// `--backend auto` takes a GPU that works, and the CPU with a line that says why if it does not.
+#[test]
+fn a_gpu_that_fails_its_self_check_is_not_chosen() {
+    let Some(standin) = Standin::new() else { return };
+    let plan = |backend: &str, fault: &str| {
+        let mut plan = standin.laam();
+        plan.args(["plan", "--backend", backend, "--json"]).env("CUDA_STANDIN_FAULT", fault);
+        let (out, said) = done(&mut plan);
+        let plan: Value = serde_json::from_str(&out).unwrap();
+        (plan["backend"].as_str().unwrap().to_string(), said)
+    };
+    assert_eq!(plan("auto", "").0, "cuda");
+    let (backend, said) = plan("auto", "kernel@2=719");
+    assert_eq!(backend, "cpu");
+    let warning = "warning: running on the CPU: ";
+    assert!(said.contains(warning) && said.contains("unspecified launch failure"), "{said}");
+    assert_eq!(said.lines().filter(|line| line.contains(warning)).count(), 1, "{said}");
+    let mut explicit = standin.laam();
+    explicit.args(["check", "--backend", "cuda", "--only", "rms_norm"]);
+    error_in(&output(explicit.env("CUDA_STANDIN_FAULT", "kernel@2=719")));
+}
+
+#[test]
+fn smoke_runs_on_the_stand_in_driver_and_shows_a_lost_gpu() {
+    let Some(standin) = Standin::new() else { return };
+    let smoke = |fault: &str| {
+        let mut smoke = standin.laam();
+        smoke.args(["bench", "smoke", "--backend", "cuda", "--small", "--json"]);
+        output(smoke.env("CUDA_STANDIN_FAULT", fault))
+    };
+    let steps = |output: &Output| -> Vec<Value> {
+        let smoke: Value = serde_json::from_slice(&output.stdout).unwrap();
+        smoke["steps"].as_array().unwrap().clone()
+    };
+    let whole = smoke("");
+    for step in steps(&whole) {
+        assert_eq!(step["passed"], true, "{step}");
+    }
+    assert!(whole.status.success());
+    let lost = smoke("kernel@3=719");
+    assert_eq!(lost.status.code(), Some(1));
+    assert!(steps(&lost).iter().any(|step| step["passed"] == false));
+}
+
+/// The sizes that the error names fit, and `auto` finds one by itself.
+#[test]
+fn out_of_memory_names_a_batch_and_a_context_that_fit() {
+    let Some(standin) = Standin::new() else { return };
+    standin.prepare();
+    let memory = (GPU_RESERVED_BYTES + 3_000_000).to_string();
+    let train = |output: &str, batch: &str, context: &str| {
+        let mut train = standin.train_windows("cuda", output, 1, batch, context);
+        train.env("CUDA_STANDIN_MEMORY", &memory);
+        train
+    };
+    let said = error_in(&output(&mut train("refused", "512", "64")));
+    let number = |flag: &str| {
+        let (_, rest) = said.split_once(&format!("{flag} to ")).unwrap_or_else(|| panic!("{said}"));
+        rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().to_string()
+    };
+    assert!(!standin.path("refused").exists());
+    let (batch, context) = (number("--batch-size"), number("--max-position-embeddings"));
+    done(&mut train("batch", &batch, "64"));
+    done(&mut train("context", "512", &context));
+
+    let (_, said) = done(&mut train("auto", "auto", "64"));
+    assert!(
+        said.contains(&format!("batch_size auto: {batch} windows at a time, 1 times")),
+        "{said}"
+    );
+    let mut accumulated = train("accumulated", "auto", "64");
+    let (_, said) = done(accumulated.args(["--gradient_accumulation_steps", "66"]));
+    let windows = standin.losses("accumulated").len();
+    assert!(said.contains("batch_size auto: ") && windows == 1, "{said}");
 }
 
 fn doctor(standin: &Standin) -> Value {
@@ -373,36 +500,23 @@ fn inside_the_stand_in_driver() {
         Dtype::F32.decode(&bytes)
     };
 
-    // Static and dynamic shared memory together are above 48 KiB, each is below.
-    let (hidden, width) = (12_271, 16);
-    let [x, weight, dy] = [1.0, 2.0, 3.0].map(|value| put(&mut cuda, &vec![value; hidden]));
-    let [dx, partials] = [(); 2].map(|()| cuda.alloc(4 * hidden).unwrap());
-    let rstd = put(&mut cuda, &[1.0]);
-    let backward = Launch {
-        entry: "rms_norm_backward_f32".into(),
+    // Static and dynamic shared memory together are above 48 KiB, each is not.
+    let wrong = put(&mut cuda, &[1.0]);
+    let shared = 48 << 10;
+    let edge = Launch {
+        entry: "probe_shared".into(),
         grid: [1, 1, 1],
-        block: [width as u32, 1, 1],
-        shared: 4 * hidden.next_multiple_of(width) as u32,
-        args: vec![
-            x.into(),
-            rstd.into(),
-            weight.into(),
-            dy.into(),
-            Address::NULL.into(),
-            dx.into(),
-            partials.into(),
-            1i32.into(),
-            (hidden as i32).into(),
-        ],
+        block: [256, 1, 1],
+        shared,
+        args: vec![wrong.into(), (shared / 4).into()],
     };
-    assert!(backward.shared < 48 << 10);
     let start = cuda.record_event().unwrap();
-    cuda.launch(&backward).unwrap();
+    cuda.launch(&edge).unwrap();
     let end = cuda.record_event().unwrap();
     assert!(cuda.elapsed(start, end).unwrap() > 0.0);
     cuda.clear_events();
-    assert_eq!(get(&cuda, partials, hidden), vec![3.0; hidden]);
-    let too_much = Launch { shared: 227 << 10, ..backward.clone() };
+    assert_eq!(get(&cuda, wrong, 1), [0.0]);
+    let too_much = Launch { shared: 227 << 10, ..edge.clone() };
     let said = cuda.launch(&too_much).unwrap_err().to_string();
     assert!(said.contains("bytes of shared memory, but the GPU has 232448"), "{said}");
 
@@ -431,9 +545,9 @@ fn inside_the_stand_in_driver() {
     assert!(cuda.upload(to, &[0]).is_err());
     // Another device of this process shares context and kernels.
     let mut other = Cuda::new(0).unwrap();
-    other.launch(&backward).unwrap();
+    other.launch(&edge).unwrap();
     drop(other);
-    cuda.launch(&backward).unwrap();
+    cuda.launch(&edge).unwrap();
     cuda.synchronize().unwrap();
     assert!(cuda.describe().contains("simulated GPU") && cuda.peak_flops(Dtype::Bf16).is_none());
 }

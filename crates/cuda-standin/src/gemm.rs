@@ -31,4 +31,6 @@ pub struct Gemm {
     /// Two halves of k are rounded to the output type before they are added: split-K with
     /// `CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE`.
     pub split_in_output_type: u32,
+    /// Later events are a second later for it.
+    pub is_slow: u32,
 }

@@ -277,6 +277,7 @@ fn matmuls_follow_their_leading_dimensions_and_round_split_sums() {
         alpha: 1.0,
         beta: 1.0,
         split_in_output_type: 0,
+        is_slow: 0,
     };
     let read = |at, len: usize| -> Vec<f32> {
         let bytes = gpu.download(at, 4 * len).unwrap();

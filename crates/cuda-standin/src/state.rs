@@ -4,11 +4,12 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ptxsim::{Kernel, Memory, Module, Options};
 
 use crate::codes::Code;
+use crate::gemm::Gemm;
 use crate::settings::Settings;
 use crate::work::{self, Done, Op};
 
@@ -35,6 +36,8 @@ pub(crate) struct State {
     pub calls: BTreeMap<&'static str, u64>,
     kernels: u64,
     injected: u64,
+    /// What slow matmuls added to the clock of events.
+    delay: Duration,
     pub memory: Memory,
     /// Size of each allocation, by address.
     pub allocations: BTreeMap<u64, u64>,
@@ -106,6 +109,7 @@ impl State {
             calls: BTreeMap::new(),
             kernels: 0,
             injected: 0,
+            delay: Duration::ZERO,
             memory: Memory::new(),
             allocations: BTreeMap::new(),
             primary: HashMap::new(),
@@ -232,12 +236,15 @@ impl State {
                     return Err(code);
                 }
             }
+            if let Op::Gemm(Gemm { is_slow: 1, .. }) = op {
+                self.delay += Duration::from_secs(1);
+            }
             match work::execute(&op, &self.memory, &options) {
                 Ok(Done::Plain) => {}
                 Ok(Done::Event(event, recording, at)) => {
                     let event = self.events.get_mut(&event);
                     if let Some(event) = event.filter(|event| event.recordings == recording) {
-                        event.at = Some(at);
+                        event.at = Some(at + self.delay);
                     }
                 }
                 Err(code) => {

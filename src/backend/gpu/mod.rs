@@ -92,6 +92,9 @@ impl Options {
     }
 }
 
+/// Bytes of a GPU's free memory that no plan may use: for modules, graphs and cuBLASLt's workspace.
+pub const RESERVED_BYTES: u64 = 256 << 20;
+
 /// The CUDA kernels on a device.
 pub struct Gpu {
     open: Open,
@@ -107,8 +110,11 @@ impl Gpu {
     /// Opens a device once to query it.
     pub fn new(open: Open, options: Options) -> anyhow::Result<Gpu> {
         let device = open()?;
-        let (_, memory) = device.memory()?;
         let name = device.name();
+        let memory = match device.memory()? {
+            (_, total) if name == "sim" => total,
+            (free, _) => free.saturating_sub(RESERVED_BYTES),
+        };
         let precision = options.dtype.suffix();
         let peak = device.peak_flops(options.dtype);
         let notes = device.notes();

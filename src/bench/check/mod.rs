@@ -83,6 +83,44 @@ pub fn check(
     Ok(rows)
 }
 
+/// Ops that a GPU must get right before it is chosen by itself: loads, shuffles, a matmul, tensor cores.
+const SELF_CHECK: [&str; 4] = ["rms_norm", "linear", "attention", "fused_linear_cross_entropy"];
+/// Most multiply-adds of a case of the self-check: the reference takes milliseconds.
+const SELF_CHECK_FLOPS: usize = 1 << 20;
+
+/// Checks a few small cases of some ops.
+///
+/// # Errors
+/// For a wrong result, or if the backend fails.
+pub fn self_check(backend: &dyn Backend) -> anyhow::Result<()> {
+    let dtype = backend.compute_dtype();
+    for op in SELF_CHECK {
+        let small = |case: &Case| {
+            let costs = case.program.costs(case.layout.len);
+            costs.map(|(_, cost)| cost.flops).sum::<usize>() <= SELF_CHECK_FLOPS
+        };
+        let cases = cases(Size::Small, dtype, 0, |name| name == op).into_iter().filter(small);
+        // The largest of the small ones: the first are degenerate shapes.
+        let case = cases.max_by_key(|case| case.outputs.len() * case.layout.len);
+        let case = case.ok_or_else(|| error::internal(format!("no small case of {op}")))?;
+        let runs = case.run(backend, 1)?;
+        if let Some(row) = case.compare(dtype, &runs)?.into_iter().find(|row| !row.passed) {
+            return Err(error::device(
+                format!(
+                    "{} computes a wrong {} of {op} {}: error {:.1e}, bound {:.1e}",
+                    backend.device(),
+                    row.output,
+                    row.shape,
+                    row.error,
+                    row.bound
+                ),
+                "laam check --backend cuda shows which ops are wrong",
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// The values of each output of a case; indices by their bits.
 pub type Outputs = Vec<Vec<f32>>;
 
@@ -282,5 +320,41 @@ impl Prepared<'_> {
     /// Seconds of one run by the device's clock.
     pub fn time(&mut self) -> anyhow::Result<f64> {
         self.session.time(self.program, &self.case.inputs())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::SessionSpec;
+    use crate::llama::Program;
+    use crate::model::Layout;
+
+    /// Claims f32 and rounds to bf16.
+    struct Wrong;
+
+    impl Backend for Wrong {
+        fn name(&self) -> &'static str {
+            "wrong"
+        }
+        fn device(&self) -> String {
+            "a wrong device".to_string()
+        }
+        fn open(&self, layout: &Layout, spec: SessionSpec) -> anyhow::Result<Box<dyn Session>> {
+            Reference::mixed(Dtype::Bf16).open(layout, spec)
+        }
+        fn micro_batch(&self, batch: usize, _: usize) -> usize {
+            batch
+        }
+        fn workspace_bytes(&self, _: &Program) -> usize {
+            0
+        }
+    }
+
+    #[test]
+    fn self_check_refuses_a_backend_that_is_off() {
+        self_check(&Reference::F32).unwrap();
+        let said = self_check(&Wrong).unwrap_err().to_string();
+        assert!(said.contains("a wrong device computes a wrong"), "{said}");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The algorithm that cuBLASLt's heuristic returns decides the bits of the result, and may change with
 //! its version or the GPU. So a checkpoint stores the algorithms as [`PinnedPlans`], and a resumed run
-//! uses them.
+//! uses them. [`super::tuning`] chooses among several by their times.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -34,7 +34,7 @@ pub(super) struct PinnedPlans {
 }
 
 /// An algorithm in cuBLASLt's own opaque encoding.
-type Algorithm = [u64; 8];
+pub(super) type Algorithm = [u64; 8];
 
 /// Everything a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -45,6 +45,14 @@ pub(super) struct MatmulKey {
     #[serde(alias = "add")]
     accumulate: bool,
     batch: usize,
+}
+
+impl MatmulKey {
+    fn of(matmul: &Matmul) -> MatmulKey {
+        let Matmul { a, b, c, accumulate, batch } = *matmul;
+        let operand = |matrix| Operand::of(matrix, batch);
+        MatmulKey { a: operand(a), b: operand(b), c: operand(c), accumulate, batch }
+    }
 }
 
 /// A matrix by shape and alignment instead of address.
@@ -148,21 +156,39 @@ impl CublasLt {
         refused
     }
 
+    /// Whether there is no plan for a matmul yet.
+    pub fn is_new(&self, matmul: &Matmul) -> bool {
+        !self.plans.contains_key(&MatmulKey::of(matmul))
+    }
+
+    /// The first algorithms of the heuristic for a matmul, at most `count`.
+    pub fn candidates(&self, matmul: &Matmul, count: usize) -> anyhow::Result<Vec<Algorithm>> {
+        let descriptors = describe(&MatmulKey::of(matmul)).map_err(planning_failed(matmul))?;
+        let found = heuristics(self.handle, &MatmulKey::of(matmul), &descriptors, count);
+        Ok(found.map_err(planning_failed(matmul))?.iter().map(|algorithm| algorithm.data).collect())
+    }
+
+    /// Uses an algorithm for a matmul from now on; false if cuBLASLt refuses it.
+    pub fn choose(&mut self, matmul: &Matmul, algorithm: &Algorithm) -> bool {
+        let key = MatmulKey::of(matmul);
+        let chosen = plan(self.handle, &key, Some(algorithm));
+        chosen.is_ok_and(|plan| {
+            self.plans.insert(key, Some(plan));
+            true
+        })
+    }
+
     /// Executes a matmul; false if cuBLASLt has no algorithm for it. cuBLASLt is column-major, and a row-major `[rows, cols]` matrix is its
     /// column-major transpose, so it computes `cT = bT aT` without copies.
     pub fn run(&mut self, matmul: &Matmul, stream: CUstream) -> anyhow::Result<bool> {
         let (m, n, k) = matmul.check()?;
-        let Matmul { a, b, c, accumulate, batch } = *matmul;
-        let operand = |matrix| Operand::of(matrix, batch);
-        let key = MatmulKey { a: operand(a), b: operand(b), c: operand(c), accumulate, batch };
+        let Matmul { a, b, c, accumulate, .. } = *matmul;
+        let key = MatmulKey::of(matmul);
         if !self.plans.contains_key(&key) {
             let plan = match plan(self.handle, &key, None) {
                 Ok(plan) => Some(plan),
                 Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => None,
-                Err(e) => {
-                    let what = format!("planning a matmul of {m} x {k} by {k} x {n}");
-                    return Err(failed(&what, e));
-                }
+                Err(e) => return Err(planning_failed(matmul)(e)),
             };
             self.plans.insert(key, plan);
         }
@@ -198,13 +224,14 @@ impl CublasLt {
     }
 }
 
-fn plan(
-    handle: sys::cublasLtHandle_t,
-    key: &MatmulKey,
-    pinned: Option<&Algorithm>,
-) -> Result<MatmulPlan, CublasError> {
+fn planning_failed(matmul: &Matmul) -> impl Fn(CublasError) -> anyhow::Error {
+    let ((m, k), (_, n)) = (matmul.a.shape(), matmul.b.shape());
+    move |why| failed(&format!("planning a matmul of {m} x {k} by {k} x {n}"), why)
+}
+
+/// cuBLASLt's descriptors of a matmul.
+fn describe(key: &MatmulKey) -> Result<Descriptors, CublasError> {
     use sys::cublasLtMatmulDescAttributes_t as Describe;
-    use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
 
     let mut descriptors = Descriptors {
         description: std::ptr::null_mut(),
@@ -263,6 +290,16 @@ fn plan(
     layout(&mut descriptors.first, key.b)?;
     layout(&mut descriptors.second, key.a)?;
     layout(&mut descriptors.out, key.c)?;
+    Ok(descriptors)
+}
+
+/// A plan with a given algorithm, or with the first of the heuristic.
+fn plan(
+    handle: sys::cublasLtHandle_t,
+    key: &MatmulKey,
+    pinned: Option<&Algorithm>,
+) -> Result<MatmulPlan, CublasError> {
+    let descriptors = describe(key)?;
     let (description, first, second, out) =
         (descriptors.description, descriptors.first, descriptors.second, descriptors.out);
     if let Some(&data) = pinned {
@@ -294,6 +331,19 @@ fn plan(
         }
         return Ok(MatmulPlan { descriptors, algorithm });
     }
+
+    let algorithm = heuristics(handle, key, &descriptors, 1)?[0];
+    Ok(MatmulPlan { descriptors, algorithm })
+}
+
+/// The first algorithms of the heuristic, at least one and at most `count`.
+fn heuristics(
+    handle: sys::cublasLtHandle_t,
+    key: &MatmulKey,
+    descriptors: &Descriptors,
+    count: usize,
+) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, CublasError> {
+    use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
 
     let preference = Preference(result::create_matmul_pref()?);
     let workspace = CublasLt::WORKSPACE_BYTES;
@@ -328,9 +378,19 @@ fn plan(
             )?;
         }
     }
-    // SAFETY: all descriptors were created above.
-    let chosen = unsafe {
-        result::get_matmul_algo_heuristic(
+    let none = sys::cublasLtMatmulHeuristicResult_t {
+        algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+        workspaceSize: 0,
+        state: sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS,
+        wavesCount: 0.0,
+        reserved: [0; 4],
+    };
+    let mut found = vec![none; count];
+    let mut returned = 0;
+    let Descriptors { description, first, second, out } = *descriptors;
+    // SAFETY: all descriptors and the preference exist; `found` has room for `count` results.
+    unsafe {
+        sys::cublasLtMatmulAlgoGetHeuristic(
             handle,
             description,
             first,
@@ -338,9 +398,18 @@ fn plan(
             out,
             out,
             preference.0,
+            count as i32,
+            found.as_mut_ptr(),
+            &raw mut returned,
         )
-    }?;
-    Ok(MatmulPlan { descriptors, algorithm: chosen.algo })
+    }
+    .result()?;
+    found.truncate(usize::try_from(returned).unwrap_or(0));
+    found.retain(|result| result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+    if found.is_empty() {
+        return Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
+    }
+    Ok(found.into_iter().map(|result| result.algo).collect())
 }
 
 /// cuBLASLt's preference of a heuristic.

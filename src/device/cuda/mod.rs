@@ -4,10 +4,12 @@ mod cublaslt;
 mod gpus;
 mod libraries;
 mod shared;
+mod tuning;
 
 use std::collections::HashMap;
 use std::env;
 use std::ffi::c_void;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
@@ -35,6 +37,10 @@ pub struct Cuda {
     /// `None` before its first use, and if there is none.
     cublaslt: Option<CublasLt>,
     allocations: HashMap<Address, usize>,
+    /// Folder of the choices of matmul algorithms by their times; `None` if the heuristic decides.
+    tuned: Option<PathBuf>,
+    /// Between `begin_capture` and `end_capture`.
+    captures: bool,
     group: Group,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
@@ -121,6 +127,8 @@ impl Cuda {
             events: Vec::new(),
             cublaslt: None,
             allocations: HashMap::new(),
+            tuned: None,
+            captures: false,
             group: Group::alone(),
             stream,
             context,
@@ -130,8 +138,21 @@ impl Cuda {
         })
     }
 
+    /// Chooses matmul algorithms by their times, and keeps the choices in `folder`.
+    #[must_use]
+    pub fn with_tuned_matmuls(mut self, folder: PathBuf) -> Cuda {
+        self.tuned = Some(folder);
+        self
+    }
+
     fn bind(&self) -> anyhow::Result<()> {
         self.context.bind_to_thread().map_err(|e| failed("making the context current", e))
+    }
+
+    /// An event after the work queued so far.
+    fn mark(&self) -> anyhow::Result<CudaEvent> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.stream.record_event(flags).map_err(|e| failed("recording an event", e))
     }
 
     /// cuBLASLt, opened on first use, if there is one.
@@ -140,10 +161,27 @@ impl Cuda {
             && let Some(handle) = self.shared.cublaslt()?
         {
             let workspace = self.alloc(CublasLt::WORKSPACE_BYTES)?;
-            self.cublaslt = Some(CublasLt::new(handle, workspace));
+            let mut cublaslt = CublasLt::new(handle, workspace);
+            let path = self.tuned.as_ref().map(|folder| tuning::file(folder, &self.gpu));
+            if let Some(plans) = path.and_then(|path| tuning::earlier(&path)) {
+                // What is refused is timed again.
+                cublaslt.pin(plans);
+            }
+            self.cublaslt = Some(cublaslt);
         }
         Ok(self.cublaslt.as_mut())
     }
+}
+
+/// Seconds between two events of a stream, which are waited for.
+fn seconds_between(from: &CudaEvent, to: &CudaEvent) -> Result<f64, DriverError> {
+    from.synchronize()?;
+    to.synchronize()?;
+    let mut ms = 0.0;
+    let elapsed = libraries::event_elapsed_time();
+    // SAFETY: the call writes one f32; both events are alive.
+    unsafe { elapsed(&raw mut ms, from.cu_event(), to.cu_event()) }.result()?;
+    Ok(f64::from(ms) / 1e3)
 }
 
 /// CUDA version of the driver: 13000 for 13.0.
@@ -285,6 +323,12 @@ impl Device for Cuda {
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
         self.bind()?;
         let stream = self.stream.cu_stream();
+        if let Some(folder) = self.tuned.clone().filter(|_| !self.captures)
+            && self.cublaslt()?.is_some_and(|cublaslt| cublaslt.is_new(matmul))
+        {
+            let path = tuning::file(&folder, &self.gpu);
+            self.tune(matmul, &path)?;
+        }
         if let Some(cublaslt) = self.cublaslt()?
             && cublaslt.run(matmul, stream)?
         {
@@ -304,10 +348,13 @@ impl Device for Cuda {
 
     fn begin_capture(&mut self) -> anyhow::Result<()> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        self.stream.begin_capture(mode).map_err(|e| failed("beginning stream capture", e))
+        self.stream.begin_capture(mode).map_err(|e| failed("beginning stream capture", e))?;
+        self.captures = true;
+        Ok(())
     }
 
     fn end_capture(&mut self) -> anyhow::Result<Graph> {
+        self.captures = false;
         let graph = self
             .stream
             .end_capture(sys::CUgraphInstantiate_flags(0))
@@ -323,22 +370,14 @@ impl Device for Cuda {
     }
 
     fn record_event(&mut self) -> anyhow::Result<Event> {
-        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-        let event = self.stream.record_event(flags).map_err(|e| failed("recording an event", e))?;
+        let event = self.mark()?;
         self.events.push(event);
         Ok(Event(self.events.len() - 1))
     }
 
     fn elapsed(&mut self, Event(from): Event, Event(to): Event) -> anyhow::Result<f64> {
         let (from, to) = (&self.events[from], &self.events[to]);
-        let timed = from.synchronize().and_then(|()| to.synchronize()).and_then(|()| {
-            let mut ms = 0.0;
-            let elapsed = libraries::event_elapsed_time();
-            // SAFETY: the call writes one f32; both events are alive.
-            unsafe { elapsed(&raw mut ms, from.cu_event(), to.cu_event()) }.result()?;
-            Ok(ms)
-        });
-        Ok(f64::from(timed.map_err(|e| failed("timing events", e))?) / 1e3)
+        seconds_between(from, to).map_err(|e| failed("timing events", e))
     }
 
     fn clear_events(&mut self) {

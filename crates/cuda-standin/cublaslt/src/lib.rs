@@ -12,7 +12,7 @@
 //! | variable | value |
 //! | --- | --- |
 //! | `CUDA_STANDIN_FAULT` | `cublasLtMatmul@3=13`: the third call of a symbol returns status 13 |
-//! | `CUDA_STANDIN_ALGORITHMS` | `all` (the default), `none`, or `vectorized`: none for matrices whose columns are not 16-byte aligned |
+//! | `CUDA_STANDIN_ALGORITHMS` | `all` (the default), `none`, `vectorized`: none for matrices whose columns are not 16-byte aligned, or `two`: a second one, and by the events the first takes a second longer |
 //! | `CUDA_STANDIN_CUBLASLT` | version, `130000` by default |
 #![warn(missing_docs)]
 
@@ -308,15 +308,18 @@ cublaslt! {
             && preference.workspace >= SPLIT_WORKSPACE;
         let alignments = preference.alignments.map(u64::from);
         let [a, b, c, d] = alignments;
-        let algorithm = [MARK, u64::from(splits), a, b, c, d, problem.digest(), 0];
-        put(results, HeuristicResult {
-            algorithm,
-            workspace: workspace(&algorithm) as usize,
-            state: 0,
-            waves: 1.0,
-            reserved: [0; 4],
-        })?;
-        put(returned, 1)
+        let count = if offers_two() { requested.min(2) } else { 1 };
+        for number in 0..count {
+            let algorithm = [MARK, u64::from(splits), a, b, c, d, problem.digest(), number as u64];
+            put(results.wrapping_add(number as usize), HeuristicResult {
+                algorithm,
+                workspace: workspace(&algorithm) as usize,
+                state: 0,
+                waves: 1.0,
+                reserved: [0; 4],
+            })?;
+        }
+        put(returned, count)
     };
     /// "CUBLAS_STATUS_INVALID_VALUE: if matrix layout descriptors or the operation descriptor do not
     /// match the algo descriptor."
@@ -411,6 +414,7 @@ cublaslt! {
             alpha,
             beta,
             split_in_output_type: u32::from(algorithm[1] == 1),
+            is_slow: u32::from(offers_two() && algorithm[7] == 0),
         };
         let submit: extern "C" fn(*const Gemm, usize) -> u32 = driver("cudaStandinGemm")?;
         match submit(&raw const gemm, stream) {
@@ -422,6 +426,11 @@ cublaslt! {
 }
 
 /// Workspace that an algorithm needs.
+/// `CUDA_STANDIN_ALGORITHMS=two`.
+fn offers_two() -> bool {
+    env::var("CUDA_STANDIN_ALGORITHMS").is_ok_and(|value| value == "two")
+}
+
 fn workspace(algorithm: &Algorithm) -> u64 {
     if algorithm[1] == 1 { SPLIT_WORKSPACE } else { 0 }
 }

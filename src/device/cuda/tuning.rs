@@ -1,0 +1,83 @@
+//! Choice among cuBLASLt's algorithms by their times, kept in a file per GPU and version of cuBLASLt: later
+//! runs on the same GPU compute the same bits.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+use super::cublaslt::{Algorithm, CublasLt, PinnedPlans};
+use super::{Cuda, failed, seconds_between};
+use crate::device::{Device, Matmul, Matrix};
+use crate::files::{self, write_atomically};
+
+/// Algorithms that are timed per matmul.
+const CANDIDATES: usize = 8;
+/// Timed calls of each, after one that is not timed.
+const CALLS: usize = 3;
+/// Limit on the bytes of the file.
+const MAX_FILE_BYTES: u64 = 16 << 20;
+
+/// The file with the choices for a GPU.
+pub(super) fn file(folder: &Path, gpu: &str) -> PathBuf {
+    let name = gpu.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+    folder.join(format!("{name}-cublaslt-{}.json", CublasLt::version()))
+}
+
+/// The choices of earlier runs; none if there is no file that can be read.
+pub(super) fn earlier(path: &Path) -> Option<PinnedPlans> {
+    let plans: PinnedPlans =
+        serde_json::from_str(&files::read_text(path, MAX_FILE_BYTES).ok()?).ok()?;
+    (plans.version == CublasLt::version()).then_some(plans)
+}
+
+impl Cuda {
+    /// Times the algorithms for a matmul without a plan, uses the fastest from now on, and writes it down.
+    pub(super) fn tune(&mut self, matmul: &Matmul, path: &Path) -> anyhow::Result<()> {
+        let Some(cublaslt) = self.cublaslt()? else { return Ok(()) };
+        let candidates = match cublaslt.candidates(matmul, CANDIDATES) {
+            Ok(candidates) if candidates.len() > 1 => candidates,
+            // The heuristic's only one, or none: as without tuning.
+            _ => return Ok(()),
+        };
+        let Matrix { rows, stride, dtype, at, .. } = matmul.c;
+        // An output of its own with the same alignment: candidates may not accumulate into the real one.
+        let alignment = 1usize << at.0.trailing_zeros().min(8);
+        let bytes = matmul.batch * rows * stride * dtype.size();
+        let scratch = self.alloc(bytes + alignment)?;
+        self.memset(scratch, 0, bytes + alignment)?;
+        let offset = if alignment == 256 { 0 } else { alignment };
+        let c = Matrix { at: scratch.plus(offset), ..matmul.c };
+        let trial = Matmul { c, ..*matmul };
+        let mut times = Vec::new();
+        for algorithm in candidates {
+            times.push((self.time_algorithm(&trial, &algorithm)?, algorithm));
+        }
+        self.free(scratch)?;
+        times.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let Some(cublaslt) = self.cublaslt()? else { return Ok(()) };
+        cublaslt.choose(matmul, &times[0].1);
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot create {}", folder.display()))?;
+        }
+        write_atomically(path, &serde_json::to_vec(&cublaslt.plans())?)
+    }
+
+    /// Seconds of [`CALLS`] calls; infinite for an algorithm that cuBLASLt refuses.
+    fn time_algorithm(&mut self, matmul: &Matmul, algorithm: &Algorithm) -> anyhow::Result<f64> {
+        let stream = self.stream.cu_stream();
+        let Some(cublaslt) = self.cublaslt()? else { return Ok(f64::INFINITY) };
+        if !cublaslt.choose(matmul, algorithm) {
+            return Ok(f64::INFINITY);
+        }
+        cublaslt.run(matmul, stream)?;
+        let start = self.mark()?;
+        for _ in 0..CALLS {
+            if let Some(cublaslt) = self.cublaslt()? {
+                cublaslt.run(matmul, stream)?;
+            }
+        }
+        let end = self.mark()?;
+        seconds_between(&start, &end).map_err(|e| failed("timing events", e))
+    }
+}
