@@ -126,7 +126,6 @@ fn run_folders_hold_regular_files_only() {
     refused("run/tokenizer/tokenizer.json", again);
     refused("tiny.toml", again);
     refused("run/model/checkpoint-2/training_state.safetensors", again);
-    refused("run/model/metrics.jsonl", again);
     refused("sweep.toml", on(&["sweep"], "sweep.toml"));
 }
 

@@ -8,7 +8,7 @@ use std::process::{Output, Stdio};
 use laam::model::{Provenance, load, load_provenance, read_consistently};
 use serde_json::Value;
 
-use crate::support::{error_in, laam};
+use crate::support::{bounded, error_in, laam};
 use crate::training::{
     checkpoints, killed, metrics, said, token_file, tokenizer, train, trained, under_way,
 };
@@ -398,7 +398,15 @@ fn metrics_go_where_they_are_asked_for() {
     let done = train(&folder.path().join("a"), &format!("{flags} --metrics -")).output().unwrap();
     assert!(done.status.success(), "{}", said(&done));
     assert_eq!(String::from_utf8(done.stdout).unwrap().matches("\"loss\"").count(), 3);
-    trained(&folder.path().join("b"), &format!("{flags} --metrics /dev/null"));
+    let output = folder.path().join("b");
+    trained(&output, &format!("{flags} --metrics /dev/null"));
+    // A FIFO that somebody put there is not waited for.
+    let fifo = std::ffi::CString::new(output.join("metrics.jsonl").to_str().unwrap()).unwrap();
+    // SAFETY: the path is a string that ends in a zero byte.
+    assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+    let mut longer = train(&output, "--max_steps 4 --logging_steps 1 --resume");
+    let refused = bounded(&mut longer, std::time::Duration::from_secs(8), 8 << 30);
+    assert!(error_in(&refused).contains("metrics.jsonl"));
     let notes = folder.path().join("notes");
     fs::write(&notes, "mine").unwrap();
     let output = folder.path().join("c");
