@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::parser::ValueSource;
 use serde_json::{Value, json};
 
 use super::backend::BackendArgs;
@@ -79,6 +80,16 @@ const SHAPE: [&str; 11] = [
     "rope_theta",
     "initializer_range",
 ];
+
+impl PlanArgs {
+    /// Sets what depends on whether the command line gave it.
+    pub fn note_given(&mut self, matches: &clap::ArgMatches) {
+        let heads = matches.value_source("num_key_value_heads");
+        if heads != Some(ValueSource::CommandLine) {
+            self.settings.set_default_key_value_heads();
+        }
+    }
+}
 
 pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
     let mut settings = arguments.settings.clone();

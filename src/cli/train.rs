@@ -455,6 +455,9 @@ fn validate(settings: &Settings) -> anyhow::Result<()> {
 pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
     arguments.obsolete.warn();
     arguments.read_config()?;
+    if !arguments.given.contains("num_key_value_heads") {
+        arguments.settings.set_default_key_value_heads();
+    }
     arguments.set_validation();
     if arguments.json && arguments.metrics.as_deref() == Some(Path::new("-")) {
         return Err(error::config(

@@ -91,7 +91,12 @@ impl TryFrom<toml::Table> for RecipeStage {
         let Some(toml::Value::String(name)) = keys.remove("name") else {
             return Err("a stage has no name".to_string());
         };
-        let settings = keys.try_into().map_err(|why| format!("stage {name}: {why}"))?;
+        let are_given = keys.contains_key("num_key_value_heads");
+        let mut settings: Settings =
+            keys.try_into().map_err(|why| format!("stage {name}: {why}"))?;
+        if !are_given {
+            settings.set_default_key_value_heads();
+        }
         Ok(Self { name, settings })
     }
 }
@@ -217,6 +222,19 @@ mod tests {
         for (name, _) in BUILT_IN {
             let recipe = Recipe::find(name).unwrap();
             assert_eq!(Recipe::parse(&recipe.resolved().unwrap()).unwrap(), recipe, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_stage_with_heads_alone_has_key_value_heads_that_fit() {
+        for (keys, expected) in [
+            ("num_attention_heads = 5", 5),
+            ("num_attention_heads = 32", 4),
+            ("num_attention_heads = 5\nnum_key_value_heads = 1", 1),
+        ] {
+            let text = format!("name = 'a'\nhidden_size = 320\n{keys}");
+            let stage: RecipeStage = toml::from_str(&text).unwrap();
+            assert_eq!(stage.settings.num_key_value_heads, expected, "{keys}");
         }
     }
 

@@ -88,8 +88,9 @@ pub struct Settings {
     /// Query heads per layer
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.num_attention_heads, help_heading = "Model"))]
     pub num_attention_heads: usize,
-    /// Key/value heads per layer; query heads share them evenly
-    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.num_key_value_heads, help_heading = "Model"))]
+    /// Key/value heads per layer; query heads share them evenly [default: 4 if that divides
+    /// num-attention-heads, else as many as those]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.num_key_value_heads, hide_default_value = true, help_heading = "Model"))]
     pub num_key_value_heads: usize,
     /// Components per head [default: hidden-size / num-attention-heads]
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Model"))]
@@ -301,6 +302,14 @@ impl Settings {
     /// Today's key for a key that a recipe or a sweep may have.
     pub fn key(key: &str) -> &str {
         if key == "decay_rate" { "weight_decay" } else { key }
+    }
+
+    /// Key/value heads if nobody gave their number: the usual one if the query heads can share them
+    /// evenly, else one for each query head.
+    pub fn set_default_key_value_heads(&mut self) {
+        let usual = DEFAULT.num_key_value_heads;
+        let divides = self.num_attention_heads.is_multiple_of(usual);
+        self.num_key_value_heads = if divides { usual } else { self.num_attention_heads };
     }
 
     /// Refuses what no run can do.

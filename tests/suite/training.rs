@@ -606,6 +606,16 @@ fn settings_come_from_a_file_and_flags_win() {
     let wanted = Settings { recompute: Recompute::None, weight_decay: 0.5, ..expected };
     assert_eq!(changed, Settings { tie_word_embeddings: true, ..wanted });
 
+    // Key/value heads fit the heads, whoever gave them.
+    for (text, flags, heads) in [
+        ("hidden_size = 80\n", "--num_attention_heads 5", 5),
+        ("hidden_size = 80\nnum_attention_heads = 5\n", "", 5),
+        ("num_attention_heads = 32\n", "", 4),
+    ] {
+        fs::write(&file, text).unwrap();
+        assert_eq!(settings(flags).num_key_value_heads, heads, "{text}{flags}");
+    }
+
     let output = folder.path().join("model");
     for (text, named) in [
         ("hidden = 80", "hidden"),
