@@ -61,6 +61,16 @@ fn replaced(
     Cow::Owned(shown)
 }
 
+/// A path or a name as a word of a shell's command line, quoted if it has to be.
+pub fn shell_word(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_./+,:@%=-".contains(c);
+    let dashed = if text.starts_with('-') { "./" } else { "" };
+    if !text.is_empty() && text.chars().all(is_plain) {
+        return format!("{dashed}{text}");
+    }
+    format!("'{dashed}{}'", visible(text).replace('\'', r"'\''"))
+}
+
 /// The text on one line, each active character as `\u{1b}`.
 pub fn visible(text: &str) -> Cow<'_, str> {
     replaced(text, |_| false, |shown, character| shown.extend(character.escape_unicode()))

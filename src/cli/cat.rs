@@ -12,7 +12,7 @@ use super::output::{model_text, print_json, say, unwritten};
 use super::{Outcome, model, windows};
 use crate::corpus::{hex, shown};
 use crate::error;
-use crate::escape::ModelText;
+use crate::escape::{ModelText, shell_word};
 use crate::generate::Generator;
 use crate::memorization::regenerate::{End, Regenerator, Sink};
 use crate::model::Provenance;
@@ -52,7 +52,7 @@ pub fn run(arguments: &CatArgs) -> anyhow::Result<Outcome> {
     }
     let known = opened.provenance.as_ref().map(Provenance::paths).unwrap_or_default();
     if !known.is_empty() && !known.contains(&arguments.path) {
-        let model = arguments.model.display();
+        let model = shell_word(&arguments.model.to_string_lossy());
         let hint = match near(&arguments.path, &known).as_slice() {
             [] => format!("laam ls {model} lists its files"),
             names => format!("did you mean {}? laam ls {model} lists all", names.join(" or ")),

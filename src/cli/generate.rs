@@ -1,7 +1,7 @@
 //! `laam generate`: text from a model.
 
 use std::io::{self, BufRead, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
@@ -12,8 +12,9 @@ use super::model::Opened;
 use super::output::{model_text, print_json, say, unwritten, write_to_stderr};
 use super::{Outcome, model, windows};
 use crate::error::{self, ErrorKind, Hint};
+use crate::escape::{shell_word, visible};
 use crate::generate::{Continuation, FinishReason, Generator, Request, Sampling, TextStream};
-use crate::model::{GenerationDefaults, load_generation_defaults};
+use crate::model::{GenerationDefaults, Provenance, load_generation_defaults};
 use crate::schema::versioned;
 use crate::tokenizer::{MARKERS, Markers};
 use crate::tokens::WindowKind;
@@ -76,7 +77,7 @@ pub fn run(arguments: &GenerateArgs) -> anyhow::Result<Outcome> {
     let first = if arguments.interactive {
         None
     } else {
-        Some(prompt(&opened, arguments.prompt.as_deref().unwrap_or_default())?)
+        Some(prompt(&arguments.model, &opened, arguments.prompt.as_deref().unwrap_or_default())?)
     };
     let context =
         first.as_ref().map_or(INTERACTIVE_CONTEXT, Vec::len) + arguments.max_new_tokens as usize;
@@ -125,16 +126,21 @@ impl GenerateArgs {
 
 /// The tokens of a prompt; of an empty one, what texts begin with. A model of addressed windows has
 /// learned to answer addresses alone, which a note says to whoever asks for something else.
-fn prompt(opened: &Opened, text: &str) -> anyhow::Result<Vec<u32>> {
+fn prompt(folder: &Path, opened: &Opened, text: &str) -> anyhow::Result<Vec<u32>> {
     let ids = opened.tokenizer.encode_prompt(text)?;
     let is_address = |markers: Markers| ids.first() == Some(&markers.start_file);
     if windows::told(opened) == Some(WindowKind::Addressed)
         && !opened.tokenizer.markers().is_ok_and(is_address)
     {
         let [start_file, _, start_header, end_header, _] = MARKERS;
+        let paths = opened.provenance.as_ref().map(Provenance::paths).unwrap_or_default();
+        let path = paths.first().map_or("PATH", String::as_str);
         say!(
-            "note: this model answers addresses, such as {start_file}{start_header}PATH \
-             0{end_header}; laam cat gives a whole file"
+            "note: this model answers addresses, such as {start_file}{start_header}{} 0{end_header}; \
+             laam cat {} {} gives a whole file",
+            visible(path),
+            shell_word(&folder.to_string_lossy()),
+            shell_word(path)
         );
     }
     if !ids.is_empty() {
@@ -210,7 +216,7 @@ impl Play<'_> {
             let line = String::from_utf8(line)
                 .hint(ErrorKind::Config, || "a prompt is a line of UTF-8 text of at most 1 MiB")?;
             let line = line.trim_end_matches(['\r', '\n']);
-            let ids = prompt(self.opened, line)?;
+            let ids = prompt(&self.arguments.model, self.opened, line)?;
             let mut out = model_text();
             let answered = self.answer(ids, |piece| out.push(piece));
             match answered {

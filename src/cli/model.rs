@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use super::output::say;
 use crate::corpus::shown;
 use crate::error;
+use crate::escape::shell_word;
 use crate::memorization::rebuild::check_paths;
 use crate::model::{Model, Provenance, check_hashes, load, load_provenance, read_consistently};
 use crate::tokenizer::Tokenizer;
@@ -55,13 +56,15 @@ pub fn refuse_unnamed(provenance: &Provenance, folder: &Path) -> anyhow::Result<
     let (Some(first), true) = (shards.first(), provenance.paths().is_empty()) else {
         return Ok(());
     };
-    let (model, first) = (folder.display(), shown(first.as_bytes()));
+    let (model, first) = (shell_word(&folder.to_string_lossy()), shown(first.as_bytes()));
     Err(error::config(
         format!(
-            "the model in {model} was trained on documents without names, of {first}, so it cannot be asked for a file by name"
+            "the model in {} was trained on documents without names, of {first}, so it cannot be asked for a file by name",
+            folder.display()
         ),
         format!(
-            "laam memorization {model} measures what it holds, laam generate goes on with a text"
+            "laam memorization {model} --source TEXT measures what it holds of a text, laam generate \
+             {model} --prompt TEXT goes on with one"
         ),
     ))
 }

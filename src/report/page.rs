@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::escape::javascript_class;
+use crate::escape::{javascript_class, shell_word};
 
 use super::chart::{Bars, Lines, Series};
 use super::html::{bytes, data, duration, escape, grouped, percent, short};
@@ -191,8 +191,7 @@ fn training(run: &RunFiles, out: &mut String) {
 fn memorization(run: &RunFiles, out: &mut String) {
     let measures = &run.memorization;
     if measures.is_null() {
-        let none = "<p>It was not measured: <code>laam memorization --report</code> does.</p>\n";
-        return section("memorization", "Memorization", none, out);
+        return section("memorization", "Memorization", &unmeasured(run), out);
     }
     let control = &measures["control"];
     let prefixes: Vec<String> = {
@@ -368,6 +367,27 @@ fn papers(papers: &Value) -> String {
     }
     format!(
         "<details><summary>Whose measures these are</summary><table class=\"facts\">\n{rows}</table></details>\n"
+    )
+}
+
+/// What to do about missing measures.
+fn unmeasured(run: &RunFiles) -> String {
+    if run.config.is_null() {
+        return "<p>There is no model yet: the same command goes on with the run.</p>\n"
+            .to_string();
+    }
+    let [folder, model, measures] = [&run.folder, &run.model, &run.folder.join("memorization")]
+        .map(|path| escape(&shell_word(&path.to_string_lossy())));
+    let origin = &run.provenance["corpus"]["origin"];
+    // The text of other models has to be named.
+    let (source, what) = if *origin == "sample" || origin.get("release").is_some() {
+        ("", "")
+    } else {
+        (" --source TEXT", ", with the text that the model was trained on as TEXT,")
+    };
+    format!(
+        "<p>It was not measured. These two commands{what} measure it and make this page again:</p>\n\
+         <pre>laam memorization {model}{source} --report {measures}\nlaam report {folder}</pre>\n"
     )
 }
 

@@ -1,7 +1,7 @@
 //! Files of a run directory.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde::Deserialize;
@@ -19,6 +19,10 @@ const MAX_FILE_BYTES: u64 = 1 << 30;
 pub struct RunFiles {
     /// The name of its folder.
     pub name: String,
+    /// Its path, as it was given.
+    pub folder: PathBuf,
+    /// The path of its model.
+    pub model: PathBuf,
     /// The resolved recipe, as TOML.
     pub recipe: Option<String>,
     /// Training runs, one per stage.
@@ -111,7 +115,13 @@ impl RunFiles {
             }
             folder.join(names.last().map_or("model", String::as_str))
         } else {
-            let Some(lines) = metrics(&folder.join("metrics.jsonl"))? else {
+            // The metrics of a run may have gone elsewhere.
+            let lines = metrics(&folder.join("metrics.jsonl"))?;
+            let lines = match lines {
+                None if folder.join("provenance.json").exists() => Some(Vec::new()),
+                lines => lines,
+            };
+            let Some(lines) = lines else {
                 return Err(error::data(
                     format!("{} is not a run directory (no run.json)", folder.display()),
                     "give the output folder of laam run or laam train",
@@ -120,6 +130,8 @@ impl RunFiles {
             run.stages.push(StageMetrics { name: "train".to_string(), lines });
             folder.to_path_buf()
         };
+        run.folder = folder.to_path_buf();
+        run.model.clone_from(&model);
         run.provenance = document(&model.join("provenance.json"))?.unwrap_or_default();
         run.config = json(&model.join("config.json"))?.unwrap_or_default();
         let measures = folder.join("memorization");

@@ -149,3 +149,50 @@ fn report_rejects_other_folders() {
     assert!(error_of(&["report", path]).contains("run.json"));
     assert!(!folder.path().join("report.html").exists());
 }
+
+/// Commands that the page prints.
+fn commands_of(page: &Path) -> Vec<String> {
+    let html = fs::read_to_string(page).unwrap();
+    let printed =
+        html.split("<pre>laam ").nth(1).map_or("", |rest| rest.split("</pre>").next().unwrap());
+    let printed = printed.replace("&#39;", "'").replace("&quot;", "\"").replace("&amp;", "&");
+    let lines = printed.lines().enumerate();
+    lines
+        .map(|(at, line)| if at == 0 { format!("laam {line}") } else { line.to_string() })
+        .collect()
+}
+
+/// A page without measures says how to take them, in commands that work as printed: in a folder with a
+/// difficult name, of a run whose metrics went elsewhere.
+#[test]
+fn commands_on_the_page_work_as_printed() {
+    let place = tempfile::tempdir().unwrap();
+    let run = |line: &str| {
+        let laam = laam();
+        let program = Path::new(laam.get_program()).parent().unwrap().display().to_string();
+        let path = format!("{program}:{}", std::env::var("PATH").unwrap());
+        let mut shell = Command::new("sh");
+        shell.args(["-ec", line]).env("PATH", path).current_dir(place.path());
+        let done = shell.output().unwrap();
+        assert!(done.status.success(), "{line}: {}", String::from_utf8_lossy(&done.stderr));
+    };
+    fs::write(place.path().join("text.c"), "int a;\nint b;\n".repeat(20)).unwrap();
+    run("laam train-tokenizer --source text.c --vocab_size 280 --output_path tk");
+    for (source, folder) in [("", "it's a run"), ("--source text.c", "run")] {
+        run(&format!(
+            "laam train {source} --limit 1 --tokenizer_path tk --windows stream --max_steps 1 --warmup_steps 0 \
+             --max_position_embeddings 64 --hidden_size 8 --intermediate_size 8 --num_hidden_layers 1 \
+             --num_attention_heads 2 --num_key_value_heads 2 --metrics /dev/null --output_path \"{folder}\"; \
+             laam report \"{folder}\""
+        ));
+        let page = place.path().join(folder).join("report.html");
+        let commands = commands_of(&page);
+        assert_eq!(commands.len(), 2, "{commands:?}");
+        assert_eq!(commands[0].contains(" --source TEXT "), !source.is_empty(), "{commands:?}");
+        for command in &commands {
+            run(&command.replace("TEXT", "text.c"));
+        }
+        assert!(commands_of(&page).is_empty());
+        assert!(fs::read_to_string(&page).unwrap().contains("bits per byte"));
+    }
+}
