@@ -1,7 +1,8 @@
 //! `laam tokenize`: a corpus as a token file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::{fs, io};
 
 use anyhow::Context;
 use clap::Args;
@@ -10,6 +11,8 @@ use serde_json::json;
 use super::source::{self, SourceArgs};
 use super::{Outcome, print_fields};
 use crate::corpus::hex;
+use crate::error::{ErrorKind, Hint};
+use crate::files::{self, AtomicFile};
 use crate::tokenizer::Tokenizer;
 use crate::tokens::{TokenFile, WindowKind, Windows};
 
@@ -52,8 +55,17 @@ pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
     TokenFile::check_output(&arguments.output)?;
     let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
     let corpus = arguments.source.corpus_for(&tokenizer)?;
-    let (file, manifest) =
-        source::tokenize(&corpus, &tokenizer, &arguments.output, arguments.quiet)?;
+    let output = &arguments.output;
+    // What is written into a device or a FIFO cannot be read again.
+    let target =
+        if files::is_irregular(output) { source::token_cache(output)? } else { output.clone() };
+    let written = source::tokenize(&corpus, &tokenizer, &target, arguments.quiet);
+    if target != *output {
+        let copied = if written.is_ok() { write_in_place(&target, output) } else { Ok(()) };
+        let _ = fs::remove_file(&target);
+        copied?;
+    }
+    let (file, manifest) = written?;
     let (kind, context) = (arguments.windows, arguments.max_position_embeddings);
     let windows = Windows::new(file.clone(), tokenizer.clone(), kind, context, arguments.stride)
         .with_context(|| format!("{} is written, but", arguments.output.display()))?;
@@ -74,4 +86,14 @@ pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
     });
     print_fields(printed, arguments.json)?;
     Ok(Outcome::Done)
+}
+
+/// Writes what a file holds into a device or a FIFO.
+fn write_in_place(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let mut file = AtomicFile::create(to)?;
+    files::open(from)
+        .and_then(|mut from| io::copy(&mut from, &mut file))
+        .with_context(|| format!("cannot write {}", to.display()))
+        .hint(ErrorKind::Data, || "choose another `output`")?;
+    file.commit()
 }

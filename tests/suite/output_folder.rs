@@ -459,6 +459,14 @@ fn other_commands_replace_only_what_laam_wrote() {
         assert!(run(&tokenize, &at(name), 2).contains("is not a token file"));
         assert!(fs::read(at(name)).unwrap() == before);
     }
+    // A FIFO gets the same bytes, and the command prints the same numbers.
+    let fifo = at("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let reader = fifo.clone();
+    let reader = std::thread::spawn(move || fs::read(reader).unwrap());
+    run(&tokenize, &fifo, 0);
+    assert!(reader.join().unwrap() == fs::read(at("tokens")).unwrap());
+    assert!(!fs::metadata(&fifo).unwrap().is_file());
     // A glob of the originals does not hide them from `run`.
     fs::create_dir(at("own")).unwrap();
     fs::create_dir(at("own/rebuilt")).unwrap();
