@@ -4,6 +4,7 @@ use crate::dtype::Dtype;
 
 /// Dense f16 and bf16 matmuls with f32 accumulation, in TFLOP/s, by the GPU's whole name as the driver
 /// reports it. Data sheets with a rate "with sparsity" alone have twice the dense one.
+/// The product behind a name that several share is known by its streaming multiprocessors.
 const PEAK_TFLOPS: [(&str, f64); 37] = [
     // NVIDIA DGX B200 data sheet: 72 PFLOP/s of FP8 with sparsity for eight, a quarter of that in bf16.
     ("NVIDIA B200", 2250.0),
@@ -41,9 +42,10 @@ const PEAK_TFLOPS: [(&str, f64); 37] = [
     ("NVIDIA L40S", 362.05),
     ("NVIDIA L40", 181.05),
     ("NVIDIA L4", 121.0),
-    // NVIDIA Ampere GA102 GPU Architecture white paper 2.0, appendices A and C.
+    // NVIDIA Ampere GA102 GPU Architecture white paper 2.0, appendices A and C, "Peak FP16 Tensor TFLOPS
+    // with FP32 Accumulate". The RTX 3080 with 12 GB, of which it says nothing, has 70.
     ("NVIDIA RTX A6000", 154.8),
-    ("NVIDIA GeForce RTX 3080", 59.5),
+    ("NVIDIA GeForce RTX 3080, 68 SMs", 59.5),
     ("NVIDIA GeForce RTX 3090", 71.0),
     ("RTX A6000", 154.8),
     ("GeForce RTX 3090", 71.0),
@@ -61,8 +63,8 @@ pub(super) fn peak_flops(gpu: &str, dtype: Dtype) -> Option<f64> {
     if dtype == Dtype::F32 {
         return None;
     }
-    let gpu = gpu.split_once(',').map_or(gpu, |(name, _)| name);
-    PEAK_TFLOPS.iter().find(|(name, _)| gpu == *name).map(|(_, teraflops)| teraflops * 1e12)
+    let whole = |name: &str| name == gpu || gpu.split_once(',').is_some_and(|(gpu, _)| gpu == name);
+    PEAK_TFLOPS.iter().find(|(name, _)| whole(name)).map(|(_, teraflops)| teraflops * 1e12)
 }
 
 #[cfg(test)]
@@ -80,6 +82,7 @@ mod tests {
             ("NVIDIA A10, 72 SMs", 125.0),
             ("NVIDIA L40S, 142 SMs", 362.05),
             ("NVIDIA GeForce RTX 4090, 128 SMs", 165.2),
+            ("NVIDIA GeForce RTX 3080, 68 SMs", 59.5),
         ] {
             assert_eq!(peak_flops(name, Dtype::Bf16), Some(teraflops * 1e12), "{name}");
         }
@@ -91,11 +94,35 @@ mod tests {
             "NVIDIA RTX A3000 Laptop GPU, 32 SMs",
             "NVIDIA GeForce RTX 4090 Laptop GPU, 76 SMs",
             "NVIDIA GeForce RTX 3090 Ti, 84 SMs",
+            "NVIDIA GeForce RTX 3080, 70 SMs",
+            "NVIDIA GeForce RTX 3080",
             "NVIDIA A100-SXM4-80GB MIG 1g.10gb, 14 SMs",
             "NVIDIA L400, 1 SMs",
             "an unknown GPU",
         ] {
             assert_eq!(peak_flops(name, Dtype::Bf16), None, "{name}");
+        }
+    }
+
+    /// The white papers' own arithmetic: multiprocessors, boost clock, and the FLOP that the tensor cores
+    /// of one do in a clock with f32 accumulation, which GeForce has half of.
+    #[test]
+    fn peak_flops_are_multiprocessors_times_clock_times_flop_per_clock() {
+        for (name, multiprocessors, megahertz, flop_per_clock) in [
+            ("NVIDIA GeForce RTX 3080, 68 SMs", 68.0, 1710.0, 512.0),
+            ("NVIDIA GeForce RTX 3090", 82.0, 1695.0, 512.0),
+            ("NVIDIA RTX A6000", 84.0, 1800.0, 1024.0),
+            ("NVIDIA GeForce RTX 4080", 76.0, 2505.0, 512.0),
+            ("NVIDIA GeForce RTX 4090", 128.0, 2520.0, 512.0),
+            ("NVIDIA RTX 6000 Ada Generation", 142.0, 2505.0, 1024.0),
+            ("NVIDIA GeForce RTX 5090", 170.0, 2407.0, 512.0),
+            ("NVIDIA A100-SXM4-80GB", 108.0, 1410.0, 2048.0),
+            ("NVIDIA H100 80GB HBM3", 132.0, 1830.0, 4096.0),
+            ("NVIDIA H100 PCIe", 114.0, 1620.0, 4096.0),
+        ] {
+            let computed: f64 = multiprocessors * megahertz * 1e6 * flop_per_clock;
+            let table = peak_flops(name, Dtype::Bf16).unwrap();
+            assert!((computed / table - 1.0).abs() < 3e-3, "{name}: {computed:e} {table:e}");
         }
     }
 }
