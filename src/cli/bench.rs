@@ -306,8 +306,8 @@ fn run_smoke(arguments: &SmokeArgs) -> anyhow::Result<Outcome> {
     Ok(if passed { Outcome::Done } else { Outcome::Different })
 }
 
-/// Warns if figures are not of the precision that was asked for.
-fn warn_of_another(backend: &dyn Backend, precision: Option<Dtype>) {
+/// Warns if a backend computes in another precision than it was asked for.
+pub fn warn_of_another(backend: &dyn Backend, precision: Option<Dtype>) {
     let dtype = backend.compute_dtype().name();
     if let Some(precision) = precision.filter(|precision| precision.name() != dtype) {
         say!("warning: this backend computes in {dtype}, not in {}", precision.name());

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::Outcome;
 use super::backend::BackendArgs;
+use super::bench::warn_of_another;
 use super::output::{print_json, say, stdout};
 use crate::bench::check::{CheckRow, Selection, Size, check};
 use crate::dtype::Dtype;
@@ -50,6 +51,9 @@ pub fn run(arguments: &CheckArgs) -> anyhow::Result<Outcome> {
     for &precision in precisions {
         let backend = arguments.backend.open_in(Some(precision))?;
         let name = backend.compute_dtype().suffix();
+        if !arguments.precision.is_empty() {
+            warn_of_another(&*backend, Some(precision));
+        }
         if runs.iter().any(|(dtype, ..)| *dtype == name) {
             continue;
         }

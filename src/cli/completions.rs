@@ -4,9 +4,11 @@ use std::io::Write;
 
 use clap::Args;
 use clap_complete::{Shell, generate};
+use serde_json::json;
 
 use super::Outcome;
-use super::output::stdout;
+use super::output::{print_json, stdout};
+use crate::schema::versioned;
 
 /// Print the completions of a shell.
 #[derive(Args, Debug)]
@@ -19,12 +21,20 @@ pub struct CompletionsArgs {
     /// The shell
     #[arg(value_enum)]
     shell: Shell,
+    /// Print one JSON object on stdout, of an error too
+    #[arg(long)]
+    json: bool,
 }
 
 /// `spec` describes the whole program.
 pub fn run(arguments: &CompletionsArgs, mut spec: clap::Command) -> anyhow::Result<Outcome> {
     let mut script = Vec::new();
     generate(arguments.shell, &mut spec, "laam", &mut script);
-    stdout().write_all(&script)?;
+    if arguments.json {
+        let script = String::from_utf8_lossy(&script);
+        print_json(&versioned(json!({"shell": arguments.shell.to_string(), "script": script})));
+    } else {
+        stdout().write_all(&script)?;
+    }
     Ok(Outcome::Done)
 }

@@ -170,6 +170,9 @@ fn fail(error: &anyhow::Error, json: bool, flag: impl Fn(&str) -> Option<String>
     }
     if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
         say!("interrupted: {}", interrupted.hint);
+        if json {
+            print_json(&versioned(json!({"interrupted": true})));
+        }
         return ExitCode::from(Outcome::Interrupted as u8);
     }
     let line = |text: &str| with_flags(&one_line(text), &flag);
@@ -227,6 +230,9 @@ fn parse(
         Ok(Cli::from_arg_matches(matches).map_err(|bad| usage_error(&bad))?.command)
     };
     let mut command = command_of(&matches)?;
+    if let (Command::Plan(plan), Some((_, given))) = (&mut command, matches.subcommand()) {
+        plan.note_given(given);
+    }
     if let Command::Train(train) = &mut command {
         let flags = spec.find_subcommand("train").expect("it was parsed").clone();
         let given = |matches: &clap::ArgMatches, train: &mut train::TrainArgs| {
@@ -308,19 +314,34 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
     }
 }
 
-/// Flags are accepted with `-` and with `_` inside: `--batch_size` is `--batch-size`.
+/// Flags are accepted with `-` and with `_` inside: `--batch_size` is `--batch-size`. A negative number
+/// after a flag becomes its value, `--flag=-1e-3`: clap takes only some of them for numbers.
 fn normalize(arguments: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
     let mut flags = true;
-    arguments.map(move |argument| {
-        let Some(text) = argument.to_str().filter(|text| flags && text.starts_with("--")) else {
-            return argument;
+    let mut words: Vec<OsString> = Vec::new();
+    for argument in arguments {
+        let text = argument.to_str().filter(|text| flags && text.starts_with('-'));
+        let number = text.filter(|text| text.parse::<f64>().is_ok());
+        let flag = words.last_mut().filter(|last| {
+            let name = last.to_str().and_then(|last| last.strip_prefix("--"));
+            name.is_some_and(|name| !name.is_empty() && !name.contains('='))
+        });
+        if let (Some(number), Some(flag)) = (number, flag) {
+            flag.push("=");
+            flag.push(number);
+            continue;
+        }
+        let Some(text) = text.filter(|text| text.starts_with("--")) else {
+            words.push(argument);
+            continue;
         };
         flags = text != "--";
-        match text.split_once('=') {
+        words.push(match text.split_once('=') {
             Some((flag, value)) => format!("{}={value}", flag.replace('_', "-")).into(),
             None => text.replace('_', "-").into(),
-        }
-    })
+        });
+    }
+    words.into_iter()
 }
 
 /// Clap's first paragraph as one line, and its advice, or the command's help, as the hint.
@@ -460,6 +481,41 @@ mod tests {
         };
         let text = format!("{train:?}");
         assert!(text.contains("learning_rate: -0.5,") && text.contains("epochs: -1.0,"), "{text}");
+        for (line, field) in [
+            ("laam train --learning_rate -1e-3", "learning_rate: -0.001,"),
+            ("laam train --rope_theta -.5", "rope_theta: -0.5,"),
+            ("laam train --rope_theta -inf", "rope_theta: -inf,"),
+            ("laam generate -- -1e-3", "model: \"-1e-3\""),
+            ("laam generate m --prompt -1e-3", "prompt: Some(\"-1e-3\")"),
+        ] {
+            let text = format!("{:?}", parsed(line).unwrap());
+            assert!(text.contains(field), "{line}: {text}");
+        }
+    }
+
+    #[test]
+    fn key_value_heads_are_as_many_as_heads_that_four_does_not_divide() {
+        for (flags, expected) in [
+            ("", 4),
+            (" --num_attention_heads 32", 4),
+            (" --num_attention_heads 5", 5),
+            (" --num_attention_heads 5 --num_key_value_heads 1", 1),
+        ] {
+            let text = format!("{:?}", parsed(&format!("laam plan{flags}")).unwrap());
+            assert!(text.contains(&format!("num_key_value_heads: {expected},")), "{flags}: {text}");
+        }
+    }
+
+    #[test]
+    fn every_command_takes_json() {
+        fn look(command: &clap::Command) {
+            if command.has_subcommands() && command.get_name() != "bench" {
+                return command.get_subcommands().for_each(look);
+            }
+            let takes = command.get_arguments().any(|arg| arg.get_long() == Some("json"));
+            assert!(takes, "{}", command.get_name());
+        }
+        spec().get_subcommands().for_each(look);
     }
 
     #[test]

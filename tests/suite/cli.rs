@@ -67,6 +67,9 @@ fn completions_know_commands_and_flags() {
             assert!(script.contains(word), "{shell}: {word}");
         }
     }
+    let done = laam().args(["completions", "bash", "--json"]).output().unwrap();
+    let printed: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert!(printed["script"].as_str().unwrap().contains("train-tokenizer"));
     error_of(&["completions", "csh"]);
 }
 
@@ -101,4 +104,12 @@ fn bench_writes_a_page_named_after_the_device() {
         assert!(markdown.contains(row), "{markdown}");
         assert!(html.contains(&row.trim_matches(['|', ' ']).replace(" | ", "</td><td>")), "{row}");
     }
+}
+
+#[test]
+fn a_check_in_another_precision_than_asked_for_says_so() {
+    let check = "check --backend cpu --only reduce_gradients --precision float16 --seed 1";
+    let done = laam().args(check.split(' ')).output().unwrap();
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert!(done.status.success() && said.contains("warning: this backend computes in"), "{said}");
 }

@@ -149,7 +149,7 @@ fn an_interrupted_rebuild_or_measurement_says_how_to_go_on() {
         ("run --recipe DIR/tiny.toml --output DIR/again", "again/rebuilt", libc::SIGINT),
         ("rebuild DIR/run/model --windows stream --output DIR/rebuilt", "rebuilt", libc::SIGTERM),
         ("memorization DIR/run/model --report DIR/measures", "temporary/laam-PID-0", libc::SIGINT),
-        ("evaluate DIR/run/model", "temporary/laam-PID-0", libc::SIGTERM),
+        ("evaluate DIR/run/model --json", "temporary/laam-PID-0", libc::SIGTERM),
     ] {
         let mut command = command(folder.path(), line);
         command.env("TMPDIR", &temporary);
@@ -165,6 +165,10 @@ fn an_interrupted_rebuild_or_measurement_says_how_to_go_on() {
         let left = below(folder.path());
         assert!(!left.iter().any(|path| path.to_string_lossy().ends_with(".tmp")), "{left:?}");
         assert!(below(&temporary).is_empty(), "{line}");
+        if line.ends_with("--json") {
+            let printed: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
+            assert_eq!(printed["interrupted"], true);
+        }
     }
 }
 
