@@ -4,7 +4,7 @@ use crate::dtype::Dtype;
 
 /// Dense f16 and bf16 matmuls with f32 accumulation, in TFLOP/s, by the GPU's whole name as the driver
 /// reports it. Data sheets with a rate "with sparsity" alone have twice the dense one.
-/// The product behind a name that several share is known by its streaming multiprocessors.
+/// The product behind a name that several share is known by its SMs.
 const PEAK_TFLOPS: [(&str, f64); 37] = [
     // NVIDIA DGX B200 data sheet: 72 PFLOP/s of FP8 with sparsity for eight, a quarter of that in bf16.
     ("NVIDIA B200", 2250.0),
@@ -104,11 +104,11 @@ mod tests {
         }
     }
 
-    /// The white papers' own arithmetic: multiprocessors, boost clock, and the FLOP that the tensor cores
+    /// The white papers' own arithmetic: SMs, boost clock, and the FLOP that the tensor cores
     /// of one do in a clock with f32 accumulation, which GeForce has half of.
     #[test]
-    fn peak_flops_are_multiprocessors_times_clock_times_flop_per_clock() {
-        for (name, multiprocessors, megahertz, flop_per_clock) in [
+    fn peak_flops_are_sms_times_clock_times_flop_per_clock() {
+        for (name, sms, megahertz, flop_per_clock) in [
             ("NVIDIA GeForce RTX 3080, 68 SMs", 68.0, 1710.0, 512.0),
             ("NVIDIA GeForce RTX 3090", 82.0, 1695.0, 512.0),
             ("NVIDIA RTX A6000", 84.0, 1800.0, 1024.0),
@@ -120,7 +120,7 @@ mod tests {
             ("NVIDIA H100 80GB HBM3", 132.0, 1830.0, 4096.0),
             ("NVIDIA H100 PCIe", 114.0, 1620.0, 4096.0),
         ] {
-            let computed: f64 = multiprocessors * megahertz * 1e6 * flop_per_clock;
+            let computed: f64 = sms * megahertz * 1e6 * flop_per_clock;
             let table = peak_flops(name, Dtype::Bf16).unwrap();
             assert!((computed / table - 1.0).abs() < 3e-3, "{name}: {computed:e} {table:e}");
         }
