@@ -51,21 +51,26 @@ pub struct TokenizeArgs {
 }
 
 pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
+    let output = &arguments.output;
+    if !files::is_irregular(output) {
+        return tokenize(arguments, output);
+    }
+    // What is written into a device or a FIFO cannot be read again.
+    let kept = source::token_cache(output)?;
+    let done = tokenize(arguments, &kept);
+    let _ = fs::remove_file(&kept);
+    done
+}
+
+/// Writes the token file, as `target` first if that is not the output.
+fn tokenize(arguments: &TokenizeArgs, target: &Path) -> anyhow::Result<Outcome> {
     Windows::check_shape(arguments.max_position_embeddings, arguments.stride)?;
-    TokenFile::check_output(&arguments.output)?;
     let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
     let corpus = arguments.source.corpus_for(&tokenizer)?;
-    let output = &arguments.output;
-    // What is written into a device or a FIFO cannot be read again.
-    let target =
-        if files::is_irregular(output) { source::token_cache(output)? } else { output.clone() };
-    let written = source::tokenize(&corpus, &tokenizer, &target, arguments.quiet);
-    if target != *output {
-        let copied = if written.is_ok() { write_in_place(&target, output) } else { Ok(()) };
-        let _ = fs::remove_file(&target);
-        copied?;
+    let (file, manifest) = source::tokenize(&corpus, &tokenizer, target, arguments.quiet)?;
+    if target != arguments.output {
+        write_in_place(target, &arguments.output)?;
     }
-    let (file, manifest) = written?;
     let (kind, context) = (arguments.windows, arguments.max_position_embeddings);
     let windows = Windows::new(file.clone(), tokenizer.clone(), kind, context, arguments.stride)
         .with_context(|| format!("{} is written, but", arguments.output.display()))?;

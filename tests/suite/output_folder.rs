@@ -461,7 +461,7 @@ fn other_commands_replace_only_what_laam_wrote() {
     }
     // A FIFO gets the same bytes, and the command prints the same numbers.
     let fifo = at("fifo");
-    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     let reader = fifo.clone();
     let reader = std::thread::spawn(move || fs::read(reader).unwrap());
     run(&tokenize, &fifo, 0);
