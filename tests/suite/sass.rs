@@ -234,7 +234,7 @@ fn page_table<'a>(table: &'a Table, prefixes: &str) -> (String, Vec<&'a str>) {
         })
         .collect();
     let mut text = format!(
-        "| entry, {arch} | registers | shared memory | 128-bit | mma | loop | per exponential |\n\
+        "| entry, {arch} | registers | static shared memory | 128-bit | mma | loop | per exponential |\n\
          |---|---|---|---|---|---|---|\n"
     );
     for same in listed.chunk_by(|a, b| (a.1, a.3) == (b.1, b.3)) {
