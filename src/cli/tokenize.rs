@@ -14,7 +14,7 @@ use crate::corpus::hex;
 use crate::error::{ErrorKind, Hint};
 use crate::files::{self, AtomicFile};
 use crate::tokenizer::Tokenizer;
-use crate::tokens::{TokenFile, WindowKind, Windows};
+use crate::tokens::{WindowKind, Windows};
 
 /// Write a corpus as tokens, to be trained on.
 ///
