@@ -14,7 +14,7 @@ use crate::corpus::hex;
 use crate::error::{ErrorKind, Hint};
 use crate::files::{self, AtomicFile};
 use crate::tokenizer::Tokenizer;
-use crate::tokens::{WindowKind, Windows};
+use crate::tokens::{TokenFile, WindowKind, Windows};
 
 /// Write a corpus as tokens, to be trained on.
 ///
@@ -65,6 +65,7 @@ pub fn run(arguments: &TokenizeArgs) -> anyhow::Result<Outcome> {
 /// Writes the token file, as `target` first if that is not the output.
 fn tokenize(arguments: &TokenizeArgs, target: &Path) -> anyhow::Result<Outcome> {
     Windows::check_shape(arguments.max_position_embeddings, arguments.stride)?;
+    TokenFile::check_output(&arguments.output)?;
     let tokenizer = Arc::new(Tokenizer::load(&arguments.tokenizer_path)?);
     let corpus = arguments.source.corpus_for(&tokenizer)?;
     let (file, manifest) = source::tokenize(&corpus, &tokenizer, target, arguments.quiet)?;
