@@ -10,8 +10,8 @@ use crate::error;
 use crate::files;
 use crate::llama::ops::ShardedArena;
 use crate::llama::slices::{Shards, SlicePlan};
-use crate::llama::{Op, Optimizer, Program, Recompute, sliced_update, step};
-use crate::model::{Config, Layout, preset, preset_names};
+use crate::llama::{Op, Optimizer, Program, Recompute, sliced_update, step, update};
+use crate::model::{Config, Layout, Span, preset, preset_names};
 
 /// Bytes that a training run allocates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,10 +101,15 @@ impl Footprint {
     ) -> anyhow::Result<Self> {
         let Share { slices, ranks, shard } = share;
         let alone = Self::new(backend, config, batch.div_ceil(slices), seq_len, recompute)?;
-        if slices == 1 {
-            return Ok(alone);
-        }
         let layout = Layout::new(config);
+        if slices == 1 {
+            let (update, _) = update(&layout, optimizer);
+            return Ok(Self {
+                optimizer: moment_bytes(backend, &update, layout.len),
+                workspace: alone.workspace.max(backend.workspace_bytes(&update)),
+                ..alone
+            });
+        }
         let plan = SlicePlan::new(slices, ranks);
         let of = |rank| {
             let shards = Shards::new(&layout, optimizer, ranks, rank);
@@ -119,7 +124,7 @@ impl Footprint {
                 _ => op.wire_bytes(),
             };
             Self {
-                optimizer: 8 * kept,
+                optimizer: moment_bytes(backend, &update, kept),
                 workspace: alone.workspace.max(backend.workspace_bytes(&update)),
                 slices: 4 * layout.len * plan.slots(),
                 exchange: backend.exchange_bytes(&update),
@@ -135,6 +140,17 @@ impl Footprint {
         let model = self.parameters + self.gradients + self.optimizer + self.slices;
         model + self.activations + self.workspace + self.exchange + self.measuring
     }
+}
+
+/// Bytes of both moments of `kept` parameters. In main memory, pages that an update never touches take none:
+/// Muon has no second moment.
+fn moment_bytes(backend: &dyn Backend, update: &Program, kept: usize) -> usize {
+    let muon = update.ops.iter().filter_map(|op| match op {
+        Op::MuonStep(step) => Some(step.matrices.iter().map(Span::len).sum::<usize>()),
+        _ => None,
+    });
+    let untouched = if backend.is_host() { muon.sum() } else { 0 };
+    4 * (2 * kept - untouched)
 }
 
 /// Bytes in main memory that a run takes beside its steps: the exact parameters while their rounded values

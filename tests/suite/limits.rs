@@ -236,7 +236,9 @@ fn training_takes_the_memory_that_was_planned() {
     };
     let tiny = measure("tiny", 8, "");
     for (at, more) in
-        ["", "--precision bfloat16 --eval_steps 1", "--sample_steps 1"].into_iter().enumerate()
+        ["", "--precision bfloat16 --eval_steps 1", "--sample_steps 1", "--optimizer muon"]
+            .into_iter()
+            .enumerate()
     {
         let large = measure(&format!("large{at}"), 384, more);
         let (measured, planned) = (large.0 - tiny.0, large.1 - tiny.1);

@@ -154,6 +154,7 @@ impl Backend for Cpu {
                 avx512::cross_entropy_workspace(o)
             }
             Op::FusedLinearCrossEntropy(o) => 4 * fused_linear_cross_entropy::workspace(o),
+            Op::MuonStep(o) => update::muon_workspace(o),
             _ => 0,
         };
         program.ops.iter().map(of).max().unwrap_or(0)

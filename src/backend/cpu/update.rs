@@ -68,6 +68,13 @@ pub(super) fn adamw(
     }
 }
 
+/// Bytes of the update of one matrix and of [`orthogonalize`].
+pub(super) fn muon_workspace(o: &MuonStep) -> usize {
+    let (rows, cols) = o.shape();
+    let gram = rows.min(cols).pow(2);
+    4 * (2 * rows * cols + 2 * gram)
+}
+
 pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyperparams) {
     let Some(clip) = clip(memory.floats.one(o.norm)[0], o.max_grad_norm) else { return };
     let momentum = o.momentum as f32;
