@@ -365,12 +365,6 @@ impl TrainArgs {
     /// The settings, and the other flags that were given, as `config` reads them.
     fn as_config(&self) -> anyhow::Result<String> {
         let settings = self.effective_settings(self.model().as_deref())?;
-        if settings.batch_size == AUTO_BATCH_SIZE {
-            return Err(error::config(
-                "`batch_size` auto depends on the machine",
-                "set `batch_size` to a number; laam plan --batch-size auto says which",
-            ));
-        }
         settings.validate()?;
         let mut table = self.other_flags.clone();
         for (key, value) in table_of(&settings)? {

@@ -35,6 +35,7 @@ pub struct Settings {
     /// Windows per micro-batch, or auto: as many as fit into memory, of the --gradient-accumulation-steps
     /// windows of a step if that is given
     #[cfg_attr(feature = "cli", arg(long, value_name = "N|auto", default_value_t = DEFAULT.batch_size, value_parser = parse_batch_size, help_heading = "Training"))]
+    #[serde(with = "batch_size")]
     pub batch_size: usize,
     /// Micro-batches whose gradients are accumulated per step
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.gradient_accumulation_steps, help_heading = "Training"))]
@@ -208,6 +209,37 @@ fn parse_batch_size(text: &str) -> Result<usize, String> {
     }
 }
 
+/// `batch_size` in files: a number, or `"auto"`.
+mod batch_size {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::AUTO_BATCH_SIZE;
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Windows(usize),
+        Word(String),
+    }
+
+    #[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks
+    pub fn serialize<S: Serializer>(size: &usize, to: S) -> Result<S::Ok, S::Error> {
+        match *size {
+            AUTO_BATCH_SIZE => "auto".serialize(to),
+            size => size.serialize(to),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
+        match Written::deserialize(from) {
+            Ok(Written::Windows(size)) if size > 0 => Ok(size),
+            Ok(Written::Word(word)) if word == "auto" => Ok(AUTO_BATCH_SIZE),
+            _ => Err(D::Error::custom("invalid `batch_size`: must be at least 1, or \"auto\"")),
+        }
+    }
+}
+
 #[allow(clippy::ref_option)] // as serde asks
 fn is_one_slice(slices: &Option<usize>) -> bool {
     slices.is_none_or(|slices| slices == 1)
@@ -314,8 +346,13 @@ impl Settings {
 
     /// Refuses what no run can do.
     pub fn validate(&self) -> anyhow::Result<()> {
+        if self.batch_size == AUTO_BATCH_SIZE {
+            return Err(error::config(
+                "`batch_size` auto depends on the machine",
+                "set `batch_size` to a number; laam plan --batch-size auto says which fits",
+            ));
+        }
         for (name, value) in [
-            ("batch_size", self.batch_size as u64),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
             ("dp_slices", self.dp_slices.unwrap_or(1) as u64),
             ("logging_steps", self.logging_steps),
