@@ -12,6 +12,9 @@ use std::{env, fs, ptr, thread};
 use super::{DEADLINE, Ranks, World, late};
 use crate::error;
 
+/// Time that a launcher has to forward an error before the run is aborted.
+const FORWARDING_TIME: Duration = Duration::from_secs(1);
+
 /// Libraries that a launcher belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MpiFamily {
@@ -500,6 +503,8 @@ impl Ranks for MpiRanks {
     }
 
     fn abort(&mut self, code: i32) -> ! {
+        // The launcher forwards stderr, and an abort may end it before it has read the error.
+        thread::sleep(FORWARDING_TIME);
         // SAFETY: the library is started; it ends the process.
         unsafe { (self.functions.abort)(self.constants.comm_world, code) };
         std::process::exit(code)
