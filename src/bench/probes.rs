@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 
-use super::roofline::Effort;
+use super::roofline::{Effort, repeat};
 use super::step;
 use crate::backend::gpu::{Gpu, Mode, Open, Options};
 use crate::device::{Address, Arg, Device, Launch, Matmul, Matrix};
@@ -66,21 +66,13 @@ fn probe(entry: &str, grid: u32, block: u32, shared: usize, args: Vec<Arg>) -> L
     Launch { entry, grid: [grid, 1, 1], block: [block, 1, 1], shared: shared as u32, args }
 }
 
-/// Seconds per call of `work`, by events; the first call is not timed.
+/// Median seconds of a call of `work`.
 fn seconds(
     device: &mut dyn Device,
-    calls: usize,
-    mut work: impl FnMut(&mut dyn Device) -> anyhow::Result<()>,
+    work: impl FnMut(&mut dyn Device) -> anyhow::Result<()>,
 ) -> anyhow::Result<f64> {
-    work(device)?;
-    let start = device.record_event()?;
-    for _ in 0..calls {
-        work(device)?;
-    }
-    let end = device.record_event()?;
-    let elapsed = device.elapsed(start, end)?;
-    device.clear_events();
-    Ok(elapsed / calls as f64)
+    let [_, median, _] = repeat(device, work)?;
+    Ok(median)
 }
 
 /// Runs `work` with a block of uninitialized memory.
@@ -120,7 +112,7 @@ fn tf32_rates(subject: &mut Subject) -> anyhow::Result<Seen> {
             .zip([("roofline_mma_tf32_k8", 2048.0), ("roofline_mma_tf32_k4", 1024.0)])
         {
             let launch = probe(entry, blocks, 256, 0, vec![out.into(), rounds.into()]);
-            *rate = flops * chains / seconds(device, 5, |device| device.launch(&launch))?;
+            *rate = flops * chains / seconds(device, |device| device.launch(&launch))?;
         }
         Ok(rates)
     })?;
@@ -148,7 +140,7 @@ fn thin_gradients(subject: &mut Subject) -> anyhow::Result<Seen> {
             accumulate: true,
             batch: 1,
         };
-        seconds(device, 20, |device| device.matmul(&gradient))
+        seconds(device, |device| device.matmul(&gradient))
     })?;
     Ok(Seen { text: format!("{out} x {input} x {rows} in {:.1} us", 1e6 * time), passed: true })
 }
@@ -166,7 +158,7 @@ fn long_graph(subject: &mut Subject) -> anyhow::Result<Seen> {
     captured?;
     let graph = graph?;
     let instantiated = start.elapsed().as_secs_f64();
-    let time = seconds(device, 3, |device| device.launch_graph(graph))?;
+    let time = seconds(device, |device| device.launch_graph(graph))?;
     Ok(Seen {
         text: format!(
             "captured and instantiated in {:.1} ms, {:.2} us per node",
@@ -190,7 +182,7 @@ fn large_memset(subject: &mut Subject) -> anyhow::Result<Seen> {
         let graph = device.end_capture();
         captured?;
         let graph = graph?;
-        let time = seconds(device, 1, |device| device.launch_graph(graph))?;
+        let time = seconds(device, |device| device.launch_graph(graph))?;
         // One byte in every MiB, and the last.
         let places = (0..bytes).step_by(1 << 20).chain([bytes - 1]);
         let mut wrong = 0;

@@ -121,7 +121,7 @@ fn noise(len: usize) -> Vec<u8> {
 }
 
 /// Fastest, median and slowest, after two untimed.
-fn repeat(
+pub(super) fn repeat(
     device: &mut dyn Device,
     mut work: impl FnMut(&mut dyn Device) -> anyhow::Result<()>,
 ) -> anyhow::Result<[f64; 3]> {

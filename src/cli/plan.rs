@@ -94,7 +94,7 @@ impl PlanArgs {
 pub fn run(arguments: &PlanArgs) -> anyhow::Result<Outcome> {
     let mut settings = arguments.settings.clone();
     arguments.obsolete.warn();
-    Settings { batch_size: settings.batch_size.max(1), ..settings.clone() }.validate()?;
+    settings.validate_before_fit()?;
     let memory = match arguments.memory {
         Some(memory) if !(memory > 0.0 && memory < 1e9) => {
             return Err(error::invalid("memory", memory, "more than 0 and less than 1e9"));

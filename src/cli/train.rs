@@ -205,7 +205,7 @@ impl TrainArgs {
     fn prepare(&self, group: &Group) -> anyhow::Result<PreparedRun> {
         let model = self.model();
         let mut settings = self.effective_settings(model.as_deref())?;
-        validate(&settings)?;
+        settings.validate_before_fit()?;
         Windows::check_shape(settings.max_position_embeddings, settings.stride)?;
         if settings.batch_size == AUTO_BATCH_SIZE && settings.dp_slices.unwrap_or(group.size()) > 1
         {
@@ -438,12 +438,6 @@ impl TrainArgs {
         }
         Ok(settings)
     }
-}
-
-/// [`Settings::validate`], also before `batch_size` auto is known.
-fn validate(settings: &Settings) -> anyhow::Result<()> {
-    let batch_size = settings.batch_size.max(1);
-    Settings { batch_size, ..settings.clone() }.validate()
 }
 
 pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {

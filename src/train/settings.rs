@@ -344,6 +344,11 @@ impl Settings {
         self.num_key_value_heads = if divides { usual } else { self.num_attention_heads };
     }
 
+    /// [`Settings::validate`] before a `batch_size` of [`AUTO_BATCH_SIZE`] is replaced.
+    pub fn validate_before_fit(&self) -> anyhow::Result<()> {
+        Settings { batch_size: self.batch_size.max(1), ..self.clone() }.validate()
+    }
+
     /// Refuses what no run can do.
     pub fn validate(&self) -> anyhow::Result<()> {
         if self.batch_size == AUTO_BATCH_SIZE {
