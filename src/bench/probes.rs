@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 
-use super::roofline::{Effort, repeat};
+use super::roofline::{Effort, launch, repeat};
 use super::step;
 use crate::backend::gpu::{Gpu, Mode, Open, Options};
 use crate::device::{Address, Arg, Device, Launch, Matmul, Matrix};
@@ -96,7 +96,7 @@ fn read_u32(device: &dyn Device, at: Address, count: usize) -> anyhow::Result<Ve
 fn tf32_truncation(subject: &mut Subject) -> anyhow::Result<Seen> {
     let a = 1.0 + 1.0 / 2048.0 + 1.0 / 4096.0_f32;
     let product = with_memory(subject.device, 4, |device, at| {
-        device.launch(&probe("probe_tf32", 1, 32, 0, vec![at.into(), a.into(), 1.0f32.into()]))?;
+        launch(device, &probe("probe_tf32", 1, 32, 0, vec![at.into(), a.into(), 1.0f32.into()]))?;
         Ok(f32::from_bits(read_u32(device, at, 1)?[0]))
     })?;
     Ok(Seen { text: format!("{product}"), passed: product == 1.0 })
@@ -111,8 +111,8 @@ fn tf32_rates(subject: &mut Subject) -> anyhow::Result<Seen> {
             .iter_mut()
             .zip([("roofline_mma_tf32_k8", 2048.0), ("roofline_mma_tf32_k4", 1024.0)])
         {
-            let launch = probe(entry, blocks, 256, 0, vec![out.into(), rounds.into()]);
-            *rate = flops * chains / seconds(device, |device| device.launch(&launch))?;
+            let kernel = probe(entry, blocks, 256, 0, vec![out.into(), rounds.into()]);
+            *rate = flops * chains / seconds(device, |device| launch(device, &kernel))?;
         }
         Ok(rates)
     })?;
@@ -150,10 +150,10 @@ fn long_graph(subject: &mut Subject) -> anyhow::Result<Seen> {
     let device = &mut *subject.device;
     let nodes = 1840;
     let empty = probe("roofline_empty", 1, 32, 0, Vec::new());
-    device.launch(&empty)?;
+    launch(device, &empty)?;
     let start = Instant::now();
     device.begin_capture()?;
-    let captured = (0..nodes).try_for_each(|_| device.launch(&empty));
+    let captured = (0..nodes).try_for_each(|_| launch(device, &empty));
     let graph = device.end_capture();
     captured?;
     let graph = graph?;
@@ -206,7 +206,7 @@ fn ex2_bits(subject: &mut Subject) -> anyhow::Result<Seen> {
         with_memory(device, 4 * count, |device, at| {
             let (first, step) = (12_345_u32, (1_u32 << 16) + 1);
             let args = vec![at.into(), first.into(), step.into()];
-            device.launch(&probe("probe_ex2", count as u32 / 256, 256, 0, args))?;
+            launch(device, &probe("probe_ex2", count as u32 / 256, 256, 0, args))?;
             read_u32(device, at, count)
         })
     };
@@ -271,7 +271,7 @@ fn shared_memory(subject: &mut Subject) -> anyhow::Result<Seen> {
     for bytes in sizes {
         wrong += with_memory(subject.device, WORD, |device, at| {
             let args = vec![at.into(), ((bytes / WORD) as u32).into()];
-            device.launch(&probe("probe_shared", 1, 256, bytes, args))?;
+            launch(device, &probe("probe_shared", 1, 256, bytes, args))?;
             Ok(read_u32(device, at, 1)?[0])
         })?;
     }

@@ -30,6 +30,13 @@ pub enum Effort {
 
 const REPETITIONS: usize = 15;
 
+/// Launches a kernel of `roofline.cu`, `probe.cu` or `fill.cu`.
+pub(super) fn launch(device: &mut dyn Device, launch: &Launch) -> anyhow::Result<()> {
+    // SAFETY: these kernels access device memory at their first argument alone: four bytes per thread, or
+    // as many as their last argument counts. The callers, all in `bench`, allocate that much.
+    unsafe { device.launch(launch) }
+}
+
 /// Measures every limit; `on_ceiling` is called for each at once.
 pub fn measure(
     device: &mut dyn Device,
@@ -69,7 +76,7 @@ pub fn measure(
 
     let (blocks, rounds) = if full { (132 * 8, 4096) } else { (2, 4) };
     let threads = 256;
-    let launch = |entry: &str, rounds: i32| Launch {
+    let kernel = |entry: &str, rounds: i32| Launch {
         entry: entry.to_string(),
         grid: [blocks, 1, 1],
         block: [threads, 1, 1],
@@ -84,18 +91,18 @@ pub fn measure(
         ("mma.sync m16n8k8 TF32", "roofline_mma_tf32_k8", links / 32.0 * 2048.0 / 1e12, "TFLOP/s"),
         ("mma.sync m16n8k4 TF32", "roofline_mma_tf32_k4", links / 32.0 * 1024.0 / 1e12, "TFLOP/s"),
     ] {
-        let launch = launch(entry, rounds);
-        let seconds = repeat(device, |device| device.launch(&launch))?;
+        let kernel = kernel(entry, rounds);
+        let seconds = repeat(device, |device| launch(device, &kernel))?;
         add(rate(name, work, unit, seconds));
     }
 
-    let barriers = launch("roofline_barrier", rounds);
-    let seconds = repeat(device, |device| device.launch(&barriers))?;
+    let barriers = kernel("roofline_barrier", rounds);
+    let seconds = repeat(device, |device| launch(device, &barriers))?;
     add(time("barrier of 256 threads", seconds, f64::from(rounds) / 1e9, "ns"));
-    let empty = Launch { args: vec![], ..launch("roofline_empty", 0) };
+    let empty = Launch { args: vec![], ..kernel("roofline_empty", 0) };
     let one = Launch { grid: [1, 1, 1], ..empty };
     let launches = if full { 1000 } else { 3 };
-    let many = |device: &mut dyn Device| (0..launches).try_for_each(|_| device.launch(&one));
+    let many = |device: &mut dyn Device| (0..launches).try_for_each(|_| launch(device, &one));
     let seconds = repeat(device, many)?;
     add(time("launch", seconds, f64::from(launches) / 1e6, "us"));
     device.begin_capture()?;

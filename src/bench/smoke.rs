@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::probes::{PROBES, Subject};
-use super::roofline::Effort;
+use super::roofline::{self, Effort};
 use crate::backend::gpu::Open;
 use crate::device::{Address, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
@@ -118,7 +118,7 @@ fn launch(device: &mut dyn Device) -> anyhow::Result<String> {
     let len = 10_007;
     let at = device.alloc(4 * len)?;
     device.memset(at, 0, 4 * len)?;
-    device.launch(&fill(at, len as u64 - 1, 2.5))?;
+    roofline::launch(device, &fill(at, len as u64 - 1, 2.5))?;
     let values = Dtype::F32.decode(&read(device, at, 4 * len)?);
     device.free(at)?;
     let right = values[..len - 1].iter().all(|&x| x == 2.5) && values[len - 1] == 0.0;
@@ -130,7 +130,7 @@ fn refusal(device: &mut dyn Device) -> anyhow::Result<String> {
     let at = device.alloc(4096)?;
     let mut wrong = fill(at, 1024, 1.0);
     wrong.args.pop();
-    let refused = device.launch(&wrong);
+    let refused = roofline::launch(device, &wrong);
     device.free(at)?;
     match refused {
         Ok(()) => anyhow::bail!("a kernel was started with an argument missing"),
@@ -206,11 +206,11 @@ fn graph(device: &mut dyn Device) -> anyhow::Result<String> {
     device.memset(a, 0, 4096)?;
     device.memset(b, 0, 4096)?;
     // Once outside: a kernel cannot be loaded while it is recorded.
-    device.launch(&fill(a, 10, 1.0))?;
+    roofline::launch(device, &fill(a, 10, 1.0))?;
     device.begin_capture()?;
     let asked = (|| {
         device.copy(a, b, 4096)?;
-        device.launch(&fill(a, 1024, 3.0))
+        roofline::launch(device, &fill(a, 1024, 3.0))
     })();
     let graph = device.end_capture();
     asked?;

@@ -1,6 +1,7 @@
 //! Kernel launches, and the argument check that every device makes.
 
 use super::Address;
+use super::address::Allocations;
 use crate::error;
 use crate::kernels;
 
@@ -46,14 +47,15 @@ impl Arg {
     }
 
     /// The value, zero-extended to 64 bits.
-    pub fn bits(&self) -> u64 {
-        match *self {
-            Arg::Address(Address(x)) | Arg::U64(x) => x,
+    pub(super) fn bits(&self, allocations: &mut Allocations) -> anyhow::Result<u64> {
+        Ok(match *self {
+            Arg::Address(address) => allocations.pointer(address)?,
+            Arg::U64(x) => x,
             Arg::I32(x) => u64::from(x as u32),
             Arg::U32(x) => u64::from(x),
             Arg::F32(x) => u64::from(x.to_bits()),
             Arg::F64(x) => x.to_bits(),
-        }
+        })
     }
 }
 
@@ -104,5 +106,10 @@ impl Launch {
             return Err(fault(format!("invalid block {:?} for kernel {}", self.block, self.entry)));
         }
         Ok(entry.module)
+    }
+
+    /// Values of the arguments.
+    pub(super) fn values(&self, allocations: &mut Allocations) -> anyhow::Result<Vec<u64>> {
+        self.args.iter().map(|arg| arg.bits(allocations)).collect()
     }
 }

@@ -1,5 +1,6 @@
 //! Matrix products: `C = A B` or `C += A B`, row-major; and their launches with `kernels/matmul.cu`.
 
+use super::address::Allocations;
 use super::{Address, Arg, Launch};
 use crate::dtype::Dtype;
 use crate::error;
@@ -81,6 +82,17 @@ impl Matmul {
         }
         Err(error::internal(format!("invalid matmul: shapes or dtypes do not match in {self:?}")))
     }
+
+    /// Where the matrices are, if all their elements are in the ranges of their addresses.
+    pub(super) fn places(&self, allocations: &mut Allocations) -> anyhow::Result<[u64; 3]> {
+        self.check()?;
+        let mut place = |x: Matrix| {
+            let last = (self.batch - 1) * x.rows * x.stride + (x.rows - 1) * x.stride + x.cols;
+            allocations.range(x.at, last * x.dtype.size())
+        };
+        Ok([place(self.a)?, place(self.b)?, place(self.c)?])
+    }
+
     /// Launches of `kernels/matmul.cu` that compute this: on tensor cores if the dtype has 16 bits and
     /// rows of both operands begin at multiples of 16 bytes, else on the CUDA cores.
     pub fn launches(&self) -> anyhow::Result<Vec<Launch>> {
@@ -88,7 +100,7 @@ impl Matmul {
         let Matmul { a, b, c, .. } = *self;
         let size = a.dtype.size();
         let is_aligned =
-            |x: &Matrix| x.at.0.is_multiple_of(16) && (x.stride * size).is_multiple_of(16);
+            |x: &Matrix| x.at.alignment() >= 16 && (x.stride * size).is_multiple_of(16);
         let tensor_cores = size == 2 && [a, b].iter().all(is_aligned);
         let (kernel, tile, threads) = if tensor_cores {
             let layout = |x: &Matrix| if x.transposed { 't' } else { 'n' };

@@ -3,9 +3,15 @@
 //! - [`cuda`]: a GPU, through its driver and cuBLASLt
 //! - [`sim`]: the kernels in the simulator, matmuls on the host
 //!
+//! Memory is named by [`Address`]: a range of an allocation. Every access of the host, of a matmul and of an
+//! exchange is checked against it. What a kernel accesses is known to its author alone: [`Device::launch`]
+//! is unsafe.
+//!
 //! A device executes its work in the order of the calls, as one stream. Calls may return before the
 //! work is done; [`Device::download`] and [`Device::synchronize`] wait.
 
+#[cfg_attr(not(any(feature = "cuda", feature = "sim")), allow(dead_code))]
+mod address;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod driver;
@@ -25,23 +31,9 @@ use crate::collective::Group;
 use crate::dtype::Dtype;
 use crate::{error, files};
 
+pub use address::Address;
 pub use launch::{Arg, Launch};
 pub use matmul::{Matmul, Matrix};
-
-/// An address in a device's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Address(pub u64);
-
-impl Address {
-    /// The null pointer, which kernels take for an absent argument.
-    pub const NULL: Address = Address(0);
-
-    /// The address `bytes` further on.
-    #[must_use]
-    pub fn plus(self, bytes: usize) -> Address {
-        Address(self.0 + bytes as u64)
-    }
-}
 
 /// A captured sequence of launches, matmuls, memsets and copies of one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +76,14 @@ pub trait Device: Send {
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()>;
     /// Loads a kernel's module ahead of its first launch.
     fn load(&mut self, entry: &str) -> anyhow::Result<()>;
-    /// Launches a kernel, after checking its arguments in number and size.
-    fn launch(&mut self, launch: &Launch) -> anyhow::Result<()>;
+    /// Launches a kernel, after checking its arguments in number and size, and that the allocations of its
+    /// address arguments are live.
+    ///
+    /// # Safety
+    ///
+    /// With this grid, block, dynamic shared memory and these arguments, the kernel accesses device memory
+    /// only within the allocations of its address arguments.
+    unsafe fn launch(&mut self, launch: &Launch) -> anyhow::Result<()>;
     /// Computes a matmul with f32 accumulation, by the device's library or by [`Matmul::launches`].
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()>;
 
@@ -126,7 +124,7 @@ pub trait Device: Send {
     fn begin_capture(&mut self) -> anyhow::Result<()>;
     /// Ends stream capture.
     fn end_capture(&mut self) -> anyhow::Result<Graph>;
-    /// Executes the captured work.
+    /// Executes the captured work, whose memory must still be allocated.
     fn launch_graph(&mut self, graph: Graph) -> anyhow::Result<()>;
 
     /// Records an event after the work queued so far.

@@ -8,6 +8,7 @@ use gemm_common::Parallelism;
 use gemm_f32::gemm::f32::get_gemm_fn;
 use ptxsim::{Config, Memory, Module, Options};
 
+use super::address::{Allocations, Used};
 use super::{Address, Device, Event, Graph, Launch, Matmul, Matrix, launch};
 use crate::collective::Group;
 use crate::error;
@@ -19,12 +20,11 @@ const MAX_INSTRUCTIONS_PER_LAUNCH: u64 = 1 << 32;
 /// A simulated device in this machine's memory.
 pub struct Sim {
     memory: Memory,
-    /// Size of each allocation in bytes.
-    sizes: HashMap<Address, usize>,
+    allocations: Allocations,
     options: Options,
     group: Group,
     capture: Option<Vec<SimOp>>,
-    graphs: Vec<Vec<SimOp>>,
+    graphs: Vec<(Vec<SimOp>, Used)>,
     events: Vec<Instant>,
     /// Kernels loaded or launched so far: a GPU's driver cannot load one during capture.
     loaded: HashSet<String>,
@@ -32,16 +32,17 @@ pub struct Sim {
     replaced: HashMap<&'static str, Module>,
 }
 
-/// An operation that stream capture can record.
-#[derive(Clone)]
+/// An operation that stream capture can record, with places in the simulator's memory.
 enum SimOp {
-    Memset(Address, u8, usize),
-    Copy(Address, Address, usize),
-    Launch(&'static CudaModule, Launch),
-    Matmul(Matmul),
+    Memset(u64, u8, usize),
+    Copy(u64, u64, usize),
+    /// With the values of the arguments.
+    Launch(&'static CudaModule, Launch, Vec<u64>),
+    /// With the places of the matrices.
+    Matmul(Matmul, [u64; 3]),
     /// From, into, bytes per piece.
-    AllToAll(Address, Address, usize),
-    AllGather(Address, Address, usize),
+    AllToAll(u64, u64, usize),
+    AllGather(u64, u64, usize),
 }
 
 impl Sim {
@@ -55,7 +56,7 @@ impl Sim {
         }
         Ok(Sim {
             memory: Memory::new(),
-            sizes: HashMap::new(),
+            allocations: Allocations::default(),
             options: Options { max_instructions: MAX_INSTRUCTIONS_PER_LAUNCH, ..options },
             group: Group::alone(),
             capture: None,
@@ -90,29 +91,34 @@ impl Sim {
     fn execute(&self, op: &SimOp) -> anyhow::Result<()> {
         match op {
             SimOp::Memset(at, byte, bytes) => {
-                self.memory.write(at.0, &vec![*byte; *bytes])?;
+                self.memory.write(*at, &vec![*byte; *bytes])?;
             }
             SimOp::Copy(from, to, bytes) => {
-                self.memory.write(to.0, &self.memory.read_vec(from.0, *bytes)?)?;
+                self.memory.write(*to, &self.memory.read_vec(*from, *bytes)?)?;
             }
-            SimOp::Launch(module, launch) => self.run_kernel(module, launch)?,
-            SimOp::Matmul(matmul) => self.multiply(matmul)?,
+            SimOp::Launch(module, launch, values) => self.run_kernel(module, launch, values)?,
+            SimOp::Matmul(matmul, places) => self.multiply(matmul, *places)?,
             SimOp::AllToAll(from, into, piece) => {
-                let send = self.memory.read_vec(from.0, piece * self.group.size())?;
+                let send = self.memory.read_vec(*from, piece * self.group.size())?;
                 let mut received = vec![0; send.len()];
                 self.group.all_to_all(&send, &mut received)?;
-                self.memory.write(into.0, &received)?;
+                self.memory.write(*into, &received)?;
             }
             SimOp::AllGather(from, into, piece) => {
                 let mut all = vec![0; piece * self.group.size()];
-                self.group.all_gather(&self.memory.read_vec(from.0, *piece)?, &mut all)?;
-                self.memory.write(into.0, &all)?;
+                self.group.all_gather(&self.memory.read_vec(*from, *piece)?, &mut all)?;
+                self.memory.write(*into, &all)?;
             }
         }
         Ok(())
     }
 
-    fn run_kernel(&self, cuda: &'static CudaModule, launch: &Launch) -> anyhow::Result<()> {
+    fn run_kernel(
+        &self,
+        cuda: &'static CudaModule,
+        launch: &Launch,
+        values: &[u64],
+    ) -> anyhow::Result<()> {
         let replaced = self.replaced.get(cuda.name).and_then(|module| module.kernel(&launch.entry));
         let entry = match replaced {
             Some(entry) => entry,
@@ -123,7 +129,8 @@ impl Sim {
         let args: Vec<_> = launch
             .args
             .iter()
-            .map(|arg| ptxsim::Arg::bytes(&arg.bits().to_le_bytes()[..arg.size()]))
+            .zip(values)
+            .map(|(arg, value)| ptxsim::Arg::bytes(&value.to_le_bytes()[..arg.size()]))
             .collect();
         let config = Config { grid: launch.grid, block: launch.block, shared: launch.shared };
         entry
@@ -132,30 +139,27 @@ impl Sim {
         Ok(())
     }
 
-    fn read(&self, matrix: &Matrix) -> anyhow::Result<Vec<f32>> {
+    fn read(&self, matrix: &Matrix, place: u64) -> anyhow::Result<Vec<f32>> {
         let mut bytes = Vec::new();
-        for (at, len) in rows(matrix) {
-            bytes.extend(self.memory.read_vec(at.0, len)?);
+        for (at, len) in rows(matrix, place) {
+            bytes.extend(self.memory.read_vec(at, len)?);
         }
         Ok(matrix.dtype.decode(&bytes))
     }
 
-    fn multiply(&self, matmul: &Matmul) -> anyhow::Result<()> {
-        let nth = |matrix: Matrix, at: usize| {
-            let bytes = matrix.rows * matrix.stride * matrix.dtype.size();
-            Matrix { at: matrix.at.plus(at * bytes), ..matrix }
-        };
-        (0..matmul.batch).try_for_each(|at| {
-            let Matmul { a, b, c, .. } = *matmul;
-            let [a, b, c] = [a, b, c].map(|matrix| nth(matrix, at));
-            self.multiply_one(&Matmul { a, b, c, batch: 1, ..*matmul })
+    fn multiply(&self, matmul: &Matmul, places: [u64; 3]) -> anyhow::Result<()> {
+        let Matmul { a, b, c, .. } = matmul;
+        let strides = [a, b, c].map(|x| (x.rows * x.stride * x.dtype.size()) as u64);
+        (0..matmul.batch as u64).try_for_each(|nth| {
+            self.multiply_one(matmul, std::array::from_fn(|i| places[i] + nth * strides[i]))
         })
     }
 
-    fn multiply_one(&self, matmul: &Matmul) -> anyhow::Result<()> {
+    /// One of the batch.
+    fn multiply_one(&self, matmul: &Matmul, [at_a, at_b, at_c]: [u64; 3]) -> anyhow::Result<()> {
         let (m, n, k) = matmul.check()?;
-        let (a, b) = (self.read(&matmul.a)?, self.read(&matmul.b)?);
-        let mut c = if matmul.accumulate { self.read(&matmul.c)? } else { vec![0.0; m * n] };
+        let (a, b) = (self.read(&matmul.a, at_a)?, self.read(&matmul.b, at_b)?);
+        let mut c = if matmul.accumulate { self.read(&matmul.c, at_c)? } else { vec![0.0; m * n] };
         // (column stride, row stride)
         let strides = |matrix: &Matrix| {
             let cols = matrix.cols as isize;
@@ -189,18 +193,19 @@ impl Sim {
             );
         }
         let mut bytes = matmul.c.dtype.encode(&c).into_iter();
-        for (at, len) in rows(&matmul.c) {
-            self.memory.write(at.0, &bytes.by_ref().take(len).collect::<Vec<u8>>())?;
+        for (at, len) in rows(&matmul.c, at_c) {
+            self.memory.write(at, &bytes.by_ref().take(len).collect::<Vec<u8>>())?;
         }
         Ok(())
     }
 }
 
-/// Addresses and bytes of a matrix's rows; of all of them at once if there are no gaps.
-fn rows(matrix: &Matrix) -> impl Iterator<Item = (Address, usize)> + use<> {
-    let Matrix { at, dtype, rows, cols, stride, .. } = *matrix;
+/// Places and bytes of the rows of a matrix that begins at `place`; of all of them at once if there are no
+/// gaps.
+fn rows(matrix: &Matrix, place: u64) -> impl Iterator<Item = (u64, usize)> + use<> {
+    let Matrix { dtype, rows, cols, stride, .. } = *matrix;
     let (rows, cols) = if stride == cols { (1, rows * cols) } else { (rows, cols) };
-    (0..rows).map(move |row| (at.plus(row * stride * dtype.size()), cols * dtype.size()))
+    (0..rows).map(move |row| (place + (row * stride * dtype.size()) as u64, cols * dtype.size()))
 }
 
 /// The decoded PTX of a kernel file, shared by all simulated devices.
@@ -233,39 +238,38 @@ impl Device for Sim {
 
     fn memory(&self) -> anyhow::Result<(u64, u64)> {
         let total = super::host_memory().unwrap_or(u64::MAX);
-        let taken: usize = self.sizes.values().sum();
-        Ok((total.saturating_sub(taken as u64), total))
+        Ok((total.saturating_sub(self.allocations.bytes()), total))
     }
 
     fn alloc(&mut self, bytes: usize) -> anyhow::Result<Address> {
         self.not_captured("an allocation")?;
         super::check_host_memory(bytes as u128, "an allocation of the simulator")?;
-        let address = Address(self.memory.alloc_uninit(bytes.max(1)));
-        self.sizes.insert(address, bytes);
-        Ok(address)
+        Ok(self.allocations.insert(self.memory.alloc_uninit(bytes.max(1)), bytes))
     }
 
     fn free(&mut self, address: Address) -> anyhow::Result<()> {
         self.not_captured("freeing memory")?;
-        self.sizes.remove(&address);
-        Ok(self.memory.free(address.0)?)
+        Ok(self.memory.free(self.allocations.remove(address)?)?)
     }
 
     fn upload(&mut self, to: Address, bytes: &[u8]) -> anyhow::Result<()> {
         self.not_captured("a copy from the host")?;
-        Ok(self.memory.write(to.0, bytes)?)
+        Ok(self.memory.write(self.allocations.peek(to, bytes.len())?, bytes)?)
     }
 
     fn download(&self, from: Address, into: &mut [u8]) -> anyhow::Result<()> {
         self.not_captured("a copy to the host")?;
-        Ok(self.memory.read(from.0, into)?)
+        Ok(self.memory.read(self.allocations.peek(from, into.len())?, into)?)
     }
 
     fn memset(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
+        let at = self.allocations.range(at, bytes)?;
         self.submit(SimOp::Memset(at, byte, bytes))
     }
 
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()> {
+        let from = self.allocations.range(from, bytes)?;
+        let to = self.allocations.range(to, bytes)?;
         self.submit(SimOp::Copy(from, to, bytes))
     }
 
@@ -278,18 +282,20 @@ impl Device for Sim {
         Ok(())
     }
 
-    fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
+    /// Safe here: the simulator checks every access.
+    unsafe fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         let cuda = launch.check()?;
+        let values = launch.values(&mut self.allocations)?;
         if !self.loaded.contains(&launch.entry) {
             self.not_captured(&format!("the first launch of kernel {}", launch.entry))?;
             self.loaded.insert(launch.entry.clone());
         }
-        self.submit(SimOp::Launch(cuda, launch.clone()))
+        self.submit(SimOp::Launch(cuda, launch.clone(), values))
     }
 
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
-        matmul.check()?;
-        self.submit(SimOp::Matmul(*matmul))
+        let places = matmul.places(&mut self.allocations)?;
+        self.submit(SimOp::Matmul(*matmul, places))
     }
 
     fn join(&mut self, group: Group) -> anyhow::Result<()> {
@@ -302,10 +308,15 @@ impl Device for Sim {
     }
 
     fn all_to_all(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        let bytes = piece * self.group.size();
+        let from = self.allocations.range(from, bytes)?;
+        let into = self.allocations.range(into, bytes)?;
         self.submit(SimOp::AllToAll(from, into, piece))
     }
 
     fn all_gather(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        let from = self.allocations.range(from, piece)?;
+        let into = self.allocations.range(into, piece * self.group.size())?;
         self.submit(SimOp::AllGather(from, into, piece))
     }
 
@@ -317,17 +328,21 @@ impl Device for Sim {
     fn begin_capture(&mut self) -> anyhow::Result<()> {
         self.not_captured("another capture")?;
         self.capture = Some(Vec::new());
+        self.allocations.begin_capture();
         Ok(())
     }
 
     fn end_capture(&mut self) -> anyhow::Result<Graph> {
         let captured = self.capture.take();
-        self.graphs.push(captured.ok_or_else(|| error::internal("no stream capture to end"))?);
+        let captured = captured.ok_or_else(|| error::internal("no stream capture to end"))?;
+        self.graphs.push((captured, self.allocations.end_capture()));
         Ok(Graph(self.graphs.len() - 1))
     }
 
     fn launch_graph(&mut self, Graph(graph): Graph) -> anyhow::Result<()> {
-        self.graphs[graph].iter().try_for_each(|op| self.execute(op))
+        let (ops, used) = &self.graphs[graph];
+        self.allocations.check(used)?;
+        ops.iter().try_for_each(|op| self.execute(op))
     }
 
     fn record_event(&mut self) -> anyhow::Result<Event> {
@@ -411,6 +426,11 @@ mod tests {
         assert!(sim.matmul(&wrong).is_err());
     }
 
+    fn launch(sim: &mut Sim, launch: &Launch) -> anyhow::Result<()> {
+        // SAFETY: the simulator checks every access.
+        unsafe { sim.launch(launch) }
+    }
+
     /// Sets `len` f32 to 3.
     fn fill(at: Address, len: u64) -> Launch {
         Launch {
@@ -427,20 +447,20 @@ mod tests {
         let Some(mut sim) = sim() else { return };
         let out = sim.alloc(40).unwrap();
         let mut fill = fill(out, 10);
-        sim.launch(&fill).unwrap();
+        launch(&mut sim, &fill).unwrap();
         assert_eq!(get(&sim, Dtype::F32, out, 10), [3.0; 10]);
         let good = fill.clone();
         fill.args[2] = 10u32.into();
-        let message = sim.launch(&fill).unwrap_err().to_string();
+        let message = launch(&mut sim, &fill).unwrap_err().to_string();
         assert!(message.contains("[8, 4, 8]") && message.contains("[8, 4, 4]"), "{message}");
         fill.args.pop();
-        assert!(sim.launch(&fill).is_err());
+        assert!(launch(&mut sim, &fill).is_err());
         let mut fill = good.clone();
         fill.entry = "fill_f33".into();
-        assert!(sim.launch(&fill).is_err());
+        assert!(launch(&mut sim, &fill).is_err());
         let mut fill = good;
         fill.grid[0] = 0;
-        assert!(sim.launch(&fill).is_err());
+        assert!(launch(&mut sim, &fill).is_err());
     }
 
     #[test]
@@ -471,10 +491,10 @@ mod tests {
         let at = sim.alloc(8).unwrap();
         sim.upload(at, &[1; 8]).unwrap();
         let fill = fill(at, 2);
-        sim.launch(&fill).unwrap();
+        launch(&mut sim, &fill).unwrap();
         assert!(sim.end_capture().is_err());
         sim.begin_capture().unwrap();
-        sim.launch(&fill).unwrap();
+        launch(&mut sim, &fill).unwrap();
         let refused = [
             sim.alloc(8).map(drop),
             sim.free(at),

@@ -65,7 +65,7 @@ impl Device for MutatingDevice {
     fn captures_exchanges(&self) -> bool {
         self.device.captures_exchanges()
     }
-    fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
+    unsafe fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         self.launched = true;
         let named = |name: &str| launch.entry.starts_with(name);
         match self.mutation {
@@ -74,9 +74,11 @@ impl Device for MutatingDevice {
             Mutation::Launch(name, change) if self.applies(named(name)) => {
                 let mut launch = launch.clone();
                 change(&mut launch);
-                self.device.launch(&launch)
+                // SAFETY: the simulator checks every access.
+                unsafe { self.device.launch(&launch) }
             }
-            _ => self.device.launch(launch),
+            // SAFETY: as above.
+            _ => unsafe { self.device.launch(launch) },
         }
     }
     fn matmul(&mut self, product: &Matmul) -> anyhow::Result<()> {
@@ -193,8 +195,6 @@ fn launch_mutants_are_killed_by_the_check_of_their_op() {
     if !is_built() {
         return;
     }
-    let null = Arg::from(Address::NULL);
-    assert_eq!(null, Arg::Address(Address(0)));
     let mutants: &[(&str, &str, Dtype, Mutation)] = &[
         (
             "k and v swapped",
@@ -366,8 +366,8 @@ fn step_mutants_are_killed_by_the_tests_of_whole_steps() {
         (
             "learning rate of the other optimizer",
             Mutation::Launch("adamw_step_params", |launch| {
-                if let Arg::Address(Address(at)) = &mut launch.args[0] {
-                    *at += 8;
+                if let Arg::Address(at) = &mut launch.args[0] {
+                    *at = at.plus(8);
                 }
             }),
         ),

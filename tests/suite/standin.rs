@@ -499,6 +499,10 @@ fn inside_the_stand_in_driver() {
         cuda.download(at, &mut bytes).unwrap();
         Dtype::F32.decode(&bytes)
     };
+    let launch = |cuda: &mut Cuda, launch: &Launch| {
+        // SAFETY: `probe_shared` writes one word at its first argument.
+        unsafe { cuda.launch(launch) }
+    };
 
     // Static and dynamic shared memory together are above 48 KiB, each is not.
     let wrong = put(&mut cuda, &[1.0]);
@@ -511,13 +515,13 @@ fn inside_the_stand_in_driver() {
         args: vec![wrong.into(), (shared / 4).into()],
     };
     let start = cuda.record_event().unwrap();
-    cuda.launch(&edge).unwrap();
+    launch(&mut cuda, &edge).unwrap();
     let end = cuda.record_event().unwrap();
     assert!(cuda.elapsed(start, end).unwrap() > 0.0);
     cuda.clear_events();
     assert_eq!(get(&cuda, wrong, 1), [0.0]);
     let too_much = Launch { shared: 227 << 10, ..edge.clone() };
-    let said = cuda.launch(&too_much).unwrap_err().to_string();
+    let said = launch(&mut cuda, &too_much).unwrap_err().to_string();
     assert!(said.contains("bytes of shared memory, but the GPU has 232448"), "{said}");
 
     // Rows with gaps, in memory of which the gaps were never written.
@@ -542,12 +546,18 @@ fn inside_the_stand_in_driver() {
     // A range outside an allocation; memory freed twice is nobody's.
     assert!(cuda.memset(to, 0, 17).is_err());
     cuda.free(to).unwrap();
-    assert!(cuda.upload(to, &[0]).is_err());
+    assert!(cuda.upload(to, &[0]).is_err() && cuda.free(to).is_err());
+    let said = cuda.launch_graph(graph).unwrap_err().to_string();
+    assert!(said.contains("memory was freed"), "{said}");
     // Another device of this process shares context and kernels.
     let mut other = Cuda::new(0).unwrap();
-    other.launch(&edge).unwrap();
+    let said = launch(&mut other, &edge).unwrap_err().to_string();
+    assert!(said.contains("of another device"), "{said}");
+    let own = put(&mut other, &[1.0]);
+    launch(&mut other, &Launch { args: vec![own.into(), (shared / 4).into()], ..edge.clone() })
+        .unwrap();
     drop(other);
-    cuda.launch(&edge).unwrap();
+    launch(&mut cuda, &edge).unwrap();
     cuda.synchronize().unwrap();
     assert!(cuda.describe().contains("simulated GPU") && cuda.peak_flops(Dtype::Bf16).is_none());
 }

@@ -155,7 +155,7 @@ impl LaunchContext<'_> {
 
     /// Allocates uninitialized scratch memory, valid during the op.
     pub fn scratch_alloc(&mut self, bytes: usize) -> Address {
-        let at = self.scratch.plus(self.scratch_used);
+        let at = self.scratch.plus(self.scratch_used).first(bytes);
         self.scratch_used += bytes.next_multiple_of(SCRATCH_ALIGN_BYTES);
         assert!(
             self.scratch_used <= self.scratch_bytes,
@@ -167,13 +167,17 @@ impl LaunchContext<'_> {
     /// Launches a kernel.
     pub fn launch(&mut self, entry: &str, shape: LaunchShape, args: &[Arg]) -> anyhow::Result<()> {
         let narrow = |n: [usize; 3]| n.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        self.device.launch(&Launch {
+        let launch = Launch {
             entry: entry.to_string(),
             grid: narrow(shape.grid),
             block: narrow(shape.block),
             shared: shape.shared as u32,
             args: args.to_vec(),
-        })
+        };
+        // SAFETY: an op passes its buffers, spans of the arenas and scratch memory with the sizes of its
+        // shape, which its kernels stay within; `laam check` runs each of them in the simulator, which
+        // refuses every other access.
+        unsafe { self.device.launch(&launch) }
     }
 
     /// Launches the instance of a kernel for the compute dtype.
@@ -212,7 +216,8 @@ impl LaunchContext<'_> {
         if !self.options.own_matmul {
             return self.device.matmul(matmul);
         }
-        matmul.launches()?.iter().try_for_each(|launch| self.device.launch(launch))
+        // SAFETY: the same holds for the matrices of a matmul.
+        matmul.launches()?.iter().try_for_each(|launch| unsafe { self.device.launch(launch) })
     }
 
     /// A buffer as a matrix.

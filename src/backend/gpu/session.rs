@@ -189,10 +189,8 @@ impl GpuSession {
         let parameters = zeros(len, 4)?;
         let weights = if dtype == Dtype::F32 { parameters } else { zeros(len, dtype.size())? };
         let moments = spec.moment_range(len);
-        let mut moment = || -> anyhow::Result<Address> {
-            let Address(at) = zeros(moments.len(), 4)?;
-            Ok(Address(at.wrapping_sub(4 * moments.start as u64)))
-        };
+        let mut moment =
+            || -> anyhow::Result<Address> { Ok(zeros(moments.len(), 4)?.minus(4 * moments.start)) };
         let (first_moment, second_moment) = (moment()?, moment()?);
         let arenas = Arenas {
             len,
@@ -251,9 +249,16 @@ impl GpuSession {
     fn ptr(&self, ProgramId(program): ProgramId, buffer: Buffer) -> Address {
         assert_eq!(self.current, Some(program), "only the program that ran last has outputs");
         match &self.programs[program].place {
-            Placement::Block(plan) => self.block.at.plus(plan.offsets[buffer.0]),
+            Placement::Block(plan) => self.in_block(&self.programs[program].program, plan, buffer),
             Placement::Guarded(buffers) => buffers[buffer.0].at,
         }
+    }
+
+    /// Range of a buffer in the block.
+    fn in_block(&self, program: &Program, plan: &BytePlan, buffer: Buffer) -> Address {
+        let info = program.info(buffer);
+        let bytes = info.len * info.kind.size(self.options.dtype.size());
+        self.block.at.plus(plan.offsets[buffer.0]).first(bytes)
     }
 
     fn dtype_of(&self, ProgramId(program): ProgramId, buffer: Buffer) -> Dtype {
@@ -281,9 +286,9 @@ impl GpuSession {
             items.push(LaunchItem::End(queue, io));
         }
         let buffers: Vec<Address> = match &ready.place {
-            Placement::Block(plan) => {
-                plan.offsets.iter().map(|&offset| self.block.at.plus(offset)).collect()
-            }
+            Placement::Block(plan) => (0..plan.offsets.len())
+                .map(|buffer| self.in_block(&ready.program, plan, Buffer(buffer)))
+                .collect(),
             Placement::Guarded(buffers) => buffers.iter().map(|buffer| buffer.at).collect(),
         };
         let mut events = Vec::new();
@@ -392,13 +397,7 @@ impl GpuSession {
             self.arenas;
         let trained = if gradients == Address::NULL { 0 } else { len };
         // Of moments, the range that is kept.
-        let kept = |at: Address| {
-            (
-                Address(at.0.wrapping_add(4 * self.moments.start as u64)),
-                self.moments.len(),
-                Dtype::F32,
-            )
-        };
+        let kept = |at: Address| (at.plus(4 * self.moments.start), self.moments.len(), Dtype::F32);
         match arena {
             Arena::Parameters => (parameters, len, Dtype::F32),
             Arena::Gradients => (gradients, trained, Dtype::F32),

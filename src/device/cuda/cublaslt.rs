@@ -12,14 +12,15 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUstream;
 use serde::{Deserialize, Serialize};
 
-use super::super::{Address, Matmul, Matrix};
+use super::super::{Matmul, Matrix};
 use crate::dtype::Dtype;
 use crate::error;
 
 /// The process's cuBLASLt handle, a workspace, and the plans made so far.
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
-    workspace: Address,
+    /// Place of [`CublasLt::WORKSPACE_BYTES`] that live as long as the device.
+    workspace: u64,
     /// `None` for a matmul that cuBLASLt has no algorithm for.
     plans: HashMap<MatmulKey, Option<MatmulPlan>>,
 }
@@ -74,7 +75,7 @@ impl Operand {
     fn of(matrix: Matrix, batch: usize) -> Operand {
         let Matrix { at, dtype, rows, cols, stride, transposed } = matrix;
         let next = if batch > 1 { (rows * stride * dtype.size()).trailing_zeros() } else { 8 };
-        let alignment = 1 << at.0.trailing_zeros().min(next).min(8);
+        let alignment = at.alignment().min(1 << next.min(8)) as u32;
         let stride = if stride == cols { 0 } else { stride };
         Operand { dtype, rows, cols, stride, transposed, alignment }
     }
@@ -120,7 +121,7 @@ impl CublasLt {
     /// because the choice of an algorithm depends on it.
     pub const WORKSPACE_BYTES: usize = 32 << 20;
 
-    pub fn new(handle: sys::cublasLtHandle_t, workspace: Address) -> CublasLt {
+    pub fn new(handle: sys::cublasLtHandle_t, workspace: u64) -> CublasLt {
         CublasLt { handle, workspace, plans: HashMap::new() }
     }
 
@@ -178,11 +179,16 @@ impl CublasLt {
         })
     }
 
-    /// Executes a matmul; false if cuBLASLt has no algorithm for it. cuBLASLt is column-major, and a row-major `[rows, cols]` matrix is its
-    /// column-major transpose, so it computes `cT = bT aT` without copies.
-    pub fn run(&mut self, matmul: &Matmul, stream: CUstream) -> anyhow::Result<bool> {
+    /// Executes a matmul of matrices at these places, by [`Matmul::places`]; false if cuBLASLt has no
+    /// algorithm for it. cuBLASLt is column-major, and a row-major `[rows, cols]` matrix is its column-major
+    /// transpose, so it computes `cT = bT aT` without copies.
+    pub fn run(
+        &mut self,
+        matmul: &Matmul,
+        places: [u64; 3],
+        stream: CUstream,
+    ) -> anyhow::Result<bool> {
         let (m, n, k) = matmul.check()?;
-        let Matmul { a, b, c, accumulate, .. } = *matmul;
         let key = MatmulKey::of(matmul);
         if !self.plans.contains_key(&key) {
             let plan = match plan(self.handle, &key, None) {
@@ -195,26 +201,27 @@ impl CublasLt {
         let Some(MatmulPlan { descriptors, algorithm }) = &self.plans[&key] else {
             return Ok(false);
         };
-        let (alpha, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
-        let pointer = |address: Address| address.0 as *mut c_void;
+        let (alpha, beta) = (1.0f32, if matmul.accumulate { 1.0f32 } else { 0.0 });
+        let [a, b, c] = places.map(|place| place as *mut c_void);
         // SAFETY: the descriptors were created for exactly these shapes and live as long as the plan;
-        // `alpha` and `beta` are read before the call returns; the matrices are device memory.
+        // `alpha` and `beta` are read before the call returns; all elements of the matrices and the
+        // workspace are in live allocations.
         unsafe {
             result::matmul(
                 self.handle,
                 descriptors.description,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                pointer(b.at),
+                b,
                 descriptors.first,
-                pointer(a.at),
+                a,
                 descriptors.second,
-                pointer(c.at),
+                c,
                 descriptors.out,
-                pointer(c.at),
+                c,
                 descriptors.out,
                 std::ptr::from_ref(algorithm),
-                pointer(self.workspace),
+                self.workspace as *mut c_void,
                 Self::WORKSPACE_BYTES,
                 stream.cast(),
             )

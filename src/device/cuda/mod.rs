@@ -6,7 +6,6 @@ mod libraries;
 mod shared;
 mod tuning;
 
-use std::collections::HashMap;
 use std::env;
 use std::ffi::c_void;
 use std::path::PathBuf;
@@ -20,8 +19,9 @@ use serde_json::{Value, json};
 
 use self::cublaslt::{CublasLt, PinnedPlans};
 use self::shared::SharedGpu;
+use super::address::{Allocations, Used};
 use super::driver::{Library, OLDEST_CUDA, OLDEST_DRIVER};
-use super::{Address, Arg, Device, Event, Graph, Launch, Matmul, launch};
+use super::{Address, Device, Event, Graph, Launch, Matmul, launch};
 use crate::collective::Group;
 use crate::dtype::Dtype;
 use crate::error;
@@ -32,11 +32,11 @@ pub use libraries::cublaslt;
 /// A GPU, its kernels, and one stream.
 pub struct Cuda {
     // Fields are dropped in this order: the context last, after everything in it.
-    graphs: Vec<CudaGraph>,
+    graphs: Vec<(CudaGraph, Used)>,
     events: Vec<CudaEvent>,
     /// `None` before its first use, and if there is none.
     cublaslt: Option<CublasLt>,
-    allocations: HashMap<Address, usize>,
+    allocations: Allocations,
     /// Folder of the choices of matmul algorithms by their times; `None` if the heuristic decides.
     tuned: Option<PathBuf>,
     /// Between `begin_capture` and `end_capture`.
@@ -126,7 +126,7 @@ impl Cuda {
             graphs: Vec::new(),
             events: Vec::new(),
             cublaslt: None,
-            allocations: HashMap::new(),
+            allocations: Allocations::default(),
             tuned: None,
             captures: false,
             group: Group::alone(),
@@ -161,6 +161,7 @@ impl Cuda {
             && let Some(handle) = self.shared.cublaslt()?
         {
             let workspace = self.alloc(CublasLt::WORKSPACE_BYTES)?;
+            let workspace = self.allocations.range(workspace, CublasLt::WORKSPACE_BYTES)?;
             let mut cublaslt = CublasLt::new(handle, workspace);
             let path = self.tuned.as_ref().map(|folder| tuning::file(folder, &self.gpu));
             if let Some(plans) = path.and_then(|path| tuning::earlier(&path)) {
@@ -241,51 +242,52 @@ impl Device for Cuda {
     fn alloc(&mut self, bytes: usize) -> anyhow::Result<Address> {
         self.bind()?;
         // SAFETY: the size is above 0; the memory is freed once, by `free` or by `drop`.
-        let address = unsafe { result::malloc_sync(bytes.max(1)) }
+        let place = unsafe { result::malloc_sync(bytes.max(1)) }
             .map_err(|e| failed(&format!("allocating {bytes} bytes of GPU memory"), e))?;
-        self.allocations.insert(Address(address), bytes);
-        Ok(Address(address))
+        Ok(self.allocations.insert(place, bytes))
     }
 
     fn free(&mut self, address: Address) -> anyhow::Result<()> {
         self.synchronize()?;
-        if self.allocations.remove(&address).is_some() {
-            // SAFETY: it came from `alloc`, is freed once, and no work is in flight.
-            unsafe { result::free_sync(address.0) }.map_err(|e| failed("freeing memory", e))?;
-        }
-        Ok(())
+        let place = self.allocations.remove(address)?;
+        // SAFETY: it came from `alloc`, is freed once, and no work is in flight; graphs that use it are
+        // refused from now on.
+        unsafe { result::free_sync(place) }.map_err(|e| failed("freeing memory", e))
     }
 
     fn upload(&mut self, to: Address, bytes: &[u8]) -> anyhow::Result<()> {
         self.bind()?;
-        // SAFETY: a copy from pageable memory returns after it has read `bytes`, and the driver
-        // rejects a destination outside its allocations.
-        unsafe { result::memcpy_htod_async(to.0, bytes, self.stream.cu_stream()) }
+        let to = self.allocations.peek(to, bytes.len())?;
+        // SAFETY: a copy from pageable memory returns after it has read `bytes`; the destination is in a
+        // live allocation.
+        unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) }
             .map_err(|e| failed("copying to the GPU", e))
     }
 
     fn download(&self, from: Address, into: &mut [u8]) -> anyhow::Result<()> {
         self.bind()?;
-        // SAFETY: `into` is borrowed until the stream is synchronized below, and the driver rejects a
-        // source outside its allocations.
-        unsafe { result::memcpy_dtoh_async(into, from.0, self.stream.cu_stream()) }
+        let from = self.allocations.peek(from, into.len())?;
+        // SAFETY: `into` is borrowed until the stream is synchronized below; the source is in a live
+        // allocation.
+        unsafe { result::memcpy_dtoh_async(into, from, self.stream.cu_stream()) }
             .map_err(|e| failed("copying from the GPU", e))?;
         self.stream.synchronize().map_err(|e| failed("waiting for the GPU", e))
     }
 
     fn memset(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
         self.bind()?;
-        // SAFETY: the call touches device memory only, and the driver rejects a range outside its
-        // allocations.
-        unsafe { result::memset_d8_async(at.0, byte, bytes, self.stream.cu_stream()) }
+        let at = self.allocations.range(at, bytes)?;
+        // SAFETY: the range is in a live allocation, which is freed after all work (`free`).
+        unsafe { result::memset_d8_async(at, byte, bytes, self.stream.cu_stream()) }
             .map_err(|e| failed("setting memory", e))
     }
 
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()> {
         self.bind()?;
-        // SAFETY: the call touches device memory only, and the driver rejects ranges outside its
-        // allocations.
-        unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) }
+        let from = self.allocations.range(from, bytes)?;
+        let to = self.allocations.range(to, bytes)?;
+        // SAFETY: both ranges are in live allocations, which are freed after all work (`free`).
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
             .map_err(|e| failed("copying on the GPU", e))
     }
 
@@ -296,17 +298,17 @@ impl Device for Cuda {
         Ok(())
     }
 
-    fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
+    unsafe fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         let module = launch.check()?;
         self.bind()?;
         let function = self.shared.function(module, &launch.entry, launch.shared)?;
-        let bits: Vec<u64> = launch.args.iter().map(Arg::bits).collect();
+        let values = launch.values(&mut self.allocations)?;
         let mut pointers: Vec<*mut c_void> =
-            bits.iter().map(|bits| std::ptr::from_ref(bits).cast_mut().cast()).collect();
+            values.iter().map(|bits| std::ptr::from_ref(bits).cast_mut().cast()).collect();
         let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
         // SAFETY: number and sizes of the arguments match the kernel's parameters (`Launch::check`),
         // the driver copies them before it returns, and the function's module lives as long as the
-        // process. The kernel touches device memory only.
+        // process. The caller promises that the kernel stays within the allocations of its arguments.
         unsafe {
             result::launch_kernel(
                 function,
@@ -322,6 +324,7 @@ impl Device for Cuda {
 
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
         self.bind()?;
+        let places = matmul.places(&mut self.allocations)?;
         let stream = self.stream.cu_stream();
         if let Some(folder) = self.tuned.clone().filter(|_| !self.captures)
             && self.cublaslt()?.is_some_and(|cublaslt| cublaslt.is_new(matmul))
@@ -330,11 +333,13 @@ impl Device for Cuda {
             self.tune(matmul, &path)?;
         }
         if let Some(cublaslt) = self.cublaslt()?
-            && cublaslt.run(matmul, stream)?
+            && cublaslt.run(matmul, places, stream)?
         {
             return Ok(());
         }
-        matmul.launches()?.iter().try_for_each(|launch| self.launch(launch))
+        // SAFETY: `places` found all elements of the matrices in their ranges, and the kernel accesses no
+        // others.
+        matmul.launches()?.iter().try_for_each(|launch| unsafe { self.launch(launch) })
     }
 
     fn join(&mut self, group: Group) -> anyhow::Result<()> {
@@ -350,23 +355,27 @@ impl Device for Cuda {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(|e| failed("beginning stream capture", e))?;
         self.captures = true;
+        self.allocations.begin_capture();
         Ok(())
     }
 
     fn end_capture(&mut self) -> anyhow::Result<Graph> {
         self.captures = false;
+        let used = self.allocations.end_capture();
         let graph = self
             .stream
             .end_capture(sys::CUgraphInstantiate_flags(0))
             .map_err(|e| failed("instantiating a graph", e))?
             .ok_or_else(|| error::internal("stream capture gave no graph"))?;
         graph.upload().map_err(|e| failed("uploading a graph", e))?;
-        self.graphs.push(graph);
+        self.graphs.push((graph, used));
         Ok(Graph(self.graphs.len() - 1))
     }
 
     fn launch_graph(&mut self, Graph(graph): Graph) -> anyhow::Result<()> {
-        self.graphs[graph].launch().map_err(|e| failed("launching a graph", e))
+        let (graph, used) = &self.graphs[graph];
+        self.allocations.check(used)?;
+        graph.launch().map_err(|e| failed("launching a graph", e))
     }
 
     fn record_event(&mut self) -> anyhow::Result<Event> {
@@ -475,9 +484,9 @@ impl Drop for Cuda {
         // `drop` cannot report an error; after one, the driver frees everything with the context.
         let _ = self.synchronize();
         self.graphs.clear();
-        for (address, _) in self.allocations.drain() {
+        for place in self.allocations.drain() {
             // SAFETY: each came from `alloc` and was not freed; no work is in flight.
-            let _ = unsafe { result::free_sync(address.0) };
+            let _ = unsafe { result::free_sync(place) };
         }
     }
 }

@@ -41,7 +41,7 @@ impl Cuda {
         };
         let Matrix { rows, stride, dtype, at, .. } = matmul.c;
         // An output of its own with the same alignment: candidates may not accumulate into the real one.
-        let alignment = 1usize << at.0.trailing_zeros().min(8);
+        let alignment = at.alignment();
         let bytes = matmul.batch * rows * stride * dtype.size();
         let scratch = self.alloc(bytes + alignment)?;
         self.memset(scratch, 0, bytes + alignment)?;
@@ -65,16 +65,16 @@ impl Cuda {
 
     /// Seconds of [`CALLS`] calls; infinite for an algorithm that cuBLASLt refuses.
     fn time_algorithm(&mut self, matmul: &Matmul, algorithm: &Algorithm) -> anyhow::Result<f64> {
-        let stream = self.stream.cu_stream();
+        let (stream, places) = (self.stream.cu_stream(), matmul.places(&mut self.allocations)?);
         let Some(cublaslt) = self.cublaslt()? else { return Ok(f64::INFINITY) };
         if !cublaslt.choose(matmul, algorithm) {
             return Ok(f64::INFINITY);
         }
-        cublaslt.run(matmul, stream)?;
+        cublaslt.run(matmul, places, stream)?;
         let start = self.mark()?;
         for _ in 0..CALLS {
             if let Some(cublaslt) = self.cublaslt()? {
-                cublaslt.run(matmul, stream)?;
+                cublaslt.run(matmul, places, stream)?;
             }
         }
         let end = self.mark()?;

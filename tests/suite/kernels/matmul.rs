@@ -66,7 +66,8 @@ impl MatmulCase {
         assert_eq!(launches.len(), 1);
         let on_tensor_cores = self.aligned && self.dtype != Dtype::F32;
         assert_eq!(launches[0].entry.starts_with("matmul_simt"), !on_tensor_cores, "{self:?}");
-        sim.launch(&launches[0]).unwrap_or_else(|fault| panic!("{self:?}: {fault:#}"));
+        // SAFETY: the simulator checks every access.
+        unsafe { sim.launch(&launches[0]) }.unwrap_or_else(|fault| panic!("{self:?}: {fault:#}"));
 
         let element = |stored: &Matrix, of: usize, row: usize, col: usize, salt: usize| {
             let (row, col) = if stored.transposed { (col, row) } else { (row, col) };
