@@ -7,10 +7,11 @@
 // Backward, with n = sum * rstd, g = dy * weight, dsum the gradient of the residual stream:
 //
 //     dx      = dsum + rstd * (g - n * mean(g * n))
-//     dweight += sum over rows of dy * n          (in f32, in two passes)
+//     dweight += sum over rows of dy * n          (in f32, in two passes, the second for many norms)
 //
 // x, residual, sum, y, dy, dsum, dx: [rows, hidden]; weight: [hidden]; rstd: [rows] in f32;
-// partials: [gridDim.x, hidden] and dweight: [hidden] in f32. No overlaps.
+// partials: [gridDim.x, hidden] and dweight: [hidden] in f32; partial sums of several norms follow one
+// another. No overlaps.
 // Bytes at bf16: 8 rows hidden + 4 rows in either direction. About 6 FLOPs per value forward, 12
 // backward: bound by memory.
 //
@@ -160,12 +161,16 @@ ENTRIES(f32)
 ENTRIES(bf16)
 ENTRIES(f16)
 
-// dweight += sum of the partial sums, [blocks, hidden]. Launch: ceil(hidden / 32) blocks of (32, 32)
-// threads; each row of threads adds every 32nd partial sum.
+// dweight += sum of the partial sums, for all norms: partials [norms, most, hidden], of which `blocks` are
+// written; offsets: start of each dweight in the arena of gradients. Launch: (ceil(hidden / 32), norms) blocks of (32, 32) threads;
+// each row of threads adds every 32nd partial sum.
 extern "C" __global__ void __launch_bounds__(1024)
-rms_norm_backward_weight(const float *__restrict__ partials, float *__restrict__ dweight,
-                         int blocks, int hidden) {
+rms_norm_backward_weight(const float *__restrict__ partials,
+                         const unsigned long long *__restrict__ offsets,
+                         float *__restrict__ gradients, int blocks, int hidden, int most) {
     constexpr int STRIPS = 32;
+    partials += static_cast<size_t>(blockIdx.y) * most * hidden;  // mutant: first_norm_always
+    float *dweight = gradients + offsets[blockIdx.y];
     __shared__ float strips[STRIPS][WARP_SIZE];
     const int column = blockIdx.x * WARP_SIZE + threadIdx.x;
     float strip = 0.0f;

@@ -6,7 +6,7 @@ use super::buffer::Buffer;
 use super::forward::{Builder, KeySource, SavedActivations, SavedBlock, SavedNorm};
 use super::ops::{
     AttentionBackward, EmbeddingBackward, LinearBackwardInput, LinearBackwardWeight, Op,
-    RmsNormBackward, RopeBackward, SwiGluBackward,
+    RmsNormBackward, RmsNormBackwardWeight, RopeBackward, SwiGluBackward, norm_partials,
 };
 use crate::model::{BlockParams, Span};
 
@@ -25,6 +25,22 @@ pub enum Recompute {
     Block,
 }
 
+/// Most bytes of partial sums of norm weight gradients that wait for one launch. Norms of large batches of
+/// wide models exceed it, but there launches cost little.
+const MAX_WAITING_PARTIAL_BYTES: usize = 16 << 20;
+
+/// Norms whose weight gradients are completed together.
+struct NormGroup {
+    partials: Buffer,
+    weights: Vec<Span>,
+}
+
+/// Groups of norms, as even as possible.
+struct NormGroups {
+    per_group: usize,
+    open: Option<NormGroup>,
+}
+
 impl Builder<'_> {
     /// Gradients of all parameters from `dy`, the gradient of the final norm's output.
     pub fn backward(
@@ -38,7 +54,9 @@ impl Builder<'_> {
         let shape = self.shape;
         // `dx` is the gradient of the residual stream at a norm's input, and so of both terms of the
         // sum there.
-        let mut dx = self.norm_backward(saved.final_norm, self.layout.final_norm, dy, None);
+        let mut norms = self.norm_groups();
+        let mut dx =
+            self.norm_backward(saved.final_norm, self.layout.final_norm, dy, None, &mut norms);
         for (layer, (block, &saved)) in
             self.layout.blocks.iter().zip(&saved.blocks).enumerate().rev()
         {
@@ -53,7 +71,7 @@ impl Builder<'_> {
                 dgate_up,
             }));
             let dy = self.linear_backward(dgate_up, kept.mlp_norm.y, block.gate_up, "mlp norm");
-            dx = self.norm_backward(kept.mlp_norm, block.post_norm, dy, Some(dx));
+            dx = self.norm_backward(kept.mlp_norm, block.post_norm, dy, Some(dx), &mut norms);
 
             let attention = kept.attention;
             let dattended = self.linear_backward(dx, attention.out, block.o, "attended");
@@ -84,9 +102,11 @@ impl Builder<'_> {
                 dqkv,
             }));
             let dy = self.linear_backward(dqkv, kept.attention_norm.y, block.qkv, "attention norm");
-            dx = self.norm_backward(kept.attention_norm, block.input_norm, dy, Some(dx));
+            let norm = kept.attention_norm;
+            dx = self.norm_backward(norm, block.input_norm, dy, Some(dx), &mut norms);
         }
         self.scope.clear();
+        self.complete_norms(&mut norms);
         let table = self.layout.embedding;
         self.p.ops.push(Op::EmbeddingBackward(EmbeddingBackward { ids, dout: dx, table }));
     }
@@ -127,10 +147,41 @@ impl Builder<'_> {
         weight: Span,
         dy: Buffer,
         dsum: Option<Buffer>,
+        norms: &mut NormGroups,
     ) -> Buffer {
         let dx = self.activation("sum", self.config.hidden_size);
+        let len = norms.per_group * self.norm_partials_len();
+        let group = norms.open.get_or_insert_with(|| NormGroup {
+            partials: self.statistic("norm weight partial sums", len),
+            weights: Vec::with_capacity(norms.per_group),
+        });
+        let (partials, index) = (group.partials, group.weights.len());
+        group.weights.push(weight);
+        let is_full = group.weights.len() == norms.per_group;
         let SavedNorm { x, rstd, .. } = saved;
-        self.p.ops.push(Op::RmsNormBackward(RmsNormBackward { x, rstd, weight, dy, dsum, dx }));
+        let op = RmsNormBackward { x, rstd, weight, dy, dsum, dx, partials, index };
+        self.p.ops.push(Op::RmsNormBackward(op));
+        if is_full {
+            self.complete_norms(norms);
+        }
         dx
+    }
+
+    /// Partial sums of the weight gradient of one norm, in elements.
+    fn norm_partials_len(&self) -> usize {
+        norm_partials(self.rows(), self.config.hidden_size) * self.config.hidden_size
+    }
+
+    fn norm_groups(&self) -> NormGroups {
+        let norms = 2 * self.layout.blocks.len() + 1;
+        let most = (MAX_WAITING_PARTIAL_BYTES / (4 * self.norm_partials_len())).max(1);
+        NormGroups { per_group: norms.div_ceil(norms.div_ceil(most)), open: None }
+    }
+
+    fn complete_norms(&mut self, norms: &mut NormGroups) {
+        if let Some(NormGroup { partials, weights }) = norms.open.take() {
+            let op = RmsNormBackwardWeight { weights, partials, rows: self.rows() };
+            self.p.ops.push(Op::RmsNormBackwardWeight(op));
+        }
     }
 }

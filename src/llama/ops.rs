@@ -106,8 +106,9 @@ pub struct ResidualAdd {
 }
 
 /// `g = dy * weight`, `dx = dsum + rstd * (g - n * mean(g * n))` with `n = x * rstd`;
-/// `dweight += sum over rows of dy * n`. `x` is the sum that was normalized, `dsum` its gradient from
-/// the residual stream.
+/// `dweight += sum over rows of dy * n`, of which a backend may keep partial sums in `partials` until
+/// [`RmsNormBackwardWeight`] adds them. `x` is the sum that was normalized, `dsum` its gradient from the
+/// residual stream.
 #[derive(Clone, Debug)]
 pub struct RmsNormBackward {
     /// Input of the forward, `[rows, hidden]`.
@@ -122,6 +123,32 @@ pub struct RmsNormBackward {
     pub dsum: Option<Buffer>,
     /// Gradient of the input, `[rows, hidden]`.
     pub dx: Buffer,
+    /// Partial sums of the weight gradients of several norms, `[norms, norm_partials, hidden]`.
+    pub partials: Buffer,
+    /// Index of this norm among them.
+    pub index: usize,
+}
+
+/// Completes the weight gradients of the norms that share `partials`: one launch on a device.
+#[derive(Clone, Debug)]
+pub struct RmsNormBackwardWeight {
+    /// The weights, in the order of their partial sums.
+    pub weights: Vec<Span>,
+    /// Partial sums, `[norms, norm_partials, hidden]`.
+    pub partials: Buffer,
+    /// Rows of each norm.
+    pub rows: usize,
+}
+
+/// Largest number of partial sums of a norm's weight gradient: eight blocks for each of 132 SMs.
+pub const MAX_NORM_PARTIALS: usize = 1056;
+
+/// Most partial sums of a norm's weight gradient, in any compute dtype: a block of 256 threads adds the
+/// rows that fit into it side by side, at four columns per thread, or one if 16 bytes do not divide a row.
+pub fn norm_partials(rows: usize, hidden: usize) -> usize {
+    let columns = if hidden.is_multiple_of(8) { 4 } else { 1 };
+    let threads = (hidden / columns).next_power_of_two().min(256);
+    rows.div_ceil(256 / threads).min(MAX_NORM_PARTIALS)
 }
 
 /// `y = x wT`: `[rows, in]` times `[out, in]` transposed.
@@ -462,6 +489,7 @@ pub enum Op {
     EmbeddingBackward(EmbeddingBackward),
     RmsNorm(RmsNorm),
     RmsNormBackward(RmsNormBackward),
+    RmsNormBackwardWeight(RmsNormBackwardWeight),
     Linear(Linear),
     LinearBackwardInput(LinearBackwardInput),
     LinearBackwardWeight(LinearBackwardWeight),
@@ -528,6 +556,7 @@ impl Op {
             Op::EmbeddingBackward(_) => "embedding_backward",
             Op::RmsNorm(_) => "rms_norm",
             Op::RmsNormBackward(_) => "rms_norm_backward",
+            Op::RmsNormBackwardWeight(_) => "rms_norm_backward_weight",
             Op::Linear(_) => "linear",
             Op::LinearBackwardInput(_) => "linear_backward_input",
             Op::LinearBackwardWeight(_) => "linear_backward_weight",
@@ -558,6 +587,7 @@ impl Op {
             Op::EmbeddingBackward(o) => vec![o.ids, o.dout],
             Op::RmsNorm(o) => [o.x].into_iter().chain(o.add.map(|add| add.residual)).collect(),
             Op::RmsNormBackward(o) => [o.x, o.rstd, o.dy].into_iter().chain(o.dsum).collect(),
+            Op::RmsNormBackwardWeight(o) => vec![o.partials],
             Op::Linear(o) => vec![o.x],
             Op::LinearBackwardInput(o) => vec![o.dy],
             Op::LinearBackwardWeight(o) => vec![o.dy, o.x],
@@ -586,7 +616,7 @@ impl Op {
         match self {
             Op::Embedding(o) => vec![o.out],
             Op::RmsNorm(o) => [o.y, o.rstd].into_iter().chain(o.add.map(|add| add.sum)).collect(),
-            Op::RmsNormBackward(o) => vec![o.dx],
+            Op::RmsNormBackward(o) => vec![o.dx, o.partials],
             Op::Linear(o) => vec![o.y],
             Op::LinearBackwardInput(o) => vec![o.dx],
             Op::Rope(o) => vec![o.q, o.k, o.v],
@@ -600,6 +630,7 @@ impl Op {
             Op::GatherRows(o) => vec![o.out],
             Op::GradNorm(o) => vec![o.norm],
             Op::EmbeddingBackward(_)
+            | Op::RmsNormBackwardWeight(_)
             | Op::LinearBackwardWeight(_)
             | Op::ZeroGrad(_)
             | Op::AdamWStep(_)
@@ -654,6 +685,11 @@ impl Op {
                 Cost { bytes: 2 * planes * len(o.y) + 4 * len(o.rstd), ..Cost::default() }
             }
             Op::RmsNormBackward(o) => Cost { bytes: 8 * len(o.dx), ..Cost::default() },
+            // Partial sums are not useful work: the gradients are read and written.
+            Op::RmsNormBackwardWeight(o) => Cost {
+                bytes: 8 * o.weights.iter().map(Span::len).sum::<usize>(),
+                ..Cost::default()
+            },
             Op::Linear(o) => Cost {
                 flops: gemm(o.rows, &o.w),
                 bytes: 2 * (len(o.x) + len(o.y) + o.w.len()),

@@ -226,7 +226,7 @@ fn launch_mutants_are_killed_by_the_check_of_their_op() {
             "one partial sum of dweight dropped",
             "rms_norm_backward",
             Dtype::F32,
-            Mutation::Launch("rms_norm_backward_weight", |launch| less_one(&mut launch.args[2])),
+            Mutation::Launch("rms_norm_backward_weight", |launch| less_one(&mut launch.args[3])),
         ),
         (
             "sort pass dropped",
@@ -399,7 +399,7 @@ fn step_mutants_are_killed_by_the_tests_of_whole_steps() {
     let whole = mutating(Mutation::Dropped("nothing"), options(Mode::Eager)).0;
     let cut = Mutation::Launch("rms_norm_backward", |launch| {
         if launch.entry == "rms_norm_backward_weight" {
-            launch.args[2] = Arg::I32(3);
+            launch.args[3] = Arg::I32(3);
         } else {
             launch.grid[0] = 3;
         }

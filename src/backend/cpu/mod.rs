@@ -208,6 +208,8 @@ fn execute_op(
         Op::EmbeddingBackward(o) => elementwise::embedding_backward(o, memory),
         Op::RmsNorm(o) => norm::forward(arch, o, memory),
         Op::RmsNormBackward(o) => norm::backward(arch, o, memory),
+        // Its backward adds to the gradient at once.
+        Op::RmsNormBackwardWeight(_) => {}
         Op::Linear(o) => matmul::linear(arch, o, memory),
         Op::LinearBackwardInput(o) => matmul::linear_backward_input(o, memory),
         Op::LinearBackwardWeight(o) => matmul::linear_backward_weight(o, memory),

@@ -1,13 +1,13 @@
 //! RMSNorm forward and backward: `kernels/rms_norm.cu`.
 
-use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
+use super::launch_context::{LaunchContext, LaunchShape, int};
 use crate::device::Address;
 use crate::dtype::Dtype;
-use crate::llama::ops::{RmsNorm, RmsNormBackward};
+use crate::llama::ops::{
+    MAX_NORM_PARTIALS, RmsNorm, RmsNormBackward, RmsNormBackwardWeight, norm_partials,
+};
+use crate::model::Span;
 
-/// Grid limit of the backward, eight blocks for each of 132 SMs: each stores a partial sum of dweight for
-/// the second pass to add.
-const MAX_PARTIALS: usize = 1056;
 /// Grid limit of the forward: enough blocks to fill any GPU.
 const MAX_BLOCKS: usize = 2048;
 
@@ -46,20 +46,23 @@ pub(super) fn forward(ctx: &mut LaunchContext, o: &RmsNorm) -> anyhow::Result<()
     ctx.launch_for_dtype("rms_norm", shape, &args)
 }
 
-fn partial_blocks(rows: usize, rows_per_block: usize) -> usize {
-    rows.div_ceil(rows_per_block).min(MAX_PARTIALS)
+/// Grid of the backward: each block stores a partial sum of dweight for the second pass to add.
+fn partial_blocks(rows: usize, hidden: usize, dtype: Dtype) -> usize {
+    let (_, rows_per_block) = block(hidden, dtype);
+    rows.div_ceil(rows_per_block).min(MAX_NORM_PARTIALS)
 }
 
-pub(super) fn workspace(o: &RmsNormBackward, rows: usize, dtype: Dtype) -> usize {
-    let (_, rows_per_block) = block(o.weight.cols, dtype);
-    scratch([4 * partial_blocks(rows, rows_per_block) * o.weight.cols])
+/// Start of each weight in the arenas, as the kernel reads it.
+pub(super) fn table(weights: &[Span]) -> Vec<u8> {
+    weights.iter().flat_map(|w| (w.offset as u64).to_le_bytes()).collect()
 }
 
 pub(super) fn backward(ctx: &mut LaunchContext, o: &RmsNormBackward) -> anyhow::Result<()> {
     let (rows, hidden) = (ctx.len(o.rstd), o.weight.cols);
     let (width, rows_per_block) = block(hidden, ctx.dtype);
-    let grid = partial_blocks(rows, rows_per_block);
-    let partials = ctx.scratch_alloc(4 * grid * hidden);
+    let grid = partial_blocks(rows, hidden, ctx.dtype);
+    let most = norm_partials(rows, hidden);
+    assert!(grid <= most, "`norm_partials` bounds the grid");
     let shape = LaunchShape {
         grid: [grid, 1, 1],
         block: [width, rows_per_block, 1],
@@ -72,12 +75,27 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &RmsNormBackward) -> anyhow::
         ctx.ptr(o.dy).into(),
         o.dsum.map_or(Address::NULL, |dsum| ctx.ptr(dsum)).into(),
         ctx.ptr(o.dx).into(),
-        partials.into(),
+        ctx.ptr(o.partials).plus(4 * o.index * most * hidden).into(),
         int(rows),
         int(hidden),
     ];
-    ctx.launch_for_dtype("rms_norm_backward", shape, &args)?;
-    let shape = LaunchShape { grid: [hidden.div_ceil(32), 1, 1], block: [32, 32, 1], shared: 0 };
-    let args = [partials.into(), ctx.gradient_ptr(o.weight).into(), int(grid), int(hidden)];
+    ctx.launch_for_dtype("rms_norm_backward", shape, &args)
+}
+
+pub(super) fn backward_weight(
+    ctx: &mut LaunchContext,
+    o: &RmsNormBackwardWeight,
+) -> anyhow::Result<()> {
+    let hidden = o.weights[0].cols;
+    let grid = [hidden.div_ceil(32), o.weights.len(), 1];
+    let shape = LaunchShape { grid, block: [32, 32, 1], shared: 0 };
+    let args = [
+        ctx.ptr(o.partials).into(),
+        ctx.constant_table().into(),
+        ctx.arenas.gradients.into(),
+        int(partial_blocks(o.rows, hidden, ctx.dtype)),
+        int(hidden),
+        int(norm_partials(o.rows, hidden)),
+    ];
     ctx.launch("rms_norm_backward_weight", shape, &args)
 }

@@ -122,7 +122,6 @@ pub(super) fn workspace(program: &Program, arena: usize, options: Options) -> us
 fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize {
     match op {
         Op::EmbeddingBackward(o) => embedding::workspace(o, program.info(o.ids).len),
-        Op::RmsNormBackward(o) => norm::workspace(o, program.info(o.rstd).len, options.dtype),
         Op::AttentionBackward(o) => attention::workspace(o),
         Op::FusedLinearCrossEntropy(o) => lm_head::workspace(o, options),
         Op::GradNorm(GradNorm { runs: Some(runs), .. }) => exchange::norm_workspace(runs),
@@ -142,6 +141,7 @@ fn launch_op(ctx: &mut LaunchContext, op: &Op) -> anyhow::Result<()> {
         Op::EmbeddingBackward(o) => embedding::backward(ctx, o),
         Op::RmsNorm(o) => norm::forward(ctx, o),
         Op::RmsNormBackward(o) => norm::backward(ctx, o),
+        Op::RmsNormBackwardWeight(o) => norm::backward_weight(ctx, o),
         Op::Linear(o) => matmul::linear(ctx, o),
         Op::LinearBackwardInput(o) => matmul::backward_input(ctx, o),
         Op::LinearBackwardWeight(o) => matmul::backward_weight(ctx, o),
@@ -467,6 +467,7 @@ impl GpuSession {
             Op::RopeBackward(o) => ConstantTable::Rope(o.shape.seq_len, bits(&o.frequencies)),
             Op::AdamWStep(o) => ConstantTable::Offsets(update::table(o)),
             Op::MuonStep(o) => ConstantTable::Offsets(muon::table(o)),
+            Op::RmsNormBackwardWeight(o) => ConstantTable::Offsets(norm::table(&o.weights)),
             Op::GradNorm(GradNorm { runs: Some(runs), .. }) => {
                 ConstantTable::Offsets(exchange::run_table(runs))
             }

@@ -121,6 +121,8 @@ impl ReferenceExecutor {
             Op::EmbeddingBackward(o) => self.embedding_backward(o, memory),
             Op::RmsNorm(o) => self.rms_norm(o, memory),
             Op::RmsNormBackward(o) => self.rms_norm_backward(o, memory),
+            // Its backward adds to the gradient at once.
+            Op::RmsNormBackwardWeight(_) => {}
             Op::Linear(o) => self.linear(o, memory),
             Op::LinearBackwardInput(o) => self.linear_backward_input(o, memory),
             Op::LinearBackwardWeight(o) => self.linear_backward_weight(o, memory),

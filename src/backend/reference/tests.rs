@@ -8,7 +8,8 @@ use super::ReferenceExecutor;
 use crate::llama::ops::{
     Attention, AttentionBackward, AttentionShape, Embedding, EmbeddingBackward,
     FusedLinearCrossEntropy, Linear, LinearBackwardInput, LinearBackwardWeight, ResidualAdd,
-    RmsNorm, RmsNormBackward, Rope, RopeBackward, SwiGlu, SwiGluBackward,
+    RmsNorm, RmsNormBackward, RmsNormBackwardWeight, Rope, RopeBackward, SwiGlu, SwiGluBackward,
+    norm_partials,
 };
 use crate::llama::{Buffer, BufferKind, BufferRole, Op, Program};
 use crate::model::{Layout, Span};
@@ -226,7 +227,10 @@ fn rms_norm_backward_matches_finite_differences() {
         let (y, dy) = check.output("y", 28);
         let rstd = check.float("rstd", 4);
         let mut norm = RmsNorm { x, add: None, weight, eps: 1e-2, y, rstd };
-        let mut back = RmsNormBackward { x, rstd, weight, dy, dsum: None, dx };
+        let partials = check.float("partials", 7 * norm_partials(4, 7));
+        let index = 0;
+        let mut back = RmsNormBackward { x, rstd, weight, dy, dsum: None, dx, partials, index };
+        let sum = RmsNormBackwardWeight { weights: vec![weight], partials, rows: 4 };
         if with_residual {
             let residual = check.float("residual", 28);
             check.constants.push(residual);
@@ -235,7 +239,7 @@ fn rms_norm_backward_matches_finite_differences() {
             (back.x, back.dsum) = (sum, Some(dsum));
         }
         check.forward = vec![Op::RmsNorm(norm)];
-        check.backward = vec![Op::RmsNormBackward(back)];
+        check.backward = vec![Op::RmsNormBackward(back), Op::RmsNormBackwardWeight(sum)];
         assert!(check.error() < BOUND, "residual: {with_residual}");
     }
 }

@@ -12,7 +12,8 @@ use crate::llama::ops::{
     AdamWStep, AddGradients, Attention, AttentionBackward, AttentionDecode, AttentionShape,
     Embedding, EmbeddingBackward, FusedLinearCrossEntropy, GatherRows, GradNorm, Linear,
     LinearBackwardInput, LinearBackwardWeight, MuonStep, NormRuns, ReduceGradients, ResidualAdd,
-    RmsNorm, RmsNormBackward, Rope, RopeBackward, SaveGradients, SwiGlu, SwiGluBackward, ZeroGrad,
+    RmsNorm, RmsNormBackward, RmsNormBackwardWeight, Rope, RopeBackward, SaveGradients, SwiGlu,
+    SwiGluBackward, ZeroGrad, norm_partials,
 };
 use crate::llama::slices::{Shards, SumOrder};
 use crate::llama::{
@@ -87,7 +88,7 @@ pub(in crate::bench) enum Output {
 
 type Make = fn(&mut Vec<Case>, &mut Draw, Size, Dtype);
 
-const MAKERS: [(&str, Make); 21] = [
+const MAKERS: [(&str, Make); 22] = [
     ("embedding", embedding),
     ("embedding_backward", embedding_backward),
     ("rms_norm", rms_norm),
@@ -109,6 +110,7 @@ const MAKERS: [(&str, Make); 21] = [
     ("adamw", adamw),
     ("muon", muon),
     ("reduce_gradients", reduce_gradients),
+    ("rms_norm_backward_weight", rms_norm_backward_weight),
 ];
 
 /// The names of all operations.
@@ -313,21 +315,51 @@ fn rms_norm_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtyp
             let mut b =
                 CaseBuilder::new(format!("{rows} x {hidden}{with}"), (layout, weight), true);
             b.weights(draw, weight, 1.0);
-            let values = draw.activations(rows * hidden, 1.0);
-            let rstd = |row: &[f32]| {
-                let squares: f32 = row.iter().map(|x| x * x).sum();
-                1.0 / (squares / hidden as f32 + 1e-5).sqrt()
-            };
-            let rstd = values.chunks(hidden).map(rstd).collect();
-            let rstd = b.given("rstd", BufferKind::Float, rstd);
-            let x = b.given("x", BufferKind::Activation, values);
-            let dy = b.input(draw, "dy", rows * hidden);
-            let dsum = past.then(|| b.input(draw, "dsum", rows * hidden));
-            let dx = b.output("dx", BufferKind::Activation, rows * hidden);
+            norms_backward(&mut b, draw, &[weight], rows, past);
             b.accumulates(draw, weight);
-            let op = RmsNormBackward { x, rstd, weight, dy, dsum, dx };
-            b.finish(Op::RmsNormBackward(op), cases);
+            b.case.operation = "rms_norm_backward";
+            cases.push(b.case);
         }
+    }
+}
+
+/// The backward of norms one after another, and the sum of their partial sums.
+fn norms_backward(b: &mut CaseBuilder, draw: &mut Draw, weights: &[Span], rows: usize, past: bool) {
+    let hidden = weights[0].cols;
+    let len = weights.len() * norm_partials(rows, hidden) * hidden;
+    let partials = b.case.program.buffer("partials", BufferKind::Float, len, BufferRole::Temporary);
+    for (index, &weight) in weights.iter().enumerate() {
+        let values = draw.activations(rows * hidden, 1.0);
+        let rstd = |row: &[f32]| {
+            let squares: f32 = row.iter().map(|x| x * x).sum();
+            1.0 / (squares / hidden as f32 + 1e-5).sqrt()
+        };
+        let rstd = values.chunks(hidden).map(rstd).collect();
+        let rstd = b.given("rstd", BufferKind::Float, rstd);
+        let x = b.given("x", BufferKind::Activation, values);
+        let dy = b.input(draw, "dy", rows * hidden);
+        let dsum = past.then(|| b.input(draw, "dsum", rows * hidden));
+        let dx = b.output("dx", BufferKind::Activation, rows * hidden);
+        let op = RmsNormBackward { x, rstd, weight, dy, dsum, dx, partials, index };
+        b.case.program.ops.push(Op::RmsNormBackward(op));
+    }
+    let op = RmsNormBackwardWeight { weights: weights.to_vec(), partials, rows };
+    b.case.program.ops.push(Op::RmsNormBackwardWeight(op));
+}
+
+/// Several norms whose weights are anywhere in the arena, completed by one op.
+fn rms_norm_backward_weight(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+    let shapes =
+        size.shapes([(1, 1), (33, 100), (70, 64)], [(4096, 2048)], [(512, 64)], [(16384, 768)]);
+    for (rows, hidden) in shapes {
+        let (layout, all) = alone(4, hidden);
+        let mut b = CaseBuilder::new(format!("3 of {rows} x {hidden}"), (layout, all), true);
+        b.weights(draw, all, 1.0);
+        let weights = [3, 0, 2].map(|at| Span { offset: at * hidden, rows: 1, cols: hidden });
+        norms_backward(&mut b, draw, &weights, rows, false);
+        b.accumulates(draw, all);
+        b.case.operation = "rms_norm_backward_weight";
+        cases.push(b.case);
     }
 }
 

@@ -112,7 +112,7 @@ fn on_few_blocks(launch: &mut DeviceLaunch) {
     let entry = launch.entry.clone();
     if entry == "rms_norm_backward_weight" {
         // The partial sums of two blocks.
-        if let DeviceArg::I32(blocks) = &mut launch.args[2] {
+        if let DeviceArg::I32(blocks) = &mut launch.args[3] {
             *blocks = (*blocks).min(2);
         }
     } else if entry.starts_with("swiglu_") {

@@ -180,9 +180,11 @@ pub const RMS_NORM_BACKWARD: MutationSet = MutationSet {
         ("dweight_assigned", "+=", "="),
         ("rows_added_early", "", ""),
         ("last_partial_dropped", "block < blocks;", "block < blocks - 1;"),
+        ("first_norm_always", "blockIdx.y", "0"),
     ],
     check: |module| {
-        pass(&["rms_norm_backward"], Options::new(Dtype::F32), "", Some(("rms_norm", module)));
+        let operations = ["rms_norm_backward", "rms_norm_backward_weight"];
+        pass(&operations, Options::new(Dtype::F32), "", Some(("rms_norm", module)));
     },
 };
 
