@@ -150,6 +150,10 @@ pub trait Session: Send {
     /// Joins a group, which collective ops exchange bytes with. With [`SessionSpec::moments`], reading and
     /// writing the moments become calls of all ranks.
     fn join(&mut self, group: Group) -> anyhow::Result<()>;
+    /// What moves the bytes of exchanges, if it is not the group's library.
+    fn exchanges(&self) -> Option<String> {
+        None
+    }
     /// Plans a program's memory and allocates it. Programs of a session share one block: a program's
     /// outputs are valid until the next one runs.
     fn load(&mut self, program: Program) -> anyhow::Result<ProgramId>;

@@ -1,5 +1,6 @@
 //! The backend that executes: flags that every command which runs a model shares.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Once, OnceLock};
 
 use clap::{Args, ValueEnum};
@@ -40,7 +41,7 @@ pub enum BackendKind {
     Sim,
 }
 
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct BackendArgs {
     /// Where the model runs
     #[arg(long, value_enum, default_value_t)]
@@ -239,7 +240,7 @@ fn open_sim(_: usize) -> anyhow::Result<Box<dyn Device>> {
 
 /// The GPU of this process: the one of its number on this host, or the only one that it sees.
 fn own_gpu() -> usize {
-    if gpu_count() == 1 { 0 } else { group::local_rank() }
+    if gpu_count() == 1 && !group::has_own_gpu() { 0 } else { group::local_rank() }
 }
 
 /// GPUs that the driver shows.
@@ -256,4 +257,20 @@ pub fn cublaslt() -> Library {
     return cuda::cublaslt();
     #[cfg(not(feature = "cuda"))]
     Library::Missing
+}
+
+/// Version and path of NCCL, or why there is none.
+pub fn nccl() -> Result<(String, PathBuf), String> {
+    #[cfg(feature = "cuda")]
+    return cuda::nccl().map(|library| (library.version(), library.path.clone()));
+    #[cfg(not(feature = "cuda"))]
+    Err("built without the feature cuda".to_string())
+}
+
+/// For every two GPUs: true if the first reaches the memory of the second.
+pub fn gpu_peers() -> Vec<Vec<bool>> {
+    #[cfg(feature = "cuda")]
+    return cuda::peers();
+    #[cfg(not(feature = "cuda"))]
+    Vec::new()
 }

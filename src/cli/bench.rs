@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::Outcome;
-use super::backend::BackendArgs;
+use super::backend::{BackendArgs, BackendKind};
 use super::bench_page::{self, PageArgs};
 use super::group::GroupArgs;
 use super::output::{print_json, say, stdout};
@@ -65,6 +65,9 @@ struct CollectivesArgs {
     /// Also the MPI library's own all-reduce, whose order of sums is its own
     #[arg(long)]
     native: bool,
+    /// Between the memory of GPUs (cuda) or of simulated ones (sim), not of the hosts
+    #[arg(long, value_enum)]
+    backend: Option<BackendKind>,
     #[command(flatten)]
     group: GroupArgs,
     /// Print one JSON object on stdout, of an error too
@@ -138,7 +141,8 @@ struct StepBenchArgs {
     /// Optimizer of the matrices inside the blocks
     #[arg(long, value_enum, default_value_t)]
     optimizer: OptimizerKind,
-    /// Compare the processes that a launcher started with one of them: mpiexec -n 4 laam bench step --ranks
+    /// Compare the processes that a launcher or --gpus started with one of them: mpiexec -n 4 laam bench step
+    /// --ranks
     #[arg(long)]
     ranks: bool,
     #[command(flatten)]
@@ -205,7 +209,14 @@ fn time_collectives(arguments: &CollectivesArgs) -> anyhow::Result<Outcome> {
     let group = arguments.group.join()?;
     let world = group.world();
     let table = Table::new(arguments.json);
-    table.line(format_args!("{} processes, {}", world.size, world.library));
+    let open = |backend| {
+        let mut device = BackendArgs { backend, ..BackendArgs::default() }.device()?;
+        device.join(group.clone())?;
+        anyhow::Ok(device)
+    };
+    let mut device = group.agree(arguments.backend.map(open).transpose())?;
+    let library = device.as_ref().map_or(world.library.clone(), |device| device.exchanges());
+    table.line(format_args!("{} processes, {library}", world.size));
     table.line(format_args!(
         "{:>12} {:>12}  {:18} {:>12} {:>12} {:>12}",
         "bytes", "count", "exchange", "time us", "algbw GB/s", "busbw GB/s"
@@ -213,7 +224,10 @@ fn time_collectives(arguments: &CollectivesArgs) -> anyhow::Result<Outcome> {
     let mut rows = Vec::new();
     let mut bytes = arguments.min_bytes;
     while bytes <= arguments.max_bytes {
-        let timings = collectives::time(&group, bytes, arguments.rounds, arguments.native)?;
+        let timings = match &mut device {
+            Some(device) => collectives::time_on_devices(&mut **device, bytes, arguments.rounds)?,
+            None => collectives::time(&group, bytes, arguments.rounds, arguments.native)?,
+        };
         for timing in timings {
             let [algbw, busbw] = [timing.algbw, timing.busbw].map(|rate| rate / 1e9);
             table.line(format_args!(
@@ -235,7 +249,7 @@ fn time_collectives(arguments: &CollectivesArgs) -> anyhow::Result<Outcome> {
         }
         bytes *= 4;
     }
-    table.finish(json!({ "ranks": world.size, "library": world.library, "collectives": rows }));
+    table.finish(json!({ "ranks": world.size, "library": library, "collectives": rows }));
     Ok(Outcome::Done)
 }
 
@@ -356,7 +370,7 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
         config.max_position_embeddings = context;
     }
     config.validate()?;
-    if arguments.ranks {
+    if arguments.ranks || arguments.group.starts_processes() {
         return time_scaling(arguments, &config);
     }
     let backend = arguments.backend.open_for(arguments.precision, arguments.profile)?;

@@ -50,6 +50,10 @@ struct Findings {
     /// Each GPU the driver shows, or why it cannot be used.
     gpus: Vec<Result<String, String>>,
     cublaslt: Library,
+    /// NCCL: version and file, or why there is none.
+    nccl: Result<(String, PathBuf), String>,
+    /// For every two GPUs of the driver, in its order: true if the first reaches the memory of the second.
+    peers: Vec<Vec<bool>>,
     /// MPI libraries, by their files.
     mpi: Vec<(PathBuf, String)>,
     /// Launcher of this process, or why it is unclear.
@@ -77,6 +81,8 @@ impl Findings {
             backends: vec!["cpu", "reference"],
             gpus: (0..backend::gpu_count()).map(gpu).collect(),
             cublaslt: backend::cublaslt(),
+            nccl: backend::nccl(),
+            peers: backend::gpu_peers(),
             mpi: [MpiFamily::Mpich, MpiFamily::OpenMpi].into_iter().filter_map(mpi::find).collect(),
             launcher: launcher(),
             shared_memory: files::capacity(Path::new("/dev/shm")),
@@ -143,6 +149,13 @@ impl Findings {
                 "name the place in VIRTUAL_ENV (pip install nvidia-cublas), CUDA_HOME or LAAM_CUBLASLT",
             );
         }
+        if let (Err(why), true) = (&self.nccl, self.gpus.len() > 1) {
+            add(
+                format!("no NCCL, to train on several GPUs: {why}"),
+                "pip install nvidia-nccl-cu13 in a virtual environment and activate it, or name the library in \
+                 LAAM_NCCL",
+            );
+        }
         for gpu in self.gpus.iter().filter_map(|gpu| gpu.as_ref().err()) {
             add(format!("a GPU that cannot be used: {gpu}"), "use --backend cpu until then");
         }
@@ -202,6 +215,15 @@ impl Findings {
             Library::Loaded(path) => path.display().to_string(),
         };
         writeln!(out, "  cublas  {cublaslt}")?;
+        let nccl = self.nccl.as_ref().ok();
+        let nccl = nccl.map(|(version, path)| format!("{version} ({})", path.display()));
+        writeln!(out, "  nccl    {}", or_none(nccl))?;
+        for (gpu, reaches) in self.peers.iter().enumerate().filter(|_| self.peers.len() > 1) {
+            let reached = reaches.iter().enumerate().filter(|(_, reaches)| **reaches);
+            let reached: Vec<String> = reached.map(|(other, _)| other.to_string()).collect();
+            let reached = (!reached.is_empty()).then(|| reached.join(", "));
+            writeln!(out, "  GPU {gpu} reaches the memory of {}", or_none(reached))?;
+        }
         let mpi = self.mpi.iter().map(|(path, version)| format!("{version} ({})", path.display()));
         writeln!(out, "  mpi     {}", or_none(mpi.reduce(|all, one| format!("{all}, {one}"))))?;
         writeln!(out, "  started by {}", self.launcher.as_deref().unwrap_or("no launcher"))?;
@@ -244,6 +266,10 @@ impl Findings {
                 Library::Missing => None,
                 Library::Loaded(path) => Some(path),
             },
+            "nccl": self.nccl.as_ref().ok()
+                .map(|(version, path)| json!({ "version": version, "path": path })),
+            "no_nccl_because": self.nccl.as_ref().err(),
+            "gpu_peers": self.peers,
             "processors": threads::online(),
             "mpi": self.mpi.iter()
                 .map(|(path, version)| json!({ "version": version, "path": path }))

@@ -7,7 +7,8 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::output;
-use crate::collective::launcher::LaunchPlace;
+use super::own_processes::{self, MAX_PROCESSES};
+use crate::collective::launcher::{LaunchPlace, Launcher};
 use crate::collective::{DEADLINE, Group};
 use crate::error;
 use crate::threads;
@@ -21,9 +22,18 @@ pub struct GroupArgs {
     /// Seconds a process waits for the others in a step [default: 600]
     #[arg(long, value_name = "SECONDS", help_heading = "Several processes")]
     rank_timeout: Option<f64>,
+    /// Start so many processes, one per GPU (or so many processes of another backend), and train on all
+    #[arg(long, value_name = "N", help_heading = "Several processes",
+        value_parser = clap::value_parser!(u16).range(1..=MAX_PROCESSES as i64))]
+    gpus: Option<u16>,
 }
 
 impl GroupArgs {
+    /// True with `gpus`.
+    pub fn starts_processes(&self) -> bool {
+        self.gpus.is_some()
+    }
+
     /// Joins the processes that the launcher started with this one.
     pub fn join(&self) -> anyhow::Result<Group> {
         let deadline = match self.rank_timeout {
@@ -36,7 +46,24 @@ impl GroupArgs {
                 })?,
         };
         let placement = LaunchPlace::detect()?;
-        let group = placement.map_or(Ok(Group::alone()), |placement| placement.join())?;
+        let is_own = placement.as_ref().is_some_and(|it| it.launcher == Launcher::Gpus);
+        if let Some(gpus) = self.gpus.filter(|_| !is_own) {
+            if let Some(placement) = placement.filter(|placement| placement.size > 1) {
+                return Err(error::config(
+                    format!(
+                        "`gpus` starts processes, but there are more: {}",
+                        placement.describe()
+                    ),
+                    "leave out `gpus`, or the launcher",
+                ));
+            }
+            if gpus > 1 {
+                std::process::exit(own_processes::run(gpus.into())?);
+            }
+            return Ok(Group::alone());
+        }
+        let join = |placement: LaunchPlace| placement.join(deadline);
+        let group = placement.map_or(Ok(Group::alone()), join)?;
         group.set_deadline(deadline);
         output::set_rank(group.rank());
         Ok(GROUP.get_or_init(|| group).clone())
@@ -81,6 +108,11 @@ pub fn fail(code: i32) {
 /// The number of this process among those of this host.
 pub fn local_rank() -> usize {
     GROUP.get().map_or(0, |group| group.world().local_rank)
+}
+
+/// True if `--gpus` started this process, which then has a GPU by itself.
+pub fn has_own_gpu() -> bool {
+    LaunchPlace::detect().is_ok_and(|it| it.is_some_and(|it| it.launcher == Launcher::Gpus))
 }
 
 /// Threads for this process: all of the machine's, shared among the processes of this host unless the

@@ -22,6 +22,7 @@ mod ls;
 mod memorization;
 mod model;
 mod output;
+mod own_processes;
 mod plan;
 mod progress;
 mod rebuild;
@@ -46,7 +47,7 @@ use serde_json::{Value, json};
 
 use self::interrupt::Interrupted;
 use self::output::{print_json, say, stdout};
-use crate::collective::OtherRankFailed;
+use crate::collective::{GROUP_EXIT_CODE, OtherRankFailed};
 use crate::error::{self, ErrorKind, hint_of, kind_of, with_flags};
 use crate::escape::visible;
 use crate::schema::versioned;
@@ -102,9 +103,6 @@ impl ObsoleteArgs {
         }
     }
 }
-
-/// Exit code of a process whose group failed.
-const GROUP_FAILED: u8 = 75;
 
 /// Exit code of the process. An error is 2, or 75 if the group of processes failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -192,9 +190,9 @@ fn fail(error: &anyhow::Error, json: bool, flag: impl Fn(&str) -> Option<String>
         let error = json!({"kind": kind, "message": message, "hint": hint});
         output::print_json(&versioned(json!({"error": error})));
     }
-    let code = if is_group { GROUP_FAILED } else { 2 };
-    group::fail(i32::from(code));
-    ExitCode::from(code)
+    let code = if is_group { GROUP_EXIT_CODE } else { 2 };
+    group::fail(code);
+    ExitCode::from(code as u8)
 }
 
 /// The flag of a subcommand that sets a field: `batch_size` is set by `--batch-size`.

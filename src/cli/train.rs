@@ -679,7 +679,7 @@ impl Stage<'_> {
             windows.len(),
             backend.device(),
         );
-        self.describe_group(trainer.slices());
+        self.describe_group(trainer.slices(), trainer.exchanges());
         let wanted = settings.precision.unwrap_or_default();
         if wanted != Dtype::F32 && backend.compute_dtype() == Dtype::F32 {
             say!(
@@ -708,7 +708,7 @@ impl Stage<'_> {
 
 impl Stage<'_> {
     /// Says what trains together, and what fixes the bits of the run.
-    fn describe_group(&self, slices: usize) {
+    fn describe_group(&self, slices: usize, exchanges: &str) {
         let world = self.group.world();
         if slices == 1 {
             return;
@@ -719,10 +719,9 @@ impl Stage<'_> {
         };
         let processes = if world.size == 1 { "process" } else { "processes" };
         say!(
-            "{} {processes} ({}), {slices} slices{sharded}: --dp-slices {slices} gives the same bits on any \
-             number of processes that divides it",
-            world.size,
-            world.library
+            "{} {processes} ({exchanges}), {slices} slices{sharded}: --dp-slices {slices} gives the same bits \
+             on any number of processes that divides it",
+            world.size
         );
         let (usable, online) = (threads::available(), threads::online());
         if world.size > 1 && usable * world.local_size < online {

@@ -1,19 +1,31 @@
 //! What started this process, by its environment, and the group that it joins.
 
-use super::Group;
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::os::fd::RawFd;
+use std::time::Duration;
+
 use super::mpi::{self, MpiFamily};
+use super::sockets::{MeetingPoint, SocketRanks};
+use super::{Group, Ranks};
 use crate::error;
 
 /// A program that starts the processes of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launcher {
-    /// PyTorch's `torchrun`, or `--gpus`.
+    /// This program, by `--gpus`.
+    Gpus,
+    /// PyTorch's `torchrun`.
     Torchrun,
     /// An MPI library's.
     Mpi(MpiFamily),
     /// `srun` without an MPI of its own.
     Slurm,
 }
+
+/// Variables by which `--gpus` tells a process its rank, the number of processes, and the descriptors of its
+/// streams, by rank: `-,5,6`.
+pub const OWN_VARIABLES: [&str; 3] = ["LAAM_RANK", "LAAM_WORLD_SIZE", "LAAM_SOCKETS"];
 
 /// The place in a group that the environment gives this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,10 +38,20 @@ pub struct LaunchPlace {
     pub size: usize,
     /// The variable that names the size.
     size_variable: &'static str,
+    /// Way to the other processes, if the launcher is no MPI's.
+    way: Option<Way>,
+}
+
+/// Way to the other processes of a launcher without an MPI.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Way {
+    Streams(Vec<Option<RawFd>>),
+    Meeting(MeetingPoint),
 }
 
 /// Launchers in the order of precedence, each with its variables of rank and size.
-const LAUNCHERS: [(Launcher, &str, &str); 4] = [
+const LAUNCHERS: [(Launcher, &str, &str); 5] = [
+    (Launcher::Gpus, OWN_VARIABLES[0], OWN_VARIABLES[1]),
     (Launcher::Torchrun, "RANK", "WORLD_SIZE"),
     (Launcher::Mpi(MpiFamily::OpenMpi), "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     (Launcher::Mpi(MpiFamily::Mpich), "PMI_RANK", "PMI_SIZE"),
@@ -76,7 +98,12 @@ impl LaunchPlace {
             if launcher == Launcher::Slurm && size == 1 {
                 continue;
             }
-            found.push(Self { launcher, rank, size, size_variable });
+            let way = if size == 1 { None } else { way(launcher, size, &variable)? };
+            found.push(Self { launcher, rank, size, size_variable, way });
+            // Its processes inherit the variables of what started it.
+            if launcher == Launcher::Gpus {
+                break;
+            }
         }
         let Some(first) = found.first() else { return Ok(None) };
         if let Some(other) =
@@ -90,14 +117,17 @@ impl LaunchPlace {
                 "start laam by one of them, or unset the variables of the other",
             ));
         }
-        // Where the same place has an MPI, its library is there.
+        // Where the same place has an MPI, its library is there; srun has the interface of one without it.
         let with_mpi = found.iter().find(|place| matches!(place.launcher, Launcher::Mpi(_)));
-        Ok(Some(with_mpi.unwrap_or(first).clone()))
+        let mut place = with_mpi.unwrap_or(first).clone();
+        place.way = found.iter().find_map(|place| place.way.clone());
+        Ok(Some(place))
     }
 
     /// For people: `mpiexec (MPICH), process 1 of 4`.
     pub fn describe(&self) -> String {
         let launcher = match self.launcher {
+            Launcher::Gpus => "laam --gpus",
             Launcher::Torchrun => "torchrun",
             Launcher::Mpi(MpiFamily::OpenMpi) => "mpirun of Open MPI",
             Launcher::Mpi(MpiFamily::Mpich) => "mpiexec of MPICH",
@@ -106,29 +136,29 @@ impl LaunchPlace {
         format!("{launcher}, process {} of {}", self.rank, self.size)
     }
 
-    /// Joins the other processes.
+    /// Joins the other processes, waiting for each until the deadline.
     ///
     /// # Errors
-    /// No library to do it with, or one that sees another number of processes.
-    pub fn join(&self) -> anyhow::Result<Group> {
+    /// No library to do it with, one that sees another number of processes, or a process that does not come.
+    pub fn join(&self, deadline: Duration) -> anyhow::Result<Group> {
         if self.size == 1 {
             return Ok(Group::alone());
         }
-        let family = match self.launcher {
-            Launcher::Mpi(family) => family,
-            Launcher::Slurm => MpiFamily::Mpich,
-            Launcher::Torchrun => {
-                return Err(error::config(
-                    format!(
-                        "{}: its processes meet through NCCL, which this laam cannot use",
-                        self.describe()
-                    ),
-                    "start the processes by mpiexec: mpiexec -n N laam train ...",
-                ));
+        let family = match (self.launcher, &self.way) {
+            (Launcher::Mpi(family), None) => family,
+            (Launcher::Mpi(family), Some(_)) if mpi::find(family).is_some() => family,
+            (_, Some(Way::Streams(streams))) => {
+                let ranks = SocketRanks::inherited(self.rank, streams)?;
+                return Ok(Group::new(Box::new(ranks)));
             }
+            (_, Some(Way::Meeting(meeting))) => {
+                let ranks = SocketRanks::meet(self.rank, self.size, meeting, deadline)?;
+                return Ok(Group::new(Box::new(ranks)));
+            }
+            (_, None) => return Err(error::internal("a launcher without a way to its processes")),
         };
         let ranks = mpi::MpiRanks::start(family)?;
-        let world = super::Ranks::world(&ranks).clone();
+        let world = ranks.world().clone();
         if (world.rank, world.size) != (self.rank, self.size) {
             return Err(error::config(
                 format!(
@@ -140,6 +170,82 @@ impl LaunchPlace {
         }
         Ok(Group::new(Box::new(ranks)))
     }
+}
+
+/// Way to the other processes, if the launcher is no MPI's.
+fn way(
+    launcher: Launcher,
+    size: usize,
+    variable: &impl Fn(&str) -> Option<String>,
+) -> anyhow::Result<Option<Way>> {
+    let invalid = |name: &str| {
+        let value = variable(name).unwrap_or_default();
+        error::config(
+            format!("invalid {name} {value:?} in the environment"),
+            "start laam by mpiexec, torchrun or srun, or unset the variable",
+        )
+    };
+    let token = |names: &[&str]| {
+        let mut hasher = DefaultHasher::new();
+        names.iter().for_each(|name| variable(name).hash(&mut hasher));
+        hasher.finish()
+    };
+    let is = |name: &str, number: usize| variable(name).is_some_and(|it| it == number.to_string());
+    Ok(Some(match launcher {
+        Launcher::Mpi(_) => return Ok(None),
+        Launcher::Gpus => {
+            let name = OWN_VARIABLES[2];
+            let text = variable(name).unwrap_or_default();
+            let streams: Vec<Option<RawFd>> =
+                text.split(',').map(|stream| stream.parse().ok()).collect();
+            if streams.len() != size || streams.iter().flatten().count() != size - 1 {
+                return Err(invalid(name));
+            }
+            Way::Streams(streams)
+        }
+        Launcher::Torchrun => {
+            let port = variable("MASTER_PORT").and_then(|port| port.parse::<u16>().ok());
+            let port = port.filter(|port| *port > 1).ok_or_else(|| invalid("MASTER_PORT"))?;
+            Way::Meeting(MeetingPoint {
+                host: variable("MASTER_ADDR").unwrap_or_default(),
+                // Its agent listens at the port itself.
+                port: port.checked_add(1).unwrap_or(port - 1),
+                is_local: is("LOCAL_WORLD_SIZE", size),
+                token: token(&[
+                    "MASTER_ADDR",
+                    "MASTER_PORT",
+                    "TORCHELASTIC_RUN_ID",
+                    "TORCHELASTIC_RESTART_COUNT",
+                ]),
+            })
+        }
+        Launcher::Slurm => {
+            let nodes = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"];
+            let list = nodes.iter().find_map(|name| variable(name)).unwrap_or_default();
+            let host = first_host(&list).ok_or_else(|| invalid(nodes[0]))?;
+            let number = |name| variable(name).and_then(|it| it.parse::<u64>().ok()).unwrap_or(0);
+            let job = number("SLURM_JOB_ID").wrapping_add(number("SLURM_STEP_ID"));
+            Way::Meeting(MeetingPoint {
+                host,
+                port: 20000 + (job % 20000) as u16,
+                is_local: is("SLURM_STEP_NUM_NODES", 1),
+                token: token(&["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]),
+            })
+        }
+    }))
+}
+
+/// The first host of Slurm's list: `gpu03` of `gpu[03-05,9],login`.
+fn first_host(list: &str) -> Option<String> {
+    let (name, rest) = match list.find(['[', ',']) {
+        None => (list, ""),
+        Some(at) => list.split_at(at),
+    };
+    let number = rest
+        .strip_prefix('[')
+        .map_or("", |rest| rest.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default());
+    let host = format!("{name}{number}");
+    (!host.is_empty()).then_some(host)
 }
 
 #[cfg(test)]
@@ -164,13 +270,45 @@ mod tests {
         let place = detect(&mpich).unwrap().unwrap();
         let expected = (Launcher::Mpi(MpiFamily::Mpich), 1, 4);
         assert_eq!((place.launcher, place.rank, place.size), expected);
-        let torchrun = [("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "localhost")];
+        let torchrun = [
+            ("RANK", "1"),
+            ("WORLD_SIZE", "4"),
+            ("MASTER_ADDR", "localhost"),
+            ("MASTER_PORT", "29500"),
+        ];
+        let alone = detect(&torchrun).unwrap().unwrap();
+        let Some(Way::Meeting(meeting)) = alone.way else { panic!("{alone:?}") };
+        assert_eq!(
+            (meeting.host.as_str(), meeting.port, meeting.is_local),
+            ("localhost", 29501, false)
+        );
+        assert!(detect(&torchrun[..3]).unwrap_err().to_string().contains("MASTER_PORT"));
         let both = detect(&[torchrun.as_slice(), &mpich].concat()).unwrap().unwrap();
         assert_eq!(both.launcher, Launcher::Mpi(MpiFamily::Mpich));
         let other = [("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")];
         let said = detect(&[mpich.as_slice(), &other].concat()).unwrap_err().to_string();
         assert!(said.contains("PMI_SIZE says process 1 of 4"), "{said}");
         assert!(said.contains("OMPI_COMM_WORLD_SIZE says process 1 of 2"), "{said}");
+        // What --gpus starts inherits the variables of what started it.
+        let own = [("LAAM_RANK", "1"), ("LAAM_WORLD_SIZE", "2"), ("LAAM_SOCKETS", "7,-")];
+        let place = detect(&[own.as_slice(), &mpich].concat()).unwrap().unwrap();
+        assert_eq!((place.launcher, place.rank, place.size), (Launcher::Gpus, 1, 2));
+        assert_eq!(place.way, Some(Way::Streams(vec![Some(7), None])));
+        let few = [own[0], ("LAAM_WORLD_SIZE", "3"), own[2]];
+        assert!(detect(&few).unwrap_err().to_string().contains("LAAM_SOCKETS"));
+        let slurm = [
+            ("SLURM_PROCID", "5"),
+            ("SLURM_STEP_NUM_TASKS", "8"),
+            ("SLURM_STEP_NODELIST", "gpu[03-04]"),
+            ("SLURM_STEP_NUM_NODES", "2"),
+            ("SLURM_JOB_ID", "1020000"),
+        ];
+        let place = detect(&slurm).unwrap().unwrap();
+        let Some(Way::Meeting(meeting)) = place.way else { panic!("{place:?}") };
+        assert_eq!((meeting.host.as_str(), meeting.port), ("gpu03", 20000));
+        for (list, host) in [("a-b,c", "a-b"), ("n7", "n7"), ("x[1,3-4]-y", "x1")] {
+            assert_eq!(first_host(list).as_deref(), Some(host));
+        }
         for wrong in
             [[("PMI_RANK", "4"), ("PMI_SIZE", "4")], [("PMI_RANK", "x"), ("PMI_SIZE", "4")]]
         {

@@ -1,16 +1,18 @@
 //! The processes that train together, and moving bytes between them.
 //!
 //! Engines move bytes and add nothing, so the order of every sum is this program's own. [`Ranks`] is one
-//! engine: [`alone`](Group::alone), [`threads`] (ranks in one process, for tests), [`mpi`]. [`Group`] is what
-//! the rest of the program holds: exchanges of any length, and agreement.
+//! engine: [`alone`](Group::alone), [`threads`] (ranks in one process, for tests), [`mpi`], [`sockets`].
+//! [`Group`] is what the rest of the program holds: exchanges of any length, and agreement.
 //!
 //! Every wait has a deadline, and its error names the call and the rank.
 
 pub mod launcher;
 pub mod mpi;
+pub mod sockets;
 pub mod threads;
 
 use std::fmt;
+use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,6 +21,8 @@ use crate::error::{self, ErrorKind};
 
 /// Time that a rank waits for the others in a step.
 pub const DEADLINE: Duration = Duration::from_mins(10);
+/// Exit code of a process whose group failed.
+pub const GROUP_EXIT_CODE: i32 = 75;
 /// Time that it waits for one that saves or tokenizes.
 const PATIENCE: Duration = Duration::from_hours(24);
 
@@ -53,6 +57,10 @@ pub trait Ranks: Send {
     /// The library's own sum over all ranks, in an order of its own: for comparison. False if it has none.
     fn native_all_reduce(&mut self, _values: &mut [f32]) -> anyhow::Result<bool> {
         Ok(false)
+    }
+    /// A rank that is known to be gone.
+    fn lost(&mut self) -> Option<usize> {
+        None
     }
     /// Leaves the group in order, after the last call of all ranks.
     fn finish(&mut self) {}
@@ -154,6 +162,16 @@ impl Group {
     /// Seconds that this rank spent in exchanges so far.
     pub fn waited(&self) -> f64 {
         Duration::from_nanos(self.0.waited.load(Ordering::Relaxed)).as_secs_f64()
+    }
+
+    /// Time that a call waits for other ranks.
+    pub fn deadline(&self) -> Duration {
+        *lock(&self.0.deadline)
+    }
+
+    /// A rank that is known to be gone, if no call is under way.
+    pub fn lost(&self) -> Option<usize> {
+        self.0.ranks.as_ref()?.try_lock().ok()?.lost()
     }
 
     /// Sets how long every later call waits for other ranks.
@@ -319,6 +337,16 @@ impl Group {
         });
     }
 
+    /// Ends this process, which waits for another rank in a way that cannot be left. The others see that it is gone.
+    pub fn end_process(&self, why: &str) -> ! {
+        let line = format!("laam: {why}\n");
+        let _ = std::io::stderr().write_all(line.as_bytes());
+        if let Some(mut ranks) = self.0.ranks.as_ref().and_then(|ranks| ranks.try_lock().ok()) {
+            ranks.abort(GROUP_EXIT_CODE);
+        }
+        std::process::exit(GROUP_EXIT_CODE)
+    }
+
     /// Ends after an error of this rank: with all others, unless they know of it and end by themselves.
     pub fn fail(&self, code: i32) {
         if self.0.agreed_to_end.load(Ordering::Relaxed) {
@@ -335,7 +363,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The error of a rank that waited too long.
-fn late(world: &World, waited: Duration, call: &str, number: u64, who: &str) -> anyhow::Error {
+pub(crate) fn late(
+    world: &World,
+    waited: Duration,
+    call: &str,
+    number: u64,
+    who: &str,
+) -> anyhow::Error {
     error::group(
         format!(
             "rank {} waited {} s in {call} (call {number}) for {who}",

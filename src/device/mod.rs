@@ -91,30 +91,14 @@ pub trait Device: Send {
     fn join(&mut self, group: Group) -> anyhow::Result<()>;
     /// The group that was joined; one process before.
     fn group(&self) -> &Group;
-    /// Sends piece `i` of `from`, of `piece` bytes, to rank `i`; piece `i` of `into` comes from rank `i`. By
-    /// default staged: through memory of the host, and all work before it is waited for.
-    fn all_to_all(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
-        let group = self.group().clone();
-        if group.size() == 1 {
-            return self.copy(from, into, piece);
-        }
-        let mut send = vec![0; piece * group.size()];
-        let mut received = send.clone();
-        self.download(from, &mut send)?;
-        group.all_to_all(&send, &mut received)?;
-        self.upload(into, &received)
+    /// What moves the bytes of exchanges.
+    fn exchanges(&self) -> String {
+        self.group().world().library.clone()
     }
-    /// Sends `piece` bytes to every rank; piece `i` of `into` comes from rank `i`. By default staged.
-    fn all_gather(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
-        let group = self.group().clone();
-        if group.size() == 1 {
-            return self.copy(from, into, piece);
-        }
-        let (mut mine, mut all) = (vec![0; piece], vec![0; piece * group.size()]);
-        self.download(from, &mut mine)?;
-        group.all_gather(&mine, &mut all)?;
-        self.upload(into, &all)
-    }
+    /// Sends piece `i` of `from`, of `piece` bytes, to rank `i`; piece `i` of `into` comes from rank `i`.
+    fn all_to_all(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()>;
+    /// Sends `piece` bytes to every rank; piece `i` of `into` comes from rank `i`.
+    fn all_gather(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()>;
     /// True if exchanges may be captured.
     fn captures_exchanges(&self) -> bool {
         false
@@ -144,6 +128,47 @@ pub trait Device: Send {
     /// Pins the algorithms of an earlier run. Returns a warning if they do not apply here.
     fn pin_matmul_plans(&mut self, _plans: &Value) -> Option<String> {
         None
+    }
+}
+
+/// Exchanges through memory of the host: all work before them is waited for.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod staged {
+    use super::{Address, Device};
+
+    /// [`Device::all_to_all`].
+    pub fn all_to_all(
+        device: &mut dyn Device,
+        from: Address,
+        into: Address,
+        piece: usize,
+    ) -> anyhow::Result<()> {
+        let group = device.group().clone();
+        if group.size() == 1 {
+            return device.copy(from, into, piece);
+        }
+        let mut send = vec![0; piece * group.size()];
+        let mut received = send.clone();
+        device.download(from, &mut send)?;
+        group.all_to_all(&send, &mut received)?;
+        device.upload(into, &received)
+    }
+
+    /// [`Device::all_gather`].
+    pub fn all_gather(
+        device: &mut dyn Device,
+        from: Address,
+        into: Address,
+        piece: usize,
+    ) -> anyhow::Result<()> {
+        let group = device.group().clone();
+        if group.size() == 1 {
+            return device.copy(from, into, piece);
+        }
+        let (mut mine, mut all) = (vec![0; piece], vec![0; piece * group.size()]);
+        device.download(from, &mut mine)?;
+        group.all_gather(&mine, &mut all)?;
+        device.upload(into, &all)
     }
 }
 

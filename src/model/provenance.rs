@@ -84,6 +84,12 @@ pub struct SessionRecord {
     pub device: String,
     /// Most main memory that the process had, in bytes.
     pub peak_memory_bytes: u64,
+    /// Processes that trained together; none if it was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<usize>,
+    /// What moved bytes between them, and their devices if those differ: `NCCL 2.32.3`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exchanges: Option<String>,
 }
 
 /// Training corpus, and its filter.
@@ -335,6 +341,13 @@ impl Provenance {
         self.device.clone_from(&session.device);
         self.date.get_or_insert_with(|| session.date.clone());
         self.sessions.push(session);
+    }
+
+    /// Notes the processes of the last session, and what moves bytes between them.
+    pub fn note_ranks(&mut self, ranks: usize, exchanges: String) {
+        if let Some(last) = self.sessions.last_mut() {
+            (last.ranks, last.exchanges) = (Some(ranks), Some(exchanges));
+        }
     }
 
     /// Updates the last session.

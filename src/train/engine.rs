@@ -219,6 +219,11 @@ impl Engine {
         Ok(())
     }
 
+    /// What moves the bytes of exchanges, if it is not the group's library.
+    pub fn exchanges(&self) -> Option<String> {
+        self.session.exchanges()
+    }
+
     /// True if steps run on a device without host synchronization.
     pub fn is_async(&mut self) -> bool {
         self.session.queue().is_some()

@@ -139,6 +139,8 @@ pub struct Trainer<'a> {
     config: Config,
     engine: Engine,
     slices: usize,
+    /// What moves bytes between processes.
+    exchanges: String,
     sampler: Sampler,
     state: TrainState,
     /// Steps in a row whose gradients were not finite.
@@ -256,6 +258,11 @@ impl<'a> Trainer<'a> {
         let mut engine =
             Engine::parallel(backend, &config, optimizer, batch_size, context, &parallelism)?
                 .with_recompute(settings.recompute);
+        let exchanges = engine.exchanges().unwrap_or_else(|| group.world().library.clone());
+        if group.size() > 1 {
+            let devices = devices(&group, &backend.device())?;
+            job.provenance.note_ranks(group.size(), format!("{exchanges}{devices}"));
+        }
         let unsaved = saved.is_none();
         let is_from_output = saved.as_ref().is_some_and(|saved| saved.folder == job.output.path());
         let is_continuation = unsaved && weights.is_some();
@@ -288,6 +295,7 @@ impl<'a> Trainer<'a> {
             config,
             engine,
             slices,
+            exchanges,
             sampler,
             lost: 0,
             saved_step: if unsaved { 0 } else { state.step },
@@ -323,6 +331,11 @@ impl<'a> Trainer<'a> {
     /// Slices of a step.
     pub fn slices(&self) -> usize {
         self.slices
+    }
+
+    /// What moves bytes between processes: `NCCL 2.32.3`.
+    pub fn exchanges(&self) -> &str {
+        &self.exchanges
     }
 
     /// The shape of the model that is trained.
@@ -944,6 +957,16 @@ fn write(engine: &mut Engine, arenas: Vec<Vec<f32>>) -> anyhow::Result<()> {
         engine.write(*arena, &values)?;
     }
     Ok(())
+}
+
+/// The devices of ranks that have others than rank 0, in words.
+fn devices(group: &Group, own: &str) -> anyhow::Result<String> {
+    let all = group.gather_each(own.as_bytes())?;
+    let others = all.iter().enumerate().filter(|(_, other)| **other != all[0]);
+    let others: Vec<String> = others
+        .map(|(rank, other)| format!("; rank {rank} on {}", String::from_utf8_lossy(other)))
+        .collect();
+    Ok(others.concat())
 }
 
 /// Refuses slices that cannot be divided among the processes, or a batch among the slices.

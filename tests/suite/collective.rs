@@ -1,10 +1,12 @@
 //! Training on several processes: the bits do not depend on their number, and no fault hangs.
 //!
-//! Ranks are threads of this process, or processes that an `mpiexec` starts: that of `LAAM_MPIEXEC`, of
-//! `.venv` (scripts/setup-mpi) or of the search path.
+//! Ranks are threads of this process, or processes that `--gpus` starts, that are started with the variables of
+//! torchrun and srun, or that an `mpiexec` starts: that of `LAAM_MPIEXEC`, of `.venv` (scripts/setup-mpi) or of
+//! the search path.
 
 use std::env;
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -15,6 +17,7 @@ use laam::backend::cpu::Cpu;
 use laam::backend::gpu::{Gpu, Mode, Options};
 use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend};
+use laam::collective::sockets::{MeetingPoint, SocketRanks};
 use laam::collective::threads::ThreadRanks;
 use laam::collective::{Group, Ranks};
 use laam::device::sim::Sim;
@@ -30,7 +33,7 @@ use laam::train::{Engine, Parallelism, ShardKind};
 use crate::training::{self, assert_same, checkpoints, metrics, said};
 
 /// Calls `work` in a thread for each of so many ranks; what each returned.
-fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Group) -> T + Sync) -> Vec<T> {
+pub fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Group) -> T + Sync) -> Vec<T> {
     let ranks = ThreadRanks::new(ranks);
     thread::scope(|scope| {
         let work = &work;
@@ -46,9 +49,40 @@ fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Group) -> T + Sync) -> Vec<T> {
     })
 }
 
+/// A port of this host that nothing listens at.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// [`on_ranks`] over sockets.
+fn over_sockets<T: Send>(ranks: usize, work: impl Fn(Group) -> T + Sync) -> Vec<T> {
+    let host = "localhost".to_string();
+    let meeting = &MeetingPoint { host, port: free_port(), is_local: true, token: 7 };
+    let stranger = MeetingPoint { token: 8, ..meeting.clone() };
+    thread::scope(|scope| {
+        let work = &work;
+        // One of another run is turned away.
+        let turned_away = scope
+            .spawn(move || SocketRanks::meet(1, ranks, &stranger, Duration::from_secs(1)).is_err());
+        let threads: Vec<_> = (0..ranks)
+            .map(|rank| {
+                scope.spawn(move || {
+                    let met = SocketRanks::meet(rank, ranks, meeting, Duration::from_mins(1));
+                    work(Group::new(Box::new(met.unwrap())))
+                })
+            })
+            .collect();
+        let done = threads.into_iter().map(|thread| thread.join().expect("a rank")).collect();
+        assert!(turned_away.join().unwrap());
+        done
+    })
+}
+
 #[test]
 fn exchanges_bring_every_piece_to_its_place() {
-    let all = on_ranks(3, |group| {
+    let work = |group: Group| {
+        let world = group.world();
+        assert_eq!((world.local_rank, world.local_size), (world.rank, 3));
         let rank = group.rank() as u8;
         let send: Vec<u8> = (0..3).flat_map(|to| [10 * rank + to; 2]).collect();
         let mut received = vec![0; 6];
@@ -56,14 +90,53 @@ fn exchanges_bring_every_piece_to_its_place() {
         let each = group.gather_each(&vec![rank; usize::from(rank)]).unwrap();
         let told = group.broadcast((rank == 0).then(|| vec![7, 8, 9])).unwrap();
         let any = [group.any(rank == 2).unwrap(), group.any(false).unwrap()];
+        // More than a socket holds.
+        let long = group.gather_each(&vec![rank; 3_000_000]).unwrap();
+        let is_whole = |(of, bytes): (usize, &Vec<u8>)| bytes == &vec![of as u8; 3_000_000];
+        assert!(long.iter().enumerate().all(is_whole));
         (received, each, told, any, group.decide(100 + u64::from(rank)).unwrap())
-    });
-    for (rank, (received, each, told, any, decided)) in all.into_iter().enumerate() {
-        let rank = rank as u8;
-        assert_eq!(received, [rank, rank, 10 + rank, 10 + rank, 20 + rank, 20 + rank]);
-        assert_eq!(each, [vec![], vec![1], vec![2, 2]]);
-        assert_eq!((told, any, decided), (vec![7, 8, 9], [true, false], 100));
+    };
+    for all in [on_ranks(3, work), over_sockets(3, work)] {
+        for (rank, (received, each, told, any, decided)) in all.into_iter().enumerate() {
+            let rank = rank as u8;
+            assert_eq!(received, [rank, rank, 10 + rank, 10 + rank, 20 + rank, 20 + rank]);
+            assert_eq!(each, [vec![], vec![1], vec![2, 2]]);
+            assert_eq!((told, any, decided), (vec![7, 8, 9], [true, false], 100));
+        }
     }
+}
+
+#[test]
+fn a_rank_that_is_gone_late_or_elsewhere_is_named_over_sockets() {
+    let said = over_sockets(2, |mut group: Group| {
+        if group.rank() == 1 {
+            group = Group::alone();
+        }
+        let begin = Instant::now();
+        while group.rank() == 0 && group.size() == 2 && group.lost().is_none() {
+            assert!(begin.elapsed() < Duration::from_secs(10), "nobody saw that rank 1 is gone");
+        }
+        group.all_gather(&[1], &mut vec![0; group.size()]).err().map(|why| why.to_string())
+    });
+    assert_eq!(
+        said,
+        [Some("rank 0 lost rank 1 in all_gather (call 2): it ended".to_string()), None]
+    );
+    let said = over_sockets(2, |group| {
+        group.set_deadline(Duration::from_millis(50));
+        let late = group.rank() == 1;
+        thread::sleep(Duration::from_millis(if late { 200 } else { 0 }));
+        group.all_gather(&[1], &mut [0; 2]).err().map(|why| why.to_string())
+    });
+    let late = "rank 0 waited 0.05 s in all_gather (call 2) for rank 1, which did not come";
+    assert_eq!(said[0].as_deref(), Some(late));
+    let said = over_sockets(2, |group| match group.rank() {
+        0 => group.broadcast(Some(vec![0; 8])).unwrap_err().to_string(),
+        _ => group.all_gather(&[1], &mut [0; 2]).unwrap_err().to_string(),
+    });
+    let expected =
+        "rank 0 is in broadcast (call 2) of 8 bytes, rank 1 in all_gather (call 2) of 1 bytes";
+    assert!(said.contains(&expected.to_string()), "{said:?}");
 }
 
 #[test]
@@ -347,7 +420,8 @@ fn processes(output: &Path) -> Vec<(libc::pid_t, String)> {
             let environment = String::from_utf8_lossy(&read("environ")).into_owned();
             let rank = environment.split('\0').find_map(|variable| {
                 let (name, value) = variable.split_once('=')?;
-                ["PMI_RANK", "OMPI_COMM_WORLD_RANK"].contains(&name).then(|| value.to_string())
+                let known = ["PMI_RANK", "OMPI_COMM_WORLD_RANK", "LAAM_RANK"];
+                known.contains(&name).then(|| value.to_string())
             });
             found.push((process, rank.unwrap_or_default()));
         }
@@ -355,11 +429,29 @@ fn processes(output: &Path) -> Vec<(libc::pid_t, String)> {
     found
 }
 
-/// Starts a run that lasts, lets it write some lines, sends a signal to one rank, and waits for the end.
-fn signaled(mpiexec: &Path, output: &Path, flags: &str, signal: libc::c_int, rank: &str) -> Output {
+/// `laam train --gpus 2`.
+fn start_itself(output: &Path, flags: &str) -> Command {
+    let mut command = training::train(output, &format!("{flags} --gpus 2"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Starts a run that lasts, lets it write some lines, sends a signal to one rank, and waits for the end. Without
+/// an `mpiexec` it starts its processes itself, the first of which has no rank.
+fn signaled(
+    mpiexec: Option<&Path>,
+    output: &Path,
+    flags: &str,
+    signal: libc::c_int,
+    rank: &str,
+) -> Output {
     let flags = format!("{FLAGS} --max_steps 100000 {flags}");
     let before = metrics(output).len();
-    let child = start(mpiexec, 2, output, &flags, "").spawn().expect("it starts");
+    let mut command = match mpiexec {
+        Some(mpiexec) => start(mpiexec, 2, output, &flags, ""),
+        None => start_itself(output, &flags),
+    };
+    let child = command.spawn().expect("it starts");
     let began = Instant::now();
     while metrics(output).len() < before + 4 {
         assert!(began.elapsed() < Duration::from_mins(1), "no lines in a minute");
@@ -387,7 +479,7 @@ fn one_two_and_four_processes_write_the_same_files_and_resume_each_other() {
     let Some(mpiexec) = mpiexec() else { return };
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let flags = format!("{FLAGS} --max_steps 12");
+    let flags = format!("{FLAGS} --max_steps 16");
     training::trained(&at("1"), &flags);
     for processes in [2, 4] {
         let output = at(&processes.to_string());
@@ -403,15 +495,15 @@ fn one_two_and_four_processes_write_the_same_files_and_resume_each_other() {
     }
     let parts = at("parts");
     // The total is in the state: it is the same from the start.
-    for (processes, more, until) in [(4, "", 4), (2, "--shard none", 8), (1, "", 12)] {
+    for (processes, more, until) in [(4, "", 4), (2, "--shard none", 8), (1, "", 12), (4, "", 16)] {
         let resume = if until == 4 { "" } else { "--resume" };
-        let flags = format!("{FLAGS} --max_steps 12 {more} {resume}");
+        let flags = format!("{FLAGS} --max_steps 16 {more} {resume}");
         let mut child = start(&mpiexec, processes, &parts, &flags, "").spawn().unwrap();
         let newest = || if parts.exists() { checkpoints(&parts).last().copied() } else { None };
         while newest().is_none_or(|step| step < until) && child.try_wait().unwrap().is_none() {
             thread::sleep(Duration::from_millis(1));
         }
-        if until < 12 {
+        if until < 16 {
             for (process, _) in self::processes(&parts) {
                 // SAFETY: the process was started by this test.
                 unsafe { libc::kill(process, libc::SIGKILL) };
@@ -419,7 +511,7 @@ fn one_two_and_four_processes_write_the_same_files_and_resume_each_other() {
         }
         child.wait().unwrap();
     }
-    assert_same(&at("1"), &parts, "4, 2 and 1 processes");
+    assert_same(&at("1"), &parts, "4, 2, 1 and 4 processes");
 }
 
 #[test]
@@ -427,9 +519,9 @@ fn a_rank_that_is_killed_or_stopped_ends_all_and_leaves_the_last_checkpoint_whol
     let Some(mpiexec) = mpiexec() else { return };
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
-    let killed = signaled(&mpiexec, &output, "", libc::SIGKILL, "1");
+    let killed = signaled(Some(&mpiexec), &output, "", libc::SIGKILL, "1");
     assert!(!killed.status.success());
-    let late = signaled(&mpiexec, &output, "--resume --rank_timeout 2", libc::SIGSTOP, "1");
+    let late = signaled(Some(&mpiexec), &output, "--resume --rank_timeout 2", libc::SIGSTOP, "1");
     let said = said(&late);
     // A checkpoint that was being written is passed over.
     assert!(said.contains("resuming after step "), "{said}");
@@ -438,12 +530,86 @@ fn a_rank_that_is_killed_or_stopped_ends_all_and_leaves_the_last_checkpoint_whol
 }
 
 #[test]
+fn processes_that_gpus_starts_have_the_bits_of_one_and_end_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let flags = format!("{FLAGS} --max_steps 12");
+    training::trained(&at("1"), &flags);
+    let done = ended(start_itself(&at("2"), &flags));
+    assert!(done.status.success(), "{}", said(&done));
+    assert!(said(&done).contains("2 processes (sockets), 4 slices"), "{}", said(&done));
+    assert_same(&at("1"), &at("2"), "--gpus 2");
+
+    let run = at("run");
+    let killed = signaled(None, &run, "", libc::SIGKILL, "1");
+    assert_eq!(killed.status.code(), Some(128 + libc::SIGKILL), "{}", said(&killed));
+    assert!(said(&killed).contains("laam: rank 0 lost rank 1 in "), "{}", said(&killed));
+    assert!(said(&killed).contains("laam: rank 1 was ended by signal 9"), "{}", said(&killed));
+    let late = signaled(None, &run, "--resume --rank_timeout 1", libc::SIGSTOP, "1");
+    assert_eq!(late.status.code(), Some(75), "{}", said(&late));
+    assert!(said(&late).contains("laam: rank 0 waited 1 s in "), "{}", said(&late));
+    // To the process that started the others: it passes it on.
+    let stopped = signaled(None, &run, "--resume", libc::SIGUSR1, "");
+    assert_eq!(stopped.status.code(), Some(130), "{}", said(&stopped));
+    assert!(said(&stopped).contains("stopped after step "), "{}", said(&stopped));
+
+    // An error of all ranks is told once; one of a rank has the exit code of that one.
+    let one_slice = flags.replace("--dp_slices 4", "--dp_slices 1");
+    let refused = ended(start_itself(&at("3"), &one_slice));
+    assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
+    assert_eq!(said(&refused).matches("1 slices of a step").count(), 1, "{}", said(&refused));
+    let mut twice = start_itself(&at("3"), &flags);
+    twice.env("PMI_RANK", "0").env("PMI_SIZE", "2");
+    let twice = ended(twice);
+    assert_eq!(twice.status.code(), Some(2));
+    assert!(said(&twice).contains("there are more: mpiexec of MPICH"), "{}", said(&twice));
+}
+
+/// As torchrun and srun start them, without either.
+#[test]
+fn processes_with_the_variables_of_torchrun_or_srun_meet() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let flags = format!("{FLAGS} --max_steps 8");
+    training::trained(&at("1"), &flags);
+    let port = free_port();
+    let torchrun: &[(&str, String)] = &[
+        ("WORLD_SIZE", "4".into()),
+        ("LOCAL_WORLD_SIZE", "4".into()),
+        ("MASTER_ADDR", "localhost".into()),
+        ("MASTER_PORT", (port - 1).to_string()),
+    ];
+    let slurm: &[(&str, String)] = &[
+        ("SLURM_STEP_NUM_TASKS", "4".into()),
+        ("SLURM_STEP_NODELIST", "localhost".into()),
+        // Not all on one host: rank 0 listens at every address.
+        ("SLURM_STEP_NUM_NODES", "2".into()),
+        ("SLURM_JOB_ID", std::process::id().to_string()),
+    ];
+    for (name, rank_variable, variables) in
+        [("torchrun", "RANK", torchrun), ("srun", "SLURM_PROCID", slurm)]
+    {
+        let start = |rank: usize| {
+            let mut command = training::train(&at(name), &flags);
+            command.envs(variables.iter().map(|(name, value)| (name, value)));
+            command.env(rank_variable, rank.to_string()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let children: Vec<_> = [1, 3, 0, 2].into_iter().map(start).collect();
+        for child in children {
+            let done = child.wait_with_output().unwrap();
+            assert!(done.status.success(), "{name}: {}", said(&done));
+        }
+        assert_same(&at("1"), &at(name), name);
+    }
+}
+
+#[test]
 fn sigusr1_finishes_the_step_saves_and_exits_with_130() {
     let Some(mpiexec) = mpiexec() else { return };
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
     // To one rank alone: all of them agree to stop.
-    let stopped = signaled(&mpiexec, &output, "", libc::SIGUSR1, "1");
+    let stopped = signaled(Some(&mpiexec), &output, "", libc::SIGUSR1, "1");
     let said = said(&stopped);
     assert_eq!(stopped.status.code(), Some(130), "{said}");
     assert!(said.contains("stopped after step "), "{said}");

@@ -9,8 +9,10 @@ use laam::backend::{Arena, Backend};
 use laam::llama::{AdamW, Optimizer, StepHyperparams};
 use laam::model::{Config, Layout, RopeScaling};
 use laam::tokens::{Batch, IGNORE};
-use laam::train::{Engine, LrDecay, LrSchedule};
+use laam::train::{Engine, LrDecay, LrSchedule, Parallelism, ShardKind};
 use serde_json::Value;
+
+use crate::collective::on_ranks;
 
 fn fixture() -> Value {
     let text = include_str!("../fixtures/trainer_steps.json");
@@ -95,8 +97,8 @@ pub fn windows(case: &Value, which: &Value) -> Batch {
     batch
 }
 
-/// Trains as the case says and compares every step.
-fn follow(backend: &dyn Backend, case: &Value) {
+/// Trains as the case says and compares every step; rank 0 tells.
+fn follow(backend: &dyn Backend, case: &Value, parallelism: &Parallelism) {
     let (config, layout) = (config(case), Layout::new(&config(case)));
     let optimizer = Optimizer {
         adamw: AdamW {
@@ -116,7 +118,9 @@ fn follow(backend: &dyn Backend, case: &Value) {
     };
     let windows_per_step = size(case, "batch_size");
     let context = size(case, "context");
-    let mut engine = Engine::new(backend, &config, &optimizer, windows_per_step, context).unwrap();
+    let mut engine =
+        Engine::parallel(backend, &config, &optimizer, windows_per_step, context, parallelism)
+            .unwrap();
     engine.write(Arena::Parameters, &weights(case, &config, &layout)).unwrap();
     let steps = case["steps"].as_array().expect("steps");
     for (k, (step, which)) in
@@ -151,7 +155,7 @@ fn follow_all(backend: &dyn Backend, wanted: impl Fn(&Value) -> bool) {
         fixture["cases"].as_array().expect("cases").iter().filter(|case| wanted(case)).collect();
     assert!(!cases.is_empty());
     for case in cases {
-        follow(backend, case);
+        follow(backend, case, &Parallelism::default());
     }
 }
 
@@ -165,4 +169,15 @@ fn the_reference_follows_pytorch() {
     // The original's shape takes plain loops minutes.
     let plain = Reference::F32;
     follow_all(&plain, |case| case["name"] != "original");
+}
+
+#[test]
+fn two_ranks_follow_pytorch() {
+    let fixture = fixture();
+    for case in fixture["cases"].as_array().expect("cases") {
+        on_ranks(2, |group| {
+            let parallelism = Parallelism { group, slices: 2, shard: ShardKind::Optimizer };
+            follow(&Cpu::f32(1), case, &parallelism);
+        });
+    }
 }

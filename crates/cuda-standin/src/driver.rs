@@ -9,7 +9,9 @@ use ptxsim::{Arg, Config, Module};
 
 use crate::codes::Code;
 use crate::gemm::{Gemm, Operand};
-use crate::state::{CURRENT, Event, Function, LoadedModule, Outcome, Primary, State, state};
+use crate::state::{
+    CURRENT, Event, Function, LoadedModule, Outcome, Primary, State, state, try_state,
+};
 use crate::work::{Op, element_size};
 
 /// What must be true before a call.
@@ -147,6 +149,19 @@ driver! {
             name.add(count).write(0);
         }
         Ok(())
+    };
+    /// All processes of a host have the same GPUs.
+    Init fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) |state| {
+        check_device(state, device)?;
+        let mut bytes = *b"simulated GPU   ";
+        bytes[15] = device as u8;
+        put(uuid, bytes)
+    };
+    /// A device cannot be its own peer.
+    Init fn cuDeviceCanAccessPeer(reaches: *mut c_int, device: c_int, peer: c_int) |state| {
+        check_device(state, device)?;
+        check_device(state, peer)?;
+        put(reaches, c_int::from(device != peer))
     };
     Init fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) |state| {
         check_device(state, device)?;
@@ -569,6 +584,24 @@ driver! {
     Context fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: usize, end: usize) |state| {
         elapsed(state, milliseconds, start, end)
     };
+}
+
+/// `CUDA_ERROR_NOT_READY` until the work before the event is done; the call waits for nothing. While another
+/// thread waits for work, the event's may be done or not.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventQuery(event: usize) -> u32 {
+    let Some(mut state) = try_state() else { return Code::NOT_READY.0 };
+    let asked = |state: &mut State| {
+        state.count("cuEventQuery")?;
+        state.current()?;
+        let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
+        match each {
+            Event { captured: true, .. } => Err(Code::CAPTURED_EVENT),
+            Event { pending: Some(_), at: None, .. } => Err(Code::NOT_READY),
+            _ => Ok(()),
+        }
+    };
+    asked(&mut state).err().map_or(0, |code| code.0)
 }
 
 /// "If either event has not been recorded, or was created without timing, CUDA_ERROR_INVALID_HANDLE;

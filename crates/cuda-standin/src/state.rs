@@ -94,10 +94,18 @@ pub(crate) struct Function {
     pub max_dynamic: u64,
 }
 
-pub(crate) fn state() -> MutexGuard<'static, State> {
+fn shared() -> &'static Mutex<State> {
     static STATE: OnceLock<Mutex<State>> = OnceLock::new();
-    let state = STATE.get_or_init(|| Mutex::new(State::new(Settings::from_env())));
-    state.lock().unwrap_or_else(PoisonError::into_inner)
+    STATE.get_or_init(|| Mutex::new(State::new(Settings::from_env())))
+}
+
+pub(crate) fn state() -> MutexGuard<'static, State> {
+    shared().lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The state, if no other thread is in a call.
+pub(crate) fn try_state() -> Option<MutexGuard<'static, State>> {
+    shared().try_lock().ok()
 }
 
 impl State {

@@ -524,7 +524,11 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
 impl Session for GpuSession {
     fn join(&mut self, group: Group) -> anyhow::Result<()> {
         self.group = group.clone();
-        self.device.join(group)
+        if group.size() == 1 { Ok(()) } else { self.device.join(group) }
+    }
+
+    fn exchanges(&self) -> Option<String> {
+        Some(self.device.exchanges())
     }
 
     fn load(&mut self, program: Program) -> anyhow::Result<ProgramId> {

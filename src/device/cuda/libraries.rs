@@ -15,6 +15,9 @@ use crate::files;
 /// File names of cuBLASLt, newest first.
 const CUBLASLT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 
+/// File name of NCCL.
+const NCCL: &str = "libnccl.so.2";
+
 /// True if the driver's library can be loaded.
 pub(super) fn driver() -> bool {
     // SAFETY: this loads only libcuda, by its names, whose initializers are safe to run.
@@ -23,19 +26,22 @@ pub(super) fn driver() -> bool {
 
 /// Functions of the driver that this program calls. A missing one is an error of [`super::Cuda::new`]:
 /// cudarc panics when it is called.
-const DRIVER_SYMBOLS: [&str; 37] = [
+const DRIVER_SYMBOLS: [&str; 40] = [
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
+    "cuDeviceCanAccessPeer",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
     "cuDeviceGetName",
+    "cuDeviceGetUuid_v2",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
     "cuDriverGetVersion",
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventElapsedTime",
+    "cuEventQuery",
     "cuEventRecord",
     "cuEventSynchronize",
     "cuFuncGetAttribute",
@@ -145,6 +151,36 @@ pub fn cublaslt() -> Library {
     Library::Missing
 }
 
+/// Finds NCCL and loads it: the file and the library, or why there is none. `LAAM_NCCL` goes before all other
+/// places; `off` means none.
+pub(super) fn open_nccl() -> Result<(libloading::Library, PathBuf), String> {
+    // SAFETY: the library has NCCL's name and is where the system or the environment says that it is, so its
+    // initializers are safe to run.
+    let open = |path: &Path| unsafe { libloading::Library::new(path) };
+    let given = env::var_os("LAAM_NCCL").filter(|path| !path.is_empty()).map(PathBuf::from);
+    if let Some(given) = given {
+        if given == Path::new("off") {
+            return Err("LAAM_NCCL is off".to_string());
+        }
+        let path =
+            given.canonicalize().map_err(|why| format!("LAAM_NCCL={}: {why}", given.display()))?;
+        let library = open(&path).map_err(|_| {
+            format!("LAAM_NCCL={}: not a library that can be loaded", given.display())
+        })?;
+        return Ok((library, path));
+    }
+    if let Ok(library) = open(Path::new(NCCL)) {
+        return Ok((library, loaded(NCCL)));
+    }
+    for folder in folders() {
+        let Ok(path) = folder.join(NCCL).canonicalize() else { continue };
+        if let (true, Ok(library)) = (path.is_file(), open(&path)) {
+            return Ok((library, path));
+        }
+    }
+    Err(format!("{NCCL} was not found"))
+}
+
 /// The folder that a variable names. A relative one would lead to the current folder.
 fn absolute(variable: &str) -> Option<PathBuf> {
     env::var_os(variable).map(PathBuf::from).filter(|folder| folder.is_absolute())
@@ -191,7 +227,7 @@ fn folders() -> Vec<PathBuf> {
         }) {
             for packages in ["site-packages", "dist-packages"] {
                 let nvidia = python.join(packages).join("nvidia");
-                folders.extend(["cu13/lib", "cublas/lib"].map(|lib| nvidia.join(lib)));
+                folders.extend(["cu13/lib", "cublas/lib", "nccl/lib"].map(|lib| nvidia.join(lib)));
             }
         }
     }

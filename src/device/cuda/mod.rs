@@ -3,6 +3,7 @@
 mod cublaslt;
 mod gpus;
 mod libraries;
+mod nccl;
 mod shared;
 mod tuning;
 
@@ -18,21 +19,30 @@ use sys::CUdevice_attribute as Attribute;
 use serde_json::{Value, json};
 
 use self::cublaslt::{CublasLt, PinnedPlans};
+use self::nccl::{Communicator, Exchanges};
 use self::shared::SharedGpu;
 use super::address::{Allocations, Used};
 use super::driver::{Library, OLDEST_CUDA, OLDEST_DRIVER};
-use super::{Address, Device, Event, Graph, Launch, Matmul, launch};
+use super::{Address, Device, Event, Graph, Launch, Matmul, launch, staged};
 use crate::collective::Group;
 use crate::dtype::Dtype;
 use crate::error;
 use crate::kernels::BUILD;
 
 pub use libraries::cublaslt;
+pub use nccl::{NcclLibrary, nccl};
+
+struct CapturedGraph {
+    graph: CudaGraph,
+    used: Used,
+    /// Number of its last exchange.
+    exchange: Option<u64>,
+}
 
 /// A GPU, its kernels, and one stream.
 pub struct Cuda {
     // Fields are dropped in this order: the context last, after everything in it.
-    graphs: Vec<(CudaGraph, Used)>,
+    graphs: Vec<CapturedGraph>,
     events: Vec<CudaEvent>,
     /// `None` before its first use, and if there is none.
     cublaslt: Option<CublasLt>,
@@ -41,7 +51,10 @@ pub struct Cuda {
     tuned: Option<PathBuf>,
     /// Between `begin_capture` and `end_capture`.
     captures: bool,
+    /// Number of the last exchange in the capture.
+    captured_exchange: Option<u64>,
     group: Group,
+    exchanges: Exchanges,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     shared: Arc<SharedGpu>,
@@ -63,6 +76,18 @@ pub fn count() -> usize {
     }
     let count = result::init().and_then(|()| result::device::get_count());
     count.map_or(0, |count| count.max(0) as usize)
+}
+
+/// For every two GPUs: true if the first reaches the memory of the second.
+pub fn peers() -> Vec<Vec<bool>> {
+    let count = count() as i32;
+    let reaches = |from: i32, to: i32| {
+        let mut reaches = 0;
+        // SAFETY: the driver is initialized (`count`), has the symbol, and writes one integer.
+        let asked = unsafe { sys::cuDeviceCanAccessPeer(&raw mut reaches, from, to) };
+        asked.result().is_ok() && reaches != 0
+    };
+    (0..count).map(|from| (0..count).map(|to| from != to && reaches(from, to)).collect()).collect()
 }
 
 impl Cuda {
@@ -129,7 +154,9 @@ impl Cuda {
             allocations: Allocations::default(),
             tuned: None,
             captures: false,
+            captured_exchange: None,
             group: Group::alone(),
+            exchanges: Exchanges::Staged("one process".to_string()),
             stream,
             context,
             shared,
@@ -153,6 +180,36 @@ impl Cuda {
     fn mark(&self) -> anyhow::Result<CudaEvent> {
         let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
         self.stream.record_event(flags).map_err(|e| failed("recording an event", e))
+    }
+
+    /// Waits for the stream. An exchange that cannot end is an error.
+    fn wait(&self) -> anyhow::Result<()> {
+        let done = self.stream.synchronize().map_err(|e| failed("waiting for the GPU", e));
+        if let Exchanges::Nccl(communicator) = &self.exchanges {
+            communicator.check()?;
+        }
+        done
+    }
+
+    /// An exchange by NCCL between two ranges of memory, which a capture records.
+    fn exchange(
+        &mut self,
+        (from, sent): (Address, usize),
+        (into, received): (Address, usize),
+        call: impl FnOnce(&mut Communicator, u64, u64, sys::CUstream) -> anyhow::Result<u64>,
+    ) -> anyhow::Result<()> {
+        self.bind()?;
+        let from = self.allocations.range(from, sent)?;
+        let into = self.allocations.range(into, received)?;
+        let Exchanges::Nccl(communicator) = &mut self.exchanges else {
+            return Err(error::internal("an exchange without NCCL"));
+        };
+        let call = call(communicator, from, into, self.stream.cu_stream())?;
+        if self.captures {
+            self.captured_exchange = Some(call);
+            return Ok(());
+        }
+        communicator.mark(&self.stream, call)
     }
 
     /// cuBLASLt, opened on first use, if there is one.
@@ -271,7 +328,7 @@ impl Device for Cuda {
         // allocation.
         unsafe { result::memcpy_dtoh_async(into, from, self.stream.cu_stream()) }
             .map_err(|e| failed("copying from the GPU", e))?;
-        self.stream.synchronize().map_err(|e| failed("waiting for the GPU", e))
+        self.wait()
     }
 
     fn memset(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
@@ -343,8 +400,43 @@ impl Device for Cuda {
     }
 
     fn join(&mut self, group: Group) -> anyhow::Result<()> {
+        self.bind()?;
+        self.exchanges = Communicator::open(&group, &self.context)?;
         self.group = group;
         Ok(())
+    }
+
+    fn exchanges(&self) -> String {
+        match &self.exchanges {
+            Exchanges::Nccl(communicator) => communicator.describe(),
+            Exchanges::Staged(why) => {
+                format!("staged through the hosts over {}: {why}", self.group.world().library)
+            }
+        }
+    }
+
+    fn all_to_all(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        if !self.captures_exchanges() {
+            return staged::all_to_all(self, from, into, piece);
+        }
+        let bytes = piece * self.group.size();
+        self.exchange((from, bytes), (into, bytes), |communicator, from, into, stream| {
+            communicator.all_to_all(from, into, piece, stream)
+        })
+    }
+
+    fn all_gather(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        if !self.captures_exchanges() {
+            return staged::all_gather(self, from, into, piece);
+        }
+        let bytes = piece * self.group.size();
+        self.exchange((from, piece), (into, bytes), |communicator, from, into, stream| {
+            communicator.all_gather(from, into, piece, stream)
+        })
+    }
+
+    fn captures_exchanges(&self) -> bool {
+        matches!(self.exchanges, Exchanges::Nccl(_))
     }
 
     fn group(&self) -> &Group {
@@ -356,6 +448,7 @@ impl Device for Cuda {
         self.stream.begin_capture(mode).map_err(|e| failed("beginning stream capture", e))?;
         self.captures = true;
         self.allocations.begin_capture();
+        self.captured_exchange = None;
         Ok(())
     }
 
@@ -368,14 +461,18 @@ impl Device for Cuda {
             .map_err(|e| failed("instantiating a graph", e))?
             .ok_or_else(|| error::internal("stream capture gave no graph"))?;
         graph.upload().map_err(|e| failed("uploading a graph", e))?;
-        self.graphs.push((graph, used));
+        self.graphs.push(CapturedGraph { graph, used, exchange: self.captured_exchange });
         Ok(Graph(self.graphs.len() - 1))
     }
 
     fn launch_graph(&mut self, Graph(graph): Graph) -> anyhow::Result<()> {
-        let (graph, used) = &self.graphs[graph];
+        let CapturedGraph { graph, used, exchange } = &self.graphs[graph];
         self.allocations.check(used)?;
-        graph.launch().map_err(|e| failed("launching a graph", e))
+        graph.launch().map_err(|e| failed("launching a graph", e))?;
+        match (exchange, &self.exchanges) {
+            (Some(call), Exchanges::Nccl(communicator)) => communicator.mark(&self.stream, *call),
+            _ => Ok(()),
+        }
     }
 
     fn record_event(&mut self) -> anyhow::Result<Event> {
@@ -395,7 +492,7 @@ impl Device for Cuda {
 
     fn synchronize(&mut self) -> anyhow::Result<()> {
         self.bind()?;
-        self.stream.synchronize().map_err(|e| failed("waiting for the GPU", e))
+        self.wait()
     }
 
     fn peak_flops(&self, dtype: Dtype) -> Option<f64> {
@@ -483,7 +580,9 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // `drop` cannot report an error; after one, the driver frees everything with the context.
         let _ = self.synchronize();
+        // A communicator waits for the graphs that it is part of.
         self.graphs.clear();
+        self.exchanges = Exchanges::Staged(String::new());
         for place in self.allocations.drain() {
             // SAFETY: each came from `alloc` and was not freed; no work is in flight.
             let _ = unsafe { result::free_sync(place) };
