@@ -39,6 +39,10 @@ pub use matmul::{Matmul, Matrix};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Graph(usize);
 
+/// A side branch of a graph that is being captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Branch(usize);
+
 /// A point in a device's stream of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event(usize);
@@ -108,6 +112,16 @@ pub trait Device: Send {
     fn begin_capture(&mut self) -> anyhow::Result<()>;
     /// Ends stream capture.
     fn end_capture(&mut self) -> anyhow::Result<Graph>;
+
+    /// Begins a side branch of the graph that is being captured: what follows is executed after all work so
+    /// far, and beside what follows [`Device::end_branch`].
+    fn begin_branch(&mut self) -> anyhow::Result<()>;
+    /// Ends the side branch.
+    fn end_branch(&mut self) -> anyhow::Result<Branch>;
+    /// What follows is executed after this branch and those before it. The last one must be waited for
+    /// before [`Device::end_capture`].
+    fn wait_for(&mut self, branch: Branch) -> anyhow::Result<()>;
+
     /// Executes the captured work, whose memory must still be allocated.
     fn launch_graph(&mut self, graph: Graph) -> anyhow::Result<()>;
 

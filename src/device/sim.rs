@@ -9,7 +9,7 @@ use gemm_f32::gemm::f32::get_gemm_fn;
 use ptxsim::{Config, Memory, Module, Options};
 
 use super::address::{Allocations, Used};
-use super::{Address, Device, Event, Graph, Launch, Matmul, Matrix, launch};
+use super::{Address, Branch, Device, Event, Graph, Launch, Matmul, Matrix, launch};
 use crate::collective::Group;
 use crate::error;
 use crate::kernels::{BUILD, CudaModule};
@@ -23,13 +23,26 @@ pub struct Sim {
     allocations: Allocations,
     options: Options,
     group: Group,
-    capture: Option<Vec<SimOp>>,
+    capture: Option<Capture>,
     graphs: Vec<(Vec<SimOp>, Used)>,
     events: Vec<Instant>,
     /// Kernels loaded or launched so far: a GPU's driver cannot load one during capture.
     loaded: HashSet<String>,
     /// Modules whose entries take the place of those of a kernel file.
     replaced: HashMap<&'static str, Module>,
+}
+
+/// A stream capture in progress.
+#[derive(Default)]
+struct Capture {
+    /// Operations in the order in which the graph executes them.
+    ops: Vec<SimOp>,
+    /// Those of side branches that nothing waits for yet, with the number of their branch. The graph executes
+    /// them as late as it may, so that a wait that is missing shows in the results.
+    beside: Vec<(usize, SimOp)>,
+    /// Branches so far.
+    branches: usize,
+    in_branch: bool,
 }
 
 /// An operation that stream capture can record, with places in the simulator's memory.
@@ -80,9 +93,18 @@ impl Sim {
         }
     }
 
+    /// The capture, if it is in a side branch or not, as expected.
+    fn captured_branch(&mut self, in_branch: bool) -> anyhow::Result<&mut Capture> {
+        let capture = self.capture.as_mut().filter(|capture| capture.in_branch == in_branch);
+        capture.ok_or_else(|| error::internal("a call of side branches out of order"))
+    }
+
     fn submit(&mut self, op: SimOp) -> anyhow::Result<()> {
         if let Some(capture) = &mut self.capture {
-            capture.push(op);
+            match capture.in_branch {
+                true => capture.beside.push((capture.branches, op)),
+                false => capture.ops.push(op),
+            }
             return Ok(());
         }
         self.execute(&op)
@@ -327,7 +349,7 @@ impl Device for Sim {
 
     fn begin_capture(&mut self) -> anyhow::Result<()> {
         self.not_captured("another capture")?;
-        self.capture = Some(Vec::new());
+        self.capture = Some(Capture::default());
         self.allocations.begin_capture();
         Ok(())
     }
@@ -335,8 +357,32 @@ impl Device for Sim {
     fn end_capture(&mut self) -> anyhow::Result<Graph> {
         let captured = self.capture.take();
         let captured = captured.ok_or_else(|| error::internal("no stream capture to end"))?;
-        self.graphs.push((captured, self.allocations.end_capture()));
+        let used = self.allocations.end_capture();
+        if captured.in_branch || !captured.beside.is_empty() {
+            return Err(error::internal("stream capture ended with a branch not waited for"));
+        }
+        self.graphs.push((captured.ops, used));
         Ok(Graph(self.graphs.len() - 1))
+    }
+
+    fn begin_branch(&mut self) -> anyhow::Result<()> {
+        let capture = self.captured_branch(false)?;
+        capture.in_branch = true;
+        capture.branches += 1;
+        Ok(())
+    }
+
+    fn end_branch(&mut self) -> anyhow::Result<Branch> {
+        let capture = self.captured_branch(true)?;
+        capture.in_branch = false;
+        Ok(Branch(capture.branches))
+    }
+
+    fn wait_for(&mut self, Branch(last): Branch) -> anyhow::Result<()> {
+        let capture = self.captured_branch(false)?;
+        let count = capture.beside.partition_point(|(branch, _)| *branch <= last);
+        capture.ops.extend(capture.beside.drain(..count).map(|(_, op)| op));
+        Ok(())
     }
 
     fn launch_graph(&mut self, Graph(graph): Graph) -> anyhow::Result<()> {
@@ -483,6 +529,40 @@ mod tests {
         assert_eq!((read(&sim, a), read(&sim, b)), ([3, 3, 3, 3, 1, 1, 1, 1], [1; 8]));
         sim.launch_graph(graph).unwrap();
         assert_eq!(read(&sim, b), [3, 3, 3, 3, 1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn branches_execute_when_they_are_waited_for() {
+        let Some(mut sim) = sim() else { return };
+        let at = sim.alloc(3).unwrap();
+        let set =
+            |sim: &mut Sim, byte| sim.memset(at.plus(usize::from(byte) - 1), byte, 1).unwrap();
+        sim.begin_capture().unwrap();
+        assert!(sim.end_branch().is_err());
+        sim.begin_branch().unwrap();
+        set(&mut sim, 1);
+        assert!(sim.begin_branch().is_err());
+        let first = sim.end_branch().unwrap();
+        sim.begin_branch().unwrap();
+        sim.copy(at, at.plus(2), 1).unwrap();
+        let second = sim.end_branch().unwrap();
+        set(&mut sim, 2);
+        sim.wait_for(first).unwrap();
+        sim.memset(at, 9, 1).unwrap();
+        sim.wait_for(second).unwrap();
+        let graph = sim.end_capture().unwrap();
+        sim.launch_graph(graph).unwrap();
+        let mut bytes = [0; 3];
+        sim.download(at, &mut bytes).unwrap();
+        // The second branch reads what the path wrote beside it.
+        assert_eq!(bytes, [9, 2, 9]);
+
+        sim.begin_capture().unwrap();
+        sim.begin_branch().unwrap();
+        set(&mut sim, 3);
+        sim.end_branch().unwrap();
+        assert!(sim.end_capture().unwrap_err().to_string().contains("not waited for"));
+        assert!(sim.begin_branch().is_err(), "outside stream capture");
     }
 
     #[test]

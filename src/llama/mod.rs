@@ -5,6 +5,7 @@
 //! their memory; [`ops::Op`] defines each op and its cost; [`slices`] is how a step is divided among processes.
 
 mod backward;
+mod branches;
 mod buffer;
 mod forward;
 pub mod ops;
@@ -15,6 +16,7 @@ pub mod step;
 mod update;
 
 pub use backward::Recompute;
+pub use branches::Branches;
 pub use buffer::{Buffer, BufferInfo, BufferKind, BufferRole};
 pub use ops::{Cost, Op};
 pub use plan::{BytePlan, Plan};

@@ -7,6 +7,7 @@
 //! [`Op::cost`] counts useful work: the two-byte activations of mixed precision, each read or written
 //! once.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffer::Buffer;
@@ -451,7 +452,7 @@ pub struct AdamWStep {
     /// Addend of the denominator.
     pub epsilon: f64,
     /// Ranges of the arena and the weight decay of each.
-    pub ranges: Vec<(std::ops::Range<usize>, f64)>,
+    pub ranges: Vec<(Range<usize>, f64)>,
 }
 
 /// One Muon step on matrices of one shape: `m = momentum m + g`, `u = g + momentum m`, u orthogonalized
@@ -639,6 +640,40 @@ impl Op {
             | Op::AddGradients(_)
             | Op::ReduceGradients(_)
             | Op::GatherShards(_) => vec![],
+        }
+    }
+
+    /// The gradients of all parameters, in [`Op::gradients`].
+    pub const ALL_GRADIENTS: Range<usize> = 0..usize::MAX;
+
+    /// Ranges of the gradient arena that the op accesses.
+    pub fn gradients(&self) -> Vec<Range<usize>> {
+        match self {
+            Op::EmbeddingBackward(o) => vec![o.table.range()],
+            Op::RmsNormBackwardWeight(o) => o.weights.iter().map(Span::range).collect(),
+            Op::LinearBackwardWeight(o) => vec![o.w.range()],
+            Op::FusedLinearCrossEntropy(o) => o.dx.iter().map(|_| o.w.range()).collect(),
+            Op::ZeroGrad(_)
+            | Op::GradNorm(_)
+            | Op::AdamWStep(_)
+            | Op::MuonStep(_)
+            | Op::SaveGradients(_)
+            | Op::AddGradients(_)
+            | Op::ReduceGradients(_)
+            | Op::GatherShards(_) => vec![Self::ALL_GRADIENTS],
+            Op::Embedding(_)
+            | Op::RmsNorm(_)
+            | Op::RmsNormBackward(_)
+            | Op::Linear(_)
+            | Op::LinearBackwardInput(_)
+            | Op::Rope(_)
+            | Op::RopeBackward(_)
+            | Op::Attention(_)
+            | Op::AttentionBackward(_)
+            | Op::AttentionDecode(_)
+            | Op::SwiGlu(_)
+            | Op::SwiGluBackward(_)
+            | Op::GatherRows(_) => vec![],
         }
     }
 

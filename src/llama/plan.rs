@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::branches::Branches;
 use super::buffer::{Buffer, BufferInfo, BufferKind, BufferRole};
 use super::program::Program;
 
@@ -33,6 +34,9 @@ pub struct BytePlan {
 /// Alignment of buffers in a [`BytePlan`], in bytes.
 const ALIGN_BYTES: usize = 256;
 
+/// First and last op that a buffer is live in.
+pub type LiveRange = (usize, usize);
+
 /// Most buffers that are placed by size: some 200 layers.
 const MAX_GREEDY_BUFFERS: usize = 8192;
 
@@ -41,31 +45,38 @@ impl Program {
     pub fn plan(&self) -> Plan {
         let block = |info: &BufferInfo| usize::from(info.kind == BufferKind::Index);
         let len = |info: &BufferInfo| info.len.next_multiple_of(ALIGN_ELEMENTS);
-        let (offsets, [floats, indices]) = self.assign_offsets(block, len);
+        let (offsets, [floats, indices]) = self.assign_offsets(&self.live_ranges(), block, len);
         Plan { offsets, floats, indices }
     }
 
-    /// Plans memory in bytes, for activations of `activation` bytes per element.
+    /// Plans memory in bytes, for activations of `activation` bytes per element. Ops may run beside the path
+    /// as [`Program::branches`] says.
     pub fn byte_plan(&self, activation: usize) -> BytePlan {
+        self.byte_plan_for(&self.branches(), activation)
+    }
+
+    pub(super) fn byte_plan_for(&self, branches: &Branches, activation: usize) -> BytePlan {
         let len = |info: &BufferInfo| {
             (info.len * info.kind.size(activation)).next_multiple_of(ALIGN_BYTES)
         };
-        let (offsets, [bytes]) = self.assign_offsets(|_| 0, len);
+        let live = self.branched_live_ranges(branches);
+        let (offsets, [bytes]) = self.assign_offsets(&live, |_| 0, len);
         BytePlan { offsets, bytes }
     }
 
     /// Offsets and block lengths.
     fn assign_offsets<const BLOCKS: usize>(
         &self,
+        live: &[LiveRange],
         block: impl Fn(&BufferInfo) -> usize,
         len: impl Fn(&BufferInfo) -> usize,
     ) -> (Vec<usize>, [usize; BLOCKS]) {
         let blocks: Vec<usize> = self.buffers.iter().map(block).collect();
         let lens: Vec<usize> = self.buffers.iter().map(len).collect();
         if self.buffers.len() <= MAX_GREEDY_BUFFERS {
-            self.assign_by_size(&blocks, &lens)
+            self.assign_by_size(live, &blocks, &lens)
         } else {
-            self.assign_in_order(&blocks, &lens)
+            self.assign_in_order(live, &blocks, &lens)
         }
     }
 
@@ -73,10 +84,10 @@ impl Program {
     /// its block that is free during its live range. Takes time quadratic in the number of buffers.
     fn assign_by_size<const BLOCKS: usize>(
         &self,
+        live: &[LiveRange],
         blocks: &[usize],
         lens: &[usize],
     ) -> (Vec<usize>, [usize; BLOCKS]) {
-        let live = self.live_ranges();
         let mut order: Vec<usize> = (0..self.buffers.len()).collect();
         // The sort is stable: equal lengths keep the order of the program.
         order.sort_by_key(|&buffer| std::cmp::Reverse(lens[buffer]));
@@ -111,10 +122,10 @@ impl Program {
     /// it back after its last op. What the forward saves stacks up, and the backward takes it down.
     fn assign_in_order<const BLOCKS: usize>(
         &self,
+        live: &[LiveRange],
         blocks: &[usize],
         lens: &[usize],
     ) -> (Vec<usize>, [usize; BLOCKS]) {
-        let live = self.live_ranges();
         let mut offsets = vec![0; self.buffers.len()];
         let mut free: [FreeRanges; BLOCKS] = std::array::from_fn(|_| FreeRanges::default());
         let [mut starts, mut ends] = [(); 2].map(|()| (0..self.buffers.len()).collect::<Vec<_>>());
@@ -134,9 +145,9 @@ impl Program {
 
     /// First and last op of each buffer's live range. An input is live from the start, an output to
     /// the end.
-    pub fn live_ranges(&self) -> Vec<(usize, usize)> {
+    pub fn live_ranges(&self) -> Vec<LiveRange> {
         let end = self.ops.len();
-        let mut ranges: Vec<(usize, usize)> = vec![(end, 0); self.buffers.len()];
+        let mut ranges: Vec<LiveRange> = vec![(end, 0); self.buffers.len()];
         for (at, op) in self.ops.iter().enumerate() {
             for Buffer(buffer) in op.reads().into_iter().chain(op.writes()) {
                 ranges[buffer] = (ranges[buffer].0.min(at), ranges[buffer].1.max(at));
@@ -147,6 +158,18 @@ impl Program {
                 BufferRole::Input => range.0 = 0,
                 BufferRole::Output => range.1 = end,
                 BufferRole::Temporary => {}
+            }
+        }
+        ranges
+    }
+
+    /// Live ranges if ops run beside the path: what such an op reads lives until the path waits for it.
+    fn branched_live_ranges(&self, branches: &Branches) -> Vec<LiveRange> {
+        let mut ranges = self.live_ranges();
+        for (at, op) in self.ops.iter().enumerate() {
+            let Some(before) = branches.completed_before(at) else { continue };
+            for Buffer(buffer) in op.reads() {
+                ranges[buffer].1 = ranges[buffer].1.max(before - 1);
             }
         }
         ranges
@@ -249,10 +272,10 @@ mod tests {
             crate::llama::step::training(&config, &layout, 2, 64, Recompute::None).program;
         let lens: Vec<usize> = program.buffers.iter().map(|info| info.len).collect();
         let blocks = vec![0; lens.len()];
-        let (_, [greedy]) = program.assign_by_size(&blocks, &lens);
-        let (offsets, [total]) = program.assign_in_order(&blocks, &lens);
-        assert!(total <= greedy + greedy / 20, "{total} and {greedy}");
         let live = program.live_ranges();
+        let (_, [greedy]) = program.assign_by_size(&live, &blocks, &lens);
+        let (offsets, [total]) = program.assign_in_order(&live, &blocks, &lens);
+        assert!(total <= greedy + greedy / 20, "{total} and {greedy}");
         for a in 0..lens.len() {
             assert!(offsets[a] + lens[a] <= total);
             for b in 0..a {

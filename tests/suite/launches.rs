@@ -10,7 +10,7 @@ use laam::backend::reference::Reference;
 use laam::bench::check::{Selection, Size, check};
 use laam::collective::Group;
 use laam::device::sim::Sim;
-use laam::device::{Address, Arg, Device, Event, Graph, Launch, Matmul};
+use laam::device::{Address, Arg, Branch, Device, Event, Graph, Launch, Matmul};
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
 use laam::tokens::WindowKind;
@@ -106,6 +106,15 @@ impl Device for MutatingDevice {
     fn end_capture(&mut self) -> anyhow::Result<Graph> {
         self.capturing = false;
         self.device.end_capture()
+    }
+    fn begin_branch(&mut self) -> anyhow::Result<()> {
+        self.device.begin_branch()
+    }
+    fn end_branch(&mut self) -> anyhow::Result<Branch> {
+        self.device.end_branch()
+    }
+    fn wait_for(&mut self, branch: Branch) -> anyhow::Result<()> {
+        self.device.wait_for(branch)
     }
 
     fn name(&self) -> &'static str {

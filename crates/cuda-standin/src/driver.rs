@@ -10,7 +10,7 @@ use ptxsim::{Arg, Config, Module};
 use crate::codes::Code;
 use crate::gemm::{Gemm, Operand};
 use crate::state::{
-    CURRENT, Event, Function, LoadedModule, Outcome, Primary, State, state, try_state,
+    CURRENT, Event, Exec, Function, LoadedModule, Outcome, Primary, State, state, try_state,
 };
 use crate::work::{Op, element_size};
 
@@ -524,9 +524,9 @@ driver! {
             eprintln!("cuda-standin: flags of instantiation are not modeled");
             return Err(Code::INVALID_VALUE);
         }
-        let ops = state.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
+        let nodes = state.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
         let handle = state.handle();
-        state.execs.insert(handle, ops);
+        state.execs.insert(handle, Exec::new(nodes));
         put(exec, handle)
     };
     Context fn cuGraphUpload(exec: usize, stream: usize) |state| {
@@ -535,7 +535,7 @@ driver! {
     };
     /// In a capture, the graph's work becomes a child node.
     Context fn cuGraphLaunch(exec: usize, stream: usize) |state| {
-        let ops = state.execs.get(&exec).ok_or(Code::INVALID_VALUE)?.clone();
+        let ops = state.execs.get_mut(&exec).ok_or(Code::INVALID_VALUE)?.launch();
         ops.into_iter().try_for_each(|op| state.submit(stream, op))
     };
     Context fn cuGraphExecDestroy(exec: usize) |state| {
@@ -550,26 +550,38 @@ driver! {
             return Err(Code::INVALID_VALUE);
         }
         let handle = state.handle();
-        let made = Event { timed: flags & 2 == 0, recordings: 0, pending: None, at: None, captured: false };
+        let made = Event { timed: flags & 2 == 0, recordings: 0, pending: None, at: None, captured: None };
         state.events.insert(handle, made);
         put(event, handle)
     };
     Context fn cuEventDestroy_v2(event: usize) |state| {
         state.events.remove(&event).map(|_| ()).ok_or(Code::INVALID_HANDLE)
     };
+    /// In a capture, the event stands for the nodes that work after it depends on.
     Context fn cuEventRecord(event: usize, stream: usize) |state| {
-        let captures = state.streams.get(&stream).ok_or(Code::INVALID_HANDLE)?.capture.is_some();
+        let captured = state.streams.get(&stream).ok_or(Code::INVALID_HANDLE)?.capture.clone();
         let each = state.events.get_mut(&event).ok_or(Code::INVALID_HANDLE)?;
         each.recordings += 1;
-        (each.captured, each.at) = (captures, None);
+        each.at = None;
         each.pending = Some((stream, each.recordings));
+        each.captured = captured;
         let recordings = each.recordings;
-        state.submit(stream, Op::Event(event, recordings))
+        match each.captured {
+            Some(_) => Ok(()),
+            None => state.submit(stream, Op::Event(event, recordings)),
+        }
+    };
+    /// Flags: 1 (`CU_EVENT_WAIT_EXTERNAL`) is not modeled.
+    Context fn cuStreamWaitEvent(stream: usize, event: usize, flags: c_uint) |state| {
+        if flags != 0 {
+            return Err(Code::INVALID_VALUE);
+        }
+        state.wait_event(stream, event)
     };
     /// An event that was not recorded is complete.
     Context fn cuEventSynchronize(event: usize) |state| {
         let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
-        if each.captured {
+        if each.captured.is_some() {
             return Err(Code::CAPTURED_EVENT);
         }
         match each.pending {
@@ -596,7 +608,7 @@ pub extern "C" fn cuEventQuery(event: usize) -> u32 {
         state.current()?;
         let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         match each {
-            Event { captured: true, .. } => Err(Code::CAPTURED_EVENT),
+            Event { captured: Some(_), .. } => Err(Code::CAPTURED_EVENT),
             Event { pending: Some(_), at: None, .. } => Err(Code::NOT_READY),
             _ => Ok(()),
         }
@@ -612,7 +624,7 @@ fn elapsed(state: &State, milliseconds: *mut f32, start: usize, end: usize) -> O
         if !event.timed || event.pending.is_none() {
             return Err(Code::INVALID_HANDLE);
         }
-        if event.captured {
+        if event.captured.is_some() {
             return Err(Code::CAPTURED_EVENT);
         }
         event.at.ok_or(Code::NOT_READY)

@@ -231,6 +231,72 @@ fn captures_refuse_what_cannot_be_captured() {
 }
 
 #[test]
+fn streams_join_a_capture_and_must_be_joined_to_its_origin() {
+    let gpu = Gpu::new();
+    let (main, at) = (gpu.stream, gpu.alloc(4));
+    let [mut side, mut other] = [0; 2];
+    let [mut fork, mut join, mut outside, mut graph, mut exec] = [0; 5];
+    for stream in [&mut side, &mut other] {
+        assert_eq!(cuStreamCreate(stream, 1), OK);
+    }
+    for event in [&mut fork, &mut join, &mut outside] {
+        assert_eq!(cuEventCreate(event, 2), OK);
+    }
+    let set = |at, byte, stream| cuMemsetD8Async(at, byte, 1, stream);
+    let copy = |from, to, stream| cuMemcpyDtoDAsync_v2(to, from, 1, stream);
+    let begin = || assert_eq!(cuStreamBeginCapture_v2(main, 1), OK);
+    // A side branch, which writes 2 after the 1 of its origin and reads what the origin writes beside it.
+    let branch = || {
+        begin();
+        assert_eq!(set(at, 1, main), OK);
+        assert_eq!((cuEventRecord(fork, main), cuStreamWaitEvent(side, fork, 0)), (OK, OK));
+        assert_eq!((copy(at, at + 1, side), copy(at + 2, at + 3, side)), (OK, OK));
+        assert_eq!(set(at + 2, 3, main), OK);
+    };
+
+    // An event that was not recorded is complete; one outside a capture orders two streams.
+    assert_eq!(cuStreamWaitEvent(side, outside, 0), OK);
+    assert_eq!(gpu.upload(at, &[0; 4]), OK);
+    assert_eq!((cuEventRecord(outside, main), cuStreamWaitEvent(side, outside, 0)), (OK, OK));
+    assert_eq!((set(at + 3, 5, side), cuStreamSynchronize(side)), (OK, OK));
+    assert_eq!(gpu.download(at, 4), Ok(vec![0, 0, 0, 5]));
+    assert_eq!(cuStreamWaitEvent(side, side, 0), Code::INVALID_HANDLE.0);
+
+    branch();
+    let ended = |stream, graph: &mut usize| cuStreamEndCapture(stream, graph);
+    assert_eq!(ended(side, &mut graph), Code::STREAM_CAPTURE_UNMATCHED.0);
+    assert_eq!((cuEventRecord(join, side), cuStreamWaitEvent(main, join, 0)), (OK, OK));
+    assert_eq!(copy(at + 3, at, main), OK);
+    assert_eq!(ended(main, &mut graph), OK);
+    assert_eq!(cuGraphInstantiateWithFlags(&raw mut exec, graph, 0), OK);
+    // Early, late and early: the edges are kept, and what they leave open differs.
+    for read in [0, 3, 0] {
+        assert_eq!(gpu.upload(at, &[0; 4]), OK);
+        assert_eq!(cuGraphLaunch(exec, main), OK);
+        assert_eq!(gpu.download(at, 4), Ok(vec![read, 1, 3, read]));
+    }
+    assert_eq!(cuStreamWaitEvent(side, join, 0), Code::CAPTURED_EVENT.0, "its capture has ended");
+
+    branch();
+    assert_eq!(ended(main, &mut graph), Code::STREAM_CAPTURE_UNJOINED.0);
+    // Both streams have left the capture.
+    assert_eq!((set(at, 0, side), cuStreamSynchronize(side)), (OK, OK));
+
+    // Captured work cannot wait for work outside, or in another capture.
+    begin();
+    assert_eq!(cuEventRecord(outside, other), OK);
+    assert_eq!(cuStreamWaitEvent(main, outside, 0), Code::STREAM_CAPTURE_ISOLATION.0);
+    assert_eq!(ended(main, &mut graph), Code::STREAM_CAPTURE_INVALIDATED.0);
+    begin();
+    assert_eq!(cuStreamBeginCapture_v2(other, 1), OK);
+    assert_eq!(cuEventRecord(outside, other), OK);
+    assert_eq!(cuStreamWaitEvent(main, outside, 0), Code::STREAM_CAPTURE_MERGE.0);
+    for stream in [main, other] {
+        assert_eq!(ended(stream, &mut graph), Code::STREAM_CAPTURE_INVALIDATED.0);
+    }
+}
+
+#[test]
 fn events_must_be_recorded_and_complete_to_be_timed() {
     let gpu = Gpu::new();
     let (mut start, mut end, mut untimed, mut ms) = (0, 0, 0, -1.0);

@@ -46,8 +46,9 @@ pub(crate) struct State {
     pub events: HashMap<usize, Event>,
     pub modules: HashMap<usize, LoadedModule>,
     pub functions: HashMap<usize, Function>,
-    pub graphs: HashMap<usize, Vec<Op>>,
-    pub execs: HashMap<usize, Vec<Op>>,
+    pub captures: HashMap<usize, Capture>,
+    pub graphs: HashMap<usize, Vec<Node>>,
+    pub execs: HashMap<usize, Exec>,
 }
 
 /// A device's primary context.
@@ -61,17 +62,84 @@ pub(crate) struct Primary {
 pub(crate) struct Stream {
     queue: VecDeque<Op>,
     queued_bytes: usize,
-    pub capture: Option<Capture>,
+    pub capture: Option<Captured>,
+}
+
+/// A place in a capture: its handle, and the nodes that what follows depends on.
+#[derive(Clone)]
+pub(crate) struct Captured {
+    pub capture: usize,
+    tips: Vec<usize>,
 }
 
 /// A stream capture in progress.
 pub(crate) struct Capture {
-    ops: Vec<Op>,
-    pub thread: ThreadId,
+    nodes: Vec<Node>,
+    /// The stream that it was begun on; others join it.
+    origin: usize,
+    thread: ThreadId,
     /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
-    pub relaxed: bool,
+    relaxed: bool,
     /// A forbidden call has ended the capture.
-    pub invalid: bool,
+    invalid: bool,
+}
+
+/// A node of a graph.
+#[derive(Clone)]
+pub(crate) struct Node {
+    op: Op,
+    /// The nodes that it depends on.
+    after: Vec<usize>,
+    /// Whether it was captured from the stream that the capture was begun on.
+    is_origin: bool,
+}
+
+/// An executable graph, and its launches so far.
+pub(crate) struct Exec {
+    nodes: Vec<Node>,
+    launches: usize,
+}
+
+impl Exec {
+    pub fn new(nodes: Vec<Node>) -> Exec {
+        Exec { nodes, launches: 0 }
+    }
+
+    /// The work of a launch, in an order that the edges allow: the nodes of other streams than the origin by
+    /// turns as early and as late as can be, so that an edge that is missing shows in the results.
+    pub fn launch(&mut self) -> Vec<Op> {
+        self.launches += 1;
+        let early = self.launches % 2 == 1;
+        let mut order =
+            Order { nodes: &self.nodes, done: vec![false; self.nodes.len()], ops: Vec::new() };
+        for is_origin in [!early, early] {
+            for (at, _) in
+                self.nodes.iter().enumerate().filter(|(_, node)| node.is_origin == is_origin)
+            {
+                order.add(at);
+            }
+        }
+        order.ops
+    }
+}
+
+struct Order<'a> {
+    nodes: &'a [Node],
+    done: Vec<bool>,
+    ops: Vec<Op>,
+}
+
+impl Order<'_> {
+    /// Adds a node after those that it depends on.
+    fn add(&mut self, at: usize) {
+        if std::mem::replace(&mut self.done[at], true) {
+            return;
+        }
+        for &before in &self.nodes[at].after {
+            self.add(before);
+        }
+        self.ops.push(self.nodes[at].op.clone());
+    }
 }
 
 pub(crate) struct Event {
@@ -80,7 +148,8 @@ pub(crate) struct Event {
     /// Stream and number of the last recording.
     pub pending: Option<(usize, u64)>,
     pub at: Option<Instant>,
-    pub captured: bool,
+    /// Where it was recorded, if in a capture.
+    pub captured: Option<Captured>,
 }
 
 pub(crate) struct LoadedModule {
@@ -125,6 +194,7 @@ impl State {
             events: HashMap::new(),
             modules: HashMap::new(),
             functions: HashMap::new(),
+            captures: HashMap::new(),
             graphs: HashMap::new(),
             execs: HashMap::new(),
         }
@@ -186,6 +256,7 @@ impl State {
         self.events.clear();
         self.modules.clear();
         self.functions.clear();
+        self.captures.clear();
         self.graphs.clear();
         self.execs.clear();
     }
@@ -206,11 +277,13 @@ impl State {
     /// Queues an operation, or records it if the stream captures.
     pub fn submit(&mut self, stream: usize, op: Op) -> Outcome {
         let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
-        if let Some(capture) = &mut each.capture {
+        if let Some(Captured { capture, tips }) = &mut each.capture {
+            let capture = self.captures.get_mut(capture).ok_or(Code::STREAM_CAPTURE_INVALIDATED)?;
             if capture.invalid {
                 return Err(Code::STREAM_CAPTURE_INVALIDATED);
             }
-            capture.ops.push(op);
+            let after = std::mem::replace(tips, vec![capture.nodes.len()]);
+            capture.nodes.push(Node { op, after, is_origin: stream == capture.origin });
             return Ok(());
         }
         if let Op::Write { bytes, .. } = &op {
@@ -274,7 +347,7 @@ impl State {
     pub fn forbid_in_capture(&mut self) -> Outcome {
         let here = thread::current().id();
         let mut found = false;
-        for capture in self.streams.values_mut().filter_map(|stream| stream.capture.as_mut()) {
+        for capture in self.captures.values_mut() {
             if capture.thread == here && !capture.relaxed {
                 capture.invalid = true;
                 found = true;
@@ -292,28 +365,84 @@ impl State {
 
     pub fn begin_capture(&mut self, stream: usize, relaxed: bool) -> Outcome {
         // Work queued before the capture is not part of it.
+        let capture = self.handle();
         let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
         if each.capture.is_some() {
             return Err(Code::ILLEGAL_STATE);
         }
+        each.capture = Some(Captured { capture, tips: Vec::new() });
         let thread = thread::current().id();
-        each.capture = Some(Capture { ops: Vec::new(), thread, relaxed, invalid: false });
+        let begun = Capture { nodes: Vec::new(), origin: stream, thread, relaxed, invalid: false };
+        self.captures.insert(capture, begun);
         Ok(())
     }
 
+    /// "If cuStreamEndCapture is called on a stream that the capture was not begun on":
+    /// `CUDA_ERROR_STREAM_CAPTURE_UNMATCHED`. If work of other streams was not joined to it:
+    /// `CUDA_ERROR_STREAM_CAPTURE_UNJOINED` (programming guide, "Cross-stream Dependencies and Events").
     pub fn end_capture(&mut self, stream: usize) -> Outcome<usize> {
-        let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
-        let capture = each.capture.take().ok_or(Code::ILLEGAL_STATE)?;
+        let each = self.streams.get(&stream).ok_or(Code::INVALID_HANDLE)?;
+        let Captured { capture: ended, tips } = each.capture.clone().ok_or(Code::ILLEGAL_STATE)?;
+        let capture = self.captures.get(&ended).ok_or(Code::ILLEGAL_STATE)?;
+        if capture.origin != stream {
+            return Err(Code::STREAM_CAPTURE_UNMATCHED);
+        }
         if capture.thread != thread::current().id() && !capture.relaxed {
-            each.capture = Some(capture);
             return Err(Code::STREAM_CAPTURE_WRONG_THREAD);
         }
-        if capture.invalid {
+        for each in self.streams.values_mut() {
+            each.capture.take_if(|captured| captured.capture == ended);
+        }
+        let Capture { nodes, invalid, .. } =
+            self.captures.remove(&ended).ok_or(Code::ILLEGAL_STATE)?;
+        if invalid {
             return Err(Code::STREAM_CAPTURE_INVALIDATED);
         }
+        let mut joined = Order { nodes: &nodes, done: vec![false; nodes.len()], ops: Vec::new() };
+        tips.iter().for_each(|&tip| joined.add(tip));
+        if joined.ops.len() < nodes.len() {
+            return Err(Code::STREAM_CAPTURE_UNJOINED);
+        }
         let handle = self.handle();
-        self.graphs.insert(handle, capture.ops);
+        self.graphs.insert(handle, nodes);
         Ok(handle)
+    }
+
+    /// Makes what follows on a stream wait for an event. If the event was recorded in a capture, the stream
+    /// joins it: programming guide, "Cross-stream Dependencies and Events". A dependency of captured work on
+    /// work outside is `CUDA_ERROR_STREAM_CAPTURE_ISOLATION`, one between two captures
+    /// `CUDA_ERROR_STREAM_CAPTURE_MERGE`: both invalidate the captures.
+    pub fn wait_event(&mut self, stream: usize, event: usize) -> Outcome {
+        let event = self.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
+        let (recorded, pending) = (event.captured.clone(), event.pending);
+        let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
+        let refused = match (&mut each.capture, recorded) {
+            // "If cuEventRecord has not been called on the event, this call is a no-op."
+            (_, None) if pending.is_none() => return Ok(()),
+            // Work may be executed at any time: before this call returns.
+            (None, None) => return pending.map_or(Ok(()), |(stream, _)| self.drain(stream)),
+            (_, Some(recorded)) if !self.captures.contains_key(&recorded.capture) => {
+                return Err(Code::CAPTURED_EVENT);
+            }
+            (capture @ None, Some(recorded)) => {
+                *capture = Some(recorded);
+                return Ok(());
+            }
+            (Some(here), Some(recorded)) if here.capture == recorded.capture => {
+                here.tips.extend(recorded.tips);
+                here.tips.sort_unstable();
+                here.tips.dedup();
+                return Ok(());
+            }
+            (Some(here), None) => (Code::STREAM_CAPTURE_ISOLATION, vec![here.capture]),
+            (Some(here), Some(recorded)) => {
+                (Code::STREAM_CAPTURE_MERGE, vec![here.capture, recorded.capture])
+            }
+        };
+        for capture in refused.1 {
+            self.captures.entry(capture).and_modify(|capture| capture.invalid = true);
+        }
+        Err(refused.0)
     }
 
     /// What was not given back: a process that ends well leaves none of these. Contexts and modules may

@@ -18,12 +18,12 @@ use super::{
     update,
 };
 use crate::collective::Group;
-use crate::device::{Address, Device, Graph};
+use crate::device::{Address, Branch, Device, Graph};
 use crate::dtype::Dtype;
 use crate::error;
 use crate::llama::ops::GradNorm;
 use crate::llama::step::MicroBatch;
-use crate::llama::{Buffer, BytePlan, Op, Program};
+use crate::llama::{Branches, Buffer, BufferInfo, BytePlan, Op, Program};
 use crate::model::Layout;
 use crate::tokens::Windows;
 
@@ -61,6 +61,8 @@ struct CompiledProgram {
     program: Program,
     /// Address of each buffer.
     place: Placement,
+    /// The ops that run beside the path in a graph.
+    branches: Branches,
     /// Constant tables, by op index.
     tables: HashMap<usize, Address>,
     /// Buffers that the step queue reads and writes; `None` for a program outside the queue.
@@ -105,6 +107,16 @@ enum RunMode {
     Direct,
     /// `runs` runs from the step queue; `gather` if the device gathers their batches.
     Queued { gather: bool, runs: usize },
+}
+
+/// The way the ops of a run are launched.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LaunchMode {
+    InOrder,
+    /// In order, each between two events.
+    Timed,
+    /// Into a graph, on branches.
+    Captured,
 }
 
 /// Byte of poisoned memory: NaN in every dtype, the largest u32.
@@ -272,8 +284,14 @@ impl GpuSession {
         Ok(into)
     }
 
-    /// Launches every kernel of one run of a program, timing each op if `timed`.
-    fn launch_run(&mut self, program: usize, mode: RunMode, timed: bool) -> anyhow::Result<()> {
+    /// Launches every kernel of one run of a program.
+    fn launch_run(
+        &mut self,
+        program: usize,
+        mode: RunMode,
+        launches: LaunchMode,
+    ) -> anyhow::Result<()> {
+        let timed = launches == LaunchMode::Timed;
         let ready = &self.programs[program];
         let queued = match (mode, &self.queue, &ready.io) {
             (RunMode::Queued { gather, .. }, Some(queue), Some(io)) => Some((queue, io, gather)),
@@ -291,8 +309,33 @@ impl GpuSession {
                 .collect(),
             Placement::Guarded(buffers) => buffers.iter().map(|buffer| buffer.at).collect(),
         };
+        // Guarded buffers are poisoned on the path, after their last op in program order.
+        let is_branched =
+            launches == LaunchMode::Captured && matches!(ready.place, Placement::Block(_));
+        let branches = is_branched.then_some(&ready.branches);
+        let mut ends = HashMap::new();
+        let wait =
+            |device: &mut dyn Device, ends: &HashMap<usize, Branch>, at: usize| match branches
+                .and_then(|branches| branches.waits_for(at))
+            {
+                Some(beside) => device.wait_for(ends[&beside]),
+                None => Ok(()),
+            };
+        let count = ready.program.ops.len();
         let mut events = Vec::new();
         for item in &items {
+            let mut is_beside = false;
+            match item {
+                LaunchItem::Begin(..) => {}
+                LaunchItem::Op((at, _)) => {
+                    is_beside = branches.is_some_and(|branches| branches.is_beside(*at));
+                    wait(&mut *self.device, &ends, *at)?;
+                }
+                LaunchItem::End(..) => wait(&mut *self.device, &ends, count)?,
+            }
+            if is_beside {
+                self.device.begin_branch()?;
+            }
             if timed {
                 events.push(self.device.record_event()?);
             }
@@ -317,6 +360,9 @@ impl GpuSession {
                 LaunchItem::Op((_, op)) => launch_op(&mut ctx, op)?,
                 LaunchItem::End(queue, io) => queue::end(&mut ctx, queue, io)?,
             }
+            if let (true, LaunchItem::Op((at, _))) = (is_beside, item) {
+                ends.insert(*at, self.device.end_branch()?);
+            }
             if let (Placement::Guarded(buffers), LaunchItem::Op((at, _))) = (&ready.place, item) {
                 let ended = buffers.iter().filter(|buffer| buffer.last == *at && buffer.bytes > 0);
                 for buffer in ended {
@@ -326,6 +372,9 @@ impl GpuSession {
                     self.device.memset(self.scratch.at, POISON, self.scratch.bytes)?;
                 }
             }
+        }
+        if queued.is_none() {
+            wait(&mut *self.device, &ends, count)?;
         }
         if timed {
             events.push(self.device.record_event()?);
@@ -368,7 +417,7 @@ impl GpuSession {
         self.current = Some(program);
         let runs = if let RunMode::Queued { runs, .. } = mode { runs } else { 1 };
         if self.options.mode == Mode::Profile {
-            return (0..runs).try_for_each(|_| self.launch_run(program, mode, true));
+            return (0..runs).try_for_each(|_| self.launch_run(program, mode, LaunchMode::Timed));
         }
         let ready = &self.programs[program];
         if let Some(&graph) = ready.graphs.get(&mode) {
@@ -378,12 +427,13 @@ impl GpuSession {
         let is_captured = self.options.mode == Mode::Graphs
             && (self.device.captures_exchanges() || !ready.has_exchanges());
         if !(is_captured && ready.warm) {
-            (0..runs).try_for_each(|_| self.launch_run(program, mode, false))?;
+            (0..runs).try_for_each(|_| self.launch_run(program, mode, LaunchMode::InOrder))?;
             self.programs[program].warm = true;
             return Ok(());
         }
         self.device.begin_capture()?;
-        let launched = (0..runs).try_for_each(|_| self.launch_run(program, mode, false));
+        let launched =
+            (0..runs).try_for_each(|_| self.launch_run(program, mode, LaunchMode::Captured));
         // Also after an error: the stream must not stay in capture mode.
         let graph = self.device.end_capture();
         launched?;
@@ -457,6 +507,20 @@ impl GpuSession {
             buffers.push(GuardedBuffer { at, bytes, last });
         }
         Ok(buffers)
+    }
+
+    /// [`Program::race`] in a block.
+    fn race(
+        &self,
+        program: &Program,
+        place: &Placement,
+        branches: &Branches,
+    ) -> Option<(usize, usize)> {
+        let Placement::Block(plan) = place else { return None };
+        let len = |info: &BufferInfo| info.len * info.kind.size(self.options.dtype.size());
+        let lens: Vec<usize> = program.buffers.iter().map(len).collect();
+        let has_scratch = |op: &Op| scratch(op, program, self.arenas.len, self.options) > 0;
+        program.race(branches, (&plan.offsets, &lens), has_scratch)
     }
 
     /// Address of an op's constant table, if it has one.
@@ -554,10 +618,13 @@ impl Session for GpuSession {
                 tables.insert(at, table);
             }
         }
+        let branches = program.branches();
+        debug_assert_eq!(self.race(&program, &place, &branches), None, "ops that run at once");
         let graphs = HashMap::new();
         self.programs.push(CompiledProgram {
             program,
             place,
+            branches,
             tables,
             io: None,
             warm: false,

@@ -16,11 +16,12 @@ use super::super::{Matmul, Matrix};
 use crate::dtype::Dtype;
 use crate::error;
 
-/// The process's cuBLASLt handle, a workspace, and the plans made so far.
+/// The process's cuBLASLt handle, a workspace per stream, and the plans made so far.
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
-    /// Place of [`CublasLt::WORKSPACE_BYTES`] that live as long as the device.
-    workspace: u64,
+    /// Place of twice [`CublasLt::WORKSPACE_BYTES`] that live as long as the device: matmuls of the side stream
+    /// may run beside those of the stream.
+    workspaces: u64,
     /// `None` for a matmul that cuBLASLt has no algorithm for.
     plans: HashMap<MatmulKey, Option<MatmulPlan>>,
 }
@@ -121,8 +122,8 @@ impl CublasLt {
     /// because the choice of an algorithm depends on it.
     pub const WORKSPACE_BYTES: usize = 32 << 20;
 
-    pub fn new(handle: sys::cublasLtHandle_t, workspace: u64) -> CublasLt {
-        CublasLt { handle, workspace, plans: HashMap::new() }
+    pub fn new(handle: sys::cublasLtHandle_t, workspaces: u64) -> CublasLt {
+        CublasLt { handle, workspaces, plans: HashMap::new() }
     }
 
     /// Version of the cuBLASLt that was found.
@@ -187,6 +188,7 @@ impl CublasLt {
         matmul: &Matmul,
         places: [u64; 3],
         stream: CUstream,
+        is_side: bool,
     ) -> anyhow::Result<bool> {
         let (m, n, k) = matmul.check()?;
         let key = MatmulKey::of(matmul);
@@ -203,6 +205,7 @@ impl CublasLt {
         };
         let (alpha, beta) = (1.0f32, if matmul.accumulate { 1.0f32 } else { 0.0 });
         let [a, b, c] = places.map(|place| place as *mut c_void);
+        let workspace = self.workspaces + if is_side { Self::WORKSPACE_BYTES as u64 } else { 0 };
         // SAFETY: the descriptors were created for exactly these shapes and live as long as the plan;
         // `alpha` and `beta` are read before the call returns; all elements of the matrices and the
         // workspace are in live allocations.
@@ -221,7 +224,7 @@ impl CublasLt {
                 c,
                 descriptors.out,
                 std::ptr::from_ref(algorithm),
-                self.workspace as *mut c_void,
+                workspace as *mut c_void,
                 Self::WORKSPACE_BYTES,
                 stream.cast(),
             )

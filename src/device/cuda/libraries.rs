@@ -26,7 +26,7 @@ pub(super) fn driver() -> bool {
 
 /// Functions of the driver that this program calls. A missing one is an error of [`super::Cuda::new`]:
 /// cudarc panics when it is called.
-const DRIVER_SYMBOLS: [&str; 40] = [
+const DRIVER_SYMBOLS: [&str; 41] = [
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
     "cuDeviceCanAccessPeer",
@@ -67,6 +67,7 @@ const DRIVER_SYMBOLS: [&str; 40] = [
     "cuStreamCreate",
     "cuStreamEndCapture",
     "cuStreamSynchronize",
+    "cuStreamWaitEvent",
 ];
 
 /// Functions of cuBLASLt that this program calls.

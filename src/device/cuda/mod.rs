@@ -23,7 +23,7 @@ use self::nccl::{Communicator, Exchanges};
 use self::shared::SharedGpu;
 use super::address::{Allocations, Used};
 use super::driver::{Library, OLDEST_CUDA, OLDEST_DRIVER};
-use super::{Address, Device, Event, Graph, Launch, Matmul, launch, staged};
+use super::{Address, Branch, Device, Event, Graph, Launch, Matmul, launch, staged};
 use crate::collective::Group;
 use crate::dtype::Dtype;
 use crate::error;
@@ -39,7 +39,7 @@ struct CapturedGraph {
     exchange: Option<u64>,
 }
 
-/// A GPU, its kernels, and one stream.
+/// A GPU, its kernels, and one stream, beside which a second one captures side branches.
 pub struct Cuda {
     // Fields are dropped in this order: the context last, after everything in it.
     graphs: Vec<CapturedGraph>,
@@ -53,9 +53,15 @@ pub struct Cuda {
     captures: bool,
     /// Number of the last exchange in the capture.
     captured_exchange: Option<u64>,
+    /// Ends of the side branches of the capture.
+    branches: Vec<CudaEvent>,
+    /// Between `begin_branch` and `end_branch`.
+    in_branch: bool,
     group: Group,
     exchanges: Exchanges,
     stream: Arc<CudaStream>,
+    /// The stream whose capture is the side branches.
+    side_stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     shared: Arc<SharedGpu>,
     /// Name and multiprocessors: `NVIDIA H100 80GB HBM3, 132 SMs`.
@@ -143,7 +149,8 @@ impl Cuda {
                 "the kernels need 8.0 (Ampere) or newer; set `backend` to cpu",
             ));
         }
-        let stream = context.new_stream().map_err(|e| failed("creating a stream", e))?;
+        let stream = || context.new_stream().map_err(|e| failed("creating a stream", e));
+        let (stream, side_stream) = (stream()?, stream()?);
         let version = format!("{}.{}", driver / 1000, driver % 1000 / 10);
         let gpu = format!("{name}, {sms} SMs");
         let description = format!("{gpu}, driver for CUDA {version}");
@@ -155,9 +162,12 @@ impl Cuda {
             tuned: None,
             captures: false,
             captured_exchange: None,
+            branches: Vec::new(),
+            in_branch: false,
             group: Group::alone(),
             exchanges: Exchanges::Staged("one process".to_string()),
             stream,
+            side_stream,
             context,
             shared,
             gpu,
@@ -174,6 +184,11 @@ impl Cuda {
 
     fn bind(&self) -> anyhow::Result<()> {
         self.context.bind_to_thread().map_err(|e| failed("making the context current", e))
+    }
+
+    /// The stream that work is queued on.
+    fn current(&self) -> sys::CUstream {
+        if self.in_branch { self.side_stream.cu_stream() } else { self.stream.cu_stream() }
     }
 
     /// An event after the work queued so far.
@@ -212,14 +227,23 @@ impl Cuda {
         communicator.mark(&self.stream, call)
     }
 
+    /// An error outside stream capture, or if a side branch is begun or not, other than expected.
+    fn check_branch(&self, in_branch: bool) -> anyhow::Result<()> {
+        if self.captures && self.in_branch == in_branch {
+            return Ok(());
+        }
+        Err(error::internal("a call of side branches out of order"))
+    }
+
     /// cuBLASLt, opened on first use, if there is one.
     fn cublaslt(&mut self) -> anyhow::Result<Option<&mut CublasLt>> {
         if self.cublaslt.is_none()
             && let Some(handle) = self.shared.cublaslt()?
         {
-            let workspace = self.alloc(CublasLt::WORKSPACE_BYTES)?;
-            let workspace = self.allocations.range(workspace, CublasLt::WORKSPACE_BYTES)?;
-            let mut cublaslt = CublasLt::new(handle, workspace);
+            let bytes = CublasLt::WORKSPACE_BYTES;
+            let workspaces = self.alloc(2 * bytes)?;
+            let workspaces = self.allocations.range(workspaces, 2 * bytes)?;
+            let mut cublaslt = CublasLt::new(handle, workspaces);
             let path = self.tuned.as_ref().map(|folder| tuning::file(folder, &self.gpu));
             if let Some(plans) = path.and_then(|path| tuning::earlier(&path)) {
                 // What is refused is timed again.
@@ -335,7 +359,7 @@ impl Device for Cuda {
         self.bind()?;
         let at = self.allocations.range(at, bytes)?;
         // SAFETY: the range is in a live allocation, which is freed after all work (`free`).
-        unsafe { result::memset_d8_async(at, byte, bytes, self.stream.cu_stream()) }
+        unsafe { result::memset_d8_async(at, byte, bytes, self.current()) }
             .map_err(|e| failed("setting memory", e))
     }
 
@@ -344,7 +368,7 @@ impl Device for Cuda {
         let from = self.allocations.range(from, bytes)?;
         let to = self.allocations.range(to, bytes)?;
         // SAFETY: both ranges are in live allocations, which are freed after all work (`free`).
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.current()) }
             .map_err(|e| failed("copying on the GPU", e))
     }
 
@@ -372,7 +396,7 @@ impl Device for Cuda {
                 (gx, gy, gz),
                 (bx, by, bz),
                 launch.shared,
-                self.stream.cu_stream(),
+                self.current(),
                 &mut pointers,
             )
         }
@@ -382,7 +406,7 @@ impl Device for Cuda {
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
         self.bind()?;
         let places = matmul.places(&mut self.allocations)?;
-        let stream = self.stream.cu_stream();
+        let (stream, in_branch) = (self.current(), self.in_branch);
         if let Some(folder) = self.tuned.clone().filter(|_| !self.captures)
             && self.cublaslt()?.is_some_and(|cublaslt| cublaslt.is_new(matmul))
         {
@@ -390,7 +414,7 @@ impl Device for Cuda {
             self.tune(matmul, &path)?;
         }
         if let Some(cublaslt) = self.cublaslt()?
-            && cublaslt.run(matmul, places, stream)?
+            && cublaslt.run(matmul, places, stream, in_branch)?
         {
             return Ok(());
         }
@@ -447,6 +471,7 @@ impl Device for Cuda {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(|e| failed("beginning stream capture", e))?;
         self.captures = true;
+        self.in_branch = false;
         self.allocations.begin_capture();
         self.captured_exchange = None;
         Ok(())
@@ -454,6 +479,8 @@ impl Device for Cuda {
 
     fn end_capture(&mut self) -> anyhow::Result<Graph> {
         self.captures = false;
+        self.in_branch = false;
+        self.branches.clear();
         let used = self.allocations.end_capture();
         let graph = self
             .stream
@@ -463,6 +490,28 @@ impl Device for Cuda {
         graph.upload().map_err(|e| failed("uploading a graph", e))?;
         self.graphs.push(CapturedGraph { graph, used, exchange: self.captured_exchange });
         Ok(Graph(self.graphs.len() - 1))
+    }
+
+    fn begin_branch(&mut self) -> anyhow::Result<()> {
+        self.check_branch(false)?;
+        let begun = self.stream.record_event(None).and_then(|event| self.side_stream.wait(&event));
+        begun.map_err(|e| failed("beginning a side branch", e))?;
+        self.in_branch = true;
+        Ok(())
+    }
+
+    fn end_branch(&mut self) -> anyhow::Result<Branch> {
+        self.check_branch(true)?;
+        let end = self.side_stream.record_event(None);
+        self.branches.push(end.map_err(|e| failed("ending a side branch", e))?);
+        self.in_branch = false;
+        Ok(Branch(self.branches.len() - 1))
+    }
+
+    fn wait_for(&mut self, Branch(branch): Branch) -> anyhow::Result<()> {
+        self.check_branch(false)?;
+        let waited = self.stream.wait(&self.branches[branch]);
+        waited.map_err(|e| failed("waiting for a side branch", e))
     }
 
     fn launch_graph(&mut self, Graph(graph): Graph) -> anyhow::Result<()> {

@@ -70,11 +70,11 @@ impl Cuda {
         if !cublaslt.choose(matmul, algorithm) {
             return Ok(f64::INFINITY);
         }
-        cublaslt.run(matmul, places, stream)?;
+        cublaslt.run(matmul, places, stream, false)?;
         let start = self.mark()?;
         for _ in 0..CALLS {
             if let Some(cublaslt) = self.cublaslt()? {
-                cublaslt.run(matmul, places, stream)?;
+                cublaslt.run(matmul, places, stream, false)?;
             }
         }
         let end = self.mark()?;
