@@ -9,6 +9,7 @@
 //!   nvidia-smi shows. The driver compiles PTX for all others
 //! - `NVCC`: the compiler; searched for by default
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -17,10 +18,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs};
 
-use prebuilt::ShippedKernels;
+use prebuilt::{ShippedKernels, ShippedModule};
+use signature::Signature;
 
 #[path = "src/kernels/prebuilt.rs"]
 mod prebuilt;
+#[path = "src/kernels/signature.rs"]
+mod signature;
 
 /// CUDA 12.0 is the first to know sm_90a.
 const OLDEST: u32 = 12;
@@ -109,20 +113,131 @@ fn build() -> Outcome<()> {
         built = given.unwrap_or_else(|| usual_archs(nvcc));
         compile(nvcc, names, &built, &out)?;
     }
-    let text = generated(&kernels, &built);
+    let mut text = generated(&kernels, &built);
+    text += &tables(&signatures(&kernels, &out)?);
+    text += &geometry()?;
     fs::write(out.join("kernels.rs"), text).map_err(|e| format!("writing kernels.rs: {e}"))
+}
+
+/// The kernels of each file: of the PTX of this build, else of the shipped one.
+fn signatures(kernels: &Kernels, out: &Path) -> Outcome<Vec<Vec<Signature>>> {
+    let shipped = |manifest: ShippedKernels| {
+        manifest.modules.into_iter().map(|module| module.kernels).collect()
+    };
+    match kernels {
+        Kernels::Compiled(_, names) => names
+            .iter()
+            .map(|name| {
+                let path = out.join(format!("{name}.ptx"));
+                let text =
+                    fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+                Ok(Signature::of_ptx(&text))
+            })
+            .collect(),
+        Kernels::Shipped(manifest) => Ok(shipped(manifest.clone())),
+        Kernels::Left(_) => Ok(shipped(manifest()?)),
+    }
+}
+
+/// The manifest of the shipped PTX.
+fn manifest() -> Outcome<ShippedKernels> {
+    let text = fs::read_to_string(Path::new("kernels/prebuilt").join(prebuilt::MANIFEST));
+    let manifest = text.ok().and_then(|text| ShippedKernels::parse(&text));
+    manifest.ok_or_else(|| "kernels/prebuilt has no manifest that can be read".into())
+}
+
+/// Rust tables of the kernels: each of them, and the families that they are instances of.
+fn tables(modules: &[Vec<Signature>]) -> String {
+    let (mut entries, mut families) = (String::new(), BTreeMap::<_, Vec<_>>::new());
+    let kernels = modules
+        .iter()
+        .enumerate()
+        .flat_map(|(at, kernels)| kernels.iter().map(move |kernel| (at, kernel)));
+    let mut count = 0;
+    for (index, (module, kernel)) in kernels.enumerate() {
+        let Signature { name, parameters, max_threads } = kernel;
+        entries += &format!(
+            "    Entry {{ name: {name:?}, module: {module}, parameters: &{parameters:?}, \
+             max_threads: {max_threads} }},\n"
+        );
+        let (family, numbers, dtype) = kernel.instance();
+        families.entry(family.to_uppercase()).or_default().push((index, numbers, dtype));
+        count = index + 1;
+    }
+    let mut constants = String::new();
+    for (family, instances) in families {
+        if let [(index, numbers, None)] = &instances[..]
+            && numbers.is_empty()
+        {
+            constants += &format!("    pub const {family}: Kernel = Kernel({index});\n");
+            continue;
+        }
+        let instance = |(index, numbers, dtype): &(usize, Vec<usize>, Option<&str>)| {
+            let dtype =
+                dtype.map(|name| format!("Dtype::{}{}", name[..1].to_uppercase(), &name[1..]));
+            let dtype = dtype.map_or("None".into(), |dtype| format!("Some({dtype})"));
+            format!("Instance {{ numbers: &{numbers:?}, dtype: {dtype}, kernel: Kernel({index}) }}")
+        };
+        let instances: Vec<String> = instances.iter().map(instance).collect();
+        constants += &format!(
+            "    pub static {family}: Family = Family {{ name: {:?}, instances: &[{}] }};\n",
+            family.to_lowercase(),
+            instances.join(", ")
+        );
+    }
+    format!(
+        "/// Every kernel, in the order of the files.\n\
+         static ENTRIES: [Entry; {count}] = [\n{entries}];\n\
+         /// The kernels by name: a [`Kernel`], or a [`Family`] of instances.\n\
+         #[allow(missing_docs)]\n\
+         pub mod families {{\n    use super::{{Dtype, Family, Instance, Kernel}};\n{constants}}}\n"
+    )
+}
+
+/// The constants of `kernels/lib/geometry.cuh`, with their comments, as those of a Rust module.
+fn geometry() -> Outcome<String> {
+    let path = "kernels/lib/geometry.cuh";
+    let text = fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
+    let mut module = String::from("/// `kernels/lib/geometry.cuh`.\npub mod geometry {\n");
+    let mut statement = String::new();
+    for line in text.lines().map(str::trim) {
+        if let Some(comment) = line.strip_prefix("//") {
+            module += &format!("    ///{comment}\n");
+            continue;
+        }
+        if line.is_empty() || line.starts_with('#') {
+            // What a comment before a blank line says is of the file.
+            if !module.trim_end().ends_with(['{', ';']) {
+                let kept = module.rfind([';', '{']).map_or(0, |at| at + 2);
+                module.truncate(kept);
+            }
+            continue;
+        }
+        statement += line;
+        let Some(whole) = statement.strip_suffix(';') else { continue };
+        let constant = whole.strip_prefix("constexpr int ").and_then(|rest| rest.split_once(" = "));
+        let (name, value) =
+            constant.ok_or_else(|| format!("{path}: {whole:?} is no constexpr int"))?;
+        let mut dimensions = name.split('[');
+        let name = dimensions.next().unwrap_or_default();
+        let mut kind = "usize".to_string();
+        for dimension in dimensions.rev() {
+            kind = format!("[{kind}; {}]", dimension.trim_end_matches(']'));
+        }
+        let value = value.replace('{', "[").replace('}', "]");
+        module += &format!("    pub const {name}: {kind} = {value};\n");
+        statement.clear();
+    }
+    Ok(module + "}\n")
 }
 
 /// The shipped PTX, or why it cannot be used: it was made from other sources.
 fn shipped() -> Outcome<ShippedKernels> {
-    let kernels = Path::new("kernels");
-    let text = fs::read_to_string(kernels.join("prebuilt").join(prebuilt::MANIFEST));
-    let manifest = text.ok().and_then(|text| ShippedKernels::parse(&text));
-    let manifest = manifest.ok_or("kernels/prebuilt has no manifest")?;
-    let mut names = manifest.modules.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    let manifest = manifest()?;
+    let mut names: Vec<_> = manifest.modules.iter().map(|module| module.name.clone()).collect();
     names.sort();
-    let is_current = |(name, hash): &(String, String)| {
-        prebuilt::source_hash(kernels, name).is_ok_and(|now| now == *hash)
+    let is_current = |ShippedModule { name, hash, .. }: &ShippedModule| {
+        prebuilt::source_hash(Path::new("kernels"), name).is_ok_and(|now| now == *hash)
     };
     if names == sources()? && manifest.modules.iter().all(is_current) {
         return Ok(manifest);
@@ -417,7 +532,7 @@ fn generated(kernels: &Kernels, archs: &[String]) -> String {
             }
         }
         Kernels::Shipped(manifest) => {
-            for (name, _) in &manifest.modules {
+            for ShippedModule { name, .. } in &manifest.modules {
                 let file = format!("/kernels/prebuilt/{name}.ptx.xz");
                 let file = format!("concat!(env!(\"CARGO_MANIFEST_DIR\"), {file:?})");
                 line(format!("shipped({name:?}, include_bytes!({file}))"));

@@ -20,6 +20,7 @@ struct StepParams {
     float correction;  // sqrt(1 - beta2^t)
     int apply;         // 0: skip the step
 };
+static_assert(sizeof(StepParams) == ADAMW_PARAMS_BYTES);
 
 // x^n by squaring: as accurate as pow for the n of a training run, and short.
 __device__ double power(double x, unsigned long long n) {
@@ -102,7 +103,7 @@ __device__ void adamw(const float *gradient, float *p, float *m, float *v, T *sh
 }
 
 // Launch: a block of 256 threads per chunk. Chunks of about 4,096 elements fill a GPU.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 adamw_f32(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,
           float *__restrict__ v, const Chunk *__restrict__ chunks,
           const StepParams *__restrict__ params, double beta1, double beta2, double epsilon) {
@@ -110,7 +111,7 @@ adamw_f32(const float *__restrict__ gradient, float *__restrict__ p, float *__re
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     adamw_##T(const float *__restrict__ gradient, float *__restrict__ p, float *__restrict__ m,    \
               float *__restrict__ v, T *__restrict__ shadow, const Chunk *__restrict__ chunks,     \
               const StepParams *__restrict__ params, double beta1, double beta2,                   \

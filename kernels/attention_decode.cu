@@ -17,11 +17,10 @@
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-constexpr int THREADS = 128;
+constexpr int THREADS = DECODE_THREADS;
 constexpr int WARPS = THREADS / WARP_SIZE;
 // Components per lane.
-constexpr int N = 8;
-constexpr int MAX_HEAD_DIM = N * WARP_SIZE;
+constexpr int N = MAX_HEAD_DIM / WARP_SIZE;
 
 // Online softmax over part of a row: maximum score, sum of exp(score - max), and weighted sum of
 // values.
@@ -143,7 +142,7 @@ __device__ void decode(const T *q, const T *k, const T *v, const uint32_t *start
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##T(                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) attention_decode_##T(                    \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ start, T *keys, T *values, T *__restrict__ out, int batch,    \
         int seq_len, int heads, int kv_heads, int head_dim, int capacity) {                        \

@@ -31,7 +31,7 @@ __device__ void delta(const T *out, const T *dout, float *delta, const Attention
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     attention_delta_##T(const T *__restrict__ out, const T *__restrict__ dout,                     \
                         float *__restrict__ to, int batch, int seq_len, int heads,                 \
                         int head_dim) {                                                            \

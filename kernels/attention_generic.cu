@@ -34,11 +34,11 @@
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-constexpr int WARPS = 4;
-constexpr int ROWS = 4;
+constexpr int WARPS = GENERIC_WARPS;
+constexpr int ROWS = GENERIC_ROWS;
 constexpr int BLOCK_ROWS = WARPS * ROWS;
-// Strips of 32 components: head_dim is at most 256.
-constexpr int STRIPS = 8;
+// Strips of 32 components: head_dim is at most MAX_HEAD_DIM.
+constexpr int STRIPS = MAX_HEAD_DIM / WARP_SIZE;
 
 // Shared memory of a block in f32: two planes of stationary rows, two tiles of streamed rows. Rows
 // of a tile are an odd number of floats apart, so that lanes on consecutive rows have no bank
@@ -312,14 +312,14 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128)                                              \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP_SIZE)                                \
     attention_generic_##T(                                                                         \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
         int batch, int seq_len, int heads, int kv_heads, int head_dim) {                           \
         forward(q, k, v, first_key, out, lse, {batch, seq_len, heads, kv_heads, head_dim});        \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128)                                              \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP_SIZE)                                \
     attention_generic_backward_dq_##T(                                                             \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \
@@ -328,7 +328,7 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
         backward_dq(q, k, v, first_key, lse, delta, dout, dq,                                      \
                     {batch, seq_len, heads, kv_heads, head_dim});                                  \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128)                                              \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP_SIZE)                                \
     attention_generic_backward_dkdv_##T(                                                           \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \

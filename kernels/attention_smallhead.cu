@@ -26,7 +26,7 @@
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
-constexpr int WARPS = 4;
+constexpr int WARPS = SMALLHEAD_WARPS;
 constexpr float MAX_EXPONENT = 64.0f;
 
 // Minimum resident blocks per SM (`__launch_bounds__`): 128, 96 or 168 registers per thread.
@@ -413,7 +413,9 @@ struct BackwardDkdv {
 };
 
 // Maximum warps per block of the dk and dv pass.
-__host__ __device__ constexpr int max_warps(int rows) { return rows == 1 ? 8 : 4; }
+__host__ __device__ constexpr int max_warps(int rows) {
+    return rows == 1 ? SMALLHEAD_DKDV_WARPS[0] : SMALLHEAD_DKDV_WARPS[1];
+}
 
 // A block takes one range of keys; its warps split the query heads of the group, and their partial
 // sums are added in warp order.
@@ -529,7 +531,7 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
 // block per 32 ROWS rows of a key/value head.
 
 #define FORWARD(D, ROWS, T)                                                                        \
-    extern "C" __global__ void __launch_bounds__(128, min_blocks(D, ROWS))                         \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP_SIZE, min_blocks(D, ROWS))           \
     attention_smallhead_##D##_##ROWS##_##T(                                                        \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
@@ -538,7 +540,7 @@ __device__ void backward_dkdv(const T *q, const T *k, const T *v, const uint32_t
     }
 
 #define BACKWARD(D, ROWS, T)                                                                       \
-    extern "C" __global__ void __launch_bounds__(128, min_blocks(D, ROWS))                         \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP_SIZE, min_blocks(D, ROWS))           \
     attention_smallhead_backward_dq_##D##_##ROWS##_##T(                                            \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \

@@ -42,8 +42,8 @@
 
 #include <climits>
 
-constexpr int WARPS = 4;
-constexpr int MMA_ROWS = 16, TILE = 32;
+constexpr int WARPS = SMALLHEAD_WARPS;
+constexpr int TILE = 32;
 // Below it a sum and its inverse are normal numbers.
 constexpr float MAX_SUM = 1.2676506e30f;
 // Corrects the average truncation of an operand to TF32.
@@ -642,7 +642,9 @@ struct BackwardDkdv {
 };
 
 // Maximum warps per block of the dk and dv pass.
-__host__ __device__ constexpr int max_warps(int row_blocks) { return row_blocks == 1 ? 8 : 4; }
+__host__ __device__ constexpr int max_warps(int row_blocks) {
+    return row_blocks == 1 ? SMALLHEAD_DKDV_WARPS[0] : SMALLHEAD_DKDV_WARPS[1];
+}
 
 // A block takes one range of keys; its warps split the query heads of the group, and their partial
 // sums are added in warp order.
@@ -760,7 +762,7 @@ constexpr int min_blocks(int head_dim, int row_blocks) {
 // share a key/value head; one block per 16 ROW_BLOCKS rows of a key/value head.
 
 #define FORWARD_AND_DQ(D, BLOCKS, T)                                                               \
-    extern "C" __global__ void __launch_bounds__(128, min_blocks(D, BLOCKS))                       \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP_SIZE, min_blocks(D, BLOCKS))         \
     attention_smallhead_tf32_##D##_##BLOCKS##_##T(                                                 \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, T *__restrict__ out, float *__restrict__ lse,      \
@@ -768,7 +770,7 @@ constexpr int min_blocks(int head_dim, int row_blocks) {
         forward<D, BLOCKS>(q, k, v, first_key, out, lse,                                           \
                                {batch, seq_len, heads, kv_heads, D});                              \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128, min_blocks(D, BLOCKS))                       \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP_SIZE, min_blocks(D, BLOCKS))         \
     attention_smallhead_tf32_backward_dq_##D##_##BLOCKS##_##T(                                     \
         const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,                 \
         const uint32_t *__restrict__ first_key, const float *__restrict__ lse,                     \

@@ -45,10 +45,11 @@ __device__ void embedding(const unsigned *ids, const T *table, T *out, int rows,
     }
 }
 
-constexpr int RADIX = 512;            // 9 bits per pass
-constexpr int SORT_THREADS = 512;     // per block: one per digit
+constexpr int RADIX = EMBEDDING_RADIX;
+static_assert(RADIX == 1 << EMBEDDING_DIGIT_BITS);
+constexpr int SORT_THREADS = RADIX;  // per block: one per digit
 constexpr int SORT_WARPS = SORT_THREADS / WARP_SIZE;
-constexpr int TILE = 1024;            // rows that a block sorts
+constexpr int TILE = EMBEDDING_TILE;
 constexpr int ROUNDS = TILE / SORT_THREADS;
 
 // Position in the tile of a thread's row: warp by warp, round by round, lane by lane.
@@ -150,7 +151,7 @@ embedding_sort_scatter(const unsigned *__restrict__ ids, const unsigned *__restr
     }
 }
 
-constexpr int CHUNK = 64;
+constexpr int CHUNK = EMBEDDING_CHUNK;
 
 // The partial sum of a run that began in an earlier chunk goes to partials[chunk, 0], that of a run
 // which continues in the next chunk to partials[chunk, 1], that of a run which does both to
@@ -246,7 +247,7 @@ __device__ void combine_runs(const unsigned *ids, const unsigned *sorted, const 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 embedding_backward_combine(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,
                     const float *__restrict__ partials, float *__restrict__ dtable, int rows,
                     int hidden) {
@@ -258,12 +259,12 @@ embedding_backward_combine(const unsigned *__restrict__ ids, const unsigned *__r
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     embedding_##T(const unsigned *__restrict__ ids, const T *__restrict__ table,                   \
                   T *__restrict__ out, int rows, int hidden) {                                     \
         embedding(ids, table, out, rows, hidden);                                                  \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     embedding_backward_##T(const unsigned *__restrict__ ids, const unsigned *__restrict__ sorted,  \
                            const T *__restrict__ dout, float *__restrict__ dtable,                 \
                            float *__restrict__ partials, int rows, int hidden) {                   \

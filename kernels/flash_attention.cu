@@ -22,33 +22,18 @@
 
 constexpr int STAGES = 2;
 
-// Warps per block, blocks of 16 rows per warp, streamed rows per tile, minimum resident blocks per SM
-// (`__launch_bounds__`), and whether a warp keeps its stationary rows in registers. A second block of
-// rows per warp halves the shared-memory traffic of a matmul and costs registers. The fastest of those
-// timed on an H200. src/backend/gpu/attention.rs has the same table.
+// An entry of FLASH_TILES.
 struct TileConfig {
     int warps, row_blocks, tile, blocks;
     bool keep;
 
     __host__ __device__ constexpr int threads() const { return warps * WARP_SIZE; }
-    __host__ __device__ constexpr int rows() const { return warps * row_blocks * 16; }
+    __host__ __device__ constexpr int rows() const { return warps * row_blocks * MMA_ROWS; }
 };
 enum Pass { FORWARD, BACKWARD_DQ, BACKWARD_DKDV };
 __host__ __device__ constexpr TileConfig tile_config(Pass pass, int head_dim) {
-    switch (pass) {
-        case FORWARD:
-            return head_dim <= 32   ? TileConfig{4, 1, 64, 4, true}
-                   : head_dim <= 64 ? TileConfig{4, 2, 64, 2, false}
-                                    : TileConfig{4, 2, 32, 2, false};
-        case BACKWARD_DQ:
-            return head_dim <= 32   ? TileConfig{4, 1, 64, 4, false}
-                   : head_dim <= 64 ? TileConfig{4, 2, 32, 2, true}
-                                    : TileConfig{4, 1, 32, 2, true};
-        default:
-            return head_dim <= 32   ? TileConfig{4, 1, 64, 3, true}
-                   : head_dim <= 64 ? TileConfig{4, 1, 64, 2, true}
-                                    : TileConfig{4, 1, 48, 2, false};
-    }
+    const int(&tile)[5] = FLASH_TILES[pass][head_dim <= 32 ? 0 : head_dim <= 64 ? 1 : 2];
+    return {tile[0], tile[1], tile[2], tile[3], tile[4] != 0};
 }
 
 // Tile of ROWS rows of D components in shared memory.

@@ -45,35 +45,21 @@ constexpr int OPERAND_SCALE_LOG2 = std::is_same_v<T, f16> ? 15 : 0;  // mutant: 
 template <typename T>
 constexpr float INVERSE_OPERAND_SCALE = 1.0f / (1 << OPERAND_SCALE_LOG2<T>);
 
-constexpr int BLOCK_ROWS = 128;  // stationary rows per block
-constexpr int TILE_ROWS = 64;    // streamed rows per tile; tiles are double-buffered
+constexpr int BLOCK_ROWS = LCE_BLOCK_ROWS;
+constexpr int TILE_ROWS = LCE_TILE_ROWS;  // tiles are double-buffered
 constexpr int STAGES = 2;
 static_assert(STAGES * TILE_ROWS == BLOCK_ROWS, "stationary rows are loaded through the stages");
 
-// By the width to which hidden is padded: a warp owns ROW_BLOCKS blocks of 16 rows and processes
-// GROUP streamed rows at a time; MIN_BLOCKS blocks are resident per SM. Two row blocks halve the
-// shared-memory traffic. Registers bound all three: ROW_BLOCKS * 3/4 (WIDTH + GROUP) of at most 255
-// per thread hold fragments.
+// An entry of LCE_TILES: a warp owns ROW_BLOCKS blocks of 16 rows and processes GROUP streamed rows at a
+// time; MIN_BLOCKS blocks are resident per SM.
 template <int WIDTH>
-struct TileConfig;
-template <>
-struct TileConfig<32> {
-    static constexpr int ROW_BLOCKS = 2, GROUP = 32, MIN_BLOCKS = 4;
-};
-template <>
-struct TileConfig<64> {
-    static constexpr int ROW_BLOCKS = 2, GROUP = 32, MIN_BLOCKS = 3;
-};
-template <>
-struct TileConfig<128> {
-    static constexpr int ROW_BLOCKS = 2, GROUP = 16, MIN_BLOCKS = 2;
-};
-template <>
-struct TileConfig<256> {
-    static constexpr int ROW_BLOCKS = 1, GROUP = 16, MIN_BLOCKS = 1;
+struct TileConfig {
+    static constexpr int ENTRY = WIDTH <= 32 ? 0 : WIDTH <= 64 ? 1 : WIDTH <= 128 ? 2 : 3;
+    static constexpr int ROW_BLOCKS = LCE_TILES[ENTRY][0], GROUP = LCE_TILES[ENTRY][1];
+    static constexpr int MIN_BLOCKS = LCE_TILES[ENTRY][2];
 };
 template <int WIDTH>
-constexpr int THREADS = BLOCK_ROWS / (16 * TileConfig<WIDTH>::ROW_BLOCKS) * WARP_SIZE;
+constexpr int THREADS = BLOCK_ROWS / (MMA_ROWS * TileConfig<WIDTH>::ROW_BLOCKS) * WARP_SIZE;
 
 // Rows of a tile are an odd number of 16-byte chunks apart, so that eight of them have no bank
 // conflicts.
@@ -607,7 +593,7 @@ __device__ void combine(const T *w, const uint32_t *targets, const float *loss_s
 
 // Launch: padded / 8 blocks of (32, 8) threads; `width` and `splits` as in the lse pass.
 #define COMBINE(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     lce_combine_##T(const T *__restrict__ w, const uint32_t *__restrict__ targets,                 \
                   const float *__restrict__ loss_scale, float *scratch, float *__restrict__ nll,   \
                   uint32_t *__restrict__ argmax, T *__restrict__ dx, int rows, int vocab,          \
@@ -632,7 +618,7 @@ ENTRIES(f16)
 
 // dw += loss_scale * sum of the partial sums of the grad pass; `count` is vocab * hidden. Launch:
 // blocks of 256 threads along x, any number.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 lce_dw_combine(const float *__restrict__ partials, const float *__restrict__ loss_scale,
                float *__restrict__ dw, unsigned long long count, int splits) {
     const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;

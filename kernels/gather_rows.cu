@@ -21,7 +21,7 @@ __device__ void gather_rows(const T *x, const unsigned *position, T *out, int ba
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     gather_rows_##T(const T *__restrict__ x, const unsigned *__restrict__ position,                \
                     T *__restrict__ out, int batch, int seq_len, int hidden) {                     \
         if (hidden % VEC<T> == 0 && aligned(x, out)) {                                             \

@@ -99,7 +99,7 @@ __device__ void addressed(const Id *tokens, const uint64_t *starts, const unsign
 }
 
 #define ENTRIES(NAME, ID)                                                                          \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     gather_windows_original_##NAME(                                                                \
         const ID *__restrict__ tokens, const uint64_t *__restrict__ starts,                        \
         const unsigned *__restrict__ lengths, const unsigned *__restrict__ order,                  \
@@ -109,7 +109,7 @@ __device__ void addressed(const Id *tokens, const uint64_t *starts, const unsign
         original(tokens, starts, lengths,                                                          \
                  {order, cursor, ids, targets, first_key, batch, seq_len, pad});                   \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     gather_windows_stream_##NAME(                                                                  \
         const ID *__restrict__ tokens, uint64_t count, const uint64_t *__restrict__ documents,     \
         int document_count, int stride, const unsigned *__restrict__ order,                        \
@@ -119,7 +119,7 @@ __device__ void addressed(const Id *tokens, const uint64_t *starts, const unsign
         stream(tokens, count, documents, document_count, stride,                                   \
                {order, cursor, ids, targets, first_key, batch, seq_len, pad});                     \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     gather_windows_addressed_##NAME(                                                               \
         const ID *__restrict__ tokens, const uint64_t *__restrict__ starts,                        \
         const unsigned *__restrict__ lengths, const unsigned *__restrict__ addresses,              \

@@ -11,7 +11,7 @@
 
 // Launch: blocks of 256 threads along x, any number. The order of the sum depends on the grid: the
 // same grid gives the same bits.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 grad_norm_partials(const float *__restrict__ gradients, double *__restrict__ partials,
                    unsigned long long count) {
     const size_t threads = static_cast<size_t>(gridDim.x) * blockDim.x;
@@ -39,7 +39,7 @@ struct Run {
 };
 
 // Launch: a block of 256 threads per run.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 grad_norm_runs(const float *__restrict__ gradients, const Run *__restrict__ runs,
                double *__restrict__ partials) {
     const Run run = runs[blockIdx.x];
@@ -54,7 +54,7 @@ grad_norm_runs(const float *__restrict__ gradients, const Run *__restrict__ runs
 }
 
 // Launch: one block of 256 threads.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 grad_norm(const double *__restrict__ partials, const float *__restrict__ loss_scale,
           float *__restrict__ norm, int blocks) {
     double sum = 0.0;

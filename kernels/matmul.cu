@@ -80,8 +80,8 @@ __device__ inline Output output(void *c, int rows, int cols, size_t stride, size
     return {at, rows, cols, stride, accumulate != 0, is_f32 != 0};
 }
 
-constexpr int TILE_M = 128, TILE_N = 64, TILE_K = 32, STAGES = 3;
-constexpr int WARP_M = 64, WARP_N = 32, THREADS = 128;
+constexpr int TILE_M = MATMUL_TILE[0], TILE_N = MATMUL_TILE[1], TILE_K = 32, STAGES = 3;
+constexpr int WARP_M = 64, WARP_N = 32, THREADS = MATMUL_THREADS;
 constexpr int PAD = 8;  // elements of 2 bytes
 
 // A tile of a matrix in shared memory, [ROWS, COLS] as it is stored.
@@ -205,7 +205,7 @@ __device__ void matmul(const T *a, const T *b, Output c, int m, int n, int k, si
     }
 }
 
-constexpr int SIMT_TILE = 64, SIMT_K = 16, SIMT_THREADS = 256;
+constexpr int SIMT_TILE = MATMUL_SIMT_TILE, SIMT_K = 16, SIMT_THREADS = MATMUL_SIMT_THREADS;
 
 // 64 elements along the rows of A or the columns of B, and 16 of k, as [SIMT_K][SIMT_TILE]; zeros past
 // the edges. Consecutive threads read consecutive memory if either stride is 1.

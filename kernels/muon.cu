@@ -35,6 +35,7 @@ struct StepParams {
     float clip;
     int apply;  // 0: skip the step
 };
+static_assert(sizeof(StepParams) == MUON_PARAMS_BYTES);
 
 // Launch: one thread. loss_scale: factor in the gradients, null means 1.
 extern "C" __global__ void muon_step_params(const double *__restrict__ learning_rate,
@@ -51,7 +52,7 @@ extern "C" __global__ void muon_step_params(const double *__restrict__ learning_
 
 // Launch of the kernels that take `offsets`: blocks of 256 threads, any number along x, one matrix
 // each along y. partials: [gridDim.y, gridDim.x] in f64; the order of a sum is fixed by the launch.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 muon_momentum(const float *__restrict__ gradients, float *__restrict__ moments,
               float *__restrict__ us, double *__restrict__ partials,
               const unsigned long long *__restrict__ offsets, unsigned long long count,
@@ -85,7 +86,7 @@ muon_momentum(const float *__restrict__ gradients, float *__restrict__ moments,
 
 // Every block adds its matrix's partial sums itself, in the same order. blocks: gridDim.x of
 // `muon_momentum`. x may be u. Launch: as above.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 muon_normalize(const float *us, const double *__restrict__ partials, float *xs,
                unsigned long long count, int blocks) {
     const float *u = us + blockIdx.y * count;
@@ -106,7 +107,7 @@ muon_normalize(const float *us, const double *__restrict__ partials, float *xs,
 
 // out = a x + b y, elementwise over all matrices: `count` elements in all; out may be x.
 // Launch: blocks of 256 threads along x, any number.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 muon_axpby(const float *x, const float *__restrict__ y, float *out, float a, float b,
            unsigned long long count) {
     grid_stride<4>(count, aligned(x, y, out), [&](size_t at, auto width) {
@@ -148,7 +149,7 @@ __device__ void update(const float *xs, float *parameters, T *shadows,
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     muon_update_##T(const float *__restrict__ x, float *__restrict__ parameters,                   \
                     T *__restrict__ shadow, const unsigned long long *__restrict__ offsets,        \
                     unsigned long long count, const StepParams *__restrict__ params,               \

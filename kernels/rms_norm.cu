@@ -143,13 +143,13 @@ __device__ void backward(const T *x, const float *rstd, const T *weight, const T
 // rms_norm: `residual` and `sum` are null if there is no residual. rms_norm_backward: dx, and each
 // block's partial sum of dweight; `x` is the normalized input (the sum), `dsum` may be null.
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     rms_norm_##T(const T *__restrict__ x, const T *__restrict__ residual,                          \
                  const T *__restrict__ weight, T *sum, T *__restrict__ y,                          \
                  float *__restrict__ rstd, int rows, int hidden, float eps) {                      \
         forward(x, residual, weight, sum, y, rstd, rows, hidden, eps);                         \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     rms_norm_backward_##T(const T *__restrict__ x, const float *__restrict__ rstd,                 \
                           const T *__restrict__ weight, const T *__restrict__ dy,                  \
                           const T *__restrict__ dsum, T *__restrict__ dx,                          \
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 rms_norm_backward_weight(const float *__restrict__ partials,
                          const unsigned long long *__restrict__ offsets,
                          float *__restrict__ gradients, int blocks, int hidden, int most) {
-    constexpr int STRIPS = 32;
+    constexpr int STRIPS = RMS_NORM_STRIPS;
     partials += static_cast<size_t>(blockIdx.y) * most * hidden;  // mutant: first_norm_always
     float *dweight = gradients + offsets[blockIdx.y];
     __shared__ float strips[STRIPS][WARP_SIZE];

@@ -172,14 +172,14 @@ __device__ void rope(T *qkv, const SplitQkv<T> &split, const unsigned *start, co
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256, 4)                                           \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 4)                                 \
     rope_##T(T *__restrict__ qkv, const unsigned *__restrict__ start,                              \
              const float *__restrict__ cos_sin, T *__restrict__ q, T *__restrict__ k,              \
              T *__restrict__ v, int batch, int seq_len, int heads, int kv_heads, int head_dim) {   \
         rope<false>(qkv, SplitQkv<T>{q, k, v}, start, cos_sin,                                     \
                     {batch, seq_len, heads, kv_heads, head_dim});                                  \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, 4)                                           \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 4)                                 \
     rope_backward_##T(T *__restrict__ dq, T *__restrict__ dk, T *__restrict__ dv,                  \
                       const float *__restrict__ cos_sin, T *__restrict__ dqkv, int batch,          \
                       int seq_len, int heads, int kv_heads, int head_dim) {                        \

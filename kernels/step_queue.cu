@@ -18,12 +18,14 @@ struct StepRecord {
     float loss_scale;
     unsigned begin;  // index of its first window in the order of all queued runs
 };
+static_assert(sizeof(StepRecord) == STEP_RECORD_BYTES);
 
 struct StepResult {
     double loss;
     float norm;
     unsigned unused;
 };
+static_assert(sizeof(StepResult) == STEP_RESULT_BYTES);
 
 // Dynamic loss scaling against underflow of f16 gradients, as PyTorch's GradScaler: the scale is
 // halved by a step with non-finite gradients and doubled after 2,000 finite ones in a row.

@@ -8,10 +8,10 @@
 #include "lib/vector.cuh"
 
 // Most levels of a tree: `width` is a power of two up to 2^LEVELS.
-constexpr int LEVELS = 8;
+constexpr int LEVELS = SUM_PIECES_LEVELS;
 
 // Launch: blocks of 256 threads along x, any number: the order of a sum does not depend on the grid.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 sum_pieces(const float *first, const float *rest, float *out, unsigned long long stride,
            unsigned long long count, int blocks, int width) {
     grid_stride<4>(count, aligned(first, rest, out) && stride % 4 == 0, [&](size_t at, auto n) {

@@ -74,11 +74,11 @@ __device__ void backward(const T *gate_up, const T *dout, T *dgate_up, int rows,
 }
 
 #define ENTRIES(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     swiglu_##T(const T *__restrict__ gate_up, T *__restrict__ out, int rows, int inter) {          \
         forward(gate_up, out, rows, inter);                                                        \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
     swiglu_backward_##T(const T *__restrict__ gate_up, const T *__restrict__ dout,                 \
                         T *__restrict__ dgate_up, int rows, int inter) {                           \
         backward(gate_up, dout, dgate_up, rows, inter);                                            \

@@ -1,10 +1,13 @@
 //! CUDA modules of `kernels/*.cu`, compiled by `build.rs` or shipped as PTX, and the record of the build.
 
 pub mod prebuilt;
+pub mod signature;
 
-use std::collections::HashMap;
 use std::io::Read;
 use std::sync::OnceLock;
+
+use crate::dtype::Dtype;
+use crate::error;
 
 /// One compiled kernel file.
 #[derive(Debug)]
@@ -83,59 +86,87 @@ impl CudaModule {
             }
         }
     }
+}
 
-    /// Entry names, in PTX order.
-    pub fn entries(&'static self) -> impl Iterator<Item = &'static str> {
-        self.ptx().lines().filter_map(|line| {
-            let rest = line.trim_start().strip_prefix(".visible .entry ")?;
-            Some(rest.split('(').next().unwrap_or(rest).trim())
+/// A `__global__` function, parsed from the PTX by `build.rs`.
+#[derive(Debug)]
+struct Entry {
+    name: &'static str,
+    /// Index of its file.
+    module: usize,
+    parameters: &'static [usize],
+    max_threads: usize,
+}
+
+/// A kernel, by its place in the table of all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Kernel(u16);
+
+impl Kernel {
+    /// All kernels, in the order of the files.
+    pub fn all() -> impl Iterator<Item = Kernel> {
+        (0..ENTRIES.len() as u16).map(Kernel)
+    }
+
+    fn entry(self) -> &'static Entry {
+        &ENTRIES[usize::from(self.0)]
+    }
+
+    /// Name of the `__global__` function: `rms_norm_bf16`.
+    pub fn name(self) -> &'static str {
+        self.entry().name
+    }
+
+    /// Size of each parameter in bytes, in order.
+    pub fn parameters(self) -> &'static [usize] {
+        self.entry().parameters
+    }
+
+    /// Most threads per block.
+    pub fn max_threads(self) -> usize {
+        self.entry().max_threads
+    }
+
+    /// The file that defines it; an error in a build without kernels.
+    pub fn module(self) -> anyhow::Result<&'static CudaModule> {
+        match BUILD.cuda {
+            Ok(_) => Ok(&CUDA_MODULES[self.entry().module]),
+            Err(why) => Err(error::device(
+                format!("this build has no CUDA kernels: {why}"),
+                "run scripts/setup-cuda, then build again",
+            )),
+        }
+    }
+}
+
+/// Kernels that differ in a dtype and in numbers: `flash_attention` for a head_dim of 64 and bf16.
+#[derive(Debug)]
+pub struct Family {
+    name: &'static str,
+    instances: &'static [Instance],
+}
+
+#[derive(Debug)]
+struct Instance {
+    numbers: &'static [usize],
+    dtype: Option<Dtype>,
+    kernel: Kernel,
+}
+
+impl Family {
+    /// The instance for a dtype, without numbers.
+    pub fn of(&self, dtype: Dtype) -> anyhow::Result<Kernel> {
+        self.sized(&[], dtype)
+    }
+
+    /// The instance for numbers and a dtype.
+    pub fn sized(&self, numbers: &[usize], dtype: Dtype) -> anyhow::Result<Kernel> {
+        let mut instances = self.instances.iter();
+        let found = instances.find(|at| at.numbers == numbers && at.dtype == Some(dtype));
+        found.map(|instance| instance.kernel).ok_or_else(|| {
+            error::internal(format!("{} has no kernel for {numbers:?} and {dtype:?}", self.name))
         })
     }
-}
-
-/// A `__global__` function.
-#[derive(Clone, Debug)]
-pub struct Entry {
-    /// Module that defines it.
-    pub module: &'static CudaModule,
-    /// Size of each parameter in bytes, in order.
-    pub parameters: Vec<usize>,
-}
-
-impl Entry {
-    /// Parameter sizes of the entry `name` in bytes, parsed from its PTX declaration:
-    /// `.param .u64 .ptr .align 1 name_param_0,`
-    fn parameters(ptx: &str, name: &str) -> Vec<usize> {
-        let declaration = ptx.split_once(&format!(".entry {name}(")).map_or("", |(_, rest)| rest);
-        let declaration = declaration.split_once(')').map_or("", |(list, _)| list);
-        let size = |line: &str| {
-            let mut words = line.split_whitespace().skip(1);
-            let bits = |word: &str| word.trim_start_matches(|c: char| !c.is_ascii_digit()).parse();
-            let bytes: usize = words.find_map(|word| match word {
-                ".align" => None,
-                word if word.starts_with('.') => bits(word).ok(),
-                _ => None,
-            })?;
-            // A struct is a byte array: `.param .align 8 .b8 name_param_0[24]`.
-            let count = line.split_once('[').and_then(|(_, n)| n.split(']').next()?.parse().ok());
-            Some(bytes / 8 * count.unwrap_or(1usize))
-        };
-        declaration.split(',').filter_map(size).collect()
-    }
-}
-
-/// Entry by name, from any module.
-pub fn entry(name: &str) -> Option<&'static Entry> {
-    static ENTRIES: OnceLock<HashMap<&'static str, Entry>> = OnceLock::new();
-    let all = ENTRIES.get_or_init(|| {
-        let entries = CUDA_MODULES.iter().flat_map(|module| {
-            module.entries().map(move |name| {
-                (name, Entry { module, parameters: Entry::parameters(module.ptx(), name) })
-            })
-        });
-        entries.collect()
-    });
-    all.get(name)
 }
 
 /// Toolchain and target of this build.
@@ -236,23 +267,39 @@ mod tests {
 
     #[cfg(feature = "sim")]
     #[test]
-    fn parameter_sizes_match_the_simulator() {
+    fn the_table_has_the_kernels_that_the_simulator_reads() {
+        let mut table = Kernel::all();
         for module in CUDA_MODULES {
             let simulated = ptxsim::Module::from_ptx(module.ptx()).unwrap();
             for simulated in simulated.kernels() {
                 let sizes: Vec<usize> =
                     simulated.params().iter().map(|parameter| parameter.size).collect();
-                assert_eq!(
-                    entry(simulated.name()).unwrap().parameters,
-                    sizes,
-                    "{}",
-                    simulated.name()
-                );
+                let kernel = table.next().unwrap();
+                assert_eq!(kernel.name(), simulated.name());
+                assert_eq!(kernel.parameters(), sizes, "{}", kernel.name());
+                assert_eq!(kernel.module().unwrap().name, module.name);
             }
         }
-        let ptx =
-            ".visible .entry k(\n\t.param .align 8 .b8 k_param_0[24],\n\t.param .f32 k_param_1\n)";
-        assert_eq!(Entry::parameters(ptx, "k"), [24, 4]);
+        assert!(CUDA_MODULES.is_empty() || table.next().is_none());
+    }
+
+    #[test]
+    fn instances_are_found_by_numbers_and_dtype() {
+        let name = |kernel: anyhow::Result<Kernel>| kernel.unwrap().name();
+        assert_eq!(name(families::RMS_NORM.of(Dtype::Bf16)), "rms_norm_bf16");
+        assert_eq!(
+            name(families::FLASH_ATTENTION.sized(&[64], Dtype::F16)),
+            "flash_attention_64_f16"
+        );
+        assert_eq!(families::GRAD_NORM.name(), "grad_norm");
+        assert_eq!(
+            families::RMS_NORM.of(Dtype::F32).unwrap().max_threads(),
+            geometry::BLOCK_THREADS
+        );
+        for (numbers, dtype) in [(&[65][..], Dtype::F16), (&[64], Dtype::F32), (&[], Dtype::F16)] {
+            let said = families::FLASH_ATTENTION.sized(numbers, dtype).unwrap_err().to_string();
+            assert!(said.contains("flash_attention has no kernel for"), "{said}");
+        }
     }
 
     #[test]
@@ -287,7 +334,8 @@ mod tests {
             let name = path.file_stem().unwrap().to_str().unwrap();
             let module = module(name).unwrap_or_else(|| panic!("{name} was not compiled"));
             let source = fs::read_to_string(&path).unwrap();
-            let entries: BTreeSet<_> = module.entries().collect();
+            let of_file = |kernel: &Kernel| kernel.module().is_ok_and(|at| at.name == module.name);
+            let entries: BTreeSet<_> = Kernel::all().filter(of_file).map(Kernel::name).collect();
             let declared = declared(&source);
             for of in &declared {
                 assert!(entries.iter().any(|entry| fits(entry, of)), "{name}: {of} is missing");

@@ -1,8 +1,8 @@
 // Constants that several kernels share.
 #pragma once
 
-constexpr int WARP_SIZE = 32;
-constexpr int MAX_WARPS = 32;  // per block
+#include "geometry.cuh"
+
 // All lanes of a warp, for the `_sync` intrinsics.
 constexpr unsigned FULL_MASK = 0xffffffffu;
 

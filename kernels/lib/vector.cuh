@@ -1,6 +1,8 @@
 // 16-byte memory accesses, f32 arithmetic: values of type T are converted to f32 when they are
 // loaded and rounded to nearest even when they are stored.
 #pragma once
+#include "geometry.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstdint>

@@ -12,6 +12,7 @@ use super::step;
 use crate::backend::gpu::{Gpu, Mode, Open, Options};
 use crate::device::{Address, Arg, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
+use crate::kernels::{Kernel, families};
 use crate::model::preset;
 
 /// What a probe saw.
@@ -61,9 +62,8 @@ pub(super) const PROBES: [Probe; 8] = [
     },
 ];
 
-fn probe(entry: &str, grid: u32, block: u32, shared: usize, args: Vec<Arg>) -> Launch {
-    let entry = entry.to_string();
-    Launch { entry, grid: [grid, 1, 1], block: [block, 1, 1], shared: shared as u32, args }
+fn probe(kernel: Kernel, grid: u32, block: u32, shared: usize, args: Vec<Arg>) -> Launch {
+    Launch { kernel, grid: [grid, 1, 1], block: [block, 1, 1], shared: shared as u32, args }
 }
 
 /// Median seconds of a call of `work`.
@@ -96,7 +96,10 @@ fn read_u32(device: &dyn Device, at: Address, count: usize) -> anyhow::Result<Ve
 fn tf32_truncation(subject: &mut Subject) -> anyhow::Result<Seen> {
     let a = 1.0 + 1.0 / 2048.0 + 1.0 / 4096.0_f32;
     let product = with_memory(subject.device, 4, |device, at| {
-        launch(device, &probe("probe_tf32", 1, 32, 0, vec![at.into(), a.into(), 1.0f32.into()]))?;
+        launch(
+            device,
+            &probe(families::PROBE_TF32, 1, 32, 0, vec![at.into(), a.into(), 1.0f32.into()]),
+        )?;
         Ok(f32::from_bits(read_u32(device, at, 1)?[0]))
     })?;
     Ok(Seen { text: format!("{product}"), passed: product == 1.0 })
@@ -107,11 +110,11 @@ fn tf32_rates(subject: &mut Subject) -> anyhow::Result<Seen> {
     let chains = 8.0 * f64::from(rounds) * f64::from(blocks * 256 / 32);
     let rates = with_memory(subject.device, 4 * 256 * blocks as usize, |device, out| {
         let mut rates = [0.0; 2];
-        for (rate, (entry, flops)) in rates
-            .iter_mut()
-            .zip([("roofline_mma_tf32_k8", 2048.0), ("roofline_mma_tf32_k4", 1024.0)])
-        {
-            let kernel = probe(entry, blocks, 256, 0, vec![out.into(), rounds.into()]);
+        for (rate, (kernel, flops)) in rates.iter_mut().zip([
+            (families::ROOFLINE_MMA_TF32_K8, 2048.0),
+            (families::ROOFLINE_MMA_TF32_K4, 1024.0),
+        ]) {
+            let kernel = probe(kernel, blocks, 256, 0, vec![out.into(), rounds.into()]);
             *rate = flops * chains / seconds(device, |device| launch(device, &kernel))?;
         }
         Ok(rates)
@@ -149,7 +152,7 @@ fn thin_gradients(subject: &mut Subject) -> anyhow::Result<Seen> {
 fn long_graph(subject: &mut Subject) -> anyhow::Result<Seen> {
     let device = &mut *subject.device;
     let nodes = 1840;
-    let empty = probe("roofline_empty", 1, 32, 0, Vec::new());
+    let empty = probe(families::ROOFLINE_EMPTY, 1, 32, 0, Vec::new());
     launch(device, &empty)?;
     let start = Instant::now();
     device.begin_capture()?;
@@ -206,7 +209,7 @@ fn ex2_bits(subject: &mut Subject) -> anyhow::Result<Seen> {
         with_memory(device, 4 * count, |device, at| {
             let (first, step) = (12_345_u32, (1_u32 << 16) + 1);
             let args = vec![at.into(), first.into(), step.into()];
-            launch(device, &probe("probe_ex2", count as u32 / 256, 256, 0, args))?;
+            launch(device, &probe(families::PROBE_EX2, count as u32 / 256, 256, 0, args))?;
             read_u32(device, at, count)
         })
     };
@@ -271,7 +274,7 @@ fn shared_memory(subject: &mut Subject) -> anyhow::Result<Seen> {
     for bytes in sizes {
         wrong += with_memory(subject.device, WORD, |device, at| {
             let args = vec![at.into(), ((bytes / WORD) as u32).into()];
-            launch(device, &probe("probe_shared", 1, 256, bytes, args))?;
+            launch(device, &probe(families::PROBE_SHARED, 1, 256, bytes, args))?;
             Ok(read_u32(device, at, 1)?[0])
         })?;
     }

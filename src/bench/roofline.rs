@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::device::{Arg, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
+use crate::kernels::{Kernel, families};
 
 /// One measured limit of the device.
 #[derive(Clone, Debug, Serialize)]
@@ -76,30 +77,40 @@ pub fn measure(
 
     let (blocks, rounds) = if full { (132 * 8, 4096) } else { (2, 4) };
     let threads = 256;
-    let kernel = |entry: &str, rounds: i32| Launch {
-        entry: entry.to_string(),
+    let with = |kernel: Kernel, rounds: i32| Launch {
+        kernel,
         grid: [blocks, 1, 1],
         block: [threads, 1, 1],
         shared: 0,
         args: vec![out.into(), Arg::I32(rounds)],
     };
     let links = 8.0 * f64::from(rounds) * f64::from(blocks) * f64::from(threads);
-    for (name, entry, work, unit) in [
-        ("ex2.approx", "roofline_ex2", links / 1e12, "T/s"),
-        ("fma, f32", "roofline_fma", 2.0 * links / 1e12, "TFLOP/s"),
-        ("mma.sync m16n8k16 bf16", "roofline_mma", links / 32.0 * 4096.0 / 1e12, "TFLOP/s"),
-        ("mma.sync m16n8k8 TF32", "roofline_mma_tf32_k8", links / 32.0 * 2048.0 / 1e12, "TFLOP/s"),
-        ("mma.sync m16n8k4 TF32", "roofline_mma_tf32_k4", links / 32.0 * 1024.0 / 1e12, "TFLOP/s"),
+    for (name, kernel, work, unit) in [
+        ("ex2.approx", families::ROOFLINE_EX2, links / 1e12, "T/s"),
+        ("fma, f32", families::ROOFLINE_FMA, 2.0 * links / 1e12, "TFLOP/s"),
+        ("mma.sync m16n8k16 bf16", families::ROOFLINE_MMA, links / 32.0 * 4096.0 / 1e12, "TFLOP/s"),
+        (
+            "mma.sync m16n8k8 TF32",
+            families::ROOFLINE_MMA_TF32_K8,
+            links / 32.0 * 2048.0 / 1e12,
+            "TFLOP/s",
+        ),
+        (
+            "mma.sync m16n8k4 TF32",
+            families::ROOFLINE_MMA_TF32_K4,
+            links / 32.0 * 1024.0 / 1e12,
+            "TFLOP/s",
+        ),
     ] {
-        let kernel = kernel(entry, rounds);
+        let kernel = with(kernel, rounds);
         let seconds = repeat(device, |device| launch(device, &kernel))?;
         add(rate(name, work, unit, seconds));
     }
 
-    let barriers = kernel("roofline_barrier", rounds);
+    let barriers = with(families::ROOFLINE_BARRIER, rounds);
     let seconds = repeat(device, |device| launch(device, &barriers))?;
     add(time("barrier of 256 threads", seconds, f64::from(rounds) / 1e9, "ns"));
-    let empty = Launch { args: vec![], ..kernel("roofline_empty", 0) };
+    let empty = Launch { args: vec![], ..with(families::ROOFLINE_EMPTY, 0) };
     let one = Launch { grid: [1, 1, 1], ..empty };
     let launches = if full { 1000 } else { 3 };
     let many = |device: &mut dyn Device| (0..launches).try_for_each(|_| launch(device, &one));

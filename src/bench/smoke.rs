@@ -8,7 +8,7 @@ use super::roofline::{self, Effort};
 use crate::backend::gpu::Open;
 use crate::device::{Address, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
-use crate::kernels::CUDA_MODULES;
+use crate::kernels::{CUDA_MODULES, Kernel, families};
 
 /// The result for one feature.
 #[derive(Clone, Debug, Serialize)]
@@ -94,31 +94,25 @@ fn copies(device: &mut dyn Device) -> anyhow::Result<String> {
 }
 
 fn kernels(device: &mut dyn Device) -> anyhow::Result<String> {
-    let mut count = 0;
-    for kernel in CUDA_MODULES {
-        for entry in kernel.entries() {
-            device.load(entry)?;
-            count += 1;
-        }
-    }
-    Ok(format!("{count} kernels of {} files", CUDA_MODULES.len()))
+    Kernel::all().try_for_each(|kernel| device.load(kernel))?;
+    Ok(format!("{} kernels of {} files", Kernel::all().count(), CUDA_MODULES.len()))
 }
 
-fn fill(at: Address, count: u64, value: f32) -> Launch {
-    Launch {
-        entry: "fill_f32".into(),
+fn fill(at: Address, count: u64, value: f32) -> anyhow::Result<Launch> {
+    Ok(Launch {
+        kernel: families::FILL.of(Dtype::F32)?,
         grid: [4, 1, 1],
         block: [256, 1, 1],
         shared: 0,
         args: vec![at.into(), value.into(), count.into()],
-    }
+    })
 }
 
 fn launch(device: &mut dyn Device) -> anyhow::Result<String> {
     let len = 10_007;
     let at = device.alloc(4 * len)?;
     device.memset(at, 0, 4 * len)?;
-    roofline::launch(device, &fill(at, len as u64 - 1, 2.5))?;
+    roofline::launch(device, &fill(at, len as u64 - 1, 2.5)?)?;
     let values = Dtype::F32.decode(&read(device, at, 4 * len)?);
     device.free(at)?;
     let right = values[..len - 1].iter().all(|&x| x == 2.5) && values[len - 1] == 0.0;
@@ -128,7 +122,7 @@ fn launch(device: &mut dyn Device) -> anyhow::Result<String> {
 
 fn refusal(device: &mut dyn Device) -> anyhow::Result<String> {
     let at = device.alloc(4096)?;
-    let mut wrong = fill(at, 1024, 1.0);
+    let mut wrong = fill(at, 1024, 1.0)?;
     wrong.args.pop();
     let refused = roofline::launch(device, &wrong);
     device.free(at)?;
@@ -206,11 +200,11 @@ fn graph(device: &mut dyn Device) -> anyhow::Result<String> {
     device.memset(a, 0, 4096)?;
     device.memset(b, 0, 4096)?;
     // Once outside: a kernel cannot be loaded while it is recorded.
-    roofline::launch(device, &fill(a, 10, 1.0))?;
+    roofline::launch(device, &fill(a, 10, 1.0)?)?;
     device.begin_capture()?;
     let asked = (|| {
         device.copy(a, b, 4096)?;
-        roofline::launch(device, &fill(a, 1024, 3.0))
+        roofline::launch(device, &fill(a, 1024, 3.0)?)
     })();
     let graph = device.end_capture();
     asked?;

@@ -3,13 +3,13 @@
 use super::Address;
 use super::address::Allocations;
 use crate::error;
-use crate::kernels;
+use crate::kernels::{CudaModule, Kernel};
 
 /// A kernel launch.
 #[derive(Clone, Debug)]
 pub struct Launch {
-    /// Name of the kernel entry: `rms_norm_bf16`.
-    pub entry: String,
+    /// The kernel.
+    pub kernel: Kernel,
     /// Blocks per grid along x, y and z.
     pub grid: [u32; 3],
     /// Threads per block along x, y and z.
@@ -70,42 +70,32 @@ macro_rules! arg_from {
 }
 arg_from!(Address => Address, i32 => I32, u32 => U32, u64 => U64, f32 => F32, f64 => F64);
 
-/// The kernel entry of a name.
-pub(super) fn find(name: &str) -> anyhow::Result<&'static kernels::Entry> {
-    kernels::entry(name).ok_or_else(|| match kernels::BUILD.cuda {
-        Ok(_) => error::internal(format!("no kernel {name}")),
-        Err(why) => error::device(
-            format!("this build has no CUDA kernels: {why}"),
-            "run scripts/setup-cuda, then build again",
-        ),
-    })
-}
-
 /// Limit of every compute capability on the grid along y and z, in blocks.
 const MAX_GRID_YZ: u32 = 65_535;
 
 impl Launch {
-    /// The kernel file with this entry, if the arguments match its parameters in number and size and
-    /// every GPU supports the grid and block.
-    pub(super) fn check(&self) -> anyhow::Result<&'static kernels::CudaModule> {
-        let entry = find(&self.entry)?;
+    /// The file of the kernel, if the arguments match its parameters in number and size, the block is
+    /// within its bounds, and every GPU supports the grid.
+    pub(super) fn check(&self) -> anyhow::Result<&'static CudaModule> {
+        let module = self.kernel.module()?;
+        let name = self.kernel.name();
         let fault = |what: String| error::internal(what);
         let sizes: Vec<usize> = self.args.iter().map(Arg::size).collect();
-        if sizes != entry.parameters {
+        if sizes != self.kernel.parameters() {
             return Err(fault(format!(
-                "kernel {} takes parameters of {:?} bytes, but {sizes:?} were passed",
-                self.entry, entry.parameters
+                "kernel {name} takes parameters of {:?} bytes, but {sizes:?} were passed",
+                self.kernel.parameters()
             )));
         }
         let threads: u64 = self.block.iter().map(|&n| u64::from(n)).product();
         let [x, y, z] = self.grid;
         if x == 0 || !(1..=MAX_GRID_YZ).contains(&y) || !(1..=MAX_GRID_YZ).contains(&z) {
-            return Err(fault(format!("invalid grid {x} x {y} x {z} for kernel {}", self.entry)));
+            return Err(fault(format!("invalid grid {x} x {y} x {z} for kernel {name}")));
         }
-        if !(1..=1024).contains(&threads) || self.block[2] > 64 {
-            return Err(fault(format!("invalid block {:?} for kernel {}", self.block, self.entry)));
+        if !(1..=self.kernel.max_threads() as u64).contains(&threads) || self.block[2] > 64 {
+            return Err(fault(format!("invalid block {:?} for kernel {name}", self.block)));
         }
-        Ok(entry.module)
+        Ok(module)
     }
 
     /// Values of the arguments.

@@ -4,6 +4,10 @@ use super::address::Allocations;
 use super::{Address, Arg, Launch};
 use crate::dtype::Dtype;
 use crate::error;
+use crate::kernels::families;
+use crate::kernels::geometry::{
+    MATMUL_SIMT_THREADS, MATMUL_SIMT_TILE, MATMUL_THREADS, MATMUL_TILE,
+};
 
 /// A row-major matrix in a device's memory, `[rows, cols]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,12 +106,18 @@ impl Matmul {
         let is_aligned =
             |x: &Matrix| x.at.alignment() >= 16 && (x.stride * size).is_multiple_of(16);
         let tensor_cores = size == 2 && [a, b].iter().all(is_aligned);
-        let (kernel, tile, threads) = if tensor_cores {
-            let layout = |x: &Matrix| if x.transposed { 't' } else { 'n' };
-            (format!("{}{}", layout(&a), layout(&b)), [128, 64], 128)
+        let (family, tile, threads) = if tensor_cores {
+            let family = match (a.transposed, b.transposed) {
+                (false, false) => &families::MATMUL_NN,
+                (false, true) => &families::MATMUL_NT,
+                (true, false) => &families::MATMUL_TN,
+                (true, true) => &families::MATMUL_TT,
+            };
+            (family, MATMUL_TILE, MATMUL_THREADS)
         } else {
-            ("simt".to_string(), [64, 64], 256)
+            (&families::MATMUL_SIMT, [MATMUL_SIMT_TILE; 2], MATMUL_SIMT_THREADS)
         };
+        let kernel = family.of(a.dtype)?;
         let blocks = m.div_ceil(tile[0]) * n.div_ceil(tile[1]);
         let narrow = |size: usize| {
             i32::try_from(size)
@@ -132,13 +142,13 @@ impl Matmul {
             args.extend([a, b, c].map(|x| Arg::from(matrix(&x) as u64)));
             args.extend([self.accumulate, c.dtype == Dtype::F32].map(|x| Arg::from(i32::from(x))));
             launches.push(Launch {
-                entry: format!("matmul_{kernel}_{}", a.dtype.suffix()),
+                kernel,
                 grid: [
                     narrow(blocks)? as u32,
                     MAX_BATCH_PER_LAUNCH.min(self.batch - first) as u32,
                     1,
                 ],
-                block: [threads, 1, 1],
+                block: [threads as u32, 1, 1],
                 shared: 0,
                 args,
             });

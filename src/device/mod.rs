@@ -1,4 +1,4 @@
-//! Devices: memory, kernels launched by name with checked arguments, matmuls, graphs, events.
+//! Devices: memory, kernels with checked arguments, matmuls, graphs, events.
 //!
 //! - [`cuda`]: a GPU, through its driver and cuBLASLt
 //! - [`sim`]: the kernels in the simulator, matmuls on the host
@@ -29,6 +29,7 @@ use serde_json::Value;
 
 use crate::collective::Group;
 use crate::dtype::Dtype;
+use crate::kernels::Kernel;
 use crate::{error, files};
 
 pub use address::Address;
@@ -79,7 +80,7 @@ pub trait Device: Send {
     /// Copies between two ranges of device memory that do not overlap.
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()>;
     /// Loads a kernel's module ahead of its first launch.
-    fn load(&mut self, entry: &str) -> anyhow::Result<()>;
+    fn load(&mut self, kernel: Kernel) -> anyhow::Result<()>;
     /// Launches a kernel, after checking its arguments in number and size, and that the allocations of its
     /// address arguments are live.
     ///

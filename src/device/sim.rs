@@ -9,10 +9,10 @@ use gemm_f32::gemm::f32::get_gemm_fn;
 use ptxsim::{Config, Memory, Module, Options};
 
 use super::address::{Allocations, Used};
-use super::{Address, Branch, Device, Event, Graph, Launch, Matmul, Matrix, launch};
+use super::{Address, Branch, Device, Event, Graph, Launch, Matmul, Matrix};
 use crate::collective::Group;
 use crate::error;
-use crate::kernels::{BUILD, CudaModule};
+use crate::kernels::{BUILD, CudaModule, Kernel};
 
 /// Warp instructions per launch after which a kernel counts as hung: minutes of simulation.
 const MAX_INSTRUCTIONS_PER_LAUNCH: u64 = 1 << 32;
@@ -27,7 +27,7 @@ pub struct Sim {
     graphs: Vec<(Vec<SimOp>, Used)>,
     events: Vec<Instant>,
     /// Kernels loaded or launched so far: a GPU's driver cannot load one during capture.
-    loaded: HashSet<String>,
+    loaded: HashSet<Kernel>,
     /// Modules whose entries take the place of those of a kernel file.
     replaced: HashMap<&'static str, Module>,
 }
@@ -141,11 +141,12 @@ impl Sim {
         launch: &Launch,
         values: &[u64],
     ) -> anyhow::Result<()> {
-        let replaced = self.replaced.get(cuda.name).and_then(|module| module.kernel(&launch.entry));
+        let replaced =
+            self.replaced.get(cuda.name).and_then(|module| module.kernel(launch.kernel.name()));
         let entry = match replaced {
             Some(entry) => entry,
             None => {
-                module(cuda)?.kernel(&launch.entry).expect("the entry was found in this very file")
+                module(cuda)?.kernel(launch.kernel.name()).expect("the table is of these files")
             }
         };
         let args: Vec<_> = launch
@@ -295,11 +296,11 @@ impl Device for Sim {
         self.submit(SimOp::Copy(from, to, bytes))
     }
 
-    fn load(&mut self, entry: &str) -> anyhow::Result<()> {
-        module(launch::find(entry)?.module)?;
-        if !self.loaded.contains(entry) {
-            self.not_captured(&format!("loading kernel {entry}"))?;
-            self.loaded.insert(entry.to_string());
+    fn load(&mut self, kernel: Kernel) -> anyhow::Result<()> {
+        module(kernel.module()?)?;
+        if !self.loaded.contains(&kernel) {
+            self.not_captured(&format!("loading kernel {}", kernel.name()))?;
+            self.loaded.insert(kernel);
         }
         Ok(())
     }
@@ -308,9 +309,9 @@ impl Device for Sim {
     unsafe fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         let cuda = launch.check()?;
         let values = launch.values(&mut self.allocations)?;
-        if !self.loaded.contains(&launch.entry) {
-            self.not_captured(&format!("the first launch of kernel {}", launch.entry))?;
-            self.loaded.insert(launch.entry.clone());
+        if !self.loaded.contains(&launch.kernel) {
+            self.not_captured(&format!("the first launch of kernel {}", launch.kernel.name()))?;
+            self.loaded.insert(launch.kernel);
         }
         self.submit(SimOp::Launch(cuda, launch.clone(), values))
     }
@@ -414,6 +415,7 @@ impl Device for Sim {
 mod tests {
     use super::*;
     use crate::dtype::Dtype;
+    use crate::kernels::families;
 
     fn sim() -> Option<Sim> {
         Sim::new(Options::default()).map_err(|why| eprintln!("SKIPPED: {why}")).ok()
@@ -480,7 +482,7 @@ mod tests {
     /// Sets `len` f32 to 3.
     fn fill(at: Address, len: u64) -> Launch {
         Launch {
-            entry: "fill_f32".into(),
+            kernel: families::FILL.of(Dtype::F32).unwrap(),
             grid: [1, 1, 1],
             block: [256, 1, 1],
             shared: 0,
@@ -502,7 +504,7 @@ mod tests {
         fill.args.pop();
         assert!(launch(&mut sim, &fill).is_err());
         let mut fill = good.clone();
-        fill.entry = "fill_f33".into();
+        fill.block[0] = 257;
         assert!(launch(&mut sim, &fill).is_err());
         let mut fill = good;
         fill.grid[0] = 0;
@@ -582,7 +584,7 @@ mod tests {
             sim.download(at, &mut [0; 8]),
             sim.synchronize(),
             sim.begin_capture(),
-            sim.load("grad_norm"),
+            sim.load(families::GRAD_NORM),
         ];
         for (call, refused) in refused.iter().enumerate() {
             let said = refused.as_ref().unwrap_err().to_string();

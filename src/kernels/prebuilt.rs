@@ -1,9 +1,11 @@
-//! Shipped PTX: `kernels/prebuilt/NAME.ptx.xz`, and a manifest that names the compiler and the state of
-//! the sources. `build.rs` compiles this file too.
+//! Shipped PTX: `kernels/prebuilt/NAME.ptx.xz`, and a manifest that names the compiler, the state of the
+//! sources and the kernels. `build.rs` compiles this file too.
 
 use std::fs;
 use std::io;
 use std::path::Path;
+
+use super::signature::Signature;
 
 /// File in the folder of the shipped PTX.
 pub const MANIFEST: &str = "manifest.tsv";
@@ -13,8 +15,19 @@ pub const MANIFEST: &str = "manifest.tsv";
 pub struct ShippedKernels {
     /// Version of nvcc: `13.0.88`.
     pub nvcc: String,
-    /// Each kernel file by its stem, with [`source_hash`] of the sources it was compiled from.
-    pub modules: Vec<(String, String)>,
+    /// The kernel files, by name.
+    pub modules: Vec<ShippedModule>,
+}
+
+/// A kernel file of the shipped PTX.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShippedModule {
+    /// File stem.
+    pub name: String,
+    /// [`source_hash`] of the sources it was compiled from.
+    pub hash: String,
+    /// Its kernels, in the order of the PTX.
+    pub kernels: Vec<Signature>,
 }
 
 impl ShippedKernels {
@@ -24,18 +37,29 @@ impl ShippedKernels {
     pub fn parse(text: &str) -> Option<ShippedKernels> {
         let mut lines = text.lines();
         let nvcc = lines.next()?.strip_prefix(Self::HEAD)?.to_string();
-        let pair = |line: &str| {
-            let (name, hash) = line.split_once('\t')?;
-            Some((name.to_string(), hash.to_string()))
-        };
-        Some(ShippedKernels { nvcc, modules: lines.map(pair).collect::<Option<_>>()? })
+        let mut modules: Vec<ShippedModule> = Vec::new();
+        for line in lines {
+            // The kernels of a file are indented.
+            if let Some(kernel) = line.strip_prefix('\t') {
+                modules.last_mut()?.kernels.push(Signature::parse(kernel)?);
+            } else {
+                let (name, hash) = line.split_once('\t')?;
+                let (name, hash) = (name.to_string(), hash.to_string());
+                modules.push(ShippedModule { name, hash, kernels: Vec::new() });
+            }
+        }
+        Some(ShippedKernels { nvcc, modules })
     }
 
     /// The text that [`ShippedKernels::parse`] reads.
     #[allow(dead_code)] // build.rs only parses
     pub fn text(&self) -> String {
-        let lines = self.modules.iter().map(|(name, hash)| format!("{name}\t{hash}\n"));
-        format!("{}{}\n{}", Self::HEAD, self.nvcc, lines.collect::<String>())
+        let mut text = format!("{}{}\n", Self::HEAD, self.nvcc);
+        for ShippedModule { name, hash, kernels } in &self.modules {
+            text += &format!("{name}\t{hash}\n");
+            text.extend(kernels.iter().map(|kernel| format!("\t{}\n", kernel.line())));
+        }
+        text
     }
 }
 

@@ -12,7 +12,7 @@ use laam::collective::Group;
 use laam::device::sim::Sim;
 use laam::device::{Address, Arg, Branch, Device, Event, Graph, Launch, Matmul};
 use laam::dtype::Dtype;
-use laam::kernels::BUILD;
+use laam::kernels::{BUILD, Kernel, families};
 use laam::tokens::WindowKind;
 
 use crate::gpu;
@@ -67,7 +67,7 @@ impl Device for MutatingDevice {
     }
     unsafe fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         self.launched = true;
-        let named = |name: &str| launch.entry.starts_with(name);
+        let named = |name: &str| launch.kernel.name().starts_with(name);
         match self.mutation {
             Mutation::Dropped(name) if self.applies(named(name)) => Ok(()),
             Mutation::DroppedInGraph(name) if self.applies(self.capturing && named(name)) => Ok(()),
@@ -142,8 +142,8 @@ impl Device for MutatingDevice {
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()> {
         self.device.copy(from, to, bytes)
     }
-    fn load(&mut self, entry: &str) -> anyhow::Result<()> {
-        self.device.load(entry)
+    fn load(&mut self, kernel: Kernel) -> anyhow::Result<()> {
+        self.device.load(kernel)
     }
     fn launch_graph(&mut self, graph: Graph) -> anyhow::Result<()> {
         self.device.launch_graph(graph)
@@ -311,7 +311,7 @@ fn launch_mutants_are_killed_by_the_check_of_their_op() {
             "grad_norm",
             Dtype::F32,
             Mutation::Launch("grad_norm", |launch| {
-                if launch.entry == "grad_norm" {
+                if launch.kernel == families::GRAD_NORM {
                     less_one(&mut launch.args[3]);
                 }
             }),
@@ -407,7 +407,7 @@ fn step_mutants_are_killed_by_the_tests_of_whole_steps() {
     // Bits depend on shapes alone: here the grid of a sum is another.
     let whole = mutating(Mutation::Dropped("nothing"), options(Mode::Eager)).0;
     let cut = Mutation::Launch("rms_norm_backward", |launch| {
-        if launch.entry == "rms_norm_backward_weight" {
+        if launch.kernel == families::RMS_NORM_BACKWARD_WEIGHT {
             launch.args[3] = Arg::I32(3);
         } else {
             launch.grid[0] = 3;

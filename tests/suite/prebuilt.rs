@@ -7,7 +7,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use laam::kernels::prebuilt::{MANIFEST, ShippedKernels, source_hash};
+use laam::kernels::prebuilt::{MANIFEST, ShippedKernels, ShippedModule, source_hash};
+use laam::kernels::signature::Signature;
 use laam::kernels::{BUILD, CUDA_MODULES, portable, unpack};
 use lzma_rust2::{XzOptions, XzWriter};
 
@@ -30,7 +31,11 @@ fn write(folder: &Path) {
         let mut packed = XzWriter::new(file, XzOptions::with_preset(6)).unwrap();
         packed.write_all(portable(module.ptx()).as_bytes()).unwrap();
         packed.finish().unwrap();
-        modules.push((module.name.to_string(), source_hash(&kernels(), module.name).unwrap()));
+        modules.push(ShippedModule {
+            name: module.name.to_string(),
+            hash: source_hash(&kernels(), module.name).unwrap(),
+            kernels: Signature::of_ptx(module.ptx()),
+        });
     }
     let shipped = ShippedKernels { nvcc: nvcc.version.into(), modules };
     fs::write(folder.join(MANIFEST), shipped.text()).unwrap();
@@ -44,7 +49,7 @@ fn shipped_ptx_is_that_of_the_sources() {
     }
     let shipped =
         ShippedKernels::parse(&fs::read_to_string(folder.join(MANIFEST)).unwrap()).unwrap();
-    let names: BTreeSet<_> = shipped.modules.iter().map(|(name, _)| name.as_str()).collect();
+    let names: BTreeSet<_> = shipped.modules.iter().map(|module| module.name.as_str()).collect();
     let sources = fs::read_dir(kernels()).unwrap().map(|entry| entry.unwrap().path());
     let sources = sources.filter(|path| path.extension() == Some("cu".as_ref()));
     let sources: Vec<_> = sources.collect();
@@ -64,12 +69,13 @@ fn shipped_ptx_is_that_of_the_sources() {
         eprintln!("SKIPPED: assembling the shipped PTX, because there is no ptxas");
     }
     let mut total = 0;
-    for (name, hash) in &shipped.modules {
+    for ShippedModule { name, hash, kernels: signatures } in &shipped.modules {
         let now = source_hash(&kernels(), name).unwrap();
         assert_eq!(*hash, now, "kernels/{name}.cu or a header changed: {WRITE}");
         let packed = fs::read(folder.join(format!("{name}.ptx.xz"))).unwrap();
         total += packed.len();
         let text = unpack(&packed).unwrap();
+        assert_eq!(*signatures, Signature::of_ptx(&text), "kernels of {name}.cu: {WRITE}");
         if same_nvcc {
             let module = laam::kernels::module(name).unwrap();
             assert!(

@@ -12,7 +12,7 @@ use laam::backend::gpu::RESERVED_BYTES as GPU_RESERVED_BYTES;
 use laam::device::cuda::Cuda;
 use laam::device::{Address, Device, Launch, Matmul, Matrix};
 use laam::dtype::Dtype;
-use laam::kernels::BUILD;
+use laam::kernels::{BUILD, families};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -508,7 +508,7 @@ fn inside_the_stand_in_driver() {
     let wrong = put(&mut cuda, &[1.0]);
     let shared = 48 << 10;
     let edge = Launch {
-        entry: "probe_shared".into(),
+        kernel: families::PROBE_SHARED,
         grid: [1, 1, 1],
         block: [256, 1, 1],
         shared,

@@ -4,10 +4,12 @@ use super::AttentionChoice;
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch, sizes};
 use crate::device::Arg;
 use crate::dtype::Dtype;
+use crate::kernels::geometry::{
+    BLOCK_THREADS, DECODE_THREADS, FLASH_TILES, GENERIC_ROWS, GENERIC_WARPS, MMA_ROWS,
+    SMALLHEAD_DKDV_WARPS, SMALLHEAD_WARPS, WARP_SIZE,
+};
+use crate::kernels::{Family, Kernel, families};
 use crate::llama::ops::{Attention, AttentionBackward, AttentionDecode, AttentionShape};
-
-/// Largest head_dim of the kernels.
-pub(super) const MAX_HEAD_DIM: usize = 256;
 
 /// One of the three kernels of attention and its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,23 +54,44 @@ impl AttentionKernel {
         }
     }
 
-    /// Entry name without the dtype.
-    fn entry(self, pass: AttentionPass, shape: &AttentionShape) -> String {
+    /// The kernel of a pass.
+    fn kernel(
+        self,
+        pass: AttentionPass,
+        shape: &AttentionShape,
+        dtype: Dtype,
+    ) -> anyhow::Result<Kernel> {
         let d = shape.head_dim;
-        let name = match pass {
-            AttentionPass::Forward => "",
-            AttentionPass::BackwardDq => "_backward_dq",
-            AttentionPass::BackwardDkdv => "_backward_dkdv",
+        let pick = |[forward, dq, dkdv]: [&'static Family; 3]| match pass {
+            AttentionPass::Forward => forward,
+            AttentionPass::BackwardDq => dq,
+            AttentionPass::BackwardDkdv => dkdv,
         };
         match self {
-            AttentionKernel::Generic => format!("attention_generic{name}"),
-            AttentionKernel::SmallHead => {
-                format!("attention_smallhead{name}_{d}_{}", rows_per_lane(pass, shape))
-            }
-            AttentionKernel::SmallHeadTf32 => {
-                format!("attention_smallhead_tf32{name}_{d}_{}", row_blocks_per_warp(pass, shape))
-            }
-            AttentionKernel::Flash => format!("flash_attention{name}_{d}"),
+            AttentionKernel::Generic => pick([
+                &families::ATTENTION_GENERIC,
+                &families::ATTENTION_GENERIC_BACKWARD_DQ,
+                &families::ATTENTION_GENERIC_BACKWARD_DKDV,
+            ])
+            .of(dtype),
+            AttentionKernel::SmallHead => pick([
+                &families::ATTENTION_SMALLHEAD,
+                &families::ATTENTION_SMALLHEAD_BACKWARD_DQ,
+                &families::ATTENTION_SMALLHEAD_BACKWARD_DKDV,
+            ])
+            .sized(&[d, rows_per_lane(pass, shape)], dtype),
+            AttentionKernel::SmallHeadTf32 => pick([
+                &families::ATTENTION_SMALLHEAD_TF32,
+                &families::ATTENTION_SMALLHEAD_TF32_BACKWARD_DQ,
+                &families::ATTENTION_SMALLHEAD_TF32_BACKWARD_DKDV,
+            ])
+            .sized(&[d, row_blocks_per_warp(pass, shape)], dtype),
+            AttentionKernel::Flash => pick([
+                &families::FLASH_ATTENTION,
+                &families::FLASH_ATTENTION_BACKWARD_DQ,
+                &families::FLASH_ATTENTION_BACKWARD_DKDV,
+            ])
+            .sized(&[d], dtype),
         }
     }
 
@@ -78,49 +101,45 @@ impl AttentionKernel {
         let heads = if pass == AttentionPass::BackwardDkdv { shape.kv_heads } else { shape.heads };
         // Blocks of so many rows of a head, over all heads of the batch.
         let blocks_of = |rows: usize| shape.batch * heads * shape.seq_len.div_ceil(rows);
+        // In the forward and dq passes a warp has rows of its own; in the dk and dv pass the warps of a
+        // block share theirs.
+        let small_head = |rows_per_warp: usize, several: bool| match pass {
+            AttentionPass::Forward | AttentionPass::BackwardDq => LaunchShape::linear(
+                blocks_of(rows_per_warp).div_ceil(SMALLHEAD_WARPS),
+                WARP_SIZE * SMALLHEAD_WARPS,
+            ),
+            AttentionPass::BackwardDkdv => {
+                let warps = shape.group().min(SMALLHEAD_DKDV_WARPS[usize::from(several)]);
+                LaunchShape::linear(blocks_of(rows_per_warp), WARP_SIZE * warps)
+            }
+        };
         match self {
             AttentionKernel::Generic => {
-                let (stationary, tile) = (16, 32);
+                let (stationary, tile) = (GENERIC_WARPS * GENERIC_ROWS, WARP_SIZE);
                 let shared = 4 * (2 * stationary * d + 2 * tile * (d | 1));
-                LaunchShape { shared, ..LaunchShape::linear(blocks_of(stationary), 128) }
+                let threads = GENERIC_WARPS * WARP_SIZE;
+                LaunchShape { shared, ..LaunchShape::linear(blocks_of(stationary), threads) }
             }
             AttentionKernel::SmallHead => {
                 let rows = rows_per_lane(pass, shape);
-                match pass {
-                    // One block of rows per warp, four warps per block.
-                    AttentionPass::Forward | AttentionPass::BackwardDq => {
-                        LaunchShape::linear(blocks_of(32 * rows).div_ceil(4), 128)
-                    }
-                    AttentionPass::BackwardDkdv => {
-                        let max_warps = if rows == 1 { 8 } else { 4 };
-                        LaunchShape::linear(blocks_of(32 * rows), 32 * shape.group().min(max_warps))
-                    }
-                }
+                small_head(WARP_SIZE * rows, rows > 1)
             }
             AttentionKernel::SmallHeadTf32 => {
-                let rows = 16 * row_blocks_per_warp(pass, shape);
-                match pass {
-                    AttentionPass::Forward | AttentionPass::BackwardDq => {
-                        LaunchShape::linear(blocks_of(rows).div_ceil(4), 128)
-                    }
-                    AttentionPass::BackwardDkdv => {
-                        let max_warps = if rows == 16 { 8 } else { 4 };
-                        LaunchShape::linear(blocks_of(rows), 32 * shape.group().min(max_warps))
-                    }
-                }
+                let blocks = row_blocks_per_warp(pass, shape);
+                small_head(MMA_ROWS * blocks, blocks > 1)
             }
             AttentionKernel::Flash => {
-                // Rows per block and per tile: the same table as `tile_config` in the kernel file.
-                let (stationary, tile, planes) = match pass {
-                    AttentionPass::Forward if d <= 32 => (64, 64, 1),
-                    AttentionPass::Forward => (128, if d <= 64 { 64 } else { 32 }, 1),
-                    AttentionPass::BackwardDq if d <= 32 => (64, 64, 2),
-                    AttentionPass::BackwardDq => (if d <= 64 { 128 } else { 64 }, 32, 2),
-                    AttentionPass::BackwardDkdv => (64, if d <= 64 { 64 } else { 48 }, 2),
+                let [warps, row_blocks, tile, ..] = flash_tile(pass, d);
+                let stationary = warps * row_blocks * MMA_ROWS;
+                // The dk and dv pass streams q and dout with two statistics of each row.
+                let (planes, stats_bytes) = match pass {
+                    AttentionPass::Forward => (1, 0),
+                    AttentionPass::BackwardDq => (2, 0),
+                    AttentionPass::BackwardDkdv => (2, 24 * tile),
                 };
-                let stats_bytes = if pass == AttentionPass::BackwardDkdv { 24 * tile } else { 0 };
                 let shared = (planes * stationary + 4 * tile) * (2 * d + 16) + stats_bytes;
-                LaunchShape { shared, ..LaunchShape::linear(blocks_of(stationary), 128) }
+                let threads = warps * WARP_SIZE;
+                LaunchShape { shared, ..LaunchShape::linear(blocks_of(stationary), threads) }
             }
         }
     }
@@ -137,8 +156,17 @@ impl AttentionKernel {
             // head_dim is part of the entry name.
             args.pop();
         }
-        ctx.launch_for_dtype(&self.entry(pass, shape), self.launch(pass, shape), &args)
+        ctx.launch(self.kernel(pass, shape, ctx.dtype)?, self.launch(pass, shape), &args)
     }
+}
+
+/// Entry of [`FLASH_TILES`].
+fn flash_tile(pass: AttentionPass, head_dim: usize) -> [usize; 5] {
+    FLASH_TILES[pass as usize][match head_dim {
+        ..=32 => 0,
+        33..=64 => 1,
+        _ => 2,
+    }]
 }
 
 /// Warps that fill a GPU of 132 SMs: two per scheduler, four schedulers per SM.
@@ -153,13 +181,13 @@ fn fills_gpu(shape: &AttentionShape, rows_per_warp: usize) -> bool {
 /// Rows per lane of the SmallHead kernels: several amortize the loads, one gives the most warps.
 fn rows_per_lane(pass: AttentionPass, shape: &AttentionShape) -> usize {
     let several = if pass != AttentionPass::Forward && shape.head_dim == 8 { 2 } else { 4 };
-    if fills_gpu(shape, 32 * several) { several } else { 1 }
+    if fills_gpu(shape, WARP_SIZE * several) { several } else { 1 }
 }
 
 /// 16-row blocks per warp of the SmallHeadTf32 kernels, by the same rule as [`rows_per_lane`].
 fn row_blocks_per_warp(pass: AttentionPass, shape: &AttentionShape) -> usize {
     let several = if pass == AttentionPass::BackwardDkdv && shape.head_dim == 2 { 8 } else { 4 };
-    if fills_gpu(shape, 16 * several) { several } else { 1 }
+    if fills_gpu(shape, MMA_ROWS * several) { several } else { 1 }
 }
 
 pub(super) fn forward(ctx: &mut LaunchContext, o: &Attention) -> anyhow::Result<()> {
@@ -177,8 +205,8 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &AttentionBackward) -> anyhow
     let AttentionShape { batch, seq_len, heads, head_dim, .. } = *shape;
     let rows = shape.rows() * heads;
     let delta = ctx.scratch_alloc(4 * rows);
-    let width = head_dim.next_power_of_two().min(32);
-    let rows_per_block = 256 / width;
+    let width = head_dim.next_power_of_two().min(WARP_SIZE);
+    let rows_per_block = BLOCK_THREADS / width;
     let grid = [rows.div_ceil(rows_per_block).min(4096), 1, 1];
     let args = [
         ctx.ptr(o.out).into(),
@@ -190,7 +218,7 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &AttentionBackward) -> anyhow
         int(head_dim),
     ];
     ctx.launch_for_dtype(
-        "attention_delta",
+        &families::ATTENTION_DELTA,
         LaunchShape { grid, block: [width, rows_per_block, 1], shared: 0 },
         &args,
     )?;
@@ -214,12 +242,33 @@ pub(super) fn decode(ctx: &mut LaunchContext, o: &AttentionDecode) -> anyhow::Re
     args.extend(sizes(&o.shape));
     args.push(int(o.capacity));
     let rows = o.shape.rows() * o.shape.heads;
-    ctx.launch_for_dtype("attention_decode", LaunchShape::linear(rows, 128), &args)
+    ctx.launch_for_dtype(
+        &families::ATTENTION_DECODE,
+        LaunchShape::linear(rows, DECODE_THREADS),
+        &args,
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn page_of_flash_attention_has_the_tiles() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels/flash_attention.md");
+        let page = std::fs::read_to_string(path).unwrap();
+        for (head_dims, d) in [("16, 32", 32), ("64", 64), ("96, 128", 128)] {
+            let row =
+                [AttentionPass::Forward, AttentionPass::BackwardDq, AttentionPass::BackwardDkdv]
+                    .map(|pass| {
+                        let [warps, row_blocks, tile, _, keeps] = flash_tile(pass, d);
+                        let mark = if keeps == 1 { " k" } else { "" };
+                        format!("{}, {tile}{mark}", warps * row_blocks * MMA_ROWS)
+                    });
+            let row = format!("| {head_dims} | {} |", row.join(" | "));
+            assert!(page.contains(&row), "docs/kernels/flash_attention.md lacks {row:?}");
+        }
+    }
 
     #[test]
     fn kernels_are_chosen_by_head_dim_dtype_and_choice() {

@@ -3,15 +3,15 @@
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Address;
 use crate::dtype::Dtype;
+use crate::kernels::families;
+use crate::kernels::geometry::{
+    BLOCK_THREADS, EMBEDDING_CHUNK as CHUNK, EMBEDDING_DIGIT_BITS, EMBEDDING_RADIX as RADIX,
+    EMBEDDING_TILE as TILE,
+};
 use crate::llama::ops::{Embedding, EmbeddingBackward, GatherRows};
 
-/// Vocabulary limit: ids are radix-sorted by two 9-bit digits.
-pub(super) const MAX_VOCAB: usize = 1 << 18;
-const RADIX: usize = 512;
-/// Rows per block of the sort.
-const TILE: usize = 1024;
-/// Sorted rows per partial sum.
-const CHUNK: usize = 64;
+/// Vocabulary limit: ids are radix-sorted by two digits.
+pub(super) const MAX_VOCAB: usize = RADIX * RADIX;
 /// Grid limit: enough blocks to fill any GPU.
 const MAX_BLOCKS: usize = 4096;
 
@@ -19,8 +19,8 @@ const MAX_BLOCKS: usize = 4096;
 /// allows it.
 fn shape(rows: usize, hidden: usize, vec_len: usize) -> LaunchShape {
     let vectors = if hidden.is_multiple_of(vec_len) { hidden / vec_len } else { hidden };
-    let width = vectors.next_power_of_two().min(256);
-    let rows_per_block = 256 / width;
+    let width = vectors.next_power_of_two().min(BLOCK_THREADS);
+    let rows_per_block = BLOCK_THREADS / width;
     LaunchShape {
         grid: [rows.div_ceil(rows_per_block).min(MAX_BLOCKS), 1, 1],
         block: [width, rows_per_block, 1],
@@ -42,7 +42,7 @@ pub(super) fn forward(ctx: &mut LaunchContext, o: &Embedding) -> anyhow::Result<
         int(rows),
         int(hidden),
     ];
-    ctx.launch_for_dtype("embedding", shape(rows, hidden, vec_len(ctx.dtype)), &args)
+    ctx.launch_for_dtype(&families::EMBEDDING, shape(rows, hidden, vec_len(ctx.dtype)), &args)
 }
 
 /// Two orders, the digit counts of each tile, two partial sums per chunk.
@@ -62,17 +62,17 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &EmbeddingBackward) -> anyhow
     let ids = ctx.ptr(o.ids);
     let tiles = rows.div_ceil(TILE);
     let counts = if tiles > 1 { counts } else { Address::NULL };
-    let passes: &[usize] = if o.table.rows <= RADIX { &[0] } else { &[0, 9] };
+    let passes: &[usize] = if o.table.rows <= RADIX { &[0] } else { &[0, EMBEDDING_DIGIT_BITS] };
     let mut order = Address::NULL;
     for &shift in passes {
         let tiled = LaunchShape::linear(tiles, RADIX);
         if tiles > 1 {
             let args = [ids.into(), order.into(), counts.into(), int(rows), int(shift)];
-            ctx.launch("embedding_sort_histogram", tiled, &args)?;
+            ctx.launch(families::EMBEDDING_SORT_HISTOGRAM, tiled, &args)?;
         }
         let sorted = if order == order_a { order_b } else { order_a };
         let args = [ids.into(), order.into(), counts.into(), sorted.into(), int(rows), int(shift)];
-        ctx.launch("embedding_sort_scatter", tiled, &args)?;
+        ctx.launch(families::EMBEDDING_SORT_SCATTER, tiled, &args)?;
         order = sorted;
     }
     let shape = shape(rows.div_ceil(CHUNK), hidden, 4);
@@ -86,9 +86,9 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &EmbeddingBackward) -> anyhow
         int(rows),
         int(hidden),
     ];
-    ctx.launch_for_dtype("embedding_backward", shape, &args)?;
+    ctx.launch_for_dtype(&families::EMBEDDING_BACKWARD, shape, &args)?;
     let args = [ids.into(), order.into(), partials.into(), gradient.into(), int(rows), int(hidden)];
-    ctx.launch("embedding_backward_combine", shape, &args)
+    ctx.launch(families::EMBEDDING_BACKWARD_COMBINE, shape, &args)
 }
 
 pub(super) fn gather_rows(ctx: &mut LaunchContext, o: &GatherRows) -> anyhow::Result<()> {
@@ -101,5 +101,9 @@ pub(super) fn gather_rows(ctx: &mut LaunchContext, o: &GatherRows) -> anyhow::Re
         int(o.seq_len),
         int(hidden),
     ];
-    ctx.launch_for_dtype("gather_rows", LaunchShape::linear(o.batch.min(MAX_BLOCKS), 256), &args)
+    ctx.launch_for_dtype(
+        &families::GATHER_ROWS,
+        LaunchShape::linear(o.batch.min(MAX_BLOCKS), BLOCK_THREADS),
+        &args,
+    )
 }

@@ -7,6 +7,8 @@ use super::super::exchange::chunk_elements;
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Address;
 use crate::dtype::Dtype;
+use crate::kernels::families;
+use crate::kernels::geometry::{BLOCK_THREADS, SUM_PIECES_LEVELS};
 use crate::llama::ops::{
     AddGradients, GatherShards, GradNorm, NormRuns, ReduceGradients, SaveGradients, ShardedArena,
 };
@@ -15,7 +17,7 @@ use crate::llama::slices::Shards;
 /// Grid limit of `sum_pieces`: enough blocks to fill any GPU.
 const MAX_BLOCKS: usize = 2048;
 /// Most pieces of a tree in `sum_pieces`.
-pub(super) const MAX_TREE_PIECES: usize = 1 << 8;
+pub(super) const MAX_TREE_PIECES: usize = 1 << SUM_PIECES_LEVELS;
 
 pub(super) fn save(ctx: &mut LaunchContext, o: &SaveGradients) -> anyhow::Result<()> {
     let (gradients, bytes) = (ctx.arenas.gradients, 4 * ctx.arenas.len);
@@ -48,8 +50,8 @@ fn sum(
         int(blocks),
         int(width),
     ];
-    let grid = count.div_ceil(4 * 256).clamp(1, MAX_BLOCKS);
-    ctx.launch("sum_pieces", LaunchShape::linear(grid, 256), &args)
+    let grid = count.div_ceil(4 * BLOCK_THREADS).clamp(1, MAX_BLOCKS);
+    ctx.launch(families::SUM_PIECES, LaunchShape::linear(grid, BLOCK_THREADS), &args)
 }
 
 /// Address of elements of an array.
@@ -186,7 +188,7 @@ pub(super) fn norm(ctx: &mut LaunchContext, o: &GradNorm, runs: &NormRuns) -> an
     }
     if !own.is_empty() {
         let args = [ctx.arenas.gradients.into(), ctx.constant_table().into(), into.into()];
-        ctx.launch("grad_norm_runs", LaunchShape::linear(own.len(), 256), &args)?;
+        ctx.launch(families::GRAD_NORM_RUNS, LaunchShape::linear(own.len(), BLOCK_THREADS), &args)?;
     }
     if runs.own {
         ctx.device.all_gather(send, received, most)?;
@@ -200,5 +202,5 @@ pub(super) fn norm(ctx: &mut LaunchContext, o: &GradNorm, runs: &NormRuns) -> an
     }
     let args =
         [partials.into(), ctx.scaling.into(), ctx.ptr(o.norm).into(), int(shards.runs.len())];
-    ctx.launch("grad_norm", LaunchShape::linear(1, 256), &args)
+    ctx.launch(families::GRAD_NORM, LaunchShape::linear(1, BLOCK_THREADS), &args)
 }

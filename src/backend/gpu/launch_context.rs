@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use super::Options;
 use crate::device::{Address, Arg, Device, Launch, Matmul, Matrix};
 use crate::dtype::Dtype;
+use crate::kernels::geometry::STEP_RECORD_BYTES;
+use crate::kernels::{Family, Kernel};
 use crate::llama::ops::AttentionShape;
 use crate::llama::{Buffer, BufferKind, Program, StepHyperparams};
 use crate::model::Span;
@@ -34,7 +36,7 @@ pub(super) struct Control {
 }
 
 impl Control {
-    pub const BYTES: usize = 32;
+    pub const BYTES: usize = STEP_RECORD_BYTES;
 
     pub fn new(at: Address) -> Self {
         Self { at }
@@ -165,10 +167,15 @@ impl LaunchContext<'_> {
     }
 
     /// Launches a kernel.
-    pub fn launch(&mut self, entry: &str, shape: LaunchShape, args: &[Arg]) -> anyhow::Result<()> {
+    pub fn launch(
+        &mut self,
+        kernel: Kernel,
+        shape: LaunchShape,
+        args: &[Arg],
+    ) -> anyhow::Result<()> {
         let narrow = |n: [usize; 3]| n.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let launch = Launch {
-            entry: entry.to_string(),
+            kernel,
             grid: narrow(shape.grid),
             block: narrow(shape.block),
             shared: shape.shared as u32,
@@ -183,11 +190,11 @@ impl LaunchContext<'_> {
     /// Launches the instance of a kernel for the compute dtype.
     pub fn launch_for_dtype(
         &mut self,
-        family: &str,
+        family: &Family,
         shape: LaunchShape,
         args: &[Arg],
     ) -> anyhow::Result<()> {
-        self.launch(&format!("{family}_{}", self.dtype.suffix()), shape, args)
+        self.launch(family.of(self.dtype)?, shape, args)
     }
 
     /// `c = a b` or `c += a b`.

@@ -4,6 +4,10 @@ use super::Options;
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::{Address, Arg, Matrix};
 use crate::dtype::Dtype;
+use crate::kernels::families;
+use crate::kernels::geometry::{
+    BLOCK_THREADS, LCE_BLOCK_ROWS as BLOCK_ROWS, LCE_MAX_HIDDEN, LCE_TILES, MMA_ROWS, WARP_SIZE,
+};
 use crate::llama::ops::FusedLinearCrossEntropy;
 
 pub(super) fn workspace(o: &FusedLinearCrossEntropy, options: Options) -> usize {
@@ -80,7 +84,7 @@ fn generic_loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow:
             int(stride),
             int(stride),
         ];
-        ctx.launch_for_dtype("cross_entropy", LaunchShape::linear(rows, threads), &args)?;
+        ctx.launch_for_dtype(&families::CROSS_ENTROPY, LaunchShape::linear(rows, threads), &args)?;
         if let Some(dx) = o.dx {
             let dlogits = Matrix::new(gradient, dtype, rows, vocab).with_stride(stride);
             ctx.matmul(dlogits, ctx.weight_matrix(o.w), part(ctx.ptr(dx), dtype), false)?;
@@ -90,10 +94,6 @@ fn generic_loss(ctx: &mut LaunchContext, o: &FusedLinearCrossEntropy) -> anyhow:
     Ok(())
 }
 
-/// Largest hidden size of the fused kernels.
-const MAX_HIDDEN: usize = 256;
-/// Stationary rows per block, of x in the lse pass and of w in the grad pass.
-const BLOCK_ROWS: usize = 128;
 /// Blocks that fill a GPU: two waves of three resident blocks on 132 SMs.
 const FULL_GPU_BLOCKS: usize = 768;
 /// Fewest streamed rows per split: below it, combining costs more than splitting saves.
@@ -133,7 +133,7 @@ impl FusedPlan {
     /// Plan if the fused kernels apply: a 16-bit dtype, hidden at most 256, and not `generic`.
     fn of(o: &FusedLinearCrossEntropy, dtype: Dtype, generic: bool) -> Option<FusedPlan> {
         let (vocab, hidden) = (o.w.rows, o.w.cols);
-        if generic || dtype == Dtype::F32 || hidden > MAX_HIDDEN {
+        if generic || dtype == Dtype::F32 || hidden > LCE_MAX_HIDDEN {
             return None;
         }
         Some(FusedPlan {
@@ -161,7 +161,8 @@ impl FusedPlan {
             [o.x, o.targets, o.nll, o.argmax].map(|buffer| ctx.ptr(buffer));
         let (w, scale) = (ctx.weight_ptr(o.w), ctx.control.loss_scale());
         let shape = [int(o.rows), int(vocab), int(hidden)];
-        let block = [if width == MAX_HIDDEN { 256 } else { 128 }, 1, 1];
+        let [row_blocks, ..] = LCE_TILES[(width / 32).ilog2() as usize];
+        let block = [WARP_SIZE * BLOCK_ROWS / (MMA_ROWS * row_blocks), 1, 1];
         let tiles = BLOCK_ROWS * (2 * width + 16);
         let args = |addresses: &[Address], rest: &[Arg]| -> Vec<Arg> {
             let addresses = addresses.iter().map(|&address| Arg::from(address));
@@ -170,15 +171,16 @@ impl FusedPlan {
 
         let grid = [padded / BLOCK_ROWS, vocab_split.parts, 1];
         let gradient = i32::from(o.dx.is_some());
-        ctx.launch_for_dtype(
-            &format!("lce_fwd_dx_{width}"),
+        ctx.launch(
+            families::LCE_FWD_DX.sized(&[width], ctx.dtype)?,
             LaunchShape { grid, block, shared: tiles },
             &args(&[x, w, targets, intermediates], &[int(vocab_split.size), gradient.into()]),
         )?;
         let dx = o.dx.map_or(Address::NULL, |dx| ctx.ptr(dx));
+        let rows = BLOCK_THREADS / WARP_SIZE;
         ctx.launch_for_dtype(
-            "lce_combine",
-            LaunchShape { grid: [padded / 8, 1, 1], block: [32, 8, 1], shared: 0 },
+            &families::LCE_COMBINE,
+            LaunchShape { grid: [padded / rows, 1, 1], block: [WARP_SIZE, rows, 1], shared: 0 },
             &args(
                 &[w, targets, scale, intermediates, nll, argmax, dx],
                 &[int(width), int(vocab_split.parts)],
@@ -191,16 +193,16 @@ impl FusedPlan {
         let dw = ctx.gradient_ptr(o.w);
         let parts = if row_split.parts > 1 { parts } else { Address::NULL };
         let grid = [vocab.div_ceil(BLOCK_ROWS), row_split.parts, 1];
-        ctx.launch_for_dtype(
-            &format!("lce_dw_{width}"),
+        ctx.launch(
+            families::LCE_DW.sized(&[width], ctx.dtype)?,
             LaunchShape { grid, block, shared: tiles + 12 * BLOCK_ROWS },
             &args(&[x, w, scale, intermediates, dw, parts], &[int(row_split.size)]),
         )?;
         if row_split.parts > 1 {
             let count = o.w.len();
             ctx.launch(
-                "lce_dw_combine",
-                LaunchShape::linear(count.div_ceil(256).min(4096), 256),
+                families::LCE_DW_COMBINE,
+                LaunchShape::linear(count.div_ceil(BLOCK_THREADS).min(4096), BLOCK_THREADS),
                 &[
                     parts.into(),
                     scale.into(),

@@ -6,6 +6,8 @@
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::{Address, Matrix};
 use crate::dtype::Dtype;
+use crate::kernels::families;
+use crate::kernels::geometry::{BLOCK_THREADS, MUON_PARAMS_BYTES};
 use crate::llama::ops::MuonStep;
 
 /// Grid limit per matrix. The order of the sum of squares is fixed by the launch, which must not depend
@@ -13,14 +15,12 @@ use crate::llama::ops::MuonStep;
 const MAX_BLOCKS: usize = 512;
 /// Most elements per batch: beyond it, scratch memory costs more than the saved launches.
 const MAX_BATCH_ELEMENTS: usize = 1 << 24;
-/// Size of `StepParams` in `kernels/muon.cu`.
-const STEP_PARAMS_BYTES: usize = 16;
 /// Newton-Schulz coefficients and iterations.
 const NEWTON_SCHULZ: [f32; 3] = [3.4445, -4.775, 2.0315];
 const ITERATIONS: usize = 5;
 
 fn blocks(len: usize) -> usize {
-    len.div_ceil(4 * 256).min(MAX_BLOCKS)
+    len.div_ceil(4 * BLOCK_THREADS).min(MAX_BLOCKS)
 }
 
 /// Matrices per batch.
@@ -37,7 +37,7 @@ fn scratch_bytes(o: &MuonStep) -> [usize; 6] {
     let ((rows, cols), count) = (o.shape(), matrices_per_batch(o));
     let (len, side) = (rows * cols, rows.min(cols));
     let (all, squares) = (4 * count * len, 4 * count * side * side);
-    [STEP_PARAMS_BYTES, 8 * count * blocks(len), all, all, squares, squares]
+    [MUON_PARAMS_BYTES, 8 * count * blocks(len), all, all, squares, squares]
 }
 
 pub(super) fn workspace(o: &MuonStep) -> usize {
@@ -59,7 +59,7 @@ pub(super) fn step(ctx: &mut LaunchContext, o: &MuonStep) -> anyhow::Result<()> 
         params.into(),
         (o.max_grad_norm as f32).into(),
     ];
-    ctx.launch("muon_step_params", LaunchShape::linear(1, 1), &args)?;
+    ctx.launch(families::MUON_STEP_PARAMS, LaunchShape::linear(1, 1), &args)?;
     let per_batch = matrices_per_batch(o);
     for first in (0..o.matrices.len()).step_by(per_batch) {
         let batch = per_batch.min(o.matrices.len() - first);
@@ -79,7 +79,8 @@ fn step_batch(
     let [params, partials, x, bx, a, aa] = buffers;
     let (rows, cols) = o.shape();
     let (len, side) = (rows * cols, rows.min(cols));
-    let shape = LaunchShape { grid: [blocks(len), batch, 1], block: [256, 1, 1], shared: 0 };
+    let shape =
+        LaunchShape { grid: [blocks(len), batch, 1], block: [BLOCK_THREADS, 1, 1], shared: 0 };
     let args = [
         ctx.arenas.gradients.into(),
         ctx.arenas.first_moment.into(),
@@ -90,9 +91,9 @@ fn step_batch(
         params.into(),
         o.momentum.into(),
     ];
-    ctx.launch("muon_momentum", shape, &args)?;
+    ctx.launch(families::MUON_MOMENTUM, shape, &args)?;
     let args = [x.into(), partials.into(), x.into(), (len as u64).into(), int(shape.grid[0])];
-    ctx.launch("muon_normalize", shape, &args)?;
+    ctx.launch(families::MUON_NORMALIZE, shape, &args)?;
 
     let matrix = |at, rows, cols| Matrix::new(at, Dtype::F32, rows, cols);
     let (x_matrix, bx_matrix) = (matrix(x, rows, cols), matrix(bx, rows, cols));
@@ -100,7 +101,7 @@ fn step_batch(
     let axpby = |ctx: &mut LaunchContext, x: Address, y: Address, [a, b]: [f32; 2], len: usize| {
         let count = batch * len;
         let args = [x.into(), y.into(), x.into(), a.into(), b.into(), (count as u64).into()];
-        ctx.launch("muon_axpby", LaunchShape::linear(blocks(count), 256), &args)
+        ctx.launch(families::MUON_AXPBY, LaunchShape::linear(blocks(count), BLOCK_THREADS), &args)
     };
     for _ in 0..ITERATIONS {
         // A tall matrix is treated as its transpose; A is symmetric either way.
@@ -132,5 +133,5 @@ fn step_batch(
         o.weight_decay.into(),
         (rows as f64 / cols as f64).max(1.0).sqrt().into(),
     ];
-    ctx.launch_for_dtype("muon_update", shape, &args)
+    ctx.launch_for_dtype(&families::MUON_UPDATE, shape, &args)
 }

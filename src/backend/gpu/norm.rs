@@ -3,6 +3,8 @@
 use super::launch_context::{LaunchContext, LaunchShape, int};
 use crate::device::Address;
 use crate::dtype::Dtype;
+use crate::kernels::families;
+use crate::kernels::geometry::{BLOCK_THREADS, RMS_NORM_STRIPS, WARP_SIZE};
 use crate::llama::ops::{
     MAX_NORM_PARTIALS, RmsNorm, RmsNormBackward, RmsNormBackwardWeight, norm_partials,
 };
@@ -13,8 +15,8 @@ const MAX_BLOCKS: usize = 2048;
 
 /// (threads per row, rows per block): a thread takes 16 bytes at a time if the hidden size allows it.
 fn block(hidden: usize, dtype: Dtype) -> (usize, usize) {
-    let width = (hidden / access(hidden, dtype)).next_power_of_two().min(256);
-    (width, 256 / width)
+    let width = (hidden / access(hidden, dtype)).next_power_of_two().min(BLOCK_THREADS);
+    (width, BLOCK_THREADS / width)
 }
 
 /// Values per access.
@@ -43,7 +45,7 @@ pub(super) fn forward(ctx: &mut LaunchContext, o: &RmsNorm) -> anyhow::Result<()
         int(hidden),
         (o.eps as f32).into(),
     ];
-    ctx.launch_for_dtype("rms_norm", shape, &args)
+    ctx.launch_for_dtype(&families::RMS_NORM, shape, &args)
 }
 
 /// Grid of the backward: each block stores a partial sum of dweight for the second pass to add.
@@ -79,7 +81,7 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &RmsNormBackward) -> anyhow::
         int(rows),
         int(hidden),
     ];
-    ctx.launch_for_dtype("rms_norm_backward", shape, &args)
+    ctx.launch_for_dtype(&families::RMS_NORM_BACKWARD, shape, &args)
 }
 
 pub(super) fn backward_weight(
@@ -87,8 +89,11 @@ pub(super) fn backward_weight(
     o: &RmsNormBackwardWeight,
 ) -> anyhow::Result<()> {
     let hidden = o.weights[0].cols;
-    let grid = [hidden.div_ceil(32), o.weights.len(), 1];
-    let shape = LaunchShape { grid, block: [32, 32, 1], shared: 0 };
+    let shape = LaunchShape {
+        grid: [hidden.div_ceil(WARP_SIZE), o.weights.len(), 1],
+        block: [WARP_SIZE, RMS_NORM_STRIPS, 1],
+        shared: 0,
+    };
     let args = [
         ctx.ptr(o.partials).into(),
         ctx.constant_table().into(),
@@ -97,5 +102,5 @@ pub(super) fn backward_weight(
         int(hidden),
         int(norm_partials(o.rows, hidden)),
     ];
-    ctx.launch("rms_norm_backward_weight", shape, &args)
+    ctx.launch(families::RMS_NORM_BACKWARD_WEIGHT, shape, &args)
 }

@@ -9,14 +9,14 @@ use super::launch_context::{Control, LaunchContext, LaunchShape, int};
 use crate::backend::RunResult;
 use crate::device::{Address, Arg, Device};
 use crate::dtype::Dtype;
+use crate::kernels::geometry::{BLOCK_THREADS, STEP_RESULT_BYTES};
+use crate::kernels::{Kernel, families};
 use crate::llama::Buffer;
 use crate::llama::step::BatchInputs;
 use crate::tokens::{TokenFile, WindowTable, Windows};
 
 /// Capacity of the queue, in runs.
 pub(super) const MAX_QUEUED_RUNS: usize = 256;
-/// Size of `StepResult` in `kernels/step_queue.cu`.
-const RESULT_BYTES: usize = 16;
 /// Initial loss scale of f16, that of PyTorch's GradScaler.
 const INITIAL_LOSS_SCALE: f32 = 65536.0;
 /// Bytes per upload of token ids.
@@ -47,13 +47,13 @@ impl DeviceQueue {
         let records = device.alloc(MAX_QUEUED_RUNS * Control::BYTES)?;
         let cursor = device.alloc(4)?;
         device.memset(cursor, 0, 4)?;
-        let results = device.alloc(MAX_QUEUED_RUNS * RESULT_BYTES)?;
+        let results = device.alloc(MAX_QUEUED_RUNS * STEP_RESULT_BYTES)?;
         let mut scaling = Address::NULL;
-        let mut kernels = vec!["step_queue_pop", "step_queue_report"];
+        let mut kernels = vec![families::STEP_QUEUE_POP, families::STEP_QUEUE_REPORT];
         if dtype == Dtype::F16 {
             scaling = device.alloc(8)?;
             device.upload(scaling, &scale_bytes(INITIAL_LOSS_SCALE, 0))?;
-            kernels.push("loss_scale_update");
+            kernels.push(families::LOSS_SCALE_UPDATE);
         }
         // Their first launch may be during capture, which cannot load kernels.
         for kernel in kernels {
@@ -94,7 +94,7 @@ impl DeviceQueue {
 
     /// Waits for all pending runs, returns their results and empties the queue.
     pub fn drain(&mut self, device: &mut dyn Device) -> anyhow::Result<Vec<RunResult>> {
-        let mut bytes = vec![0; self.ends_step.len() * RESULT_BYTES];
+        let mut bytes = vec![0; self.ends_step.len() * STEP_RESULT_BYTES];
         if bytes.is_empty() {
             return Ok(Vec::new());
         }
@@ -104,13 +104,14 @@ impl DeviceQueue {
         if let Some(resident) = &mut self.resident {
             resident.enqueued = 0;
         }
-        let results =
-            bytes.as_chunks::<RESULT_BYTES>().0.iter().zip(ends_step).map(|(bytes, ends_step)| {
+        let results = bytes.as_chunks::<STEP_RESULT_BYTES>().0.iter().zip(ends_step).map(
+            |(bytes, ends_step)| {
                 let (loss, norm) = bytes.split_at(8);
                 let norm = f32::from_le_bytes([norm[0], norm[1], norm[2], norm[3]]);
                 let loss = f64::from_le_bytes(loss.try_into().expect("8 bytes"));
                 RunResult { loss, norm: ends_step.then_some(f64::from(norm)) }
-            });
+            },
+        );
         Ok(results.collect())
     }
 
@@ -157,7 +158,7 @@ pub(super) fn begin(
 ) -> anyhow::Result<()> {
     let control = ctx.control.address();
     let args = [queue.records, queue.cursor, queue.scaling, control].map(Arg::from);
-    ctx.launch("step_queue_pop", LaunchShape::linear(1, 1), &args)?;
+    ctx.launch(families::STEP_QUEUE_POP, LaunchShape::linear(1, 1), &args)?;
     match &queue.resident {
         Some(resident) if gather => match io.batch {
             Some((inputs, _)) => resident.gather(ctx, inputs),
@@ -176,16 +177,20 @@ pub(super) fn end(
     let norm = io.norm.map_or(Address::NULL, |norm| ctx.ptr(norm));
     let (nll, rows) = io.batch.map_or((Address::NULL, 0), |(_, nll)| (ctx.ptr(nll), ctx.len(nll)));
     let args = [nll.into(), norm.into(), queue.results.into(), queue.cursor.into(), int(rows)];
-    ctx.launch("step_queue_report", LaunchShape::linear(1, 1024), &args)?;
+    ctx.launch(families::STEP_QUEUE_REPORT, LaunchShape::linear(1, 1024), &args)?;
     if norm == Address::NULL || queue.scaling == Address::NULL {
         return Ok(());
     }
-    ctx.launch("loss_scale_update", LaunchShape::linear(1, 1), &[norm.into(), queue.scaling.into()])
+    ctx.launch(
+        families::LOSS_SCALE_UPDATE,
+        LaunchShape::linear(1, 1),
+        &[norm.into(), queue.scaling.into()],
+    )
 }
 
 /// A token file in device memory.
 pub(super) struct ResidentTokens {
-    kernel: String,
+    kernel: Kernel,
     /// First arguments of the kernel, up to `order`.
     source: Vec<Arg>,
     /// Window indices of all pending runs.
@@ -224,28 +229,28 @@ impl ResidentTokens {
             Ok(at.into())
         };
         let mut source = vec![Arg::from(tokens)];
-        let kind = match &table {
+        let [narrow, wide] = match &table {
             WindowTable::Original { starts, lengths } => {
                 source.push(put(bytemuck::cast_slice(starts))?);
                 source.push(put(bytemuck::cast_slice(lengths))?);
-                "original"
+                [families::GATHER_WINDOWS_ORIGINAL_U16, families::GATHER_WINDOWS_ORIGINAL_U32]
             }
             WindowTable::Stream { documents, stride } => {
                 source.push((file.tokens() as u64).into());
                 source.push(put(bytemuck::cast_slice(documents))?);
                 source.extend([int(documents.len()), int(*stride)]);
-                "stream"
+                [families::GATHER_WINDOWS_STREAM_U16, families::GATHER_WINDOWS_STREAM_U32]
             }
             WindowTable::Addressed { starts, lengths, addresses, address_starts } => {
                 source.push(put(bytemuck::cast_slice(starts))?);
                 for list in [lengths, addresses, address_starts] {
                     source.push(put(bytemuck::cast_slice(list))?);
                 }
-                "addressed"
+                [families::GATHER_WINDOWS_ADDRESSED_U16, families::GATHER_WINDOWS_ADDRESSED_U32]
             }
         };
-        let kernel = format!("gather_windows_{kind}_u{}", 8 * width);
-        device.load(&kernel)?;
+        let kernel = if width == 2 { narrow } else { wide };
+        device.load(kernel)?;
         let order = device.alloc(4 * capacity)?;
         let (context, pad) = (windows.context(), windows.pad());
         Ok(Some(ResidentTokens {
@@ -268,8 +273,12 @@ impl ResidentTokens {
         args.extend([self.order, ctx.control.begin()].map(Arg::from));
         args.extend([ids, targets, first_key].map(|buffer| Arg::from(ctx.ptr(buffer))));
         args.extend([int(windows), int(self.context), self.pad.into()]);
-        let grid = [self.context.div_ceil(256), windows.min(65_535), 1];
-        ctx.launch(&self.kernel, LaunchShape { grid, block: [256, 1, 1], shared: 0 }, &args)
+        let grid = [self.context.div_ceil(BLOCK_THREADS), windows.min(65_535), 1];
+        ctx.launch(
+            self.kernel,
+            LaunchShape { grid, block: [BLOCK_THREADS, 1, 1], shared: 0 },
+            &args,
+        )
     }
 }
 

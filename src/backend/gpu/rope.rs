@@ -2,6 +2,8 @@
 
 use super::launch_context::{LaunchContext, LaunchShape, sizes};
 use crate::device::{Address, Arg};
+use crate::kernels::families;
+use crate::kernels::geometry::{BLOCK_THREADS, WARP_SIZE};
 use crate::llama::ops::{AttentionShape, Rope, RopeBackward};
 
 /// Grid limit: enough blocks to fill any GPU.
@@ -17,9 +19,9 @@ pub(super) fn table(positions: usize, frequencies: &[f64]) -> Vec<u8> {
 
 /// 32 vectors of a head by 8 heads per block.
 fn shape(heads: &AttentionShape) -> LaunchShape {
-    let strips = (heads.seq_len * heads.head_dim / 2).div_ceil(32);
+    let strips = (heads.seq_len * heads.head_dim / 2).div_ceil(WARP_SIZE);
     let grid = (heads.batch * strips).min(MAX_BLOCKS);
-    LaunchShape { grid: [grid, 1, 1], block: [32, 8, 1], shared: 0 }
+    LaunchShape { grid: [grid, 1, 1], block: [WARP_SIZE, BLOCK_THREADS / WARP_SIZE, 1], shared: 0 }
 }
 
 pub(super) fn forward(ctx: &mut LaunchContext, o: &Rope) -> anyhow::Result<()> {
@@ -27,12 +29,12 @@ pub(super) fn forward(ctx: &mut LaunchContext, o: &Rope) -> anyhow::Result<()> {
     let mut args: Vec<Arg> = vec![ctx.ptr(o.qkv).into(), start.into(), ctx.constant_table().into()];
     args.extend([o.q, o.k, o.v].map(|buffer| Arg::from(ctx.ptr(buffer))));
     args.extend(sizes(&o.shape));
-    ctx.launch_for_dtype("rope", shape(&o.shape), &args)
+    ctx.launch_for_dtype(&families::ROPE, shape(&o.shape), &args)
 }
 
 pub(super) fn backward(ctx: &mut LaunchContext, o: &RopeBackward) -> anyhow::Result<()> {
     let mut args: Vec<Arg> = [o.dq, o.dk, o.dv].map(|buffer| Arg::from(ctx.ptr(buffer))).to_vec();
     args.extend([Arg::from(ctx.constant_table()), ctx.ptr(o.dqkv).into()]);
     args.extend(sizes(&o.shape));
-    ctx.launch_for_dtype("rope_backward", shape(&o.shape), &args)
+    ctx.launch_for_dtype(&families::ROPE_BACKWARD, shape(&o.shape), &args)
 }

@@ -21,6 +21,7 @@ use crate::collective::Group;
 use crate::device::{Address, Branch, Device, Graph};
 use crate::dtype::Dtype;
 use crate::error;
+use crate::kernels::geometry::MAX_HEAD_DIM;
 use crate::llama::ops::GradNorm;
 use crate::llama::step::MicroBatch;
 use crate::llama::{Branches, Buffer, BufferInfo, BytePlan, Op, Program};
@@ -569,8 +570,8 @@ fn check_sizes(program: &Program, arenas: Arenas) -> anyhow::Result<()> {
     }
     for op in &program.ops {
         let (what, size, most) = match op {
-            Op::Attention(o) => ("`head_dim`", o.shape.head_dim, attention::MAX_HEAD_DIM),
-            Op::AttentionDecode(o) => ("`head_dim`", o.shape.head_dim, attention::MAX_HEAD_DIM),
+            Op::Attention(o) => ("`head_dim`", o.shape.head_dim, MAX_HEAD_DIM),
+            Op::AttentionDecode(o) => ("`head_dim`", o.shape.head_dim, MAX_HEAD_DIM),
             Op::EmbeddingBackward(o) => ("`vocab_size`", o.table.rows, embedding::MAX_VOCAB),
             Op::ReduceGradients(o) => ("`dp_slices`", o.order.width, exchange::MAX_TREE_PIECES),
             _ => continue,

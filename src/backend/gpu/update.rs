@@ -3,6 +3,8 @@
 use super::launch_context::{LaunchContext, LaunchShape, int, scratch};
 use crate::device::Arg;
 use crate::dtype::Dtype;
+use crate::kernels::families;
+use crate::kernels::geometry::{ADAMW_PARAMS_BYTES, BLOCK_THREADS};
 use crate::llama::ops::{AdamWStep, GradNorm};
 
 /// Grid limit of the partial sums of the norm. The order of the sum is fixed by the launch, which must not
@@ -10,15 +12,13 @@ use crate::llama::ops::{AdamWStep, GradNorm};
 const MAX_BLOCKS: usize = 1024;
 /// Elements per chunk of AdamW.
 const CHUNK_ELEMENTS: usize = 4096;
-/// Size of `StepParams` in `kernels/adamw.cu`.
-const STEP_PARAMS_BYTES: usize = 24;
 
 pub(super) fn zero_grad(ctx: &mut LaunchContext) -> anyhow::Result<()> {
     ctx.device.memset(ctx.arenas.gradients, 0, 4 * ctx.arenas.len)
 }
 
 fn blocks(len: usize) -> usize {
-    len.div_ceil(4 * 256).min(MAX_BLOCKS)
+    len.div_ceil(4 * BLOCK_THREADS).min(MAX_BLOCKS)
 }
 
 pub(super) fn norm_workspace(len: usize) -> usize {
@@ -30,9 +30,9 @@ pub(super) fn grad_norm(ctx: &mut LaunchContext, o: &GradNorm) -> anyhow::Result
     let blocks = blocks(len);
     let partials = ctx.scratch_alloc(8 * blocks);
     let args = [ctx.arenas.gradients.into(), partials.into(), (len as u64).into()];
-    ctx.launch("grad_norm_partials", LaunchShape::linear(blocks, 256), &args)?;
+    ctx.launch(families::GRAD_NORM_PARTIALS, LaunchShape::linear(blocks, BLOCK_THREADS), &args)?;
     let args = [partials.into(), ctx.scaling.into(), ctx.ptr(o.norm).into(), int(blocks)];
-    ctx.launch("grad_norm", LaunchShape::linear(1, 256), &args)
+    ctx.launch(families::GRAD_NORM, LaunchShape::linear(1, BLOCK_THREADS), &args)
 }
 
 /// Chunks of the ranges: start, count, weight decay.
@@ -55,11 +55,11 @@ pub(super) fn table(o: &AdamWStep) -> Vec<u8> {
 }
 
 pub(super) fn adamw_workspace() -> usize {
-    scratch([STEP_PARAMS_BYTES])
+    scratch([ADAMW_PARAMS_BYTES])
 }
 
 pub(super) fn adamw(ctx: &mut LaunchContext, o: &AdamWStep) -> anyhow::Result<()> {
-    let params = ctx.scratch_alloc(STEP_PARAMS_BYTES);
+    let params = ctx.scratch_alloc(ADAMW_PARAMS_BYTES);
     let args = [
         ctx.control.learning_rate().into(),
         ctx.control.step().into(),
@@ -70,7 +70,7 @@ pub(super) fn adamw(ctx: &mut LaunchContext, o: &AdamWStep) -> anyhow::Result<()
         o.beta1.into(),
         o.beta2.into(),
     ];
-    ctx.launch("adamw_step_params", LaunchShape::linear(1, 1), &args)?;
+    ctx.launch(families::ADAMW_STEP_PARAMS, LaunchShape::linear(1, 1), &args)?;
     let count = chunks(o).count();
     if count == 0 {
         return Ok(());
@@ -87,5 +87,5 @@ pub(super) fn adamw(ctx: &mut LaunchContext, o: &AdamWStep) -> anyhow::Result<()
     }
     args.extend([Arg::from(ctx.constant_table()), params.into()]);
     args.extend([o.beta1, o.beta2, o.epsilon].map(Arg::from));
-    ctx.launch_for_dtype("adamw", LaunchShape::linear(count, 256), &args)
+    ctx.launch_for_dtype(&families::ADAMW, LaunchShape::linear(count, BLOCK_THREADS), &args)
 }

@@ -23,11 +23,11 @@ use self::nccl::{Communicator, Exchanges};
 use self::shared::SharedGpu;
 use super::address::{Allocations, Used};
 use super::driver::{Library, OLDEST_CUDA, OLDEST_DRIVER};
-use super::{Address, Branch, Device, Event, Graph, Launch, Matmul, launch, staged};
+use super::{Address, Branch, Device, Event, Graph, Launch, Matmul, staged};
 use crate::collective::Group;
 use crate::dtype::Dtype;
 use crate::error;
-use crate::kernels::BUILD;
+use crate::kernels::{BUILD, Kernel};
 
 pub use libraries::cublaslt;
 pub use nccl::{NcclLibrary, nccl};
@@ -372,17 +372,17 @@ impl Device for Cuda {
             .map_err(|e| failed("copying on the GPU", e))
     }
 
-    fn load(&mut self, entry: &str) -> anyhow::Result<()> {
-        let module = launch::find(entry)?.module;
+    fn load(&mut self, kernel: Kernel) -> anyhow::Result<()> {
+        let module = kernel.module()?;
         self.bind()?;
-        self.shared.function(module, entry, 0)?;
+        self.shared.function(module, kernel.name(), 0)?;
         Ok(())
     }
 
     unsafe fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
         let module = launch.check()?;
         self.bind()?;
-        let function = self.shared.function(module, &launch.entry, launch.shared)?;
+        let function = self.shared.function(module, launch.kernel.name(), launch.shared)?;
         let values = launch.values(&mut self.allocations)?;
         let mut pointers: Vec<*mut c_void> =
             values.iter().map(|bits| std::ptr::from_ref(bits).cast_mut().cast()).collect();
@@ -400,7 +400,7 @@ impl Device for Cuda {
                 &mut pointers,
             )
         }
-        .map_err(|e| failed(&format!("launching kernel {}", launch.entry), e))
+        .map_err(|e| failed(&format!("launching kernel {}", launch.kernel.name()), e))
     }
 
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {

@@ -65,7 +65,11 @@ impl MatmulCase {
         let launches = matmul.launches().unwrap();
         assert_eq!(launches.len(), 1);
         let on_tensor_cores = self.aligned && self.dtype != Dtype::F32;
-        assert_eq!(launches[0].entry.starts_with("matmul_simt"), !on_tensor_cores, "{self:?}");
+        assert_eq!(
+            launches[0].kernel.name().starts_with("matmul_simt"),
+            !on_tensor_cores,
+            "{self:?}"
+        );
         // SAFETY: the simulator checks every access.
         unsafe { sim.launch(&launches[0]) }.unwrap_or_else(|fault| panic!("{self:?}: {fault:#}"));
 

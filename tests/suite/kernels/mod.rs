@@ -15,6 +15,7 @@ use laam::bench::check::{Size, cases};
 use laam::device::sim::Sim;
 use laam::device::{Arg as DeviceArg, Launch as DeviceLaunch};
 pub use laam::dtype::Dtype;
+use laam::kernels::Kernel;
 use laam::random::{Philox, Stream};
 pub use mutants::MutationSet;
 pub use ptxsim::{Arg, Check, Memory, Schedule};
@@ -109,7 +110,7 @@ fn on_few_blocks(launch: &mut DeviceLaunch) {
         "muon_update",
         "sum_pieces",
     ];
-    let entry = launch.entry.clone();
+    let entry = launch.kernel.name();
     if entry == "rms_norm_backward_weight" {
         // The partial sums of two blocks.
         if let DeviceArg::I32(blocks) = &mut launch.args[3] {
@@ -130,8 +131,9 @@ fn on_few_blocks(launch: &mut DeviceLaunch) {
     {
         let (name, _) = name.rsplit_once('_').expect("a head_dim and a number of rows");
         let several = [8, 4, 2].map(|rows| format!("{name}_{rows}_{dtype}"));
-        let several = several.into_iter().find(|name| laam::kernels::entry(name).is_some());
-        launch.entry = several.expect("there are instances of several rows");
+        let named = |name: String| Kernel::all().find(|kernel| kernel.name() == name);
+        let several = several.into_iter().find_map(named);
+        launch.kernel = several.expect("there are instances of several rows");
         launch.block[0] = launch.block[0].min(128);
     }
 }
