@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use super::Outcome;
@@ -32,6 +32,10 @@ pub struct PageArgs {
     /// The Python whose PyTorch is measured beside laam [default: VIRTUAL_ENV's, else python3]
     #[arg(long, value_name = "PROGRAM")]
     python: Option<PathBuf>,
+    /// The ways that PyTorch runs a step: each compiled model takes a minute [default: all on a GPU, eager on
+    /// a CPU]
+    #[arg(long, value_name = "WAYS", value_delimiter = ',')]
+    pytorch: Option<Vec<How>>,
     /// Small shapes: to see that it runs
     #[arg(long)]
     small: bool,
@@ -40,6 +44,28 @@ pub struct PageArgs {
     /// Print one JSON object on stdout, of an error too
     #[arg(long)]
     json: bool,
+}
+
+/// The way that PyTorch runs a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum How {
+    /// Operation by operation
+    Eager,
+    /// torch.compile
+    Compile,
+    /// The whole step as one CUDA graph
+    Graph,
+}
+
+impl How {
+    /// What `benches/pytorch/step.py --how` takes.
+    fn name(self) -> &'static str {
+        match self {
+            How::Eager => "eager",
+            How::Compile => "compile",
+            How::Graph => "graph",
+        }
+    }
 }
 
 /// A step to be timed.
@@ -178,7 +204,11 @@ fn measure_pytorch(arguments: &PageArgs, is_cpu: bool, page: &mut Page) -> anyho
     let python = python.unwrap_or_else(|| PathBuf::from("python3"));
     let folder = std::env::temp_dir().join(format!("laam-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
-    let hows: &[&str] = if is_cpu { &["eager"] } else { &["eager", "compile", "graph"] };
+    let hows: &[How] = match (&arguments.pytorch, is_cpu) {
+        (Some(hows), _) => hows,
+        (None, true) => &[How::Eager],
+        (None, false) => &[How::Eager, How::Compile, How::Graph],
+    };
     match PyTorch::find(&python, &folder, !is_cpu) {
         Err(why) => page.notes.push(why),
         Ok(pytorch) => {
@@ -186,10 +216,11 @@ fn measure_pytorch(arguments: &PageArgs, is_cpu: bool, page: &mut Page) -> anyho
             for row in page.steps.iter_mut().filter(|row| row.optimizer == "AdamW") {
                 for how in hows {
                     let what = format!("{} x {}", row.laam.preset, row.laam.batch);
+                    let how = how.name();
                     match pytorch.tokens_per_second(&row.laam, how, threads) {
                         Ok(speed) => {
                             say!("PyTorch, {how}, {what}: {speed:.0} tokens/s");
-                            row.pytorch.push(((*how).to_string(), speed));
+                            row.pytorch.push((how.to_string(), speed));
                         }
                         Err(why) => page.notes.push(format!("PyTorch, {how}, {what}: {why}")),
                     }
