@@ -13,8 +13,8 @@ use crate::llama::{
 };
 use crate::model::{Config, Layout};
 use crate::random::{Philox, Stream};
-use crate::tokens::{Batch, IGNORE};
-use crate::train::{Engine, Parallelism, ShardKind, peak_memory_bytes};
+use crate::tokens::{Batch, IGNORE, Windows};
+use crate::train::{Engine, Parallelism, ShardKind, TrainStep, peak_memory_bytes};
 
 use super::roofline::Ceiling;
 
@@ -112,20 +112,36 @@ pub struct Scaling {
     pub weak_efficiency: f64,
 }
 
+/// The steps that are timed.
+#[derive(Clone, Copy)]
+pub struct TimedSteps<'a> {
+    /// Preset of the model's shape, for the report.
+    pub preset: &'a str,
+    /// The model.
+    pub config: &'a Config,
+    /// Muon, or AdamW alone.
+    pub muon: Option<Muon>,
+    /// Windows per step.
+    pub batch: usize,
+    /// Untimed steps.
+    pub warmup: usize,
+    /// Timed steps.
+    pub steps: usize,
+    /// Windows that are drawn as in training, on the device if it can; random tokens from the host if
+    /// `None`.
+    pub windows: Option<&'a Windows>,
+}
+
 /// Times steps of one rank, then of all ranks on as many windows, then on as many each.
 pub fn time_scaling(
     backend: &dyn Backend,
-    config: &Config,
-    muon: Option<Muon>,
-    batch: usize,
-    warmup: usize,
-    steps: usize,
+    timed: TimedSteps,
     group: &Group,
 ) -> anyhow::Result<Scaling> {
     let ranks = group.size();
-    let shard = ShardKind::Optimizer;
+    let (batch, shard) = (timed.batch, ShardKind::Optimizer);
     let time = |batch, parallelism: &Parallelism| {
-        let timing = time(backend, "", config, muon, batch, warmup, steps, None, parallelism)?;
+        let timing = time(backend, TimedSteps { batch, ..timed }, None, parallelism)?;
         anyhow::Ok(timing.tokens_per_second)
     };
     let alone = if group.is_first() { time(batch, &Parallelism::default()) } else { Ok(0.0) };
@@ -143,23 +159,22 @@ pub fn time_scaling(
     })
 }
 
-/// Times `steps` steps after `warmup` untimed ones, on random tokens and random weights.
+/// Times steps from random weights.
 pub fn time(
     backend: &dyn Backend,
-    name: &str,
-    config: &Config,
-    muon: Option<Muon>,
-    batch: usize,
-    warmup: usize,
-    steps: usize,
+    timed: TimedSteps,
     ceilings: Option<Ceilings>,
     parallelism: &Parallelism,
 ) -> anyhow::Result<Timing> {
+    let TimedSteps { preset, config, muon, batch, warmup, steps, windows } = timed;
     let context = config.max_position_embeddings;
     let optimizer = optimizer(muon);
     let group = &parallelism.group;
     let mut engine = random_model(backend, config, &optimizer, batch, parallelism)?;
     let layout = Layout::new(config);
+    if let Some(windows) = windows {
+        engine.upload_dataset(windows, batch)?;
+    }
 
     // A device runs several steps without synchronization, as in training.
     let mut together = 1;
@@ -168,13 +183,20 @@ pub fn time(
     let mut before = Vec::new();
     let mut done = 0;
     for round in 0..warmup + steps {
-        let batches: Vec<_> =
-            (done..done + together).map(|step| Ok(random_step(config, batch, step))).collect();
+        let numbers = done..done + together;
+        let (mut random, mut drawn) = (Vec::new(), Vec::new());
+        match windows {
+            Some(windows) => drawn.extend(numbers.map(|step| drawn_step(windows, batch, step))),
+            None => random.extend(numbers.map(|step| Ok(random_step(config, batch, step)))),
+        }
         if round == warmup {
             before = engine.profile();
         }
         let start = Instant::now();
-        let outcomes = engine.run_steps(batches.into_iter())?;
+        let outcomes = match windows {
+            Some(windows) => engine.steps(windows, &drawn)?,
+            None => engine.run_steps(random.into_iter())?,
+        };
         let pace = start.elapsed().as_secs_f64() / together as f64;
         if round >= warmup {
             seconds.push(pace);
@@ -208,7 +230,7 @@ pub fn time(
     Ok(Timing {
         backend: backend.name().to_string(),
         device: backend.device(),
-        preset: name.to_string(),
+        preset: preset.to_string(),
         precision: backend.compute_dtype().name().to_string(),
         batch,
         context,
@@ -276,8 +298,17 @@ fn random_model(
 fn random_step(config: &Config, batch: usize, step: usize) -> (Vec<Batch>, StepHyperparams) {
     let context = config.max_position_embeddings;
     let windows = random_windows(batch, context, config.vocab_size, step as u32);
-    let step = step as u64 + 1;
-    (vec![windows], StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.02, step })
+    (vec![windows], hyperparams(step))
+}
+
+/// The step after `step` others on windows in their order, again and again.
+fn drawn_step(windows: &Windows, batch: usize, step: usize) -> TrainStep {
+    let numbers = (step * batch..(step + 1) * batch).map(|at| at % windows.len()).collect();
+    TrainStep { batches: vec![numbers], hyperparams: hyperparams(step) }
+}
+
+fn hyperparams(step: usize) -> StepHyperparams {
+    StepHyperparams { learning_rate: 1e-3, muon_learning_rate: 0.02, step: step as u64 + 1 }
 }
 
 fn random_windows(windows: usize, context: usize, vocab: usize, step: u32) -> Batch {

@@ -1,6 +1,8 @@
 //! `laam bench`: timings on this machine.
 
 use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -14,13 +16,16 @@ use crate::backend::Backend;
 use crate::backend::gpu::Mode;
 use crate::bench::check::Size;
 use crate::bench::roofline::{self, Ceiling, Effort};
-use crate::bench::{collectives, kernels, probes, smoke, step};
+use crate::bench::step::{self, TimedSteps};
+use crate::bench::{collectives, kernels, probes, smoke};
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::error;
 use crate::llama::Muon;
 use crate::model::{Config, preset};
 use crate::schema::versioned;
+use crate::tokenizer::Tokenizer;
+use crate::tokens::{TokenFile, WindowKind, Windows};
 use crate::train::{OptimizerKind, Parallelism};
 
 /// Time what the program does, on this machine.
@@ -141,6 +146,12 @@ struct StepBenchArgs {
     /// Optimizer of the matrices inside the blocks
     #[arg(long, value_enum, default_value_t)]
     optimizer: OptimizerKind,
+    /// Draw the windows from this token file, as training does [default: random tokens from the host]
+    #[arg(long, value_name = "FILE", requires = "tokenizer_path", conflicts_with = "ranks")]
+    tokens: Option<PathBuf>,
+    /// The tokenizer of the token file
+    #[arg(long, value_name = "DIR", requires = "tokens")]
+    tokenizer_path: Option<PathBuf>,
     /// Compare the processes that a launcher or --gpus started with one of them: mpiexec -n 4 laam bench step
     /// --ranks
     #[arg(long)]
@@ -177,9 +188,7 @@ fn time_scaling(arguments: &StepBenchArgs, config: &Config) -> anyhow::Result<Ou
         return Err(error::invalid("batch", batch, range));
     }
     let backend = arguments.backend.open_for(arguments.precision, false)?;
-    let (warmup, steps) = (arguments.warmup as usize, arguments.steps as usize);
-    let muon = (arguments.optimizer == OptimizerKind::Muon).then_some(Muon { momentum: 0.95 });
-    let scaling = step::time_scaling(&*backend, config, muon, batch, warmup, steps, &group)?;
+    let scaling = step::time_scaling(&*backend, arguments.timed(config), &group)?;
     let table = Table::new(arguments.json);
     let library = &group.world().library;
     table.line(format_args!("{}: {ranks} processes, {library}", arguments.preset));
@@ -364,6 +373,21 @@ fn time_kernels(arguments: &KernelBenchArgs) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+impl StepBenchArgs {
+    /// What is timed, on random tokens.
+    fn timed<'a>(&'a self, config: &'a Config) -> TimedSteps<'a> {
+        TimedSteps {
+            preset: &self.preset,
+            config,
+            muon: (self.optimizer == OptimizerKind::Muon).then_some(Muon { momentum: 0.95 }),
+            batch: self.batch as usize,
+            warmup: self.warmup as usize,
+            steps: self.steps as usize,
+            windows: None,
+        }
+    }
+}
+
 fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
     let mut config = preset(&arguments.preset)?;
     if let Some(context) = arguments.context {
@@ -373,6 +397,16 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
     if arguments.ranks || arguments.group.starts_processes() {
         return time_scaling(arguments, &config);
     }
+    let windows = match (&arguments.tokens, &arguments.tokenizer_path) {
+        (Some(tokens), Some(tokenizer)) => {
+            let file = Arc::new(TokenFile::open(tokens)?);
+            file.check_fits(config.vocab_size)?;
+            let (tokenizer, context) =
+                (Tokenizer::load(tokenizer)?, config.max_position_embeddings);
+            Some(Windows::new(file, Arc::new(tokenizer), WindowKind::Stream, context, None)?)
+        }
+        _ => None,
+    };
     let backend = arguments.backend.open_for(arguments.precision, arguments.profile)?;
     warn_of_another(&*backend, arguments.precision);
     // The floor of a step is made of what this GPU reaches.
@@ -382,18 +416,8 @@ fn time_step(arguments: &StepBenchArgs) -> anyhow::Result<Outcome> {
     } else {
         None
     };
-    let muon = (arguments.optimizer == OptimizerKind::Muon).then_some(Muon { momentum: 0.95 });
-    let timing = step::time(
-        &*backend,
-        &arguments.preset,
-        &config,
-        muon,
-        arguments.batch as usize,
-        arguments.warmup as usize,
-        arguments.steps as usize,
-        ceilings,
-        &Parallelism::default(),
-    )?;
+    let timed = TimedSteps { windows: windows.as_ref(), ..arguments.timed(&config) };
+    let timing = step::time(&*backend, timed, ceilings, &Parallelism::default())?;
     let table = Table::new(arguments.json);
     table.line(format_args!(
         "{}: {} parameters, {}",

@@ -10,10 +10,11 @@ use super::backend::BackendArgs;
 use super::output::{print_json, say};
 use crate::backend::Backend;
 use crate::bench::check::Size;
+use crate::bench::kernels;
 use crate::bench::page::{Page, Prediction, StepRow, file_name};
 use crate::bench::pytorch::PyTorch;
 use crate::bench::roofline::{self, Effort};
-use crate::bench::{kernels, step};
+use crate::bench::step::{self, TimedSteps};
 use crate::corpus::now;
 use crate::files::{self, write_atomically};
 use crate::llama::{Cost, Muon, Recompute};
@@ -177,17 +178,16 @@ fn measure_step(
     let context = config.max_position_embeddings;
     let batch = workload.largest_batch(context, Some(shape.batch), memory)?;
     let ceilings = step::Ceilings::of(&page.ceilings);
-    let laam = step::time(
-        backend,
-        shape.preset,
-        &config,
+    let timed = TimedSteps {
+        preset: shape.preset,
+        config: &config,
         muon,
         batch,
         warmup,
         steps,
-        ceilings,
-        &Parallelism::default(),
-    )?;
+        windows: None,
+    };
+    let laam = step::time(backend, timed, ceilings, &Parallelism::default())?;
     let predicted = Prediction::of(&laam);
     let optimizer = if shape.muon { "Muon" } else { "AdamW" };
     Ok(StepRow { laam, optimizer, pytorch: Vec::new(), predicted })

@@ -389,7 +389,7 @@ fn spills_and_lost_vector_accesses_are_worse() {
     assert!(good.values().all(|row| row[4] > 0.0 && row[6] > 0.0), "{good:?}");
 
     let spilling =
-        judged(&|text| text.replace("__launch_bounds__(256)", ""), &["-maxrregcount=16"]);
+        judged(&|text| text.replace("__launch_bounds__(BLOCK_THREADS)", ""), &["-maxrregcount=16"]);
     let sentences = worse(&good, &spilling).join("\n");
     let key = ("swiglu_backward_bf16".to_string(), "sm_90a".to_string());
     let local = spilling[&key][2];
