@@ -5,6 +5,8 @@ use std::time::Instant;
 use crate::collective::Group;
 use crate::device::{Device, Launch};
 use crate::error;
+use crate::kernels::families;
+use crate::kernels::geometry::BLOCK_THREADS;
 use crate::llama::slices::SumOrder;
 
 /// One exchange at one size.
@@ -122,9 +124,9 @@ pub fn time_on_devices(
     let (from, into, sum) = (from?, into?, sum?);
     device.upload(from, bytemuck::cast_slice(&mine))?;
     let reduce = Launch {
-        entry: "sum_pieces".to_string(),
-        grid: [piece.div_ceil(4 * 256).clamp(1, 2048) as u32, 1, 1],
-        block: [256, 1, 1],
+        kernel: families::SUM_PIECES,
+        grid: [piece.div_ceil(4 * BLOCK_THREADS).clamp(1, 2048) as u32, 1, 1],
+        block: [BLOCK_THREADS as u32, 1, 1],
         shared: 0,
         args: vec![
             into.into(),

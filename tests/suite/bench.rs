@@ -78,3 +78,25 @@ fn preset_auto_follows_the_memory() {
     let said = error_in(&run("plan --preset auto --memory 0.01 --backend sim"));
     assert!(said.contains("no preset trains within"), "{said}");
 }
+
+#[test]
+fn steps_are_timed_on_the_windows_of_a_token_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(at("text.c"), "int main(void) { return 0; }\n".repeat(100)).unwrap();
+    let (text, tokenizer, tokens) = (at("text.c"), at("tokenizer"), at("tokens"));
+    for line in [
+        format!("train-tokenizer --source {text} --vocab_size 300 --output_path {tokenizer}"),
+        format!("tokenize --source {text} --tokenizer_path {tokenizer} --output {tokens}"),
+    ] {
+        assert!(run(&line).status.success(), "{line}");
+    }
+    let step = "bench step --batch 2 --context 16 --warmup 0 --steps 16 --backend cpu";
+    let drawn = format!("{step} --tokens {tokens} --tokenizer_path {tokenizer}");
+    let (random, text) = (json(step), json(&drawn));
+    // Both begin at the loss of random weights, but a text of few tokens is learned soon.
+    let loss = |timing: &Value, at: usize| timing["losses"][at].as_f64().unwrap();
+    assert!(text["tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(loss(&text, 0) - loss(&text, 1) > 10.0 * (loss(&random, 0) - loss(&random, 1)).abs());
+    assert!(error_in(&run(&format!("{step} --tokens {tokens}"))).contains("--tokenizer-path"));
+}
