@@ -385,6 +385,13 @@ driver! {
             _ => return Err(Code::INVALID_VALUE),
         })
     };
+    /// Offset and size of a parameter; "CUDA_ERROR_INVALID_VALUE if paramIndex is out of range".
+    Context fn cuFuncGetParamInfo(function: usize, index: usize, offset: *mut usize, size: *mut usize) |state| {
+        let found = state.functions.get(&function).ok_or(Code::INVALID_HANDLE)?;
+        let param = found.kernel.params().get(index).ok_or(Code::INVALID_VALUE)?;
+        put(offset, param.offset)?;
+        put(size, param.size)
+    };
     /// At most the opt-in limit less what is static; other attributes "cannot be set" or are not modeled.
     Context fn cuFuncSetAttribute(function: usize, attribute: c_uint, value: c_int) |state| {
         let most = state.settings.shared_optin();

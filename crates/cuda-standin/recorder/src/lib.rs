@@ -21,7 +21,7 @@
 //! | `"#3"` | handle, numbered by first appearance |
 //! | `"@2+16"` | device address: 16 bytes into the second allocation |
 //! | `"=0a00"` | pointer to these bytes |
-//! | `"~1"` | pointer to an algorithm of cuBLASLt, numbered by first appearance |
+//! | `"~1"` | pointer to an algorithm of cuBLASLt, numbered as the heuristic returned them |
 //! | `"?4096"` | pointer to 4096 bytes that are not recorded |
 //! | `">4"` | pointer to a result of 4 bytes |
 //! | `["=05000000"]` | pointers to kernel arguments; `"?"` if the driver does not tell their sizes |

@@ -238,8 +238,13 @@ impl Trace {
             Kind::Scalar => bytes(arg, 4),
             Kind::Opaque => "\"?\"".into(),
             Kind::Parameters(function) => self.parameters(arg, args[function]),
-            // SAFETY: by the C prototype the argument points to an algorithm.
-            Kind::Algorithm => self.algorithm(unsafe { (arg as *const [u64; 8]).read() }),
+            Kind::Algorithm => {
+                // SAFETY: by the C prototype the argument points to an algorithm.
+                match self.algorithms.get(unsafe { &*(arg as *const [u64; 8]) }) {
+                    Some(number) => format!("\"~{number}\""),
+                    None => bytes(arg, 64),
+                }
+            }
             Kind::OutInt | Kind::OutTime => "\">4\"".into(),
             Kind::OutSize | Kind::OutHandle | Kind::OutAddress(_) | Kind::OutText => {
                 "\">8\"".into()
