@@ -181,6 +181,27 @@ fn launch_op(ctx: &mut LaunchContext, op: &Op) -> anyhow::Result<()> {
     }
 }
 
+/// Launches an op of a program that is captured, beside the path or on it, and what the next op waits for. `ends`
+/// are the branches so far, by op.
+fn launch_branched(
+    ctx: &mut LaunchContext,
+    op: &Op,
+    branches: &Branches,
+    ends: &mut HashMap<usize, Branch>,
+) -> anyhow::Result<()> {
+    if branches.is_beside(ctx.op) {
+        ctx.device.begin_branch()?;
+        launch_op(ctx, op)?;
+        ends.insert(ctx.op, ctx.device.end_branch()?);
+    } else {
+        launch_op(ctx, op)?;
+    }
+    match branches.waits_for(ctx.op + 1) {
+        Some(beside) => ctx.device.wait_for(ends[&beside]),
+        None => Ok(()),
+    }
+}
+
 impl GpuSession {
     pub fn new(
         mut device: Box<dyn Device>,
@@ -311,32 +332,13 @@ impl GpuSession {
             Placement::Guarded(buffers) => buffers.iter().map(|buffer| buffer.at).collect(),
         };
         // Guarded buffers are poisoned on the path, after their last op in program order.
-        let is_branched =
-            launches == LaunchMode::Captured && matches!(ready.place, Placement::Block(_));
-        let branches = is_branched.then_some(&ready.branches);
+        let branches = match (&ready.place, launches) {
+            (Placement::Block(_), LaunchMode::Captured) => Some(&ready.branches),
+            _ => None,
+        };
         let mut ends = HashMap::new();
-        let wait =
-            |device: &mut dyn Device, ends: &HashMap<usize, Branch>, at: usize| match branches
-                .and_then(|branches| branches.waits_for(at))
-            {
-                Some(beside) => device.wait_for(ends[&beside]),
-                None => Ok(()),
-            };
-        let count = ready.program.ops.len();
         let mut events = Vec::new();
         for item in &items {
-            let mut is_beside = false;
-            match item {
-                LaunchItem::Begin(..) => {}
-                LaunchItem::Op((at, _)) => {
-                    is_beside = branches.is_some_and(|branches| branches.is_beside(*at));
-                    wait(&mut *self.device, &ends, *at)?;
-                }
-                LaunchItem::End(..) => wait(&mut *self.device, &ends, count)?,
-            }
-            if is_beside {
-                self.device.begin_branch()?;
-            }
             if timed {
                 events.push(self.device.record_event()?);
             }
@@ -358,11 +360,11 @@ impl GpuSession {
             };
             match item {
                 LaunchItem::Begin(queue, io, gather) => queue::begin(&mut ctx, queue, io, *gather)?,
-                LaunchItem::Op((_, op)) => launch_op(&mut ctx, op)?,
+                LaunchItem::Op((_, op)) => match branches {
+                    Some(branches) => launch_branched(&mut ctx, op, branches, &mut ends)?,
+                    None => launch_op(&mut ctx, op)?,
+                },
                 LaunchItem::End(queue, io) => queue::end(&mut ctx, queue, io)?,
-            }
-            if let (true, LaunchItem::Op((at, _))) = (is_beside, item) {
-                ends.insert(*at, self.device.end_branch()?);
             }
             if let (Placement::Guarded(buffers), LaunchItem::Op((at, _))) = (&ready.place, item) {
                 let ended = buffers.iter().filter(|buffer| buffer.last == *at && buffer.bytes > 0);
@@ -373,9 +375,6 @@ impl GpuSession {
                     self.device.memset(self.scratch.at, POISON, self.scratch.bytes)?;
                 }
             }
-        }
-        if queued.is_none() {
-            wait(&mut *self.device, &ends, count)?;
         }
         if timed {
             events.push(self.device.record_event()?);
