@@ -27,6 +27,11 @@ impl Branches {
         self.completed_before[op].is_some()
     }
 
+    /// True if all ops are on the path.
+    pub fn is_empty(&self) -> bool {
+        self.completed_before.iter().all(Option::is_none)
+    }
+
     /// The first op that starts after an op beside the path.
     pub fn completed_before(&self, op: usize) -> Option<usize> {
         self.completed_before[op]

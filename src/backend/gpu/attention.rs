@@ -227,12 +227,12 @@ pub(super) fn backward(ctx: &mut LaunchContext, o: &AttentionBackward) -> anyhow
     let mut inputs: Vec<Arg> =
         [o.q, o.k, o.v, o.first_key, o.lse].map(|buffer| ctx.ptr(buffer).into()).to_vec();
     inputs.extend([Arg::from(delta), ctx.ptr(o.dout).into()]);
-    let mut args = inputs.clone();
-    args.push(ctx.ptr(o.dq).into());
-    kernel.run(ctx, AttentionPass::BackwardDq, shape, args)?;
-    let mut args = inputs;
-    args.extend([Arg::from(ctx.ptr(o.dk)), ctx.ptr(o.dv).into()]);
-    kernel.run(ctx, AttentionPass::BackwardDkdv, shape, args)
+    let dq_args = [&inputs[..], &[ctx.ptr(o.dq).into()]].concat();
+    let dkdv_args = [&inputs[..], &[ctx.ptr(o.dk).into(), ctx.ptr(o.dv).into()]].concat();
+    ctx.side_by_side(
+        |ctx| kernel.run(ctx, AttentionPass::BackwardDq, shape, dq_args),
+        |ctx| kernel.run(ctx, AttentionPass::BackwardDkdv, shape, dkdv_args),
+    )
 }
 
 pub(super) fn decode(ctx: &mut LaunchContext, o: &AttentionDecode) -> anyhow::Result<()> {

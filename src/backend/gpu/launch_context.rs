@@ -112,6 +112,8 @@ pub(super) struct LaunchContext<'a> {
     pub scratch: Address,
     pub scratch_bytes: usize,
     pub scratch_used: usize,
+    /// True if small ops run on side branches of a graph that is captured.
+    pub is_branched: bool,
 }
 
 /// Alignment of scratch allocations, in bytes.
@@ -164,6 +166,24 @@ impl LaunchContext<'_> {
             "an op allocates the scratch memory it declared"
         );
         at
+    }
+
+    /// Launches one on a side branch of the graph, if it has any, and the other beside it; what follows waits
+    /// for both.
+    pub fn side_by_side(
+        &mut self,
+        one: impl FnOnce(&mut Self) -> anyhow::Result<()>,
+        other: impl FnOnce(&mut Self) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        if !self.is_branched {
+            one(self)?;
+            return other(self);
+        }
+        self.device.begin_branch()?;
+        one(self)?;
+        let branch = self.device.end_branch()?;
+        other(self)?;
+        self.device.wait_for(branch)
     }
 
     /// Launches a kernel.

@@ -357,6 +357,7 @@ impl GpuSession {
                 scratch: self.scratch.at,
                 scratch_bytes: self.scratch.bytes,
                 scratch_used: 0,
+                is_branched: branches.is_some_and(|branches| !branches.is_empty()),
             };
             match item {
                 LaunchItem::Begin(queue, io, gather) => queue::begin(&mut ctx, queue, io, *gather)?,
