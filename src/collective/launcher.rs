@@ -98,8 +98,7 @@ impl LaunchPlace {
             if launcher == Launcher::Slurm && size == 1 {
                 continue;
             }
-            let way = if size == 1 { None } else { way(launcher, size, &variable)? };
-            found.push(Self { launcher, rank, size, size_variable, way });
+            found.push(Self { launcher, rank, size, size_variable, way: None });
             // Its processes inherit the variables of what started it.
             if launcher == Launcher::Gpus {
                 break;
@@ -120,7 +119,13 @@ impl LaunchPlace {
         // Where the same place has an MPI, its library is there; srun has the interface of one without it.
         let with_mpi = found.iter().find(|place| matches!(place.launcher, Launcher::Mpi(_)));
         let mut place = with_mpi.unwrap_or(first).clone();
-        place.way = found.iter().find_map(|place| place.way.clone());
+        if place.size > 1 {
+            let mut ways = found.iter().map(|place| way(place.launcher, place.size, &variable));
+            place.way = match with_mpi {
+                Some(_) => ways.find_map(|way| way.ok().flatten()),
+                None => ways.next().transpose()?.flatten(),
+            };
+        }
         Ok(Some(place))
     }
 

@@ -35,12 +35,12 @@ pub struct SocketRanks {
 
 /// A message under way to a rank, or from it.
 #[derive(Default)]
-struct Message {
+struct SocketMessage {
     header: [u8; HEADER_BYTES],
     done: usize,
 }
 
-impl Message {
+impl SocketMessage {
     fn is_over(&self, payload: usize) -> bool {
         self.done == HEADER_BYTES + payload
     }
@@ -200,8 +200,9 @@ impl SocketRanks {
         let words = [call as u64, number, bytes as u64];
         let header: [u8; HEADER_BYTES] = bytemuck::cast(words.map(u64::to_le));
         let size = self.world.size;
-        let mut sent: Vec<Message> = (0..size).map(|_| Message { header, done: 0 }).collect();
-        let mut come: Vec<Message> = (0..size).map(|_| Message::default()).collect();
+        let mut sent: Vec<SocketMessage> =
+            (0..size).map(|_| SocketMessage { header, done: 0 }).collect();
+        let mut come: Vec<SocketMessage> = (0..size).map(|_| SocketMessage::default()).collect();
         let begin = Instant::now();
         loop {
             let mut waits = Vec::new();
@@ -274,7 +275,7 @@ impl SocketRanks {
 }
 
 /// Reads what has come of a message.
-fn receive(mut peer: &File, message: &mut Message, into: &mut [u8]) -> io::Result<()> {
+fn receive(mut peer: &File, message: &mut SocketMessage, into: &mut [u8]) -> io::Result<()> {
     loop {
         let rest = if message.done < HEADER_BYTES {
             &mut message.header[message.done..]
@@ -295,7 +296,7 @@ fn receive(mut peer: &File, message: &mut Message, into: &mut [u8]) -> io::Resul
 }
 
 /// Sends as much of a message as the system takes.
-fn send(mut peer: &File, message: &mut Message, from: &[u8]) -> io::Result<()> {
+fn send(mut peer: &File, message: &mut SocketMessage, from: &[u8]) -> io::Result<()> {
     loop {
         let rest = if message.done < HEADER_BYTES {
             &message.header[message.done..]

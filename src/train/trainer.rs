@@ -672,6 +672,7 @@ impl<'a> Trainer<'a> {
         if !self.looked_for_lost && outcomes.iter().any(|outcome| outcome.counted > 0) {
             self.looked_for_lost = true;
             self.note_lost_gradients(observer)?;
+            self.compare_matmuls(observer)?;
         }
         self.state.position = self.sampler.position();
         let mut before: Option<StepStats> = None;
@@ -732,6 +733,28 @@ impl<'a> Trainer<'a> {
                 observer.note(&format!(
                     "warning: {} gets no gradient: it is not trained",
                     parameter.name
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells of ranks whose matmuls have other algorithms than those of rank 0: the bits of the run then depend on
+    /// which rank takes which slice.
+    fn compare_matmuls(&self, observer: &mut dyn Observer) -> anyhow::Result<()> {
+        let group = &self.job.group;
+        if group.size() == 1 {
+            return Ok(());
+        }
+        let own = serde_json::to_vec(&self.engine.state()?["matmul_plans"])?;
+        let all = group.gather_each(&own)?;
+        let all: Vec<serde_json::Value> =
+            all.iter().map(|plans| serde_json::from_slice(plans)).collect::<Result<_, _>>()?;
+        for (rank, other) in all.iter().enumerate() {
+            if let Some(what) = other_matmuls(&all[0], other) {
+                observer.note(&format!(
+                    "warning: rank {rank} has {what} than rank 0: the bits of this run depend on its number of \
+                     processes; `resume` continues with the algorithms of rank 0 where it can"
                 ));
             }
         }
@@ -957,6 +980,24 @@ fn write(engine: &mut Engine, arenas: Vec<Vec<f32>>) -> anyhow::Result<()> {
         engine.write(*arena, &values)?;
     }
     Ok(())
+}
+
+/// What differs between the matmul plans of two ranks ([`crate::device::Device::matmul_plans`]).
+fn other_matmuls(first: &serde_json::Value, other: &serde_json::Value) -> Option<&'static str> {
+    if first["gpu"] != other["gpu"] {
+        return Some("another GPU");
+    }
+    let (first, other) = (&first["cublaslt"], &other["cublaslt"]);
+    if first["version"] != other["version"] {
+        return Some("another version of cuBLASLt");
+    }
+    let plans =
+        |plans: &serde_json::Value| plans["matmuls"].as_array().cloned().unwrap_or_default();
+    let first = plans(first);
+    let differs = |plan: &serde_json::Value| {
+        first.iter().any(|known| known[0] == plan[0] && known[1] != plan[1])
+    };
+    plans(other).iter().any(differs).then_some("other matmul algorithms")
 }
 
 /// The devices of ranks that have others than rank 0, in words.

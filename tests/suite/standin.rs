@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::time::Duration;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use laam::backend::gpu::RESERVED_BYTES as GPU_RESERVED_BYTES;
 use laam::device::cuda::Cuda;
@@ -20,6 +20,7 @@ use crate::support::{bounded, error_in, laam};
 
 const DRIVER: &str = "libcuda.so.1";
 const CUBLASLT: &str = "libcublasLt.so.13";
+const NCCL: &str = "libnccl.so.2";
 /// Time and address space of one command.
 const LIMIT: Duration = Duration::from_mins(2);
 const MEMORY: u64 = 64 << 30;
@@ -37,9 +38,11 @@ impl Standin {
             return None;
         }
         let folder = tempfile::tempdir().unwrap();
-        for (name, library) in
-            [(DRIVER, "libcuda_standin.so"), (CUBLASLT, "libcublaslt_standin.so")]
-        {
+        for (name, library) in [
+            (DRIVER, "libcuda_standin.so"),
+            (CUBLASLT, "libcublaslt_standin.so"),
+            (NCCL, "libnccl_standin.so"),
+        ] {
             symlink(built(library), folder.path().join(name)).unwrap();
         }
         Some(Standin { folder })
@@ -158,6 +161,7 @@ fn doctor_and_check_run_on_the_stand_in_driver() {
     let Some(standin) = Standin::new() else { return };
     let doctor = doctor(&standin);
     assert_eq!(doctor["cublaslt"], true);
+    assert_eq!(doctor["nccl"]["version"], "2.32.3");
     let gpu = doctor["usable_gpus"][0].as_str().unwrap();
     assert!(gpu.contains("simulated GPU") && gpu.contains("17.2 of 17.2 GB free"), "{gpu}");
 
@@ -677,5 +681,141 @@ fn last_calls_that_fail_are_errors_with_hints_and_lose_nothing() {
         for call in [calls / 2, calls] {
             table.resume(&format!("{symbol}@{call}=999"));
         }
+    }
+}
+
+/// `laam train` in slices, on as many GPUs as there are processes.
+fn train_slices(standin: &Standin, output: &str, steps: usize, processes: usize) -> Command {
+    let mut train = standin.train_windows("cuda", output, steps, "8", "32");
+    train.args(["--dp_slices", "4", "--logging_steps", "2"]);
+    train.env("CUDA_STANDIN_GPUS", "4").env("CUDA_STANDIN_THREADS", "1");
+    if processes > 1 {
+        train.args(["--gpus", &processes.to_string()]);
+    }
+    train
+}
+
+#[test]
+fn gpus_that_exchange_through_nccl_have_the_bits_of_one() {
+    let Some(standin) = Standin::new() else { return };
+    standin.prepare();
+    done(&mut train_slices(&standin, "1", 4, 1));
+    for (processes, name, nccl, how) in [
+        (2, "2", "", "2 processes (NCCL 2.32.3), 4 slices"),
+        (4, "4", "", "4 processes (NCCL 2.32.3), 4 slices"),
+        (
+            2,
+            "staged",
+            "off",
+            "(staged through the hosts over sockets: rank 0 has no NCCL: LAAM_NCCL is off)",
+        ),
+    ] {
+        let (_, said) = done(train_slices(&standin, name, 4, processes).env("LAAM_NCCL", nccl));
+        assert!(said.contains(how), "{said}");
+        assert!(standin.model(name) == standin.model("1"), "{name}");
+        assert_eq!(standin.losses(name), standin.losses("1"), "{name}");
+        let calls = standin.report()["calls"].clone();
+        // Exchanges are part of graphs, or are staged between eager launches.
+        assert_eq!(calls["cudaStandinExchange"].is_null(), nccl == "off", "{calls}");
+        let file = standin.path(name).join("provenance.json");
+        let record: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+        assert_eq!(record["sessions"][0]["ranks"], processes);
+        let exchanges = record["sessions"][0]["exchanges"].as_str().unwrap();
+        assert!(how.contains(exchanges), "{exchanges}");
+    }
+    let mut bench = standin.laam();
+    bench.args("bench collectives --gpus 2 --backend cuda --json".split(' '));
+    bench.args("--min_bytes 1000 --max_bytes 20000 --rounds 2".split(' '));
+    let timed = done(bench.env("CUDA_STANDIN_GPUS", "2")).0;
+    let timed: Value = serde_json::from_str(&timed).unwrap();
+    assert_eq!(timed["library"], "NCCL 2.32.3");
+    let names = timed["collectives"].as_array().unwrap().iter();
+    let names: Vec<_> = names.map(|row| row["exchange"].as_str().unwrap()).take(6).collect();
+    let kinds = ["all_to_all", "all_gather", "reduce"];
+    assert_eq!(names, kinds.map(|name| [name.to_string(), format!("{name}, graph")]).concat());
+}
+
+/// Starts a run on two GPUs that lasts, signals rank 1 once there are steps, and waits for the end.
+fn signaled(standin: &Standin, flags: &[&str], signal: libc::c_int) -> Output {
+    let name = format!("signal-{signal}");
+    let mut train = train_slices(standin, &name, 100_000, 2);
+    train.args(flags).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = train.spawn().unwrap();
+    let began = Instant::now();
+    let lines = || fs::read_to_string(standin.path(&name).join("metrics.jsonl"));
+    while lines().map_or(0, |text| text.lines().count()) < 2 {
+        assert!(began.elapsed() < Duration::from_mins(1), "no lines in a minute");
+        if child.try_wait().unwrap().is_some() {
+            panic!("it ended: {:?}", child.wait_with_output());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let children = format!("/proc/{0}/task/{0}/children", child.id());
+    let children = fs::read_to_string(children).unwrap();
+    let second = children.split_whitespace().nth(1).unwrap().parse().unwrap();
+    // SAFETY: the process is one of the run that this test started.
+    assert_eq!(unsafe { libc::kill(second, signal) }, 0);
+    let began = Instant::now();
+    let output = child.wait_with_output().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    output
+}
+
+#[test]
+fn a_rank_that_is_lost_ends_exchanges_of_gpus() {
+    let Some(standin) = Standin::new() else { return };
+    standin.prepare();
+    let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let killed = signaled(&standin, &[], libc::SIGKILL);
+    assert_eq!(killed.status.code(), Some(128 + libc::SIGKILL), "{}", said(&killed));
+    assert!(said(&killed).contains("laam: rank 0 lost rank 1 in "), "{}", said(&killed));
+    let late = signaled(&standin, &["--rank_timeout", "5"], libc::SIGSTOP);
+    assert_eq!(late.status.code(), Some(75), "{}", said(&late));
+    let waited = "laam: rank 0 waited 5 s in an exchange of the GPU (call ";
+    assert!(said(&late).contains(waited), "{}", said(&late));
+
+    for (fault, text) in [
+        ("ncclAllGather@2=3", "all_gather: internal error - please report this"),
+        ("ncclCommInitRank@1=2", "ncclCommInitRank: unhandled system error"),
+    ] {
+        let mut train = train_slices(&standin, "fault", 4, 2);
+        let failed = output(train.arg("--overwrite").env("CUDA_STANDIN_FAULT", fault));
+        assert_eq!(failed.status.code(), Some(75), "{}", said(&failed));
+        assert!(said(&failed).contains(text), "{fault}: {}", said(&failed));
+    }
+    let few = output(train_slices(&standin, "few", 4, 4).env("CUDA_STANDIN_GPUS", "2"));
+    assert_eq!(few.status.code(), Some(2), "{}", said(&few));
+    assert!(said(&few).contains("no GPU 2: the driver shows 2"), "{}", said(&few));
+    without(&standin, NCCL, "ncclCommAbort");
+    let (_, staged) = done(train_slices(&standin, "old", 2, 2).arg("--overwrite"));
+    assert!(staged.contains("has no ncclCommAbort"), "{staged}");
+}
+
+/// Processes that are started one by one, with the variables of torchrun: on one GPU, and with another cuBLASLt.
+#[test]
+fn ranks_that_share_a_gpu_or_have_another_cublaslt_are_told_of() {
+    let Some(standin) = Standin::new() else { return };
+    standin.prepare();
+    done(&mut train_slices(&standin, "1", 2, 1));
+    for (name, gpus, cublaslt, text) in [
+        ("shared", "1", "130000", "ranks 0 and 1 share a GPU"),
+        ("mixed", "2", "130100", "warning: rank 1 has another version of cuBLASLt than rank 0"),
+    ] {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let start = |rank: usize| {
+            let mut train = train_slices(&standin, name, 2, 1);
+            train.env("RANK", rank.to_string()).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+            train.env("MASTER_ADDR", "localhost").env("MASTER_PORT", (port - 1).to_string());
+            train.env("CUDA_STANDIN_GPUS", gpus);
+            if rank == 1 {
+                train.env("CUDA_STANDIN_CUBLASLT", cublaslt);
+            }
+            train.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let ranks = [start(0), start(1)].map(|child| child.wait_with_output().unwrap());
+        let said = String::from_utf8_lossy(&ranks[0].stderr);
+        assert!(ranks.iter().all(|output| output.status.success()), "{ranks:?}");
+        assert!(said.contains(text), "{said}");
+        assert!(standin.model(name) == standin.model("1"), "{name}");
     }
 }

@@ -8,11 +8,12 @@ use std::sync::Once;
 use ptxsim::{Arg, Config, Module};
 
 use crate::codes::Code;
+use crate::exchange::Exchange;
 use crate::gemm::{Gemm, Operand};
 use crate::state::{
     CURRENT, Event, Exec, Function, LoadedModule, Outcome, Primary, State, state, try_state,
 };
-use crate::work::{Op, element_size};
+use crate::work::{Op, QueuedExchange, element_size};
 
 /// What must be true before a call.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -658,5 +659,34 @@ pub extern "C" fn cudaStandinGemm(gemm: *const Gemm, stream: usize) -> u32 {
         check(&gemm.c, gemm.m, gemm.n)?;
         check(&gemm.d, gemm.m, gemm.n)?;
         state.submit(stream, Op::Gemm(gemm))
+    })
+}
+
+/// Symbol of this library alone: the device of the current context, or -1.
+#[unsafe(no_mangle)]
+pub extern "C" fn cudaStandinDevice() -> c_int {
+    let state = state();
+    let current = CURRENT.get();
+    let mut devices = state.primary.iter().filter(|(_, primary)| primary.handle == current);
+    devices.next().map_or(-1, |(device, _)| *device)
+}
+
+/// Symbol of this library alone, with which the stand-in for NCCL queues an exchange. Memory is checked here, so
+/// that an error names the call; a GPU would fail late.
+#[unsafe(no_mangle)]
+pub extern "C" fn cudaStandinExchange(exchange: *const Exchange, stream: usize) -> u32 {
+    call("cudaStandinExchange", Needs::Context, |state| {
+        // SAFETY: the caller is the stand-in for NCCL, which passes an exchange and its spans that live until the
+        // call returns.
+        let (exchange, sends, receives) = unsafe {
+            let exchange = exchange.read();
+            let spans = |at, count| std::slice::from_raw_parts(at, count).to_vec();
+            let receives = spans(exchange.receives, exchange.receive_count);
+            (exchange, spans(exchange.sends, exchange.send_count), receives)
+        };
+        let all = sends.iter().chain(&receives);
+        all.into_iter().try_for_each(|span| state.check_range(span.at, span.bytes))?;
+        let Exchange { execute, number, .. } = exchange;
+        state.submit(stream, Op::Exchange(QueuedExchange { sends, receives, execute, number }))
     })
 }

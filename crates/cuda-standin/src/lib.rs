@@ -12,6 +12,7 @@
 
 mod codes;
 mod driver;
+mod exchange;
 mod gemm;
 #[cfg(test)]
 mod rules;

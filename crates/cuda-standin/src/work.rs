@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use ptxsim::{Arg, Config, FaultKind, Kernel, Memory, MemoryError, Options};
 
 use crate::codes::Code;
+use crate::exchange::Span;
 use crate::gemm::{Gemm, Operand};
 
 /// One operation of a stream.
@@ -34,8 +35,39 @@ pub(crate) enum Op {
         args: Vec<Arg>,
     },
     Gemm(Gemm),
+    Exchange(QueuedExchange),
     /// An event's handle, and which of its recordings this is.
     Event(usize, u64),
+}
+
+/// An exchange with other processes, by the stand-in for NCCL.
+#[derive(Clone)]
+pub(crate) struct QueuedExchange {
+    pub sends: Vec<Span>,
+    pub receives: Vec<Span>,
+    pub execute: extern "C" fn(u64, *const u8, *mut u8) -> u32,
+    pub number: u64,
+}
+
+impl QueuedExchange {
+    /// Exchanges bytes; an exchange that was aborted writes none, as a kernel that ends early.
+    fn run(&self, memory: &Memory) -> Result<(), MemoryError> {
+        let mut sent = Vec::new();
+        for span in &self.sends {
+            sent.extend(memory.read_vec(span.at, span.bytes)?);
+        }
+        let mut came = vec![0; self.receives.iter().map(|span| span.bytes).sum()];
+        if (self.execute)(self.number, sent.as_ptr(), came.as_mut_ptr()) != 0 {
+            return Ok(());
+        }
+        let mut rest = came.as_slice();
+        for span in &self.receives {
+            let (bytes, later) = rest.split_at(span.bytes);
+            memory.write(span.at, bytes)?;
+            rest = later;
+        }
+        Ok(())
+    }
 }
 
 /// The outcome of an operation.
@@ -69,6 +101,7 @@ pub(crate) fn execute(op: &Op, memory: &Memory, options: &Options) -> Result<Don
             })?;
         }
         Op::Gemm(gemm) => multiply(gemm, memory).map_err(|e| illegal("matmul", e))?,
+        Op::Exchange(exchange) => exchange.run(memory).map_err(|e| illegal("exchange", e))?,
         Op::Event(event, recording) => return Ok(Done::Event(*event, *recording, Instant::now())),
     }
     Ok(Done::Plain)

@@ -400,6 +400,8 @@ struct Watch {
 struct WatchState {
     /// Exchanges that the device has still to do, in their order.
     expected: VecDeque<(CudaEvent, u64)>,
+    /// Events of those that it did. The thread that trains destroys them: the driver may be busy with its call.
+    done: Vec<CudaEvent>,
     /// A call of NCCL on the host that did not return yet: its name and number.
     on_host: Option<(&'static str, u64)>,
     /// Since when the first of them is waited for.
@@ -420,6 +422,7 @@ impl Watch {
         let watch = Arc::new(Watch {
             state: Mutex::new(WatchState {
                 expected: VecDeque::new(),
+                done: Vec::new(),
                 on_host: None,
                 since: Instant::now(),
                 failure: None,
@@ -456,6 +459,7 @@ impl Watch {
             state.since = Instant::now();
         }
         state.expected.push_back((event, call));
+        state.done.clear();
     }
 
     fn check(&self) -> anyhow::Result<()> {
@@ -476,6 +480,7 @@ impl Watch {
         state.stopped = true;
         state.noticed = true;
         state.expected.clear();
+        state.done.clear();
         state.failure.is_none()
     }
 
@@ -501,7 +506,8 @@ impl Watch {
                 if unsafe { result::event::query(event.cu_event()) }.is_err() {
                     break;
                 }
-                state.expected.pop_front();
+                let done = state.expected.pop_front().map(|(event, _)| event);
+                state.done.extend(done);
                 state.since = Instant::now();
             }
             let waits = match (state.on_host, state.expected.front()) {
@@ -524,7 +530,6 @@ impl Watch {
                 continue;
             };
             state.failure = Some(why.clone());
-            state.expected.clear();
             let is_on_host = state.on_host.is_some();
             drop(state);
             if !is_on_host {
