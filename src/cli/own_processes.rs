@@ -50,7 +50,7 @@ pub fn run(count: usize) -> anyhow::Result<i32> {
             if let Some(status) = child.try_wait()? {
                 PROCESSES[rank].store(0, Ordering::Relaxed);
                 ended[rank] = Some(status);
-                if let (Some(signal), None) = (status.signal(), failed) {
+                if let Some(signal) = status.signal() {
                     write_error(&format!("laam: rank {rank} was ended by signal {signal}"));
                 }
                 if !status.success() {
