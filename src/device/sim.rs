@@ -101,9 +101,10 @@ impl Sim {
 
     fn submit(&mut self, op: SimOp) -> anyhow::Result<()> {
         if let Some(capture) = &mut self.capture {
-            match capture.in_branch {
-                true => capture.beside.push((capture.branches, op)),
-                false => capture.ops.push(op),
+            if capture.in_branch {
+                capture.beside.push((capture.branches, op));
+            } else {
+                capture.ops.push(op);
             }
             return Ok(());
         }

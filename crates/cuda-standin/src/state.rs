@@ -399,7 +399,9 @@ impl State {
             return Err(Code::STREAM_CAPTURE_INVALIDATED);
         }
         let mut joined = Order { nodes: &nodes, done: vec![false; nodes.len()], ops: Vec::new() };
-        tips.iter().for_each(|&tip| joined.add(tip));
+        for tip in tips {
+            joined.add(tip);
+        }
         if joined.ops.len() < nodes.len() {
             return Err(Code::STREAM_CAPTURE_UNJOINED);
         }
