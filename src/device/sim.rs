@@ -1,12 +1,12 @@
 //! The kernels in the simulator, one instruction at a time; matmuls on the host.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use gemm_common::Parallelism;
 use gemm_f32::gemm::f32::get_gemm_fn;
-use ptxsim::{Config, Memory, Module, Options};
+use ptxsim::{Config, Memory, Module, Options, Stats};
 
 use super::address::{Allocations, Used};
 use super::{Address, Branch, Device, Event, Graph, Launch, Matmul, Matrix};
@@ -30,6 +30,7 @@ pub struct Sim {
     loaded: HashSet<Kernel>,
     /// Modules whose entries take the place of those of a kernel file.
     replaced: HashMap<&'static str, Module>,
+    observer: Option<Observer>,
 }
 
 /// A stream capture in progress.
@@ -44,6 +45,9 @@ struct Capture {
     branches: usize,
     in_branch: bool,
 }
+
+/// What is told each launch and its counts.
+pub type Observer = Arc<dyn Fn(&Launch, &Stats) + Send + Sync>;
 
 /// An operation that stream capture can record, with places in the simulator's memory.
 enum SimOp {
@@ -77,12 +81,18 @@ impl Sim {
             events: Vec::new(),
             loaded: HashSet::new(),
             replaced: HashMap::new(),
+            observer: None,
         })
     }
 
     /// Launches the entries of `module` in the place of those of the file `kernels/FILE.cu`.
     pub fn replace(&mut self, file: &'static str, module: Module) {
         self.replaced.insert(file, module);
+    }
+
+    /// Tells `observer` each launch after it was executed.
+    pub fn observe(&mut self, observer: Observer) {
+        self.observer = Some(observer);
     }
 
     /// Refuses what a GPU's driver refuses during stream capture.
@@ -157,9 +167,12 @@ impl Sim {
             .map(|(arg, value)| ptxsim::Arg::bytes(&value.to_le_bytes()[..arg.size()]))
             .collect();
         let config = Config { grid: launch.grid, block: launch.block, shared: launch.shared };
-        entry
+        let stats = entry
             .launch(&self.memory, &config, &args, &self.options)
             .map_err(|fault| error::internal(format!("in the simulator: {fault}")))?;
+        if let Some(observer) = &self.observer {
+            observer(launch, &stats);
+        }
         Ok(())
     }
 

@@ -14,6 +14,8 @@ use std::sync::OnceLock;
 
 use laam::kernels::{BUILD, CUDA_MODULES, Nvcc};
 
+use crate::kernels::accesses::{self, Accesses};
+
 /// Counted quantities, and whether more, less or any of them is worse.
 const COLUMNS: [(&str, Worse); 8] = [
     ("registers", Worse::More),
@@ -223,42 +225,50 @@ const END: &str = "<!-- end -->";
 
 /// Table of the entries that begin with one of the prefixes, and their names. Entries that differ in the
 /// dtype alone share a row if they have the same numbers.
-fn page_table<'a>(table: &'a Table, prefixes: &str) -> (String, Vec<&'a str>) {
+fn page_table<'a>(table: &'a Table, accesses: &Accesses, prefixes: &str) -> (String, Vec<&'a str>) {
     let arch = TABLE_ARCHS[1];
+    // Sectors and shared-memory passes per ideal one; 0 without accesses, or if no case launches the entry.
+    let ratios = |entry: &str| {
+        let [sectors, ideal_sectors, passes, ideal_passes] =
+            accesses::row(accesses, entry).copied().unwrap_or_default();
+        [accesses::ratio(sectors, ideal_sectors), accesses::ratio(passes, ideal_passes)]
+    };
     let listed: Vec<_> = table
         .iter()
         .filter(|((entry, a), _)| a == arch && prefixes.split(' ').any(|p| entry.starts_with(p)))
         .map(|((entry, _), row)| {
             let dtype = ["_bf16", "_f16", "_f32"].into_iter().find(|dtype| entry.ends_with(dtype));
-            (entry.as_str(), entry.strip_suffix(dtype.unwrap_or("")).unwrap(), dtype, row)
+            let stem = entry.strip_suffix(dtype.unwrap_or("")).unwrap();
+            let [sectors, passes] = ratios(entry);
+            let cells = [row[0], row[3], row[4], row[5], row[6], row[7], sectors, passes];
+            (entry.as_str(), stem, dtype, cells)
         })
         .collect();
     let mut text = format!(
-        "| entry, {arch} | registers | static shared memory | 128-bit | mma | loop | per exponential |\n\
-         |---|---|---|---|---|---|---|\n"
+        "| entry, {arch} | registers | static shared memory | 128-bit | mma | loop | per exponential | sectors | passes |\n\
+         |---|---|---|---|---|---|---|---|---|\n"
     );
     for same in listed.chunk_by(|a, b| (a.1, a.3) == (b.1, b.3)) {
-        let [(_, stem, _, row), ..] = same else { unreachable!("chunks are not empty") };
+        let [(_, stem, _, cells), ..] = same else { unreachable!("chunks are not empty") };
         let dtypes: Vec<_> = same.iter().filter_map(|entry| Some(&entry.2?[1..])).collect();
         let name = match dtypes.as_slice() {
             [] => (*stem).to_string(),
             [dtype] => format!("{stem}_{dtype}"),
             several => format!("{stem}_{{{}}}", several.join(",")),
         };
-        let shown = |column: usize| match row[column] {
-            0.0 => "-".to_string(),
-            number => number.to_string(),
-        };
-        let cells = [0, 3, 4, 5, 6, 7].map(shown).join(" | ");
+        let shown = |number: f64| if number == 0.0 { "-".to_string() } else { number.to_string() };
+        let cells = cells.map(shown).join(" | ");
         writeln!(text, "| `{name}` | {cells} |").unwrap();
     }
     (text, listed.iter().map(|entry| entry.0).collect())
 }
 
-/// Every entry is in the generated table of exactly one page of `docs/kernels/`.
+/// Every entry is in the generated table of exactly one page of `docs/kernels/`, with the numbers of
+/// `docs/sass.tsv` and `docs/accesses.tsv`.
 #[test]
 fn kernel_pages_have_the_numbers_of_the_sass_table() {
     let table = read(&fs::read_to_string(TABLE).unwrap());
+    let accesses = accesses::read();
     let mut missing: BTreeSet<&str> = table.keys().map(|(entry, _)| entry.as_str()).collect();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/kernels");
     for page in fs::read_dir(folder).unwrap().map(|page| page.unwrap().path()) {
@@ -268,7 +278,7 @@ fn kernel_pages_have_the_numbers_of_the_sass_table() {
         for part in parts {
             let (prefixes, rest) = part.split_once(" -->\n").unwrap();
             let (_, after) = rest.split_once(END).unwrap();
-            let (rows, entries) = page_table(&table, prefixes);
+            let (rows, entries) = page_table(&table, &accesses, prefixes);
             for entry in entries {
                 assert!(missing.remove(entry), "{}: {entry} is in two tables", page.display());
             }
@@ -277,7 +287,11 @@ fn kernel_pages_have_the_numbers_of_the_sass_table() {
         if is_rewritten() {
             fs::write(&page, expected).unwrap();
         } else {
-            assert!(text == expected, "{} is not as docs/sass.tsv: {REWRITE}", page.display());
+            assert!(
+                text == expected,
+                "{} is not as docs/sass.tsv and docs/accesses.tsv: {REWRITE}",
+                page.display()
+            );
         }
     }
     assert!(missing.is_empty(), "entries on no page: {missing:?}");

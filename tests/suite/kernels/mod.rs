@@ -2,6 +2,7 @@
 //! own code, under several orders of warps and blocks, with races watched, and on few blocks; the
 //! mutants that these cases kill; tests of what no operation shows by itself.
 
+pub mod accesses;
 mod gather;
 mod lm_head;
 mod matmul;
