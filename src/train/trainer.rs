@@ -258,7 +258,8 @@ impl<'a> Trainer<'a> {
         let mut engine =
             Engine::parallel(backend, &config, optimizer, batch_size, context, &parallelism)?
                 .with_recompute(settings.recompute);
-        let exchanges = engine.exchanges().unwrap_or_else(|| group.world().library.clone());
+        let of_device = engine.exchanges().filter(|_| group.size() > 1);
+        let exchanges = of_device.unwrap_or_else(|| group.world().library.clone());
         if group.size() > 1 {
             let devices = devices(&group, &backend.device())?;
             job.provenance.note_ranks(group.size(), format!("{exchanges}{devices}"));
