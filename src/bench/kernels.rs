@@ -74,15 +74,19 @@ pub fn time(
     Ok(rows)
 }
 
-/// The cost of the operation that a case times, its last.
+/// The op that a case times: the last of its operation. Others fill a KV cache before it, or sum what it
+/// leaves.
+fn timed(case: &Case) -> &Op {
+    let mut ops = case.program.ops.iter().rev();
+    ops.find(|op| op.name() == case.operation).expect("a case has an op of its operation")
+}
+
 fn case_cost(case: &Case) -> Cost {
-    let timed = case.program.ops.last().expect("a case has an operation");
-    timed.cost(|buffer| case.program.info(buffer).len, case.layout.len)
+    timed(case).cost(|buffer| case.program.info(buffer).len, case.layout.len)
 }
 
 fn one(backend: &dyn Backend, mut case: Case) -> anyhow::Result<KernelTiming> {
-    // Of two operations, the first of which fills a KV cache, the second is timed.
-    let timed: Op = case.program.ops.last().expect("a case has an operation").clone();
+    let timed = timed(&case).clone();
     let cost = case_cost(&case);
     let first = seconds(&case, backend, 1, 3)?;
     let once = first.last().copied().unwrap_or(MIN_RUN_SECONDS).max(1e-7);
@@ -121,4 +125,17 @@ fn seconds(
     let mut prepared = case.prepare(backend)?;
     (0..warmup).try_for_each(|_| prepared.time().map(drop))?;
     (0..runs).map(|_| prepared.time()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+
+    #[test]
+    fn every_case_times_an_op_of_its_operation() {
+        for case in cases(Size::Small, Dtype::F32, 0, |_| true) {
+            assert_eq!(timed(&case).name(), case.operation, "{}", case.shape);
+        }
+    }
 }
