@@ -30,7 +30,7 @@ pub struct Sim {
     loaded: HashSet<Kernel>,
     /// Modules whose entries take the place of those of a kernel file.
     replaced: HashMap<&'static str, Module>,
-    observer: Option<Observer>,
+    observer: Option<LaunchObserver>,
 }
 
 /// A stream capture in progress.
@@ -47,7 +47,7 @@ struct Capture {
 }
 
 /// What is told each launch and its counts.
-pub type Observer = Arc<dyn Fn(&Launch, &Stats) + Send + Sync>;
+pub type LaunchObserver = Arc<dyn Fn(&Launch, &Stats) + Send + Sync>;
 
 /// An operation that stream capture can record, with places in the simulator's memory.
 enum SimOp {
@@ -91,7 +91,7 @@ impl Sim {
     }
 
     /// Tells `observer` each launch after it was executed.
-    pub fn observe(&mut self, observer: Observer) {
+    pub fn observe(&mut self, observer: LaunchObserver) {
         self.observer = Some(observer);
     }
 

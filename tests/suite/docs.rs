@@ -293,7 +293,7 @@ fn code(page: &str) -> (Vec<String>, Vec<String>) {
 }
 
 /// Flags of other programs that the documentation names.
-const FOREIGN_FLAGS: [&str; 12] = [
+const FOREIGN_FLAGS: [&str; 14] = [
     "--allow-run-as-root",
     "--bench",
     "--bind-to",
@@ -302,6 +302,8 @@ const FOREIGN_FLAGS: [&str; 12] = [
     "--fmad",
     "--interleave",
     "--mpi",
+    "--no-python",
+    "--nproc-per-node",
     "--oversubscribe",
     "--path",
     "--shm-size",
