@@ -204,10 +204,15 @@ mod tests {
         let mut early = branches.clone();
         early.completed_before[first] = Some(first + 1);
         assert_eq!(race(&program, &early, &branches), None);
-        // Scratch memory and gradients are shared, too.
-        let embedding = program.ops.iter().position(|op| op.name() == "embedding_backward");
-        let mut scratch = branches;
-        scratch.completed_before[embedding.unwrap() - 3] = Some(program.ops.len());
-        assert!(race(&program, &scratch, &scratch).is_some());
+        // Gradients that are read too early, and scratch memory that all ops use.
+        let last = branches.completed_before.iter().rposition(Option::is_some).unwrap();
+        let mut late = branches.clone();
+        late.completed_before[last] = Some(program.ops.len());
+        let (_, reader) = race(&program, &late, &late).unwrap();
+        assert_eq!(program.ops[reader].name(), "grad_norm");
+        let apart: Vec<usize> = (0..program.buffers.len()).collect();
+        let lens = vec![1; apart.len()];
+        assert_eq!(program.race(&branches, (&apart, &lens), |_| false), None);
+        assert!(program.race(&branches, (&apart, &lens), |_| true).is_some());
     }
 }
