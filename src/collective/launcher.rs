@@ -192,7 +192,9 @@ fn way(
     };
     let token = |names: &[&str]| {
         let mut hasher = DefaultHasher::new();
-        names.iter().for_each(|name| variable(name).hash(&mut hasher));
+        for name in names {
+            variable(name).hash(&mut hasher);
+        }
         hasher.finish()
     };
     let is = |name: &str, number: usize| variable(name).is_some_and(|it| it == number.to_string());
