@@ -191,6 +191,10 @@ driver! {
     };
     Init fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) |state| {
         check_device(state, device)?;
+        // Measured: the device stays unusable for the process.
+        if let Some(code) = state.lost {
+            return Err(code);
+        }
         let fresh = state.handle();
         let primary = state.primary.entry(device).or_insert(Primary { handle: fresh, retained: 0, sticky: None });
         primary.retained += 1;
@@ -202,6 +206,7 @@ driver! {
         let primary = state.primary.get_mut(&device).ok_or(Code::INVALID_CONTEXT)?;
         primary.retained -= 1;
         if primary.retained == 0 {
+            state.lost = primary.sticky;
             state.primary.remove(&device);
             let leaks = state.leaks();
             if !leaks.is_empty() {
@@ -222,7 +227,11 @@ driver! {
     };
     /// `CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED` while a stream of the context captures.
     Context fn cuCtxSynchronize() |state| {
-        state.forbid_in_capture()?;
+        if !state.captures.is_empty() {
+            // Measured: of any thread and in any mode.
+            state.captures.values_mut().for_each(|capture| capture.invalid = true);
+            return Err(Code::STREAM_CAPTURE_UNSUPPORTED);
+        }
         state.drain_all()
     };
 }
@@ -248,6 +257,9 @@ driver! {
     Context fn cuMemFree_v2(address: u64) |state| {
         state.forbid_in_capture()?;
         state.drain_all()?;
+        if address == 0 {
+            return Ok(());
+        }
         state.allocations.remove(&address).ok_or(Code::INVALID_VALUE)?;
         state.memory.free(address).map_err(|_| Code::INVALID_VALUE)
     };
@@ -329,7 +341,7 @@ driver! {
             let line = text.lines().find_map(|line| line.trim().strip_prefix(name))?;
             Some(line.trim().to_string())
         };
-        let version = directive(".version").ok_or(Code::INVALID_PTX)?;
+        let version = directive(".version").ok_or(Code::INVALID_IMAGE)?;
         if ptx_isa(&version) > newest_isa(state.settings.driver) {
             return Err(Code::UNSUPPORTED_PTX_VERSION);
         }
@@ -342,7 +354,7 @@ driver! {
             None => number.parse().is_ok_and(|target: i32| target <= 10 * major + minor),
         };
         if !runs {
-            return Err(Code::NO_BINARY_FOR_GPU);
+            return Err(Code::INVALID_PTX);
         }
         let decoded = Module::from_ptx(text).map_err(|e| {
             eprintln!("cuda-standin: {e}");
@@ -367,6 +379,9 @@ driver! {
         }
         // SAFETY: the name is a string that ends in zero.
         let name = unsafe { CStr::from_ptr(name) }.to_str().map_err(|_| Code::NOT_FOUND)?;
+        if name.is_empty() {
+            return Err(Code::INVALID_VALUE);
+        }
         let fresh = state.handle();
         let loaded = state.modules.get_mut(&module).ok_or(Code::INVALID_HANDLE)?;
         let kernel = loaded.module.kernel(name).ok_or(Code::NOT_FOUND)?;
@@ -419,7 +434,10 @@ driver! {
     ) |state| {
         let found = state.functions.get(&function).ok_or(Code::INVALID_HANDLE)?;
         let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
-        check_shape(found, grid, block, shared)?;
+        if let Err(code) = check_shape(found, grid, block, shared) {
+            state.invalidate_capture(stream)?;
+            return Err(code);
+        }
         // "extra" is for packed arguments; both at once are CUDA_ERROR_INVALID_VALUE.
         let params = found.kernel.params();
         if !extra.is_null() || (parameters.is_null() && !params.is_empty()) {
@@ -466,7 +484,9 @@ fn check_shape(function: &Function, grid: [u32; 3], block: [u32; 3], shared: u32
         return Err(Code::INVALID_VALUE);
     }
     if threads > u64::from(max_threads(function)) {
-        return Err(Code::LAUNCH_OUT_OF_RESOURCES);
+        // Measured: launch bounds are checked as arguments.
+        let bounds = function.kernel.max_threads().is_some();
+        return Err(if bounds { Code::INVALID_VALUE } else { Code::LAUNCH_OUT_OF_RESOURCES });
     }
     Ok(())
 }
@@ -508,6 +528,11 @@ driver! {
         done
     };
     Context fn cuStreamSynchronize(stream: usize) |state| {
+        // Measured: a stream that captures, in any mode.
+        if state.streams.get(&stream).is_some_and(|stream| stream.capture.is_some()) {
+            state.invalidate_capture(stream)?;
+            return Err(Code::STREAM_CAPTURE_UNSUPPORTED);
+        }
         state.forbid_in_capture()?;
         state.drain(stream)
     };
@@ -528,6 +553,7 @@ driver! {
         put(graph, captured)
     };
     Context fn cuGraphInstantiateWithFlags(exec: *mut usize, graph: usize, flags: c_ulonglong) |state| {
+        state.forbid_in_capture()?;
         if flags != 0 {
             eprintln!("cuda-standin: flags of instantiation are not modeled");
             return Err(Code::INVALID_VALUE);
@@ -538,11 +564,16 @@ driver! {
         put(exec, handle)
     };
     Context fn cuGraphUpload(exec: usize, stream: usize) |state| {
+        state.forbid_in_capture()?;
         let known = state.execs.contains_key(&exec) && state.streams.contains_key(&stream);
         if known { Ok(()) } else { Err(Code::INVALID_VALUE) }
     };
-    /// In a capture, the graph's work becomes a child node.
+    /// Measured: not into a capture.
     Context fn cuGraphLaunch(exec: usize, stream: usize) |state| {
+        if state.streams.get(&stream).is_some_and(|stream| stream.capture.is_some()) {
+            state.invalidate_capture(stream)?;
+            return Err(Code::STREAM_CAPTURE_UNSUPPORTED);
+        }
         let ops = state.execs.get_mut(&exec).ok_or(Code::INVALID_VALUE)?.launch();
         ops.into_iter().try_for_each(|op| state.submit(stream, op))
     };
@@ -586,12 +617,15 @@ driver! {
         }
         state.wait_event(stream, event)
     };
-    /// An event that was not recorded is complete.
+    /// An event that was not recorded is complete. Measured: it invalidates a capture, whatever the event.
     Context fn cuEventSynchronize(event: usize) |state| {
+        let forbidden = state.forbid_in_capture();
         let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         if each.captured.is_some() {
             return Err(Code::CAPTURED_EVENT);
         }
+        forbidden?;
+        let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         match each.pending {
             Some((stream, _)) if each.at.is_none() => state.drain(stream),
             _ => Ok(()),
@@ -614,9 +648,11 @@ pub extern "C" fn cuEventQuery(event: usize) -> u32 {
     let asked = |state: &mut State| {
         state.count("cuEventQuery")?;
         state.current()?;
+        let forbidden = state.forbid_in_capture();
         let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         match each {
             Event { captured: Some(_), .. } => Err(Code::CAPTURED_EVENT),
+            _ if forbidden.is_err() => forbidden,
             Event { pending: Some(_), at: None, .. } => Err(Code::NOT_READY),
             _ => Ok(()),
         }

@@ -5,7 +5,7 @@
 //! errors of kernels are seen where a GPU would show them: at the next synchronization. Where the real
 //! driver is strict, or leaves behavior undefined, the stand-in returns an error. Rules are those of
 //! the CUDA Driver API reference (<https://docs.nvidia.com/cuda/cuda-driver-api/>), named in comments by
-//! function or section. It encodes a reading of that text, not a measurement of a driver.
+//! function or section, or measured: `recorder/tests/` replays calls that were recorded on a GPU.
 //!
 //! `src/settings.rs` lists the environment variables. The crate exports C symbols only.
 #![warn(missing_docs)]

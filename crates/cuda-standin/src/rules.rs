@@ -86,6 +86,7 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         cuDevicePrimaryCtxRelease_v2(0);
         cuCtxSetCurrent(0);
+        state().lost = None;
     }
 }
 
@@ -149,13 +150,15 @@ fn launches_are_checked_at_the_call_and_fail_late() {
     for threads in [0, 1025] {
         assert_eq!(gpu.launch(fill, at, threads, 0), Code::INVALID_VALUE.0);
     }
-    assert_eq!(gpu.launch(fill, at, 65, 0), Code::LAUNCH_OUT_OF_RESOURCES.0);
+    assert_eq!(gpu.launch(fill, at, 65, 0), Code::INVALID_VALUE.0);
     assert_eq!(gpu.launch(fill + 1, at, 32, 0), Code::INVALID_HANDLE.0);
     assert_eq!(gpu.download(at, 4), Ok(vec![7, 0, 0, 0]));
     // One thread too many: the launch succeeds, the context is lost at the next synchronization.
     assert_eq!(gpu.launch(fill, at, 33, 0), OK);
     assert_eq!(cuStreamSynchronize(gpu.stream), Code::ILLEGAL_ADDRESS.0);
     assert_eq!(cuMemAlloc_v2(&mut 0, 4), Code::ILLEGAL_ADDRESS.0);
+    assert_eq!(cuDevicePrimaryCtxRelease_v2(0), OK);
+    assert_eq!(cuDevicePrimaryCtxRetain(&mut 0, 0), Code::ILLEGAL_ADDRESS.0);
 }
 
 #[test]
@@ -165,8 +168,8 @@ fn images_must_be_ptx_that_the_driver_knows() {
     let text = PTX.trim_end_matches('\0');
     assert_eq!(load(text.replace("sm_80", "sm_90")), OK);
     assert_eq!(load(text.replace("sm_80", "sm_90a")), OK);
-    assert_eq!(load(text.replace("sm_80", "sm_100")), Code::NO_BINARY_FOR_GPU.0);
-    assert_eq!(load(text.replace("sm_80", "sm_80a")), Code::NO_BINARY_FOR_GPU.0);
+    assert_eq!(load(text.replace("sm_80", "sm_100")), Code::INVALID_PTX.0);
+    assert_eq!(load(text.replace("sm_80", "sm_80a")), Code::INVALID_PTX.0);
     let newer = load(text.replace(".version 9.0", ".version 9.1"));
     assert_eq!(newer, Code::UNSUPPORTED_PTX_VERSION.0);
     assert_eq!(load(text.replace("st.global", "st.globe")), Code::INVALID_PTX.0);
@@ -189,7 +192,6 @@ fn captures_refuse_what_cannot_be_captured() {
     assert_eq!(cuStreamBeginCapture_v2(gpu.stream, 1), Code::ILLEGAL_STATE.0);
     assert_eq!(gpu.launch(fill, at, 32, 0), OK);
     assert_eq!(cuEventRecord(event, gpu.stream), OK);
-    assert_eq!(cuEventSynchronize(event), Code::CAPTURED_EVENT.0);
     assert_eq!(cuStreamEndCapture(gpu.stream, &raw mut graph), OK);
     assert_eq!(gpu.download(at, 4), Ok(vec![1; 4]));
     assert_eq!(cuGraphInstantiateWithFlags(&raw mut exec, graph, 0), OK);
@@ -217,6 +219,13 @@ fn captures_refuse_what_cannot_be_captured() {
         assert_eq!(launched, Code::STREAM_CAPTURE_INVALIDATED.0, "after {name}");
         let ended = cuStreamEndCapture(gpu.stream, &raw mut graph);
         assert_eq!((ended, graph), (Code::STREAM_CAPTURE_INVALIDATED.0, 0), "after {name}");
+    }
+    for call in [cuEventSynchronize, cuEventQuery] {
+        assert_eq!(cuStreamBeginCapture_v2(gpu.stream, 1), OK);
+        assert_eq!(cuEventRecord(event, gpu.stream), OK);
+        assert_eq!(call(event), Code::CAPTURED_EVENT.0);
+        let ended = cuStreamEndCapture(gpu.stream, &raw mut graph);
+        assert_eq!(ended, Code::STREAM_CAPTURE_INVALIDATED.0);
     }
     assert_eq!(cuStreamBeginCapture_v2(gpu.stream, 1), OK);
     let (stream, context) = (gpu.stream, gpu.context);
@@ -265,6 +274,8 @@ fn streams_join_a_capture_and_must_be_joined_to_its_origin() {
     branch();
     let ended = |stream, graph: &mut usize| cuStreamEndCapture(stream, graph);
     assert_eq!(ended(side, &mut graph), Code::STREAM_CAPTURE_UNMATCHED.0);
+    assert_eq!(ended(main, &mut graph), Code::STREAM_CAPTURE_INVALIDATED.0);
+    branch();
     assert_eq!((cuEventRecord(join, side), cuStreamWaitEvent(main, join, 0)), (OK, OK));
     assert_eq!(copy(at + 3, at, main), OK);
     assert_eq!(ended(main, &mut graph), OK);

@@ -41,6 +41,8 @@ pub(crate) struct State {
     pub memory: Memory,
     /// Size of each allocation, by address.
     pub allocations: BTreeMap<u64, u64>,
+    /// The error that a context was lost with before it was released.
+    pub lost: Option<Code>,
     pub primary: HashMap<i32, Primary>,
     pub streams: HashMap<usize, Stream>,
     pub events: HashMap<usize, Event>,
@@ -81,7 +83,7 @@ pub(crate) struct Capture {
     /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
     relaxed: bool,
     /// A forbidden call has ended the capture.
-    invalid: bool,
+    pub invalid: bool,
 }
 
 /// A node of a graph.
@@ -189,6 +191,7 @@ impl State {
             delay: Duration::ZERO,
             memory: Memory::new(),
             allocations: BTreeMap::new(),
+            lost: None,
             primary: HashMap::new(),
             streams: HashMap::new(),
             events: HashMap::new(),
@@ -356,6 +359,19 @@ impl State {
         if found { Err(Code::STREAM_CAPTURE_UNSUPPORTED) } else { Ok(()) }
     }
 
+    /// Invalidates the capture of a stream, if it captures; a capture that is invalid already refuses the
+    /// call.
+    pub fn invalidate_capture(&mut self, stream: usize) -> Outcome {
+        let each = self.streams.get(&stream).ok_or(Code::INVALID_HANDLE)?;
+        if let Some(Captured { capture, .. }) = &each.capture
+            && let Some(capture) = self.captures.get_mut(capture)
+            && std::mem::replace(&mut capture.invalid, true)
+        {
+            return Err(Code::STREAM_CAPTURE_INVALIDATED);
+        }
+        Ok(())
+    }
+
     pub fn new_stream(&mut self) -> usize {
         let handle = self.handle();
         let stream = Stream { queue: VecDeque::new(), queued_bytes: 0, capture: None };
@@ -383,8 +399,9 @@ impl State {
     pub fn end_capture(&mut self, stream: usize) -> Outcome<usize> {
         let each = self.streams.get(&stream).ok_or(Code::INVALID_HANDLE)?;
         let Captured { capture: ended, tips } = each.capture.clone().ok_or(Code::ILLEGAL_STATE)?;
-        let capture = self.captures.get(&ended).ok_or(Code::ILLEGAL_STATE)?;
+        let capture = self.captures.get_mut(&ended).ok_or(Code::ILLEGAL_STATE)?;
         if capture.origin != stream {
+            capture.invalid = true;
             return Err(Code::STREAM_CAPTURE_UNMATCHED);
         }
         if capture.thread != thread::current().id() && !capture.relaxed {

@@ -58,7 +58,7 @@ struct Description {
 }
 
 /// `cublasLtMatrixLayout_t`, column-major.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 struct Layout {
     dtype: u32,
     rows: u64,
@@ -189,6 +189,9 @@ cublaslt! {
         put(handle, made)
     };
     fn cublasLtDestroy(handle: usize) |state| {
+        if handle == 0 {
+            return Err(Status::INVALID_VALUE);
+        }
         let at = state.handles.iter().position(|&known| known == handle);
         state.handles.swap_remove(at.ok_or(Status::NOT_INITIALIZED)?);
         Ok(())
@@ -203,7 +206,8 @@ cublaslt! {
         put(description, made)
     };
     fn cublasLtMatmulDescDestroy(description: usize) |state| {
-        state.descriptions.remove(&description).map(|_| ()).ok_or(Status::INVALID_VALUE)
+        let known = state.descriptions.remove(&description).is_some();
+        if known || description == 0 { Ok(()) } else { Err(Status::INVALID_VALUE) }
     };
     /// Attributes 3 and 4: `cublasOperation_t` of A and B, an int32; N is 0, T is 1.
     fn cublasLtMatmulDescSetAttribute(description: usize, which: c_int, from: *const c_void, bytes: usize) |state| {
@@ -216,7 +220,7 @@ cublaslt! {
         match which {
             3 => description.transpose_a = transposed,
             4 => description.transpose_b = transposed,
-            _ => return Err(Status::NOT_SUPPORTED),
+            _ => return Err(Status::INVALID_VALUE),
         }
         Ok(())
     };
@@ -231,7 +235,8 @@ cublaslt! {
         put(layout, made)
     };
     fn cublasLtMatrixLayoutDestroy(layout: usize) |state| {
-        state.layouts.remove(&layout).map(|_| ()).ok_or(Status::INVALID_VALUE)
+        let known = state.layouts.remove(&layout).is_some();
+        if known || layout == 0 { Ok(()) } else { Err(Status::INVALID_VALUE) }
     };
     /// `cublasLtMatrixLayoutAttribute_t`: 5, the batch count, is an int32; 6, the strided batch offset,
     /// an int64; 1, the order, an int32 that is 0 for column-major.
@@ -241,7 +246,8 @@ cublaslt! {
             1 if attribute::<i32>(from, bytes)? == 0 => {}
             5 => layout.batch = u64::try_from(attribute::<i32>(from, bytes)?).map_err(|_| Status::INVALID_VALUE)?,
             6 => layout.stride = u64::try_from(attribute::<i64>(from, bytes)?).map_err(|_| Status::INVALID_VALUE)?,
-            _ => return Err(Status::NOT_SUPPORTED),
+            1 => return Err(Status::NOT_SUPPORTED),
+            _ => return Err(Status::INVALID_VALUE),
         }
         Ok(())
     };
@@ -254,7 +260,8 @@ cublaslt! {
         put(preference, made)
     };
     fn cublasLtMatmulPreferenceDestroy(preference: usize) |state| {
-        state.preferences.remove(&preference).map(|_| ()).ok_or(Status::INVALID_VALUE)
+        let known = state.preferences.remove(&preference).is_some();
+        if known || preference == 0 { Ok(()) } else { Err(Status::INVALID_VALUE) }
     };
     /// Attribute 1, the workspace, is a uint64; 3, the mask of reduction schemes, and 5 to 8, the
     /// alignments of A to D, are uint32.
@@ -270,7 +277,7 @@ cublaslt! {
                 }
                 preference.alignments[which as usize - 5] = alignment;
             }
-            _ => return Err(Status::NOT_SUPPORTED),
+            _ => return Err(Status::INVALID_VALUE),
         }
         Ok(())
     };
@@ -294,6 +301,11 @@ cublaslt! {
         let problem = Problem::new(state, description, [a, b, c, d])?;
         let preference = *state.preferences.get(&preference).ok_or(Status::INVALID_VALUE)?;
         put(returned, 0)?;
+        // Measured: an alignment of A or B below the size of an element.
+        let sizes = problem.layouts[..2].iter().map(|layout| problem.size(layout.dtype));
+        if sizes.zip(preference.alignments).any(|(size, bytes)| u64::from(bytes) < size) {
+            return Err(Status::NOT_SUPPORTED);
+        }
         let offers = match env::var("CUDA_STANDIN_ALGORITHMS").as_deref() {
             Ok("none") => false,
             Ok("vectorized") => problem.is_vectorizable(),
@@ -376,7 +388,7 @@ cublaslt! {
         }
         // SAFETY: the pointers are not null; in the default pointer mode the scalars are the host's.
         let (alpha, beta, algorithm) = unsafe { (alpha.read(), beta.read(), algorithm.read()) };
-        problem.check_algorithm(&algorithm)?;
+        problem.check_algorithm(&algorithm).map_err(|_| Status::NOT_SUPPORTED)?;
         // "Must be 256B aligned", and not smaller than what the algorithm asks for.
         if !scratch.is_multiple_of(256) || workspace(&algorithm) > scratch_bytes as u64 {
             return Err(Status::INVALID_VALUE);
@@ -387,11 +399,11 @@ cublaslt! {
             let batched = problem.layouts[0].batch > 1;
             if !at.is_multiple_of(*alignment) || (batched && !stride.is_multiple_of(*alignment)) {
                 eprintln!("cublaslt-standin: a matrix at {at:#x} is not aligned to {alignment} bytes");
-                return Err(Status::INVALID_VALUE);
+                return Err(Status::NOT_SUPPORTED);
             }
         }
         // "C and D can be the same matrix"; otherwise the output overlaps nothing.
-        if c == d && c_layout != d_layout {
+        if c == d && problem.layouts[2] != problem.layouts[3] {
             return Err(Status::INVALID_VALUE);
         }
         let [la, lb, lc, ld] = problem.layouts;

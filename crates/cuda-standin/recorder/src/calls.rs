@@ -25,6 +25,8 @@ record! {
     cuDeviceGetName(name: OutName(1), len: Int, device: Int);
     cuDeviceTotalMem_v2(bytes: OutSize, device: Int);
     cuDeviceGetAttribute(value: OutInt, attribute: Int, device: Int);
+    cuDeviceCanAccessPeer(reaches: OutInt, device: Int, peer: Int);
+    cuDeviceGetUuid_v2(uuid: OutUuid, device: Int);
     cuDevicePrimaryCtxRetain(context: OutHandle, device: Int);
     cuDevicePrimaryCtxRelease_v2(device: Int);
     cuCtxGetCurrent(context: OutHandle);

@@ -34,6 +34,8 @@ pub(crate) enum Kind {
     OutInt,
     OutSize,
     OutTime,
+    /// 16 bytes, which are not recorded.
+    OutUuid,
     OutHandle,
     /// The argument with its size.
     OutAddress(usize),
@@ -246,6 +248,7 @@ impl Trace {
                 }
             }
             Kind::OutInt | Kind::OutTime => "\">4\"".into(),
+            Kind::OutUuid => "\">16\"".into(),
             Kind::OutSize | Kind::OutHandle | Kind::OutAddress(_) | Kind::OutText => {
                 "\">8\"".into()
             }
