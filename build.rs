@@ -146,6 +146,11 @@ fn manifest() -> Outcome<ShippedKernels> {
     manifest.ok_or_else(|| "kernels/prebuilt has no manifest that can be read".into())
 }
 
+/// Appends to a text.
+fn append(text: &mut String, part: std::fmt::Arguments) {
+    text.write_fmt(part).expect("a string takes all");
+}
+
 /// Rust tables of the kernels: each of them, and the families that they are instances of.
 fn tables(modules: &[Vec<Signature>]) -> String {
     let (mut entries, mut families) = (String::new(), BTreeMap::<_, Vec<_>>::new());
@@ -156,9 +161,12 @@ fn tables(modules: &[Vec<Signature>]) -> String {
     let mut count = 0;
     for (index, (module, kernel)) in kernels.enumerate() {
         let Signature { name, parameters, max_threads } = kernel;
-        entries += &format!(
-            "    Entry {{ name: {name:?}, module: {module}, parameters: &{parameters:?}, \
+        append(
+            &mut entries,
+            format_args!(
+                "    Entry {{ name: {name:?}, module: {module}, parameters: &{parameters:?}, \
              max_threads: {max_threads} }},\n"
+            ),
         );
         let (family, numbers, dtype) = kernel.instance();
         families.entry(family.to_uppercase()).or_default().push((index, numbers, dtype));
@@ -169,7 +177,10 @@ fn tables(modules: &[Vec<Signature>]) -> String {
         if let [(index, numbers, None)] = &instances[..]
             && numbers.is_empty()
         {
-            constants += &format!("    pub const {family}: Kernel = Kernel({index});\n");
+            append(
+                &mut constants,
+                format_args!("    pub const {family}: Kernel = Kernel({index});\n"),
+            );
             continue;
         }
         let instance = |(index, numbers, dtype): &(usize, Vec<usize>, Option<&str>)| {
@@ -179,10 +190,13 @@ fn tables(modules: &[Vec<Signature>]) -> String {
             format!("Instance {{ numbers: &{numbers:?}, dtype: {dtype}, kernel: Kernel({index}) }}")
         };
         let instances: Vec<String> = instances.iter().map(instance).collect();
-        constants += &format!(
-            "    pub static {family}: Family = Family {{ name: {:?}, instances: &[{}] }};\n",
-            family.to_lowercase(),
-            instances.join(", ")
+        append(
+            &mut constants,
+            format_args!(
+                "    pub static {family}: Family = Family {{ name: {:?}, instances: &[{}] }};\n",
+                family.to_lowercase(),
+                instances.join(", ")
+            ),
         );
     }
     format!(
@@ -202,7 +216,7 @@ fn geometry() -> Outcome<String> {
     let mut statement = String::new();
     for line in text.lines().map(str::trim) {
         if let Some(comment) = line.strip_prefix("//") {
-            module += &format!("    ///{comment}\n");
+            append(&mut module, format_args!("    ///{comment}\n"));
             continue;
         }
         if line.is_empty() || line.starts_with('#') {
@@ -225,7 +239,7 @@ fn geometry() -> Outcome<String> {
             kind = format!("[{kind}; {}]", dimension.trim_end_matches(']'));
         }
         let value = value.replace('{', "[").replace('}', "]");
-        module += &format!("    pub const {name}: {kind} = {value};\n");
+        append(&mut module, format_args!("    pub const {name}: {kind} = {value};\n"));
         statement.clear();
     }
     Ok(module + "}\n")

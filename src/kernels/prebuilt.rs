@@ -56,7 +56,7 @@ impl ShippedKernels {
     pub fn text(&self) -> String {
         let mut text = format!("{}{}\n", Self::HEAD, self.nvcc);
         for ShippedModule { name, hash, kernels } in &self.modules {
-            text += &format!("{name}\t{hash}\n");
+            text.extend([name, "\t", hash, "\n"]);
             text.extend(kernels.iter().map(|kernel| format!("\t{}\n", kernel.line())));
         }
         text
