@@ -362,7 +362,7 @@ fn the_stand_ins_return_what_a_gpu_returned() {
     let gone: Vec<_> =
         known_lines.iter().filter(|line| !found.iter().any(|l| l == *line)).collect();
     if std::env::var_os("LAAM_TRACES").is_some_and(|wish| wish == "write") {
-        let kept = known.lines().filter(|line| !gone.iter().any(|gone| *gone == line));
+        let kept = known.lines().filter(|line| !gone.contains(&line));
         let lines: Vec<_> = kept.chain(new.iter().map(|line| line.as_str())).collect();
         fs::write(known_path, lines.join("\n") + "\n").unwrap();
         return;
