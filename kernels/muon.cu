@@ -4,28 +4,25 @@
 //     g = gradient * clip,   clip = min(1, max_grad_norm / (norm + 1e-6)) / loss_scale
 //     m = momentum m + g,    u = g + momentum m
 //     X = u / (|u| + 1e-7)
-//     five times:  X = a X + (b A + c A A) X   with A = X XT, a = 3.4445, b = -4.775, c = 2.0315
+//     five times:  X = (a I + b R + c R R) X   with R = X XT   (Newton-Schulz)
 //     p = (1 - lr weight_decay) p - lr sqrt(max(1, rows / cols)) X
 //
 // If the norm is not finite, the step is skipped: u is then 0, and p and m are unchanged.
 //
 // m, p, gradient: arenas in f32; offsets: start of each [rows, cols] matrix in them, `count`
-// elements each; u, X: the matrices contiguous, in f32. A tall matrix (rows > cols) is treated as
-// its transpose, so that A is [n, n] with n = min(rows, cols); nothing is copied for it, only the
-// matmuls differ. The launches of a step, for all matrices of a shape together:
+// elements each; u: the matrices contiguous, in f32; X, R, S, Z: in N, f32 or f16. A tall matrix
+// (rows > cols) is treated as its transpose, so that R is [n, n] with n = min(rows, cols); nothing is
+// copied for it, only the matmuls differ. The launches of a step, for all matrices of a shape together:
 //
 //     muon_step_params
 //     muon_momentum         u, and each block's partial sum of |u|^2
-//     muon_normalize        X from u
-//     five times (Newton-Schulz):
-//       matmul              A = X XT  [n, n]    tall: XT X
-//       matmul              S = A A   [n, n]    A is symmetric
-//       muon_axpby          B = b A + c S
-//       matmul              P = B X   [rows, cols]   tall: X B, as B is symmetric
-//       muon_axpby          X = a X + P, in place
-//     muon_update_T         p, and its shadow weights in T
+//     muon_normalize_N      X from u
+//     matmuls of src/llama/newton_schulz.rs, five times among them:
+//       matmul              S = R R   [n, n]    R is symmetric
+//       muon_polynomial_N   Z = a I + b R + c S, in place of S
+//     muon_update_T         p, and its shadow weights in T; X in f32
 //
-// Bytes of the elementwise kernels per parameter: 16 + 8 + 5 * 12 + 14. Bound by memory.
+// Bytes of the elementwise kernels per parameter: 16 + 8 + 14, and 12 per element of S. Bound by memory.
 #include "lib/reduce.cuh"
 #include "lib/vector.cuh"
 
@@ -86,11 +83,10 @@ muon_momentum(const float *__restrict__ gradients, float *__restrict__ moments,
 
 // Every block adds its matrix's partial sums itself, in the same order. blocks: gridDim.x of
 // `muon_momentum`. x may be u. Launch: as above.
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-muon_normalize(const float *us, const double *__restrict__ partials, float *xs,
-               unsigned long long count, int blocks) {
+template <typename T>
+__device__ void normalize(const float *us, const double *partials, T *xs, size_t count, int blocks) {
     const float *u = us + blockIdx.y * count;
-    float *x = xs + blockIdx.y * count;
+    T *x = xs + blockIdx.y * count;
     const double *own = partials + blockIdx.y * blocks;  // mutant: first_norm_always
     double squares = 0.0;
     // mutant: other_partials_dropped
@@ -105,21 +101,41 @@ muon_normalize(const float *us, const double *__restrict__ partials, float *xs,
     });
 }
 
-// out = a x + b y, elementwise over all matrices: `count` elements in all; out may be x.
-// Launch: blocks of 256 threads along x, any number.
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-muon_axpby(const float *x, const float *__restrict__ y, float *out, float a, float b,
-           unsigned long long count) {
-    grid_stride<4>(count, aligned(x, y, out), [&](size_t at, auto width) {
+// z = a I + b r + c z for matrices [side, side], one each along y. Launch: blocks of 256 threads, any
+// number along x.
+template <typename T>
+__device__ void polynomial(const T *rs, T *zs, float a, float b, float c, int side) {
+    const size_t count = static_cast<size_t>(side) * side;
+    const T *r = rs + blockIdx.y * count;  // mutant: first_square_always
+    T *z = zs + blockIdx.y * count;
+    grid_stride<4>(count, aligned(r, z), [&](size_t at, auto width) {
         constexpr int N = decltype(width)::value;
-        float xs[N], ys[N];
-        load(xs, x + at);
-        load(ys, y + at);
+        float values[N], squares[N];
+        load(values, r + at);
+        load(squares, z + at);
 #pragma unroll
-        for (int i = 0; i < N; i++) xs[i] = a * xs[i] + b * ys[i];
-        store(out + at, xs);
+        for (int i = 0; i < N; i++) {
+            // mutant: no_identity
+            const float diagonal = static_cast<unsigned>(at + i) % (side + 1) == 0 ? a : 0.0f;
+            squares[i] = b * values[i] + c * squares[i] + diagonal;
+        }
+        store(z + at, squares);
     });
 }
+
+#define MATRIX_ENTRIES(T)                                                                          \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
+    muon_normalize_##T(const float *u, const double *__restrict__ partials, T *x,                  \
+                       unsigned long long count, int blocks) {                                     \
+        normalize(u, partials, x, count, blocks);                                                  \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)                                    \
+    muon_polynomial_##T(const T *__restrict__ r, T *z, float a, float b, float c, int side) {      \
+        polynomial(r, z, a, b, c, side);                                                           \
+    }
+
+MATRIX_ENTRIES(f32)
+MATRIX_ENTRIES(f16)
 
 // shadow: arena of the weights that matmuls read, null if that is p itself. factor:
 // sqrt(max(1, rows / cols)).

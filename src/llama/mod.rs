@@ -8,6 +8,7 @@ mod backward;
 mod branches;
 mod buffer;
 mod forward;
+pub mod newton_schulz;
 pub mod ops;
 mod plan;
 mod program;

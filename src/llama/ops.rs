@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffer::Buffer;
+use super::newton_schulz;
 use super::slices::{Shards, SumOrder};
 use crate::model::Span;
 
@@ -456,7 +457,7 @@ pub struct AdamWStep {
 }
 
 /// One Muon step on matrices of one shape: `m = momentum m + g`, `u = g + momentum m`, u orthogonalized
-/// by five Newton-Schulz iterations, `w -= lr * weight_decay * w`,
+/// by five Newton-Schulz iterations ([`newton_schulz`]), `w -= lr * weight_decay * w`,
 /// `w -= lr * sqrt(max(1, rows / cols)) * u`. Jordan et al. 2024.
 #[derive(Clone, Debug)]
 pub struct MuonStep {
@@ -473,6 +474,8 @@ pub struct MuonStep {
     /// Matmuls of several matrices at once. A library may choose another algorithm for another number of
     /// them, so ranks that share the matrices of a model step them one by one.
     pub batched: bool,
+    /// The matrices of Newton-Schulz are in f16 if the compute dtype of a GPU has 16 bits.
+    pub half: bool,
 }
 
 impl MuonStep {
@@ -793,11 +796,9 @@ impl Op {
                 Cost { bytes: 30 * stepped, ..Cost::default() }
             }
             Op::MuonStep(o) => {
-                // Five iterations of three GEMMs over the larger dimension.
                 let ((rows, cols), count) = (o.shape(), o.matrices.len());
-                let (small, large) = (rows.min(cols), rows.max(cols));
                 Cost {
-                    flops: count * 5 * 2 * small * small * (2 * large + small),
+                    flops: count * newton_schulz::flops(rows, cols),
                     bytes: count * 22 * rows * cols,
                     exponentials: 0,
                 }

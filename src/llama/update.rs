@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::buffer::{Buffer, BufferKind, BufferRole};
+use super::newton_schulz;
 use super::ops::{
     AdamWStep, GatherShards, GradNorm, MuonStep, NormRuns, Op, ReduceGradients, ShardedArena,
     ZeroGrad,
@@ -144,7 +145,9 @@ fn append(
         }
         for matrices in shapes {
             let weight_decay = optimizer.weight_decay;
-            let op = MuonStep { norm, max_grad_norm, momentum, weight_decay, matrices, batched };
+            let half = newton_schulz::is_half(matrices[0].rows, matrices[0].cols);
+            let op =
+                MuonStep { norm, max_grad_norm, momentum, weight_decay, matrices, batched, half };
             p.ops.push(Op::MuonStep(op));
         }
     }

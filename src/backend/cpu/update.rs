@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::super::memory::Memory;
 use super::matmul::{MatmulThreads, MatrixView, matmul};
 use crate::llama::StepHyperparams;
+use crate::llama::newton_schulz::{COEFFICIENTS, NewtonSchulzStep, steps};
 use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
 
 /// Elements per task.
@@ -72,7 +73,7 @@ pub(super) fn adamw(
 pub(super) fn muon_workspace(o: &MuonStep) -> usize {
     let (rows, cols) = o.shape();
     let gram = rows.min(cols).pow(2);
-    4 * (2 * rows * cols + 2 * gram)
+    4 * (2 * rows * cols + 4 * gram)
 }
 
 pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyperparams) {
@@ -100,8 +101,8 @@ pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyp
     }
 }
 
-/// Five Newton-Schulz iterations `X = a X + (b A + c A A) X`, `A = X XT`, with Muon's coefficients,
-/// from X scaled to norm 1. For a tall matrix A is `XT X`, multiplied from the right.
+/// [`newton_schulz`] of X, scaled to norm 1. A tall matrix is treated as its transpose: `R` is `XT X`, and Q is
+/// multiplied from the right.
 fn orthogonalize(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     let norm = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt() as f32 + 1e-7;
     for x in &mut x {
@@ -109,24 +110,51 @@ fn orthogonalize(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     }
     let tall = rows > cols;
     let m = rows.min(cols);
-    let (mut gram, mut square) = (vec![0.0; m * m], vec![0.0; m * m]);
+    let [mut r, mut z, mut q, mut product] = std::array::from_fn(|_| vec![0.0; m * m]);
     let mut next = vec![0.0; x.len()];
-    for _ in 0..5 {
-        let view = MatrixView::new(&x, rows, cols);
-        let (left, right) =
-            if tall { (view.transposed(), view) } else { (view, view.transposed()) };
-        matmul(&mut gram, false, left, right, MatmulThreads::All);
-        let a = MatrixView::new(&gram, m, m);
-        matmul(&mut square, false, a, a, MatmulThreads::All);
-        for (square, a) in square.iter_mut().zip(&gram) {
-            *square = -4.775 * a + 2.0315 * *square;
-        }
-        let b = MatrixView::new(&square, m, m);
-        let (left, right) = if tall { (view, b) } else { (b, view) };
-        matmul(&mut next, false, left, right, MatmulThreads::All);
-        for (x, next) in x.iter_mut().zip(&next) {
-            *x = 3.4445 * *x + next;
+    let all = MatmulThreads::All;
+    let [a, b, c] = COEFFICIENTS.map(|c| c as f32);
+    for step in steps(rows, cols) {
+        let rectangle = MatrixView::new(&x, rows, cols);
+        match step {
+            NewtonSchulzStep::Gram => {
+                let (left, right) = if tall {
+                    (rectangle.transposed(), rectangle)
+                } else {
+                    (rectangle, rectangle.transposed())
+                };
+                matmul(&mut r, false, left, right, all);
+            }
+            NewtonSchulzStep::Polynomial => {
+                matmul(&mut z, false, square(&r, m), square(&r, m), all);
+                for (z, r) in z.iter_mut().zip(&r) {
+                    *z = b * r + c * *z;
+                }
+                z.iter_mut().step_by(m + 1).for_each(|z| *z += a);
+            }
+            NewtonSchulzStep::Conjugate => {
+                matmul(&mut product, false, square(&z, m), square(&r, m), all);
+                matmul(&mut r, false, square(&product, m), square(&z, m), all);
+            }
+            NewtonSchulzStep::Begin => std::mem::swap(&mut z, &mut q),
+            NewtonSchulzStep::Compose => {
+                matmul(&mut product, false, square(&z, m), square(&q, m), all);
+                std::mem::swap(&mut q, &mut product);
+            }
+            NewtonSchulzStep::Apply => {
+                let (left, right) = if tall {
+                    (rectangle, square(&q, m).transposed())
+                } else {
+                    (square(&q, m), rectangle)
+                };
+                matmul(&mut next, false, left, right, all);
+                std::mem::swap(&mut x, &mut next);
+            }
         }
     }
     x
+}
+
+fn square(data: &[f32], side: usize) -> MatrixView<'_> {
+    MatrixView::new(data, side, side)
 }

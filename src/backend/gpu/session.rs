@@ -140,7 +140,7 @@ fn scratch(op: &Op, program: &Program, arena: usize, options: Options) -> usize 
         Op::GradNorm(GradNorm { runs: Some(runs), .. }) => exchange::norm_workspace(runs),
         Op::GradNorm(_) => update::norm_workspace(arena),
         Op::AdamWStep(_) => update::adamw_workspace(),
-        Op::MuonStep(o) => muon::workspace(o),
+        Op::MuonStep(o) => muon::workspace(o, options.dtype),
         Op::ReduceGradients(o) => exchange::reduce_workspace(o),
         Op::GatherShards(o) => exchange::gather_workspace(o),
         _ => 0,

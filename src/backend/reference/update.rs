@@ -5,6 +5,7 @@ use num_traits::Float;
 use super::super::host::Real;
 use super::super::memory::Memory;
 use super::{ReferenceExecutor, dot, real};
+use crate::dtype::Dtype;
 use crate::llama::StepHyperparams;
 use crate::llama::ops::{AdamWStep, GradNorm, MuonStep};
 
@@ -63,7 +64,12 @@ impl ReferenceExecutor {
                 *m = momentum * *m + g;
                 update.push(g + momentum * *m);
             }
-            let update = orthogonalize(&update, w.rows, w.cols);
+            // A GPU rounds the matrices of large ones to f16.
+            let round = |x: R| match self.rounding {
+                Some(_) if o.half => R::from_f32(Dtype::F16.round(x.to_f32())),
+                _ => x,
+            };
+            let update = orthogonalize(&update, w.rows, w.cols, round);
             let scale = (w.rows as f64 / w.cols as f64).max(1.0).sqrt();
             for (i, u) in w.range().zip(update) {
                 let p = memory.parameters[i]
@@ -75,17 +81,17 @@ impl ReferenceExecutor {
 }
 
 /// Five Newton-Schulz iterations `X = a X + (b A + c A A) X`, `A = X XT`, with Muon's coefficients,
-/// from X scaled to norm 1; a tall matrix is transposed first.
-fn orthogonalize<R: Float>(g: &[R], rows: usize, cols: usize) -> Vec<R> {
+/// from X scaled to norm 1; a tall matrix is transposed first. Each matrix is rounded as it is stored.
+fn orthogonalize<R: Float>(g: &[R], rows: usize, cols: usize, round: impl Fn(R) -> R) -> Vec<R> {
     let tall = rows > cols;
     let (m, n) = if tall { (cols, rows) } else { (rows, cols) };
     let at = |i: usize, j: usize| if tall { j * cols + i } else { i * cols + j };
     let norm = dot(g, g).sqrt() + real(1e-7);
-    let mut x: Vec<R> = (0..m * n).map(|k| g[at(k / n, k % n)] / norm).collect();
+    let mut x: Vec<R> = (0..m * n).map(|k| round(g[at(k / n, k % n)] / norm)).collect();
     for _ in 0..5 {
         let gram = |x: &[R], y: &[R], width: usize| -> Vec<R> {
             (0..m * m)
-                .map(|k| dot(&x[k / m * width..][..width], &y[k % m * width..][..width]))
+                .map(|k| round(dot(&x[k / m * width..][..width], &y[k % m * width..][..width])))
                 .collect()
         };
         let a = gram(&x, &x, n);
@@ -93,7 +99,7 @@ fn orthogonalize<R: Float>(g: &[R], rows: usize, cols: usize) -> Vec<R> {
         let b: Vec<R> = a
             .iter()
             .zip(&aa)
-            .map(|(&a, &aa)| real::<R>(-4.775) * a + real::<R>(2.0315) * aa)
+            .map(|(&a, &aa)| round(real::<R>(-4.775) * a + real::<R>(2.0315) * aa))
             .collect();
         let mut next: Vec<R> = x.iter().map(|&x| real::<R>(3.4445) * x).collect();
         for i in 0..m {
@@ -101,7 +107,7 @@ fn orthogonalize<R: Float>(g: &[R], rows: usize, cols: usize) -> Vec<R> {
                 super::add_scaled(&mut next[i * n..][..n], b[i * m + k], &x[k * n..][..n]);
             }
         }
-        x = next;
+        x = next.into_iter().map(&round).collect();
     }
     let mut out = vec![R::zero(); m * n];
     for k in 0..m * n {

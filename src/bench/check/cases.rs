@@ -8,6 +8,7 @@ use super::draw::Draw;
 use crate::backend::reference::Reference;
 use crate::backend::{Arena, Backend, Inputs, SessionSpec};
 use crate::dtype::Dtype;
+use crate::llama::newton_schulz;
 use crate::llama::ops::{
     AdamWStep, AddGradients, Attention, AttentionBackward, AttentionDecode, AttentionShape,
     Embedding, EmbeddingBackward, FusedLinearCrossEntropy, GatherRows, GradNorm, Linear,
@@ -882,24 +883,33 @@ fn adamw(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
     }
 }
 
-fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+fn muon(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, dtype: Dtype) {
     let shapes = size.shapes(
         [(5, 5), (17, 40), (64, 16), (33, 130)],
         [(512, 64), (768, 2048)],
         [(512, 64)],
         [(768, 3072)],
     );
-    for (rows, cols) in shapes {
+    let mut shapes: Vec<_> = shapes
+        .into_iter()
+        .map(|(rows, cols)| (rows, cols, newton_schulz::is_half(rows, cols)))
+        .collect();
+    if dtype != Dtype::F32 && !size.is_timed() {
+        shapes.extend([(24, 24, true), (33, 130, true), (64, 16, true)]);
+    }
+    for (rows, cols, half) in shapes {
         for &norm in gradient_norms(size) {
             // The last of three is stepped first, the first one last, and the second not at all.
             let place = |at: usize| Span { offset: at * rows * cols, rows, cols };
             let matrices = vec![place(2), place(0)];
             let (layout, span) = alone(3 * rows, cols);
-            let shape = format!("2 of {rows} x {cols}, norm {norm}");
+            let with = if half && dtype != Dtype::F32 { " in f16" } else { "" };
+            let shape = format!("2 of {rows} x {cols}{with}, norm {norm}");
             let mut b = CaseBuilder::new(shape, (layout, span), true);
             let norm = update(&mut b, draw, false, norm);
             let (max_grad_norm, momentum, weight_decay, batched) = (1.0, 0.9, 0.1, true);
-            let op = MuonStep { norm, max_grad_norm, momentum, weight_decay, matrices, batched };
+            let op =
+                MuonStep { norm, max_grad_norm, momentum, weight_decay, matrices, batched, half };
             b.finish_update(Op::MuonStep(op), span, size, cases);
         }
     }

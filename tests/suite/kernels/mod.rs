@@ -106,7 +106,7 @@ fn on_few_blocks(launch: &mut DeviceLaunch) {
         "rms_norm_",
         "rope_",
         "cross_entropy_",
-        "muon_axpby",
+        "muon_polynomial",
         "muon_normalize",
         "muon_update",
         "sum_pieces",

@@ -324,6 +324,8 @@ pub const MUON: MutationSet = MutationSet {
         ("step_with_infinite_norm", "", ""),
         ("no_weight_decay", " * shrink", ""),
         ("other_partials_dropped", "block < blocks;", "block < 1;"),
+        ("first_square_always", " + blockIdx.y * count", ""),
+        ("no_identity", "? a : 0.0f", "? 0.0f : 0.0f"),
         ("shadow_not_stored", "", ""),
     ],
     check: |module| {
