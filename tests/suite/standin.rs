@@ -769,8 +769,8 @@ fn a_rank_that_is_lost_ends_exchanges_of_gpus() {
     assert!(said(&killed).contains("laam: rank 0 lost rank 1 in "), "{}", said(&killed));
     let late = signaled(&standin, &["--rank_timeout", "5"], libc::SIGSTOP);
     assert_eq!(late.status.code(), Some(75), "{}", said(&late));
-    let waited = "laam: rank 0 waited 5 s in an exchange of the GPU (call ";
-    assert!(said(&late).contains(waited), "{}", said(&late));
+    // In an exchange of the GPU or of the hosts: the signal comes at any time.
+    assert!(said(&late).contains("laam: rank 0 waited 5 s in "), "{}", said(&late));
 
     for (fault, text) in [
         ("ncclAllGather@2=3", "all_gather: internal error - please report this"),
