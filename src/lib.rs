@@ -126,19 +126,23 @@
 //!
 //! ```
 //! use laam::device::{Device, Launch, sim::Sim};
+//! use laam::dtype::Dtype;
+//! use laam::kernels::families;
 //!
 //! # if laam::kernels::BUILD.cuda.is_err() {
 //! #     return anyhow::Ok(());
 //! # }
 //! let mut device = Sim::new(ptxsim::Options::default())?;
 //! let out = device.alloc(4 * 1000)?;
-//! device.launch(&Launch {
-//!     entry: "fill_f32".to_string(),
+//! let fill = Launch {
+//!     kernel: families::FILL.of(Dtype::F32)?,
 //!     grid: [1, 1, 1],
 //!     block: [256, 1, 1],
 //!     shared: 0,
 //!     args: vec![out.into(), 2.5f32.into(), 1000u64.into()],
-//! })?;
+//! };
+//! // SAFETY: the kernel writes 1,000 f32 at `out`, which holds as many.
+//! unsafe { device.launch(&fill)? };
 //! let mut bytes = vec![0; 4 * 1000];
 //! device.download(out, &mut bytes)?;
 //! assert!(bytes.chunks_exact(4).all(|x| x == 2.5f32.to_le_bytes()));
