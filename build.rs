@@ -231,7 +231,7 @@ fn geometry() -> Outcome<String> {
         let Some(whole) = statement.strip_suffix(';') else { continue };
         let constant = whole.strip_prefix("constexpr int ").and_then(|rest| rest.split_once(" = "));
         let (name, value) =
-            constant.ok_or_else(|| format!("{path}: {whole:?} is no constexpr int"))?;
+            constant.ok_or_else(|| format!("{path}: {whole:?} is not a constexpr int"))?;
         let mut dimensions = name.split('[');
         let name = dimensions.next().unwrap_or_default();
         let mut kind = "usize".to_string();

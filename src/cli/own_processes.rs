@@ -59,7 +59,7 @@ pub fn run(count: usize) -> anyhow::Result<i32> {
             } else if failed.is_some_and(|since| since.elapsed() >= GRACE) {
                 child.kill()?;
                 child.wait()?;
-                // That it was ended is no result of its own.
+                // That it was ended is not a result of its own.
                 ended[rank] = Some(ExitStatus::default());
                 PROCESSES[rank].store(0, Ordering::Relaxed);
             }

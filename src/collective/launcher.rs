@@ -38,7 +38,7 @@ pub struct LaunchPlace {
     pub size: usize,
     /// The variable that names the size.
     size_variable: &'static str,
-    /// Way to the other processes, if the launcher is no MPI's.
+    /// Way to the other processes, if the launcher is not MPI's.
     way: Option<Way>,
 }
 
@@ -177,7 +177,7 @@ impl LaunchPlace {
     }
 }
 
-/// Way to the other processes, if the launcher is no MPI's.
+/// Way to the other processes, if the launcher is not MPI's.
 fn way(
     launcher: Launcher,
     size: usize,

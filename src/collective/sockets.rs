@@ -95,7 +95,7 @@ impl SocketRanks {
             };
             if !is_socket {
                 return Err(error::config(
-                    format!("descriptor {fd} is no socket of the process that --gpus started"),
+                    format!("descriptor {fd} is not a socket of the process that --gpus started"),
                     "unset LAAM_RANK, LAAM_WORLD_SIZE and LAAM_SOCKETS",
                 ));
             }

@@ -80,7 +80,9 @@ impl Allocations {
     /// Removes an allocation, and returns where it was.
     pub fn remove(&mut self, address: Address) -> anyhow::Result<u64> {
         if address.offset != 0 {
-            return Err(error::internal(format!("free of {address:?}, which is no allocation")));
+            return Err(error::internal(format!(
+                "free of {address:?}, which begins no allocation"
+            )));
         }
         let freed = self.live.remove(&address.allocation);
         freed.map(|allocation| allocation.base).ok_or_else(|| gone(address))
