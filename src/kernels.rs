@@ -270,7 +270,7 @@ mod tests {
     fn the_table_has_the_kernels_that_the_simulator_reads() {
         let mut table = Kernel::all();
         for module in CUDA_MODULES {
-            let simulated = ptxsim::Module::from_ptx(module.ptx()).unwrap();
+            let simulated = ptx_race::Module::from_ptx(module.ptx()).unwrap();
             for simulated in simulated.kernels() {
                 let sizes: Vec<usize> =
                     simulated.params().iter().map(|parameter| parameter.size).collect();

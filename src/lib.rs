@@ -132,7 +132,7 @@
 //! # if laam::kernels::BUILD.cuda.is_err() {
 //! #     return anyhow::Ok(());
 //! # }
-//! let mut device = Sim::new(ptxsim::Options::default())?;
+//! let mut device = Sim::new(ptx_race::Options::default())?;
 //! let out = device.alloc(4 * 1000)?;
 //! let fill = Launch {
 //!     kernel: families::FILL.of(Dtype::F32)?,

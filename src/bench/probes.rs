@@ -213,7 +213,7 @@ fn ex2_bits(subject: &mut Subject) -> anyhow::Result<Seen> {
             read_u32(device, at, count)
         })
     };
-    let expected = bits(&mut crate::device::sim::Sim::new(ptxsim::Options::default())?)?;
+    let expected = bits(&mut crate::device::sim::Sim::new(ptx_race::Options::default())?)?;
     let wrong = bits(subject.device)?.iter().zip(&expected).filter(|(a, b)| a != b).count();
     Ok(Seen { text: format!("{wrong} of {count} differ"), passed: wrong == 0 })
 }

@@ -230,7 +230,7 @@ pub fn open_cuda(_: usize, _: MatmulAlgorithms) -> anyhow::Result<Box<dyn Device
 
 #[cfg(feature = "sim")]
 fn open_sim(threads: usize) -> anyhow::Result<Box<dyn Device>> {
-    Ok(Box::new(Sim::new(ptxsim::Options { threads, ..ptxsim::Options::default() })?))
+    Ok(Box::new(Sim::new(ptx_race::Options { threads, ..ptx_race::Options::default() })?))
 }
 
 #[cfg(not(feature = "sim"))]

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use gemm_common::Parallelism;
 use gemm_f32::gemm::f32::get_gemm_fn;
-use ptxsim::{Config, Memory, Module, Options, Stats};
+use ptx_race::{Config, Memory, Module, Options, Stats};
 
 use super::address::{Allocations, Used};
 use super::{Address, Branch, Device, Event, Graph, Launch, Matmul, Matrix};
@@ -164,7 +164,7 @@ impl Sim {
             .args
             .iter()
             .zip(values)
-            .map(|(arg, value)| ptxsim::Arg::bytes(&value.to_le_bytes()[..arg.size()]))
+            .map(|(arg, value)| ptx_race::Arg::bytes(&value.to_le_bytes()[..arg.size()]))
             .collect();
         let config = Config { grid: launch.grid, block: launch.block, shared: launch.shared };
         let stats = entry
@@ -256,7 +256,7 @@ fn module(cuda: &'static CudaModule) -> anyhow::Result<Module> {
     let module = Module::from_ptx(cuda.ptx()).map_err(|e| {
         error::device(
             format!("the simulator cannot read kernels/{}.cu: {e}", cuda.name),
-            "use the instructions that crates/ptxsim/README.md lists, or add this one to ptxsim",
+            "use the instructions that crates/ptx-race/README.md lists, or add this one to ptx-race",
         )
     })?;
     modules.insert(cuda.name, module.clone());

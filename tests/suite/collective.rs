@@ -309,7 +309,7 @@ fn sim(dtype: Dtype, mode: Mode) -> Option<Gpu> {
         eprintln!("SKIPPED: several ranks in the simulator, because {why}");
         return None;
     }
-    let options = ptxsim::Options { threads: 1, ..ptxsim::Options::default() };
+    let options = ptx_race::Options { threads: 1, ..ptx_race::Options::default() };
     let open = Arc::new(move || Ok(Box::new(Sim::new(options)?) as _));
     Some(Gpu::new(open, Options { mode, ..Options::new(dtype) }).unwrap())
 }

@@ -23,7 +23,7 @@ fn pages() -> Vec<PathBuf> {
         "README.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
-        "crates/ptxsim/README.md",
+        "crates/ptx-race/README.md",
         "crates/cuda-standin/README.md",
     ]
     .map(|name| root.join(name))
@@ -332,7 +332,7 @@ fn documented_files_flags_and_names_exist() {
     let mut flags: HashSet<_> =
         read(flag, std::str::from_utf8(&completions).unwrap()).into_iter().collect();
     let with_flags =
-        ["scripts", "benches/pytorch", "crates/ptxsim/src/command.rs", "crates/fuzz/src/main.rs"];
+        ["scripts", "benches/pytorch", "crates/ptx-race/src/command.rs", "crates/fuzz/src/main.rs"];
     for (path, text) in &sources {
         if with_flags.iter().any(|start| path.starts_with(start)) {
             flags.extend(read(flag, text).iter().map(|flag| flag.replace('_', "-")));

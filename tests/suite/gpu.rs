@@ -27,7 +27,7 @@ fn open(options: Options, threads: usize) -> Option<Gpu> {
         eprintln!("SKIPPED: the GPU backend in the simulator, because {why}");
         return None;
     }
-    let simulator = ptxsim::Options { threads, ..ptxsim::Options::default() };
+    let simulator = ptx_race::Options { threads, ..ptx_race::Options::default() };
     let open = Arc::new(move || Ok(Box::new(Sim::new(simulator)?) as _));
     Some(Gpu::new(open, options).unwrap())
 }

@@ -173,7 +173,7 @@ impl Device for MutatingDevice {
 
 /// Backend over such a device, and how often the mutation was applied.
 fn mutating(mutation: Mutation, options: Options) -> (Gpu, Arc<AtomicUsize>) {
-    let simulator = ptxsim::Options { threads: 2, ..ptxsim::Options::default() };
+    let simulator = ptx_race::Options { threads: 2, ..ptx_race::Options::default() };
     mutating_on(move || Sim::new(simulator), mutation, options)
 }
 

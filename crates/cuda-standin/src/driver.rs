@@ -5,7 +5,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::sync::Once;
 
-use ptxsim::{Arg, Config, Module};
+use ptx_race::{Arg, Config, Module};
 
 use crate::codes::Code;
 use crate::exchange::Exchange;

@@ -12,7 +12,7 @@
 
 use std::env;
 
-use ptxsim::Arch;
+use ptx_race::Arch;
 
 use crate::codes::Code;
 

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use ptxsim::{Kernel, Memory, Module, Options};
+use ptx_race::{Kernel, Memory, Module, Options};
 
 use crate::codes::Code;
 use crate::gemm::Gemm;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use gemm_common::Parallelism;
 use gemm_f32::gemm::f32::get_gemm_fn;
 use half::{bf16, f16};
-use ptxsim::{Arg, Config, FaultKind, Kernel, Memory, MemoryError, Options};
+use ptx_race::{Arg, Config, FaultKind, Kernel, Memory, MemoryError, Options};
 
 use crate::codes::Code;
 use crate::exchange::Span;

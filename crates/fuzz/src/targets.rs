@@ -337,13 +337,13 @@ pub fn all(folder: &Path) -> anyhow::Result<Vec<Target>> {
             first
         }),
         target("ptx", vec![PTX.into()], |input| {
-            let module = ptxsim::Module::from_ptx(text(input)?)?;
+            let module = ptx_race::Module::from_ptx(text(input)?)?;
             let Some(kernel) = module.kernel("fill") else { return Ok(()) };
-            let memory = ptxsim::Memory::new();
+            let memory = ptx_race::Memory::new();
             let out = memory.alloc_uninit(4 * 32);
-            let args = [ptxsim::Arg::from(out), ptxsim::Arg::from(7u32)];
-            let options = ptxsim::Options { threads: 1, ..ptxsim::Options::default() };
-            kernel.launch(&memory, &ptxsim::Config::linear(1, 32), &args, &options)?;
+            let args = [ptx_race::Arg::from(out), ptx_race::Arg::from(7u32)];
+            let options = ptx_race::Options { threads: 1, ..ptx_race::Options::default() };
+            kernel.launch(&memory, &ptx_race::Config::linear(1, 32), &args, &options)?;
             Ok(())
         }),
         target(

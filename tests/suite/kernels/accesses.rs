@@ -10,7 +10,7 @@ use std::fs;
 use std::sync::{Arc, Mutex};
 
 use laam::backend::gpu::AttentionChoice;
-use ptxsim::AccessSpace;
+use ptx_race::AccessSpace;
 
 use super::*;
 
@@ -44,7 +44,7 @@ fn count() -> Accesses {
         let observed = counted.clone();
         let open = move || {
             let mut sim =
-                Sim::new(ptxsim::Options { profile: true, ..ptxsim::Options::default() })?;
+                Sim::new(ptx_race::Options { profile: true, ..ptx_race::Options::default() })?;
             let observed = observed.clone();
             sim.observe(Arc::new(move |launch, stats| {
                 let mut observed = observed.lock().unwrap();

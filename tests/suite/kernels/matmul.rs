@@ -48,7 +48,7 @@ impl MatmulCase {
     /// Runs the kernel, and compares every element and every gap.
     fn holds(&self, module: &Module, (schedule, check): (Schedule, Check)) {
         let (m, n, k) = self.shape;
-        let simulator = ptxsim::Options { schedule, check, ..ptxsim::Options::default() };
+        let simulator = ptx_race::Options { schedule, check, ..ptx_race::Options::default() };
         let mut sim = Sim::new(simulator).unwrap();
         sim.replace("matmul", module.clone());
         let matrix = |dtype, rows: usize, cols: usize, transposed: bool| {

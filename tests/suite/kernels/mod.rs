@@ -19,8 +19,8 @@ pub use laam::dtype::Dtype;
 use laam::kernels::Kernel;
 use laam::random::{Philox, Stream};
 pub use mutants::MutationSet;
-pub use ptxsim::{Arg, Check, Memory, Schedule};
-pub use ptxsim::{Config, Module};
+pub use ptx_race::{Arg, Check, Memory, Schedule};
+pub use ptx_race::{Config, Module};
 
 use crate::launches::{Mutation, mutating_on};
 
@@ -36,7 +36,7 @@ pub fn simulated(
 ) -> Gpu {
     let replaced = replaced.map(|(file, module)| (file, module.clone()));
     let open = move || {
-        let simulator = ptxsim::Options { schedule, check, ..ptxsim::Options::default() };
+        let simulator = ptx_race::Options { schedule, check, ..ptx_race::Options::default() };
         let mut sim = Sim::new(simulator)?;
         if let Some((file, module)) = &replaced {
             sim.replace(file, module.clone());
@@ -216,7 +216,7 @@ pub fn run(module: &Module, entry: &str, config: Config, pieces: &[Piece]) -> Ve
             arguments.push(Arg::from(at));
             written.extend(len.map(|len| (at, len)));
         }
-        let options = ptxsim::Options { schedule, check, ..ptxsim::Options::default() };
+        let options = ptx_race::Options { schedule, check, ..ptx_race::Options::default() };
         let launched = kernel.launch(&device, &config, &arguments, &options);
         launched.unwrap_or_else(|fault| panic!("{entry} under {options:?}: {fault}"));
         let read = |&(at, len): &(u64, usize)| device.read_vec(at, len).expect("all is written");

@@ -13,7 +13,7 @@
 )]
 
 use half::{bf16, f16};
-use ptxsim::{Arg, Config, Memory, Options};
+use ptx_race::{Arg, Config, Memory, Options};
 
 use crate::coverage;
 use crate::nvcc::load;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use ptxsim::{Arg, Check, Config, Fault, FaultKind, Kernel, Memory, Options, Schedule, Stats};
+use ptx_race::{Arg, Check, Config, Fault, FaultKind, Kernel, Memory, Options, Schedule, Stats};
 
 use crate::kernels::{Case, Flash, settings};
 use crate::nvcc;
@@ -221,7 +221,7 @@ fn faults_name_the_source_line() {
     let text = include_str!("../kernels/pipeline.cu");
     let line_of =
         |needle: &str| text.lines().position(|line| line.contains(needle)).unwrap() as u32 + 1;
-    let source = |site: &Option<ptxsim::Site>| site.clone().unwrap().source.unwrap();
+    let source = |site: &Option<ptx_race::Site>| site.clone().unwrap().source.unwrap();
     assert!(source(&fault.site).file.ends_with("pipeline.cu"), "{fault}");
     assert_eq!(source(&fault.site).line, line_of("line[31 - threadIdx.x]"), "{fault}");
     assert_eq!(source(&fault.other).line, line_of("line[threadIdx.x] = in"), "{fault}");

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ptxsim::{Arg, Check, Config, Memory, Module, Options};
+use ptx_race::{Arg, Check, Config, Memory, Module, Options};
 
 use crate::nvcc;
 use crate::reference::Random;
@@ -139,7 +139,7 @@ fn run_somehow(module: &Module, random: &mut Random) {
     let memory = Memory::new();
     let buffer = memory.alloc(&[1; 4096]);
     for kernel in module.kernels().take(2) {
-        let arg = |param: &ptxsim::Param| match param.size {
+        let arg = |param: &ptx_race::Param| match param.size {
             8 if !random.bits().is_multiple_of(4) => Arg::from(buffer),
             size if random.bits().is_multiple_of(2) => Arg::bytes(&vec![0; size]),
             size => Arg::bytes(&vec![0xFF; size]),
@@ -152,9 +152,9 @@ fn run_somehow(module: &Module, random: &mut Random) {
     }
 }
 
-/// Texts to try of each seed; `PTXSIM_MUTATED_TEXTS` asks for more.
+/// Texts to try of each seed; `PTX_RACE_MUTATED_TEXTS` asks for more.
 fn texts(usual: usize) -> usize {
-    let given = std::env::var("PTXSIM_MUTATED_TEXTS").ok().and_then(|count| count.parse().ok());
+    let given = std::env::var("PTX_RACE_MUTATED_TEXTS").ok().and_then(|count| count.parse().ok());
     given.unwrap_or(usual)
 }
 

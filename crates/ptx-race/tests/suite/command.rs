@@ -20,10 +20,10 @@ const TEXT: &str = ".version 9.0
 }
 ";
 
-fn ptxsim(arguments: &[&str]) -> Output {
+fn ptx_race(arguments: &[&str]) -> Output {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("k.ptx"), TEXT).unwrap();
-    Command::new(env!("CARGO_BIN_EXE_ptxsim"))
+    Command::new(env!("CARGO_BIN_EXE_ptx-race"))
         .args(arguments)
         .current_dir(folder.path())
         .output()
@@ -31,16 +31,16 @@ fn ptxsim(arguments: &[&str]) -> Output {
 }
 
 fn succeeds(arguments: &[&str]) -> String {
-    let output = ptxsim(arguments);
+    let output = ptx_race(arguments);
     assert!(output.status.success(), "{arguments:?}: {output:?}");
     String::from_utf8(output.stdout).unwrap()
 }
 
 fn fails(arguments: &[&str], words: &[&str]) {
-    let output = ptxsim(arguments);
+    let output = ptx_race(arguments);
     let told = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {told}");
-    assert!(told.starts_with("ptxsim: "), "{told}");
+    assert!(told.starts_with("ptx-race: "), "{told}");
     for word in words {
         assert!(told.contains(word), "{arguments:?} does not say {word:?}: {told}");
     }
@@ -111,7 +111,11 @@ fn tells_what_went_wrong() {
 /// Runs the command in a folder that has the kernel.
 fn ptxsim_in(folder: &std::path::Path, arguments: &[&str]) -> Output {
     std::fs::write(folder.join("k.ptx"), TEXT).unwrap();
-    Command::new(env!("CARGO_BIN_EXE_ptxsim")).args(arguments).current_dir(folder).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_ptx-race"))
+        .args(arguments)
+        .current_dir(folder)
+        .output()
+        .unwrap()
 }
 
 #[test]

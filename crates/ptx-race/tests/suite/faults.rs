@@ -1,6 +1,6 @@
 //! Faults beyond the mutation tests, each with the place it names.
 
-use ptxsim::{Arg, Config, Fault, FaultKind, Memory, Options};
+use ptx_race::{Arg, Config, Fault, FaultKind, Memory, Options};
 
 use crate::nvcc::load;
 

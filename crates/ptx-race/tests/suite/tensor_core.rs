@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use ptxsim::{Arch, Arg, Config, Memory, Options};
+use ptx_race::{Arch, Arg, Config, Memory, Options};
 
 use crate::nvcc::load;
 

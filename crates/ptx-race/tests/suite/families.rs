@@ -7,7 +7,7 @@ use std::cmp::Ordering;
 
 use half::{bf16, f16};
 
-use ptxsim::{Config, FaultKind, Memory, Options};
+use ptx_race::{Config, FaultKind, Memory, Options};
 
 use crate::coverage;
 use crate::forms::{Pair, Value, b, bits_of, close1, ftz, fused, h, op1, op2, op3, run, sat};

@@ -3,7 +3,7 @@
 //! The bound is a rule: at most twice the error of a plain version of the operation that rounds
 //! to f32 at every step and to bf16 where the kernel stores, plus one rounding of the output.
 
-use ptxsim::{Arg, Check, Config, Fault, Kernel, Memory, Module, Options, Schedule, Stats};
+use ptx_race::{Arg, Check, Config, Fault, Kernel, Memory, Module, Options, Schedule, Stats};
 
 use crate::nvcc;
 use crate::reference::{

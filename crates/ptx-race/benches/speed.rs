@@ -1,4 +1,4 @@
-//! Warp instructions per second, on kernels compiled by nvcc: `cargo bench -p ptxsim`.
+//! Warp instructions per second, on kernels compiled by nvcc: `cargo bench -p ptx-race`.
 
 // The benchmark needs only part of what the tests share.
 #[allow(dead_code, unused_imports)]
@@ -13,7 +13,7 @@ mod reference;
 use std::time::Instant;
 
 use kernels::{Case, Flash};
-use ptxsim::{Arg, Check, Config, Memory, Options, Schedule};
+use ptx_race::{Arg, Check, Config, Memory, Options, Schedule};
 
 fn main() {
     let Some(module) = nvcc::module("flash.cu", &[]) else { return };

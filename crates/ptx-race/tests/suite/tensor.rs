@@ -4,7 +4,7 @@
 #![allow(clippy::format_collect, clippy::precedence)]
 
 use half::{bf16, f16};
-use ptxsim::{Arg, Config, Memory, Options};
+use ptx_race::{Arg, Config, Memory, Options};
 
 use crate::coverage;
 use crate::nvcc::load;

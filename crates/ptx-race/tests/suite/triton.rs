@@ -5,7 +5,7 @@
 //! error of the approximate functions.
 
 use half::bf16;
-use ptxsim::{Arg, Check, Config, Fault, FaultKind, Memory, Module, Options, Schedule};
+use ptx_race::{Arg, Check, Config, Fault, FaultKind, Memory, Module, Options, Schedule};
 
 use crate::reference::{EXACT, Random, attention, bf16s_of, bytes_of, f32s_of, relative_error};
 
@@ -347,7 +347,7 @@ fn mutants_of_triton_kernels_are_killed() {
     };
     let fault = run("bar.sync", Check::Races).unwrap_err();
     assert_eq!(fault.kind, FaultKind::Race, "{fault}");
-    let source = |site: Option<ptxsim::Site>| site.unwrap().source.unwrap().file;
+    let source = |site: Option<ptx_race::Site>| site.unwrap().source.unwrap().file;
     assert!(source(fault.site).ends_with("compile.py"));
     assert!(source(fault.other).ends_with("compile.py"));
     let fault = run("cp.async.wait_group", Check::Faults).unwrap_err();

@@ -4,15 +4,18 @@ use std::fmt::Write;
 use std::io::Read;
 
 use half::{bf16, f16};
-use ptxsim::{
+use ptx_race::{
     AccessProfile, AccessSpace, Arch, Arg, Check, Config, FaultKind, Kernel, Memory, Module,
     Options, Schedule,
 };
 
+/// The name it was built under: `ptxsim` is another name of this command.
+pub const NAME: &str = env!("CARGO_BIN_NAME");
+
 const USAGE: &str = "\
-Usage: ptxsim FILE.ptx                      list the kernels of a file
-       ptxsim FILE.ptx ENTRY [OPTIONS]      run one
-       ptxsim race FILE.ptx ENTRY [OPTIONS] run one and look for data races, as --race does
+Usage: ptx-race FILE.ptx                       list the kernels of a file
+       ptx-race FILE.ptx ENTRY [OPTIONS]       run one
+       ptx-race race FILE.ptx ENTRY [OPTIONS]  run one and look for data races, as --race does
 
   --arg KIND            one for each parameter, in order:
                           u32=5, f32=0.5, s64=-1 ...    a value
@@ -258,7 +261,7 @@ fn number<T: std::str::FromStr>(flag: &str, text: &str) -> Result<T, CommandErro
         Ok(value) => Ok(value),
         Err(_) => failure(
             format!("invalid `{flag} {text}`: must be a whole number in range"),
-            "see ptxsim --help",
+            format!("see {NAME} --help"),
         ),
     }
 }
@@ -308,7 +311,7 @@ fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
         let flag = flag.as_str();
         let mut value = || match list.next() {
             Some(value) => Ok(value.as_str()),
-            None => failure(format!("`{flag}` needs a value"), "see ptxsim --help"),
+            None => failure(format!("`{flag}` needs a value"), format!("see {NAME} --help")),
         };
         match flag {
             "--race" => options.check = Check::Races,
@@ -322,7 +325,12 @@ fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
             "--max-instructions" | "--budget" => options.max_instructions = number(flag, value()?)?,
             "--arch" => options.arch = arch(flag, value()?)?,
             "--schedule" => options.schedule = schedule(flag, value()?)?,
-            _ => return failure(format!("unknown option `{argument}`"), "see ptxsim --help"),
+            _ => {
+                return failure(
+                    format!("unknown option `{argument}`"),
+                    format!("see {NAME} --help"),
+                );
+            }
         }
     }
     if names.len() > 1 && names[0] == "race" {
@@ -331,12 +339,18 @@ fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
     }
     let mut names = names.into_iter();
     let Some(file) = names.next() else {
-        return failure("no file given", "ptxsim FILE.ptx lists its kernels; see ptxsim --help");
+        return failure(
+            "no file given",
+            format!("{NAME} FILE.ptx lists its kernels; see {NAME} --help"),
+        );
     };
     line.file = file;
     line.entry = names.next();
     if let Some(extra) = names.next() {
-        return failure(format!("unexpected `{extra}`"), "ptxsim FILE.ptx [ENTRY] [OPTIONS]");
+        return failure(
+            format!("unexpected `{extra}`"),
+            format!("{NAME} FILE.ptx [ENTRY] [OPTIONS]"),
+        );
     }
     for &(index, ref file) in &line.dumps {
         let what = match line.args.get(index) {
@@ -357,7 +371,7 @@ fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
 
 pub fn run(arguments: &[String], out: &mut String) -> Result<(), CommandError> {
     if arguments.is_empty() || arguments.iter().any(|a| a == "--help" || a == "-h") {
-        out.push_str(USAGE);
+        out.push_str(&USAGE.replace("ptx-race", NAME));
         return Ok(());
     }
     let line = parse(arguments)?;

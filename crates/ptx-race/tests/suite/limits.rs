@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use ptxsim::{Arg, Check, Config, Fault, FaultKind, Memory, Module, Options, Stats};
+use ptx_race::{Arg, Check, Config, Fault, FaultKind, Memory, Module, Options, Stats};
 
 use crate::nvcc::load;
 

@@ -1,4 +1,4 @@
-//! The tests of `ptxsim`: instruction forms, real kernels, mutation tests, faults, hostile text.
+//! The tests of `ptx-race`: instruction forms, real kernels, mutation tests, faults, hostile text.
 //!
 //! Kernels in CUDA are compiled by nvcc as the tests run. Without nvcc those tests say so and
 //! pass, unless `LAAM_CUDA=require` is set.

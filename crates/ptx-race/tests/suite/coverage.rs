@@ -16,7 +16,7 @@ pub fn note(body: &str) -> bool {
     NOTED.with_borrow_mut(|noted| {
         let Some(noted) = noted else { return false };
         let words = body.split(|c: char| c.is_whitespace() || "{};".contains(c));
-        noted.extend(words.map(ptxsim::form_of));
+        noted.extend(words.map(ptx_race::form_of));
         true
     })
 }
@@ -57,6 +57,6 @@ fn every_form_has_a_micro_kernel() {
         micro_kernels();
     }
     let noted = NOTED.take().unwrap_or_default();
-    let missing: Vec<_> = ptxsim::forms().difference(&noted).collect();
+    let missing: Vec<_> = ptx_race::forms().difference(&noted).collect();
     assert!(missing.is_empty(), "{} forms have no micro-kernel: {missing:?}", missing.len());
 }

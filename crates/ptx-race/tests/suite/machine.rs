@@ -3,7 +3,7 @@
 //! Each runs for one warp whose lanes hold known words, and is compared lane by lane.
 
 use half::{bf16, f16};
-use ptxsim::{Arg, Config, Memory, Options, Schedule};
+use ptx_race::{Arg, Config, Memory, Options, Schedule};
 
 use crate::coverage;
 use crate::nvcc::load;

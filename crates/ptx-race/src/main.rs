@@ -1,4 +1,5 @@
-//! `ptxsim FILE.ptx [ENTRY]`: what is in a PTX file, and a run of one of its kernels.
+//! `ptx-race FILE.ptx [ENTRY]`: what is in a PTX file, and a run of one of its kernels. The alias
+//! `ptxsim` (`crates/ptxsim`) is built from this file too.
 
 mod command;
 
@@ -17,7 +18,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let _ = writeln!(std::io::stderr(), "ptxsim: {}", failure.what);
+            let _ = writeln!(std::io::stderr(), "{}: {}", command::NAME, failure.what);
             if let Some(hint) = failure.hint {
                 let _ = writeln!(std::io::stderr(), "hint: {hint}");
             }
