@@ -395,6 +395,7 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
 
         bool online = false;
         do {
+            bool in_range = true;
             rows.first_masked();
             KvStream<T, D> keys{opaque_rows<PackedRow<D>>(k + kv_row * D),
                                 opaque_rows<PackedRow<D>>(v + kv_row * D),
@@ -408,12 +409,14 @@ __device__ void forward(const T *q, const T *k, const T *v, const uint32_t *firs
                     keys.advance(tile);
                     rows.add(keys_at, values_at);
                 }
+                // Rescaling sums of at most MAX_SUM flushes to zero only what is negligible.
+                in_range &= rows.in_range();  // mutant: overflow_before_the_last_tile_not_detected
                 if (tile >= end) break;
                 keys.advance(tile);
                 rows.add_online(keys_at, values_at, tile);
             }
             if (online) break;
-            online = !rows.in_range();  // mutant: overflow_not_detected
+            online = !in_range;  // mutant: overflow_not_detected
         } while (online);
 
 #pragma unroll

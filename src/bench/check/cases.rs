@@ -1,6 +1,7 @@
 //! The cases of every operation: odd, small and usual shapes, with inputs. They drive `laam check`,
 //! `laam bench kernels`, `cargo bench` and the tests and mutants of the kernels.
 
+use std::f64::consts::LN_2;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -541,43 +542,74 @@ fn masks(draw: &mut Draw, shape: &AttentionShape, size: Size) -> Vec<u32> {
     (0..shape.rows()).map(of).collect()
 }
 
-/// Attention's inputs and the mask; scores grow with `deviation`, that of q.
+/// Scores of attention.
+#[derive(Clone, Copy, PartialEq)]
+enum Scores {
+    /// Normal, of size one.
+    Small,
+    /// In the hundreds: every tile raises a row's maximum.
+    Large,
+    /// From key to key the probability grows by 2^1.3: the range of f32 from the first tile to the last.
+    Rising,
+}
+
+/// Attention's inputs and the mask.
 fn attends(
     b: &mut CaseBuilder,
     draw: &mut Draw,
     shape: &AttentionShape,
     size: Size,
-    deviation: f64,
+    scores: Scores,
 ) -> [Buffer; 4] {
-    let q = draw.activations(shape.rows() * shape.q_width(), deviation);
-    let q = b.given("q", BufferKind::Activation, q);
-    let k = b.input(draw, "k", shape.rows() * shape.kv_width());
+    let deviation = match scores {
+        Scores::Small => 1.0,
+        Scores::Large => 100.0,
+        Scores::Rising => 0.1,
+    };
+    let mut q = draw.activations(shape.rows() * shape.q_width(), deviation);
+    let mut k = draw.activations(shape.rows() * shape.kv_width(), 1.0);
+    if scores == Scores::Rising {
+        // One component of q is the slope, that of k the position.
+        let slope = (1.3 * LN_2 * (shape.head_dim as f64).sqrt()) as f32;
+        q.iter_mut().step_by(shape.head_dim).for_each(|q| *q = slope);
+        for (row, k) in k.iter_mut().step_by(shape.head_dim).enumerate() {
+            *k = (row % shape.seq_len) as f32;
+        }
+    }
+    let q = b.given("q", BufferKind::Activation, draw.rounded(&q));
+    let k = b.given("k", BufferKind::Activation, draw.rounded(&k));
     let v = b.input(draw, "v", shape.rows() * shape.kv_width());
     let first_key = b.index("first key", masks(draw, shape, size));
     [q, k, v, first_key]
 }
 
 fn attention(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, _: Dtype) {
+    let mut case = |shape: AttentionShape, scores, with| {
+        let mut b = CaseBuilder::new(format!("{}{with}", describe(&shape)), alone(1, 1), false);
+        // Two large scores of a row that are nearly equal: their difference is all rounding.
+        b.case.errors_average = scores == Scores::Small;
+        let [q, k, v, first_key] = attends(&mut b, draw, &shape, size, scores);
+        let out = b.output("out", BufferKind::Activation, shape.rows() * shape.q_width());
+        let lse = b.logarithms("lse", shape.rows() * shape.heads);
+        b.finish(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }), cases);
+    };
     for shape in attentions(size) {
-        // With scores in the hundreds every tile raises a row's maximum.
-        let deviations: &[_] = if size.is_timed() { &[1.0] } else { &[1.0, 100.0] };
-        for &deviation in deviations {
-            let with = if deviation > 1.0 { ", large scores" } else { "" };
-            let mut b = CaseBuilder::new(format!("{}{with}", describe(&shape)), alone(1, 1), false);
-            // Two scores of a row that are nearly equal: their difference is all rounding.
-            b.case.errors_average = deviation == 1.0;
-            let [q, k, v, first_key] = attends(&mut b, draw, &shape, size, deviation);
-            let out = b.output("out", BufferKind::Activation, shape.rows() * shape.q_width());
-            let lse = b.logarithms("lse", shape.rows() * shape.heads);
-            b.finish(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }), cases);
+        case(shape, Scores::Small, "");
+        if !size.is_timed() {
+            case(shape, Scores::Large, ", large scores");
         }
+    }
+    // Drawn after the others, whose bits on a GPU are known. A row sees several tiles.
+    let long = |shape: &AttentionShape| !size.is_timed() && shape.seq_len > 64;
+    for shape in attentions(size).into_iter().filter(long) {
+        case(shape, Scores::Rising, ", rising scores");
     }
 }
 
 fn attention_backward(cases: &mut Vec<Case>, draw: &mut Draw, size: Size, dtype: Dtype) {
     for shape in attentions(size) {
         let mut b = CaseBuilder::new(describe(&shape), alone(1, 1), false);
-        let [q, k, v, first_key] = attends(&mut b, draw, &shape, size, 1.0);
+        let [q, k, v, first_key] = attends(&mut b, draw, &shape, size, Scores::Small);
         let (out, lse) = if size.is_timed() {
             // Any numbers take as long; those of f64 would take hours.
             let rows = shape.rows();

@@ -31,7 +31,12 @@ impl Draw {
     /// Normal, as the type of activations holds it: every backend is given the same numbers.
     pub fn activations(&mut self, len: usize, deviation: f64) -> Vec<f32> {
         let values = self.floats(len, deviation);
-        self.dtype.decode(&self.dtype.encode(&values))
+        self.rounded(&values)
+    }
+
+    /// Values as the type of activations holds them.
+    pub fn rounded(&self, values: &[f32]) -> Vec<f32> {
+        self.dtype.decode(&self.dtype.encode(values))
     }
 
     /// Uniform in `0..n`.

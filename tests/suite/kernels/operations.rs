@@ -99,7 +99,8 @@ pub const SMALLHEAD_TF32: MutationSet = MutationSet {
     only: &["FORWARD_AND_DQ(2, 4, T)", "DKDV(2, 8, T)", "ENTRIES(bf16)"],
     mutants: &[
         ("low_part_dropped", "low = cvt_rna_tf32(x - high)", "low = 0.0f"),
-        ("overflow_not_detected", "!rows.in_range()", "false"),
+        ("overflow_not_detected", "!in_range", "false"),
+        ("overflow_before_the_last_tile_not_detected", "&=", "="),
         ("column_of_another_block", "rows + 16", "rows + 8"),
         ("tile_read_early", "", ""),
         ("no_delta", "valid ? -delta[row + position] : 0.0f", "0.0f"),
