@@ -1,13 +1,10 @@
-//! `ex2.approx.f32`, to the bit: the table and the arithmetic of the special function unit of Hopper.
+//! `ex2.approx.f32`, to the bit: the table and the arithmetic of Hopper (see interpolator.rs).
 //!
 //! The argument becomes a fixed-point number of 23 fractional bits. The upper six of them choose a
-//! segment and the rest is the place in it, where a quadratic polynomial is interpolated: the method of
-//! S. F. Oberman and M. Y. Siu, "A High-Performance Area-Efficient Multifunction Interpolator" (ARITH
-//! 2005). The coefficients, the constant and the columns of the squarer were computed from the results
-//! of an H200 for all 2^23 fractions; they give all of those, and 159,136 others over all exponents.
+//! segment and the rest is the place in it. The coefficients and the constant were computed from the
+//! results of an H200 for all 2^23 fractions; they give all of those, and 159,136 others over all exponents.
 
-/// Bits of the place in a segment.
-const PLACE: u32 = 17;
+use crate::interpolator::{PLACE, square};
 
 /// The coefficients of 2^f in each segment: the constant in units of 2^-26, the slope of 2^-21 and the
 /// square's of 2^-23, over a segment.
@@ -73,21 +70,6 @@ fn unit(x: f32) -> f32 {
     } else {
         f32::from_bits((exponent as u32) << 23 | mantissa)
     }
-}
-
-/// The square of a place in units of 2^-15, without the partial products below that.
-#[inline(always)]
-fn square(place: u32) -> u32 {
-    let mut sum = 0;
-    for bit in 0..PLACE {
-        let is_set = place >> bit & 1;
-        // Its products with the bits above it, each of which stands for two.
-        let others =
-            if bit < 9 { place >> (18 - bit) } else { (place >> (bit + 1)) << (2 * bit - 17) };
-        let own = if bit < 10 { 0 } else { 1 << (2 * bit - 19) };
-        sum += is_set * (others + own);
-    }
-    sum
 }
 
 #[cfg(test)]

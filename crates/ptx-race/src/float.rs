@@ -3,9 +3,10 @@
 use half::{bf16, f16};
 
 use crate::ex2::ex2;
-use crate::math::{self, canonical, flush, saturate};
+use crate::math::{canonical, flush, saturate};
 use crate::registers::{File, Form, Lanes, Reg, Regs, Slots, WARP, lanes};
 use crate::round::{NAN_F16, NAN_F32, Round, odd, to_bf16, to_f16, to_f32, two_sum};
+use crate::special;
 
 /// The modifiers of a floating-point opcode, sorted out.
 // Each is a modifier that an opcode has or lacks.
@@ -104,15 +105,19 @@ fn single(name: &str, m: &Modifiers) -> Option<Form> {
             Some(Form { run: fma_f32, dst: File::R32, src: &[File::R32, File::R32, File::R32] })
         }
         "fma" | "mad" => f32_form!(m, |a, b, c| a.mul_add(b, c)),
+        "div" if m.full => f32_form!(m, |a, b| special::div_full(a, b)),
+        "div" if m.approx => f32_form!(m, |a, b| special::div(a, b)),
         "div" => f32_form!(m, |a, b| a / b),
+        "rcp" if m.approx => f32_form!(m, |a| special::rcp(a)),
         "rcp" => f32_form!(m, |a| 1.0 / a),
+        "sqrt" if m.approx => f32_form!(m, |a| special::sqrt(a)),
         "sqrt" => f32_form!(m, |a| a.sqrt()),
-        "rsqrt" => f32_form!(m, |a| math::rsqrt(a)),
+        "rsqrt" => f32_form!(m, |a| special::rsqrt(a)),
         "ex2" => f32_form!(m, |a| ex2(a)),
-        "lg2" => f32_form!(m, |a| math::log2(a)),
-        "sin" => f32_form!(m, |a| math::sin(a)),
-        "cos" => f32_form!(m, |a| math::cos(a)),
-        "tanh" => f32_form!(m, |a| math::tanh(a)),
+        "lg2" => f32_form!(m, |a| special::lg2(a)),
+        "sin" => f32_form!(m, |a| special::sin(a)),
+        "cos" => f32_form!(m, |a| special::cos(a)),
+        "tanh" => f32_form!(m, |a| special::tanh(a)),
         // Sign operations keep a NaN's payload.
         "abs" if m.ftz => lanes!(|a: f32| -> f32 { flush(a).abs() }),
         "abs" => lanes!(|a: f32| -> f32 { a.abs() }),

@@ -56,6 +56,7 @@ mod exec;
 mod fault;
 mod float;
 mod int;
+mod interpolator;
 mod launch;
 mod math;
 mod mem;
@@ -67,6 +68,8 @@ mod registers;
 mod round;
 mod sched;
 mod shared;
+mod special;
+mod special_tables;
 mod state;
 mod tensor_core;
 

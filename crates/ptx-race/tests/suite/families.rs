@@ -10,7 +10,8 @@ use half::{bf16, f16};
 use ptx_race::{Config, FaultKind, Memory, Options};
 
 use crate::coverage;
-use crate::forms::{Pair, Value, b, bits_of, close1, ftz, fused, h, op1, op2, op3, run, sat};
+use crate::forms::{Pair, Value, b, bits_of, ftz, fused, h, op1, op2, op3, run, sat};
+use crate::forms::{absolute, angle, approximate_quotient, close1, close2, inverse_root, units};
 use crate::nvcc::load as module;
 use crate::reference::Random;
 
@@ -326,16 +327,14 @@ pub fn single_precision() {
             op1(&form("sqrt"), |a: f32| end(root(f(a))));
         }
     }
-    // The ISA allows an error of some units; these are computed without one.
-    op2("div.approx.ftz.f32", |a: f32, b: f32| ftz(ftz(a) / ftz(b)));
-    op2("div.full.ftz.f32", |a: f32, b: f32| ftz(ftz(a) / ftz(b)));
-    op1("rcp.approx.ftz.f32", |a: f32| ftz(1.0 / ftz(a)));
-    op1("sqrt.approx.ftz.f32", |a: f32| ftz(ftz(a).sqrt()));
-    let inverse_root = |x: f64| if x == 0.0 { f64::INFINITY.copysign(x) } else { 1.0 / x.sqrt() };
-    close1("rsqrt.approx.ftz.f32", 2.0, inverse_root);
-    close1("lg2.approx.ftz.f32", 2.0, f64::log2);
-    close1("sin.approx.ftz.f32", 2.0, f64::sin);
-    close1("cos.approx.ftz.f32", 2.0, f64::cos);
+    close2("div.approx.ftz.f32", approximate_quotient);
+    close2("div.full.ftz.f32", |a, b| a / b);
+    close1("rcp.approx.ftz.f32", units(1.0), f64::recip);
+    close1("sqrt.approx.ftz.f32", units(1.0), f64::sqrt);
+    close1("rsqrt.approx.ftz.f32", units(2.0), inverse_root);
+    close1("lg2.approx.ftz.f32", absolute(0.5f64.powi(22)), f64::log2);
+    close1("sin.approx.ftz.f32", angle, f64::sin);
+    close1("cos.approx.ftz.f32", angle, f64::cos);
     let pick = |a: f32, b: f32, larger: bool| match a.partial_cmp(&b) {
         None => {
             if a.is_nan() {
