@@ -36,14 +36,14 @@ Usage: ptx-race FILE.ptx                       list the kernels of a file
   --max-instructions N  warp instructions the launch may execute (268435456)
 ";
 
-/// What went wrong, and perhaps what to do.
+/// What went wrong, and what to do.
 pub struct CommandError {
     pub what: String,
-    pub hint: Option<String>,
+    pub hint: String,
 }
 
 fn failure<T>(what: impl Into<String>, hint: impl Into<String>) -> Result<T, CommandError> {
-    Err(CommandError { what: what.into(), hint: Some(hint.into()) })
+    Err(CommandError { what: what.into(), hint: hint.into() })
 }
 
 /// Bytes that the buffers of all arguments may take together.
@@ -121,12 +121,19 @@ impl ElementType {
                 ((bits << shift) as i64 >> shift).to_string()
             }
             ElementType::Int { .. } => bits.to_string(),
-            ElementType::F16 => f16::from_bits(bits as u16).to_string(),
-            ElementType::Bf16 => bf16::from_bits(bits as u16).to_string(),
-            ElementType::F32 => f32::from_bits(bits as u32).to_string(),
-            ElementType::F64 => f64::from_bits(bits).to_string(),
+            ElementType::F16 => shown(f16::from_bits(bits as u16)),
+            ElementType::Bf16 => shown(bf16::from_bits(bits as u16)),
+            ElementType::F32 => shown(f32::from_bits(bits as u32)),
+            ElementType::F64 => shown(f64::from_bits(bits)),
         }
     }
+}
+
+/// A number with an exponent if it would be long without.
+fn shown<T: std::fmt::Display + std::fmt::LowerExp + Copy + Into<f64>>(number: T) -> String {
+    let magnitude = number.into().abs();
+    let is_short = magnitude == 0.0 || (1e-4..1e7).contains(&magnitude) || !magnitude.is_finite();
+    if is_short { number.to_string() } else { format!("{number:e}") }
 }
 
 /// An `--arg`.
@@ -278,7 +285,13 @@ fn schedule(flag: &str, text: &str) -> Result<Schedule, CommandError> {
     Ok(match text {
         "in-order" | "in_order" | "greedy" => Schedule::InOrder,
         "reverse" => Schedule::ReverseOrder,
-        seed => Schedule::Random(number(flag, seed)?),
+        seed => match seed.parse() {
+            Ok(seed) => Schedule::Random(seed),
+            Err(_) => {
+                let hint = "a schedule is in-order, reverse, or a seed such as 7";
+                return failure(format!("invalid `{flag} {text}`"), hint);
+            }
+        },
     })
 }
 
@@ -307,10 +320,17 @@ fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
             names.push(argument.clone());
             continue;
         }
-        let flag = argument.replace('_', "-");
+        let (flag, inline) = match argument.split_once('=') {
+            Some((flag, value)) => (flag, Some(value)),
+            None => (argument.as_str(), None),
+        };
+        let flag = flag.replace('_', "-");
         let flag = flag.as_str();
-        let mut value = || match list.next() {
-            Some(value) => Ok(value.as_str()),
+        if matches!(flag, "--race" | "--profile") && inline.is_some() {
+            return failure(format!("`{flag}` takes no value"), format!("see {NAME} --help"));
+        }
+        let mut value = || match inline.or_else(|| list.next().map(String::as_str)) {
+            Some(value) => Ok(value),
             None => failure(format!("`{flag}` needs a value"), format!("see {NAME} --help")),
         };
         match flag {
@@ -321,7 +341,9 @@ fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
             "--grid" => line.config.grid = shape(flag, value()?)?,
             "--block" => line.config.block = shape(flag, value()?)?,
             "--shared" => line.config.shared = number(flag, value()?)?,
-            "--threads" => options.threads = number(flag, value()?)?,
+            "--threads" => {
+                options.threads = number::<std::num::NonZero<usize>>(flag, value()?)?.get();
+            }
             "--max-instructions" | "--budget" => options.max_instructions = number(flag, value()?)?,
             "--arch" => options.arch = arch(flag, value()?)?,
             "--schedule" => options.schedule = schedule(flag, value()?)?,
@@ -333,7 +355,8 @@ fn parse(arguments: &[String]) -> Result<CommandLine, CommandError> {
             }
         }
     }
-    if names.len() > 1 && names[0] == "race" {
+    let is_race = names.first().is_some_and(|name| name == "race");
+    if is_race && (names.len() > 1 || !std::path::Path::new("race").exists()) {
         names.remove(0);
         options.check = Check::Races;
     }
@@ -374,6 +397,10 @@ pub fn run(arguments: &[String], out: &mut String) -> Result<(), CommandError> {
         out.push_str(&USAGE.replace("ptx-race", NAME));
         return Ok(());
     }
+    if arguments.iter().any(|a| a == "--version" || a == "-V") {
+        let _ = writeln!(out, "{NAME} {}", env!("CARGO_PKG_VERSION"));
+        return Ok(());
+    }
     let line = parse(arguments)?;
     let file = &line.file;
     let read = read_file(file, MAX_PTX_BYTES).and_then(|bytes| {
@@ -393,6 +420,10 @@ pub fn run(arguments: &[String], out: &mut String) -> Result<(), CommandError> {
             return failure(format!("{file}: {error}"), hint);
         }
     };
+    if module.target().is_empty() {
+        let hint = "nvcc -ptx -lineinfo -arch=compute_80 kernel.cu writes a PTX file";
+        return failure(format!("{file} is not PTX: it has no .target"), hint);
+    }
     let Some(entry) = &line.entry else {
         list(&module, out);
         return Ok(());
@@ -449,7 +480,7 @@ fn launch(kernel: &Kernel, line: &CommandLine, out: &mut String) -> Result<(), C
     let stats = match kernel.launch(&memory, &line.config, &args, &line.options) {
         Ok(stats) => stats,
         Err(fault) => {
-            return Err(CommandError { what: fault.to_string(), hint: hint(kernel, fault.kind) });
+            return failure(fault.to_string(), hint(kernel, fault.kind));
         }
     };
     let seconds = start.elapsed().as_secs_f64();
@@ -536,8 +567,8 @@ fn profile(profile: &[AccessProfile], out: &mut String) {
     );
 }
 
-fn hint(kernel: &Kernel, kind: FaultKind) -> Option<String> {
-    Some(match kind {
+fn hint(kernel: &Kernel, kind: FaultKind) -> String {
+    match kind {
         FaultKind::Arguments => {
             let params: Vec<_> = kernel
                 .params()
@@ -559,6 +590,18 @@ fn hint(kernel: &Kernel, kind: FaultKind) -> Option<String> {
         FaultKind::MissingLanes => {
             "all lanes that the mask names must come to the same instruction".into()
         }
-        _ => return None,
-    })
+        FaultKind::OutOfBounds | FaultKind::UseAfterFree => {
+            "make the buffer larger, or guard the access by the number of elements".into()
+        }
+        FaultKind::Misaligned => "an address must be a multiple of the bytes accessed".into(),
+        FaultKind::Deadlock => "every thread of the block must come to the same barriers".into(),
+        FaultKind::Launch => {
+            "--grid, --block and --shared must be within what a GPU and the kernel allow".into()
+        }
+        FaultKind::Trap => "the kernel ended itself: see the condition before it".into(),
+        FaultKind::StackOverflow => "calls nest too deeply: bound the recursion".into(),
+        FaultKind::InvalidOperand => {
+            "the PTX ISA leaves this operand undefined: see the instruction there".into()
+        }
+    }
 }

@@ -19,9 +19,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             let _ = writeln!(std::io::stderr(), "{}: {}", command::NAME, failure.what);
-            if let Some(hint) = failure.hint {
-                let _ = writeln!(std::io::stderr(), "hint: {hint}");
-            }
+            let _ = writeln!(std::io::stderr(), "hint: {}", failure.hint);
             ExitCode::from(2)
         }
     }

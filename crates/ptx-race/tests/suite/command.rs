@@ -40,7 +40,7 @@ fn fails(arguments: &[&str], words: &[&str]) {
     let output = ptx_race(arguments);
     let told = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {told}");
-    assert!(told.starts_with("ptx-race: "), "{told}");
+    assert!(told.starts_with("ptx-race: ") && told.contains("\nhint: "), "{told}");
     for word in words {
         assert!(told.contains(word), "{arguments:?} does not say {word:?}: {told}");
     }
@@ -54,11 +54,12 @@ fn lists_what_is_in_a_file() {
     }
     assert!(succeeds(&["--help"]).starts_with("Usage"));
     assert!(succeeds(&[]).starts_with("Usage"));
+    assert!(succeeds(&["--version"]).starts_with("ptx-race "));
 }
 
 #[test]
 fn runs_a_kernel() {
-    let arguments = ["k.ptx", "doubling", "--arg", "u32[32]=iota", "--arg", "u32=32"];
+    let arguments = ["k.ptx", "doubling", "--arg=u32[32]=iota", "--arg", "u32=32"];
     let out = succeeds(&arguments);
     assert!(out.contains("u32[32]=iota  digest") && out.contains("0 2 4 6 ..."), "{out}");
     for more in
@@ -97,7 +98,9 @@ fn tells_what_went_wrong() {
     run(&["--arg", "u64[18446744073709551615]=zero"], &["more than"]);
     run(&["--threads", "-1"], &["invalid `--threads -1`", "hint:"]);
     run(&["--arch", "v100"], &["invalid `--arch v100`", "h100 and a100"]);
-    run(&["--schedule", "fifo"], &["invalid `--schedule fifo`"]);
+    run(&["--schedule", "fifo"], &["invalid `--schedule fifo`", "in-order, reverse, or a seed"]);
+    run(&["--threads=0"], &["invalid `--threads 0`"]);
+    run(&["--race=1"], &["`--race` takes no value"]);
     let endless = ["--arg", "u32[32]=zero", "--arg", "u32=32", "--max_instructions", "3"];
     run(&endless, &["instruction budget exceeded", "--max-instructions"]);
     run(&["--block", "0", "--arg", "u64=0", "--arg", "u32=1"], &["impossible launch"]);
@@ -106,10 +109,11 @@ fn tells_what_went_wrong() {
     run(&["--grid"], &["needs a value"]);
     fails(&["k.ptx", "nothing"], &["no kernel `nothing`", "hint: it has: doubling"]);
     fails(&["missing.ptx"], &["cannot read missing.ptx", "hint:"]);
+    fails(&["race"], &["no file given"]);
 }
 
 /// Runs the command in a folder that has the kernel.
-fn ptxsim_in(folder: &std::path::Path, arguments: &[&str]) -> Output {
+fn ptx_race_in(folder: &std::path::Path, arguments: &[&str]) -> Output {
     std::fs::write(folder.join("k.ptx"), TEXT).unwrap();
     Command::new(env!("CARGO_BIN_EXE_ptx-race"))
         .args(arguments)
@@ -125,7 +129,7 @@ fn buffers_are_read_from_files_and_dumped() {
     let input: Vec<u8> = (0..32u32).flat_map(|i| (i * i + 7).to_le_bytes()).collect();
     std::fs::write(path("in.bin"), &input).unwrap();
     std::fs::write(path("count.bin"), 32u32.to_le_bytes()).unwrap();
-    let run = |rest: &[&str]| ptxsim_in(folder.path(), &[&["k.ptx", "doubling"], rest].concat());
+    let run = |rest: &[&str]| ptx_race_in(folder.path(), &[&["k.ptx", "doubling"], rest].concat());
     let output =
         run(&["--arg", "u32[32]=@in.bin", "--arg", "u32=@count.bin", "--dump", "0=out.bin"]);
     assert!(output.status.success(), "{output:?}");
@@ -139,6 +143,9 @@ fn buffers_are_read_from_files_and_dumped() {
         let arg = format!("{arg}=@in.bin");
         let output = run(&["--arg", &arg, "--arg", "u32=32", "--dump", "0=out2.bin"]);
         assert!(output.status.success(), "{arg}: {output:?}");
+        // Denormal numbers are shown with an exponent.
+        let out = String::from_utf8(output.stdout).unwrap();
+        assert!(out.lines().all(|line| line.len() < 200), "{arg}: {out}");
         assert_eq!(std::fs::read(path("out2.bin")).unwrap(), doubled, "{arg}");
     }
     let fails = |rest: &[&str], words: &[&str]| {
@@ -161,6 +168,9 @@ fn buffers_are_read_from_files_and_dumped() {
     fails(&dump("1=out.bin"), &["argument 1 is a value"]);
     fails(&dump("out.bin"), &["invalid `--dump out.bin`"]);
     fails(&dump("0=nowhere/out.bin"), &["cannot write nowhere/out.bin"]);
+    std::fs::write(path("empty.ptx"), "").unwrap();
+    let empty = ptx_race_in(folder.path(), &["empty.ptx"]);
+    assert_eq!(empty.status.code(), Some(2), "{empty:?}");
     // What the kernel did not write cannot be dumped.
     let partly = ["--arg", "u32[32]=uninit", "--arg", "u32=0", "--dump", "0=out.bin"];
     fails(&partly, &["cannot dump argument 0", "never written"]);
@@ -184,7 +194,7 @@ fn a_profile_shows_conflicts_and_sectors() {
     std::fs::write(folder.path().join("s.ptx"), text).unwrap();
     for (stride, sectors, passes) in [("1", 4, 1), ("2", 8, 2), ("32", 32, 32), ("0", 1, 1)] {
         let stride = format!("u32={stride}");
-        let output = ptxsim_in(
+        let output = ptx_race_in(
             folder.path(),
             &[
                 "s.ptx",
