@@ -174,10 +174,11 @@ impl Race {
     /// Whether `who` knows of what another warp's or lane's access at a time did.
     fn ordered(&self, who: Who, warp: u32, lane: usize, time: u32) -> bool {
         let clock = &self.warps[who.warp];
-        if warp / self.warps_per_block != self.block {
+        let in_block = warp.wrapping_sub(self.block * self.warps_per_block);
+        if in_block >= self.warps_per_block {
             return clock.known.others.get(&warp).is_some_and(|&known| known >= time);
         }
-        let warp = (warp % self.warps_per_block) as usize;
+        let warp = in_block as usize;
         if warp == who.warp {
             return lane == who.lane || clock.lanes[who.lane][lane] >= time;
         }
@@ -230,31 +231,32 @@ impl Race {
     pub fn read(&mut self, who: Who, range: ByteRange, strong: bool) -> Result<(), Box<Conflict>> {
         let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
         for (index, bytes) in Self::cells(range) {
-            let mut cell = std::mem::take(self.cell(range.shared, index));
-            let conflict = cell
-                .write
+            let write = self.cell(range.shared, index).write;
+            let conflict = write
                 .filter(|write| write.bytes & bytes != 0)
                 .and_then(|write| self.conflict_with_write(who, &write, strong));
             let same = |read: &&mut ReadRecord| {
                 (read.warp, read.time, read.bytes, read.strong) == (warp, time, bytes, strong)
             };
+            let cell = self.cell(range.shared, index);
             let before = cell.reads.len();
-            self.cost += before as u64;
             if let Some(read) = cell.reads.iter_mut().find(same) {
                 read.lanes |= 1 << who.lane;
             } else {
+                let mut reads = std::mem::take(&mut cell.reads);
                 // Who is ordered after this read is ordered after those it is ordered after.
-                cell.reads.retain(|read| {
+                reads.retain(|read| {
                     read.bytes & !bytes != 0
                         || strong && !read.strong
                         || !lanes_of(read.lanes)
                             .all(|lane| self.ordered(who, read.warp, lane, read.time))
                 });
                 let lanes = 1 << who.lane;
-                cell.reads.push(ReadRecord { warp, lanes, bytes, strong, time, place: who.place });
+                reads.push(ReadRecord { warp, lanes, bytes, strong, time, place: who.place });
+                self.held = (self.held + reads.len()).saturating_sub(before);
+                self.cell(range.shared, index).reads = reads;
             }
-            self.held = (self.held + cell.reads.len()).saturating_sub(before);
-            *self.cell(range.shared, index) = cell;
+            self.cost += before as u64;
             if let Some(conflict) = conflict {
                 return Err(Box::new(conflict));
             }
