@@ -189,6 +189,15 @@ pub trait Session: Send {
         }
         self.write(arena, &values)
     }
+    /// Gives the matmuls of all loaded programs their algorithms, before anything ran, if the device has a choice.
+    fn plan_matmuls(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
+    /// Seconds by the device's clock of some training runs without exchanges, one of those before each
+    /// [`StepQueue::drain`]; `None` if nothing was timed yet.
+    fn timed_seconds(&self) -> Option<f64> {
+        None
+    }
     /// Seconds spent in each kind of op since the session began; empty if the backend does not
     /// profile.
     fn profile(&self) -> Vec<(&'static str, f64)>;

@@ -140,6 +140,12 @@ pub trait Device: Send {
     fn matmul_plans(&self) -> Value {
         Value::Null
     }
+    /// True if the device chooses algorithms for matmuls.
+    fn chooses_matmuls(&self) -> bool {
+        false
+    }
+    /// Begins or ends planning: matmuls get their algorithms then, and nothing is executed.
+    fn set_planning(&mut self, _on: bool) {}
     /// Pins the algorithms of an earlier run. Returns a warning if they do not apply here.
     fn pin_matmul_plans(&mut self, _plans: &Value) -> Option<String> {
         None

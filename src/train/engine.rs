@@ -219,6 +219,30 @@ impl Engine {
         Ok(())
     }
 
+    /// Gives the matmuls of steps on batches of so many windows their algorithms, if the device has a choice: those
+    /// of all ranks, whose slices may have one window more.
+    pub fn plan_matmuls(&mut self, batches: &[usize]) -> anyhow::Result<()> {
+        let Some(slicing) = &self.slicing else { return Ok(()) };
+        if self.state()?["matmul_plans"].is_null() {
+            return Ok(());
+        }
+        let (slices, most) = (slicing.slices, self.micro_batch);
+        let slices_of = |&batch| (0..slices).map(move |slice| slice_of(slices, slice, batch).len());
+        let parts = |len: usize| (0..len).step_by(most).map(move |from| most.min(len - from));
+        let mut sizes: Vec<usize> = batches.iter().flat_map(slices_of).flat_map(parts).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        for &size in sizes.iter().rev() {
+            self.micro(size, false)?;
+        }
+        self.session.plan_matmuls()
+    }
+
+    /// Seconds by the device's clock of some work that waits for no other rank: see [`Session::timed_seconds`].
+    pub fn timed_seconds(&self) -> Option<f64> {
+        self.session.timed_seconds()
+    }
+
     /// What moves the bytes of exchanges, if it is not the group's library.
     pub fn exchanges(&self) -> Option<String> {
         self.session.exchanges()

@@ -169,8 +169,8 @@ pub struct Trainer<'a> {
     pace: Option<f64>,
     /// Start of this session.
     began: Instant,
-    /// Time and seconds waited at the last line of metrics.
-    last_line: (Instant, f64),
+    /// Time, seconds waited and seconds timed on the device at the last line of metrics.
+    last_line: (Instant, f64, f64),
     /// The last rank that was told of as slow.
     slow_rank: Option<usize>,
     /// Notes for a person before it begins.
@@ -289,6 +289,9 @@ impl<'a> Trainer<'a> {
             }
             engine.write(Arena::Parameters, &weights)?;
         }
+        if group.size() > 1 {
+            agree_on_matmuls(&mut engine, &group, settings.batch_size, windows.len())?;
+        }
         engine.upload_dataset(windows, settings.batch_size)?;
         let looked_for_lost = false;
         Ok(Self {
@@ -313,7 +316,7 @@ impl<'a> Trainer<'a> {
             peak: backend.peak_flops(),
             pace: None,
             began: Instant::now(),
-            last_line: (Instant::now(), group.waited()),
+            last_line: (Instant::now(), group.waited(), 0.0),
             slow_rank: None,
             notes,
         })
@@ -390,7 +393,8 @@ impl<'a> Trainer<'a> {
             end: RunEnd::Complete,
         };
         if self.is_continuation && settings.stop_at_verbatim.is_some() {
-            finish.verbatim_rate = self.verbatim_windows()?.0;
+            let (rate, _) = self.verbatim_windows()?;
+            finish.verbatim_rate = self.of_first(rate)?;
             if self.is_enough(finish.verbatim_rate) {
                 observer
                     .note("the weights it begins with have the verbatim rate that was asked for");
@@ -421,7 +425,7 @@ impl<'a> Trainer<'a> {
             let mut is_best = false;
             if measured {
                 let (rate, verbatim) = self.verbatim_windows()?;
-                finish.verbatim_rate = rate;
+                finish.verbatim_rate = self.of_first(rate)?;
                 if let Some(recall) = &mut recall {
                     self.job.output.check()?;
                     recall.write(step, &verbatim)?;
@@ -432,7 +436,8 @@ impl<'a> Trainer<'a> {
             let every = |interval: u64| step.is_multiple_of(interval) || last;
             let validated = self.job.validation.is_some() && every(settings.validation_interval());
             if validated {
-                finish.validation_loss = Some(self.validation_loss()?);
+                let loss = self.validation_loss()?;
+                finish.validation_loss = Some(f64::from_bits(group.decide(loss.to_bits())?));
                 is_best |= self.note_best_validation(finish.validation_loss);
             }
             let sampled = settings.sample_steps.is_some_and(every) && !diverged;
@@ -747,10 +752,7 @@ impl<'a> Trainer<'a> {
         if group.size() == 1 {
             return Ok(());
         }
-        let own = serde_json::to_vec(&self.engine.state()?["matmul_plans"])?;
-        let all = group.gather_each(&own)?;
-        let all: Vec<serde_json::Value> =
-            all.iter().map(|plans| serde_json::from_slice(plans)).collect::<Result<_, _>>()?;
+        let all = matmul_plans(&self.engine, group)?;
         for (rank, other) in all.iter().enumerate() {
             if let Some(what) = other_matmuls(&all[0], other) {
                 observer.note(&format!(
@@ -765,6 +767,12 @@ impl<'a> Trainer<'a> {
     fn epoch(&self) -> f64 {
         let position = self.sampler.position();
         position.epoch as f64 + position.cursor as f64 / self.job.windows.len() as f64
+    }
+
+    /// The measure that rank 0 found, by which all ranks save and stop: on another processor or GPU it may differ.
+    fn of_first(&self, measure: Option<f64>) -> anyhow::Result<Option<f64>> {
+        let first = self.job.group.decide(measure.unwrap_or(f64::NAN).to_bits())?;
+        Ok(Some(f64::from_bits(first)).filter(|measure| !measure.is_nan()))
     }
 
     /// Opens the file of the windows recalled, if they are measured; one of another run is removed.
@@ -908,18 +916,27 @@ impl<'a> Trainer<'a> {
         if group.size() == 1 {
             return Ok((None, None));
         }
-        let (began, waited) = self.last_line;
+        let (began, waited, timed) = self.last_line;
         let waited = group.waited() - waited;
-        let busy = began.elapsed().as_secs_f64() - waited;
-        let all = group.gather_each(bytemuck::bytes_of(&[waited, busy]))?;
-        self.last_line = (Instant::now(), group.waited());
+        let seconds = began.elapsed().as_secs_f64();
+        let timed_now = self.engine.timed_seconds().unwrap_or(0.0);
+        let own = [waited, seconds - waited, timed_now - timed];
+        let all = group.gather_each(bytemuck::bytes_of(&own))?;
+        self.last_line = (Instant::now(), group.waited(), timed_now);
         let number = |bytes: &[u8], at: usize| {
             bytes[8 * at..8 * at + 8].try_into().map_or(f64::NAN, f64::from_le_bytes)
         };
         let waits = all.iter().map(|bytes| number(bytes, 0));
         let least = waits.clone().fold(f64::INFINITY, f64::min);
         let most = waits.fold(0.0, f64::max);
-        let busy: Vec<f64> = all.iter().map(|bytes| number(bytes, 1)).collect();
+        // On GPUs all ranks wait for the slowest in exchanges, and seem as busy. Of each the same runs were timed.
+        let timed: Vec<f64> = all.iter().map(|bytes| number(bytes, 2)).collect();
+        let most_timed = timed.iter().copied().fold(0.0, f64::max);
+        let busy: Vec<f64> = if timed.iter().all(|&timed| timed > 0.0) {
+            timed.iter().map(|timed| timed / most_timed * seconds).collect()
+        } else {
+            all.iter().map(|bytes| number(bytes, 1)).collect()
+        };
         let mut sorted = busy.clone();
         sorted.sort_by(f64::total_cmp);
         let (median, slowest) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() - 1]);
@@ -979,6 +996,49 @@ fn write(engine: &mut Engine, arenas: Vec<Vec<f32>>) -> anyhow::Result<()> {
     // Each is dropped once it is written: together they are as large as the engine.
     for ((_, arena), values) in checkpoints::ARENAS.iter().zip(arenas) {
         engine.write(*arena, &values)?;
+    }
+    Ok(())
+}
+
+/// The matmul plans of all ranks ([`crate::device::Device::matmul_plans`]).
+fn matmul_plans(engine: &Engine, group: &Group) -> anyhow::Result<Vec<serde_json::Value>> {
+    let own = serde_json::to_vec(&engine.state()?["matmul_plans"])?;
+    let all = group.gather_each(&own)?;
+    Ok(all.iter().map(|plans| serde_json::from_slice(plans)).collect::<Result<_, _>>()?)
+}
+
+/// Lets all ranks with the GPU and the cuBLASLt of rank 0 compute their matmuls with the algorithms that it chose; what
+/// it has no matmul for is as the first rank that has one chose.
+fn agree_on_matmuls(
+    engine: &mut Engine,
+    group: &Group,
+    batch_size: usize,
+    windows: usize,
+) -> anyhow::Result<()> {
+    let batches = [batch_size.min(windows), windows % batch_size];
+    group.agree(engine.plan_matmuls(&batches))?;
+    let all = matmul_plans(engine, group)?;
+    let version = |plans: &serde_json::Value| plans["cublaslt"]["version"].clone();
+    let is_as_first = |plans: &serde_json::Value| {
+        plans["gpu"] == all[0]["gpu"] && version(plans) == version(&all[0])
+    };
+    let mut agreed = Vec::new();
+    for plan in all
+        .iter()
+        .filter(|plans| is_as_first(plans))
+        .filter_map(|plans| plans["cublaslt"]["matmuls"].as_array())
+        .flatten()
+    {
+        if !agreed.iter().any(|known: &serde_json::Value| known[0] == plan[0]) {
+            agreed.push(plan.clone());
+        }
+    }
+    let own = &all[group.rank()];
+    if !agreed.is_empty() && is_as_first(own) {
+        let mut plans = own.clone();
+        plans["cublaslt"]["matmuls"] = agreed.into();
+        // What an algorithm is refused for is told of after the first step.
+        engine.restore(&serde_json::json!({ "loss_scale": null, "matmul_plans": plans }))?;
     }
     Ok(())
 }

@@ -688,7 +688,7 @@ fn last_calls_that_fail_are_errors_with_hints_and_lose_nothing() {
 /// `laam train` in slices, on as many GPUs as there are processes.
 fn train_slices(standin: &Standin, output: &str, steps: usize, processes: usize) -> Command {
     let mut train = standin.train_windows("cuda", output, steps, "8", "32");
-    train.args(["--dp_slices", "4", "--logging_steps", "2"]);
+    train.args(["--dp_slices", "4"]);
     train.env("CUDA_STANDIN_GPUS", "4").env("CUDA_STANDIN_THREADS", "1");
     if processes > 1 {
         train.args(["--gpus", &processes.to_string()]);
@@ -700,7 +700,8 @@ fn train_slices(standin: &Standin, output: &str, steps: usize, processes: usize)
 fn gpus_that_exchange_through_nccl_have_the_bits_of_one() {
     let Some(standin) = Standin::new() else { return };
     standin.prepare();
-    done(&mut train_slices(&standin, "1", 4, 1));
+    let lines = ["--logging_steps", "2"];
+    done(train_slices(&standin, "1", 4, 1).args(lines));
     for (processes, name, nccl, how) in [
         (2, "2", "", "2 processes (NCCL 2.32.3), 4 slices"),
         (4, "4", "", "4 processes (NCCL 2.32.3), 4 slices"),
@@ -711,7 +712,8 @@ fn gpus_that_exchange_through_nccl_have_the_bits_of_one() {
             "(staged through the hosts over sockets: rank 0 has no NCCL: LAAM_NCCL is off)",
         ),
     ] {
-        let (_, said) = done(train_slices(&standin, name, 4, processes).env("LAAM_NCCL", nccl));
+        let mut train = train_slices(&standin, name, 4, processes);
+        let (_, said) = done(train.args(lines).env("LAAM_NCCL", nccl));
         assert!(said.contains(how), "{said}");
         assert!(standin.model(name) == standin.model("1"), "{name}");
         assert_eq!(standin.losses(name), standin.losses("1"), "{name}");
@@ -740,7 +742,8 @@ fn gpus_that_exchange_through_nccl_have_the_bits_of_one() {
 fn signaled(standin: &Standin, flags: &[&str], signal: libc::c_int) -> Output {
     let name = format!("signal-{signal}");
     let mut train = train_slices(standin, &name, 100_000, 2);
-    train.args(flags).stdout(Stdio::piped()).stderr(Stdio::piped());
+    train.args(["--logging_steps", "2"]).args(flags);
+    train.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = train.spawn().unwrap();
     let began = Instant::now();
     let lines = || fs::read_to_string(standin.path(&name).join("metrics.jsonl"));
@@ -790,31 +793,44 @@ fn a_rank_that_is_lost_ends_exchanges_of_gpus() {
     assert!(staged.contains("has no ncclCommAbort"), "{staged}");
 }
 
-/// Processes that are started one by one, with the variables of torchrun: on one GPU, and with another cuBLASLt.
+/// Processes that are started one by one, with the variables of torchrun: on one GPU, with another cuBLASLt, with
+/// another choice of algorithms, which they agree on, and with a slow GPU.
 #[test]
-fn ranks_that_share_a_gpu_or_have_another_cublaslt_are_told_of() {
+fn ranks_on_other_gpus_or_with_another_cublaslt_agree_or_are_told_of() {
     let Some(standin) = Standin::new() else { return };
     standin.prepare();
     done(&mut train_slices(&standin, "1", 2, 1));
-    for (name, gpus, cublaslt, text) in [
-        ("shared", "1", "130000", "ranks 0 and 1 share a GPU"),
-        ("mixed", "2", "130100", "warning: rank 1 has another version of cuBLASLt than rank 0"),
+    let version = "CUDA_STANDIN_CUBLASLT";
+    let algorithms = "CUDA_STANDIN_ALGORITHMS";
+    for (name, gpus, (variable, value), text) in [
+        ("shared", "1", (version, "130000"), "ranks 0 and 1 share a GPU"),
+        (
+            "mixed",
+            "2",
+            (version, "130100"),
+            "warning: rank 1 has another version of cuBLASLt than rank 0",
+        ),
+        ("agreed", "2", (algorithms, "second"), "2 processes"),
+        ("slow", "2", (algorithms, "two"), "warning: rank 1 is slowest, "),
     ] {
+        let steps = if name == "slow" { 40 } else { 2 };
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let start = |rank: usize| {
-            let mut train = train_slices(&standin, name, 2, 1);
+            let mut train = train_slices(&standin, name, steps, 1);
+            train.args(["--logging_steps", &steps.to_string()]);
             train.env("RANK", rank.to_string()).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
             train.env("MASTER_ADDR", "localhost").env("MASTER_PORT", (port - 1).to_string());
             train.env("CUDA_STANDIN_GPUS", gpus);
             if rank == 1 {
-                train.env("CUDA_STANDIN_CUBLASLT", cublaslt);
+                train.env(variable, value);
             }
             train.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
         };
         let ranks = [start(0), start(1)].map(|child| child.wait_with_output().unwrap());
         let said = String::from_utf8_lossy(&ranks[0].stderr);
         assert!(ranks.iter().all(|output| output.status.success()), "{ranks:?}");
-        assert!(said.contains(text), "{said}");
-        assert!(standin.model(name) == standin.model("1"), "{name}");
+        assert!(said.contains(text), "{name}: {said}");
+        assert!(!said.contains("other matmul algorithms"), "{name}: {said}");
+        assert!(steps > 2 || standin.model(name) == standin.model("1"), "{name}");
     }
 }

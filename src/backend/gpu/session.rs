@@ -18,7 +18,7 @@ use super::{
     update,
 };
 use crate::collective::Group;
-use crate::device::{Address, Branch, Device, Graph};
+use crate::device::{Address, Branch, Device, Event, Graph};
 use crate::dtype::Dtype;
 use crate::error;
 use crate::kernels::geometry::MAX_HEAD_DIM;
@@ -48,6 +48,10 @@ pub(super) struct GpuSession {
     /// The program whose outputs are in the block.
     current: Option<usize>,
     seconds: BTreeMap<&'static str, f64>,
+    /// Events around a run without exchanges, of several ranks, since the last drain.
+    timed: Option<[Event; 2]>,
+    /// Seconds of all runs that were timed.
+    timed_seconds: Option<f64>,
 }
 
 /// An allocation that can grow.
@@ -253,6 +257,8 @@ impl GpuSession {
             tables: HashMap::new(),
             current: None,
             seconds: BTreeMap::new(),
+            timed: None,
+            timed_seconds: None,
         })
     }
 
@@ -716,6 +722,23 @@ impl Session for GpuSession {
         Ok(())
     }
 
+    fn plan_matmuls(&mut self) -> anyhow::Result<()> {
+        if !self.device.chooses_matmuls() {
+            return Ok(());
+        }
+        // Algorithms may be timed on what is in the buffers.
+        self.poison()?;
+        self.device.set_planning(true);
+        let planned = (0..self.programs.len())
+            .try_for_each(|program| self.launch_run(program, RunMode::Direct, LaunchMode::InOrder));
+        self.device.set_planning(false);
+        planned
+    }
+
+    fn timed_seconds(&self) -> Option<f64> {
+        self.timed_seconds
+    }
+
     fn profile(&self) -> Vec<(&'static str, f64)> {
         self.seconds.iter().map(|(&name, &seconds)| (name, seconds)).collect()
     }
@@ -834,21 +857,40 @@ impl StepQueue for GpuSession {
                 }
             };
             let gather = matches!(run.data, BatchSource::Windows(_));
-            self.execute(program, RunMode::Queued { gather, runs: count })?;
+            let mode = RunMode::Queued { gather, runs: count };
+            let start = self.is_to_be_timed(program, mode).then(|| self.device.record_event());
+            self.execute(program, mode)?;
+            if let Some(start) = start {
+                self.timed = Some([start?, self.device.record_event()?]);
+            }
             at += count;
         }
         Ok(())
     }
 
     fn drain(&mut self) -> anyhow::Result<Vec<RunResult>> {
-        match &mut self.queue {
-            Some(queue) => queue.drain(&mut *self.device),
-            None => Ok(Vec::new()),
+        let Some(queue) = &mut self.queue else { return Ok(Vec::new()) };
+        let results = queue.drain(&mut *self.device)?;
+        if let Some([start, end]) = self.timed.take() {
+            *self.timed_seconds.get_or_insert(0.0) += self.device.elapsed(start, end)?;
+            self.device.clear_events();
         }
+        Ok(results)
     }
 }
 
 impl GpuSession {
+    /// True for the first run since the last drain that waits for no other rank, and for nothing on the host.
+    fn is_to_be_timed(&self, ProgramId(program): ProgramId, mode: RunMode) -> bool {
+        let ready = &self.programs[program];
+        let is_ready = match self.options.mode {
+            Mode::Graphs => ready.graphs.contains_key(&mode),
+            Mode::Eager => ready.warm,
+            Mode::Profile => false,
+        };
+        self.group.size() > 1 && self.timed.is_none() && is_ready && !ready.has_exchanges()
+    }
+
     /// The queue, created on first use.
     fn ready_queue(&mut self) -> anyhow::Result<&mut queue::DeviceQueue> {
         if self.queue.is_none() {

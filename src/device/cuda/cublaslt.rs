@@ -180,6 +180,20 @@ impl CublasLt {
         })
     }
 
+    /// Takes the heuristic's first algorithm for a matmul without a plan, if there is one.
+    pub fn plan(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
+        let key = MatmulKey::of(matmul);
+        if !self.plans.contains_key(&key) {
+            let plan = match plan(self.handle, &key, None) {
+                Ok(plan) => Some(plan),
+                Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => None,
+                Err(e) => return Err(planning_failed(matmul)(e)),
+            };
+            self.plans.insert(key, plan);
+        }
+        Ok(())
+    }
+
     /// Executes a matmul of matrices at these places, by [`Matmul::places`]; false if cuBLASLt has no
     /// algorithm for it. cuBLASLt is column-major, and a row-major `[rows, cols]` matrix is its column-major
     /// transpose, so it computes `cT = bT aT` without copies.
@@ -191,16 +205,9 @@ impl CublasLt {
         is_side: bool,
     ) -> anyhow::Result<bool> {
         let (m, n, k) = matmul.check()?;
-        let key = MatmulKey::of(matmul);
-        if !self.plans.contains_key(&key) {
-            let plan = match plan(self.handle, &key, None) {
-                Ok(plan) => Some(plan),
-                Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => None,
-                Err(e) => return Err(planning_failed(matmul)(e)),
-            };
-            self.plans.insert(key, plan);
-        }
-        let Some(MatmulPlan { descriptors, algorithm }) = &self.plans[&key] else {
+        self.plan(matmul)?;
+        let plan = &self.plans[&MatmulKey::of(matmul)];
+        let Some(MatmulPlan { descriptors, algorithm }) = plan else {
             return Ok(false);
         };
         let (alpha, beta) = (1.0f32, if matmul.accumulate { 1.0f32 } else { 0.0 });

@@ -51,6 +51,8 @@ pub struct Cuda {
     tuned: Option<PathBuf>,
     /// Between `begin_capture` and `end_capture`.
     captures: bool,
+    /// Nothing is executed: see [`Device::set_planning`].
+    planning: bool,
     /// Number of the last exchange in the capture.
     captured_exchange: Option<u64>,
     /// Ends of the side branches of the capture.
@@ -161,6 +163,7 @@ impl Cuda {
             allocations: Allocations::default(),
             tuned: None,
             captures: false,
+            planning: false,
             captured_exchange: None,
             branches: Vec::new(),
             in_branch: false,
@@ -233,6 +236,20 @@ impl Cuda {
             return Ok(());
         }
         Err(error::internal("a call of side branches out of order"))
+    }
+
+    /// Plans a matmul: by times in rank 0 alone, whose choice the others take.
+    fn plan(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
+        if let Some(folder) = self.tuned.clone().filter(|_| self.group.is_first())
+            && self.cublaslt()?.is_some_and(|cublaslt| cublaslt.is_new(matmul))
+        {
+            let path = tuning::file(&folder, &self.gpu);
+            self.planning = false;
+            let tuned = self.tune(matmul, &path);
+            self.planning = true;
+            tuned?;
+        }
+        self.cublaslt()?.map_or(Ok(()), |cublaslt| cublaslt.plan(matmul))
     }
 
     /// cuBLASLt, opened on first use, if there is one.
@@ -356,6 +373,9 @@ impl Device for Cuda {
     }
 
     fn memset(&mut self, at: Address, byte: u8, bytes: usize) -> anyhow::Result<()> {
+        if self.planning {
+            return Ok(());
+        }
         self.bind()?;
         let at = self.allocations.range(at, bytes)?;
         // SAFETY: the range is in a live allocation, which is freed after all work (`free`).
@@ -364,6 +384,9 @@ impl Device for Cuda {
     }
 
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> anyhow::Result<()> {
+        if self.planning {
+            return Ok(());
+        }
         self.bind()?;
         let from = self.allocations.range(from, bytes)?;
         let to = self.allocations.range(to, bytes)?;
@@ -380,6 +403,9 @@ impl Device for Cuda {
     }
 
     unsafe fn launch(&mut self, launch: &Launch) -> anyhow::Result<()> {
+        if self.planning {
+            return Ok(());
+        }
         let module = launch.check()?;
         self.bind()?;
         let function = self.shared.function(module, launch.kernel.name(), launch.shared)?;
@@ -405,6 +431,9 @@ impl Device for Cuda {
 
     fn matmul(&mut self, matmul: &Matmul) -> anyhow::Result<()> {
         self.bind()?;
+        if self.planning {
+            return self.plan(matmul);
+        }
         let places = matmul.places(&mut self.allocations)?;
         let (stream, in_branch) = (self.current(), self.in_branch);
         if let Some(folder) = self.tuned.clone().filter(|_| !self.captures)
@@ -440,6 +469,9 @@ impl Device for Cuda {
     }
 
     fn all_to_all(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        if self.planning {
+            return Ok(());
+        }
         if !self.captures_exchanges() {
             return staged::all_to_all(self, from, into, piece);
         }
@@ -450,6 +482,9 @@ impl Device for Cuda {
     }
 
     fn all_gather(&mut self, from: Address, into: Address, piece: usize) -> anyhow::Result<()> {
+        if self.planning {
+            return Ok(());
+        }
         if !self.captures_exchanges() {
             return staged::all_gather(self, from, into, piece);
         }
@@ -578,6 +613,14 @@ impl Device for Cuda {
 
     fn matmul_plans(&self) -> Value {
         json!({ "gpu": self.gpu, "cublaslt": self.cublaslt.as_ref().map(CublasLt::plans) })
+    }
+
+    fn chooses_matmuls(&self) -> bool {
+        cublaslt() != Library::Missing
+    }
+
+    fn set_planning(&mut self, on: bool) {
+        self.planning = on;
     }
 
     fn pin_matmul_plans(&mut self, plans: &Value) -> Option<String> {

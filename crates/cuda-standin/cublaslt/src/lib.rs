@@ -12,7 +12,7 @@
 //! | variable | value |
 //! | --- | --- |
 //! | `CUDA_STANDIN_FAULT` | `cublasLtMatmul@3=13`: the third call of a symbol returns status 13 |
-//! | `CUDA_STANDIN_ALGORITHMS` | `all` (the default), `none`, `vectorized`: none for matrices whose columns are not 16-byte aligned, or `two`: a second one, and by the events the first takes a second longer |
+//! | `CUDA_STANDIN_ALGORITHMS` | `all` (the default), `none`, `vectorized`: none for matrices whose columns are not 16-byte aligned, `second`: another one, or `two`: both, and by the events the first takes a second longer |
 //! | `CUDA_STANDIN_CUBLASLT` | version, `130000` by default |
 #![warn(missing_docs)]
 
@@ -321,8 +321,9 @@ cublaslt! {
         let alignments = preference.alignments.map(u64::from);
         let [a, b, c, d] = alignments;
         let count = if offers_two() { requested.min(2) } else { 1 };
+        let first = u64::from(env::var("CUDA_STANDIN_ALGORITHMS").is_ok_and(|value| value == "second"));
         for number in 0..count {
-            let algorithm = [MARK, u64::from(splits), a, b, c, d, problem.digest(), number as u64];
+            let algorithm = [MARK, u64::from(splits), a, b, c, d, problem.digest(), first + number as u64];
             put(results.wrapping_add(number as usize), HeuristicResult {
                 algorithm,
                 workspace: workspace(&algorithm) as usize,
