@@ -162,7 +162,7 @@ impl LaunchPlace {
             }
             (_, None) => return Err(error::internal("a launcher without a way to its processes")),
         };
-        let ranks = mpi::MpiRanks::start(family)?;
+        let ranks = mpi::MpiRanks::start(family, deadline)?;
         let world = ranks.world().clone();
         if (world.rank, world.size) != (self.rank, self.size) {
             return Err(error::config(

@@ -5,11 +5,13 @@
 //! a rank does not come.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use std::{env, fs, ptr, thread};
 
-use super::{DEADLINE, Ranks, World, late};
+use super::{DEADLINE, GROUP_EXIT_CODE, Ranks, World, late};
 use crate::error;
 
 /// Time that a launcher has to forward an error before the run is aborted.
@@ -263,6 +265,27 @@ impl Functions {
     }
 }
 
+/// Makes a call that waits for other processes and cannot be left: after the deadline this process ends, and
+/// its launcher ends the others.
+fn within<T>(deadline: Duration, name: &str, call: impl FnOnce() -> T) -> T {
+    let (done, waits) = mpsc::channel::<()>();
+    let line = format!(
+        "laam: waited {} s in {name} for a process that did not come\n",
+        deadline.as_secs_f64()
+    );
+    thread::spawn(move || {
+        if waits.recv_timeout(deadline) == Err(RecvTimeoutError::Timeout) {
+            let _ = std::io::stderr().write_all(line.as_bytes());
+            thread::sleep(FORWARDING_TIME);
+            // SAFETY: the call ends the process, without the handlers of the library that waits.
+            unsafe { libc::_exit(GROUP_EXIT_CODE) }
+        }
+    });
+    let result = call();
+    drop(done);
+    result
+}
+
 /// A process among those that an MPI launcher started.
 pub struct MpiRanks {
     functions: Functions,
@@ -274,7 +297,10 @@ pub struct MpiRanks {
 
 impl MpiRanks {
     /// Loads a library of the launcher's family, and starts it.
-    pub fn start(family: MpiFamily) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    /// No library, or one of another launcher. A process that does not come before the deadline ends this one.
+    pub fn start(family: MpiFamily, deadline: Duration) -> anyhow::Result<Self> {
         let name = family.name();
         let open = |path: &PathBuf| LoadedLibrary::open(path, libc::RTLD_GLOBAL);
         let library = places(family).iter().find_map(open);
@@ -306,14 +332,14 @@ impl MpiRanks {
         let library = functions.version();
         let mut provided = 0;
         // SAFETY: MPI allows null for both arguments of main; `provided` outlives the call.
-        let started = unsafe {
+        let started = within(deadline, "MPI_Init", || unsafe {
             (functions.init_thread)(
                 ptr::null_mut(),
                 ptr::null_mut(),
                 constants.thread_serialized,
                 &raw mut provided,
             )
-        };
+        });
         if started != SUCCESS {
             return Err(error::group(
                 format!("{library} cannot start: error {started}"),
@@ -499,7 +525,7 @@ impl Ranks for MpiRanks {
 
     fn finish(&mut self) {
         // SAFETY: the library is started, and no call of it is under way.
-        unsafe { (self.functions.finalize)() };
+        within(self.deadline, "MPI_Finalize", || unsafe { (self.functions.finalize)() });
     }
 
     fn abort(&mut self, code: i32) -> ! {

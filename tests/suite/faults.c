@@ -1,6 +1,9 @@
 /* Preloaded into laam: the call number FAULT_AT, of those that touch the folder FAULT_UNDER, fails with
    FAULT_ERRNO; if that is 0, a write is short, and if it is -1, the process is killed. With FAULT_STICKY all
-   later calls fail as well. Each call is a line of FAULT_LOG, the failed ones with a mark. */
+   later calls fail as well. Each call is a line of FAULT_LOG, the failed ones with a mark.
+
+   In the process of rank FAULT_RANK, the clock of laam runs FAULT_CLOCK_RATE times as fast; and once the file
+   FAULT_PANIC is there, it fails once in the main thread, at which Rust's standard library panics. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -13,6 +16,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -51,6 +55,32 @@ static int fault(const char *call, int descriptor, const char *path) {
     if (error == -1)
         kill(getpid(), SIGKILL);
     return hit && error == 0 ? SHORT_WRITE : error;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *time) {
+    static int failed;
+    static struct timespec start;
+    const char *rank = getenv("FAULT_RANK"), *file = getenv("FAULT_PANIC"), *rate = getenv("FAULT_CLOCK_RATE");
+    const char *names[] = {"LAAM_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"}, *own = NULL;
+    for (int i = 0; i < 3 && !own; i++)
+        own = getenv(names[i]);
+    Dl_info caller;
+    /* MPI libraries ask for the time too. */
+    int is_hit = rank && own && !strcmp(rank, own) && dladdr(__builtin_return_address(0), &caller) &&
+                 strstr(caller.dli_fname, "/laam");
+    if (is_hit && file && !failed && getpid() == syscall(SYS_gettid) && !syscall(SYS_access, file, F_OK)) {
+        failed = 1;
+        errno = EINVAL;
+        return -1;
+    }
+    int result = syscall(SYS_clock_gettime, clock, time);
+    if (is_hit && rate && clock == CLOCK_MONOTONIC && !result) {
+        if (!start.tv_sec)
+            start = *time;
+        double past = time->tv_sec - start.tv_sec + (time->tv_nsec - start.tv_nsec) / 1e9;
+        time->tv_sec = start.tv_sec + (time_t)(past * atoi(rate));
+    }
+    return result;
 }
 
 #define CALL(type, name, parameters, descriptor, path, arguments)                                                  \

@@ -35,7 +35,7 @@ const FAULTS: [Fault; 5] = [
 ];
 
 /// `faults.c` as a library, or nothing after a line that says so.
-fn shim() -> Option<&'static Path> {
+pub fn shim() -> Option<&'static Path> {
     static SHIM: OnceLock<Option<(TempDir, PathBuf)>> = OnceLock::new();
     let shim = SHIM.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
@@ -100,7 +100,7 @@ fn run_with(output: &Path, at: usize, fault: Fault, sticky: bool) -> (Output, Ve
 }
 
 /// What must hold after a run was cut off: whole models, of which one can be resumed.
-fn assert_whole(output: &Path, what: &str) {
+pub fn assert_whole(output: &Path, what: &str) {
     let mut resumable = 0;
     for step in checkpoints(output) {
         let folder = output.join(format!("checkpoint-{step}"));

@@ -33,6 +33,7 @@ mod package;
 mod prebuilt;
 mod process;
 mod provenance;
+mod ranks;
 mod rebuild;
 mod report;
 mod run;
