@@ -1,5 +1,6 @@
 //! `laam doctor`: what this build can do on this machine.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::output::{print_json, stdout};
 use super::{Outcome, backend};
+use crate::backend::cpu::Cpu;
 use crate::collective::launcher::LaunchPlace;
 use crate::collective::mpi::{self, MpiFamily};
 use crate::corpus::cache_folder;
@@ -203,6 +205,9 @@ impl Findings {
         let (threads, online) = (self.threads, threads::online());
         let of = if threads < online { format!(" of {online}") } else { String::new() };
         writeln!(out, "  cpu     {threads}{of} threads, {}", self.features.join(", "))?;
+        for (precision, kernels) in cpu_kernels() {
+            writeln!(out, "          --precision {precision}: {kernels}")?;
+        }
         writeln!(out, "  driver  {}", or_none(self.driver.version.clone()))?;
         let library = self.driver.library.as_ref().map(|path| path.display().to_string());
         writeln!(out, "  libcuda {}", or_none(library))?;
@@ -257,6 +262,7 @@ impl Findings {
             "no_kernels_because": BUILD.cuda.err(),
             "threads": self.threads,
             "cpu_features": self.features,
+            "cpu_kernels": cpu_kernels().into_iter().collect::<BTreeMap<_, _>>(),
             "driver": self.driver.version,
             "libcuda": self.driver.library,
             "gpus": self.driver.gpus,
@@ -332,6 +338,11 @@ fn names() -> Vec<&'static str> {
 fn is_writable(folder: &Path) -> bool {
     let there = folder.ancestors().find_map(|folder| fs::metadata(folder).ok());
     there.is_some_and(|there| there.is_dir() && !there.permissions().readonly())
+}
+
+/// What runs on the processor, by precision.
+fn cpu_kernels() -> [(&'static str, String); 2] {
+    [("float32", Cpu::f32(1)), ("bfloat16", Cpu::bf16(1))].map(|(name, cpu)| (name, cpu.path()))
 }
 
 /// The instruction sets that matter to the products, as far as this processor has them.

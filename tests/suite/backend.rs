@@ -50,16 +50,19 @@ fn in_f32(threads: usize) -> [Cpu; 2] {
     [auto, Cpu { kernels: CpuKernels::Portable, ..auto }]
 }
 
-/// bf16, or `None` after a line that says so.
-fn in_bf16(threads: usize) -> Option<Cpu> {
-    let cpu = Cpu::bf16(threads);
-    if cpu.compute_dtype() == Dtype::F32 {
-        eprintln!(
-            "SKIPPED: bfloat16 on the CPU, because this processor has no bfloat16 dot products"
-        );
-        return None;
+/// bf16 with the software model of AMX tiles, and with what this processor has.
+fn in_bf16(threads: usize) -> Vec<Cpu> {
+    let auto = Cpu::bf16(threads);
+    let mut cpus = vec![Cpu { kernels: CpuKernels::AmxModel, ..auto }];
+    for (kernels, what) in [(CpuKernels::Avx512, "bfloat16 dot products"), (CpuKernels::Amx, "AMX")]
+    {
+        let cpu = Cpu { kernels, ..auto };
+        match cpu.compute_dtype() {
+            Dtype::F32 => eprintln!("SKIPPED: {what}, which this processor does not have"),
+            _ => cpus.push(cpu),
+        }
     }
-    Some(cpu)
+    cpus
 }
 
 /// All of the above.
@@ -255,15 +258,17 @@ fn check_raises_no_alarm_if_terms_cancel() {
 /// Enough rows for several partial sums of every reduction over them.
 #[test]
 fn cpu_bf16_gradients_match_f64() {
-    let Some(backend) = in_bf16(2) else { return };
-    for (heads, kv_heads, head_dim, tied) in [SHAPES[0], SHAPES[1], SHAPES[3]] {
+    for (heads, kv_heads, head_dim, tied) in [SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]] {
         let config = config(heads, kv_heads, head_dim, tied);
         let batch = batch(5, 64, config.vocab_size);
         let mixed = Reference::mixed(Dtype::Bf16);
-        let [fast, plain, exact] = [&backend as &dyn Backend, &mixed, &Reference::F64]
+        let [plain, exact] = [&mixed as &dyn Backend, &Reference::F64]
             .map(|backend| train_once(backend, &config, &batch));
-        let what = format!("head_dim {head_dim}");
-        assert_gradients(&what, &config, [&fast, &plain, &exact], 0.0);
+        for backend in in_bf16(2) {
+            let fast = train_once(&backend, &config, &batch);
+            let what = format!("head_dim {head_dim}, {backend:?}");
+            assert_gradients(&what, &config, [&fast, &plain, &exact], 0.0);
+        }
     }
 }
 
@@ -316,25 +321,45 @@ fn attention_with_large_scores_matches_f64() {
 /// The losses' error from mixed precision is at most twice that of plain loops that round at the same points.
 #[test]
 fn twenty_bf16_steps_match_f64() {
-    let Some(backend) = in_bf16(2) else { return };
     for head_dim in [8, 2, 64] {
+        // Tiles compute heads of 2 as they do those of 8: in f32.
+        let tiles = |cpu: &Cpu| matches!(cpu.kernels, CpuKernels::Amx | CpuKernels::AmxModel);
+        let backends: Vec<Cpu> =
+            in_bf16(2).into_iter().filter(|cpu| head_dim != 2 || !tiles(cpu)).collect();
+        if backends.is_empty() {
+            continue;
+        }
         let config = gpu::config(head_dim);
         let run = |backend: &dyn Backend| gpu::train(backend, &config, false, gpu::STEPS);
         let exact = run(&Reference::F64);
         let plain = run(&Reference::mixed(Dtype::Bf16));
-        let got = run(&backend);
-        for (what, got, plain, exact) in
-            [("loss", &got.0, &plain.0, &exact.0), ("norm", &got.1, &plain.1, &exact.1)]
-        {
-            let (error, bound) = (gpu::apart(got, exact), 2.0 * gpu::apart(plain, exact) + 1e-5);
-            eprintln!("heads of {head_dim}, {what}: {error:.2e} of {bound:.2e}");
-            assert!(error <= bound, "heads of {head_dim}, {what}: {error} > {bound}");
-            // It does round: f32 stays a hundred times closer.
-            assert!(
-                error >= 1e-6,
-                "heads of {head_dim}, {what}: {error} is too small for bfloat16"
-            );
+        for backend in backends {
+            let got = run(&backend);
+            for (what, got, plain, exact) in
+                [("loss", &got.0, &plain.0, &exact.0), ("norm", &got.1, &plain.1, &exact.1)]
+            {
+                let (error, bound) =
+                    (gpu::apart(got, exact), 2.0 * gpu::apart(plain, exact) + 1e-5);
+                let what = format!("heads of {head_dim}, {:?}, {what}", backend.kernels);
+                eprintln!("{what}: {error:.2e} of {bound:.2e}");
+                assert!(error <= bound, "{what}: {error} > {bound}");
+                // It does round: f32 stays a hundred times closer.
+                assert!(error >= 1e-6, "{what}: {error} is too small for bfloat16");
+            }
         }
+    }
+}
+
+#[test]
+fn kernels_that_the_processor_lacks_are_an_error() {
+    let layout = Layout::new(&config(6, 2, 6, false));
+    for kernels in [CpuKernels::Avx512, CpuKernels::Amx] {
+        let cpu = Cpu { kernels, ..Cpu::bf16(1) };
+        let opened = cpu.open(&layout, SessionSpec::default());
+        assert_eq!(opened.is_ok(), cpu.compute_dtype() == Dtype::Bf16, "{kernels:?}");
+        let Err(why) = opened else { continue };
+        assert!(why.to_string().starts_with("this processor has no A"), "{why}");
+        assert!(laam::error::hint_of(&why).is_some_and(|hint| hint.contains("`cpu_kernels`")));
     }
 }
 

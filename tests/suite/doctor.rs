@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use laam::backend::cpu::Cpu;
+
 use crate::support::laam;
 
 fn report() -> serde_json::Value {
@@ -22,6 +24,9 @@ fn the_build_is_told_as_it_was() {
     assert_eq!(names.is_empty(), report["nvcc_version"].is_null());
     assert_eq!(names.is_empty(), report["no_kernels_because"].is_string());
     assert!(report["threads"].as_u64().is_some_and(|threads| threads > 0));
+    for (precision, cpu) in [("float32", Cpu::f32(1)), ("bfloat16", Cpu::bf16(1))] {
+        assert_eq!(report["cpu_kernels"][precision], cpu.path());
+    }
 }
 
 #[test]

@@ -5,14 +5,14 @@
 //! give each row's log-sum-exp (online softmax). A second pass uses the same exponentials for both gradients:
 //! with a row's factor `f = exp(max of segment - lse) * scale`, softmax is `f * exponential`, so the factors
 //! go onto dx's rows afterwards and onto a copy of x beforehand, and no exponential is touched again. The
-//! target's term of the gradient (minus one) is added at the end. Three matmuls and one buffer of
+//! target's term of the gradient (minus one; in bfloat16 p minus one) is added at the end. Three matmuls and one buffer of
 //! exponentials; only a block's logits ever exist.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::memory::{BufferBlock, Memory};
-use super::matmul::{MatmulThreads, MatrixView, matmul};
+use super::matmul::{Gemm, MatmulThreads, MatrixView};
 use super::simd::exp;
 use crate::llama::ops::FusedLinearCrossEntropy;
 use crate::tokens::IGNORE;
@@ -29,6 +29,13 @@ struct SegmentSoftmax {
     /// Sum of exp(logit - max).
     sum: f32,
     argmax: u32,
+}
+
+/// One row's softmax over the vocabulary.
+struct RowSoftmax {
+    max: f32,
+    /// Sum of exp(logit - max).
+    sum: f32,
 }
 
 /// Rows of a block.
@@ -57,6 +64,7 @@ pub(super) fn operands<'a>(
 
 pub(super) fn run(
     arch: Arch,
+    gemm: Gemm,
     o: &FusedLinearCrossEntropy,
     memory: &mut Memory<f32>,
     scale: f32,
@@ -83,7 +91,13 @@ pub(super) fn run(
             .map(|(segment, (logits, w))| {
                 let width = w.len() / hidden;
                 let w = MatrixView::new(w, width, hidden).transposed();
-                matmul(logits, false, MatrixView::new(x, block, hidden), w, MatmulThreads::One);
+                gemm.matmul(
+                    logits,
+                    false,
+                    MatrixView::new(x, block, hidden),
+                    w,
+                    MatmulThreads::One,
+                );
                 let first = segment * SEGMENT_TOKENS;
                 let target_logit = |(row, &target): (usize, &u32)| {
                     let at = (target as usize).wrapping_sub(first);
@@ -94,7 +108,7 @@ pub(super) fn run(
             })
             .collect();
 
-        let lse: Vec<f32> = (0..block)
+        let normalizers: Vec<RowSoftmax> = (0..block)
             .map(|row| {
                 let softmax = || segments.iter().map(|(softmax, _)| softmax[row]);
                 // The first of equal maxima.
@@ -103,28 +117,59 @@ pub(super) fn run(
                 argmax[from + row] = best.argmax;
                 let sum: f32 =
                     softmax().map(|segment| (segment.max - best.max).exp() * segment.sum).sum();
-                best.max + sum.ln()
+                RowSoftmax { max: best.max, sum }
             })
             .collect();
+        let lse: Vec<f32> = normalizers.iter().map(|row| row.max + row.sum.ln()).collect();
         for (row, nll) in nll[from..to].iter_mut().enumerate() {
             let segment = targets[row] as usize / SEGMENT_TOKENS;
             *nll = if targets[row] == IGNORE { 0.0 } else { lse[row] - segments[segment].1[row] };
         }
 
         if let Some(dx) = &mut dx {
+            let mut target_gradients = vec![-scale; block];
+            if let Gemm::Bf16(_) = gemm {
+                // The difference p - 1 must survive the rounding of p: it is computed here, and p left out of
+                // the matmuls.
+                for (row, &target) in targets.iter().enumerate().filter(|row| *row.1 != IGNORE) {
+                    let (segment, at) =
+                        (target as usize / SEGMENT_TOKENS, target as usize % SEGMENT_TOKENS);
+                    let width = SEGMENT_TOKENS.min(vocab - segment * SEGMENT_TOKENS);
+                    logits[segment * SEGMENT_TOKENS * block + row * width + at] = 0.0;
+                    let RowSoftmax { max, sum } = normalizers[row];
+                    let logit = segments[segment].1[row];
+                    let log_p = f64::from(logit) - f64::from(max) - f64::from(sum).ln();
+                    target_gradients[row] = (log_p.exp_m1() * f64::from(scale)) as f32;
+                }
+            }
             let dw = &mut memory.gradients[o.w.range()];
             let dx = &mut dx[from * hidden..to * hidden];
-            gradient(logits, x, w, targets, &segments, &lse, scale, hidden, dx, dw);
+            gradient(
+                gemm,
+                logits,
+                x,
+                w,
+                targets,
+                &target_gradients,
+                &segments,
+                &lse,
+                scale,
+                hidden,
+                dx,
+                dw,
+            );
         }
     }
     memory.indices.get([o.argmax])[0].copy_from_slice(&argmax);
 }
 
 fn gradient(
+    gemm: Gemm,
     exponentials: &[f32],
     x: &[f32],
     w: &[f32],
     targets: &[u32],
+    target_gradients: &[f32],
     segments: &[(Vec<SegmentSoftmax>, Vec<f32>)],
     lse: &[f32],
     scale: f32,
@@ -148,7 +193,7 @@ fn gradient(
             let mut scaled = x.to_vec();
             scale_rows(&mut scaled, &factor, hidden);
             let e = MatrixView::new(exponentials, block, width);
-            matmul(
+            gemm.matmul(
                 dw,
                 true,
                 e.transposed(),
@@ -156,7 +201,8 @@ fn gradient(
                 MatmulThreads::One,
             );
             let mut partial = scaled;
-            matmul(&mut partial, false, e, MatrixView::new(w, width, hidden), MatmulThreads::One);
+            let w = MatrixView::new(w, width, hidden);
+            gemm.matmul(&mut partial, false, e, w, MatmulThreads::One);
             scale_rows(&mut partial, &factor, hidden);
             partial
         })
@@ -167,12 +213,13 @@ fn gradient(
             *sum += part;
         }
     }
-    for ((&target, x), dx) in targets.iter().zip(x.chunks(hidden)).zip(dx.chunks_mut(hidden)) {
+    let rows = targets.iter().zip(target_gradients);
+    for (((&target, &gradient), x), dx) in rows.zip(x.chunks(hidden)).zip(dx.chunks_mut(hidden)) {
         if target != IGNORE {
             let at = target as usize * hidden..(target as usize + 1) * hidden;
             for ((x, dx), (w, dw)) in x.iter().zip(dx).zip(w[at.clone()].iter().zip(&mut dw[at])) {
-                *dx -= scale * w;
-                *dw -= scale * x;
+                *dx += gradient * w;
+                *dw += gradient * x;
             }
         }
     }

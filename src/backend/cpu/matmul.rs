@@ -1,21 +1,23 @@
-//! Matmuls, by the `gemm-f32` crate.
+//! Matmuls in f32, by the `gemm-f32` crate, and the choice between them and those in bfloat16.
 
 use gemm_common::Parallelism;
 use gemm_f32::gemm::f32::get_gemm_fn;
 use pulp::Arch;
 
 use super::super::memory::Memory;
+use super::amx::{self, TileUnit};
 use super::small_m_gemm::{MAX_SMALL_M, small_m_gemm};
+use crate::llama::Op;
 use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
 
 /// A matrix in a slice, by strides, so that a transpose is a view.
 #[derive(Clone, Copy)]
 pub(super) struct MatrixView<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub data: &'a [f32],
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: usize,
+    pub col_stride: usize,
 }
 
 impl<'a> MatrixView<'a> {
@@ -43,6 +45,49 @@ pub(super) enum MatmulThreads {
     All,
 }
 
+/// What computes the matmuls of the model.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Gemm {
+    F32,
+    /// Operands rounded to bfloat16.
+    Bf16(TileUnit),
+}
+
+impl Gemm {
+    /// `out = a b`, or `out += a b`; out is `[a.rows, b.cols]`, row-major.
+    pub fn matmul(
+        self,
+        out: &mut [f32],
+        accumulate: bool,
+        a: MatrixView,
+        b: MatrixView,
+        threads: MatmulThreads,
+    ) {
+        match self {
+            Self::F32 => matmul(out, accumulate, a, b, threads),
+            Self::Bf16(unit) => amx::matmul(unit, out, accumulate, a, b, threads),
+        }
+    }
+
+    /// Bytes that the linear layers' matmuls need besides the program's buffers, apart from each thread's
+    /// cache-sized scratch.
+    pub fn workspace(self, op: &Op) -> usize {
+        let (inner, columns) = match op {
+            _ if matches!(self, Self::F32) => return 0,
+            Op::Linear(o) => (o.w.cols, o.w.rows),
+            Op::LinearBackwardInput(o) => (o.w.rows, o.w.cols),
+            Op::LinearBackwardWeight(o) => (o.rows, o.w.cols),
+            _ => return 0,
+        };
+        amx::packed_bytes(inner, columns)
+    }
+}
+
+/// Below this many multiplications waking another thread costs more than it saves.
+pub(super) fn is_large(a: MatrixView, columns: usize) -> bool {
+    a.rows * a.cols * columns > 1 << 20
+}
+
 /// `out = a b`, or `out += a b`; out is `[a.rows, b.cols]`, row-major.
 pub(super) fn matmul(
     out: &mut [f32],
@@ -53,9 +98,7 @@ pub(super) fn matmul(
 ) {
     assert_eq!(a.cols, b.rows);
     assert_eq!(out.len(), a.rows * b.cols);
-    // Below this many multiplications waking another thread costs more than it saves.
-    let large = a.rows * a.cols * b.cols > 1 << 20;
-    let parallelism = if threads == MatmulThreads::All && large {
+    let parallelism = if threads == MatmulThreads::All && is_large(a, b.cols) {
         Parallelism::Rayon(0)
     } else {
         Parallelism::None
@@ -90,24 +133,34 @@ pub(super) fn matmul(
     }
 }
 
-pub(super) fn linear(arch: Arch, o: &Linear, memory: &mut Memory<f32>) {
+pub(super) fn linear(arch: Arch, gemm: Gemm, o: &Linear, memory: &mut Memory<f32>) {
     let [x, y] = memory.floats.get([o.x, o.y]);
     if o.rows <= MAX_SMALL_M {
         return small_m_gemm(arch, y, x, &memory.parameters[o.w.range()], o.rows, o.w.cols);
     }
     let w = MatrixView::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
-    matmul(y, false, MatrixView::new(x, o.rows, o.w.cols), w.transposed(), MatmulThreads::All);
+    gemm.matmul(y, false, MatrixView::new(x, o.rows, o.w.cols), w.transposed(), MatmulThreads::All);
 }
 
-pub(super) fn linear_backward_input(o: &LinearBackwardInput, memory: &mut Memory<f32>) {
+pub(super) fn linear_backward_input(gemm: Gemm, o: &LinearBackwardInput, memory: &mut Memory<f32>) {
     let [dy, dx] = memory.floats.get([o.dy, o.dx]);
     let w = MatrixView::new(&memory.parameters[o.w.range()], o.w.rows, o.w.cols);
-    matmul(dx, false, MatrixView::new(dy, o.rows, o.w.rows), w, MatmulThreads::All);
+    gemm.matmul(dx, false, MatrixView::new(dy, o.rows, o.w.rows), w, MatmulThreads::All);
 }
 
-pub(super) fn linear_backward_weight(o: &LinearBackwardWeight, memory: &mut Memory<f32>) {
+pub(super) fn linear_backward_weight(
+    gemm: Gemm,
+    o: &LinearBackwardWeight,
+    memory: &mut Memory<f32>,
+) {
     let [dy, x] = memory.floats.get([o.dy, o.x]);
     let dw = &mut memory.gradients[o.w.range()];
     let dy = MatrixView::new(dy, o.rows, o.w.rows);
-    matmul(dw, true, dy.transposed(), MatrixView::new(x, o.rows, o.w.cols), MatmulThreads::All);
+    gemm.matmul(
+        dw,
+        true,
+        dy.transposed(),
+        MatrixView::new(x, o.rows, o.w.cols),
+        MatmulThreads::All,
+    );
 }

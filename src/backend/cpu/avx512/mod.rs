@@ -53,6 +53,8 @@ mod matmul;
 mod small_m_gemm;
 mod vec;
 
+use std::arch::x86_64::__cpuid;
+
 use super::super::memory::Memory;
 use super::small_m_gemm::MAX_SMALL_M;
 use crate::llama::Op;
@@ -70,6 +72,14 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512bf16");
         detected.then_some(Self(()))
+    }
+
+    /// True if `vdpbf16ps` is faster than f32 multiply-adds: on AMD processors (Zen 4 and later), where it issues once
+    /// per cycle. On Intel's it is no faster, and packing comes on top.
+    pub fn has_fast_bf16(self) -> bool {
+        let vendor = __cpuid(0);
+        let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"AuthenticAMD"
     }
 
     /// The proof, or `None` after a line that says so.
