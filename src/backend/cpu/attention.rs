@@ -16,7 +16,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::memory::Memory;
-use super::simd::{exp, padded};
+use super::simd::{AlignedFloats, exp, padded};
 use crate::llama::ops::{Attention, AttentionBackward, AttentionDecode, AttentionShape};
 
 /// The operands of one task.
@@ -150,8 +150,8 @@ pub(super) fn transpose(rows: &[f32], d: usize, stride: usize, out: &mut [f32]) 
     }
 }
 
-fn transposed(rows: &[f32], d: usize, stride: usize) -> Vec<f32> {
-    let mut out = vec![0.0; d * stride];
+fn transposed(rows: &[f32], d: usize, stride: usize) -> AlignedFloats {
+    let mut out = AlignedFloats::zeroed(d * stride);
     transpose(rows, d, stride, &mut out);
     out
 }
@@ -206,8 +206,14 @@ fn causal(first_key: &[u32]) -> impl Fn(usize) -> Range<usize> {
     move |position| (first_key[position] as usize).min(position + 1)..position + 1
 }
 
+/// Floats from one component of transposed keys to the next: an odd number of cache lines, so that the
+/// components of a key lie in different sets of the cache.
+fn stride(seq_len: usize) -> usize {
+    padded(seq_len) | 16
+}
+
 pub(super) fn forward(arch: Arch, o: &Attention, memory: &mut Memory<f32>) {
-    let (d, stride) = (o.shape.head_dim, padded(o.shape.seq_len));
+    let (d, stride) = (o.shape.head_dim, stride(o.shape.seq_len));
     for_each_kv_head(o, memory, |head, out, lse| {
         arch.dispatch(AttentionForwardKernel {
             q: head.q,
@@ -267,9 +273,9 @@ pub(super) fn decode(arch: Arch, o: &AttentionDecode, memory: &mut Memory<f32>) 
 }
 
 pub(super) fn backward(arch: Arch, o: &AttentionBackward, memory: &mut Memory<f32>) {
-    let (d, stride) = (o.shape.head_dim, padded(o.shape.seq_len));
+    let (d, stride) = (o.shape.head_dim, stride(o.shape.seq_len));
     for_each_kv_head_backward(o, memory, |head, inputs, dq, dk, dv| {
-        let (mut dkeys, mut dvalues) = (vec![0.0; d * stride], vec![0.0; d * stride]);
+        let [mut dkeys, mut dvalues] = [(); 2].map(|()| AlignedFloats::zeroed(d * stride));
         arch.dispatch(AttentionBackwardKernel {
             q: head.q,
             inputs,
@@ -308,7 +314,7 @@ impl WithSimd for AttentionForwardKernel<'_> {
         let tile = QueryTile::<S>::new(d, stride);
         let (keys, _) = S::as_simd_f32s(keys);
         let (values, _) = S::as_simd_f32s(values);
-        let mut p = vec![0.0; TILE_ROWS * stride];
+        let mut p = AlignedFloats::zeroed(TILE_ROWS * stride);
         let mut scaled = vec![0.0; TILE_ROWS * d];
         let mut sums = vec![0.0; TILE_ROWS * d];
         for (first, rows) in rows.chunks(TILE_ROWS).enumerate() {
@@ -356,7 +362,7 @@ impl WithSimd for AttentionBackwardKernel<'_> {
         let (values, _) = S::as_simd_f32s(values);
         let (dkeys, _) = S::as_mut_simd_f32s(dkeys);
         let (dvalues, _) = S::as_mut_simd_f32s(dvalues);
-        let (mut p, mut ds) = (vec![0.0; TILE_ROWS * stride], vec![0.0; TILE_ROWS * stride]);
+        let [mut p, mut ds] = [(); 2].map(|()| AlignedFloats::zeroed(TILE_ROWS * stride));
         let (mut scaled, mut plain) = (vec![0.0; TILE_ROWS * d], vec![0.0; TILE_ROWS * d]);
         let mut sums = vec![0.0; TILE_ROWS * d];
         for rows in rows.chunks(TILE_ROWS) {
@@ -432,19 +438,42 @@ impl<S: Simd> QueryTile<S> {
     /// `out[r][j] = sum over c of q[r][c] * keys[c][j]`
     #[inline(always)]
     fn scores(&self, s: S, q: &[f32], keys: &[S::f32s], chunks: Range<usize>, out: &mut [f32]) {
+        let mut chunk = chunks.start;
+        while chunk + 2 <= chunks.end {
+            self.some_scores::<2>(s, q, keys, chunk, out);
+            chunk += 2;
+        }
+        if chunk < chunks.end {
+            self.some_scores::<1>(s, q, keys, chunk, out);
+        }
+    }
+
+    /// The chunks `chunk..chunk + N` of [`Self::scores`].
+    #[inline(always)]
+    fn some_scores<const N: usize>(
+        &self,
+        s: S,
+        q: &[f32],
+        keys: &[S::f32s],
+        chunk: usize,
+        out: &mut [f32],
+    ) {
         let (out, _) = S::as_mut_simd_f32s(out);
         let [q0, q1, q2, q3] = std::array::from_fn(|r| &q[r * self.d..(r + 1) * self.d]);
-        for chunk in chunks {
-            let mut sums = [s.splat_f32s(0.0); TILE_ROWS];
-            let components = keys[chunk..].iter().step_by(self.vectors);
-            for ((((&key, &q0), &q1), &q2), &q3) in components.zip(q0).zip(q1).zip(q2).zip(q3) {
-                sums[0] = s.mul_add_f32s(s.splat_f32s(q0), key, sums[0]);
-                sums[1] = s.mul_add_f32s(s.splat_f32s(q1), key, sums[1]);
-                sums[2] = s.mul_add_f32s(s.splat_f32s(q2), key, sums[2]);
-                sums[3] = s.mul_add_f32s(s.splat_f32s(q3), key, sums[3]);
+        let mut sums = [[s.splat_f32s(0.0); N]; TILE_ROWS];
+        let components = keys[chunk..].chunks(self.vectors);
+        for ((((keys, &q0), &q1), &q2), &q3) in components.zip(q0).zip(q1).zip(q2).zip(q3) {
+            let keys = &keys[..N];
+            for (sums, q) in sums.iter_mut().zip([q0, q1, q2, q3]) {
+                let q = s.splat_f32s(q);
+                for n in 0..N {
+                    sums[n] = s.mul_add_f32s(q, keys[n], sums[n]);
+                }
             }
-            for (r, sum) in sums.into_iter().enumerate() {
-                out[r * self.vectors + chunk] = sum;
+        }
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (n, sum) in sums.into_iter().enumerate() {
+                out[r * self.vectors + chunk + n] = sum;
             }
         }
     }
@@ -498,12 +527,14 @@ impl<S: Simd> QueryTile<S> {
         out: &mut [f32],
     ) {
         let mut c = 0;
-        while c + 4 <= self.d {
+        // Sums and a vector of each operand in registers.
+        while S::REGISTER_COUNT > 16 && c + 4 <= self.d {
             self.some_weighted_sums::<4>(s, p, values, chunks.clone(), c, out);
             c += 4;
         }
-        if c < self.d {
-            self.some_weighted_sums::<2>(s, p, values, chunks, c, out);
+        while c < self.d {
+            self.some_weighted_sums::<2>(s, p, values, chunks.clone(), c, out);
+            c += 2;
         }
     }
 
@@ -538,19 +569,23 @@ impl<S: Simd> QueryTile<S> {
         }
     }
 
-    /// `out[c][j] += sum over r of p[r][j] * q[r][c]`
+    /// `out[c][j] += sum over r of p[r][j] * q[r][c]`; d is even.
     #[inline(always)]
     fn update(&self, s: S, p: &[f32], q: &[f32], chunks: Range<usize>, out: &mut [S::f32s]) {
         let (p, _) = S::as_simd_f32s(p);
         let [p0, p1, p2, p3] = std::array::from_fn(|r| &p[r * self.vectors..][chunks.clone()]);
-        for c in 0..self.d {
-            let [q0, q1, q2, q3] = std::array::from_fn(|r| s.splat_f32s(q[r * self.d + c]));
-            let out = &mut out[c * self.vectors..][chunks.clone()];
-            for ((((out, &p0), &p1), &p2), &p3) in out.iter_mut().zip(p0).zip(p1).zip(p2).zip(p3) {
-                let sum = s.mul_add_f32s(p0, q0, *out);
-                let sum = s.mul_add_f32s(p1, q1, sum);
-                let sum = s.mul_add_f32s(p2, q2, sum);
-                *out = s.mul_add_f32s(p3, q3, sum);
+        for (pair, out) in out.chunks_mut(2 * self.vectors).enumerate() {
+            let q: [_; TILE_ROWS] =
+                std::array::from_fn(|r| [0, 1].map(|c| s.splat_f32s(q[r * self.d + 2 * pair + c])));
+            let (first, second) = out.split_at_mut(self.vectors);
+            let outs = first[chunks.clone()].iter_mut().zip(&mut second[chunks.clone()]);
+            for (((((first, second), &p0), &p1), &p2), &p3) in outs.zip(p0).zip(p1).zip(p2).zip(p3)
+            {
+                let mut sums = [*first, *second];
+                for (r, p) in [p0, p1, p2, p3].into_iter().enumerate() {
+                    sums = [0, 1].map(|c| s.mul_add_f32s(p, q[r][c], sums[c]));
+                }
+                [*first, *second] = sums;
             }
         }
     }

@@ -3,6 +3,8 @@
 //! Keep SIMD code out of closures: a closure is compiled without the target features, and calls there cost
 //! twenty times the work.
 
+use std::ops::{Deref, DerefMut};
+
 use pulp::{Arch, Simd};
 
 /// The name of this processor's SIMD extension.
@@ -25,6 +27,36 @@ pub(super) fn name() -> &'static str {
 /// `n` floats rounded up to whole vectors of any processor.
 pub(super) fn padded(n: usize) -> usize {
     n.next_multiple_of(16)
+}
+
+/// Floats that begin at a cache line: no vector of them lies in two.
+pub(super) struct AlignedFloats {
+    lines: Vec<CacheLine>,
+}
+
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct CacheLine([f32; 16]);
+
+impl AlignedFloats {
+    /// Zeros, of which there are whole cache lines.
+    pub fn zeroed(n: usize) -> Self {
+        Self { lines: vec![bytemuck::Zeroable::zeroed(); n.div_ceil(16)] }
+    }
+}
+
+impl Deref for AlignedFloats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.lines)
+    }
+}
+
+impl DerefMut for AlignedFloats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
 }
 
 /// e^x to within 2 units in the last place for x from -87 to 88; 0 below -87.7, and e^88 above 88.
