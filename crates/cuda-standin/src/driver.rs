@@ -563,17 +563,16 @@ driver! {
         state.execs.insert(handle, Exec::new(nodes));
         put(exec, handle)
     };
+    /// Measured: not to a stream that captures, in any mode.
     Context fn cuGraphUpload(exec: usize, stream: usize) |state| {
+        state.forbid_in_capture_of(stream)?;
         state.forbid_in_capture()?;
         let known = state.execs.contains_key(&exec) && state.streams.contains_key(&stream);
         if known { Ok(()) } else { Err(Code::INVALID_VALUE) }
     };
     /// Measured: not into a capture.
     Context fn cuGraphLaunch(exec: usize, stream: usize) |state| {
-        if state.streams.get(&stream).is_some_and(|stream| stream.capture.is_some()) {
-            state.invalidate_capture(stream)?;
-            return Err(Code::STREAM_CAPTURE_UNSUPPORTED);
-        }
+        state.forbid_in_capture_of(stream)?;
         let ops = state.execs.get_mut(&exec).ok_or(Code::INVALID_VALUE)?.launch();
         ops.into_iter().try_for_each(|op| state.submit(stream, op))
     };
@@ -598,6 +597,7 @@ driver! {
     };
     /// In a capture, the event stands for the nodes that work after it depends on.
     Context fn cuEventRecord(event: usize, stream: usize) |state| {
+        state.check_capture(stream)?;
         let captured = state.streams.get(&stream).ok_or(Code::INVALID_HANDLE)?.capture.clone();
         let each = state.events.get_mut(&event).ok_or(Code::INVALID_HANDLE)?;
         each.recordings += 1;
@@ -620,10 +620,7 @@ driver! {
     /// An event that was not recorded is complete. Measured: it invalidates a capture, whatever the event.
     Context fn cuEventSynchronize(event: usize) |state| {
         let forbidden = state.forbid_in_capture();
-        let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
-        if each.captured.is_some() {
-            return Err(Code::CAPTURED_EVENT);
-        }
+        state.refuse_captured(event)?;
         forbidden?;
         let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         match each.pending {
@@ -649,10 +646,9 @@ pub extern "C" fn cuEventQuery(event: usize) -> u32 {
         state.count("cuEventQuery")?;
         state.current()?;
         let forbidden = state.forbid_in_capture();
-        let each = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
-        match each {
-            Event { captured: Some(_), .. } => Err(Code::CAPTURED_EVENT),
-            _ if forbidden.is_err() => forbidden,
+        state.refuse_captured(event)?;
+        forbidden?;
+        match state.events.get(&event).ok_or(Code::INVALID_HANDLE)? {
             Event { pending: Some(_), at: None, .. } => Err(Code::NOT_READY),
             _ => Ok(()),
         }
@@ -661,15 +657,17 @@ pub extern "C" fn cuEventQuery(event: usize) -> u32 {
 }
 
 /// "If either event has not been recorded, or was created without timing, CUDA_ERROR_INVALID_HANDLE;
-/// if it has not completed, CUDA_ERROR_NOT_READY."
-fn elapsed(state: &State, milliseconds: *mut f32, start: usize, end: usize) -> Outcome {
+/// if it has not completed, CUDA_ERROR_NOT_READY." Measured: the first of these for a null pointer too.
+fn elapsed(state: &mut State, milliseconds: *mut f32, start: usize, end: usize) -> Outcome {
+    state.refuse_captured(start)?;
+    state.refuse_captured(end)?;
+    if milliseconds.is_null() {
+        return Err(Code::INVALID_HANDLE);
+    }
     let at = |event: usize| {
         let event = state.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         if !event.timed || event.pending.is_none() {
             return Err(Code::INVALID_HANDLE);
-        }
-        if event.captured.is_some() {
-            return Err(Code::CAPTURED_EVENT);
         }
         event.at.ok_or(Code::NOT_READY)
     };

@@ -243,7 +243,7 @@ fn captures_refuse_what_cannot_be_captured() {
 fn streams_join_a_capture_and_must_be_joined_to_its_origin() {
     let gpu = Gpu::new();
     let (main, at) = (gpu.stream, gpu.alloc(4));
-    let [mut side, mut other] = [0; 2];
+    let ([mut side, mut other], context, mut milliseconds) = ([0; 2], gpu.context, 0f32);
     let [mut fork, mut join, mut outside, mut graph, mut exec] = [0; 5];
     for stream in [&mut side, &mut other] {
         assert_eq!(cuStreamCreate(stream, 1), OK);
@@ -286,7 +286,21 @@ fn streams_join_a_capture_and_must_be_joined_to_its_origin() {
         assert_eq!(cuGraphLaunch(exec, main), OK);
         assert_eq!(gpu.download(at, 4), Ok(vec![read, 1, 3, read]));
     }
-    assert_eq!(cuStreamWaitEvent(side, join, 0), Code::CAPTURED_EVENT.0, "its capture has ended");
+    assert_eq!(cuStreamWaitEvent(side, join, 0), Code::INVALID_VALUE.0, "its capture has ended");
+    assert_eq!(cuEventQuery(join), Code::INVALID_VALUE.0);
+    assert_eq!(cuEventElapsedTime(&raw mut milliseconds, join, join), Code::INVALID_VALUE.0);
+    begin();
+    assert_eq!(cuStreamWaitEvent(main, join, 0), Code::INVALID_VALUE.0);
+    let refused = (cuEventRecord(fork, main), cuStreamWaitEvent(main, outside, 0));
+    assert_eq!(refused, (Code::STREAM_CAPTURE_INVALIDATED.0, Code::STREAM_CAPTURE_INVALIDATED.0));
+    let ended_elsewhere =
+        std::thread::spawn(move || (cuCtxSetCurrent(context), cuStreamEndCapture(main, &mut 0)));
+    assert_eq!(ended_elsewhere.join().unwrap(), (OK, Code::STREAM_CAPTURE_INVALIDATED.0));
+    assert_eq!(ended(main, &mut graph), Code::ILLEGAL_STATE.0);
+    // Relaxed: the thread may make any call, but the stream cannot capture this one.
+    assert_eq!(cuStreamBeginCapture_v2(main, 2), OK);
+    assert_eq!(cuGraphUpload(exec, main), Code::STREAM_CAPTURE_UNSUPPORTED.0);
+    assert_eq!(ended(main, &mut graph), Code::STREAM_CAPTURE_INVALIDATED.0);
 
     branch();
     assert_eq!(ended(main, &mut graph), Code::STREAM_CAPTURE_UNJOINED.0);

@@ -372,6 +372,39 @@ impl State {
         Ok(())
     }
 
+    /// `CUDA_ERROR_STREAM_CAPTURE_INVALIDATED` if a stream is in a capture that is invalid.
+    pub fn check_capture(&self, stream: usize) -> Outcome {
+        let each = self.streams.get(&stream).ok_or(Code::INVALID_HANDLE)?;
+        let capture = each.capture.as_ref().and_then(|each| self.captures.get(&each.capture));
+        match capture {
+            Some(capture) if capture.invalid => Err(Code::STREAM_CAPTURE_INVALIDATED),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a call that a stream cannot capture, which invalidates its capture.
+    pub fn forbid_in_capture_of(&mut self, stream: usize) -> Outcome {
+        if self.streams.get(&stream).is_some_and(|stream| stream.capture.is_some()) {
+            self.invalidate_capture(stream)?;
+            return Err(Code::STREAM_CAPTURE_UNSUPPORTED);
+        }
+        Ok(())
+    }
+
+    /// Refuses an event that was last recorded in a capture. Measured: that invalidates the capture, in any
+    /// mode; once the capture has ended, the event is an invalid value until it is recorded again.
+    pub fn refuse_captured(&mut self, event: usize) -> Outcome {
+        let event = self.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
+        let Some(recorded) = &event.captured else { return Ok(()) };
+        match self.captures.get_mut(&recorded.capture) {
+            Some(capture) => {
+                capture.invalid = true;
+                Err(Code::CAPTURED_EVENT)
+            }
+            None => Err(Code::INVALID_VALUE),
+        }
+    }
+
     pub fn new_stream(&mut self) -> usize {
         let handle = self.handle();
         let stream = Stream { queue: VecDeque::new(), queued_bytes: 0, capture: None };
@@ -404,7 +437,8 @@ impl State {
             capture.invalid = true;
             return Err(Code::STREAM_CAPTURE_UNMATCHED);
         }
-        if capture.thread != thread::current().id() && !capture.relaxed {
+        // Measured: any thread may end a capture that is invalid.
+        if capture.thread != thread::current().id() && !capture.relaxed && !capture.invalid {
             return Err(Code::STREAM_CAPTURE_WRONG_THREAD);
         }
         for each in self.streams.values_mut() {
@@ -430,8 +464,10 @@ impl State {
     /// Makes what follows on a stream wait for an event. If the event was recorded in a capture, the stream
     /// joins it: programming guide, "Cross-stream Dependencies and Events". A dependency of captured work on
     /// work outside is `CUDA_ERROR_STREAM_CAPTURE_ISOLATION`, one between two captures
-    /// `CUDA_ERROR_STREAM_CAPTURE_MERGE`: both invalidate the captures.
+    /// `CUDA_ERROR_STREAM_CAPTURE_MERGE`: both invalidate the captures. Measured: so does an event of a capture
+    /// that has ended, which is an invalid value.
     pub fn wait_event(&mut self, stream: usize, event: usize) -> Outcome {
+        self.check_capture(stream)?;
         let event = self.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         let (recorded, pending) = (event.captured.clone(), event.pending);
         let each = self.streams.get_mut(&stream).ok_or(Code::INVALID_HANDLE)?;
@@ -440,8 +476,8 @@ impl State {
             (_, None) if pending.is_none() => return Ok(()),
             // Work may be executed at any time: before this call returns.
             (None, None) => return pending.map_or(Ok(()), |(stream, _)| self.drain(stream)),
-            (_, Some(recorded)) if !self.captures.contains_key(&recorded.capture) => {
-                return Err(Code::CAPTURED_EVENT);
+            (here, Some(recorded)) if !self.captures.contains_key(&recorded.capture) => {
+                (Code::INVALID_VALUE, here.iter().map(|here| here.capture).collect())
             }
             (capture @ None, Some(recorded)) => {
                 *capture = Some(recorded);

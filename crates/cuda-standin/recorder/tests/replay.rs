@@ -303,8 +303,8 @@ fn is_free(name: &str, raw: &[usize; 16]) -> bool {
         | "cuDriverGetVersion"
         | "cuDeviceGetCount"
         | "cublasLtMatmulAlgoGetHeuristic" => true,
-        // Registers, local memory, versions of the code.
-        "cuFuncGetAttribute" => ![0, 1, 8].contains(&raw[1]),
+        // Constants, registers, versions of the code.
+        "cuFuncGetAttribute" => ![0, 1, 3, 8].contains(&raw[1]),
         _ => false,
     }
 }
