@@ -19,7 +19,7 @@ use crate::llama::ops::{Attention, AttentionBackward, AttentionShape};
 /// Query rows of a block.
 const QUERY_ROWS: usize = 128;
 
-/// True if a head fills a tile's rows at least by half.
+/// True if a head fills at least half of a tile's rows.
 pub(in super::super) fn supports(shape: &AttentionShape) -> bool {
     shape.head_dim >= 16
 }
@@ -39,7 +39,9 @@ impl QueryBlock {
         let block = |from: usize| {
             let positions = from..(from + QUERY_ROWS).min(seq_len);
             let seen = |position: usize| head.keys(position * head.group);
-            let start = positions.clone().map(|position| seen(position).0).min().unwrap_or(0);
+            let first = positions.clone().map(|position| seen(position).0).min().unwrap_or(0);
+            // At least one key, so that rows that see nothing are written too.
+            let start = first.min(positions.end - 1);
             let visible = positions.clone().map(seen).map(|(from, to)| from - start..to - start);
             QueryBlock { keys: start..positions.end, visible: visible.collect(), positions }
         };
@@ -87,9 +89,7 @@ fn attend(unit: TileUnit, arch: Arch, head: &KvHead, d: usize, out: &mut [f32], 
     let seq_len = head.first_key.len();
     let rows = QUERY_ROWS.min(seq_len);
     let (mut scores, mut sums) = (vec![0.0; rows * seq_len], vec![0.0; rows * d]);
-    // Of rows that see nothing.
-    lse.fill(0.0);
-    for block in QueryBlock::all(head).iter().filter(|block| !block.keys.is_empty()) {
+    for block in &QueryBlock::all(head) {
         let (p, sums) = (&mut scores[..block.scores()], &mut sums[..block.rows() * d]);
         for (query_head, (q, lse)) in
             head.q.chunks(seq_len * d).zip(lse.chunks_mut(seq_len)).enumerate()
@@ -152,7 +152,7 @@ fn attend_backward(
             out.copy_from_slice(&inputs.dout[row * d..][..d]);
             *delta = inputs.delta[row];
         }
-        for block in blocks.iter().filter(|block| !block.keys.is_empty()) {
+        for block in &blocks {
             let (p, ds) = (&mut p[..block.scores()], &mut ds[..block.scores()]);
             let (q, k, v) =
                 (block.rows_of(q, d), block.keys_of(head.k, d), block.keys_of(head.v, d));
