@@ -505,6 +505,20 @@ mod tests {
     }
 
     #[test]
+    fn plans_of_several_processes_have_a_window_per_slice() {
+        for (flags, expected) in [
+            ("", 1),
+            (" --ranks 8 --shard optimizer", 8),
+            (" --ranks 2 --dp_slices 4", 4),
+            (" --ranks 8 --batch_size 1", 1),
+            (" --ranks 2 --batch_size 64", 64),
+        ] {
+            let text = format!("{:?}", parsed(&format!("laam plan{flags}")).unwrap());
+            assert!(text.contains(&format!(" batch_size: {expected},")), "{flags}: {text}");
+        }
+    }
+
+    #[test]
     fn every_command_takes_json() {
         fn look(command: &clap::Command) {
             if command.has_subcommands() && command.get_name() != "bench" {

@@ -26,6 +26,7 @@ use crate::train::{Footprint, Settings, ShardKind, Share, largest_preset, measur
 Examples:
   laam plan models/llama2 --batch_size 8
   laam plan --preset 124m --batch_size 16 --recompute block
+  laam plan --preset 1.5b --ranks 8 --shard optimizer
   laam plan --preset auto --memory 24 --batch_size auto --precision bf16
   laam plan --vocab_size 4096 --hidden_size 192 --intermediate_size 512 \\
     --num_hidden_layers 8 --num_attention_heads 6 --num_key_value_heads 6 --tie_word_embeddings")]
@@ -87,6 +88,11 @@ impl PlanArgs {
         let heads = matches.value_source("num_key_value_heads");
         if heads != Some(ValueSource::CommandLine) {
             self.settings.set_default_key_value_heads();
+        }
+        // A window per slice at least.
+        if matches.value_source("batch_size") != Some(ValueSource::CommandLine) {
+            let slices = self.settings.dp_slices.unwrap_or(self.ranks);
+            self.settings.batch_size = self.settings.batch_size.max(slices);
         }
     }
 }
