@@ -88,15 +88,15 @@ pub struct Cpu {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum CpuKernels {
-    /// In f32 the AVX-512 kernels if the processor has what they need, in bfloat16 AMX tiles if it has them, or the
-    /// AVX-512 kernels if they are faster than f32 on it; else the portable ones.
+    /// In f32 the AVX-512 kernels if the processor has what they need, else the portable ones. In bfloat16 AMX tiles if
+    /// it has them, else the AVX-512 kernels if they are faster than f32 on it.
     #[default]
     Auto,
     /// The kernels that run on every processor, at its SIMD width, in f32.
     Portable,
-    /// The AVX-512 kernels, whether bfloat16 is faster than f32 or not.
+    /// The AVX-512 kernels, in bfloat16 also if it is no faster than f32.
     Avx512,
-    /// In bfloat16 AMX tiles, else the AVX-512 kernels.
+    /// AMX tiles in bfloat16; in f32 the kernels of `auto`.
     Amx,
     /// As `Amx`, but a software model executes the tile instructions, on any processor: slow, for tests.
     #[cfg_attr(feature = "cli", value(hide = true))]
