@@ -285,13 +285,13 @@ fn schedule(flag: &str, text: &str) -> Result<Schedule, CommandError> {
     Ok(match text {
         "in-order" | "in_order" | "greedy" => Schedule::InOrder,
         "reverse" => Schedule::ReverseOrder,
-        seed => match seed.parse() {
-            Ok(seed) => Schedule::Random(seed),
-            Err(_) => {
+        seed => {
+            let Ok(seed) = seed.parse() else {
                 let hint = "a schedule is in-order, reverse, or a seed such as 7";
                 return failure(format!("invalid `{flag} {text}`"), hint);
-            }
-        },
+            };
+            Schedule::Random(seed)
+        }
     })
 }
 

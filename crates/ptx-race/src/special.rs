@@ -204,7 +204,7 @@ mod unit {
         // Of 25 fractional bits; numbers from 2^24 on have none.
         let fixed = if turns < 16_777_216.0 { (turns * 33_554_432.0) as u64 } else { 0 };
         let quarter = (fixed >> 23) + quarters;
-        let sign = if is_negative != (quarter & 2 != 0) { SIGN } else { 0 };
+        let sign = (u32::from(is_negative) << 31) ^ ((quarter as u32 & 2) << 30);
         let is_falling = quarter & 1 != 0;
         let fraction = fixed as u32 & FRACTION;
         let magnitude = if fraction == 0 {
