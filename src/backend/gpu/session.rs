@@ -676,7 +676,11 @@ impl Session for GpuSession {
 
     fn read(&self, arena: Arena) -> anyhow::Result<Vec<f32>> {
         let (at, len, dtype) = self.arena(arena);
-        let own = dtype.decode(&self.download(at, len * dtype.size())?);
+        // A rank may keep no moments: there are more ranks than runs or matrices.
+        let own = match len {
+            0 => Vec::new(),
+            _ => dtype.decode(&self.download(at, len * dtype.size())?),
+        };
         if arena.is_moment() && len < self.arenas.len {
             return super::super::exchange::gather_moments(&own, &self.group);
         }
