@@ -290,7 +290,7 @@ mod tests {
             assert!(words.len() > 2000, "{name}");
             for pair in words.chunks_exact(2) {
                 let (x, on_gpu) = (f32::from_bits(pair[0]), f32::from_bits(pair[1]));
-                // There is no tanh with .ftz.
+                // tanh has no form with .ftz.
                 let got = match name {
                     "tanh" => tanh(x),
                     _ => crate::math::flush(f(crate::math::flush(x))),

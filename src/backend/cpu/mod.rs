@@ -94,7 +94,7 @@ pub enum CpuKernels {
     Auto,
     /// The kernels that run on every processor, at its SIMD width, in f32.
     Portable,
-    /// The AVX-512 kernels, in bfloat16 also if it is no faster than f32.
+    /// The AVX-512 kernels, in bfloat16 even where f32 is as fast.
     Avx512,
     /// AMX tiles in bfloat16; in f32 the kernels of `auto`.
     Amx,

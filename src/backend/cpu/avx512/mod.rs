@@ -75,7 +75,7 @@ impl Avx512 {
     }
 
     /// True if `vdpbf16ps` is faster than f32 multiply-adds: on AMD processors (Zen 4 and later), where it issues once
-    /// per cycle. On Intel's it is no faster, and packing comes on top.
+    /// per cycle. On Intel's it has the speed of f32, and packing comes on top.
     pub fn has_fast_bf16(self) -> bool {
         let vendor = __cpuid(0);
         let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
