@@ -234,7 +234,8 @@ fn way(
             let job = number("SLURM_JOB_ID").wrapping_add(number("SLURM_STEP_ID"));
             Way::Meeting(MeetingPoint {
                 host,
-                port: 20000 + (job % 20000) as u16,
+                // Below the ports that Linux gives to sockets without one.
+                port: 20000 + (job % 12000) as u16,
                 is_local: is("SLURM_STEP_NUM_NODES", 1),
                 token: token(&["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]),
             })

@@ -125,11 +125,9 @@ impl SocketRanks {
         };
         let end = Instant::now() + deadline;
         let mut streams: Vec<Option<TcpStream>> = (0..size).map(|_| None).collect();
-        let listen = || {
-            let any = if meeting.is_local { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
-            TcpListener::bind((any, if rank == 0 { meeting.port } else { 0 }))
-        };
-        let listener = listen().map_err(|why| failed("cannot listen for", &why))?;
+        let any = if meeting.is_local { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+        let listener = listen((any, if rank == 0 { meeting.port } else { 0 }).into())
+            .map_err(|why| failed("cannot listen for", &why))?;
         if rank == 0 {
             let mut table = vec![0; 18 * size];
             for _ in 1..size {
@@ -153,8 +151,12 @@ impl SocketRanks {
                 stream.write_all(&hello)?;
                 stream.set_read_timeout(Some(left(end)?))?;
                 let mut table = vec![0; 18 * size];
-                stream.read_exact(&mut table)?;
-                Ok((stream, table))
+                match stream.read_exact(&mut table) {
+                    Ok(()) => Ok((stream, table)),
+                    // How a read that waited too long ends.
+                    Err(why) if why.kind() == Kind::WouldBlock => Err(Kind::TimedOut.into()),
+                    Err(why) => Err(why),
+                }
             };
             let (stream, table) = first().map_err(|why| failed("cannot reach rank 0 at", &why))?;
             streams[0] = Some(stream);
@@ -336,6 +338,11 @@ impl MeetingPoint {
             let mut failed = io::Error::new(Kind::NotFound, "the name has no address");
             for there in (host, self.port).to_socket_addrs()? {
                 match TcpStream::connect_timeout(&there, left(end)?) {
+                    // It was given the port that it connects to, where nobody listens (RFC 9293, 3.5).
+                    Ok(stream) if stream.local_addr()? == stream.peer_addr()? => {
+                        reset(stream)?;
+                        failed = Kind::ConnectionRefused.into();
+                    }
                     Ok(stream) => return Ok(stream),
                     Err(why) => failed = why,
                 }
@@ -346,6 +353,32 @@ impl MeetingPoint {
             thread::sleep(Duration::from_millis(50));
         }
     }
+}
+
+/// Listens at an address, which a rank that looks for rank 0 there may hold for a moment.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let end = Instant::now() + LOOK;
+    loop {
+        match TcpListener::bind(address) {
+            Err(why) if why.kind() == Kind::AddrInUse && Instant::now() < end => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Closes a stream and frees its port at once.
+fn reset(stream: TcpStream) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let bytes = size_of_val(&linger) as libc::socklen_t;
+    let fd = stream.as_raw_fd();
+    // SAFETY: the descriptor is open, and `bytes` is the length of what the pointer points to.
+    let set = unsafe {
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_LINGER);
+        libc::setsockopt(fd, level, name, (&raw const linger).cast(), bytes)
+    };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Time until the end; an error if there is none.

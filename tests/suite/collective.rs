@@ -6,7 +6,6 @@
 
 use std::env;
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, mpsc};
@@ -30,6 +29,7 @@ use laam::random::{Philox, Stream};
 use laam::tokens::{Batch, IGNORE};
 use laam::train::{Engine, Parallelism, ShardKind};
 
+use crate::support::free_port;
 use crate::training::{self, assert_same, checkpoints, metrics, said};
 
 /// Calls `work` in a thread for each of so many ranks; what each returned.
@@ -47,11 +47,6 @@ pub fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Group) -> T + Sync) -> Vec<
             .collect();
         threads.into_iter().map(|thread| thread.join().expect("a rank")).collect()
     })
-}
-
-/// A port of this host that nothing listens at.
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// [`on_ranks`] over sockets.
@@ -655,7 +650,7 @@ fn processes_with_the_variables_of_torchrun_or_srun_meet() {
         ("SLURM_STEP_NODELIST", "localhost".into()),
         // Not all on one host: rank 0 listens at every address.
         ("SLURM_STEP_NUM_NODES", "2".into()),
-        ("SLURM_JOB_ID", std::process::id().to_string()),
+        ("SLURM_JOB_ID", (free_port() - 20_000).to_string()),
     ];
     for (name, rank_variable, variables) in
         [("torchrun", "RANK", torchrun), ("srun", "SLURM_PROCID", slurm)]

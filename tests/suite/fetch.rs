@@ -17,7 +17,7 @@ use laam::model::License;
 use laam::train::prepare::record;
 use sha2::{Digest, Sha256};
 
-use crate::support::laam;
+use crate::support::{free_port, laam};
 
 /// A request as the server saw it.
 #[derive(Clone, Debug)]
@@ -528,7 +528,7 @@ fn respond_slowly_with(stream: &mut TcpStream, piece: &[u8]) {
 
 #[test]
 fn fetch_fails_fast_without_a_server() {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let mirror = format!("http://127.0.0.1:{port}");
     Trial::new(&mirror).fails(&mirror);
     for mirror in ["", "kernel.org", "ftp://kernel.org", "https://", "file:///etc"] {

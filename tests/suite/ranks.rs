@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use crate::collective::{
-    FLAGS, Mpi, assert_gone, ended, free_port, launchers, mpiexec, signaled, start, start_itself,
-    struck,
+    FLAGS, Mpi, assert_gone, ended, launchers, mpiexec, signaled, start, start_itself, struck,
 };
 use crate::faults::{assert_whole, shim};
+use crate::support::free_port;
 use crate::training::{self, assert_same, metrics, said};
 
 /// The prefix of a launcher's installation, whose libraries lie in `lib`.
@@ -290,6 +290,33 @@ impl Drop for Hosts {
             ip(&format!("netns delete {host}"));
         }
     }
+}
+
+/// In a network of its own, whose sockets have one of four ports, that of rank 0 among them: a socket that connects
+/// to it before rank 0 listens is soon given that port itself, and meets itself.
+#[test]
+fn a_rank_that_comes_first_does_not_take_itself_for_rank_0() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let flags = format!("{FLAGS} --max_steps 2");
+    training::trained(&at("1"), &flags);
+    let namespace = ["--map-root-user", "--net", "sh", "-ec"];
+    let ports = "ip link set lo up; echo 40000 40003 >/proc/sys/net/ipv4/ip_local_port_range";
+    let can = Command::new("unshare").args(namespace).arg(ports).stderr(Stdio::null()).status();
+    if !can.is_ok_and(|status| status.success()) {
+        eprintln!("SKIPPED: a rank that comes first, because unshare --net is not permitted");
+        return;
+    }
+    let program = training::train(&at("2"), &flags);
+    let mut ranks = Command::new("unshare");
+    let script = format!("{ports}; RANK=1 \"$@\" & sleep 2; RANK=0 \"$@\" || kill $!; wait $!");
+    ranks.args(namespace).args([&script, "sh"]).arg(program.get_program()).args(program.get_args());
+    ranks.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    ranks.env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+    ranks.env("MASTER_ADDR", "localhost").env("MASTER_PORT", "39999");
+    let done = ended(ranks);
+    assert!(done.status.success(), "{}", said(&done));
+    assert_same(&at("1"), &at("2"), "a rank that comes first");
 }
 
 #[test]

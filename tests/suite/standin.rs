@@ -16,7 +16,7 @@ use laam::kernels::{BUILD, families};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::{bounded, error_in, laam};
+use crate::support::{bounded, error_in, free_port, laam};
 
 const DRIVER: &str = "libcuda.so.1";
 const CUBLASLT: &str = "libcublasLt.so.13";
@@ -814,7 +814,7 @@ fn ranks_on_other_gpus_or_with_another_cublaslt_agree_or_are_told_of() {
         ("slow", "2", (algorithms, "two"), "warning: rank 1 is slowest, "),
     ] {
         let steps = if name == "slow" { 40 } else { 2 };
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port();
         let start = |rank: usize| {
             let mut train = train_slices(&standin, name, steps, 1);
             train.args(["--logging_steps", &steps.to_string()]);

@@ -1,9 +1,11 @@
 //! What the tests share.
 
 use std::io::Read;
+use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use assert_cmd::cargo::CommandCargoExt;
@@ -15,6 +17,22 @@ pub fn laam() -> Command {
     // Token files are kept in the cache folder.
     command.env("LAAM_CACHE", concat!(env!("CARGO_TARGET_TMPDIR"), "/cache"));
     command
+}
+
+/// A port of this host that nothing listens at, and that no other test is given: it and the one before it are below
+/// those that the system gives to sockets without a port (RFC 6056 and Linux's `ip_local_port_range`).
+pub fn free_port() -> u16 {
+    const FIRST: u32 = 20_000;
+    const LAST: u32 = 32_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Another process of these tests begins elsewhere.
+    let begin = std::process::id() * 64;
+    let ports = std::iter::repeat_with(|| {
+        let count = NEXT.fetch_add(2, Ordering::Relaxed);
+        (FIRST + (begin + count) % (LAST - FIRST) + 1) as u16
+    });
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    ports.take(1000).find(is_free).expect("a free port")
 }
 
 /// The Linux 1.0 archive, or `None` after a loud line.
