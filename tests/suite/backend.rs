@@ -220,13 +220,17 @@ fn cpu_f32_training_matches_f64() {
 
 #[test]
 fn cpu_is_bitwise_same_for_any_number_of_threads() {
-    let config = config(18, 3, 2, false);
-    let batch = batch(5, 64, config.vocab_size);
-    for threads in [2, 3, 7] {
-        for (one, many) in cpus(1).iter().zip(cpus(threads)) {
-            let one = train_once(one, &config, &batch);
-            let other = train_once(&many, &config, &batch);
-            assert!(one.nll == other.nll && one.gradients == other.gradients, "{many:?}");
+    for (heads, kv_heads, head_dim) in [(18, 3, 2), (4, 2, 16)] {
+        let config = config(heads, kv_heads, head_dim, false);
+        let batch = batch(5, 64, config.vocab_size);
+        for one in cpus(1) {
+            let expected = train_once(&one, &config, &batch);
+            for threads in [2, 3, 7] {
+                let many = Cpu { threads, ..one };
+                let got = train_once(&many, &config, &batch);
+                let same = got.nll == expected.nll && got.gradients == expected.gradients;
+                assert!(same, "heads of {head_dim}, {many:?}");
+            }
         }
     }
 }

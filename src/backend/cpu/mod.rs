@@ -223,7 +223,7 @@ impl Backend for Cpu {
         let of = |op: &Op| match op {
             Op::FusedLinearCrossEntropy(o) if avx512 => avx512::cross_entropy_workspace(o),
             Op::FusedLinearCrossEntropy(o) => 4 * fused_linear_cross_entropy::workspace(o),
-            Op::MuonStep(o) => update::muon_workspace(o),
+            Op::MuonStep(o) => update::muon_workspace(o, self.threads),
             op => self.gemm().workspace(op),
         };
         program.ops.iter().map(of).max().unwrap_or(0)

@@ -69,11 +69,11 @@ pub(super) fn adamw(
     }
 }
 
-/// Bytes of the update of one matrix and of [`orthogonalize`].
-pub(super) fn muon_workspace(o: &MuonStep) -> usize {
+/// Bytes of the updates of as many matrices as there are threads, and of [`orthogonalize`] for each.
+pub(super) fn muon_workspace(o: &MuonStep, threads: usize) -> usize {
     let (rows, cols) = o.shape();
     let gram = rows.min(cols).pow(2);
-    4 * (2 * rows * cols + 4 * gram)
+    4 * (2 * rows * cols + 4 * gram) * o.matrices.len().min(threads)
 }
 
 pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyperparams) {
@@ -83,27 +83,35 @@ pub(super) fn muon(o: &MuonStep, memory: &mut Memory<f32>, hyperparams: &StepHyp
     let scale = (rows as f64 / cols as f64).max(1.0).sqrt();
     let step = (hyperparams.muon_learning_rate * scale) as f32;
     let shrink = (1.0 - hyperparams.muon_learning_rate * o.weight_decay) as f32;
-    for w in &o.matrices {
-        let moments = memory.moments(&w.range());
-        let gradient = &memory.gradients[w.range()];
-        let update: Vec<f32> = memory.first_moment[moments]
-            .iter_mut()
-            .zip(gradient)
-            .map(|(m, &g)| {
+    for matrices in o.matrices.chunks(rayon::current_num_threads()) {
+        let mut updates: Vec<Vec<f32>> = Vec::new();
+        for w in matrices {
+            let moments = memory.moments(&w.range());
+            let gradient = memory.gradients[w.range()].par_iter();
+            let moments = memory.first_moment[moments].par_iter_mut().with_min_len(TASK_ELEMENTS);
+            let update = moments.zip(gradient).map(|(m, &g)| {
                 *m = momentum * *m + g * clip;
                 g * clip + momentum * *m
-            })
-            .collect();
-        let update = orthogonalize(update, rows, cols);
-        for (p, u) in memory.parameters[w.range()].iter_mut().zip(update) {
-            *p = *p * shrink - step * u;
+            });
+            updates.push(update.collect());
+        }
+        // Whole matrices in parallel: their matmuls are small.
+        let threads = if matrices.len() > 1 { MatmulThreads::One } else { MatmulThreads::All };
+        updates.par_iter_mut().for_each(|update| {
+            *update = orthogonalize(std::mem::take(update), rows, cols, threads);
+        });
+        for (w, update) in matrices.iter().zip(updates) {
+            let parameters = memory.parameters[w.range()].par_iter_mut();
+            parameters.with_min_len(TASK_ELEMENTS).zip(update).for_each(|(p, u)| {
+                *p = *p * shrink - step * u;
+            });
         }
     }
 }
 
 /// [`newton_schulz`] of X, scaled to norm 1. A tall matrix is treated as its transpose: `R` is `XT X`, and Q is
 /// multiplied from the right.
-fn orthogonalize(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
+fn orthogonalize(mut x: Vec<f32>, rows: usize, cols: usize, threads: MatmulThreads) -> Vec<f32> {
     let norm = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt() as f32 + 1e-7;
     for x in &mut x {
         *x /= norm;
@@ -112,7 +120,6 @@ fn orthogonalize(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     let m = rows.min(cols);
     let [mut r, mut z, mut q, mut product] = std::array::from_fn(|_| vec![0.0; m * m]);
     let mut next = vec![0.0; x.len()];
-    let all = MatmulThreads::All;
     let [a, b, c] = COEFFICIENTS.map(|c| c as f32);
     for step in steps(rows, cols) {
         let rectangle = MatrixView::new(&x, rows, cols);
@@ -123,22 +130,22 @@ fn orthogonalize(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
                 } else {
                     (rectangle, rectangle.transposed())
                 };
-                matmul(&mut r, false, left, right, all);
+                matmul(&mut r, false, left, right, threads);
             }
             NewtonSchulzStep::Polynomial => {
-                matmul(&mut z, false, square(&r, m), square(&r, m), all);
+                matmul(&mut z, false, square(&r, m), square(&r, m), threads);
                 for (z, r) in z.iter_mut().zip(&r) {
                     *z = b * r + c * *z;
                 }
                 z.iter_mut().step_by(m + 1).for_each(|z| *z += a);
             }
             NewtonSchulzStep::Conjugate => {
-                matmul(&mut product, false, square(&z, m), square(&r, m), all);
-                matmul(&mut r, false, square(&product, m), square(&z, m), all);
+                matmul(&mut product, false, square(&z, m), square(&r, m), threads);
+                matmul(&mut r, false, square(&product, m), square(&z, m), threads);
             }
             NewtonSchulzStep::Begin => std::mem::swap(&mut z, &mut q),
             NewtonSchulzStep::Compose => {
-                matmul(&mut product, false, square(&z, m), square(&q, m), all);
+                matmul(&mut product, false, square(&z, m), square(&q, m), threads);
                 std::mem::swap(&mut q, &mut product);
             }
             NewtonSchulzStep::Apply => {
@@ -147,7 +154,7 @@ fn orthogonalize(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
                 } else {
                     (square(&q, m), rectangle)
                 };
-                matmul(&mut next, false, left, right, all);
+                matmul(&mut next, false, left, right, threads);
                 std::mem::swap(&mut x, &mut next);
             }
         }

@@ -31,7 +31,7 @@ impl MatmulBuffers {
     pub fn linear(&mut self, avx512: Avx512, o: &Linear, memory: &mut Memory<f32>) {
         let [x, y] = memory.floats.get([o.x, o.y]);
         let (outer, inner) = (o.w.rows, o.w.cols);
-        let weights = self.zeroed_weights(outer.div_ceil(STRIP) * padded_cols(inner));
+        let weights = self.weights(outer.div_ceil(STRIP) * padded_cols(inner));
         pack_lanes(avx512, &memory.parameters[o.w.range()], inner, weights);
         matmul(avx512, x, inner, weights, padded_cols(inner) / 2, y, outer);
     }
@@ -45,8 +45,8 @@ impl MatmulBuffers {
         let [dy, dx] = memory.floats.get([o.dy, o.dx]);
         let (outer, inner) = (o.w.rows, o.w.cols);
         let pairs = outer.div_ceil(2);
-        let weights = self.zeroed_weights(padded_cols(inner) / 16 * pairs);
-        pack_panels(avx512, &memory.parameters[o.w.range()], inner, weights);
+        let weights = self.weights(padded_cols(inner) / 16 * pairs);
+        pack_panels(avx512, &memory.parameters[o.w.range()], inner, pairs, weights);
         matmul(avx512, dy, outer, weights, pairs, dx, inner);
     }
 
@@ -78,10 +78,9 @@ impl MatmulBuffers {
         });
     }
 
-    fn zeroed_weights(&mut self, vectors: usize) -> &mut [V512] {
-        self.weights.clear();
-        self.weights.resize(vectors, V512::ZERO);
-        &mut self.weights
+    fn weights(&mut self, vectors: usize) -> &mut [V512] {
+        self.weights.resize(self.weights.len().max(vectors), V512::ZERO);
+        &mut self.weights[..vectors]
     }
 }
 
@@ -166,7 +165,7 @@ avx512_entry!(
         packed_dy.resize(pairs * padded_cols(outer) / 16, V512::ZERO);
         packed_x.resize(pairs * padded_cols(inner) / 16, V512::ZERO);
         pack_pairs(avx512, dy, outer, packed_dy);
-        pack_panels(avx512, x, inner, packed_x);
+        pack_panels(avx512, x, inner, pairs, packed_x);
         let a: &[u32] = bytemuck::cast_slice(packed_dy);
         for (panel, b) in packed_x.chunks_exact(2 * pairs).enumerate() {
             // Rows of the gradient beyond the last are sums of zeros, and stored nowhere.

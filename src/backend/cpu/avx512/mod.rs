@@ -48,6 +48,7 @@ macro_rules! avx512_entry {
 }
 
 mod attention;
+mod attention_bf16;
 mod fused_linear_cross_entropy;
 mod matmul;
 mod small_m_gemm;
@@ -96,7 +97,7 @@ impl Avx512 {
 /// The AVX-512 kernels, with the buffers that they keep between steps.
 pub(super) struct Avx512Kernels {
     avx512: Avx512,
-    /// Matmuls round their operands to bfloat16.
+    /// Matmuls round their operands to bfloat16, also those of attention from head_dim 16 on.
     bf16: bool,
     cross_entropy: fused_linear_cross_entropy::CrossEntropyBuffers,
     matmul: matmul::MatmulBuffers,
@@ -130,6 +131,12 @@ impl Avx512Kernels {
             }
             Op::LinearBackwardWeight(o) if self.bf16 => {
                 self.matmul.backward_weight(avx512, o, memory);
+            }
+            Op::Attention(o) if self.bf16 && attention_bf16::supports(&o.shape) => {
+                attention_bf16::forward(avx512, o, memory);
+            }
+            Op::AttentionBackward(o) if self.bf16 && attention_bf16::supports(&o.shape) => {
+                attention_bf16::backward(avx512, o, memory);
             }
             Op::Attention(o) if attention::supports(&o.shape) => {
                 attention::forward(avx512, o, memory);

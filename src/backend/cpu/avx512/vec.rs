@@ -230,6 +230,12 @@ pub(super) fn padded_cols(cols: usize) -> usize {
     cols.next_multiple_of(32)
 }
 
+/// The first 16 rows of a strip, and the others.
+fn strip_halves(values: &[f32], cols: usize) -> [&[f32]; 2] {
+    let (first, second) = values.split_at(values.len().min(16 * cols));
+    [first, second]
+}
+
 avx512_entry!(
     /// Packs `[rows, cols]` to bf16 row-major, each row padded to whole vectors. Vectors past the last row
     /// stay as they are.
@@ -252,19 +258,18 @@ avx512_entry!(
         }
     }
 
-    /// Packs `[rows, cols]` to `[rows / 32, cols / 2, 32]`: pairs of columns, one row per lane. `out` must
-    /// be zero.
+    /// Packs `[rows, cols]` to `[rows / 32, cols / 2, 32]`: pairs of columns, one row per lane, 0 past the last.
     pub(super) fn pack_lanes(avx512: Avx512, values: &[f32], cols: usize, out: &mut [V512]) {
         let strips = values.chunks(STRIP * cols).zip(out.chunks_exact_mut(padded_cols(cols)));
         for (values, strip) in strips {
-            let strip: &mut [u32] = bytemuck::cast_slice_mut(strip);
-            for (lane, values) in values.chunks(cols).enumerate() {
-                for (at, pairs) in strip.chunks_exact_mut(16 * STRIP).enumerate() {
-                    let mut packed = V512::ZERO;
-                    packed
-                        .store(to_bf16(load_chunk(values, 2 * at), load_chunk(values, 2 * at + 1)));
-                    for (lanes, pair) in pairs.chunks_exact_mut(STRIP).zip(packed.0) {
-                        lanes[lane] = pair;
+            for (half, lanes) in strip_halves(values, cols).into_iter().enumerate() {
+                for (at, pairs) in strip.chunks_exact_mut(32).enumerate() {
+                    let mut block = [_mm512_setzero_ps(); 16];
+                    for (block, row) in block.iter_mut().zip(lanes.chunks(cols)) {
+                        *block = to_bf16(load_chunk(row, 2 * at), load_chunk(row, 2 * at + 1));
+                    }
+                    for (pair, lanes) in transpose_16x16(&block).into_iter().enumerate() {
+                        pairs[2 * pair + half].store(lanes);
                     }
                 }
             }
@@ -272,9 +277,14 @@ avx512_entry!(
     }
 
     /// Packs `[rows, cols]` to `[cols / 32, rows / 2, 32]`: pairs of rows, one column per lane. The last of
-    /// an odd number of rows is paired with 0.
-    pub(super) fn pack_panels(avx512: Avx512, values: &[f32], cols: usize, out: &mut [V512]) {
-        let pairs = (values.len() / cols).div_ceil(2);
+    /// an odd number of rows is paired with 0. A panel has room for `pairs`; those past the last stay as they are.
+    pub(super) fn pack_panels(
+        avx512: Avx512,
+        values: &[f32],
+        cols: usize,
+        pairs: usize,
+        out: &mut [V512],
+    ) {
         for (pair, two) in values.chunks(2 * cols).enumerate() {
             let (first, second) = two.split_at(cols);
             for (panel, out) in out.chunks_exact_mut(2 * pairs).enumerate() {
