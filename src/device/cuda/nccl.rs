@@ -518,11 +518,16 @@ impl Watch {
             let mut code = SUCCESS;
             // SAFETY: the communicator is alive until the watch is stopped.
             unsafe { (library.functions.comm_get_async_error)(comm.0, &raw mut code) };
+            let has_failed = code != SUCCESS && code != IN_PROGRESS;
+            if has_failed {
+                // If a rank is gone, its stream to this one ends within moments, and tells which it was.
+                thread::sleep(LOOK);
+            }
             let deadline = group.deadline();
-            let why = if code != SUCCESS && code != IN_PROGRESS {
-                format!("rank {rank}: {}", library.failed(&waits, code, comm.0))
-            } else if let Some(lost) = group.lost() {
+            let why = if let Some(lost) = group.lost() {
                 format!("rank {rank} lost rank {lost} in {waits}")
+            } else if has_failed {
+                format!("rank {rank}: {}", library.failed(&waits, code, comm.0))
             } else if state.since.elapsed() >= deadline {
                 let seconds = deadline.as_secs_f64();
                 format!("rank {rank} waited {seconds} s in {waits} for a rank that did not come")
