@@ -340,7 +340,7 @@ impl MeetingPoint {
                 match TcpStream::connect_timeout(&there, left(end)?) {
                     // It was given the port that it connects to, where nobody listens (RFC 9293, 3.5).
                     Ok(stream) if stream.local_addr()? == stream.peer_addr()? => {
-                        reset(stream)?;
+                        reset(&stream)?;
                         failed = Kind::ConnectionRefused.into();
                     }
                     Ok(stream) => return Ok(stream),
@@ -368,8 +368,8 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-/// Closes a stream and frees its port at once.
-fn reset(stream: TcpStream) -> io::Result<()> {
+/// Lets a stream free its port at once when it is closed.
+fn reset(stream: &TcpStream) -> io::Result<()> {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     let bytes = size_of_val(&linger) as libc::socklen_t;
     let fd = stream.as_raw_fd();

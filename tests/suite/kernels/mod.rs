@@ -71,7 +71,8 @@ fn pass_on(by_turns: bool, operations: &[&str], options: Options, shape: &str, r
         let random = Schedule::Random(at as u64);
         let grids_per_case = if by_turns && options.dtype != Dtype::F32 { 1 } else { 2 };
         // A second run in the same session finds what the first left in memory.
-        let times = if by_turns && (at + options.dtype as usize) % 3 != 0 { 1 } else { 2 };
+        let has_turn = (at + options.dtype as usize).is_multiple_of(3);
+        let times = if by_turns && !has_turn { 1 } else { 2 };
         let runs: [&[_]; 2] = [
             &[(serial, Check::Races, 1), (random, Check::Faults, times)],
             &[(random, Check::Faults, 1)],

@@ -7,6 +7,9 @@
 //! Operands of the matmuls are rounded to bfloat16: q, k, v, dout, the unnormalized p of the forward, and p and ds of
 //! the backward. Scores, softmax and sums are f32.
 
+// Several arrays go by one index.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::{
     __m512, _mm512_add_ps, _mm512_fmsub_ps, _mm512_mask_mov_ps, _mm512_maskz_mov_ps, _mm512_max_ps,
     _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_set1_ps, _mm512_setzero_ps,
@@ -284,7 +287,8 @@ avx512_entry!(
                         let lse = of.map(|position| inputs.lse[query_head * seq_len + position]);
                         let delta = of.map(|position| inputs.delta[position * group + query_head]);
                         let [p, ds_pairs] = &mut kept;
-                        let pair = (rows.first - block + r) / 2 * width;
+                        let row = rows.first - block + r;
+                        let pair = row / 2 * width;
                         softmax_backward(
                             &rows,
                             r,
