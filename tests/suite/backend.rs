@@ -5,7 +5,7 @@ use laam::backend::reference::Reference;
 use laam::backend::{Arena, Backend, Inputs, ProgramId, Session, SessionSpec};
 use laam::bench::check::{Selection, Size, check};
 use laam::dtype::Dtype;
-use laam::llama::ops::{Attention, AttentionShape, FusedLinearCrossEntropy};
+use laam::llama::ops::{Attention, AttentionBackward, AttentionShape, FusedLinearCrossEntropy};
 use laam::llama::step::{self, BatchInputs};
 use laam::llama::{
     AdamW, BufferKind, BufferRole, Muon, Op, Optimizer, Program, Recompute, StepHyperparams, update,
@@ -316,6 +316,77 @@ fn attention_with_large_scores_matches_f64() {
         for backend in in_f32(2) {
             for ((got, plain), exact) in run(&backend).iter().zip(&plain).zip(&exact) {
                 let (off, bound) = (error(got, exact), 2.0 * error(plain, exact) + 1e-6);
+                assert!(off <= bound, "{backend:?}, heads of {head_dim}: {off} > {bound}");
+            }
+        }
+    }
+}
+
+/// All scores are alike and far below 0, so that a weight computed from nothing but a row's log-sum-exp overflows.
+#[test]
+fn attention_gradients_with_very_negative_scores_match_f64() {
+    for head_dim in [2, 8, 16, 34] {
+        let shape = AttentionShape { batch: 2, seq_len: 45, heads: 6, kv_heads: 2, head_dim };
+        let (wide, narrow) = (shape.rows() * shape.q_width(), shape.rows() * shape.kv_width());
+        let mut program = Program::default();
+        let mut input = |len| program.buffer("", BufferKind::Activation, len, BufferRole::Input);
+        let [q, k, v, dout] = [wide, narrow, narrow, wide].map(&mut input);
+        let first_key = program.buffer("", BufferKind::Index, shape.rows(), BufferRole::Input);
+        let mut output = |kind, len| program.buffer("", kind, len, BufferRole::Output);
+        let lse = output(BufferKind::Float, shape.rows() * shape.heads);
+        let [out, dq, dk, dv] =
+            [wide, wide, narrow, narrow].map(|len| output(BufferKind::Activation, len));
+        program.ops.push(Op::Attention(Attention { q, k, v, first_key, shape, out, lse }));
+        program.ops.push(Op::AttentionBackward(AttentionBackward {
+            q,
+            k,
+            v,
+            first_key,
+            out,
+            lse,
+            dout,
+            shape,
+            dq,
+            dk,
+            dv,
+        }));
+        let zeros = vec![0; shape.rows()];
+        let random = |len, sequence| {
+            let mut values = vec![0.0; len];
+            Philox::new(6, Stream::Test).fill_normal(sequence, 1.0, &mut values);
+            values
+        };
+        // A score is -size sqrt(head_dim).
+        let size = 1024.0;
+        let floats = [
+            (q, vec![-32.0; wide]),
+            (k, vec![size / 32.0; narrow]),
+            (v, random(narrow, 0)),
+            (dout, random(wide, 1)),
+        ];
+        let inputs = Inputs {
+            indices: vec![(first_key, &zeros)],
+            floats: floats.iter().map(|(b, values)| (*b, values.as_slice().into())).collect(),
+            ..Inputs::default()
+        };
+        let run = |backend: &dyn Backend| {
+            let layout = Layout::new(&config(6, 2, 6, false));
+            let mut session = backend.open(&layout, SessionSpec::default()).unwrap();
+            let program = session.load(program.clone()).unwrap();
+            session.run(program, &inputs).unwrap();
+            [out, lse, dv].map(|buffer| session.floats(program, buffer).unwrap())
+        };
+        let exact = run(&Reference::F64);
+        assert!(exact[1].iter().all(|&lse| lse < -1000.0));
+        // Of an exponent: its own rounding, that of the log-sum-exp, and those of two products.
+        let exponent = 4.0 * f64::from(size * (head_dim as f32).sqrt() * f32::EPSILON);
+        for backend in cpus(2) {
+            let plain = match backend.compute_dtype() {
+                Dtype::F32 => run(&Reference::F32),
+                dtype => run(&Reference::mixed(dtype)),
+            };
+            for ((got, plain), exact) in run(&backend).iter().zip(&plain).zip(&exact) {
+                let (off, bound) = (error(got, exact), 2.0 * error(plain, exact) + exponent);
                 assert!(off <= bound, "{backend:?}, heads of {head_dim}: {off} > {bound}");
             }
         }

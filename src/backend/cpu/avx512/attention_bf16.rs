@@ -115,7 +115,7 @@ impl Panels {
 struct TileRows {
     first: usize,
     strips: Range<usize>,
-    /// The keys that each row sees. Rows past the last, whose operands are 0, repeat it.
+    /// The keys that each row sees; none past the last row.
     seen: [(usize, usize); TILE_ROWS],
 }
 
@@ -126,7 +126,8 @@ impl TileRows {
         let rows = first..(first + TILE_ROWS).min(seq_len);
         let start = rows.clone().map(|position| keys(position).0).min().unwrap_or(0);
         let strips = start.min(rows.end - 1) / STRIP..rows.end.div_ceil(STRIP);
-        let seen = std::array::from_fn(|r| keys((first + r).min(rows.end - 1)));
+        let seen =
+            std::array::from_fn(|r| if first + r < rows.end { keys(first + r) } else { (0, 0) });
         Self { first, strips, seen }
     }
 
