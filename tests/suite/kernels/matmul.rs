@@ -141,7 +141,7 @@ fn operations_match_f64_with_laams_own_matmul() {
         ["linear", "linear_backward_input", "linear_backward_weight", "fused_linear_cross_entropy"];
     for dtype in DTYPES {
         let options = Options { own_matmul: true, generic_lm_head: true, ..Options::new(dtype) };
-        pass(&operations, options, "", None);
+        pass_by_turns(&operations, options);
     }
     pass(&["muon"], Options { own_matmul: true, ..Options::new(Dtype::F32) }, "", None);
 }
