@@ -8,7 +8,8 @@ use laam::dtype::Dtype;
 use laam::llama::ops::{Attention, AttentionBackward, AttentionShape, FusedLinearCrossEntropy};
 use laam::llama::step::{self, BatchInputs};
 use laam::llama::{
-    AdamW, BufferKind, BufferRole, Muon, Op, Optimizer, Program, Recompute, StepHyperparams, update,
+    AdamW, Buffer, BufferKind, BufferRole, Muon, Op, Optimizer, Program, Recompute,
+    StepHyperparams, update,
 };
 use laam::model::{Config, Layout, RopeScaling, Span};
 use laam::random::{Philox, Stream};
@@ -276,6 +277,20 @@ fn cpu_bf16_gradients_match_f64() {
     }
 }
 
+/// Buffers after a program that needs no weights.
+fn run_alone<const N: usize>(
+    backend: &dyn Backend,
+    program: &Program,
+    inputs: &Inputs,
+    buffers: [Buffer; N],
+) -> [Vec<f32>; N] {
+    let layout = Layout::new(&config(6, 2, 6, false));
+    let mut session = backend.open(&layout, SessionSpec::default()).unwrap();
+    let program = session.load(program.clone()).unwrap();
+    session.run(program, inputs).unwrap();
+    buffers.map(|buffer| session.floats(program, buffer).unwrap())
+}
+
 /// Scores in the hundreds, whose exponentials overflow f32 unless a maximum is subtracted.
 #[test]
 fn attention_with_large_scores_matches_f64() {
@@ -304,13 +319,7 @@ fn attention_with_large_scores_matches_f64() {
             floats: floats.iter().map(|(b, values)| (*b, values.as_slice().into())).collect(),
             ..Inputs::default()
         };
-        let run = |backend: &dyn Backend| {
-            let layout = Layout::new(&config(6, 2, 6, false));
-            let mut session = backend.open(&layout, SessionSpec::default()).unwrap();
-            let program = session.load(program.clone()).unwrap();
-            session.run(program, &inputs).unwrap();
-            [out, lse].map(|buffer| session.floats(program, buffer).unwrap())
-        };
+        let run = |backend: &dyn Backend| run_alone(backend, &program, &inputs, [out, lse]);
         let [exact, plain] = [Reference::F64, Reference::F32].map(|backend| run(&backend));
         assert!(exact[1].iter().any(|&lse| lse > 200.0));
         for backend in in_f32(2) {
@@ -369,13 +378,7 @@ fn attention_gradients_with_very_negative_scores_match_f64() {
             floats: floats.iter().map(|(b, values)| (*b, values.as_slice().into())).collect(),
             ..Inputs::default()
         };
-        let run = |backend: &dyn Backend| {
-            let layout = Layout::new(&config(6, 2, 6, false));
-            let mut session = backend.open(&layout, SessionSpec::default()).unwrap();
-            let program = session.load(program.clone()).unwrap();
-            session.run(program, &inputs).unwrap();
-            [out, lse, dv].map(|buffer| session.floats(program, buffer).unwrap())
-        };
+        let run = |backend: &dyn Backend| run_alone(backend, &program, &inputs, [out, lse, dv]);
         let exact = run(&Reference::F64);
         assert!(exact[1].iter().all(|&lse| lse < -1000.0));
         // Of an exponent: its own rounding, that of the log-sum-exp, and those of two products.

@@ -277,7 +277,7 @@ avx512_entry!(
     }
 
     /// Packs `[rows, cols]` to `[cols / 32, rows / 2, 32]`: pairs of rows, one column per lane. The last of
-    /// an odd number of rows is paired with 0. A panel has room for `pairs`; those past the last stay as they are.
+    /// an odd number of rows is paired with 0. A panel holds `pairs` of them; those past the last stay as they are.
     pub(super) fn pack_panels(
         avx512: Avx512,
         values: &[f32],
