@@ -98,7 +98,6 @@ fn register_form<'a>(
     let Some(form) = int::form(name, mods).or_else(|| float::form(name, mods)) else {
         return unknown(d, name, mods);
     };
-    let is_float = mods.last().is_some_and(|ty| matches!(*ty, "f32" | "f64"));
     let chained =
         matches!((name, mods.first()), ("addc" | "subc", _) | ("add" | "sub", Some(&"cc")));
     if chained && form.src.len() == 3 {
@@ -108,7 +107,25 @@ fn register_form<'a>(
         d.emit(Op::Alu(form.run, Slots { d: to, s }));
         return Ok(());
     }
-    d.emit_form(&form, operands, is_float)
+    if let ("slct", [.., ty, of_condition]) = (name, mods) {
+        let [to, a, b, c] = fixed(d, operands)?;
+        let is_selected_float = is_float(Some(ty));
+        let s = [
+            d.source(a, form.src[0], is_selected_float)?,
+            d.source(b, form.src[1], is_selected_float)?,
+            d.source(c, form.src[2], is_float(Some(of_condition)))?,
+            0,
+        ];
+        let to = d.destination(to, form.dst)?;
+        d.emit(Op::Alu(form.run, Slots { d: to, s }));
+        return Ok(());
+    }
+    d.emit_form(&form, operands, is_float(mods.last()))
+}
+
+/// True if literals of a type are floats.
+fn is_float(ty: Option<&&str>) -> bool {
+    ty.is_some_and(|ty| matches!(*ty, "f32" | "f64"))
 }
 
 /// Whether a `mov` reads a clock, and a 64-bit one.
@@ -435,7 +452,9 @@ fn set<'a>(d: &mut Decoder<'a, '_>, mods: &[&str], operands: &[Operand<'a>]) -> 
 fn cvt<'a>(d: &mut Decoder<'a, '_>, mods: &[&str], operands: &[Operand<'a>]) -> Result<()> {
     let Some(conversion) = convert::conversion(mods) else { return unknown(d, "cvt", mods) };
     let convert = match conversion {
-        Conversion::Form(form) => return d.emit_form(&form, operands, true),
+        Conversion::Form(form) => {
+            return d.emit_form(&form, operands, is_float(mods.last()));
+        }
         Conversion::General(convert) => convert,
     };
     let [to, from] = fixed(d, operands)?;

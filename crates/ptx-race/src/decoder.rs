@@ -138,6 +138,7 @@ impl<'a> ModuleScope<'a> {
 fn literal(number: Number, file: File, float: bool) -> u64 {
     match (number, file) {
         (Number::Int(value), File::R32) if float => u64::from((value as f32).to_bits()),
+        (Number::Int(value), File::R64) if float => (value as f64).to_bits(),
         (Number::Int(value), File::R64 | File::R32) => value as u64,
         (Number::Int(value), File::Pred) => u64::from(value != 0),
         (Number::F32(bits), File::R64) if float => f64::from(f32::from_bits(bits)).to_bits(),

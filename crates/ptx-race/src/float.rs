@@ -71,13 +71,19 @@ macro_rules! f32_form {
 
 /// An f32 form computed as an exact f64 that is then rounded as a mode says.
 macro_rules! directed {
-    ($m:ident, |$($a:ident),+| $exact:expr) => {
+    ($m:ident, |$round:ident; $($a:ident),+| $exact:expr) => {
         match $m.round {
-            Round::Zero => f32_form!($m, |$($a),+| to_f32($exact, Round::Zero)),
-            Round::Down => f32_form!($m, |$($a),+| to_f32($exact, Round::Down)),
-            Round::Up => f32_form!($m, |$($a),+| to_f32($exact, Round::Up)),
+            Round::Zero => directed!($m, Zero, |$round; $($a),+| $exact),
+            Round::Down => directed!($m, Down, |$round; $($a),+| $exact),
+            Round::Up => directed!($m, Up, |$round; $($a),+| $exact),
             _ => None,
         }
+    };
+    ($m:ident, $mode:ident, |$round:ident; $($a:ident),+| $exact:expr) => {
+        f32_form!($m, |$($a),+| {
+            let $round = Round::$mode;
+            to_f32($exact, $round)
+        })
     };
 }
 
@@ -138,13 +144,13 @@ fn f(x: f32) -> f64 {
 
 fn single_directed(name: &str, m: &Modifiers) -> Option<Form> {
     match name {
-        "add" => directed!(m, |a, b| exact_sum(f(a), f(b))),
-        "sub" => directed!(m, |a, b| exact_sum(f(a), -f(b))),
-        "mul" => directed!(m, |a, b| f(a) * f(b)),
-        "fma" => directed!(m, |a, b, c| exact_sum(f(a) * f(b), f(c))),
-        "div" => directed!(m, |a, b| quotient(f(a), f(b))),
-        "rcp" => directed!(m, |a| quotient(1.0, f(a))),
-        "sqrt" => directed!(m, |a| {
+        "add" => directed!(m, |round; a, b| exact_sum(f(a), f(b), round)),
+        "sub" => directed!(m, |round; a, b| exact_sum(f(a), -f(b), round)),
+        "mul" => directed!(m, |round; a, b| f(a) * f(b)),
+        "fma" => directed!(m, |round; a, b, c| exact_sum(f(a) * f(b), f(c), round)),
+        "div" => directed!(m, |round; a, b| quotient(f(a), f(b))),
+        "rcp" => directed!(m, |round; a| quotient(1.0, f(a))),
+        "sqrt" => directed!(m, |round; a| {
             let root = f(a).sqrt();
             odd((root, if root.is_finite() { (-root).mul_add(root, f(a)) } else { 0.0 }))
         }),
@@ -153,8 +159,11 @@ fn single_directed(name: &str, m: &Modifiers) -> Option<Form> {
 }
 
 /// A sum that a narrower rounding can take as exact.
-fn exact_sum(a: f64, b: f64) -> f64 {
-    if a.is_finite() && b.is_finite() { odd(two_sum(a, b)) } else { a + b }
+fn exact_sum(a: f64, b: f64, round: Round) -> f64 {
+    let sum = if a.is_finite() && b.is_finite() { odd(two_sum(a, b)) } else { a + b };
+    // Toward minus infinity an exact zero is negative, unless both addends are +0 (IEEE 754, 6.3).
+    let is_negative = round == Round::Down && (a.is_sign_negative() || b.is_sign_negative());
+    if sum == 0.0 && is_negative { -0.0 } else { sum }
 }
 
 fn quotient(a: f64, b: f64) -> f64 {
@@ -182,8 +191,12 @@ fn double(name: &str, m: &Modifiers) -> Option<Form> {
         "abs" => lanes!(|a: f64| -> f64 { a.abs() }),
         "neg" => lanes!(|a: f64| -> f64 { -a }),
         "copysign" => lanes!(|a: f64, b: f64| -> f64 { b.copysign(a) }),
-        "min" => lanes!(|a: f64, b: f64| -> f64 { a.min(b) }),
-        "max" => lanes!(|a: f64, b: f64| -> f64 { a.max(b) }),
+        "min" => lanes!(|a: f64, b: f64| -> f64 {
+            if a == b { f64::from_bits(a.to_bits() | b.to_bits()) } else { a.min(b) }
+        }),
+        "max" => lanes!(|a: f64, b: f64| -> f64 {
+            if a == b { f64::from_bits(a.to_bits() & b.to_bits()) } else { a.max(b) }
+        }),
         _ => None,
     }
 }
@@ -194,7 +207,8 @@ fn testp(test: &str, ty: &str) -> Option<Form> {
         ("infinite", "f32") => lanes!(|a: f32| -> bool { a.is_infinite() }),
         ("number", "f32") => lanes!(|a: f32| -> bool { !a.is_nan() }),
         ("notanumber", "f32") => lanes!(|a: f32| -> bool { a.is_nan() }),
-        ("normal", "f32") => lanes!(|a: f32| -> bool { a.is_normal() }),
+        // Zeros count as normal.
+        ("normal", "f32") => lanes!(|a: f32| -> bool { a.is_normal() || a == 0.0 }),
         ("subnormal", "f32") => lanes!(|a: f32| -> bool { a.is_subnormal() }),
         _ => None,
     }
@@ -266,15 +280,15 @@ pub(crate) trait Small: Copy {
     fn fma(self, b: Self, c: Self) -> Self {
         let product = self.wide() * b.wide();
         if product.is_finite() && c.wide().is_finite() {
-            return Self::narrow(exact_sum(product, c.wide()));
+            return Self::narrow(exact_sum(product, c.wide(), Round::Nearest));
         }
         Self::narrow(product + c.wide())
     }
     fn sum(self, b: Self) -> Self {
-        Self::narrow(exact_sum(self.wide(), b.wide()))
+        Self::narrow(exact_sum(self.wide(), b.wide(), Round::Nearest))
     }
     fn difference(self, b: Self) -> Self {
-        Self::narrow(exact_sum(self.wide(), -b.wide()))
+        Self::narrow(exact_sum(self.wide(), -b.wide(), Round::Nearest))
     }
     fn product(self, b: Self) -> Self {
         Self::narrow(self.wide() * b.wide())

@@ -105,6 +105,12 @@ struct WarpClock {
     lanes: Box<[[u32; WARP]; WARP]>,
 }
 
+/// What a warp knew, and had fenced, as it arrived at a barrier that it did not wait at.
+pub(crate) struct Arrived {
+    known: Known,
+    fenced: Option<Known>,
+}
+
 /// The detector of one launch.
 pub(crate) struct Race {
     warps_per_block: u32,
@@ -167,6 +173,13 @@ impl Race {
                 lanes: Box::new([[0; WARP]; WARP]),
             })
             .collect();
+        // What was kept of shared memory is gone with the block that it was of.
+        let mut gone: usize = self.shared.iter().map(|cell| cell.reads.len()).sum();
+        self.handed_on.retain(|&(shared, _), times| {
+            gone += if shared { times.len() } else { 0 };
+            !shared
+        });
+        self.held = self.held.saturating_sub(gone);
         self.shared.clear();
         self.shared.resize(shared_bytes.div_ceil(2), Cell::default());
     }
@@ -371,16 +384,20 @@ impl Race {
         clock.time += 1;
     }
 
-    /// A barrier completes: `arrived` lists its warps, and whether each waited there.
-    pub fn barrier(&mut self, arrived: &[(usize, bool)]) {
+    /// A barrier completes: its warps, whether each waited there, and what those that did not knew as they arrived.
+    pub fn barrier(&mut self, arrived: &[(usize, bool)], passing: &[Arrived]) {
         let mut all = Known { own: vec![0; self.warps.len()], ..Known::default() };
         let mut fenced: Option<Known> = None;
-        for &(warp, _) in arrived {
-            let clock = &mut self.warps[warp];
-            self.cost += clock.known.others.len() as u64;
+        let waiting = arrived.iter().filter(|(_, waited)| *waited).map(|&(warp, _)| {
+            let clock = &self.warps[warp];
+            (&clock.known, &clock.fenced)
+        });
+        let passing = passing.iter().map(|arrived| (&arrived.known, &arrived.fenced));
+        for (known, own) in waiting.chain(passing) {
+            self.cost += known.others.len() as u64;
             // The arrival itself was the end of a time, see `arrive`.
-            all.join(&clock.known);
-            if let Some(own) = &clock.fenced {
+            all.join(known);
+            if let Some(own) = own {
                 fenced.get_or_insert_with(|| all.clone_empty()).join(own);
             }
         }
@@ -395,12 +412,16 @@ impl Race {
         }
     }
 
-    /// A warp arrives at a barrier: its accesses so far are what the others will know.
-    pub fn arrive(&mut self, warp: usize) {
+    /// A warp arrives at a barrier: its accesses so far are what the others will know. Of one that goes on without
+    /// waiting, what it knows now.
+    pub fn arrive(&mut self, warp: usize, waits: bool) -> Option<Arrived> {
         let clock = &mut self.warps[warp];
         clock.known.own[warp] = clock.time;
-        clock.lanes.fill([clock.time; WARP]);
+        if waits {
+            clock.lanes.fill([clock.time; WARP]);
+        }
         clock.time += 1;
+        (!waits).then(|| Arrived { known: clock.known.clone(), fenced: clock.fenced.clone() })
     }
 }
 
@@ -436,9 +457,9 @@ mod tests {
         assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_ok());
         assert!(race.read(who(1, 0), shared(0, 4), false).is_err());
         for warp in [0, 1] {
-            race.arrive(warp);
+            race.arrive(warp, true);
         }
-        race.barrier(&[(0, true), (1, true)]);
+        race.barrier(&[(0, true), (1, true)], &[]);
         assert!(race.read(who(1, 0), shared(0, 4), false).is_ok());
         // The read must be over before the next write.
         assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_err());
@@ -449,10 +470,17 @@ mod tests {
         let mut race = race();
         assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_ok());
         assert!(race.write(who(1, 0), shared(8, 4), WriteKind::Plain, false).is_ok());
-        race.arrive(0);
-        race.arrive(1);
-        race.barrier(&[(0, false), (1, true)]);
+        let passing = race.arrive(0, false).into_iter().collect::<Vec<_>>();
+        // What it does afterwards is handed on by no barrier that it passed before, but by the next.
+        assert!(race.write(who(0, 0), shared(16, 4), WriteKind::Plain, false).is_ok());
+        let next = race.arrive(0, false).into_iter().collect::<Vec<_>>();
+        race.arrive(1, true);
+        race.barrier(&[(0, false), (1, true)], &passing);
         assert!(race.read(who(1, 0), shared(0, 4), false).is_ok());
+        assert!(race.read(who(1, 0), shared(16, 4), false).is_err());
+        race.arrive(1, true);
+        race.barrier(&[(0, false), (1, true)], &next);
+        assert!(race.read(who(1, 0), shared(16, 4), false).is_ok());
         assert!(race.read(who(0, 0), shared(8, 4), false).is_err());
     }
 
@@ -494,6 +522,28 @@ mod tests {
         }
         assert!(race.is_full());
         assert_eq!(race.take_cost(), 2 * (0..99).sum::<u64>() / RECORDS_PER_INSTRUCTION);
+    }
+
+    /// Shared memory is each block's own: neither its records nor what atomics left there outlive a block.
+    #[test]
+    fn nothing_of_shared_memory_outlives_its_block() {
+        let mut race = race();
+        race.room = 8 * PAGE as usize;
+        let global = ByteRange { shared: false, at: 0, size: 4 };
+        assert!(race.write(who(0, 0), global, WriteKind::Plain, false).is_ok());
+        race.fence(0);
+        assert!(race.atomic(who(0, 0), shared(0, 4)).is_ok());
+        let before = race.held;
+        for block in 1..100 {
+            race.start_block(block, 64);
+            for warp in [0, 1] {
+                assert!(race.read(who(warp, 0), shared(8, 4), false).is_ok());
+            }
+        }
+        race.start_block(100, 64);
+        assert!(race.held < before, "{} after {before}", race.held);
+        assert!(race.atomic(who(0, 0), shared(0, 4)).is_ok());
+        assert!(race.read(who(0, 0), global, false).is_err());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::config::{Check, Schedule, Stats};
 use crate::fault::{Access, Exec, Fault, FaultKind, Place, Stop, stop};
 use crate::op::{BarrierMode, NONE};
 use crate::profile::Profile;
-use crate::race::Race;
+use crate::race::{Arrived, Race};
 use crate::registers::{FULL, Reg, WARP};
 use crate::shared::Shared;
 use crate::state::{Arrival, Block, Launch, Warp, Yield};
@@ -193,12 +193,19 @@ impl Tally {
     }
 }
 
+/// The place of a barrier that a warp is at: its program counter has moved past it.
+fn before(Place { function, pc }: Place) -> Place {
+    Place { function, pc: pc.saturating_sub(1) }
+}
+
 #[derive(Default)]
 struct Barrier {
     /// Warps that are here, and whether each waits.
     arrived: Vec<(usize, bool)>,
     /// Threads named by the instructions; None means all that have not exited.
     count: Option<u32>,
+    /// What the detector knows of warps that went on.
+    passing: Vec<Arrived>,
     reductions: Vec<(usize, Arrival)>,
 }
 
@@ -253,7 +260,9 @@ impl Block<'_, '_> {
                 Ok(Yield::Exited) => states[index] = State::Exited,
                 Ok(Yield::Barrier(arrival)) => {
                     let id = arrival.id;
-                    if let Err(stop) = self.arrive(&mut barriers[id as usize], index, arrival) {
+                    let barrier = &mut barriers[id as usize];
+                    if let Err(mut stop) = self.arrive(barrier, warps.len(), index, arrival) {
+                        stop.at = Some(before(warps[index].place()));
                         return Err(fault(stop, &warps[index]));
                     }
                     if barriers[id as usize].arrived.last() == Some(&(index, true)) {
@@ -273,8 +282,19 @@ impl Block<'_, '_> {
         }
     }
 
-    fn arrive(&mut self, barrier: &mut Barrier, warp: usize, arrival: Arrival) -> Exec<()> {
-        if !barrier.arrived.is_empty() && barrier.count != arrival.count {
+    fn arrive(
+        &mut self,
+        barrier: &mut Barrier,
+        warps: usize,
+        warp: usize,
+        arrival: Arrival,
+    ) -> Exec<()> {
+        let lane = arrival.mask.trailing_zeros() as usize % WARP;
+        // No number, and that of all threads, are the same.
+        let is_all = |count: Option<u32>| count.is_none_or(|count| count as usize == warps * WARP);
+        let is_same =
+            barrier.count == arrival.count || is_all(barrier.count) && is_all(arrival.count);
+        if !barrier.arrived.is_empty() && !is_same {
             let threads = |count: Option<u32>| {
                 count.map_or("all threads".to_owned(), |count| format!("{count} threads"))
             };
@@ -284,16 +304,21 @@ impl Block<'_, '_> {
                 threads(arrival.count),
                 threads(barrier.count)
             );
-            return stop(FaultKind::InvalidOperand, 0, message);
+            return stop(FaultKind::InvalidOperand, lane, message);
         }
-        barrier.count = arrival.count;
+        barrier.count = if barrier.arrived.is_empty() {
+            arrival.count
+        } else {
+            barrier.count.and(arrival.count)
+        };
         if barrier.arrived.iter().any(|&(other, _)| other == warp) {
             let message = format!("warp {warp} arrives at barrier {} a second time", arrival.id);
-            return stop(FaultKind::Deadlock, 0, message);
+            return stop(FaultKind::Deadlock, lane, message);
         }
-        barrier.arrived.push((warp, arrival.mode != BarrierMode::Arrive));
+        let waits = arrival.mode != BarrierMode::Arrive;
+        barrier.arrived.push((warp, waits));
         if let Some(race) = &mut self.race {
-            race.arrive(warp);
+            barrier.passing.extend(race.arrive(warp, waits));
         }
         if arrival.d != NONE {
             barrier.reductions.push((warp, arrival));
@@ -320,7 +345,7 @@ impl Block<'_, '_> {
             return false;
         }
         if let Some(race) = &mut self.race {
-            race.barrier(&barrier.arrived);
+            race.barrier(&barrier.arrived, &barrier.passing);
         }
         let votes = barrier.reductions.iter();
         let yes: u32 = votes.clone().map(|(_, arrival)| arrival.votes.count_ones()).sum();
@@ -350,9 +375,7 @@ impl Block<'_, '_> {
             first.get_or_insert(warp);
             let barrier = &barriers[id as usize];
             let wanted = barrier.count.map_or("all".to_owned(), |count| count.to_string());
-            // The warp's own program counter has moved past the barrier.
-            let Place { function, pc } = warp.place();
-            let place = Place { function, pc: pc - 1 };
+            let place = before(warp.place());
             let thread = (warp.index * WARP) as u32;
             let site = self.launch.site(Access { place, block: self.linear, thread });
             let source = site.source.map_or(String::new(), |source| format!(", {source}"));
@@ -368,8 +391,7 @@ impl Block<'_, '_> {
         let message = format!("no warp can go on: {} wait, {exited} have exited", waiting.len());
         let stop = Stop { kind: FaultKind::Deadlock, message, lane: 0, at: None, other: None };
         let warp = first.unwrap_or(&warps[0]);
-        let Place { function, pc } = warp.place();
-        let stop = Stop { at: Some(Place { function, pc: pc.saturating_sub(1) }), ..stop };
+        let stop = Stop { at: Some(before(warp.place())), ..stop };
         let mut fault = self.launch.fault(self.linear, warp, stop);
         fault.waiting = waiting;
         fault

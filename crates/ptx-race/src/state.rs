@@ -317,13 +317,14 @@ impl Warp {
         let launch = block.launch;
         let code = &launch.module.functions[function as usize];
         block.reserve(code.frame_bytes())?;
-        let local_base = self.local.len() as u32 * 4;
+        // The largest alignment of an access.
+        let local_base = (self.local.len() as u32 * 4).next_multiple_of(16);
         if u64::from(local_base) + u64::from(code.local_bytes) > MAX_LOCAL {
             let message =
                 format!("more than {MAX_LOCAL} bytes of local memory in a thread's calls");
             return stop(FaultKind::StackOverflow, 0, message);
         }
-        let words = self.local.len() + code.local_bytes.div_ceil(4) as usize;
+        let words = (local_base / 4 + code.local_bytes.div_ceil(4)) as usize;
         self.local.resize(words, [UNDEFINED; WARP]);
         self.local_written.resize(words, 0);
         let undefined = u64::from(UNDEFINED) << 32 | u64::from(UNDEFINED);

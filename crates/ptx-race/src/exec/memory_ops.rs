@@ -3,7 +3,7 @@
 use crate::convert::Scalar;
 use crate::fault::{Exec, FaultKind, stop};
 use crate::float::Small;
-use crate::math::canonical;
+use crate::math::{canonical, flush};
 use crate::mem::{Buffer, LOCAL_WINDOW, Miss, SHARED_WINDOW};
 use crate::op::{Atomic, AtomicOp, AtomicType, NONE, Space, Transfer, window};
 use crate::profile::AccessSpace;
@@ -392,7 +392,7 @@ impl Warp {
             for lane in lanes_of(mask) {
                 let at = at[lane];
                 check_alignment(lane, at, size)?;
-                let update = |old| apply(atomic, old, b[lane], c[lane]);
+                let update = |old| apply(atomic, space, old, b[lane], c[lane]);
                 old[lane] = match space {
                     Space::Shared => {
                         let old = block.load_shared(lane, at, size as usize)?;
@@ -542,7 +542,7 @@ fn write_words(words: &mut [Lanes<u32>], lane: usize, at: u64, size: usize, valu
 }
 
 /// What an atomic leaves in memory.
-fn apply(atomic: &Atomic, old: u64, b: u64, c: u64) -> u64 {
+fn apply(atomic: &Atomic, space: Space, old: u64, b: u64, c: u64) -> u64 {
     let ty = match atomic.ty {
         AtomicType::F16x2 => return add_pairs::<half::f16>(old, b),
         AtomicType::Bf16x2 => return add_pairs::<half::bf16>(old, b),
@@ -551,8 +551,10 @@ fn apply(atomic: &Atomic, old: u64, b: u64, c: u64) -> u64 {
     let signed = |x: u64| if ty.bits() == 32 { i64::from(x as i32) } else { x as i64 };
     match (atomic.op, ty) {
         (AtomicOp::Add, Scalar::F32) => {
-            let sum = f32::from_bits(old as u32) + f32::from_bits(b as u32);
-            canonical(sum).to_bits().into()
+            // In global memory subnormals are flushed, in shared memory they are not.
+            let flush = if space == Space::Global { flush } else { |x: f32| x };
+            let [old, b] = [old, b].map(|bits| flush(f32::from_bits(bits as u32)));
+            canonical(flush(old + b)).to_bits().into()
         }
         (AtomicOp::Add, Scalar::F64) => (f64::from_bits(old) + f64::from_bits(b)).to_bits(),
         (AtomicOp::Add, Scalar::F16) => add_small::<half::f16>(old, b),

@@ -144,6 +144,10 @@ fn deadlocks_say_who_waits_where() {
     assert_eq!(fault.waiting.len(), 2, "{fault}");
     assert!(fault.waiting[0].contains("warp 0 waits at barrier 1 (32 of 64"), "{fault}");
     assert!(fault.waiting[1].contains("warp 1 waits at barrier 0"), "{fault}");
+    // A barrier that others wait at for another number of threads.
+    let body = "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\nbar.sync 1, 96;\nret;\nL: bar.sync 1, 64;";
+    let fault = check(body, 64, FaultKind::InvalidOperand, 32, 2);
+    assert!(fault.to_string().contains("for 96 threads here, but for 64 threads"), "{fault}");
 }
 
 #[test]

@@ -634,15 +634,22 @@ pub fn single_precision() {
         op2(&format!("mul.{mode}.f32 $d, $a, $b"), |a: Middle, b: Middle| {
             directed(a.0 * b.0, a.0 as f64 * b.0 as f64 - (a.0 * b.0) as f64, up)
         });
+        // Toward minus infinity an exact zero is negative, unless both addends are +0.
+        let zero = |sum: f32, is_negative: bool| {
+            if sum == 0.0 && up == Some(false) && is_negative { -0.0 } else { sum }
+        };
         op2(&format!("add.{mode}.f32 $d, $a, $b"), |a: Middle, b: Middle| {
-            directed(a.0 + b.0, a.0 as f64 + b.0 as f64 - (a.0 + b.0) as f64, up)
+            let sum = zero(a.0 + b.0, a.0.is_sign_negative() || b.0.is_sign_negative());
+            directed(sum, a.0 as f64 + b.0 as f64 - sum as f64, up)
         });
         op2(&format!("div.{mode}.f32 $d, $a, $b"), |a: Middle, b: Middle| {
             let q = a.0 / b.0;
             directed(q, (a.0 as f64 - q as f64 * b.0 as f64) * b.0.signum() as f64, up)
         });
         op3(&format!("fma.{mode}.f32 $d, $a, $b, $c"), |a: Middle, b: Middle, c: Middle| {
+            let product = a.0 as f64 * b.0 as f64;
             let r = a.0.mul_add(b.0, c.0);
+            let r = zero(r, product.is_sign_negative() || c.0.is_sign_negative());
             directed(r, (a.0 as f64).mul_add(b.0 as f64, c.0 as f64 - r as f64), up)
         });
     }
@@ -714,8 +721,10 @@ pub fn double_precision() {
     op1("sqrt.rn.f64", |a: f64| a.sqrt());
     op1("abs.f64", |a: f64| a.abs());
     op1("neg.f64", |a: f64| -a);
-    op2("min.f64", |a: f64, b: f64| if a.is_nan() || b < a { b } else { a });
-    op2("max.f64", |a: f64, b: f64| if a.is_nan() || b > a { b } else { a });
+    // -0 is below +0.
+    let is_less = |a: f64, b: f64| a < b || a == b && a.is_sign_negative();
+    op2("min.f64", move |a: f64, b: f64| if a.is_nan() || is_less(b, a) { b } else { a });
+    op2("max.f64", move |a: f64, b: f64| if a.is_nan() || is_less(a, b) { b } else { a });
 }
 
 /// The representable number nearest to x, found among the neighbors of a guess.

@@ -311,6 +311,8 @@ pub fn control_flow() {
         "{ .reg .b32 x; mov.b32 x, 1; L: add.u32 %out0, %out0, x; setp.lt.u32 %p1, %out0, 3; @%p1 bra L; } { .reg .b32 x; mov.b32 x, 5; L: add.u32 %out0, %out0, x; setp.lt.u32 %p1, %out0, 13; @%p1 bra L; }",
         |_| [13],
     );
+    // An integer literal has the type of its operand.
+    check("cvt.rn.f32.u32 %out0, 1; slct.u32.f32 %out1, 5, 6, 0f3F800000;", |_| [0x3F80_0000, 5]);
     check(
         "prefetch.global.L2 [%rd1]; prefetch.global.L1 [%rd1]; prefetch.L1 [%rd1]; prefetch.L2 [%rd1]; membar.gl; membar.sys; fence.acq_rel.gpu; fence.acq_rel.cta; fence.acq_rel.sys; fence.sc.gpu; fence.sc.sys; fence.sc.cta; membar.cta; nanosleep.u32 20; mov.b32 %out0, 1;",
         |_| [1],
@@ -323,9 +325,9 @@ pub fn calls_pass_parameters_and_results() {
         .const .align 4 .u32 table[4] = {10, 20, 30, 40};
         .global .align 4 .u32 counter = 5;
         .func (.param .b32 result) scale(.param .b32 x, .param .align 4 .b8 pair[8]) {
-            .reg .b32 %r<5>; .reg .pred %p<2>; .local .align 4 .b8 spill[4]; .reg .b64 %l;
+            .reg .b32 %r<5>; .reg .pred %p<2>; .local .align 8 .b8 spill[8]; .reg .b64 %l, %x;
             ld.param.b32 %r1, [x]; ld.param.b32 %r2, [pair+4]; ld.param.b32 %r3, [pair];
-            mov.u64 %l, spill; st.local.b32 [%l], %r1;
+            mov.u64 %l, spill; cvt.u64.u32 %x, %r1; st.local.b64 [%l], %x;
             setp.eq.u32 %p1, %r1, 0; @%p1 bra Z;
             { .param .b32 a; .param .align 4 .b8 b[8]; .param .b32 r;
             sub.u32 %r4, %r1, 1; st.param.b32 [a], %r4; st.param.b32 [b], %r3; st.param.b32 [b+4], %r2;
@@ -333,8 +335,8 @@ pub fn calls_pass_parameters_and_results() {
             ld.local.b32 %r1, [%l]; add.u32 %r4, %r4, %r1; mad.lo.u32 %r4, %r3, 0, %r4;
             st.param.b32 [result], %r4; ret;
             Z: st.param.b32 [result], %r2; ret; }
-        .entry k(.param .u64 out) { .reg .b32 %r<6>; .reg .b64 %rd<4>;
-            mov.u32 %r1, %tid.x; and.b32 %r2, %r1, 3;
+        .entry k(.param .u64 out) { .reg .b32 %r<6>; .reg .b64 %rd<4>; .local .align 4 .b8 own[4];
+            mov.u32 %r1, %tid.x; and.b32 %r2, %r1, 3; mov.u64 %rd1, own; st.local.b32 [%rd1], 1;
             mov.u64 %rd1, table; mad.wide.u32 %rd1, %r2, 4, %rd1; ld.const.u32 %r3, [%rd1];
             { .param .b32 a; .param .align 4 .b8 b[8]; .param .b32 r;
             st.param.b32 [a], %r2; st.param.b32 [b], 7; st.param.b32 [b+4], %r3;
@@ -365,8 +367,8 @@ pub fn barriers_of_a_block() {
     let text = ".version 9.0\n.target sm_80\n.address_size 64
         .entry k(.param .u64 out) { .reg .b32 %r<9>; .reg .b64 %rd<3>; .reg .pred %p<5>; .shared .b32 word;
             mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 bra P;
-            bar.sync 3, 64; ld.shared.b32 %r2, [word]; bra.uni E;
-            P: st.shared.b32 [word], 77; bar.arrive 3, 64; mov.b32 %r2, 1;
+            bar.sync 3, 64; ld.shared.b32 %r2, [word]; bar.sync 2; bra.uni E;
+            P: st.shared.b32 [word], 77; bar.arrive 3, 64; bar.arrive 2, 64; mov.b32 %r2, 1;
             E: setp.lt.u32 %p2, %r1, 40;
             barrier.cta.sync.aligned 0;
             bar.red.popc.u32 %r3, 0, %p2; bar.red.and.pred %p3, 1, 64, %p2; bar.red.or.pred %p4, 1, %p2;
