@@ -46,8 +46,8 @@ pub trait Backend: Send + Sync {
     fn shadow_weight_bytes(&self, _layout: &Layout) -> usize {
         0
     }
-    /// Bytes of scratch memory besides the program's buffers.
-    fn workspace_bytes(&self, program: &Program) -> usize;
+    /// Bytes of scratch memory of a session that runs these programs, besides their buffers.
+    fn workspace_bytes(&self, programs: &[&Program]) -> usize;
     /// Bytes of the buffers that ranks exchange through, besides the workspace.
     fn exchange_bytes(&self, program: &Program) -> usize {
         4 * program.ops.iter().map(exchange::wire_elements).max().unwrap_or(0)

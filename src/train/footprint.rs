@@ -66,24 +66,44 @@ impl Footprint {
         seq_len: usize,
         recompute: Recompute,
     ) -> anyhow::Result<Self> {
+        let program = Self::program(backend, config, batch, seq_len, recompute)?;
+        Ok(Self::of_program(backend, config, &program, backend.micro_batch(batch, seq_len)))
+    }
+
+    /// The forward and backward of a micro-batch.
+    fn program(
+        backend: &dyn Backend,
+        config: &Config,
+        batch: usize,
+        seq_len: usize,
+        recompute: Recompute,
+    ) -> anyhow::Result<Program> {
         let micro_batch = backend.micro_batch(batch, seq_len);
         check_arithmetic(config, micro_batch, seq_len)?;
         let layout = Layout::new(config);
-        let program: Program =
-            step::training(config, &layout, micro_batch, seq_len, recompute).program;
+        Ok(step::training(config, &layout, micro_batch, seq_len, recompute).program)
+    }
+
+    fn of_program(
+        backend: &dyn Backend,
+        config: &Config,
+        program: &Program,
+        micro_batch: usize,
+    ) -> Self {
+        let layout = Layout::new(config);
         let arena = 4 * layout.len;
-        Ok(Self {
+        Self {
             micro_batch,
             parameters: arena + backend.shadow_weight_bytes(&layout),
             gradients: arena,
             optimizer: 2 * arena,
-            activations: backend.activation_bytes(&program),
-            workspace: backend.workspace_bytes(&program),
+            activations: backend.activation_bytes(program),
+            workspace: backend.workspace_bytes(&[program]),
             slices: 0,
             exchange: 0,
             measuring: 0,
             sent: 0,
-        })
+        }
     }
 
     /// Footprint of a rank in steps on `batch` windows of all ranks together.
@@ -100,13 +120,16 @@ impl Footprint {
         share: Share,
     ) -> anyhow::Result<Self> {
         let Share { slices, ranks, shard } = share;
-        let alone = Self::new(backend, config, batch.div_ceil(slices), seq_len, recompute)?;
+        let batch = batch.div_ceil(slices);
+        let program = Self::program(backend, config, batch, seq_len, recompute)?;
+        let micro_batch = backend.micro_batch(batch, seq_len);
+        let alone = Self::of_program(backend, config, &program, micro_batch);
         let layout = Layout::new(config);
         if slices == 1 {
             let (update, _) = update(&layout, optimizer);
             return Ok(Self {
                 optimizer: moment_bytes(backend, &update, layout.len),
-                workspace: alone.workspace.max(backend.workspace_bytes(&update)),
+                workspace: backend.workspace_bytes(&[&program, &update]),
                 ..alone
             });
         }
@@ -125,7 +148,7 @@ impl Footprint {
             };
             Self {
                 optimizer: moment_bytes(backend, &update, kept),
-                workspace: alone.workspace.max(backend.workspace_bytes(&update)),
+                workspace: backend.workspace_bytes(&[&program, &update]),
                 slices: 4 * layout.len * plan.slots(),
                 exchange: backend.exchange_bytes(&update),
                 sent: update.ops.iter().map(sent).sum(),

@@ -171,8 +171,8 @@ impl Backend for ManySlots {
         Reference::F32.micro_batch(batch, seq_len)
     }
 
-    fn workspace_bytes(&self, program: &Program) -> usize {
-        Reference::F32.workspace_bytes(program)
+    fn workspace_bytes(&self, programs: &[&Program]) -> usize {
+        Reference::F32.workspace_bytes(programs)
     }
 
     fn memory(&self) -> Option<u64> {

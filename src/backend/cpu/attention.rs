@@ -55,6 +55,11 @@ impl KvHead<'_> {
     }
 }
 
+/// The factor of the scores before softmax: 1 / sqrt(head_dim).
+pub(super) fn score_scale(head_dim: usize) -> f32 {
+    (head_dim as f64).sqrt().recip() as f32
+}
+
 /// Inputs of a task's backward besides its operands.
 pub(super) struct BackwardInputs<'a> {
     /// The forward's log-sum-exp, `[group, seq_len]`.
@@ -63,6 +68,20 @@ pub(super) struct BackwardInputs<'a> {
     pub dout: &'a [f32],
     /// Its dot product with the output, `[seq_len, group]`.
     pub delta: &'a [f32],
+}
+
+impl BackwardInputs<'_> {
+    /// Writes the rows of dout of one of `group` query heads, `[seq_len, d]`.
+    pub fn copy_dout_of(&self, query_head: usize, group: usize, d: usize, dout: &mut [f32]) {
+        for (position, out) in dout.chunks_mut(d).enumerate() {
+            out.copy_from_slice(&self.dout[(position * group + query_head) * d..][..d]);
+        }
+    }
+}
+
+/// Bytes of the tasks' outputs before they are joined.
+pub(super) fn scratch_bytes(o: &Attention) -> usize {
+    size_of::<f32>() * o.shape.rows() * o.shape.q_width()
 }
 
 /// Runs `kernel(head, out, lse)` for every task. It writes out as `[seq_len, group, head_dim]` and the
@@ -414,7 +433,7 @@ struct QueryTile<S: Simd> {
 impl<S: Simd> QueryTile<S> {
     fn new(d: usize, stride: usize) -> Self {
         let vectors = stride / S::F32_LANES;
-        let scale = ((d as f64).sqrt().recip()) as f32;
+        let scale = score_scale(d);
         Self { d, stride, vectors, scale, simd: std::marker::PhantomData }
     }
 

@@ -44,8 +44,19 @@ fn block_rows(o: &FusedLinearCrossEntropy) -> usize {
 }
 
 /// Floats of a block's logits.
-pub(super) fn workspace(o: &FusedLinearCrossEntropy) -> usize {
+fn block_logits(o: &FusedLinearCrossEntropy) -> usize {
     block_rows(o) * o.w.rows
+}
+
+/// Bytes of a block's logits.
+pub(super) fn kept_bytes(o: &FusedLinearCrossEntropy) -> usize {
+    size_of::<f32>() * block_logits(o)
+}
+
+/// Bytes of the segments' partial sums of dx.
+pub(super) fn scratch_bytes(o: &FusedLinearCrossEntropy) -> usize {
+    let segments = if o.dx.is_some() { o.w.rows.div_ceil(SEGMENT_TOKENS) } else { 0 };
+    size_of::<f32>() * segments * block_rows(o) * o.w.cols
 }
 
 /// x, nll, and dx if gradients are computed.
@@ -76,7 +87,7 @@ pub(super) fn run(
     let (x, nll, mut dx) = operands(o, &mut memory.floats);
     let mut argmax = vec![0; o.rows];
     let rows = block_rows(o);
-    logits.resize(logits.len().max(workspace(o)), 0.0);
+    logits.resize(logits.len().max(block_logits(o)), 0.0);
     for from in (0..o.rows).step_by(rows) {
         let to = (from + rows).min(o.rows);
         let block = to - from;
@@ -123,7 +134,12 @@ pub(super) fn run(
         let lse: Vec<f32> = normalizers.iter().map(|row| row.max + row.sum.ln()).collect();
         for (row, nll) in nll[from..to].iter_mut().enumerate() {
             let segment = targets[row] as usize / SEGMENT_TOKENS;
-            *nll = if targets[row] == IGNORE { 0.0 } else { lse[row] - segments[segment].1[row] };
+            let RowSoftmax { max, sum } = normalizers[row];
+            // Not from the log-sum-exp, whose rounding is that of the largest logit: a loss near 0 would drown in it.
+            *nll = match targets[row] {
+                IGNORE => 0.0,
+                _ => max - segments[segment].1[row] + sum.ln(),
+            };
         }
 
         if let Some(dx) = &mut dx {

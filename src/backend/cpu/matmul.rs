@@ -7,7 +7,6 @@ use pulp::Arch;
 use super::super::memory::Memory;
 use super::amx::{self, TileUnit};
 use super::small_m_gemm::{MAX_SMALL_M, small_m_gemm};
-use crate::llama::Op;
 use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
 
 /// A matrix in a slice, by strides, so that a transpose is a view.
@@ -35,6 +34,13 @@ impl<'a> MatrixView<'a> {
             col_stride: self.row_stride,
             ..self
         }
+    }
+
+    /// True if the strides stay inside of the data.
+    fn is_inside(&self) -> bool {
+        let last = |size: usize, stride| size.saturating_sub(1) * stride;
+        self.rows * self.cols == 0
+            || last(self.rows, self.row_stride) + last(self.cols, self.col_stride) < self.data.len()
     }
 }
 
@@ -68,19 +74,6 @@ impl Gemm {
             Self::Bf16(unit) => amx::matmul(unit, out, accumulate, a, b, threads),
         }
     }
-
-    /// Bytes that the linear layers' matmuls need besides the program's buffers, apart from each thread's
-    /// cache-sized scratch.
-    pub fn workspace(self, op: &Op) -> usize {
-        let (inner, columns) = match op {
-            _ if matches!(self, Self::F32) => return 0,
-            Op::Linear(o) => (o.w.cols, o.w.rows),
-            Op::LinearBackwardInput(o) => (o.w.rows, o.w.cols),
-            Op::LinearBackwardWeight(o) => (o.rows, o.w.cols),
-            _ => return 0,
-        };
-        amx::packed_bytes(inner, columns)
-    }
 }
 
 /// Below this many multiplications waking another thread costs more than it saves.
@@ -98,6 +91,7 @@ pub(super) fn matmul(
 ) {
     assert_eq!(a.cols, b.rows);
     assert_eq!(out.len(), a.rows * b.cols);
+    assert!(a.is_inside() && b.is_inside());
     let parallelism = if threads == MatmulThreads::All && is_large(a, b.cols) {
         Parallelism::Rayon(0)
     } else {
@@ -105,9 +99,8 @@ pub(super) fn matmul(
     };
     // `gemm` prefers column-major output: outT = bT aT.
     let (a, b) = (b.transposed(), a.transposed());
-    // SAFETY: `out`, `a.data` and `b.data` are slices that the strides stay inside of: `MatrixView::new`
-    // checked rows * cols against the length, transposing swaps both sizes and strides, and out's
-    // length was checked above. `out` is borrowed mutably, so it overlaps neither.
+    // SAFETY: `out`, `a.data` and `b.data` are slices that the strides stay inside of, as asserted above; transposing
+    // swaps both sizes and strides. `out` is borrowed mutably, so it overlaps neither.
     unsafe {
         get_gemm_fn()(
             a.rows,

@@ -24,7 +24,6 @@ mod update;
 mod avx512 {
     use super::super::memory::Memory;
     use crate::llama::Op;
-    use crate::llama::ops::FusedLinearCrossEntropy;
 
     #[derive(Clone, Copy)]
     pub(super) enum Avx512 {}
@@ -51,8 +50,8 @@ mod avx512 {
         }
     }
 
-    pub(super) fn cross_entropy_workspace(_: &FusedLinearCrossEntropy) -> usize {
-        0
+    pub(super) fn kept_bytes(_: &Op) -> [usize; 3] {
+        [0; 3]
     }
 }
 
@@ -165,6 +164,33 @@ impl Cpu {
         format!("{}{tiles} in {dtypes}", simd::name())
     }
 
+    /// Bytes of the buffers that an operation fills and that stay for the next one: of the fused linear cross-entropy, of
+    /// packed weights, and of packed activations.
+    fn kept_bytes(&self, op: &Op) -> [usize; 3] {
+        match (op, self.bf16_kernels()) {
+            (op, Some(Bf16Kernels::Avx512)) => avx512::kept_bytes(op),
+            (Op::FusedLinearCrossEntropy(o), _) => {
+                [fused_linear_cross_entropy::kept_bytes(o), 0, 0]
+            }
+            (op, Some(Bf16Kernels::Tiles(_))) => [0, amx::workspace(op), 0],
+            _ => [0; 3],
+        }
+    }
+
+    /// Bytes that an operation allocates and frees, apart from each thread's cache-sized scratch.
+    fn scratch_bytes(&self, op: &Op) -> usize {
+        match op {
+            Op::Attention(o) => attention::scratch_bytes(o),
+            Op::MuonStep(o) => update::muon_workspace(o, self.threads),
+            Op::FusedLinearCrossEntropy(o)
+                if !matches!(self.bf16_kernels(), Some(Bf16Kernels::Avx512)) =>
+            {
+                fused_linear_cross_entropy::scratch_bytes(o)
+            }
+            _ => 0,
+        }
+    }
+
     /// An error if the processor cannot run the kernels that were asked for by name.
     fn check_kernels(&self) -> anyhow::Result<()> {
         let (missing, what) = match self.kernels {
@@ -218,15 +244,12 @@ impl Backend for Cpu {
         (4096 / seq_len).clamp(1, batch)
     }
 
-    fn workspace_bytes(&self, program: &Program) -> usize {
-        let avx512 = matches!(self.bf16_kernels(), Some(Bf16Kernels::Avx512));
-        let of = |op: &Op| match op {
-            Op::FusedLinearCrossEntropy(o) if avx512 => avx512::cross_entropy_workspace(o),
-            Op::FusedLinearCrossEntropy(o) => 4 * fused_linear_cross_entropy::workspace(o),
-            Op::MuonStep(o) => update::muon_workspace(o, self.threads),
-            op => self.gemm().workspace(op),
-        };
-        program.ops.iter().map(of).max().unwrap_or(0)
+    fn workspace_bytes(&self, programs: &[&Program]) -> usize {
+        let ops = || programs.iter().flat_map(|program| &program.ops);
+        let kept = ops()
+            .map(|op| self.kept_bytes(op))
+            .fold([0; 3], |sizes, of_op| std::array::from_fn(|kind| sizes[kind].max(of_op[kind])));
+        kept.iter().sum::<usize>() + ops().map(|op| self.scratch_bytes(op)).max().unwrap_or(0)
     }
 }
 

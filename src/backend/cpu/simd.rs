@@ -59,7 +59,7 @@ impl DerefMut for AlignedFloats {
     }
 }
 
-/// e^x to within 2 units in the last place for x from -87 to 88; 0 below -87.7, and e^88 above 88.
+/// e^x to within 2 units in the last place for x from -87 to 88; 0 below -87.7, e^88 above 88, and NaN for NaN.
 ///
 /// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by the polynomial of Cephes' `expf` (Moshier 1989),
 /// 2^n by writing n into the exponent. Adding 1.5 * 2^23 + 127 rounds to an integer and leaves
@@ -69,7 +69,9 @@ impl DerefMut for AlignedFloats {
 pub(super) fn exp<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     const SHIFT: f32 = 12_582_912.0 + 127.0;
     let c = |value: f32| s.splat_f32s(value);
-    let x = s.min_f32s(s.max_f32s(x, c(-88.0)), c(88.0));
+    let clamped = s.min_f32s(s.max_f32s(x, c(-88.0)), c(88.0));
+    // Processors differ in what minimum and maximum make of NaN.
+    let x = s.select_f32s(s.equal_f32s(x, x), clamped, x);
     let shifted = s.mul_add_f32s(x, c(std::f32::consts::LOG2_E), c(SHIFT));
     let n = s.sub_f32s(shifted, c(SHIFT));
     // ln 2 in two parts, the first exact in few bits.
@@ -117,8 +119,9 @@ mod tests {
             let error = (f64::from(*y) - exact).abs() / exact;
             assert!(error < 2.0 * f64::from(f32::EPSILON), "exp({x}) = {y}");
         }
-        let mut edges = [f32::NEG_INFINITY, -1e30, -88.0, 0.0];
+        let mut edges = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN];
         Arch::new().dispatch(ExpInPlace(&mut edges));
-        assert_eq!(edges, [0.0, 0.0, 0.0, 1.0]);
+        assert_eq!(edges[..4], [0.0, 0.0, 0.0, 1.0]);
+        assert!(edges[4].is_nan());
     }
 }

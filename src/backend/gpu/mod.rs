@@ -154,9 +154,10 @@ impl Backend for Gpu {
         program.byte_plan(self.options.dtype.size()).bytes
     }
 
-    fn workspace_bytes(&self, program: &Program) -> usize {
+    fn workspace_bytes(&self, programs: &[&Program]) -> usize {
         // A training program without its update does not depend on the length of the arena.
-        session::workspace(program, 0, self.options)
+        let of = |program: &&Program| session::workspace(program, 0, self.options);
+        programs.iter().map(of).max().unwrap_or(0)
     }
 
     /// They are workspace.

@@ -346,7 +346,7 @@ mod tests {
         fn micro_batch(&self, batch: usize, _: usize) -> usize {
             batch
         }
-        fn workspace_bytes(&self, _: &Program) -> usize {
+        fn workspace_bytes(&self, _: &[&Program]) -> usize {
             0
         }
     }

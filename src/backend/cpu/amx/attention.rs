@@ -9,7 +9,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::super::super::memory::Memory;
 use super::super::attention::{
-    BackwardInputs, KvHead, for_each_kv_head, for_each_kv_head_backward,
+    BackwardInputs, KvHead, for_each_kv_head, for_each_kv_head_backward, score_scale,
 };
 use super::super::matmul::{Gemm, MatmulThreads, MatrixView};
 use super::super::simd::exp;
@@ -67,10 +67,6 @@ impl QueryBlock {
     }
 }
 
-fn scale(d: usize) -> f32 {
-    (d as f64).sqrt().recip() as f32
-}
-
 fn matmul(unit: TileUnit, out: &mut [f32], accumulate: bool, a: MatrixView, b: MatrixView) {
     Gemm::Bf16(unit).matmul(out, accumulate, a, b, MatmulThreads::One);
 }
@@ -95,13 +91,14 @@ fn attend(unit: TileUnit, arch: Arch, head: &KvHead, d: usize, out: &mut [f32], 
             head.q.chunks(seq_len * d).zip(lse.chunks_mut(seq_len)).enumerate()
         {
             matmul(unit, p, false, block.rows_of(q, d), block.keys_of(head.k, d).transposed());
-            let normalizers = arch.dispatch(MaskedSoftmax { block, scale: scale(d), scores: p });
+            let normalizers =
+                arch.dispatch(MaskedSoftmax { block, scale: score_scale(d), scores: p });
             let p = MatrixView::new(p, block.rows(), block.keys.len());
             matmul(unit, sums, false, p, block.keys_of(head.v, d));
             for ((position, (max, sum)), sums) in
                 block.positions.clone().zip(normalizers).zip(sums.chunks(d))
             {
-                let sees = sum > 0.0;
+                let sees = !block.visible[position - block.positions.start].is_empty();
                 lse[position] = if sees { max + sum.ln() } else { 0.0 };
                 let factor = if sees { 1.0 / sum } else { 0.0 };
                 let out = &mut out[(position * head.group + query_head) * d..][..d];
@@ -147,10 +144,9 @@ fn attend_backward(
         head.q.chunks(seq_len * d).zip(dq.chunks_mut(seq_len * d)).enumerate()
     {
         let lse = &inputs.lse[query_head * seq_len..][..seq_len];
-        for (position, (out, delta)) in dout.chunks_mut(d).zip(&mut delta).enumerate() {
-            let row = position * group + query_head;
-            out.copy_from_slice(&inputs.dout[row * d..][..d]);
-            *delta = inputs.delta[row];
+        inputs.copy_dout_of(query_head, group, d, &mut dout);
+        for (delta, group) in delta.iter_mut().zip(inputs.delta.chunks(group)) {
+            *delta = group[query_head];
         }
         for block in &blocks {
             let (p, ds) = (&mut p[..block.scores()], &mut ds[..block.scores()]);
@@ -160,7 +156,14 @@ fn attend_backward(
             matmul(unit, p, false, q, k.transposed());
             matmul(unit, ds, false, dout, v.transposed());
             let (lse, delta) = (&lse[block.positions.clone()], &delta[block.positions.clone()]);
-            arch.dispatch(MaskedSoftmaxBackward { block, scale: scale(d), lse, delta, p, ds });
+            arch.dispatch(MaskedSoftmaxBackward {
+                block,
+                scale: score_scale(d),
+                lse,
+                delta,
+                p,
+                ds,
+            });
             let [p, ds] = [&*p, &*ds].map(|x| MatrixView::new(x, block.rows(), block.keys.len()));
             let keys = block.keys.start * d..block.keys.end * d;
             matmul(unit, &mut dv[keys.clone()], true, p.transposed(), dout);
@@ -170,7 +173,7 @@ fn attend_backward(
         }
     }
     for gradient in dq.iter_mut().chain(dk) {
-        *gradient *= scale(d);
+        *gradient *= score_scale(d);
     }
 }
 

@@ -5,7 +5,7 @@ use std::arch::x86_64::{__cpuid_count, __get_cpuid_max};
 use std::sync::OnceLock;
 
 use super::microkernel::{
-    Tile, TileConfig, load_accumulators, multiply_and_store, zero_accumulators,
+    BLOCK, Tile, TileConfig, load_accumulators, multiply_and_store, zero_accumulators,
 };
 
 /// Proof that the processor has tiles and their bfloat16 products, and that this process may use them.
@@ -46,7 +46,7 @@ impl Amx {
         }
     }
 
-    /// [`super::microkernel::ConfiguredTiles::multiply`], which checks the lengths.
+    /// [`super::microkernel::ConfiguredTiles::multiply`].
     pub(super) fn multiply(
         self,
         a: &[Tile],
@@ -55,6 +55,8 @@ impl Amx {
         stride: usize,
         accumulate: bool,
     ) {
+        assert!(!a.is_empty() && a.len().is_multiple_of(2) && a.len() == b.len());
+        assert!(stride >= BLOCK && c.len() >= (BLOCK - 1) * stride + BLOCK);
         let (a, b, steps) = (a.as_ptr(), b.as_ptr(), a.len() / 2);
         let c = c.as_mut_ptr();
         let d = c.wrapping_add(16 * stride);
@@ -76,9 +78,9 @@ impl Amx {
                 )
             };
         }
-        // SAFETY: the proof says that the instructions exist, and the caller's `ConfiguredTiles` that the tiles are
-        // whole. It checked that `a` and `b` are 2 * steps tiles, of which each step reads two, and that `c` holds
-        // 32 rows of 32 floats at this stride, all that is loaded and stored there.
+        // SAFETY: the proof says that the instructions exist. No configuration has larger tiles than whole ones, and without
+        // one they fault. `a` and `b` are 2 * steps tiles, of which each step reads two, and `c` holds 32 rows of 32 floats
+        // at this stride, all that is loaded and stored there: asserted above.
         unsafe {
             if accumulate {
                 run!(load_accumulators!());

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::super::matmul::{MatmulThreads, MatrixView, is_large};
 use super::TileUnit;
 use super::microkernel::{BLOCK, ConfiguredTiles, Tile};
+use crate::llama::Op;
 
 /// Components of the inner dimension per tile.
 const TILE_INNER: usize = 32;
@@ -22,8 +23,14 @@ thread_local! {
     static RIGHT: Cell<Vec<Tile>> = const { Cell::new(Vec::new()) };
 }
 
-/// Bytes of a packed right operand.
-pub(in super::super) fn packed_bytes(inner: usize, columns: usize) -> usize {
+/// Bytes of an operation's packed right operand.
+pub(in super::super) fn workspace(op: &Op) -> usize {
+    let (inner, columns) = match op {
+        Op::Linear(o) => (o.w.cols, o.w.rows),
+        Op::LinearBackwardInput(o) => (o.w.rows, o.w.cols),
+        Op::LinearBackwardWeight(o) => (o.rows, o.w.cols),
+        _ => return 0,
+    };
     inner.div_ceil(TILE_INNER) * columns.div_ceil(BLOCK) * 2 * size_of::<Tile>()
 }
 

@@ -15,7 +15,7 @@ mod model;
 pub(super) use self::attention::{backward, forward, supports};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) use self::hardware::Amx;
-pub(super) use self::matmul::{matmul, packed_bytes};
+pub(super) use self::matmul::{matmul, workspace};
 
 /// No tiles on other systems.
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]

@@ -17,7 +17,7 @@ use std::arch::x86_64::{
 use std::f32::consts::{LN_2, LOG2_E};
 
 use super::super::super::memory::Memory;
-use super::super::attention::{self, BackwardInputs, KvHead};
+use super::super::attention::{self, BackwardInputs, KvHead, score_scale};
 use super::Avx512;
 use super::vec::{V512, exp2};
 use crate::llama::ops::{Attention, AttentionBackward, AttentionShape};
@@ -126,7 +126,7 @@ avx512_entry!(
         let keys: [&[V512]; D] = std::array::from_fn(|c| &keys[c * vectors..][..vectors]);
         let values: [&[V512]; D] = std::array::from_fn(|c| &values[c * vectors..][..vectors]);
         let scale = log2_scale(D);
-        // False if a value is NaN.
+        // Maxima forget NaN, which gives NaN on either path.
         let small = max_norm::<D>(head.q) * max_norm::<D>(head.k) * scale <= SAFE_SCORE;
         for row in (0..head.rows()).step_by(TILE_ROWS) {
             let group = head.group_of(row);
@@ -271,7 +271,7 @@ avx512_entry!(
         let values: [&[V512]; D] = std::array::from_fn(|c| &values[c * vectors..][..vectors]);
         // `[vectors, D]` of dk, and of dv.
         let mut sums = vec![[[V512::ZERO; D]; 2]; vectors];
-        let scale = ((D as f64).sqrt().recip()) as f32;
+        let scale = score_scale(D);
         for row in (0..head.rows()).step_by(TILE_ROWS) {
             let group = head.group_of(row);
             let mut tile = BackwardTile::<D>::new();

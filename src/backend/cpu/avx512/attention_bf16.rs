@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use super::super::super::memory::Memory;
 use super::super::attention::{
-    BackwardInputs, KvHead, for_each_kv_head, for_each_kv_head_backward,
+    BackwardInputs, KvHead, for_each_kv_head, for_each_kv_head_backward, score_scale,
 };
 use super::Avx512;
 use super::vec::{
@@ -49,10 +49,6 @@ pub(super) fn backward(avx512: Avx512, o: &AttentionBackward, memory: &mut Memor
     for_each_kv_head_backward(o, memory, |head, inputs, dq, dk, dv| {
         attend_backward(avx512, head, inputs, d, dq, dk, dv);
     });
-}
-
-fn scale(d: usize) -> f32 {
-    (d as f64).sqrt().recip() as f32
 }
 
 /// Rows `[rows, d]` as left operand: pairs of components, rows of 0 up to a whole tile.
@@ -101,7 +97,7 @@ impl Panels {
     fn pack(avx512: Avx512, values: &[f32], d: usize) -> Self {
         let pairs = (values.len() / d).next_multiple_of(STRIP) / 2;
         let mut packed = vec![V512::ZERO; padded_cols(d) / 16 * pairs];
-        pack_panels(avx512, values, d, pairs, &mut packed);
+        pack_panels(avx512, values, d, 0, pairs, &mut packed);
         Self { packed, pairs }
     }
 
@@ -225,7 +221,7 @@ avx512_entry!(
                 let (vectors, strips) = (rows.vectors(), rows.strips.len());
                 for (r, lse) in lse[first..].iter_mut().take(TILE_ROWS).enumerate() {
                     let (scores, p) = (&scores[r * vectors..][..vectors], &mut p[r * strips..]);
-                    let (max, sum) = softmax(&rows, r, scale(d), scores, &mut p[..strips]);
+                    let (max, sum) = softmax(&rows, r, score_scale(d), scores, &mut p[..strips]);
                     let sees = rows.seen[r].0 < rows.seen[r].1;
                     *lse = if sees { max + sum.ln() } else { 0.0 };
                     factors[r] = if sees { 1.0 / sum } else { 0.0 };
@@ -268,9 +264,7 @@ avx512_entry!(
         for (query_head, (q, dq)) in
             head.q.chunks(seq_len * d).zip(dq.chunks_mut(seq_len * d)).enumerate()
         {
-            for (position, out) in dout.chunks_mut(d).enumerate() {
-                out.copy_from_slice(&inputs.dout[(position * group + query_head) * d..][..d]);
-            }
+            inputs.copy_dout_of(query_head, group, d, &mut dout);
             let [q_rows, dout_rows] = [q, &dout].map(|values| Rows::pack(avx512, values, d));
             let [q_panels, dout_panels] = [q, &dout].map(|values| Panels::pack(avx512, values, d));
             for block in (0..seq_len).step_by(BLOCK_ROWS) {
@@ -293,7 +287,7 @@ avx512_entry!(
                         softmax_backward(
                             &rows,
                             r,
-                            scale(d),
+                            score_scale(d),
                             (lse, delta),
                             [&scores[r * vectors..], &dp[r * vectors..]],
                             [&mut p[pair..][..width], &mut ds_pairs[pair..][..width]],
@@ -301,7 +295,7 @@ avx512_entry!(
                             2 * (rows.strips.start - start),
                         );
                     }
-                    let factor = _mm512_set1_ps(scale(d));
+                    let factor = _mm512_set1_ps(score_scale(d));
                     for panel in 0..d.div_ceil(STRIP) {
                         let tile = weighted_sums(&ds, &key_panels, panel, &rows);
                         for (dq, tile) in dq[rows.first * d..].chunks_mut(d).zip(&tile) {
@@ -318,7 +312,7 @@ avx512_entry!(
                 add_transposed(ds_pairs, width, &q_panels, rows, start * STRIP, d, dk);
             }
         }
-        let factor = scale(d);
+        let factor = score_scale(d);
         for gradient in dk {
             *gradient *= factor;
         }

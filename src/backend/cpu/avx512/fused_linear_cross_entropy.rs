@@ -12,7 +12,7 @@
 use std::arch::x86_64::{
     __m512, _CMP_EQ_OQ, _CMP_GT_OQ, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cmp_ps_mask,
     _mm512_fmadd_ps, _mm512_fmsub_ps, _mm512_mask_mov_ps, _mm512_max_ps, _mm512_mul_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_sub_ps,
 };
 use std::f32::consts::LOG2_E;
 
@@ -295,7 +295,7 @@ impl OnlineSoftmax {
                 self.argmax[half] = _mm512_mask_mov_ps(self.argmax[half], here, place);
             }
             let shift = _mm512_mul_ps(max, log2_e);
-            let shrink = exp2(_mm512_fmsub_ps(self.max[half], log2_e, shift));
+            let shrink = exp2(_mm512_sub_ps(_mm512_mul_ps(self.max[half], log2_e), shift));
             self.sum[half] = _mm512_mul_ps(self.sum[half], shrink);
             self.max[half] = max;
         }
@@ -340,7 +340,9 @@ avx512_entry!(
             let shift = _mm512_mul_ps(max, log2_e);
             let mut sum = _mm512_setzero_ps();
             for partial in partials {
-                let e = exp2(_mm512_fmsub_ps(partial.max[at].load(), log2_e, shift));
+                // Rounded as `shift`, so that it is 1 for the largest.
+                let of_segment = _mm512_mul_ps(partial.max[at].load(), log2_e);
+                let e = exp2(_mm512_sub_ps(of_segment, shift));
                 sum = _mm512_fmadd_ps(e, partial.sum[at].load(), sum);
             }
             let (mut sums, mut shifts) = (V512::ZERO, V512::ZERO);

@@ -1,6 +1,7 @@
 //! Matmuls of the linear layers in bfloat16: `y = x wT`, `dx = dy w`, `dw += dyT x`.
 //!
-//! Each task packs the rows it owns, which stay in its cache; the weights are packed once for all tasks.
+//! A task of the first two packs the rows it owns, which stay in its cache; the weights are packed once for all tasks. A task
+//! of the last owns rows of dw; dy and x are packed once, in blocks of rows whose panels stay in its cache.
 
 use std::arch::x86_64::{__m512, _mm512_setzero_ps};
 
@@ -9,30 +10,56 @@ use rayon::prelude::*;
 use super::super::super::memory::Memory;
 use super::Avx512;
 use super::vec::{
-    STRIP, V512, microkernel, pack_lanes, pack_pairs, pack_panels, pack_rows, padded_cols, store,
+    STRIP, V512, load, microkernel, pack_lanes, pack_panels, pack_rows, padded_cols, store,
 };
+use crate::llama::Op;
 use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
 
 /// Rows of the output per task.
 const TASK_ROWS: usize = 64;
-/// Rows of dy and x per partial sum of a weight's gradient.
-const PARTIAL_ROWS: usize = 256;
+/// Rows of a weight's gradient per task.
+const GRADIENT_TASK_ROWS: usize = 16;
+/// Rows of dy and x per block: a panel of them is 32 KiB.
+const BLOCK_ROWS: usize = 512;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 8;
 
-/// Packed weights and partial sums of a gradient, kept between operations.
+/// Packed operands, kept between operations.
 #[derive(Default)]
 pub(super) struct MatmulBuffers {
     weights: Vec<V512>,
-    partials: Vec<f32>,
+    /// Blocks of rows of dy and of x.
+    dy: Vec<V512>,
+    x: Vec<V512>,
+}
+
+/// Bytes of an operation's packed weights, and of its packed dy and x.
+pub(super) fn workspace(op: &Op) -> [usize; 2] {
+    let bytes = |vectors: usize| vectors * size_of::<V512>();
+    match op {
+        Op::Linear(o) => [bytes(o.w.rows.div_ceil(STRIP) * padded_cols(o.w.cols)), 0],
+        Op::LinearBackwardInput(o) => [bytes(panels(o.w.rows, o.w.cols)), 0],
+        Op::LinearBackwardWeight(o) => {
+            [0, bytes(panels(o.rows, o.w.rows) + panels(o.rows, o.w.cols))]
+        }
+        _ => [0, 0],
+    }
+}
+
+/// Vectors of `[rows, cols]` packed to panels.
+fn panels(rows: usize, cols: usize) -> usize {
+    padded_cols(cols) / 16 * rows.div_ceil(2)
 }
 
 impl MatmulBuffers {
     pub fn linear(&mut self, avx512: Avx512, o: &Linear, memory: &mut Memory<f32>) {
         let [x, y] = memory.floats.get([o.x, o.y]);
         let (outer, inner) = (o.w.rows, o.w.cols);
-        let weights = self.weights(outer.div_ceil(STRIP) * padded_cols(inner));
-        pack_lanes(avx512, &memory.parameters[o.w.range()], inner, weights);
+        let weights = at_least(&mut self.weights, outer.div_ceil(STRIP) * padded_cols(inner));
+        let strips = memory.parameters[o.w.range()].par_chunks(STRIP * inner);
+        weights.par_chunks_mut(padded_cols(inner)).zip(strips).for_each(|(packed, strip)| {
+            pack_lanes(avx512, strip, inner, packed);
+        });
         matmul(avx512, x, inner, weights, padded_cols(inner) / 2, y, outer);
     }
 
@@ -45,8 +72,11 @@ impl MatmulBuffers {
         let [dy, dx] = memory.floats.get([o.dy, o.dx]);
         let (outer, inner) = (o.w.rows, o.w.cols);
         let pairs = outer.div_ceil(2);
-        let weights = self.weights(padded_cols(inner) / 16 * pairs);
-        pack_panels(avx512, &memory.parameters[o.w.range()], inner, pairs, weights);
+        let weights = at_least(&mut self.weights, panels(outer, inner));
+        let w = &memory.parameters[o.w.range()];
+        weights.par_chunks_mut(2 * pairs).enumerate().for_each(|(panel, packed)| {
+            pack_panels(avx512, w, inner, panel, pairs, packed);
+        });
         matmul(avx512, dy, outer, weights, pairs, dx, inner);
     }
 
@@ -59,29 +89,51 @@ impl MatmulBuffers {
         let [dy, x] = memory.floats.get([o.dy, o.x]);
         let (outer, inner) = (o.w.rows, o.w.cols);
         let dw = &mut memory.gradients[o.w.range()];
-        let partials = o.rows.div_ceil(PARTIAL_ROWS);
-        self.partials.resize(self.partials.len().max(partials * dw.len()), 0.0);
-        let partials = &mut self.partials[..partials * dw.len()];
-        partials
-            .par_chunks_mut(dw.len())
-            .zip(dy.par_chunks(PARTIAL_ROWS * outer).zip(x.par_chunks(PARTIAL_ROWS * inner)))
-            .for_each_init(Default::default, |packed, (partial, (dy, x))| {
-                partial_weight_gradient(avx512, dy, outer, x, inner, partial, packed);
-            });
-        let (partials, len) = (&*partials, dw.len());
-        dw.par_chunks_mut(1 << 12).enumerate().for_each(|(at, dw)| {
-            for partial in partials.chunks(len) {
-                for (sum, part) in dw.iter_mut().zip(&partial[at << 12..]) {
-                    *sum += part;
-                }
+        let dy = pack_blocks(avx512, dy, outer, &mut self.dy);
+        let x = pack_blocks(avx512, x, inner, &mut self.x);
+        let tasks = dw.par_chunks_mut(GRADIENT_TASK_ROWS * inner).enumerate();
+        tasks.for_each(|(task, dw)| {
+            for rows in (0..o.rows).step_by(BLOCK_ROWS) {
+                let pairs = BLOCK_ROWS.min(o.rows - rows).div_ceil(2);
+                add_weight_gradient(
+                    avx512,
+                    block(dy, rows, pairs, outer),
+                    block(x, rows, pairs, inner),
+                    task * GRADIENT_TASK_ROWS,
+                    pairs,
+                    dw,
+                    inner,
+                );
             }
         });
     }
+}
 
-    fn weights(&mut self, vectors: usize) -> &mut [V512] {
-        self.weights.resize(self.weights.len().max(vectors), V512::ZERO);
-        &mut self.weights[..vectors]
-    }
+/// The block of pairs of rows that begins at a row.
+fn block(packed: &[V512], row: usize, pairs: usize, cols: usize) -> &[V512] {
+    &packed[panels(row, cols)..][..panels(2 * pairs, cols)]
+}
+
+/// The first vectors of a buffer, which grows to hold them.
+fn at_least(buffer: &mut Vec<V512>, vectors: usize) -> &mut [V512] {
+    buffer.resize(buffer.len().max(vectors), V512::ZERO);
+    &mut buffer[..vectors]
+}
+
+/// Packs `[rows, cols]` in blocks of rows, each in panels of 32 columns.
+fn pack_blocks<'a>(
+    avx512: Avx512,
+    values: &[f32],
+    cols: usize,
+    buffer: &'a mut Vec<V512>,
+) -> &'a [V512] {
+    let packed = at_least(buffer, panels(values.len() / cols, cols));
+    let blocks = packed.par_chunks_mut(panels(BLOCK_ROWS, cols));
+    blocks.zip(values.par_chunks(BLOCK_ROWS * cols)).for_each(|(packed, values)| {
+        let pairs = (values.len() / cols).div_ceil(2);
+        pack_panels(avx512, values, cols, 0, pairs, packed);
+    });
+    packed
 }
 
 /// `out[rows, outer] = x[rows, inner] b`, b packed in panels of 32 columns, each `[pairs, 32]`.
@@ -101,6 +153,21 @@ fn matmul(
 }
 
 avx512!(
+    /// Reads a register tile from its rows, from `column` on.
+    #[inline]
+    fn load_tile<const R: usize>(
+        tile: &mut [[__m512; 2]; R],
+        values: &[f32],
+        cols: usize,
+        column: usize,
+    ) {
+        for (tile, values) in tile.iter_mut().zip(values.chunks(cols)) {
+            for (n, tile) in tile.iter_mut().enumerate() {
+                *tile = load(&values[(column + 16 * n).min(cols)..]);
+            }
+        }
+    }
+
     /// Writes a register tile to its rows, from `column` on.
     #[inline]
     fn store_tile<const R: usize>(
@@ -150,29 +217,25 @@ avx512_entry!(
         }
     }
 
-    /// `partial[outer, inner] = dyT x`
-    fn partial_weight_gradient(
+    /// `dw[n] += sum over a block's rows of dy[row][first + n] x[row]` for the rows of dw that one task owns.
+    fn add_weight_gradient(
         avx512: Avx512,
-        dy: &[f32],
-        outer: usize,
-        x: &[f32],
+        dy: &[V512],
+        x: &[V512],
+        first: usize,
+        pairs: usize,
+        dw: &mut [f32],
         inner: usize,
-        partial: &mut [f32],
-        packed: &mut (Vec<V512>, Vec<V512>),
     ) {
-        let (packed_dy, packed_x) = packed;
-        let pairs = (dy.len() / outer).div_ceil(2);
-        packed_dy.resize(pairs * padded_cols(outer) / 16, V512::ZERO);
-        packed_x.resize(pairs * padded_cols(inner) / 16, V512::ZERO);
-        pack_pairs(avx512, dy, outer, packed_dy);
-        pack_panels(avx512, x, inner, pairs, packed_x);
-        let a: &[u32] = bytemuck::cast_slice(packed_dy);
-        for (panel, b) in packed_x.chunks_exact(2 * pairs).enumerate() {
-            // Rows of the gradient beyond the last are sums of zeros, and stored nowhere.
-            for row in (0..outer).step_by(TILE_ROWS) {
+        let dy: &[u32] = bytemuck::cast_slice(&dy[first / STRIP * 2 * pairs..][..2 * pairs]);
+        for (panel, x) in x.chunks_exact(2 * pairs).enumerate() {
+            // Rows beyond the last are sums of zeros, and stored nowhere.
+            for (at, dw) in dw.chunks_mut(TILE_ROWS * inner).enumerate() {
                 let mut tile = [[_mm512_setzero_ps(); 2]; TILE_ROWS];
-                microkernel(&mut tile, (&a[row..], 1, padded_cols(outer)), (b, 2), pairs);
-                store_tile(&tile, &mut partial[row * inner..], inner, panel * STRIP);
+                load_tile(&mut tile, dw, inner, panel * STRIP);
+                let dy = &dy[first % STRIP + at * TILE_ROWS..];
+                microkernel(&mut tile, (dy, 1, STRIP), (x, 2), pairs);
+                store_tile(&tile, dw, inner, panel * STRIP);
             }
         }
     }

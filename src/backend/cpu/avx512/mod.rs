@@ -1,7 +1,7 @@
 //! Kernels for processors with AVX-512 and its bfloat16 dot products (Cooper Lake, Sapphire Rapids, Zen 4 and
 //! later). The portable kernels of the parent module serve all other processors and operations.
 //!
-//! All `std::arch` code is here. [`vec`] holds the building blocks.
+//! All AVX-512 intrinsics are here. [`vec`] holds the building blocks.
 
 /// Functions compiled for AVX-512 F, BW, DQ, VL and BF16, which only such functions may call safely.
 ///
@@ -59,7 +59,6 @@ use std::arch::x86_64::__cpuid;
 use super::super::memory::Memory;
 use super::small_m_gemm::MAX_SMALL_M;
 use crate::llama::Op;
-use crate::llama::ops::FusedLinearCrossEntropy;
 
 /// Proof that the processor has AVX-512 F, BW, DQ, VL and BF16.
 #[derive(Clone, Copy)]
@@ -120,12 +119,12 @@ impl Avx512Kernels {
             Op::FusedLinearCrossEntropy(o) if self.bf16 => {
                 self.cross_entropy.run(avx512, o, memory, loss_scale);
             }
-            Op::Linear(o) if self.bf16 => self.matmul.linear(avx512, o, memory),
             Op::Linear(o) if o.rows <= MAX_SMALL_M => {
                 let [x, y] = memory.floats.get([o.x, o.y]);
                 let w = &memory.parameters[o.w.range()];
                 small_m_gemm::small_m_gemm(avx512, y, x, w, o.rows, o.w.cols);
             }
+            Op::Linear(o) if self.bf16 => self.matmul.linear(avx512, o, memory),
             Op::LinearBackwardInput(o) if self.bf16 => {
                 self.matmul.backward_input(avx512, o, memory);
             }
@@ -150,7 +149,13 @@ impl Avx512Kernels {
     }
 }
 
-/// Bytes that the fused linear cross-entropy needs besides the program's buffers.
-pub(super) fn cross_entropy_workspace(o: &FusedLinearCrossEntropy) -> usize {
-    fused_linear_cross_entropy::workspace(o)
+/// Bytes of the buffers in bfloat16 that an operation fills and that stay for the next one: of the fused linear
+/// cross-entropy, of packed weights, and of packed activations.
+pub(super) fn kept_bytes(op: &Op) -> [usize; 3] {
+    let cross_entropy = match op {
+        Op::FusedLinearCrossEntropy(o) => fused_linear_cross_entropy::workspace(o),
+        _ => 0,
+    };
+    let [weights, activations] = matmul::workspace(op);
+    [cross_entropy, weights, activations]
 }

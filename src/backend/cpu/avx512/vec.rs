@@ -276,21 +276,23 @@ avx512_entry!(
         }
     }
 
-    /// Packs `[rows, cols]` to `[cols / 32, rows / 2, 32]`: pairs of rows, one column per lane. The last of
-    /// an odd number of rows is paired with 0. A panel holds `pairs` of them; those past the last stay as they are.
+    /// Packs columns of `[rows, cols]` to panels `[columns / 32, rows / 2, 32]`, from panel `first` on, as many as `out`
+    /// holds: pairs of rows, one column per lane. The last of an odd number of rows is paired with 0. A panel holds
+    /// `pairs` of them; those past the last stay as they are.
     pub(super) fn pack_panels(
         avx512: Avx512,
         values: &[f32],
         cols: usize,
+        first: usize,
         pairs: usize,
         out: &mut [V512],
     ) {
         for (pair, two) in values.chunks(2 * cols).enumerate() {
-            let (first, second) = two.split_at(cols);
+            let (upper, lower) = two.split_at(cols);
             for (panel, out) in out.chunks_exact_mut(2 * pairs).enumerate() {
                 for (half, out) in out[2 * pair..2 * pair + 2].iter_mut().enumerate() {
-                    let at = 2 * panel + half;
-                    out.store(to_bf16_pairs(load_chunk(first, at), load_chunk(second, at)));
+                    let at = 2 * (first + panel) + half;
+                    out.store(to_bf16_pairs(load_chunk(upper, at), load_chunk(lower, at)));
                 }
             }
         }
