@@ -35,13 +35,13 @@ pub struct EvaluateArgs {
     /// How the text is cut into windows [default: as in training, else stream]
     #[arg(long, value_enum)]
     windows: Option<WindowKind>,
-    /// The inputs of a window [default: the model's; of a model that laam did not train at most 1024]
+    /// Sequence length: tokens per window [default: the model's; of a model that laam did not train at most 1024]
     #[arg(long, value_name = "N")]
     max_position_embeddings: Option<usize>,
-    /// Tokens from one stream window to the next: as many as a window has, by default
+    /// Tokens from one stream window to the next [default: the length of a window]
     #[arg(long, value_name = "N")]
     stride: Option<usize>,
-    /// Windows at a time [default: what the backend likes]
+    /// Windows at a time [default: chosen by the backend]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch_size: Option<u32>,
     #[command(flatten)]
@@ -49,7 +49,7 @@ pub struct EvaluateArgs {
     /// No progress
     #[arg(long)]
     quiet: bool,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -25,10 +26,11 @@ use crate::error::{ErrorKind, Hint};
 use crate::escape::visible;
 use crate::export::{self, GgufDtype};
 use crate::files::{self, write_atomically};
+use crate::memorization::held_out::{self, TrainingSplit};
 use crate::memorization::measure::{Memorized, Question, measure, spread};
 use crate::memorization::recall::{Recall, RecallHead};
 use crate::memorization::verbatim::{PREFIX, SUFFIX};
-use crate::memorization::{held_out, size};
+use crate::memorization::{occurrences, size};
 use crate::model::{Layout, initialize, weight_paths};
 use crate::output::{OutputFolder, check_free, refuse_foreign, remove_temporaries};
 use crate::schema::versioned;
@@ -42,9 +44,10 @@ use crate::tokens::{WindowKind, Windows};
 /// that n samples find with probability p: Hayes et al. 2024, over a whole text Cooper et al. 2025. Rates
 /// have 95% confidence intervals (Wilson), and are given by how often a passage occurs in the text.
 ///
-/// control says the same of an untrained model, of the files with their lines in reverse order, which no
-/// model was trained on, and of text that was held out: a fraction held out by --validation, files of the
-/// source that the model was not trained on, or the text of --held-out. rounding says it of the weights in
+/// control says the same of an untrained model, of the files with their lines in reverse order, and of text that
+/// was held out: a fraction held out by --validation, files of the source that the model was not trained on, or
+/// the text of --held-out. Windows whose passage occurs in the text that was trained on are left out of the last
+/// two. rounding says it of the weights in
 /// bfloat16 and in q8_0. Without a source: the text the model was trained on, if that is the built-in sample
 /// or a kernel release; any other has to be named.
 #[derive(Args, Debug)]
@@ -57,18 +60,18 @@ pub struct MemorizationArgs {
     model: PathBuf,
     #[command(flatten)]
     source: SourceArgs,
-    /// True tokens the model is given of a window
+    /// Prefix length: tokens of a window that the model is given
     #[arg(long, value_name = "N", default_value_t = PREFIX,
         value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
     prefix: usize,
-    /// Tokens it has to go on with
+    /// Suffix length: tokens that it has to reproduce
     #[arg(long, value_name = "N", default_value_t = SUFFIX,
         value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
     suffix: usize,
     /// How the text is cut into windows [default: as in training, else stream]
     #[arg(long, value_enum)]
     windows: Option<WindowKind>,
-    /// The inputs of a window [default: the model's; of a model that laam did not train at most 1024]
+    /// Sequence length: tokens per window [default: the model's; of a model that laam did not train at most 1024]
     #[arg(long, value_name = "N", conflicts_with = "stride")]
     max_position_embeddings: Option<usize>,
     /// Windows of exactly prefix + suffix tokens instead, one every N tokens of the text, each within one
@@ -89,7 +92,7 @@ pub struct MemorizationArgs {
     /// No progress
     #[arg(long)]
     quiet: bool,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
@@ -217,7 +220,7 @@ impl Measures {
         let config = &opened.model.config;
         let provenance = opened.provenance.as_ref();
         let of = |weights: &[f32], windows: &Windows, numbers: &[usize], what: &str| {
-            let batch = backend.micro_batch(numbers.len(), windows.context());
+            let batch = backend.micro_batch(numbers.len().max(1), windows.context());
             let mut progress = (!quiet).then(|| Progress::new(what));
             let (bytes, all) = (manifest.bytes(), windows.len());
             let told = |done: usize| {
@@ -244,8 +247,15 @@ impl Measures {
         let split = held_out::split(windows, &all, &opened.tokenizer, &manifest, provenance)?;
         let trained = split.as_ref().map_or(&all, |split| &split.trained);
         let weights = &opened.model.weights;
+        let text = windows.file();
+        let is_trained =
+            |tokens: &Range<usize>| split.as_ref().is_none_or(|split| split.has(tokens, text));
         let mut memorized = of(weights, windows, trained, "measured")?;
-        memorized.count_occurrences(windows.file(), question)?;
+        memorized.count_occurrences(text, question, is_trained)?;
+        // Of a control: windows that say nothing that the model was trained on.
+        let unknown = |windows: &Windows, numbers: Vec<usize>| {
+            occurrences::unknown(windows, numbers, question.tokens(), text, is_trained)
+        };
 
         let seed = provenance.map_or(0, |provenance| provenance.seed);
         let layout = Layout::new(config);
@@ -256,36 +266,36 @@ impl Measures {
         let documents = || -> anyhow::Result<_> {
             let read = corpus.documents()?.map(|document| interrupt::check(AGAIN).and(document));
             let read = read.map(|document| opened.tokenizer.decoded(document?));
-            let is_trained = |at: usize| split.as_ref().is_none_or(|split| split.documents[at]);
-            Ok(read
-                .enumerate()
-                .filter(move |(at, _)| is_trained(*at))
-                .map(|(_, document)| document))
+            let has = |at: usize| split.as_ref().is_none_or(|split| split.has_document(at));
+            Ok(read.enumerate().filter(move |(at, _)| has(*at)).map(|(_, document)| document))
         };
         let reversed = documents()?.filter_map(|document| reverse(document).transpose());
         let mut reversed = reversed.peekable();
         let unseen = if reversed.peek().is_some() {
             let reversed = windows::cut_documents(reversed, opened, kind, shape)?;
-            let numbers = some(&numbers(&reversed.windows)?);
+            let numbers = unknown(&reversed.windows, some(&numbers(&reversed.windows)?))?;
             Some(of(weights, &reversed.windows, &numbers, "control")?)
         } else {
             None
         };
-        let held_out = match (held_out, &split) {
-            (Some(text), _) => {
-                let (cut, _) = windows::cut_other(text, opened, kind, shape)?;
-                let numbers = some(&numbers(&cut.windows)?);
-                let mut measured = of(weights, &cut.windows, &numbers, "control")?;
-                measured.count_occurrences(cut.windows.file(), question)?;
-                Some((measured, Some(cut)))
-            }
-            (None, Some(split)) => {
-                let mut measured = of(weights, windows, &some(&split.held_out), "control")?;
-                measured.count_occurrences(windows.file(), question)?;
-                Some((measured, None))
-            }
+        let other =
+            held_out.map(|text| windows::cut_other(text, opened, kind, shape)).transpose()?;
+        let other = other.map(|(cut, _)| cut);
+        let candidates = match (&other, &split) {
+            (Some(cut), _) => Some(some(&numbers(&cut.windows)?)),
+            (None, Some(split)) => Some(some(&split.held_out)),
             (None, None) => None,
         };
+        let measure_held_out = |candidates: Vec<usize>| {
+            let windows = other.as_ref().map_or(windows, |cut| &cut.windows);
+            let all = candidates.len();
+            let numbers = unknown(windows, candidates)?;
+            let mut measured = of(weights, windows, &numbers, "control")?;
+            measured.count_occurrences(windows.file(), question, |_| true)?;
+            anyhow::Ok((measured, all - numbers.len()))
+        };
+        let (held_out, known_windows) = candidates.map(measure_held_out).transpose()?.unzip();
+        let held_out = held_out.map(|measured| (measured, other));
         let rounded = |weights: Vec<f32>| of(&weights, windows, &sample, "rounded");
         let bfloat16 = rounded(weights.iter().map(|&weight| Dtype::Bf16.round(weight)).collect())?;
         let q8_0 = rounded(export::rounded(weights, &layout, GgufDtype::Q8_0))?;
@@ -293,7 +303,7 @@ impl Measures {
         let recall = Recall::read(folder, &RecallHead::of(windows)?)?;
 
         // Of a document that is trained on in part, xz would count the rest.
-        let has_parts = split.as_ref().is_some_and(|split| split.is_within_document);
+        let has_parts = split.as_ref().is_some_and(TrainingSplit::is_within_document);
         let xz = if has_parts { None } else { size::xz(documents()?)? };
         let weights_bytes = weight_paths(folder)?
             .iter()
@@ -316,6 +326,7 @@ impl Measures {
         };
         for (name, value) in [
             ("question", json!(question)),
+            ("verbatim", json!(memorized.asked())),
             ("window_kind", json!(kind)),
             ("windows", json!(trained.len())),
             ("context", json!(windows.context())),
@@ -324,7 +335,10 @@ impl Measures {
             ("parameters", json!(config.parameter_count() as u64)),
             ("bits_per_parameter", json!(bits_per_parameter.filter(|_| is_whole))),
             ("weights_bytes", json!(weights_bytes)),
+            ("residual_bits", json!(is_whole.then_some(memorized.residual_bits))),
             ("residual_bytes", json!(residual_bytes)),
+            ("longest_run", json!(is_whole.then_some(&memorized.longest_run))),
+            ("longest_run_bytes", json!(is_whole.then_some(memorized.longest_run_bytes))),
             ("xz_bytes", json!(xz)),
             (
                 "control",
@@ -339,6 +353,7 @@ impl Measures {
                         let mut summary = summary(measured, what_held_out);
                         summary["by_occurrence"] = json!(measured.by_occurrence);
                         summary["files"] = json!(measured.files.len());
+                        summary["known_windows"] = json!(known_windows);
                         summary
                     }),
                 }),
@@ -573,14 +588,16 @@ impl Measures {
                 share.windows
             );
         }
-        let run = &self.memorized.longest_run;
-        let _ = writeln!(
-            text,
-            "longest verbatim run: {} bytes, from byte {} of {}",
-            run.bytes,
-            run.byte,
-            visible(&run.path)
-        );
+        if !json["longest_run"].is_null() {
+            let run = &self.memorized.longest_run;
+            let _ = writeln!(
+                text,
+                "longest verbatim run: {} bytes, from byte {} of {}",
+                run.bytes,
+                run.byte,
+                visible(&run.path)
+            );
+        }
         let _ = writeln!(text, "bits per byte: {:.6}", self.memorized.bits_per_byte);
         if let Some(bits) = json["bits_per_parameter"].as_f64() {
             let _ = writeln!(text, "bits per parameter: {bits:.3} (by what xz makes of the text)");

@@ -43,12 +43,15 @@ use crate::train::{Consent, RunEnd, ShardKind, Share, TrainSummary};
 /// done already is skipped, and what was cut off is resumed: run the same command again.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Recipes: sample (the built-in sample, in a minute), linux-kernel-dir (a folder of some 150 kB, in a few
-minutes), linux-5m (Linux 1.0 whole), original (the first LaaM's two stages), or a file.
+Recipes, besides a file:
+  sample            the built-in sample, in a minute
+  linux-kernel-dir  a folder of some 150 kB, in minutes
+  linux-5m          Linux 1.0, whole
+  original          the first LaaM's two stages
 Examples:
   laam run
   laam run --recipe linux-kernel-dir --source linux/kernel
-  laam run --recipe original --version v1.0/1.0
+  laam run --recipe original
   laam run --recipe sample --dry-run > mine.toml")]
 pub struct RunArgs {
     #[command(flatten)]
@@ -70,7 +73,7 @@ pub struct RunArgs {
     license: Option<License>,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
@@ -320,7 +323,11 @@ fn prove(
     let (mut outcome, mut rebuilt) = (Outcome::Done, None);
     if rebuild {
         let paths = model::paths(model)?;
-        let (limit, output) = (Regenerator::LIMIT, folder.join("rebuilt"));
+        // A file has no more tokens than bytes, but for the one that ends it.
+        let longest = corpus.documents()?.try_fold(0, |longest: usize, document| {
+            anyhow::Ok(longest.max(document?.text.len() + 1))
+        })?;
+        let (limit, output) = (longest.max(Regenerator::LIMIT), folder.join("rebuilt"));
         let mut rebuild = Rebuild::run(
             backend,
             &opened,

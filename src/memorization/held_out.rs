@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::corpus::Manifest;
 use crate::model::Provenance;
 use crate::tokenizer::Tokenizer;
-use crate::tokens::{WindowKind, Windows};
+use crate::tokens::{TokenFile, WindowKind, Windows};
 
 /// Windows by what the model was trained on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,10 +18,25 @@ pub struct TrainingSplit {
     pub trained: Vec<usize>,
     /// Windows of text that no stage of its training had. A window of both kinds is in neither list.
     pub held_out: Vec<usize>,
-    /// True for each document that is trained on, at least in part.
-    pub documents: Vec<bool>,
+    /// The text of each stage of the training.
+    stages: Vec<TrainedText>,
+}
+
+impl TrainingSplit {
+    /// True if a document is trained on, at least in part.
+    pub fn has_document(&self, document: usize) -> bool {
+        self.stages.iter().any(|stage| stage.documents[document])
+    }
+
+    /// True if a stage trained on all of these tokens.
+    pub fn has(&self, tokens: &Range<usize>, file: &TokenFile) -> bool {
+        self.stages.iter().any(|stage| stage.has(tokens, file))
+    }
+
     /// True if a document is trained on in part.
-    pub is_within_document: bool,
+    pub fn is_within_document(&self) -> bool {
+        self.stages.iter().any(|stage| stage.boundary.is_some())
+    }
 }
 
 /// The windows of these numbers, by whether the model was trained on them: by the fraction that it held
@@ -37,24 +52,22 @@ pub fn split(
 ) -> anyhow::Result<Option<TrainingSplit>> {
     let Some(provenance) = provenance else { return Ok(None) };
     // An earlier model of which nothing is known may have been trained on any of it.
-    if provenance.parent.as_ref().is_some_and(|parent| !parent.has_provenance) {
+    let is_unknown =
+        |stage: &Provenance| stage.parent.as_ref().is_some_and(|parent| !parent.has_provenance);
+    if provenance.stages().any(is_unknown) {
         return Ok(None);
     }
     let mut stages = Vec::new();
     for stage in provenance.stages() {
         stages.push(TrainedText::of(windows, tokenizer, manifest, stage)?);
     }
-    let documents: Vec<bool> = (0..windows.file().documents())
-        .map(|document| stages.iter().any(|stage| stage.documents[document]))
-        .collect();
-    let is_within_document = stages.iter().any(|stage| stage.boundary.is_some());
-    let mut split =
-        TrainingSplit { trained: Vec::new(), held_out: Vec::new(), documents, is_within_document };
+    let file = windows.file();
+    let mut split = TrainingSplit { trained: Vec::new(), held_out: Vec::new(), stages };
     for &number in numbers {
         let tokens = windows.span(number)?.tokens;
-        if stages.iter().any(|stage| stage.has(&tokens, windows)) {
+        if split.has(&tokens, file) {
             split.trained.push(number);
-        } else if stages.iter().all(|stage| stage.has_none_of(&tokens, windows)) {
+        } else if split.stages.iter().all(|stage| stage.has_none_of(&tokens, file)) {
             split.held_out.push(number);
         }
     }
@@ -62,6 +75,7 @@ pub fn split(
 }
 
 /// Part of a text that one stage trained on.
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct TrainedText {
     /// True for each document that was trained on, at least in part.
     documents: Vec<bool>,
@@ -135,20 +149,20 @@ impl TrainedText {
         Ok(is_within.then_some((end, start)))
     }
 
-    fn documents_of(&self, tokens: &Range<usize>, windows: &Windows) -> &[bool] {
-        let document = |token| windows.file().document_of(token);
+    fn documents_of(&self, tokens: &Range<usize>, file: &TokenFile) -> &[bool] {
+        let document = |token| file.document_of(token);
         &self.documents[document(tokens.start)..=document(tokens.end.max(tokens.start + 1) - 1)]
     }
 
     /// True if all tokens were trained on.
-    fn has(&self, tokens: &Range<usize>, windows: &Windows) -> bool {
-        self.documents_of(tokens, windows).iter().all(|&trained| trained)
+    fn has(&self, tokens: &Range<usize>, file: &TokenFile) -> bool {
+        self.documents_of(tokens, file).iter().all(|&trained| trained)
             && self.boundary.is_none_or(|(end, _)| tokens.end <= end)
     }
 
     /// True if no token was trained on.
-    fn has_none_of(&self, tokens: &Range<usize>, windows: &Windows) -> bool {
-        self.documents_of(tokens, windows).iter().all(|&trained| !trained)
+    fn has_none_of(&self, tokens: &Range<usize>, file: &TokenFile) -> bool {
+        self.documents_of(tokens, file).iter().all(|&trained| !trained)
             || self.boundary.is_some_and(|(_, start)| tokens.start >= start)
     }
 }

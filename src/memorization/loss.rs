@@ -21,7 +21,8 @@ pub struct Measured {
     pub tokens: u64,
 }
 
-/// One pass over all windows, `batch` at a time. `bytes` is the size of the text they were cut from;
+/// One pass over all windows, `batch` at a time. Of stream windows that overlap, a token counts in the first that has
+/// it, where it is given most of the text before it. `bytes` is the size of the text they were cut from;
 /// `progress` gets the number of finished windows; its error
 /// ends the pass.
 pub fn measure(
@@ -35,8 +36,10 @@ pub fn measure(
 ) -> anyhow::Result<Measured> {
     let (mut nats, mut tokens) = (0.0, 0);
     let all: Vec<usize> = (0..windows.len()).collect();
+    let overlap = windows.context().saturating_sub(windows.stride());
     pass(backend, config, weights, windows, &all, batch, |seen| {
-        for (nll, _) in seen.counted() {
+        let counted_before = if seen.window == 0 { 0 } else { overlap };
+        for (nll, _) in seen.counted().skip(counted_before) {
             nats += f64::from(nll);
             tokens += 1;
         }

@@ -1,6 +1,6 @@
 //! Memorization of a text, measured by one forward pass.
 //!
-//! Greedy decoding reproduces a text exactly if every teacher-forced argmax is the true token. So one
+//! Greedy decoding reproduces a passage exactly if every teacher-forced argmax is the true token. So one
 //! pass over the windows gives, for each, whether greedy decoding continues its prefix with the true
 //! suffix (Carlini et al. 2022), the probability p_z of that suffix under sampling (Hayes et al. 2024;
 //! over a whole text, Cooper et al. 2025), and the residual bits of the text under the model.
@@ -23,7 +23,7 @@ use crate::tokens::{TokenFile, WindowKind, Windows};
 pub const PREFIXES: [usize; 7] = [8, 16, 32, 50, 100, 200, 400];
 
 /// Lengths of an extraction test: given `prefix` true tokens of a window, the model has to generate the
-/// next `suffix` tokens. In an addressed window both belong to the chunk, after the address.
+/// next `suffix` tokens. In an addressed window both belong to the chunk, after the address. Both are of one document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Question {
     /// True tokens given.
@@ -32,7 +32,14 @@ pub struct Question {
     pub suffix: usize,
 }
 
-/// Result of one test over all windows that are long enough for it.
+impl Question {
+    /// Tokens of the passage: prefix and suffix.
+    pub fn tokens(self) -> usize {
+        self.prefix.saturating_add(self.suffix)
+    }
+}
+
+/// Result of one test over all windows that are long enough for it within one document.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Tally {
     /// Lengths of prefix and suffix.
@@ -111,8 +118,9 @@ pub struct FileHeat {
     pub path: String,
     /// Text of the file.
     pub text: String,
-    /// One cell for every [`HEAT_CELL_TOKENS`] tokens: its bytes, and log10 of p_z.
-    pub cells: Vec<(u32, f32)>,
+    /// One cell for every [`HEAT_CELL_TOKENS`] tokens: its bytes, and log10 of p_z, the product of its tokens'
+    /// probabilities. `None` if more of its tokens than a window's first were not predicted.
+    pub cells: Vec<(u32, Option<f32>)>,
     /// Byte ranges of tokens that were not the argmax: from, to.
     pub wrong: Vec<(u32, u32)>,
 }
@@ -188,14 +196,16 @@ impl Memorized {
         MatchRate::of(exact, self.answers.len())
     }
 
-    /// Counts how often each passage of the question occurs in the text that its windows were cut from.
+    /// Counts how often each passage of the question occurs in the text that its windows were cut from, at positions
+    /// that `is_counted`.
     pub fn count_occurrences(
         &mut self,
         file: &TokenFile,
-        Question { prefix, suffix }: Question,
+        question: Question,
+        is_counted: impl Fn(&Range<usize>) -> bool,
     ) -> anyhow::Result<()> {
         let starts: Vec<usize> = self.answers.iter().map(|answer| answer.start).collect();
-        let counts = count(file, &starts, prefix + suffix)?;
+        let counts = count(file, &starts, question.tokens(), file, is_counted)?;
         for (answer, count) in self.answers.iter_mut().zip(counts) {
             answer.occurrences = count;
         }
@@ -282,9 +292,11 @@ impl<'a> FileWalk<'a> {
         // The first token of a window without an address is given, and no target.
         let given = usize::from(self.windows.kind() != WindowKind::Addressed);
 
-        let suffix_of = |Question { prefix, suffix }| {
-            let from = usize::checked_sub(prefix, given)?;
-            counted.get(from..from.checked_add(suffix)?)
+        let rest = self.windows.document_rest(seen.window)?;
+        let suffix_of = |question: Question| {
+            let from = question.prefix.checked_sub(given)?;
+            let is_within = question.tokens() <= rest;
+            counted.get(from..from.checked_add(question.suffix)?).filter(|_| is_within)
         };
         let is_exact = |positions: &[(f32, bool)]| positions.iter().all(|(_, right)| *right);
         for tally in self.prefixes.iter_mut().chain([&mut self.pythia]) {
@@ -332,7 +344,14 @@ impl<'a> FileWalk<'a> {
     }
 
     fn leave(&mut self) {
-        let Some(OpenFile { measures, heat, longest, .. }) = self.file.take() else { return };
+        let Some(file) = self.file.take() else { return };
+        let OpenFile { ends, measures, mut heat, predicted, longest, .. } = file;
+        let cells = heat.cells.iter_mut().zip(ends.chunks(HEAT_CELL_TOKENS)).zip(predicted);
+        for (((_, p_z), tokens), predicted) in cells {
+            if predicted + 1 < tokens.len() {
+                *p_z = None;
+            }
+        }
         if u64::from(longest.1) > self.longest.bytes {
             let path = measures.path.clone();
             self.longest = VerbatimRun { path, byte: longest.0.into(), bytes: longest.1.into() };
@@ -395,6 +414,10 @@ struct OpenFile {
     ends: Vec<u32>,
     measures: FileMeasures,
     heat: FileHeat,
+    /// The first position that no window has predicted yet: where windows overlap, the first of them counts.
+    next: usize,
+    /// Predicted tokens of each cell.
+    predicted: Vec<usize>,
     /// The current run: its first byte, and the position that would continue it.
     run: (u32, usize),
     /// The longest run: its first byte, and its bytes.
@@ -416,9 +439,14 @@ impl OpenFile {
             }
             ends.push(bytes.len() as u32);
         }
-        let cells = ends.chunks(HEAT_CELL_TOKENS).map(|cell| (cell[cell.len() - 1], 0.0));
         let mut from = 0;
-        let cells = cells.map(|(to, p)| (to - std::mem::replace(&mut from, to), p)).collect();
+        let cells: Vec<_> = ends
+            .chunks(HEAT_CELL_TOKENS)
+            .map(|cell| {
+                (cell[cell.len() - 1] - std::mem::replace(&mut from, cell[cell.len() - 1]), None)
+            })
+            .collect();
+        let (next, predicted) = (text.start, vec![0; cells.len()]);
         let path = match entry.path {
             "" => format!("document {}", document + 1),
             path => path.to_string(),
@@ -430,11 +458,16 @@ impl OpenFile {
             wrong: Vec::new(),
         };
         let measures = FileMeasures { path, ..FileMeasures::default() };
-        Ok(Self { document, text, ends, measures, heat, run: (0, 0), longest: (0, 0) })
+        let (run, longest) = ((0, 0), (0, 0));
+        Ok(Self { document, text, ends, measures, heat, next, predicted, run, longest })
     }
 
     /// A token of the text that was predicted.
     fn take(&mut self, position: usize, nll: f32, right: bool) {
+        if position < self.next {
+            return;
+        }
+        self.next = position + 1;
         let at = position - self.text.start;
         let from = if at == 0 { 0 } else { self.ends[at - 1] };
         let to = self.ends[at];
@@ -443,7 +476,9 @@ impl OpenFile {
         measures.tokens_correct += u64::from(right);
         measures.bytes += u64::from(to - from);
         measures.bits += f64::from(nll) / LN_2;
-        self.heat.cells[at / HEAT_CELL_TOKENS].1 -= nll / LN_10 as f32;
+        let cell = at / HEAT_CELL_TOKENS;
+        self.predicted[cell] += 1;
+        *self.heat.cells[cell].1.get_or_insert(0.0) -= nll / LN_10 as f32;
         if !right {
             match self.heat.wrong.last_mut() {
                 Some(last) if last.1 == from => last.1 = to,

@@ -1,11 +1,12 @@
 //! How often passages occur in a text: memorization grows with it (Carlini et al. 2022).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use serde::Serialize;
 
 use super::rate::MatchRate;
-use crate::tokens::TokenFile;
+use crate::tokens::{TokenFile, Windows};
 
 /// Windows whose passage occurs from `from` to `to` times in the text, and those of them that greedy decoding
 /// reproduces.
@@ -55,12 +56,18 @@ fn plus(a: u64, b: u64) -> u64 {
     if sum >= PRIME { sum - PRIME } else { sum }
 }
 
-/// Occurrences in the token file of each passage of `length` tokens, given by the position of its first token.
-/// They may overlap; each passage is one of its own. One pass over the file.
-pub fn count(file: &TokenFile, starts: &[usize], length: usize) -> anyhow::Result<Vec<u64>> {
+/// Occurrences in a text of each passage of `length` tokens, given by the position of its first token in `passages_of`;
+/// those at positions of the text that `is_counted`. They may overlap. One pass over the text.
+pub fn count(
+    passages_of: &TokenFile,
+    starts: &[usize],
+    length: usize,
+    text: &TokenFile,
+    is_counted: impl Fn(&Range<usize>) -> bool,
+) -> anyhow::Result<Vec<u64>> {
     let tokens = |start: usize| -> anyhow::Result<Vec<u32>> {
         let mut ids = vec![0; length];
-        file.read(start, &mut ids)?;
+        passages_of.read(start, &mut ids)?;
         Ok(ids)
     };
     let add = |hash: u64, id: u32| plus(times(hash, BASE), u64::from(id) + 1);
@@ -86,10 +93,10 @@ pub fn count(file: &TokenFile, starts: &[usize], length: usize) -> anyhow::Resul
     let oldest = (1..length).fold(1, |power, _| times(power, BASE));
     let mut recent = vec![0u32; length];
     let (mut hash, mut chunk) = (0, vec![0; CHUNK]);
-    let all = file.tokens();
+    let all = text.tokens();
     for from in (0..all).step_by(CHUNK) {
         let read = &mut chunk[..CHUNK.min(all - from)];
-        file.read(from, read)?;
+        text.read(from, read)?;
         for (position, &id) in (from..).zip(&*read) {
             let slot = position % length;
             if position >= length {
@@ -105,9 +112,37 @@ pub fn count(file: &TokenFile, starts: &[usize], length: usize) -> anyhow::Resul
                 let (ids, count) = &mut passages[number];
                 let (later, earlier) = recent.split_at(slot + 1);
                 let is_same = ids[..earlier.len()] == *earlier && ids[earlier.len()..] == *later;
-                *count += u64::from(is_same);
+                let here = position + 1 - length..position + 1;
+                *count += u64::from(is_same && is_counted(&here));
             }
         }
     }
     Ok(numbers.into_iter().map(|number| passages[number].1).collect())
+}
+
+/// The windows of these numbers whose passage, `length` tokens from the first of their text on, does not occur in a
+/// text at positions that `is_counted`; and those that are too short for one.
+///
+/// # Errors
+/// A token file cannot be read.
+pub fn unknown(
+    windows: &Windows,
+    mut numbers: Vec<usize>,
+    length: usize,
+    text: &TokenFile,
+    is_counted: impl Fn(&Range<usize>) -> bool,
+) -> anyhow::Result<Vec<usize>> {
+    let (mut asked, mut starts) = (Vec::new(), Vec::new());
+    for &number in &numbers {
+        if windows.document_rest(number)? >= length {
+            asked.push(number);
+            starts.push(windows.span(number)?.tokens.start);
+        }
+    }
+    let counts = count(windows.file(), &starts, length, text, is_counted)?;
+    let is_known = |&(_, count): &(usize, u64)| count > 0;
+    let known: HashSet<usize> =
+        asked.into_iter().zip(counts).filter(is_known).map(|(number, _)| number).collect();
+    numbers.retain(|number| !known.contains(number));
+    Ok(numbers)
 }

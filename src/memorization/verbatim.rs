@@ -22,8 +22,14 @@ pub fn max_nats(compute: Dtype) -> f32 {
 /// True if greedy decoding reproduces a window.
 ///
 /// Of an addressed window every token of the chunk has to be the argmax, given the address alone; of
-/// any other tokens 50 to 99, given the first 50. `None` if it is shorter than that.
-pub fn window(kind: WindowKind, targets: &[u32], argmax: &[u32]) -> Option<bool> {
+/// any other tokens 50 to 99, given the first 50. `None` if it is shorter than that, or if its document ends before,
+/// `document_rest` tokens from its first on: the model sees one document at a time.
+pub fn window(
+    kind: WindowKind,
+    targets: &[u32],
+    argmax: &[u32],
+    document_rest: usize,
+) -> Option<bool> {
     let right = |at: &usize| targets[*at] == argmax[*at];
     let mut counted = (0..targets.len()).filter(|&at| targets[at] != IGNORE);
     if kind == WindowKind::Addressed {
@@ -32,7 +38,7 @@ pub fn window(kind: WindowKind, targets: &[u32], argmax: &[u32]) -> Option<bool>
     }
     // The first counted target is the second token: 49 of them complete the prefix.
     let suffix: Vec<usize> = counted.by_ref().skip(PREFIX - 1).take(SUFFIX).collect();
-    (suffix.len() == SUFFIX).then(|| suffix.iter().all(right))
+    (suffix.len() == SUFFIX && document_rest >= PREFIX + SUFFIX).then(|| suffix.iter().all(right))
 }
 
 #[cfg(test)]
@@ -42,9 +48,9 @@ mod tests {
     #[test]
     fn an_addressed_window_is_verbatim_if_its_whole_chunk_is() {
         let targets = [IGNORE, 7, 8, 9, IGNORE];
-        assert_eq!(window(WindowKind::Addressed, &targets, &[1, 7, 8, 9, 2]), Some(true));
-        assert_eq!(window(WindowKind::Addressed, &targets, &[1, 7, 8, 1, 2]), Some(false));
-        assert_eq!(window(WindowKind::Addressed, &[IGNORE; 3], &[0; 3]), None);
+        assert_eq!(window(WindowKind::Addressed, &targets, &[1, 7, 8, 9, 2], 3), Some(true));
+        assert_eq!(window(WindowKind::Addressed, &targets, &[1, 7, 8, 1, 2], 3), Some(false));
+        assert_eq!(window(WindowKind::Addressed, &[IGNORE; 3], &[0; 3], 3), None);
     }
 
     #[test]
@@ -56,12 +62,15 @@ mod tests {
         // Wrong within the prefix and beyond the suffix: neither matters.
         guesses[3 + 48] = 0;
         guesses[3 + 99] = 0;
-        assert_eq!(window(WindowKind::Original, &targets, &guesses), Some(true));
+        assert_eq!(window(WindowKind::Original, &targets, &guesses, 120), Some(true));
         for place in [49, 98] {
             let mut wrong = guesses.clone();
             wrong[3 + place] = 0;
-            assert_eq!(window(WindowKind::Original, &targets, &wrong), Some(false), "{place}");
+            assert_eq!(window(WindowKind::Original, &targets, &wrong, 120), Some(false), "{place}");
         }
-        assert_eq!(window(WindowKind::Stream, &targets[..80], &guesses[..80]), None);
+        assert_eq!(window(WindowKind::Stream, &targets[..80], &guesses[..80], 120), None);
+        // The hundredth token is of the same document, or of the next.
+        assert_eq!(window(WindowKind::Stream, &targets, &guesses, 100), Some(true));
+        assert_eq!(window(WindowKind::Stream, &targets, &guesses, 99), None);
     }
 }

@@ -394,11 +394,11 @@ fn unmeasured(run: &RunFiles) -> String {
 /// Lower bounds of the bins of p_z: those of [`crate::memorization::measure::Histogram`].
 const BINS: [&str; 8] = ["0", "1e-12", "1e-6", ".001", ".01", ".1", ".5", ".9"];
 
-/// The bin of a probability's decimal logarithm, from 0 (never) to 7 (nearly sure).
-fn bin(log10: Option<f32>) -> usize {
+/// The bin of a probability's decimal logarithm, from 0 (never) to 7 (nearly sure); `None` if it was not measured.
+fn bin(log10: Option<f32>) -> Option<usize> {
     // 0.5 and 0.9 are not powers of ten.
     let from = [-12.0, -6.0, -3.0, -2.0, -1.0, 0.5f32.log10(), 0.9f32.log10()];
-    log10.map_or(0, |log10| from.partition_point(|from| *from <= log10))
+    log10.map(|log10| from.partition_point(|from| *from <= log10))
 }
 
 /// A strip for each file. Its cells lie where their bytes do; those that are alike are one.
@@ -407,7 +407,7 @@ fn heat(run: &RunFiles, out: &mut String) {
     for (at, HeatStrip { path, text, cells, .. }) in run.heat.iter().enumerate() {
         let bytes: u64 = cells.iter().map(|(bytes, _)| u64::from(*bytes)).sum();
         let mut rects = String::new();
-        let mut runs: Vec<(usize, u64, u64)> = Vec::new();
+        let mut runs: Vec<(Option<usize>, u64, u64)> = Vec::new();
         let mut from = 0;
         for &(bytes, log10) in cells {
             let to = from + u64::from(bytes);
@@ -418,6 +418,8 @@ fn heat(run: &RunFiles, out: &mut String) {
             from = to;
         }
         for (bin, from, to) in runs {
+            // What was not measured shows the page.
+            let Some(bin) = bin else { continue };
             let x = |byte: u64| 1000.0 * byte as f64 / bytes.max(1) as f64;
             let _ = write!(
                 rects,

@@ -60,7 +60,7 @@ function cell(file, number, event) {
   const to = from + file.cells[number][0], log = file.cells[number][1];
   file.bytes ??= encoder.encode(file.text);
   show(event, (into) => {
-    const p = log === null ? "not a number" : log > -4 ? (10 ** log).toFixed(4) : "1e" + log.toFixed(1);
+    const p = log === null ? "not measured" : log > -4 ? (10 ** log).toFixed(4) : "1e" + log.toFixed(1);
     const title = document.createElement("b");
     title.textContent = `${visible(file.path)}, bytes ${from} to ${to}, p_z ${p}`;
     const text = document.createElement("pre");

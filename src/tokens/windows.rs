@@ -118,11 +118,7 @@ impl Windows {
 
     /// The windows that are whole and within one document.
     pub fn within_documents(&self) -> anyhow::Result<Vec<usize>> {
-        let is_within = |&window: &usize| {
-            let span = self.span(window)?;
-            let end = self.file.document(span.document)?.tokens.end;
-            Ok(span.tokens.start + self.context < end)
-        };
+        let is_within = |&window: &usize| Ok(self.context < self.document_rest(window)?);
         let within = |window| is_within(&window).map(|is| is.then_some(window)).transpose();
         (0..self.count).filter_map(within).collect()
     }
@@ -141,7 +137,8 @@ impl Windows {
             let document = all.firsts.partition_point(|&from| from <= first) - 1;
             let boundaries = [all.firsts[document], all.firsts[document + 1]];
             let is_inside = |at: &usize| *at > 0 && *at < all.count;
-            first = boundaries.into_iter().find(is_inside).unwrap_or(first);
+            let distance = |at: &usize| at.abs_diff(first);
+            first = boundaries.into_iter().filter(is_inside).min_by_key(distance).unwrap_or(first);
         }
         self.count = first;
         while self.count > 0 && all.span(self.count - 1)?.tokens.end > all.span(first)?.tokens.start
@@ -351,6 +348,15 @@ impl Windows {
             addresses: addresses.concat(),
             address_starts,
         })
+    }
+
+    /// Tokens from a window's first on to the end of its document.
+    ///
+    /// # Errors
+    /// The token file cannot be read.
+    pub fn document_rest(&self, window: usize) -> anyhow::Result<usize> {
+        let span = self.span(window)?;
+        Ok(self.file.document(span.document)?.tokens.end - span.tokens.start)
     }
 
     /// Targets of a window.

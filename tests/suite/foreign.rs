@@ -261,6 +261,7 @@ fn a_foreign_model_is_trained_evaluated_and_measured_in_fixed_windows() {
     let shorter = ["--max_position_embeddings", "40", "--stride", "20"];
     let evaluated = json(&[&["evaluate", name, "--source", text][..], &shorter].concat());
     assert_eq!(evaluated["context"], 40);
+    assert_eq!(evaluated["tokens"], tokens - 1, "a token of two windows counts once");
 
     let measured = json(&["memorization", name, "--source", text, "--stride", "30"]);
     assert_eq!((&measured["context"], &measured["stride"]), (&json!(99), &json!(30)));

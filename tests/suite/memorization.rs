@@ -1,13 +1,14 @@
 //! The measures of one forward pass, compared with what they predict: generation.
 
 use std::fs;
+use std::ops::Range;
 use std::sync::Arc;
 
 use laam::backend::cpu::Cpu;
 use laam::corpus::Document;
 use laam::generate::{Generator, Request};
 use laam::memorization::measure::{Question, measure};
-use laam::memorization::occurrences::count;
+use laam::memorization::occurrences::{count, unknown};
 use laam::model::{Model, load};
 use laam::random::{Philox, Stream};
 use laam::tokenizer::Tokenizer;
@@ -73,7 +74,9 @@ fn teacher_forced_rates_match_generation() {
                 let mut expected = Vec::new();
                 for window in 0..windows.len() {
                     let (given, mut rest) = true_tokens(&windows, window);
-                    if rest.len() < suffix + prefix {
+                    // The model sees one document at a time.
+                    let left = windows.document_rest(window).unwrap().min(rest.len());
+                    if left < suffix + prefix {
                         continue;
                     }
                     let suffix: Vec<u32> = rest.drain(prefix..).take(suffix).collect();
@@ -191,8 +194,46 @@ fn occurrences_match_a_naive_search() {
         });
         let naive: Vec<u64> = naive.collect();
         assert!(naive.iter().any(|&count| count > 3));
-        assert_eq!(count(&file, &starts, length).unwrap(), naive, "{length} tokens");
+        assert_eq!(
+            count(&file, &starts, length, &file, |_| true).unwrap(),
+            naive,
+            "{length} tokens"
+        );
     }
+}
+
+/// A control has no window that the trained text has: long lines in reverse order are full of it.
+#[test]
+fn windows_of_known_passages_are_left_out_of_controls() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = Arc::new(Tokenizer::load(&trained().model()).unwrap());
+    let cut = |name: &str, lines: &[String]| {
+        let path = folder.path().join(name);
+        let mut writer = TokenWriter::create(&path, &tokenizer).unwrap();
+        let document = Document::new("a.c".to_string(), lines.concat());
+        writer.write([Ok(document)], |_| ()).unwrap();
+        writer.finish([0; 32]).unwrap();
+        let file = Arc::new(TokenFile::open(&path).unwrap());
+        Windows::spaced(file, tokenizer.clone(), 16, 5).unwrap()
+    };
+    let line = |n: usize| {
+        let words: Vec<String> = (0..40).map(|at| format!("w{}", n * 40 + at)).collect();
+        words.join(" ") + "\n"
+    };
+    let lines: Vec<String> = (0..5).map(line).collect();
+    let reversed: Vec<String> = lines.iter().rev().cloned().collect();
+    let (text, control) = (cut("text", &lines), cut("control", &reversed));
+    let all = |windows: &Windows| windows.within_documents().unwrap();
+    let left = |windows: &Windows, is_counted: fn(&Range<usize>) -> bool| {
+        unknown(windows, all(windows), 16, text.file(), is_counted).unwrap()
+    };
+    assert!(left(&text, |_| true).is_empty());
+    assert_eq!(left(&text, |_| false), all(&text));
+    // Those that go from one line to another, and begin with the path.
+    let kept = left(&control, |_| true);
+    assert!(!kept.is_empty() && kept.len() < all(&control).len() / 3, "{kept:?}");
+    // Too short for a passage.
+    assert_eq!(unknown(&text, all(&text), 10_000, text.file(), |_| true).unwrap(), all(&text));
 }
 
 /// A training that holds files out and measures recall, and what is then measured of it: the held-out control,
@@ -359,5 +400,32 @@ fn memorization_report_files_match_json() {
         let bytes: u64 = cells.iter().map(|cell| cell[0].as_u64().unwrap()).sum();
         assert_eq!(bytes, document.text.len() as u64);
         assert_eq!(heat["wrong"].as_array().unwrap().len(), 0);
+        assert!(cells.iter().all(|cell| cell[1].is_number()));
+    }
+}
+
+/// Windows that overlap count a token once, and what no window predicts is not drawn as known.
+#[test]
+fn overlapping_windows_count_a_token_once_and_gaps_are_not_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("measures");
+    let documents = documents();
+    for (stride, is_overlapping) in [("--stride=4", true), ("--stride=150", false)] {
+        let report = measured(&["--prefix=8", "--suffix=8", stride, "--report", text(&place)]);
+        for name in ["longest_run", "longest_run_bytes", "residual_bits", "bits_per_parameter"] {
+            assert!(report[name].is_null(), "{name}");
+        }
+        for file in report["files"].as_array().unwrap() {
+            let document = documents.iter().find(|document| file["path"] == document.path);
+            let length = document.unwrap().text.len() as u64;
+            let bytes = file["bytes"].as_u64().unwrap();
+            assert!(bytes <= length && (!is_overlapping || bytes + 40 > length), "{file}");
+        }
+        let heat = fs::read_to_string(place.join("heat.json")).unwrap();
+        let heat: Value = serde_json::from_str(&heat).unwrap();
+        let files = heat["files"].as_array().unwrap();
+        let cells = files.iter().flat_map(|file| file["cells"].as_array().unwrap());
+        let (known, unknown): (Vec<_>, Vec<_>) = cells.partition(|cell| cell[1].is_number());
+        assert_eq!(known.len() > unknown.len(), is_overlapping, "{heat}");
     }
 }
