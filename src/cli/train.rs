@@ -34,7 +34,7 @@ use crate::tokenizer::Tokenizer;
 use crate::tokens::{TokenFile, Windows};
 use crate::train::{
     AUTO_BATCH_SIZE, Consent, Job, RunEnd, Settings, ShardKind, Start, TrainSummary, Trainer,
-    candidates, check_slices, claim, is_resumable, prepare,
+    candidates, check_slices, claim, is_own_metrics, is_resumable, prepare,
 };
 
 /// A file of settings has some 50 lines.
@@ -146,7 +146,7 @@ pub struct TrainArgs {
     license: Option<License>,
     #[command(flatten)]
     obsolete: ObsoleteArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
     /// The arguments that were given, by their names.
@@ -438,6 +438,26 @@ impl TrainArgs {
         }
         Ok(settings)
     }
+
+    /// Refuses a metrics file outside of the output folder with the lines of another run, which a new run would
+    /// replace.
+    fn check_metrics(&self, consent: Consent) -> anyhow::Result<()> {
+        let Some(path) = self.metrics.as_deref() else { return Ok(()) };
+        let replaces = match consent {
+            Consent::None => true,
+            Consent::Resume => !is_resumable(&self.output_path),
+            Consent::Reload | Consent::Overwrite => false,
+        };
+        let has_lines = path.metadata().is_ok_and(|file| file.is_file() && file.len() > 0);
+        if replaces && has_lines && is_own_metrics(path) && path.parent() != Some(&self.output_path)
+        {
+            return Err(error::config(
+                format!("{} has the metrics of another run", path.display()),
+                "remove it, choose another `metrics`, or set `overwrite`",
+            ));
+        }
+        Ok(())
+    }
 }
 
 pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
@@ -467,7 +487,11 @@ pub fn run(mut arguments: TrainArgs) -> anyhow::Result<Outcome> {
         _ => Consent::None,
     };
     // The first process writes; the others look at the folder after it did.
-    let own = group.is_first().then(|| claimed(&arguments.output_path, consent)).transpose();
+    let claim = || {
+        arguments.check_metrics(consent)?;
+        claimed(&arguments.output_path, consent)
+    };
+    let own = group.is_first().then(claim).transpose();
     let output = group.agree(own)?;
     let output =
         output.unwrap_or_else(|| Arc::new(OutputFolder::of_other_process(&arguments.output_path)));

@@ -135,6 +135,8 @@ impl<'a> Watcher<'a> {
             say!("stopped after step {steps} of {total}; {goes_on}, {folder}");
         } else if total == 0 {
             say!("no step needed, saved in {}", output.display());
+        } else if steps == self.from && steps < total {
+            say!("no time left: after step {steps} of {total}, {folder}");
         } else if steps == self.from {
             say!("nothing to do: all {total} steps were done, {}", output.display());
         } else {

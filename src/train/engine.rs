@@ -168,7 +168,7 @@ impl Engine {
         let own = *shard == ShardKind::Optimizer && group.size() > 1;
         let moments = own.then(|| (shards.own().start, shards.own().len()));
         let spec = SessionSpec { training: true, moments, ..SessionSpec::default() };
-        let mut session = backend.open(&layout, spec)?;
+        let mut session = group.agree(backend.open(&layout, spec))?;
         let slicing = if *slices > 1 {
             session.join(group.clone())?;
             let plan = SlicePlan::new(*slices, group.size());

@@ -1,4 +1,4 @@
-//! What a run tells while it runs: `metrics.jsonl`, one object a logged step.
+//! Training metrics: `metrics.jsonl`, one object per logged step.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -43,7 +43,7 @@ pub struct Metrics {
     /// Since the last line: windows x context over wall time.
     #[serde(alias = "tokens_a_second")]
     pub tokens_per_second: f64,
-    /// Model FLOPs utilization since the last line: useful FLOPs of products and attention over the
+    /// Model FLOPs utilization since the last line: useful FLOPs of matmuls and attention over the
     /// device's peak, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mfu: Option<f64>,
@@ -81,6 +81,25 @@ fn is_zero(count: &u64) -> bool {
 /// JSON writes what is not finite as null.
 fn number<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+impl Metrics {
+    /// The numbers of a line that TensorBoard draws, by tag.
+    pub fn scalars(&self) -> Vec<(&'static str, f64)> {
+        let mut scalars = vec![
+            ("train/loss", self.loss),
+            ("train/learning_rate", self.learning_rate),
+            ("train/grad_norm", self.grad_norm),
+            ("train/epoch", self.epoch),
+            ("train/tokens_per_second", self.tokens_per_second),
+        ];
+        scalars.extend(self.muon_learning_rate.map(|rate| ("train/muon_learning_rate", rate)));
+        scalars.extend(self.mfu.map(|mfu| ("train/mfu", mfu)));
+        scalars.extend(self.verbatim_rate.map(|rate| ("eval/verbatim_rate", rate)));
+        scalars.extend(self.validation_loss.map(|loss| ("eval/validation_loss", loss)));
+        scalars.extend(self.memory_bytes.map(|bytes| ("system/memory_bytes", bytes as f64)));
+        scalars
+    }
 }
 
 /// The lines that stay when a run opens its metrics file.

@@ -23,7 +23,7 @@ pub use engine::{Engine, Parallelism, ShardKind, StepStats, TrainStep};
 pub use footprint::{
     Footprint, Share, Workload, largest_preset, measuring_bytes, peak_memory_bytes,
 };
-pub use metrics::{MAX_METRICS, Metrics};
+pub use metrics::{MAX_METRICS, Metrics, is_own as is_own_metrics};
 pub use schedule::{LrDecay, LrSchedule};
 pub use settings::{AUTO_BATCH_SIZE, OptimizerKind, Settings};
 pub use tensorboard::EventFile;

@@ -46,7 +46,11 @@ impl LrSchedule {
                 0.5 * (1.0 + (std::f64::consts::PI * (1.0 - left / declining)).cos())
             }
             LrDecay::Constant => 1.0,
-            LrDecay::Wsd => (left / (self.wsd_decay * self.total as f64).max(1.0)).min(1.0),
+            LrDecay::Wsd => {
+                // A warm-up that reaches into the decay is not followed by a jump.
+                let decay = (self.wsd_decay * self.total as f64).clamp(1.0, declining);
+                (left / decay).min(1.0)
+            }
         }
     }
 }
@@ -71,5 +75,7 @@ mod tests {
         assert_eq!(of(LrDecay::Wsd).factor(18), 0.4);
         assert_eq!(of(LrDecay::Linear).factor(20), 0.0);
         assert_eq!(of(LrDecay::Wsd).factor(20), 0.0);
+        let late = LrSchedule { warmup: 16, wsd_decay: 0.5, ..of(LrDecay::Wsd) };
+        assert_eq!([15, 16, 18].map(|k| late.factor(k)), [0.9375, 1.0, 0.5]);
     }
 }

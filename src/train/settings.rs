@@ -15,7 +15,7 @@ use crate::model::{Config, RopeScaling};
 use crate::tokenizer::Special;
 use crate::tokens::{Order, WindowKind};
 
-/// What steps the matrices inside the blocks.
+/// Optimizer of the matrices inside the blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
@@ -72,7 +72,8 @@ pub struct Settings {
     /// GPU, else float32]
     #[cfg_attr(feature = "cli", arg(long, value_enum, help_heading = "Training"))]
     pub precision: Option<Dtype>,
-    /// Activations that backward computes again to save memory; the results have the same bits
+    /// Activation checkpointing: activations that the backward pass computes again, to save memory; the results have
+    /// the same bits
     #[serde(skip_serializing_if = "is_default")]
     #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = DEFAULT.recompute, help_heading = "Training"))]
     pub recompute: Recompute,
@@ -96,7 +97,7 @@ pub struct Settings {
     /// Components per head [default: hidden-size / num-attention-heads]
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", help_heading = "Model"))]
     pub head_dim: Option<usize>,
-    /// Tokens per window
+    /// Sequence length: tokens per window
     #[cfg_attr(feature = "cli", arg(long, value_name = "N", default_value_t = DEFAULT.max_position_embeddings, help_heading = "Model"))]
     pub max_position_embeddings: usize,
     /// One matrix for embedding and LM head
@@ -409,8 +410,12 @@ impl Settings {
             return Err(error::invalid("validation", fraction, "more than 0 and less than 1"));
         }
         // A weight without a gradient would be 0 / 0.
-        if self.adam_epsilon == 0.0 {
-            return Err(error::invalid("adam_epsilon", self.adam_epsilon, "more than 0"));
+        if self.adam_epsilon as f32 == 0.0 {
+            return Err(error::invalid(
+                "adam_epsilon",
+                self.adam_epsilon,
+                "more than 0 in float32",
+            ));
         }
         for (name, value) in [
             ("wsd_decay", self.wsd_decay),
@@ -572,7 +577,8 @@ impl Settings {
 
     /// Steps from one measurement of the verbatim rate to the next, if there are any.
     pub fn eval_interval(&self, windows: usize) -> Option<u64> {
-        let of_epochs = self.eval_epochs.map(|epochs| epochs * self.steps_per_epoch(windows));
+        let of_epochs =
+            self.eval_epochs.map(|epochs| epochs.saturating_mul(self.steps_per_epoch(windows)));
         self.eval_steps.or(of_epochs)
     }
 

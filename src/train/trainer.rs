@@ -1,17 +1,23 @@
 //! The loop: windows in their order, the step, metrics, checkpoints.
 
-use std::borrow::Cow;
-use std::path::{Path, PathBuf};
+mod measures;
+mod ranks;
+mod resume;
+mod saving;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use sha2::{Digest, Sha256};
 
+use self::ranks::{agree_on_matmuls, devices};
+use self::resume::{check_resumable, check_same_step, resumed_total};
+use self::saving::write;
 use super::checkpoints::{self, TrainState};
-use super::footprint::{Share, Workload, measuring_bytes, memory_bytes, peak_memory_bytes};
+use super::footprint::{Share, Workload, measuring_bytes, memory_bytes};
 use super::metrics::{KeptLines, MetricsFile};
-use super::snapshot::{CheckpointTarget, CheckpointWriter, Snapshot};
+use super::snapshot::CheckpointWriter;
 use super::{
     Engine, EventFile, LrSchedule, Metrics, OptimizerKind, Parallelism, Settings, ShardKind,
     StepStats, TrainStep,
@@ -22,16 +28,14 @@ use crate::collective::Group;
 use crate::corpus::{hex, now};
 use crate::dtype::Dtype;
 use crate::error::{self, ErrorKind, Hint};
-use crate::llama::{Recompute, StepHyperparams};
-use crate::memorization::recall::{self, RecallFile, RecallHead};
-use crate::memorization::verbatim;
-use crate::model::{
-    Config, Layout, Provenance, SessionRecord, has_weights, initialize, load_provenance,
-};
+use crate::llama::StepHyperparams;
+use crate::model::{Config, Layout, Provenance, SessionRecord, initialize, load_provenance};
 use crate::output::OutputFolder;
 use crate::schema::SchemaVersion;
 use crate::tokenizer::Tokenizer;
 use crate::tokens::{Sampler, Windows};
+
+pub use self::ranks::check_slices;
 
 /// Beginning of a run: a checkpoint, weights, or neither.
 #[derive(Default)]
@@ -127,11 +131,6 @@ const MIN_LOSS_SCALE: f64 = 1.0;
 /// Seconds of steps that are asked for in one go.
 const MAX_BATCHED_SECONDS: f64 = 0.5;
 
-/// A rank that takes so many times the median is told of.
-const SLOW_RANK: f64 = 1.2;
-/// And by so many seconds, from one line of metrics to the next.
-const SLOW_SECONDS: f64 = 0.5;
-
 /// A run under way.
 #[allow(clippy::struct_excessive_bools)] // each is a fact about how it began
 pub struct Trainer<'a> {
@@ -206,10 +205,11 @@ impl<'a> Trainer<'a> {
         let mut notes = Vec::new();
         let Start { resume, weights, keep_metrics } = std::mem::take(&mut job.start);
         let saved = if resume {
-            checkpoints::latest(job.output.path(), &mut |note| notes.push(note))?
+            group.agree(checkpoints::latest(job.output.path(), &mut |note| notes.push(note)))?
         } else {
             None
         };
+        check_same_step(&group, saved.as_ref().map_or(0, |saved| saved.state.step))?;
         if let Some(saved) = &saved {
             let then = saved.state.settings.dp_slices.unwrap_or(1);
             let now = settings.dp_slices.unwrap_or(then);
@@ -253,7 +253,7 @@ impl<'a> Trainer<'a> {
         let (recompute, optimizer) = (settings.recompute, &optimizer);
         let workload = Workload { backend, config: &config, optimizer, recompute, share };
         let measuring = measuring_bytes(backend, &config, settings);
-        workload.check_memory(batch_size, context, measuring)?;
+        group.agree(workload.check_memory(batch_size, context, measuring))?;
         let parallelism = Parallelism { group: group.clone(), slices, shard: job.shard };
         let mut engine =
             Engine::parallel(backend, &config, optimizer, batch_size, context, &parallelism)?
@@ -401,6 +401,7 @@ impl<'a> Trainer<'a> {
                 (self.state.total, finish.total) = (0, 0);
             }
         }
+        let mut is_void_noted = false;
         let begin = Instant::now();
         let (mut last_line, mut last_tokens) = (begin, self.state.tokens);
         while self.state.step < self.state.total {
@@ -431,6 +432,12 @@ impl<'a> Trainer<'a> {
                     recall.write(step, &verbatim)?;
                 }
                 is_best = settings.load_best_model_at_end && self.note_best(finish.verbatim_rate);
+                if finish.verbatim_rate.is_none() && !is_void_noted {
+                    is_void_noted = true;
+                    observer.note(
+                        "warning: no window has 100 tokens of one document: the verbatim rate is not measured;                          set `max_position_embeddings` to at least 100, or `windows` to addressed",
+                    );
+                }
             }
             let enough = measured && self.is_enough(finish.verbatim_rate);
             let every = |interval: u64| step.is_multiple_of(interval) || last;
@@ -483,7 +490,7 @@ impl<'a> Trainer<'a> {
                 self.job.output.check()?;
                 metrics.write(line)?;
                 if let Some(events) = &mut events {
-                    events.write(step, &scalars(line))?;
+                    events.write(step, &line.scalars())?;
                 }
             }
             observer.step(step, self.state.total, &outcome, line.as_ref());
@@ -517,93 +524,6 @@ impl<'a> Trainer<'a> {
             self.publish(&mut finish, observer)?;
         }
         Ok(finish)
-    }
-
-    /// The step with the best measure, if the run is to end with its weights.
-    fn best_step(&self) -> Option<u64> {
-        let by_loss =
-            self.state.best_validation.filter(|_| self.job.settings.load_best_model_at_end);
-        self.state.best.or(by_loss).map(|(_, step)| step)
-    }
-
-    /// The step whose weights are the finished model's.
-    fn final_step(&self) -> u64 {
-        self.best_step().unwrap_or(self.state.step)
-    }
-
-    /// True if the model in the output folder is that of the final step.
-    fn is_published(&self) -> anyhow::Result<bool> {
-        let output = self.job.output.path();
-        let hash = |folder: &Path| -> anyhow::Result<Option<String>> {
-            Ok(load_provenance(folder)?.and_then(|provenance| provenance.weights_sha256))
-        };
-        if self.is_from_output {
-            return Ok(true);
-        }
-        let published = hash(output)?;
-        Ok(published.is_some()
-            && has_weights(output)
-            && published == hash(&checkpoints::folder(output, self.final_step()))?)
-    }
-
-    /// Saves the finished model.
-    fn publish(
-        &mut self,
-        finish: &mut TrainSummary,
-        observer: &mut dyn Observer,
-    ) -> anyhow::Result<()> {
-        let output = self.job.output.path().to_path_buf();
-        if let Some(step) = self.best_step().filter(|step| *step < self.state.step) {
-            let best = checkpoints::at_step(&output, step)?;
-            write(&mut self.engine, best.arenas)?;
-            let measure = if let Some((rate, _)) = self.state.best {
-                finish.verbatim_rate = Some(rate);
-                format!("verbatim {:.1}%", 100.0 * rate)
-            } else {
-                finish.validation_loss = self.state.best_validation.map(|(loss, _)| loss);
-                format!("validation loss {:.4}", finish.validation_loss.unwrap_or(f64::NAN))
-            };
-            observer.note(&format!("saving the weights of step {step}, {measure}"));
-        }
-        let target = CheckpointTarget { folder: output, keep: None, ..self.target() };
-        self.put(&target, observer)
-    }
-
-    fn is_enough(&self, verbatim_rate: Option<f64>) -> bool {
-        let wanted = self.job.settings.stop_at_verbatim;
-        wanted.is_some_and(|wanted| verbatim_rate.is_some_and(|rate| rate >= wanted))
-    }
-
-    /// Notes this step if its verbatim rate is higher than all measured before it.
-    fn note_best(&mut self, verbatim_rate: Option<f64>) -> bool {
-        let Some(rate) = verbatim_rate else { return false };
-        let is_best = self.state.best.is_none_or(|(best, _)| rate > best);
-        if is_best {
-            self.state.best = Some((rate, self.state.step));
-        }
-        is_best
-    }
-
-    /// True if this is the lowest validation loss; its checkpoint is then kept.
-    fn note_best_validation(&mut self, loss: Option<f64>) -> bool {
-        let Some(loss) = loss.filter(|loss| loss.is_finite()) else { return false };
-        let is_best = self.state.best_validation.is_none_or(|(best, _)| loss < best);
-        if is_best {
-            self.state.best_validation = Some((loss, self.state.step));
-        }
-        is_best
-    }
-
-    /// Mean loss of the validation windows, in nats per counted token.
-    fn validation_loss(&mut self) -> anyhow::Result<f64> {
-        let Some((windows, numbers)) = self.job.validation else { return Ok(f64::NAN) };
-        let (mut nats, mut count) = (0.0, 0);
-        for some in numbers.chunks(64) {
-            let (sum, counted) = self.engine.loss_of(&windows.draw(some)?)?;
-            nats += sum;
-            count += counted;
-        }
-        Ok(nats / count as f64)
     }
 
     /// True if the run, all its sessions together, has trained for as long as it may.
@@ -745,419 +665,10 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Tells of ranks whose matmuls have other algorithms than those of rank 0: the bits of the run then depend on
-    /// which rank takes which slice.
-    fn compare_matmuls(&self, observer: &mut dyn Observer) -> anyhow::Result<()> {
-        let group = &self.job.group;
-        if group.size() == 1 {
-            return Ok(());
-        }
-        let all = matmul_plans(&self.engine, group)?;
-        for (rank, other) in all.iter().enumerate() {
-            if let Some(what) = other_matmuls(&all[0], other) {
-                observer.note(&format!(
-                    "warning: rank {rank} has {what} than rank 0: the bits of this run depend on its number of \
-                     processes; `resume` continues with the algorithms of rank 0 where it can"
-                ));
-            }
-        }
-        Ok(())
-    }
-
     fn epoch(&self) -> f64 {
         let position = self.sampler.position();
         position.epoch as f64 + position.cursor as f64 / self.job.windows.len() as f64
     }
-
-    /// The measure that rank 0 found, by which all ranks save and stop: on another processor or GPU it may differ.
-    fn of_first(&self, measure: Option<f64>) -> anyhow::Result<Option<f64>> {
-        let first = self.job.group.decide(measure.unwrap_or(f64::NAN).to_bits())?;
-        Ok(Some(f64::from_bits(first)).filter(|measure| !measure.is_nan()))
-    }
-
-    /// Opens the file of the windows recalled, if they are measured; one of another run is removed.
-    fn open_recall(&self) -> anyhow::Result<Option<RecallFile>> {
-        let path = self.job.output.path().join(recall::FILE);
-        if self.eval_interval.is_none() {
-            recall::remove(&path)?;
-            return Ok(None);
-        }
-        let step = (!self.unsaved).then_some(self.state.step);
-        RecallFile::open(&path, &RecallHead::of(self.job.windows)?, step).map(Some)
-    }
-
-    /// Which windows come back verbatim (see [`verbatim::window`]) from the weights as they are saved, which
-    /// `precision` rounds; and the part of those that are long enough.
-    fn verbatim_windows(&mut self) -> anyhow::Result<(Option<f64>, Vec<bool>)> {
-        if self.precision == Dtype::F32 {
-            return self.find_verbatim();
-        }
-        let weights = self.engine.read(Arena::Parameters)?;
-        let precision = self.precision;
-        self.engine.map(Arena::Parameters, &|weight| precision.round(weight))?;
-        let found = self.find_verbatim();
-        self.engine.write(Arena::Parameters, &weights)?;
-        found
-    }
-
-    /// [`Self::verbatim_windows`] of the weights as they are.
-    fn find_verbatim(&mut self) -> anyhow::Result<(Option<f64>, Vec<bool>)> {
-        let windows = self.job.windows;
-        let context = windows.context();
-        let max_nats = verbatim::max_nats(self.compute_dtype);
-        let (mut found, mut all) = (Vec::with_capacity(windows.len()), 0);
-        let indices: Vec<usize> = (0..windows.len()).collect();
-        for some in indices.chunks(64) {
-            let batch = windows.draw(some)?;
-            let guesses = self.engine.argmax_tokens(&batch, max_nats)?;
-            for (targets, guesses) in batch.targets.chunks(context).zip(guesses.chunks(context)) {
-                let verbatim = verbatim::window(windows.kind(), targets, guesses);
-                all += usize::from(verbatim.is_some());
-                found.push(verbatim == Some(true));
-            }
-        }
-        let exact = found.iter().filter(|&&exact| exact).count();
-        Ok(((all > 0).then(|| exact as f64 / all as f64), found))
-    }
-
-    /// Saves a checkpoint of this step. False if its weights are not finite: then it is not saved.
-    fn save(&mut self, observer: &mut dyn Observer) -> anyhow::Result<bool> {
-        self.finish_writing(observer)?;
-        if !self.is_worth_saving(observer)? {
-            return Ok(false);
-        }
-        self.put(&self.target(), observer)?;
-        (self.unsaved, self.is_from_output) = (false, false);
-        self.saved_step = self.state.step;
-        Ok(true)
-    }
-
-    /// Saves a checkpoint on the way: while a device trains on, where there is one.
-    fn save_meanwhile(&mut self, observer: &mut dyn Observer) -> anyhow::Result<()> {
-        if !self.engine.is_async() {
-            return self.save(observer).map(drop);
-        }
-        let step = self.state.step;
-        // By the time that writing takes: rank 0 decides.
-        if self.job.group.decide(u64::from(self.writer.is_busy()))? == 1 {
-            observer.note(&format!("step {step}: no checkpoint, the last one is still written"));
-            return Ok(());
-        }
-        if !self.is_worth_saving(observer)? {
-            return Ok(());
-        }
-        self.check_parameters()?;
-        let is_first = self.job.group.is_first();
-        let snapshot = self.snapshot()?;
-        if !is_first {
-            (self.unsaved, self.is_from_output, self.saved_step) = (false, false, step);
-            return Ok(());
-        }
-        let arenas = snapshot.arenas.into_iter();
-        let arenas = arenas.map(|(name, values)| (name, Cow::Owned(values.into_owned()))).collect();
-        let snapshot = Snapshot { arenas, ..snapshot };
-        for line in self.writer.begin(self.target(), snapshot)? {
-            observer.note(&line);
-        }
-        (self.unsaved, self.is_from_output, self.saved_step) = (false, false, step);
-        Ok(())
-    }
-
-    /// Waits for the checkpoint that is being written.
-    fn finish_writing(&mut self, observer: &mut dyn Observer) -> anyhow::Result<()> {
-        let group = self.job.group.clone();
-        let written = self.writer.finish();
-        for line in group.agree_after_first(written)? {
-            observer.note(&line);
-        }
-        Ok(())
-    }
-
-    /// Writes a checkpoint of this step, in rank 0; the others wait as long as it takes.
-    fn put(
-        &mut self,
-        target: &CheckpointTarget,
-        observer: &mut dyn Observer,
-    ) -> anyhow::Result<()> {
-        self.check_parameters()?;
-        let group = self.job.group.clone();
-        let snapshot = self.snapshot()?;
-        let written = if group.is_first() { target.put(&snapshot) } else { Ok(Vec::new()) };
-        for line in group.agree_after_first(written)? {
-            observer.note(&line);
-        }
-        Ok(())
-    }
-
-    /// Compares the parameters of all ranks: one that computes wrongly is named.
-    fn check_parameters(&self) -> anyhow::Result<()> {
-        let group = &self.job.group;
-        if group.size() == 1 {
-            return Ok(());
-        }
-        let weights = self.engine.arena(Arena::Parameters)?;
-        let hash = Sha256::digest(bytemuck::cast_slice::<f32, u8>(&weights));
-        group.check_same(&hash, |rank, _, _| {
-            error::group(
-                format!("rank {rank} has other parameters than rank 0 after step {}", self.state.step),
-                "its processor, memory or GPU computes wrongly, or differs from that of rank 0: leave \
-                 it out, and continue with `resume`",
-            )
-        })
-    }
-
-    /// The number of ranks, and the least and most seconds that one of them waited since the last line;
-    /// nothing with one rank. Tells of a rank that is slower than the others.
-    fn waits(
-        &mut self,
-        observer: &mut dyn Observer,
-    ) -> anyhow::Result<(Option<usize>, Option<[f64; 2]>)> {
-        let group = self.job.group.clone();
-        if group.size() == 1 {
-            return Ok((None, None));
-        }
-        let (began, waited, timed) = self.last_line;
-        let waited = group.waited() - waited;
-        let seconds = began.elapsed().as_secs_f64();
-        let timed_now = self.engine.timed_seconds().unwrap_or(0.0);
-        let own = [waited, seconds - waited, timed_now - timed];
-        let all = group.gather_each(bytemuck::bytes_of(&own))?;
-        self.last_line = (Instant::now(), group.waited(), timed_now);
-        let number = |bytes: &[u8], at: usize| {
-            bytes[8 * at..8 * at + 8].try_into().map_or(f64::NAN, f64::from_le_bytes)
-        };
-        let waits = all.iter().map(|bytes| number(bytes, 0));
-        let least = waits.clone().fold(f64::INFINITY, f64::min);
-        let most = waits.fold(0.0, f64::max);
-        // On GPUs all ranks wait for the slowest in exchanges, and seem as busy. Of each the same runs were timed.
-        let timed: Vec<f64> = all.iter().map(|bytes| number(bytes, 2)).collect();
-        let most_timed = timed.iter().copied().fold(0.0, f64::max);
-        let busy: Vec<f64> = if timed.iter().all(|&timed| timed > 0.0) {
-            timed.iter().map(|timed| timed / most_timed * seconds).collect()
-        } else {
-            all.iter().map(|bytes| number(bytes, 1)).collect()
-        };
-        let mut sorted = busy.clone();
-        sorted.sort_by(f64::total_cmp);
-        let (median, slowest) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() - 1]);
-        let rank = busy.iter().position(|&seconds| seconds == slowest);
-        if slowest > (SLOW_RANK * median).max(median + SLOW_SECONDS) && self.slow_rank != rank {
-            self.slow_rank = rank;
-            observer.note(&format!(
-                "warning: rank {} is slowest, {:.2} x the median",
-                rank.unwrap_or(0),
-                slowest / median
-            ));
-        }
-        Ok((Some(group.size()), Some([least, most])))
-    }
-
-    /// Weights that are not finite must not take the place of good ones.
-    fn is_worth_saving(&self, observer: &mut dyn Observer) -> anyhow::Result<bool> {
-        let finite = self.engine.arena(Arena::Parameters)?.iter().all(|weight| weight.is_finite());
-        if !finite {
-            let step = self.state.step;
-            observer.note(&format!("step {step}: not saved, because weights are not finite"));
-        }
-        Ok(finite)
-    }
-
-    /// Target of this step's checkpoint.
-    fn target(&self) -> CheckpointTarget {
-        let (output, step) = (self.job.output.clone(), self.state.step);
-        let folder = checkpoints::folder(output.path(), step);
-        let keep = Some((step, self.job.settings.save_total_limit));
-        let best = [self.state.best, self.state.best_validation];
-        let best = best.into_iter().flatten().map(|(_, step)| step).collect();
-        CheckpointTarget { output, folder, first: self.unsaved, keep, best }
-    }
-
-    fn snapshot(&mut self) -> anyhow::Result<Snapshot<'_>> {
-        let seconds = self.began.elapsed().as_secs_f64();
-        self.job.provenance.end_session(seconds, self.state.step, peak_memory_bytes());
-        let state = TrainState { backend: self.engine.state()?, ..self.state.clone() };
-        let arenas = checkpoints::ARENAS
-            .iter()
-            .map(|&(name, arena)| Ok((name, self.engine.arena(arena)?)))
-            .collect::<anyhow::Result<_>>()?;
-        Ok(Snapshot {
-            config: self.config.clone(),
-            arenas,
-            precision: self.precision,
-            tokenizer: self.job.tokenizer.clone(),
-            provenance: self.job.provenance.clone(),
-            state: serde_json::to_value(state)?,
-        })
-    }
-}
-
-/// Sets weights and moments to those of a checkpoint.
-fn write(engine: &mut Engine, arenas: Vec<Vec<f32>>) -> anyhow::Result<()> {
-    // Each is dropped once it is written: together they are as large as the engine.
-    for ((_, arena), values) in checkpoints::ARENAS.iter().zip(arenas) {
-        engine.write(*arena, &values)?;
-    }
-    Ok(())
-}
-
-/// The matmul plans of all ranks ([`crate::device::Device::matmul_plans`]).
-fn matmul_plans(engine: &Engine, group: &Group) -> anyhow::Result<Vec<serde_json::Value>> {
-    let own = serde_json::to_vec(&engine.state()?["matmul_plans"])?;
-    let all = group.gather_each(&own)?;
-    Ok(all.iter().map(|plans| serde_json::from_slice(plans)).collect::<Result<_, _>>()?)
-}
-
-/// Lets all ranks with the GPU and the cuBLASLt of rank 0 compute their matmuls with the algorithms that it chose; what
-/// it has no matmul for is as the first rank that has one chose.
-fn agree_on_matmuls(
-    engine: &mut Engine,
-    group: &Group,
-    batch_size: usize,
-    windows: usize,
-) -> anyhow::Result<()> {
-    let batches = [batch_size.min(windows), windows % batch_size];
-    group.agree(engine.plan_matmuls(&batches))?;
-    let all = matmul_plans(engine, group)?;
-    let version = |plans: &serde_json::Value| plans["cublaslt"]["version"].clone();
-    let is_as_first = |plans: &serde_json::Value| {
-        plans["gpu"] == all[0]["gpu"] && version(plans) == version(&all[0])
-    };
-    let mut agreed = Vec::new();
-    for plan in all
-        .iter()
-        .filter(|plans| is_as_first(plans))
-        .filter_map(|plans| plans["cublaslt"]["matmuls"].as_array())
-        .flatten()
-    {
-        if !agreed.iter().any(|known: &serde_json::Value| known[0] == plan[0]) {
-            agreed.push(plan.clone());
-        }
-    }
-    let own = &all[group.rank()];
-    if !agreed.is_empty() && is_as_first(own) {
-        let mut plans = own.clone();
-        plans["cublaslt"]["matmuls"] = agreed.into();
-        // What an algorithm is refused for is told of after the first step.
-        engine.restore(&serde_json::json!({ "loss_scale": null, "matmul_plans": plans }))?;
-    }
-    Ok(())
-}
-
-/// What differs between the matmul plans of two ranks ([`crate::device::Device::matmul_plans`]).
-fn other_matmuls(first: &serde_json::Value, other: &serde_json::Value) -> Option<&'static str> {
-    if first["gpu"] != other["gpu"] {
-        return Some("another GPU");
-    }
-    let (first, other) = (&first["cublaslt"], &other["cublaslt"]);
-    if first["version"] != other["version"] {
-        return Some("another version of cuBLASLt");
-    }
-    let plans =
-        |plans: &serde_json::Value| plans["matmuls"].as_array().cloned().unwrap_or_default();
-    let first = plans(first);
-    let differs = |plan: &serde_json::Value| {
-        first.iter().any(|known| known[0] == plan[0] && known[1] != plan[1])
-    };
-    plans(other).iter().any(differs).then_some("other matmul algorithms")
-}
-
-/// The devices of ranks that have others than rank 0, in words.
-fn devices(group: &Group, own: &str) -> anyhow::Result<String> {
-    let all = group.gather_each(own.as_bytes())?;
-    let others = all.iter().enumerate().filter(|(_, other)| **other != all[0]);
-    let others: Vec<String> = others
-        .map(|(rank, other)| format!("; rank {rank} on {}", String::from_utf8_lossy(other)))
-        .collect();
-    Ok(others.concat())
-}
-
-/// Refuses slices that cannot be divided among the processes, or a batch among the slices.
-pub fn check_slices(slices: usize, group: &Group, settings: &Settings) -> anyhow::Result<()> {
-    let size = group.size();
-    if !slices.is_multiple_of(size) {
-        return Err(error::config(
-            format!("the {slices} slices of a step cannot be divided among {size} processes"),
-            format!(
-                "start a number of processes that divides {slices}, or a new run with `dp_slices` a \
-                 multiple of {size}"
-            ),
-        ));
-    }
-    settings.check_slices(slices)
-}
-
-/// A resumed run equals an unbroken one only if it is the same run.
-fn check_resumable(saved: &checkpoints::SavedRun, now: &TrainState) -> anyhow::Result<()> {
-    // How often a run logs and saves, and what it computes twice, changes no bit of the result. A run that
-    // began with another model's weights has that model's shape, which earlier versions did not write into
-    // its settings.
-    let essence = |settings: &Settings| Settings {
-        logging_steps: 1,
-        save_steps: 1,
-        save_total_limit: 1,
-        recompute: Recompute::None,
-        validation_steps: None,
-        sample_steps: None,
-        // Compared before.
-        dp_slices: None,
-        // A run may be made longer.
-        max_seconds: None,
-        max_steps: None,
-        epochs: 1.0,
-        ..settings.with_shape(&saved.config)
-    };
-    let (then, now_settings) = (essence(&saved.state.settings), essence(&now.settings));
-    let what = if then != now_settings {
-        let (then, now) = (serde_json::to_value(&then)?, serde_json::to_value(&now_settings)?);
-        // A setting that is not given may have no key.
-        let mut keys = [&then, &now].into_iter().filter_map(|it| it.as_object()).flatten();
-        let differing = keys.find(|(key, _)| now[*key] != then[*key]);
-        differing.map_or_else(String::new, |(key, _)| {
-            format!("`{key}` was {}, not {}", then[key], now[key])
-        })
-    } else if saved.state.tokens_sha256 != now.tokens_sha256 {
-        "it was trained on a different corpus or tokenizer".to_string()
-    } else {
-        return Ok(());
-    };
-    Err(error::config(
-        format!("the run in {} cannot be resumed: {what}", saved.folder.display()),
-        "resume with the settings it began with, or start a new run from its weights with `init_from`",
-    ))
-}
-
-/// Steps of a resumed run in all: as many as it was saved with, or `now` if its settings ask for another
-/// number.
-fn resumed_total(saved: &TrainState, now: u64, windows: usize) -> anyhow::Result<u64> {
-    let planned = saved.settings.total_steps(windows);
-    let stopped = saved.settings.stop_at_verbatim.is_some() && saved.total == saved.step;
-    let counts = [saved.tokens, saved.skipped, saved.unlogged.1];
-    let is_valid = saved.step <= saved.total
-        && (saved.total == planned || stopped)
-        && counts.into_iter().all(|count| count < 1 << 62)
-        && [saved.best, saved.best_validation]
-            .into_iter()
-            .flatten()
-            .all(|(_, step)| step <= saved.step);
-    if !is_valid {
-        return Err(error::checkpoint(
-            format!(
-                "invalid training state: step {} of {}, but its settings make {planned} steps",
-                saved.step, saved.total
-            ),
-            "remove the checkpoint: `resume` then takes an older one",
-        ));
-    }
-    if now == planned {
-        return Ok(saved.total);
-    }
-    if now < saved.step {
-        return Err(error::config(
-            format!("{} steps are done, more than the {now} that are asked for", saved.step),
-            "set `max_steps` or `epochs` to more",
-        ));
-    }
-    Ok(now)
 }
 
 /// Refuses weights that float16 cannot hold, before any step is trained that could not be saved.
@@ -1174,20 +685,4 @@ fn check_float16(weights: &[f32], layout: &Layout) -> anyhow::Result<()> {
             "set `precision` to bfloat16",
         )),
     }
-}
-
-fn scalars(metrics: &Metrics) -> Vec<(&'static str, f64)> {
-    let mut scalars = vec![
-        ("train/loss", metrics.loss),
-        ("train/learning_rate", metrics.learning_rate),
-        ("train/grad_norm", metrics.grad_norm),
-        ("train/epoch", metrics.epoch),
-        ("train/tokens_per_second", metrics.tokens_per_second),
-    ];
-    scalars.extend(metrics.muon_learning_rate.map(|rate| ("train/muon_learning_rate", rate)));
-    scalars.extend(metrics.mfu.map(|mfu| ("train/mfu", mfu)));
-    scalars.extend(metrics.verbatim_rate.map(|rate| ("eval/verbatim_rate", rate)));
-    scalars.extend(metrics.validation_loss.map(|loss| ("eval/validation_loss", loss)));
-    scalars.extend(metrics.memory_bytes.map(|bytes| ("system/memory_bytes", bytes as f64)));
-    scalars
 }
