@@ -27,7 +27,7 @@ pub enum Dtype {
     #[serde(rename = "float16", alias = "fp16", alias = "f16")]
     #[cfg_attr(feature = "cli", value(name = "float16", aliases = ["fp16", "f16"]))]
     F16,
-    /// The upper half of a float32
+    /// 8 bits of exponent, 7 of fraction
     #[serde(rename = "bfloat16", alias = "bf16")]
     #[cfg_attr(feature = "cli", value(name = "bfloat16", alias = "bf16"))]
     Bf16,

@@ -13,7 +13,7 @@
 //! - [`schema`][]: versions of the JSON files
 //! - [`corpus`][]: text sources (kernel.org, archives, folders, files of documents, the built-in sample)
 //!   and their manifest
-//! - [`tokenizer`][]: byte-level BPE
+//! - [`tokenizer`][]: byte-level BPE, and fast tokenizers of Hugging Face
 //! - [`tokens`][]: the memory-mapped token file, its windows, the sampler
 //! - [`kernels`][]: the compiled CUDA kernels and their signatures
 //! - [`collective`][]: processes that train together, and moving bytes between them

@@ -68,7 +68,7 @@ pub fn measure(
     let out = device.alloc(4 * side * side)?;
     let matrix = |at, dtype| Matrix::new(at, dtype, side, side);
     let flops = 2.0 * (side as f64).powi(3);
-    for (name, c) in [("product, bf16", Dtype::Bf16), ("product, bf16 to f32", Dtype::F32)] {
+    for (name, c) in [("matmul, bf16", Dtype::Bf16), ("matmul, bf16 to f32", Dtype::F32)] {
         let (a, b) = (matrix(from, Dtype::Bf16), matrix(to, Dtype::Bf16).t());
         let product = Matmul { a, b, c: matrix(out, c), accumulate: false, batch: 1 };
         let seconds = repeat(device, |device| device.matmul(&product))?;

@@ -31,7 +31,7 @@ const STEPS: [(&str, Try); 8] = [
     ("kernels load", kernels),
     ("a launch", launch),
     ("wrong arguments are refused", refusal),
-    ("products", products),
+    ("matmuls", matmuls),
     ("a graph", graph),
     ("time", time),
 ];
@@ -133,7 +133,7 @@ fn refusal(device: &mut dyn Device) -> anyhow::Result<String> {
 }
 
 /// Odd shapes, either operand transposed, accumulated in f32.
-fn products(device: &mut dyn Device) -> anyhow::Result<String> {
+fn matmuls(device: &mut dyn Device) -> anyhow::Result<String> {
     let mut worst = 0.0f64;
     for (m, n, k) in [(64, 64, 64), (33, 17, 65), (1, 512, 64), (512, 64, 512), (300, 2, 7)] {
         for (dtype, accumulate) in [(Dtype::F32, false), (Dtype::Bf16, true)] {
@@ -142,7 +142,7 @@ fn products(device: &mut dyn Device) -> anyhow::Result<String> {
             }
         }
     }
-    anyhow::ensure!(worst < 1e-5, "products are off by {worst:.1e}");
+    anyhow::ensure!(worst < 1e-5, "matmuls are off by {worst:.1e}");
     Ok(format!("off by {worst:.1e} at most"))
 }
 

@@ -79,7 +79,7 @@ impl Ceilings {
         let value = |name| Some(found.iter().find(|ceiling| ceiling.name == name)?.value);
         Some(Ceilings {
             bytes: value("copy")? * 1e9,
-            flops: value("product, bf16")? * 1e12,
+            flops: value("matmul, bf16")? * 1e12,
             exponentials: value("ex2.approx")? * 1e12,
         })
     }

@@ -103,7 +103,7 @@ pub enum AttentionKernelArg {
     /// The fastest for the shape
     #[default]
     Auto,
-    /// The fastest without tensor cores, if the head dimension is at most 8
+    /// CUDA cores for head dimensions 2, 4 and 8; others as `auto`
     #[value(alias = "scalar")]
     NoTensorCores,
     /// The one for every shape, which the others are compared with

@@ -54,8 +54,8 @@ enum BenchCommand {
 
 /// Exchanges between processes, each checked: mpiexec -n 4 laam bench collectives.
 ///
-/// algbw is bytes over time, busbw what a link moves, both as nccl-tests print them. all_to_all and the
-/// sum of this program are reduce; with all_gather, all_reduce: what a training step does.
+/// algbw and busbw are defined as in nccl-tests. reduce is an all_to_all followed by this program's fixed-order sum,
+/// all_reduce that and an all_gather, as in a training step.
 #[derive(Args, Debug)]
 struct CollectivesArgs {
     /// Smallest buffer in bytes
@@ -75,7 +75,7 @@ struct CollectivesArgs {
     backend: Option<BackendKind>,
     #[command(flatten)]
     group: GroupArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
@@ -84,7 +84,7 @@ struct CollectivesArgs {
 struct DeviceBenchArgs {
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
@@ -116,7 +116,7 @@ struct KernelBenchArgs {
     small: bool,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
@@ -152,8 +152,8 @@ struct StepBenchArgs {
     /// The tokenizer of the token file
     #[arg(long, value_name = "DIR", requires = "tokens")]
     tokenizer_path: Option<PathBuf>,
-    /// Compare the processes that a launcher or --gpus started with one of them: mpiexec -n 4 laam bench step
-    /// --ranks
+    /// Scaling efficiency: time the processes of a launcher or of --gpus beside one process: mpiexec -n 4 laam bench
+    /// step --ranks
     #[arg(long)]
     ranks: bool,
     #[command(flatten)]
@@ -163,7 +163,7 @@ struct StepBenchArgs {
     profile: bool,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

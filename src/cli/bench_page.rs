@@ -43,7 +43,7 @@ pub struct PageArgs {
     small: bool,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

@@ -39,7 +39,7 @@ pub struct CatArgs {
     max_tokens: usize,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

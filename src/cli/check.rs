@@ -14,7 +14,7 @@ use crate::bench::check::{CheckRow, Selection, Size, check};
 use crate::dtype::Dtype;
 use crate::schema::versioned;
 
-/// Hold every operation of a backend against f64, on fresh random inputs.
+/// Compare every operation of a backend with f64, on fresh random inputs.
 #[derive(Args, Debug)]
 pub struct CheckArgs {
     /// Only operations whose names contain this
@@ -31,7 +31,7 @@ pub struct CheckArgs {
     seed: Option<u64>,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

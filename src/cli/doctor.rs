@@ -25,7 +25,7 @@ use crate::threads;
 /// Say what was built, what this machine offers, and how to fix what is missing.
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
@@ -345,7 +345,7 @@ fn cpu_kernels() -> [(&'static str, String); 2] {
     [("float32", Cpu::f32(1)), ("bfloat16", Cpu::bf16(1))].map(|(name, cpu)| (name, cpu.path()))
 }
 
-/// The instruction sets that matter to the products, as far as this processor has them.
+/// The instruction sets that matter to the matmuls, as far as this processor has them.
 fn cpu_features() -> Vec<&'static str> {
     let mut found = Vec::new();
     #[cfg(target_arch = "x86_64")]

@@ -41,7 +41,7 @@ struct GgufArgs {
     /// Element type of the matrices; norms are f32 [default: that of the model]
     #[arg(long, value_enum)]
     dtype: Option<GgufDtype>,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

@@ -29,7 +29,7 @@ pub struct FetchArgs {
     /// Accept an archive that the server has no checksum of
     #[arg(long)]
     unverified: bool,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

@@ -45,14 +45,13 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 256,
         value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: u32,
-    /// What logits are divided by before drawing: 0 takes the likeliest token, always [default:
-    /// what the model's generation_config.json says, else 0]
+    /// Sampling temperature; 0 is greedy decoding [default: what the model's generation_config.json says, else 0]
     #[arg(long, value_name = "T")]
     temperature: Option<f64>,
-    /// Draw only among the K likeliest tokens: 0 is all [default: the same, else 0]
+    /// Sample among the K most likely tokens; 0 is all [default: the same, else 0]
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-    /// Draw only among the likeliest tokens that together have this probability [default: the same,
+    /// Nucleus sampling: among the most likely tokens that together have this probability [default: the same,
     /// else all]
     #[arg(long, value_name = "P")]
     top_p: Option<f64>,
@@ -64,7 +63,7 @@ pub struct GenerateArgs {
     interactive: bool,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

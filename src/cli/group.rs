@@ -23,7 +23,7 @@ pub struct GroupArgs {
     /// Seconds a process waits for the others in a step [default: 600]
     #[arg(long, value_name = "SECONDS", help_heading = "Several processes")]
     rank_timeout: Option<f64>,
-    /// Start so many processes, one per GPU (or so many processes of another backend), and train on all
+    /// Start N processes on this host, one per GPU (or N processes of another backend)
     #[arg(long, value_name = "N", help_heading = "Several processes",
         value_parser = clap::value_parser!(u16).range(1..=MAX_PROCESSES as i64))]
     gpus: Option<u16>,

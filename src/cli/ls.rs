@@ -20,7 +20,7 @@ use crate::schema::versioned;
 pub struct LsArgs {
     /// The folder of the model
     model: PathBuf,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

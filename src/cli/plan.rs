@@ -59,7 +59,7 @@ pub struct PlanArgs {
     obsolete: ObsoleteArgs,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

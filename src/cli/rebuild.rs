@@ -71,7 +71,7 @@ pub struct RebuildArgs {
     /// No progress
     #[arg(long)]
     quiet: bool,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

@@ -24,7 +24,7 @@ pub struct ReportArgs {
     /// The output folder of laam run, or of laam train
     #[arg(value_name = "RUN_DIR")]
     folder: PathBuf,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

@@ -45,7 +45,7 @@ pub struct TokenizeArgs {
     /// No progress
     #[arg(long)]
     quiet: bool,
-    /// Print one JSON object on stdout, of an error too
+    /// Print the result, or the error, as one JSON object on stdout
     #[arg(long)]
     json: bool,
 }

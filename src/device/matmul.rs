@@ -1,4 +1,4 @@
-//! Matrix products: `C = A B` or `C += A B`, row-major; and their launches with `kernels/matmul.cu`.
+//! Matmuls: `C = A B` or `C += A B`, row-major; and their launches with `kernels/matmul.cu`.
 
 use super::address::Allocations;
 use super::{Address, Arg, Launch};

@@ -43,7 +43,8 @@ impl Cuda {
         // An output of its own with the same alignment: candidates may not accumulate into the real one.
         let alignment = at.alignment();
         let bytes = matmul.batch * rows * stride * dtype.size();
-        let scratch = self.alloc(bytes + alignment)?;
+        // Without the memory the heuristic's choice stays.
+        let Ok(scratch) = self.alloc(bytes + alignment) else { return Ok(()) };
         self.memset(scratch, 0, bytes + alignment)?;
         let offset = if alignment == 256 { 0 } else { alignment };
         let c = Matrix { at: scratch.plus(offset), ..matmul.c };
