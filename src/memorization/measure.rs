@@ -440,12 +440,11 @@ impl OpenFile {
             ends.push(bytes.len() as u32);
         }
         let mut from = 0;
-        let cells: Vec<_> = ends
-            .chunks(HEAT_CELL_TOKENS)
-            .map(|cell| {
-                (cell[cell.len() - 1] - std::mem::replace(&mut from, cell[cell.len() - 1]), None)
-            })
-            .collect();
+        let cells = ends.chunks(HEAT_CELL_TOKENS).map(|cell| {
+            let to = cell[cell.len() - 1];
+            (to - std::mem::replace(&mut from, to), None)
+        });
+        let cells: Vec<(u32, Option<f32>)> = cells.collect();
         let (next, predicted) = (text.start, vec![0; cells.len()]);
         let path = match entry.path {
             "" => format!("document {}", document + 1),

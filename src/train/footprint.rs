@@ -66,44 +66,35 @@ impl Footprint {
         seq_len: usize,
         recompute: Recompute,
     ) -> anyhow::Result<Self> {
-        let program = Self::program(backend, config, batch, seq_len, recompute)?;
-        Ok(Self::of_program(backend, config, &program, backend.micro_batch(batch, seq_len)))
+        Ok(Self::with_program(backend, config, batch, seq_len, recompute)?.0)
     }
 
-    /// The forward and backward of a micro-batch.
-    fn program(
+    /// [`Self::new`], and the forward and backward of a micro-batch.
+    fn with_program(
         backend: &dyn Backend,
         config: &Config,
         batch: usize,
         seq_len: usize,
         recompute: Recompute,
-    ) -> anyhow::Result<Program> {
+    ) -> anyhow::Result<(Self, Program)> {
         let micro_batch = backend.micro_batch(batch, seq_len);
         check_arithmetic(config, micro_batch, seq_len)?;
         let layout = Layout::new(config);
-        Ok(step::training(config, &layout, micro_batch, seq_len, recompute).program)
-    }
-
-    fn of_program(
-        backend: &dyn Backend,
-        config: &Config,
-        program: &Program,
-        micro_batch: usize,
-    ) -> Self {
-        let layout = Layout::new(config);
+        let program = step::training(config, &layout, micro_batch, seq_len, recompute).program;
         let arena = 4 * layout.len;
-        Self {
+        let footprint = Self {
             micro_batch,
             parameters: arena + backend.shadow_weight_bytes(&layout),
             gradients: arena,
             optimizer: 2 * arena,
-            activations: backend.activation_bytes(program),
-            workspace: backend.workspace_bytes(&[program]),
+            activations: backend.activation_bytes(&program),
+            workspace: backend.workspace_bytes(&[&program]),
             slices: 0,
             exchange: 0,
             measuring: 0,
             sent: 0,
-        }
+        };
+        Ok((footprint, program))
     }
 
     /// Footprint of a rank in steps on `batch` windows of all ranks together.
@@ -121,9 +112,7 @@ impl Footprint {
     ) -> anyhow::Result<Self> {
         let Share { slices, ranks, shard } = share;
         let batch = batch.div_ceil(slices);
-        let program = Self::program(backend, config, batch, seq_len, recompute)?;
-        let micro_batch = backend.micro_batch(batch, seq_len);
-        let alone = Self::of_program(backend, config, &program, micro_batch);
+        let (alone, program) = Self::with_program(backend, config, batch, seq_len, recompute)?;
         let layout = Layout::new(config);
         if slices == 1 {
             let (update, _) = update(&layout, optimizer);

@@ -124,7 +124,7 @@ pub(crate) struct Race {
     cost: u64,
     /// Records held, of some 24 bytes each, and how many may be.
     held: usize,
-    room: usize,
+    max_held: usize,
     full: bool,
 }
 
@@ -146,7 +146,7 @@ impl Race {
             handed_on: HashMap::new(),
             cost: 0,
             held: 0,
-            room: MAX_RECORDS,
+            max_held: MAX_RECORDS,
             full: false,
         }
     }
@@ -156,9 +156,9 @@ impl Race {
         std::mem::take(&mut self.cost) / RECORDS_PER_INSTRUCTION
     }
 
-    /// Whether more is to be remembered than there is room for.
+    /// Whether more is to be remembered than may be held.
     pub fn is_full(&self) -> bool {
-        self.full || self.held > self.room
+        self.full || self.held > self.max_held
     }
 
     /// A new block begins, knowing nothing of the others.
@@ -509,7 +509,7 @@ mod tests {
     #[test]
     fn records_are_bounded() {
         let mut race = race();
-        race.room = 8 * PAGE as usize;
+        race.max_held = 8 * PAGE as usize;
         let global = |at| ByteRange { shared: false, at, size: 4 };
         for page in 0..8 {
             assert!(race.write(who(0, 0), global(page * PAGE), WriteKind::Plain, false).is_ok());
@@ -528,7 +528,7 @@ mod tests {
     #[test]
     fn nothing_of_shared_memory_outlives_its_block() {
         let mut race = race();
-        race.room = 8 * PAGE as usize;
+        race.max_held = 8 * PAGE as usize;
         let global = ByteRange { shared: false, at: 0, size: 4 };
         assert!(race.write(who(0, 0), global, WriteKind::Plain, false).is_ok());
         race.fence(0);

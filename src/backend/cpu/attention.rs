@@ -50,8 +50,8 @@ impl KvHead<'_> {
     /// The first key that a row sees, and the end.
     #[inline]
     pub fn keys(&self, row: usize) -> (usize, usize) {
-        let position = row / self.group;
-        ((self.first_key[position] as usize).min(position + 1), position + 1)
+        let Range { start, end } = visible_keys(self.first_key, row / self.group);
+        (start, end)
     }
 }
 
@@ -221,8 +221,9 @@ fn tile_rows(rows: &[QueryRow]) -> [QueryRow; TILE_ROWS] {
 }
 
 /// The keys that a position sees: causal, from its first visible key on.
-fn causal(first_key: &[u32]) -> impl Fn(usize) -> Range<usize> {
-    move |position| (first_key[position] as usize).min(position + 1)..position + 1
+#[inline]
+fn visible_keys(first_key: &[u32], position: usize) -> Range<usize> {
+    (first_key[position] as usize).min(position + 1)..position + 1
 }
 
 /// Floats from one component of transposed keys to the next: an odd number of cache lines, so that the
@@ -236,7 +237,7 @@ pub(super) fn forward(arch: Arch, o: &Attention, memory: &mut Memory<f32>) {
     for_each_kv_head(o, memory, |head, out, lse| {
         arch.dispatch(AttentionForwardKernel {
             q: head.q,
-            rows: &query_rows(&o.shape, causal(head.first_key)),
+            rows: &query_rows(&o.shape, |position| visible_keys(head.first_key, position)),
             keys: &transposed(head.k, d, stride),
             values: &transposed(head.v, d, stride),
             d,
@@ -298,7 +299,7 @@ pub(super) fn backward(arch: Arch, o: &AttentionBackward, memory: &mut Memory<f3
         arch.dispatch(AttentionBackwardKernel {
             q: head.q,
             inputs,
-            rows: &query_rows(&o.shape, causal(head.first_key)),
+            rows: &query_rows(&o.shape, |position| visible_keys(head.first_key, position)),
             keys: &transposed(head.k, d, stride),
             values: &transposed(head.v, d, stride),
             d,

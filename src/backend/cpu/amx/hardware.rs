@@ -5,7 +5,7 @@ use std::arch::x86_64::{__cpuid_count, __get_cpuid_max};
 use std::sync::OnceLock;
 
 use super::microkernel::{
-    BLOCK, Tile, TileConfig, load_accumulators, multiply_and_store, zero_accumulators,
+    Tile, TileConfig, check_operands, load_accumulators, multiply_and_store, zero_accumulators,
 };
 
 /// Proof that the processor has tiles and their bfloat16 products, and that this process may use them.
@@ -55,8 +55,7 @@ impl Amx {
         stride: usize,
         accumulate: bool,
     ) {
-        assert!(!a.is_empty() && a.len().is_multiple_of(2) && a.len() == b.len());
-        assert!(stride >= BLOCK && c.len() >= (BLOCK - 1) * stride + BLOCK);
+        check_operands(a, b, c, stride);
         let (a, b, steps) = (a.as_ptr(), b.as_ptr(), a.len() / 2);
         let c = c.as_mut_ptr();
         let d = c.wrapping_add(16 * stride);
@@ -80,7 +79,7 @@ impl Amx {
         }
         // SAFETY: the proof says that the instructions exist. No configuration has larger tiles than whole ones, and without
         // one they fault. `a` and `b` are 2 * steps tiles, of which each step reads two, and `c` holds 32 rows of 32 floats
-        // at this stride, all that is loaded and stored there: asserted above.
+        // at this stride, all that is loaded and stored there: checked above.
         unsafe {
             if accumulate {
                 run!(load_accumulators!());

@@ -92,6 +92,12 @@ pub(super) const WHOLE_TILES: TileConfig = {
     config
 };
 
+/// Panics unless `a` and `b` are as many pairs of tiles, and `c` holds 32 rows of 32 floats at this stride.
+pub(super) fn check_operands(a: &[Tile], b: &[Tile], c: &[f32], stride: usize) {
+    assert!(!a.is_empty() && a.len().is_multiple_of(2) && a.len() == b.len());
+    assert!(stride >= BLOCK && c.len() >= (BLOCK - 1) * stride + BLOCK);
+}
+
 /// This thread's tiles, configured until this is dropped. No other code on the thread may use tiles meanwhile.
 pub(super) struct ConfiguredTiles {
     state: TileState,
@@ -132,11 +138,12 @@ impl ConfiguredTiles {
         stride: usize,
         accumulate: bool,
     ) {
-        assert!(!a.is_empty() && a.len().is_multiple_of(2) && a.len() == b.len());
-        assert!(stride >= BLOCK && c.len() >= (BLOCK - 1) * stride + BLOCK);
         match &mut self.state {
             TileState::Hardware(amx) => amx.multiply(a, b, c, stride, accumulate),
-            TileState::Model(model) => model.multiply(a, b, c, stride, accumulate),
+            TileState::Model(model) => {
+                check_operands(a, b, c, stride);
+                model.multiply(a, b, c, stride, accumulate);
+            }
         }
     }
 }
