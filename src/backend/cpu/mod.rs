@@ -50,8 +50,8 @@ mod avx512 {
         }
     }
 
-    pub(super) fn kept_bytes(_: &Op) -> [usize; 3] {
-        [0; 3]
+    pub(super) fn kept_bytes(_: &Op) -> [usize; 4] {
+        [0; 4]
     }
 }
 
@@ -165,15 +165,15 @@ impl Cpu {
     }
 
     /// Bytes of the buffers that an operation fills and that stay for the next one: of the fused linear cross-entropy, of
-    /// packed weights, and of packed activations.
-    fn kept_bytes(&self, op: &Op) -> [usize; 3] {
+    /// packed weights, and of packed gradients and activations.
+    fn kept_bytes(&self, op: &Op) -> [usize; 4] {
         match (op, self.bf16_kernels()) {
             (op, Some(Bf16Kernels::Avx512)) => avx512::kept_bytes(op),
             (Op::FusedLinearCrossEntropy(o), _) => {
-                [fused_linear_cross_entropy::kept_bytes(o), 0, 0]
+                [fused_linear_cross_entropy::kept_bytes(o), 0, 0, 0]
             }
-            (op, Some(Bf16Kernels::Tiles(_))) => [0, amx::workspace(op), 0],
-            _ => [0; 3],
+            (op, Some(Bf16Kernels::Tiles(_))) => [0, amx::workspace(op), 0, 0],
+            _ => [0; 4],
         }
     }
 
@@ -248,7 +248,7 @@ impl Backend for Cpu {
         let ops = || programs.iter().flat_map(|program| &program.ops);
         let kept = ops()
             .map(|op| self.kept_bytes(op))
-            .fold([0; 3], |sizes, of_op| std::array::from_fn(|kind| sizes[kind].max(of_op[kind])));
+            .fold([0; 4], |sizes, of_op| std::array::from_fn(|kind| sizes[kind].max(of_op[kind])));
         kept.iter().sum::<usize>() + ops().map(|op| self.scratch_bytes(op)).max().unwrap_or(0)
     }
 }

@@ -34,15 +34,15 @@ pub(super) struct MatmulBuffers {
 }
 
 /// Bytes of an operation's packed weights, and of its packed dy and x.
-pub(super) fn workspace(op: &Op) -> [usize; 2] {
+pub(super) fn workspace(op: &Op) -> [usize; 3] {
     let bytes = |vectors: usize| vectors * size_of::<V512>();
     match op {
-        Op::Linear(o) => [bytes(o.w.rows.div_ceil(STRIP) * padded_cols(o.w.cols)), 0],
-        Op::LinearBackwardInput(o) => [bytes(panels(o.w.rows, o.w.cols)), 0],
+        Op::Linear(o) => [bytes(o.w.rows.div_ceil(STRIP) * padded_cols(o.w.cols)), 0, 0],
+        Op::LinearBackwardInput(o) => [bytes(panels(o.w.rows, o.w.cols)), 0, 0],
         Op::LinearBackwardWeight(o) => {
-            [0, bytes(panels(o.rows, o.w.rows) + panels(o.rows, o.w.cols))]
+            [0, bytes(panels(o.rows, o.w.rows)), bytes(panels(o.rows, o.w.cols))]
         }
-        _ => [0, 0],
+        _ => [0; 3],
     }
 }
 
@@ -52,6 +52,12 @@ fn panels(rows: usize, cols: usize) -> usize {
 }
 
 impl MatmulBuffers {
+    /// Bytes of packed weights, and of packed dy and x, that are held.
+    #[cfg(test)]
+    pub fn bytes(&self) -> [usize; 3] {
+        [&self.weights, &self.dy, &self.x].map(|buffer| size_of_val(&buffer[..]))
+    }
+
     pub fn linear(&mut self, avx512: Avx512, o: &Linear, memory: &mut Memory<f32>) {
         let [x, y] = memory.floats.get([o.x, o.y]);
         let (outer, inner) = (o.w.rows, o.w.cols);

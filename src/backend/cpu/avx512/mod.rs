@@ -150,12 +150,55 @@ impl Avx512Kernels {
 }
 
 /// Bytes of the buffers in bfloat16 that an operation fills and that stay for the next one: of the fused linear
-/// cross-entropy, of packed weights, and of packed activations.
-pub(super) fn kept_bytes(op: &Op) -> [usize; 3] {
+/// cross-entropy, of packed weights, and of packed gradients and activations.
+pub(super) fn kept_bytes(op: &Op) -> [usize; 4] {
     let cross_entropy = match op {
         Op::FusedLinearCrossEntropy(o) => fused_linear_cross_entropy::workspace(o),
         _ => 0,
     };
-    let [weights, activations] = matmul::workspace(op);
-    [cross_entropy, weights, activations]
+    let [weights, dy, x] = matmul::workspace(op);
+    [cross_entropy, weights, dy, x]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::SessionSpec;
+    use crate::llama::ops::{Linear, LinearBackwardInput, LinearBackwardWeight};
+    use crate::llama::{BufferKind, BufferRole, Program};
+    use crate::model::{Layout, Span};
+
+    /// What [`kept_bytes`] promises, to the byte, after operations of several shapes.
+    #[test]
+    fn matmuls_keep_what_was_planned() {
+        let Some(avx512) = Avx512::detect_or_skip() else { return };
+        let none = Span { offset: 0, rows: 0, cols: 0 };
+        let len = 100 * 130;
+        let (parameters, blocks) = (Vec::new(), Vec::new());
+        let layout =
+            Layout { parameters, embedding: none, blocks, final_norm: none, head: none, len };
+        let spec = SessionSpec { training: true, ..SessionSpec::default() };
+        let mut memory = Memory::<f32>::new(&layout, spec);
+        let mut kernels = Avx512Kernels::new(avx512, true);
+        let mut planned = [0; 4];
+        for (rows, outer, inner) in [(1030, 100, 33), (70, 33, 130), (513, 100, 130), (65, 1, 1)] {
+            let w = Span { offset: 0, rows: outer, cols: inner };
+            let mut program = Program::default();
+            let mut buffer =
+                |cols| program.buffer("", BufferKind::Activation, rows * cols, BufferRole::Input);
+            let [x, dx, y, dy] = [inner, inner, outer, outer].map(&mut buffer);
+            program.ops.push(Op::Linear(Linear { x, w, y, rows }));
+            program.ops.push(Op::LinearBackwardInput(LinearBackwardInput { dy, w, dx, rows }));
+            program.ops.push(Op::LinearBackwardWeight(LinearBackwardWeight { dy, x, w, rows }));
+            let plan = program.plan();
+            memory.reserve(&plan);
+            memory.assign(&program, &plan);
+            for op in &program.ops {
+                assert!(kernels.execute(op, &mut memory, 1.0));
+                let of_op = kept_bytes(op);
+                planned = std::array::from_fn(|kind| planned[kind].max(of_op[kind]));
+            }
+            assert_eq!(kernels.matmul.bytes(), planned[1..], "{rows} x {outer} x {inner}");
+        }
+    }
 }
