@@ -505,6 +505,53 @@ fn cross_entropy_gradient_of_confident_rows_matches_f64() {
     }
 }
 
+/// Losses near 0 under large logits, where the log-sum-exp has no digits for them. All operands are exact in bfloat16.
+#[test]
+fn losses_near_zero_keep_their_digits() {
+    let (vocab, hidden, rows) = (1311, 16, 70);
+    let config = Config { vocab_size: vocab, hidden_size: hidden, ..self::config(6, 2, 6, true) };
+    let layout = Layout::new(&config);
+    let mut parameters = vec![0.0; layout.len];
+    let w = layout.parameters[0].span;
+    for (token, row) in parameters[w.range()].chunks_mut(hidden).enumerate() {
+        row.fill(if token == vocab - 1 { 3.75 } else { 2.5 });
+    }
+    // Logits of the target from 60 to 67, those of others 20 to 22 below it. The target is the last token: what
+    // is added to a sum that is 1 already would be lost.
+    let x: Vec<f32> = (0..rows).flat_map(|row| [1.0 + (row % 8) as f32 / 64.0; 16]).collect();
+    let targets = vec![vocab as u32 - 1; rows];
+    let mut program = Program::default();
+    let mut input = |kind, len| program.buffer("", kind, len, BufferRole::Input);
+    let (x_in, targets_in) =
+        (input(BufferKind::Activation, x.len()), input(BufferKind::Index, rows));
+    let mut output = |kind| program.buffer("", kind, rows, BufferRole::Output);
+    let (nll, argmax) = (output(BufferKind::Float), output(BufferKind::Index));
+    let head =
+        FusedLinearCrossEntropy { x: x_in, w, targets: targets_in, rows, nll, argmax, dx: None };
+    program.ops.push(Op::FusedLinearCrossEntropy(head));
+    let inputs = Inputs {
+        indices: vec![(targets_in, &targets)],
+        floats: vec![(x_in, x.as_slice().into())],
+        ..Inputs::default()
+    };
+    let run = |backend: &dyn Backend| {
+        let mut session = backend.open(&layout, SessionSpec::default()).unwrap();
+        session.write(Arena::Parameters, &parameters).unwrap();
+        let program = session.load(program.clone()).unwrap();
+        session.run(program, &inputs).unwrap();
+        session.floats(program, nll).unwrap()
+    };
+    let exact = run(&Reference::F64);
+    assert!(exact.iter().all(|&nll| nll > 0.0 && nll < 1e-5));
+    for backend in cpus(2) {
+        for (row, (got, exact)) in run(&backend).iter().zip(&exact).enumerate() {
+            // The sum of the exponentials is 1 and a little: its rounding, and that of its parts.
+            let off = (got - exact).abs();
+            assert!(off < 4.0 * f32::EPSILON, "{backend:?}, row {row}: {got} for {exact}");
+        }
+    }
+}
+
 fn logits(
     session: &mut dyn Session,
     decoding: &step::Decoding,

@@ -363,7 +363,8 @@ avx512_entry!(
                 if target != IGNORE {
                     let target_logit = &partials[target as usize / SEGMENT_TOKENS].target_logit;
                     let logit = f64::from(target_logit[strip * STRIP + 16 * half + lane]);
-                    let nll = lse * std::f64::consts::LN_2 - logit;
+                    // By the factor that the exponents were computed with: its rounding cancels.
+                    let nll = (lse - logit * f64::from(LOG2_E)) * std::f64::consts::LN_2;
                     row.nll = nll as f32;
                     row.target_grad = ((-nll).exp_m1() * f64::from(scale)) as f32;
                     out.log2_divisor[half].floats_mut()[lane] =
