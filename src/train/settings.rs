@@ -617,6 +617,13 @@ mod tests {
     }
 
     #[test]
+    fn an_interval_of_more_epochs_than_can_be_counted_never_comes() {
+        let settings =
+            Settings { eval_epochs: Some(1 << 63), batch_size: 2, ..Settings::default() };
+        assert_eq!(settings.eval_interval(4), Some(u64::MAX));
+    }
+
+    #[test]
     fn earlier_keys_are_read_and_not_written() {
         let earlier = "decay_rate = 0.25\ndeterministic = true";
         let settings: Settings = toml::from_str(earlier).unwrap();

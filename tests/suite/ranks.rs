@@ -292,6 +292,44 @@ impl Drop for Hosts {
     }
 }
 
+/// As on two hosts that see different folders: rank 1 finds no checkpoint.
+#[test]
+fn ranks_that_resume_other_steps_end_before_they_take_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let hosts = ["a", "b"].map(|name| folder.path().join(name));
+    for host in &hosts {
+        fs::create_dir(host).unwrap();
+    }
+    let namespace = ["--map-root-user", "--uts", "sh", "-ec"];
+    let mut can = Command::new("unshare");
+    can.args(namespace).arg("hostname laam-a").stderr(Stdio::null());
+    if !can.status().is_ok_and(|status| status.success()) {
+        eprintln!("SKIPPED: ranks that resume other steps, because unshare --uts is not permitted");
+        return;
+    }
+    training::trained(&hosts[0].join("run"), &format!("{FLAGS} --max_steps 4"));
+    let model = || fs::read(hosts[0].join("run/model.safetensors")).unwrap();
+    let before = model();
+    let port = (free_port() - 1).to_string();
+    let children = [1, 0].map(|host: usize| {
+        let program = training::train(Path::new("run"), &format!("{FLAGS} --max_steps 8 --resume"));
+        let mut command = Command::new("unshare");
+        let script = format!("hostname laam-{host}; exec \"$@\"");
+        command.args(namespace).args([&script, "sh"]);
+        command.arg(program.get_program()).args(program.get_args());
+        command.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.env("RANK", host.to_string()).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "1");
+        command.env("MASTER_ADDR", "localhost").env("MASTER_PORT", &port);
+        command.current_dir(&hosts[host]).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    });
+    let done = children.map(|child| child.wait_with_output().unwrap());
+    assert!(done.iter().all(|done| done.status.code() == Some(75)), "{done:?}");
+    let expected = "laam: rank 1 begins after step 0, rank 0 after step 4";
+    assert!(done.iter().any(|done| said(done).contains(expected)), "{done:?}");
+    assert!(model() == before, "nothing was written");
+}
+
 /// In a network of its own, whose sockets have one of four ports, that of rank 0 among them: a socket that connects
 /// to it before rank 0 listens is soon given that port itself, and meets itself.
 #[test]

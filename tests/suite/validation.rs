@@ -45,6 +45,20 @@ proptest! {
     }
 }
 
+/// Documents are held out whole, so the fraction can only be met about.
+#[test]
+fn the_boundary_nearest_to_a_fraction_is_held_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer(Style::Exact);
+    let text = |n: usize| Document::new(format!("{n}.c"), "x = 1; ".repeat(n));
+    let file = write(&folder.path().join("tokens"), &tokenizer, &[20, 300, 40].map(text));
+    let mut windows = Windows::new(file, tokenizer, WindowKind::Original, 12, None).unwrap();
+    let all = windows.len();
+    // The last document is a ninth, and the two last are nearly all.
+    let (_, numbers) = windows.hold_out(0.2).unwrap();
+    assert!(numbers.len() < all / 5 && windows.len() > all / 2, "{} of {all}", numbers.len());
+}
+
 fn json(arguments: &[&str]) -> Value {
     let output = laam().args(arguments).arg("--json").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
@@ -136,6 +150,7 @@ fn a_run_ends_by_the_clock_and_is_made_longer() {
     // The seconds of both sessions count.
     let said = trained(&model, &format!("{flags} --max_seconds 0.2 --resume"));
     assert!(said.contains(&format!("max_seconds are over, after step {steps} of")), "{said}");
+    assert!(said.contains(&format!("no time left: after step {steps} of 1000000")), "{said}");
     trained(&model, &format!("{flags} --max_seconds 0.5 --resume"));
     assert!(metrics(&model).last().unwrap().step > steps);
 }
