@@ -20,7 +20,7 @@ struct Preset {
 const PRESETS: [Preset; 9] = [
     // The first LaaM's second stage, and the recipe linux-5m.
     Preset { name: "original", hidden: 64, inter: 256, layers: 8, heads: 32, kv_heads: 4, vocab: 32768, context: 512, tied: false },
-    Preset { name: "linux-5m", hidden: 192, inter: 576, layers: 8, heads: 6, kv_heads: 6, vocab: 4096, context: 512, tied: true },
+    Preset { name: "linux-5m", hidden: 288, inter: 944, layers: 3, heads: 9, kv_heads: 9, vocab: 4096, context: 512, tied: true },
     Preset { name: "32m", hidden: 256, inter: 1024, layers: 8, heads: 16, kv_heads: 16, vocab: 32768, context: 512, tied: false },
     Preset { name: "124m", hidden: 768, inter: 2048, layers: 12, heads: 12, kv_heads: 12, vocab: 32768, context: 1024, tied: false },
     Preset { name: "350m", hidden: 1024, inter: 2816, layers: 24, heads: 16, kv_heads: 16, vocab: 32768, context: 1024, tied: false },

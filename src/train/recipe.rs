@@ -257,7 +257,7 @@ mod tests {
         for stage in &recipe.stages {
             let special = crate::tokenizer::Special::default();
             let config = stage.settings.config(recipe.tokenizer.vocab_size, special).unwrap();
-            assert_eq!(config.parameter_count(), 4_623_552);
+            assert_eq!(config.parameter_count(), 4_623_840);
             assert!(config.parameter_count() <= 4_662_336);
         }
     }
