@@ -139,14 +139,15 @@ fn readme_commands_run() {
         let mut may_fail = false;
         match verb.as_str() {
             "run" => {
-                let is_sample = !more.contains("--recipe");
-                let is_original = more.contains("original");
+                let recipe = more.split("--recipe ").nth(1).unwrap_or("sample");
+                let recipe = recipe.split(' ').next().unwrap();
                 set("--recipe", "short.toml");
-                if is_original {
+                // What the recipe itself says.
+                if recipe != "sample" && !more.contains("--source") {
                     set("--version", "v1.0/1.0");
                 }
-                if is_sample {
-                    set("--output", "runs/sample");
+                if !more.contains("--output") {
+                    set("--output", &format!("runs/{recipe}"));
                 }
                 // 1: not everything was memorized.
                 may_fail = true;
