@@ -83,6 +83,19 @@ impl Sampler {
         }
         indices
     }
+
+    /// As [`Self::next`], but half of a batch are windows of `hard`, one after the other: hard examples. Those of the
+    /// order keep theirs, so an epoch has twice as many batches.
+    pub fn next_with_hard(&mut self, batch_size: usize, hard: &[usize]) -> Vec<usize> {
+        if hard.is_empty() {
+            return self.next(batch_size);
+        }
+        let first = self.position.cursor as usize;
+        let mut indices = self.next(batch_size.div_ceil(2));
+        let count = indices.len().min(batch_size / 2);
+        indices.extend((first..first + count).map(|at| hard[at % hard.len()]));
+        indices
+    }
 }
 
 /// Enough for small domains too, where each round mixes little.
@@ -150,6 +163,29 @@ mod tests {
             for _ in 0..20 {
                 prop_assert_eq!(resumed.next(batch), unbroken.next(batch));
             }
+        }
+    }
+
+    #[test]
+    fn hard_examples_are_half_of_a_batch_in_turn_and_the_others_keep_their_order() {
+        for (n, batch) in [(10, 8), (11, 5), (7, 1), (9, 2)] {
+            let mut plain = Sampler::new(n, Order::Shuffled, 3).unwrap();
+            let mut mined = plain.clone();
+            let (hard, ordered) = ([4, 1, 6], batch.div_ceil(2));
+            let mut drawn = [0; 3];
+            for _ in 0..3 * n {
+                let expected = plain.next(ordered);
+                let indices = mined.next_with_hard(batch, &hard);
+                let (of_order, of_hard) = indices.split_at(expected.len());
+                assert_eq!(of_order, expected);
+                assert_eq!(of_hard.len(), expected.len().min(batch / 2));
+                for index in of_hard {
+                    drawn[hard.iter().position(|hard| hard == index).unwrap()] += 1;
+                }
+            }
+            assert_eq!(mined.position(), plain.position());
+            assert!(batch == 1 || drawn.iter().all(|&count| count > n / 2), "{n}: {drawn:?}");
+            assert_eq!(mined.next_with_hard(batch, &[]), plain.next(batch));
         }
     }
 

@@ -31,6 +31,9 @@ pub struct TrainState {
     pub total: u64,
     /// Position of the sampler.
     pub position: Position,
+    /// Windows that a measurement did not find verbatim, in ascending order, if they are drawn more often.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hard_examples: Vec<usize>,
     /// Tokens trained on.
     pub tokens: u64,
     /// Updates left out, because gradients were not finite.

@@ -170,6 +170,10 @@ pub struct Settings {
     /// Stop once this fraction of the windows is reproduced verbatim by the weights as they are saved
     #[cfg_attr(feature = "cli", arg(long, value_name = "RATE", help_heading = "Progress"))]
     pub stop_at_verbatim: Option<f64>,
+    /// Fill half of each batch with the windows that a measurement did not find verbatim, if there are any
+    #[serde(skip_serializing_if = "is_default")]
+    #[cfg_attr(feature = "cli", arg(long, help_heading = "Progress"))]
+    pub hard_example_mining: bool,
     /// Fraction of the windows that is held out, the last ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "cli", arg(skip))]
@@ -287,6 +291,7 @@ const DEFAULT: Settings = Settings {
     eval_steps: None,
     eval_epochs: None,
     stop_at_verbatim: None,
+    hard_example_mining: false,
     validation: None,
     validation_steps: None,
     sample_steps: None,
@@ -435,6 +440,7 @@ impl Settings {
         let is_validated = self.validation.is_some() || self.validation_steps.is_some();
         for (name, needs_measure) in [
             ("stop_at_verbatim", self.stop_at_verbatim.is_some()),
+            ("hard_example_mining", self.hard_example_mining),
             ("load_best_model_at_end", self.load_best_model_at_end && !is_validated),
         ] {
             if needs_measure && !is_measured {
@@ -443,6 +449,10 @@ impl Settings {
                     "set `eval_steps` or `eval_epochs`: steps or epochs between two measurements",
                 ));
             }
+        }
+        if self.hard_example_mining && self.batch_size == 1 {
+            let needed = "at least 2 with `hard_example_mining`";
+            return Err(error::invalid("batch_size", self.batch_size, needed));
         }
         if self.stride.is_some() && self.windows != WindowKind::Stream {
             return Err(error::config(

@@ -192,6 +192,7 @@ impl<'a> Trainer<'a> {
             step: 0,
             total: settings.total_steps(windows.len()),
             position: sampler.position(),
+            hard_examples: Vec::new(),
             tokens: 0,
             skipped: 0,
             unlogged: (0.0, 0),
@@ -392,9 +393,10 @@ impl<'a> Trainer<'a> {
             validation_loss: None,
             end: RunEnd::Complete,
         };
-        if self.is_continuation && settings.stop_at_verbatim.is_some() {
-            let (rate, _) = self.verbatim_windows()?;
-            finish.verbatim_rate = self.of_first(rate)?;
+        if self.is_continuation
+            && (settings.stop_at_verbatim.is_some() || settings.hard_example_mining)
+        {
+            finish.verbatim_rate = self.measure_verbatim()?.rate;
             if self.is_enough(finish.verbatim_rate) {
                 observer
                     .note("the weights it begins with have the verbatim rate that was asked for");
@@ -425,11 +427,11 @@ impl<'a> Trainer<'a> {
                 || (last && settings.load_best_model_at_end && self.eval_interval.is_some());
             let mut is_best = false;
             if measured {
-                let (rate, verbatim) = self.verbatim_windows()?;
-                finish.verbatim_rate = self.of_first(rate)?;
+                let measured = self.measure_verbatim()?;
+                finish.verbatim_rate = measured.rate;
                 if let Some(recall) = &mut recall {
                     self.job.output.check()?;
-                    recall.write(step, &verbatim)?;
+                    recall.write(step, &measured.verbatim)?;
                 }
                 is_best = settings.load_best_model_at_end && self.note_best(finish.verbatim_rate);
                 if finish.verbatim_rate.is_none() && !is_void_noted {
@@ -580,7 +582,8 @@ impl<'a> Trainer<'a> {
         while batches.len() < settings.gradient_accumulation_steps
             && self.sampler.position().epoch == epoch
         {
-            batches.push(self.sampler.next(settings.batch_size));
+            let hard = &self.state.hard_examples;
+            batches.push(self.sampler.next_with_hard(settings.batch_size, hard));
         }
         TrainStep { batches, hyperparams }
     }

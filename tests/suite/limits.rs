@@ -321,11 +321,12 @@ fn a_training_state_is_checked_and_a_run_can_be_made_longer() {
     let state =
         find(&trained).or_else(|| checkpoints.filter_map(|path| find(&path)).max()).unwrap();
     let good = fs::read(&state).unwrap();
-    let changes: [fn(&mut Value); 4] = [
+    let changes: [fn(&mut Value); 5] = [
         |state| state["total"] = u64::MAX.into(),
         |state| state["total"] = 6.into(),
         |state| state["step"] = 8.into(),
         |state| state["tokens"] = u64::MAX.into(),
+        |state| state["hard_examples"] = vec![0, 1 << 20].into(),
     ];
     for change in changes {
         change_state(&state, change);

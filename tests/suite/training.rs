@@ -14,7 +14,9 @@ use laam::corpus::{Corpus, CorpusOptions, Source};
 use laam::dtype::Dtype;
 use laam::kernels::BUILD;
 use laam::llama::{Recompute, StepHyperparams};
-use laam::model::{Checkpoint, Layout, Provenance, initialize, load, load_config, save};
+use laam::model::{
+    Checkpoint, Layout, Provenance, initialize, load, load_config, load_training_state, save,
+};
 use laam::tokenizer::{Style, Tokenizer};
 use laam::tokens::{Order, Sampler, TokenFile, WindowKind, Windows};
 use laam::train::{Engine, Metrics, Settings};
@@ -187,7 +189,7 @@ pub fn checkpoints(output: &Path) -> Vec<u64> {
 
 /// Epoch borders inside, lines of metrics that span a checkpoint; and everything else that a run
 /// has to remember.
-const KINDS: [&str; 3] = [
+const KINDS: [&str; 4] = [
     "--batch_size 7 --max_steps 60 --save_steps 10 --logging_steps 3",
     "--batch_size 5 --gradient_accumulation_steps 3 --max_steps 50 --save_steps 7 \
      --logging_steps 2 --optimizer muon --windows addressed --max_position_embeddings 64 \
@@ -195,6 +197,8 @@ const KINDS: [&str; 3] = [
      --load_best_model_at_end",
     "--batch_size 9 --epochs 3.5 --save_steps 8 --logging_steps 3 --windows stream --stride 20 \
      --eval_steps 11 --order sequential",
+    "--batch_size 6 --max_steps 40 --save_steps 9 --logging_steps 3 --windows addressed --max_position_embeddings 64 \
+     --eval_steps 12 --hard_example_mining",
 ];
 
 #[test]
@@ -689,6 +693,8 @@ fn beginning_with_the_wrong_things_is_refused() {
         format!("--source {nowhere_text}"),
         "--backend cuda".to_string(),
         "--stop_at_verbatim 0.5".to_string(),
+        "--batch_size 4 --hard_example_mining".to_string(),
+        "--eval_steps 4 --hard_example_mining".to_string(),
         "--stride 3".to_string(),
         "--windows stream --stride 49".to_string(),
     ] {
@@ -758,6 +764,45 @@ fn a_run_ends_with_the_weights_of_its_highest_verbatim_rate() {
     let said = trained(&none, &format!("{harmful} --eval_steps 9 --stop_at_verbatim 0.5"));
     assert!(said.contains("no step needed"), "{said}");
     assert!(weights(&none) == weights(&start), "no step was taken");
+}
+
+#[test]
+fn hard_examples_are_the_windows_that_a_measurement_missed() {
+    let folder = tempfile::tempdir().unwrap();
+    let [start, mined, plain] = ["start", "mined", "plain"].map(|name| folder.path().join(name));
+    trained(&start, &format!("{PARTIAL} --max_steps 400"));
+    let more = format!(
+        "{PARTIAL} --init_from {} --warmup_steps 4 --max_steps 40 --eval_steps 20 --save_steps 20 \
+         --learning_rate 1e-3 --muon_learning_rate 2e-3",
+        start.display()
+    );
+    trained(&mined, &format!("{more} --hard_example_mining"));
+    trained(&plain, &more);
+    for (output, is_mined) in [(&mined, true), (&plain, false)] {
+        let checkpoint = output.join("checkpoint-20");
+        let layout = load(&checkpoint).unwrap().layout;
+        let state = load_training_state(&checkpoint, &layout).unwrap().unwrap().state;
+        let hard = state["hard_examples"].as_array().cloned().unwrap_or_default();
+        let recall = fs::read_to_string(output.join("recall.jsonl")).unwrap();
+        let lines: Vec<serde_json::Value> =
+            recall.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let windows = lines[0]["windows"].as_u64().unwrap() as usize;
+        let bytes = lines[1]["verbatim"].as_str().unwrap();
+        let is_missed = |window: &usize| {
+            let byte = u8::from_str_radix(&bytes[window / 8 * 2..][..2], 16).unwrap();
+            byte >> (window % 8) & 1 == 0
+        };
+        let missed: Vec<usize> = (0..windows).filter(is_missed).collect();
+        assert!(!missed.is_empty(), "windows have to be missing for this test");
+        if is_mined {
+            assert!(missed.iter().all(|&window| hard.contains(&window.into())), "{hard:?}");
+            assert!(hard.len() < windows, "some were never missing");
+        } else {
+            assert!(hard.is_empty());
+        }
+    }
+    let weights = |output: &Path| fs::read(output.join("model.safetensors")).unwrap();
+    assert!(weights(&mined) != weights(&plain), "other windows were drawn");
 }
 
 #[test]

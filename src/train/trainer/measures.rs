@@ -6,6 +6,14 @@ use crate::dtype::Dtype;
 use crate::memorization::recall::{self, RecallFile, RecallHead};
 use crate::memorization::verbatim;
 
+/// A measurement of the verbatim windows.
+pub(super) struct VerbatimWindows {
+    /// The part of the windows that are long enough.
+    pub rate: Option<f64>,
+    /// Which windows come back.
+    pub verbatim: Vec<bool>,
+}
+
 impl Trainer<'_> {
     /// The step with the best measure, if the run is to end with its weights.
     pub(super) fn best_step(&self) -> Option<u64> {
@@ -68,9 +76,27 @@ impl Trainer<'_> {
         RecallFile::open(&path, &RecallHead::of(self.job.windows)?, step).map(Some)
     }
 
+    /// Measures the verbatim windows, and notes the others if they are to be drawn more often: with those of earlier
+    /// measurements, which would else be lost again.
+    pub(super) fn measure_verbatim(&mut self) -> anyhow::Result<VerbatimWindows> {
+        let found = self.verbatim_windows()?;
+        let found = self.of_first(found)?;
+        let all = found.iter().flatten().count();
+        let verbatim: Vec<bool> = found.iter().map(|&found| found == Some(true)).collect();
+        let exact = verbatim.iter().filter(|&&verbatim| verbatim).count();
+        let rate = (all > 0).then(|| exact as f64 / all as f64);
+        if self.job.settings.hard_example_mining {
+            let hard = &mut self.state.hard_examples;
+            hard.extend((0..found.len()).filter(|&window| found[window] == Some(false)));
+            hard.sort_unstable();
+            hard.dedup();
+        }
+        Ok(VerbatimWindows { rate, verbatim })
+    }
+
     /// Which windows come back verbatim (see [`verbatim::window`]) from the weights as they are saved, which
-    /// `precision` rounds; and the part of those that are long enough.
-    pub(super) fn verbatim_windows(&mut self) -> anyhow::Result<(Option<f64>, Vec<bool>)> {
+    /// `precision` rounds; `None` of those that are too short.
+    fn verbatim_windows(&mut self) -> anyhow::Result<Vec<Option<bool>>> {
         if self.precision == Dtype::F32 {
             return self.find_verbatim();
         }
@@ -83,11 +109,11 @@ impl Trainer<'_> {
     }
 
     /// [`Self::verbatim_windows`] of the weights as they are.
-    pub(super) fn find_verbatim(&mut self) -> anyhow::Result<(Option<f64>, Vec<bool>)> {
+    fn find_verbatim(&mut self) -> anyhow::Result<Vec<Option<bool>>> {
         let windows = self.job.windows;
         let context = windows.context();
         let max_nats = verbatim::max_nats(self.compute_dtype);
-        let (mut found, mut all) = (Vec::with_capacity(windows.len()), 0);
+        let mut found = Vec::with_capacity(windows.len());
         let indices: Vec<usize> = (0..windows.len()).collect();
         for some in indices.chunks(64) {
             let batch = windows.draw(some)?;
@@ -95,12 +121,9 @@ impl Trainer<'_> {
             let results = batch.targets.chunks(context).zip(guesses.chunks(context));
             for (&window, (targets, guesses)) in some.iter().zip(results) {
                 let rest = windows.document_rest(window)?;
-                let verbatim = verbatim::window(windows.kind(), targets, guesses, rest);
-                all += usize::from(verbatim.is_some());
-                found.push(verbatim == Some(true));
+                found.push(verbatim::window(windows.kind(), targets, guesses, rest));
             }
         }
-        let exact = found.iter().filter(|&&exact| exact).count();
-        Ok(((all > 0).then(|| exact as f64 / all as f64), found))
+        Ok(found)
     }
 }

@@ -35,10 +35,19 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// The measure that rank 0 found, by which all ranks save and stop: on another processor or GPU it may differ.
-    pub(super) fn of_first(&self, measure: Option<f64>) -> anyhow::Result<Option<f64>> {
-        let first = self.job.group.decide(measure.unwrap_or(f64::NAN).to_bits())?;
-        Ok(Some(f64::from_bits(first)).filter(|measure| !measure.is_nan()))
+    /// The measurement that rank 0 made, by which all ranks draw, save and stop: on another processor or GPU it may
+    /// differ.
+    pub(super) fn of_first(&self, found: Vec<Option<bool>>) -> anyhow::Result<Vec<Option<bool>>> {
+        const WORDS: [Option<bool>; 3] = [None, Some(false), Some(true)];
+        let group = &self.job.group;
+        if group.size() == 1 {
+            return Ok(found);
+        }
+        let word =
+            |found| WORDS.iter().position(|word| *word == found).expect("one of three") as u8;
+        let mine = group.is_first().then(|| found.into_iter().map(word).collect());
+        let first = group.broadcast(mine)?;
+        Ok(first.into_iter().map(|word| WORDS[usize::from(word) % WORDS.len()]).collect())
     }
 
     /// Compares the parameters of all ranks: one that computes wrongly is named.

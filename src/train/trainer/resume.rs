@@ -69,6 +69,7 @@ pub(super) fn resumed_total(saved: &TrainState, now: u64, windows: usize) -> any
     let counts = [saved.tokens, saved.skipped, saved.unlogged.1];
     let is_valid = saved.step <= saved.total
         && (saved.total == planned || stopped)
+        && saved.hard_examples.iter().all(|&window| window < windows)
         && counts.into_iter().all(|count| count < 1 << 62)
         && [saved.best, saved.best_validation]
             .into_iter()
