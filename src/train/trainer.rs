@@ -291,7 +291,7 @@ impl<'a> Trainer<'a> {
             engine.write(Arena::Parameters, &weights)?;
         }
         if group.size() > 1 {
-            agree_on_matmuls(&mut engine, &group, settings.batch_size, windows.len())?;
+            agree_on_matmuls(&mut engine, &group, settings, windows.len())?;
         }
         engine.upload_dataset(windows, settings.batch_size)?;
         let looked_for_lost = false;

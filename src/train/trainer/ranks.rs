@@ -129,10 +129,16 @@ pub(super) fn devices(group: &Group, own: &str) -> anyhow::Result<String> {
 pub(super) fn agree_on_matmuls(
     engine: &mut Engine,
     group: &Group,
-    batch_size: usize,
+    settings: &Settings,
     windows: usize,
 ) -> anyhow::Result<()> {
-    let batches = [batch_size.min(windows), windows % batch_size];
+    let batch_size = settings.batch_size;
+    let mut batches = vec![batch_size.min(windows), windows % batch_size];
+    if settings.hard_example_mining {
+        let ordered = batch_size.div_ceil(2);
+        let with_hard = |drawn: usize| drawn + drawn.min(batch_size / 2);
+        batches.extend([ordered.min(windows), windows % ordered].map(with_hard));
+    }
     group.agree(engine.plan_matmuls(&batches))?;
     let all = matmul_plans(engine, group)?;
     let version = |plans: &serde_json::Value| plans["cublaslt"]["version"].clone();
