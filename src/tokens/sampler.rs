@@ -90,9 +90,10 @@ impl Sampler {
         if hard.is_empty() {
             return self.next(batch_size);
         }
-        let first = self.position.cursor as usize;
-        let mut indices = self.next(batch_size.div_ceil(2));
-        let count = indices.len().min(batch_size / 2);
+        let (ordered, most) = (batch_size.div_ceil(2), batch_size / 2);
+        let first = self.position.cursor as usize / ordered * most;
+        let mut indices = self.next(ordered);
+        let count = indices.len().min(most);
         indices.extend((first..first + count).map(|at| hard[at % hard.len()]));
         indices
     }
@@ -168,7 +169,7 @@ mod tests {
 
     #[test]
     fn hard_examples_are_half_of_a_batch_in_turn_and_the_others_keep_their_order() {
-        for (n, batch) in [(10, 8), (11, 5), (7, 1), (9, 2)] {
+        for (n, batch) in [(10, 8), (11, 5), (7, 1), (9, 2usize)] {
             let mut plain = Sampler::new(n, Order::Shuffled, 3).unwrap();
             let mut mined = plain.clone();
             let (hard, ordered) = ([4, 1, 6], batch.div_ceil(2));
