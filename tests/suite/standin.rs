@@ -371,6 +371,15 @@ fn tuned_matmuls_take_the_fastest_algorithm_and_keep_it() {
     }
     fs::write(&path, kept.to_string()).unwrap();
     assert!(algorithms("kept", "tuned").iter().all(|&number| number == 0));
+
+    // Without a place to keep it the choice is made in every run, and said to be.
+    fs::remove_dir_all(standin.path("cache/matmul")).unwrap();
+    fs::write(standin.path("cache/matmul"), "").unwrap();
+    let mut train = standin.train("cuda", "unkept", 4);
+    train.args(["--matmul-algorithms", "tuned"]).env("LAAM_CACHE", standin.path("cache"));
+    let (_, said) = done(train.env("CUDA_STANDIN_ALGORITHMS", "two"));
+    assert!(said.contains("cannot be kept in"), "{said}");
+    assert!(standin.model("unkept") == standin.model("tuned"));
 }
 
 /// An older driver than nvcc is given PTX of an ISA that it knows, and compiles it.

@@ -50,7 +50,7 @@ pub(super) struct MatmulKey {
 }
 
 impl MatmulKey {
-    fn of(matmul: &Matmul) -> MatmulKey {
+    pub fn of(matmul: &Matmul) -> MatmulKey {
         let Matmul { a, b, c, accumulate, batch } = *matmul;
         let operand = |matrix| Operand::of(matrix, batch);
         MatmulKey { a: operand(a), b: operand(b), c: operand(c), accumulate, batch }
@@ -178,6 +178,11 @@ impl CublasLt {
             self.plans.insert(key, Some(plan));
             true
         })
+    }
+
+    /// Leaves the choice for a matmul open again.
+    pub fn forget(&mut self, matmul: &Matmul) {
+        self.plans.remove(&MatmulKey::of(matmul));
     }
 
     /// Takes the heuristic's first algorithm for a matmul without a plan, if there is one.

@@ -608,6 +608,7 @@ impl Device for Cuda {
                     .to_string(),
             );
         }
+        notes.extend(self.tuned.as_deref().and_then(tuning::note));
         notes
     }
 

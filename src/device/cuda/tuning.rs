@@ -3,12 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
-
-use super::cublaslt::{Algorithm, CublasLt, PinnedPlans};
+use super::cublaslt::{Algorithm, CublasLt, MatmulKey, PinnedPlans};
 use super::{Cuda, failed, seconds_between};
 use crate::device::{Device, Matmul, Matrix};
-use crate::files::{self, write_atomically};
+use crate::files::{self, AtomicFile, write_atomically};
 
 /// Algorithms that are timed per matmul.
 const CANDIDATES: usize = 8;
@@ -30,6 +28,28 @@ pub(super) fn earlier(path: &Path) -> Option<PinnedPlans> {
     (plans.version == CublasLt::version()).then_some(plans)
 }
 
+/// Adds a choice to those of the file, which other runs write too.
+fn keep(path: &Path, matmul: MatmulKey, algorithm: Algorithm) -> anyhow::Result<()> {
+    let mut plans = earlier(path).unwrap_or_default();
+    plans.version = CublasLt::version();
+    plans.matmuls.retain(|(other, _)| *other != matmul);
+    plans.matmuls.push((matmul, algorithm));
+    plans.matmuls.sort_unstable();
+    write_atomically(path, &serde_json::to_vec(&plans)?)
+}
+
+/// A line on a folder that no choice can be kept in.
+pub(super) fn note(folder: &Path) -> Option<String> {
+    let probe = AtomicFile::create(&folder.join("probe"));
+    probe.is_err().then(|| {
+        format!(
+            "warning: the choice of matmul algorithms cannot be kept in {}: each run times them again, and its bits \
+             depend on that; set LAAM_CACHE to a writable folder",
+            folder.display()
+        )
+    })
+}
+
 impl Cuda {
     /// Times the algorithms for a matmul without a plan, uses the fastest from now on, and writes it down.
     pub(super) fn tune(&mut self, matmul: &Matmul, path: &Path) -> anyhow::Result<()> {
@@ -49,19 +69,22 @@ impl Cuda {
         let offset = if alignment == 256 { 0 } else { alignment };
         let c = Matrix { at: scratch.plus(offset), ..matmul.c };
         let trial = Matmul { c, ..*matmul };
-        let mut times = Vec::new();
-        for algorithm in candidates {
-            times.push((self.time_algorithm(&trial, &algorithm)?, algorithm));
-        }
+        // One that fails when it runs is not chosen.
+        let timed = candidates.into_iter().filter_map(|algorithm| {
+            let seconds = self.time_algorithm(&trial, &algorithm).ok()?;
+            seconds.is_finite().then_some((seconds, algorithm))
+        });
+        let fastest = timed.min_by(|a, b| a.0.total_cmp(&b.0));
         self.free(scratch)?;
-        times.sort_by(|a, b| a.0.total_cmp(&b.0));
         let Some(cublaslt) = self.cublaslt()? else { return Ok(()) };
-        cublaslt.choose(matmul, &times[0].1);
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)
-                .with_context(|| format!("cannot create {}", folder.display()))?;
-        }
-        write_atomically(path, &serde_json::to_vec(&cublaslt.plans())?)
+        let Some((_, algorithm)) = fastest else {
+            cublaslt.forget(matmul);
+            return Ok(());
+        };
+        cublaslt.choose(matmul, &algorithm);
+        // Where it cannot be kept, `Device::notes` has said so, and the next run times it again.
+        let _ = keep(path, MatmulKey::of(matmul), algorithm);
+        Ok(())
     }
 
     /// Seconds of [`CALLS`] calls; infinite for an algorithm that cuBLASLt refuses.
