@@ -172,7 +172,8 @@ impl Engine {
         let slicing = if *slices > 1 {
             session.join(group.clone())?;
             let plan = SlicePlan::new(*slices, group.size());
-            Some(Slicing::new(&mut *session, &layout, optimizer, group, plan, &shards, own)?)
+            let new = Slicing::new(&mut *session, &layout, optimizer, group, plan, &shards, own);
+            Some(group.agree(new)?)
         } else {
             None
         };
@@ -210,8 +211,8 @@ impl Engine {
             return Ok(());
         }
         if self.session.queue().is_some() {
-            // Loaded first, so that the free memory is known.
-            self.micro(batch_size.min(self.micro_batch).min(windows.len()), true)?;
+            // Loaded first, so that the free memory is known. A batch may hold a window several times.
+            self.micro(batch_size.min(self.micro_batch), true)?;
         }
         if let Some(queue) = self.session.queue() {
             self.resident = queue.upload_dataset(windows)?;

@@ -437,7 +437,8 @@ impl<'a> Trainer<'a> {
                 if finish.verbatim_rate.is_none() && !is_void_noted {
                     is_void_noted = true;
                     observer.note(
-                        "warning: no window has 100 tokens of one document: the verbatim rate is not measured;                          set `max_position_embeddings` to at least 100, or `windows` to addressed",
+                        "warning: no window has 100 tokens of one document: the verbatim rate is not measured; \
+                         set `max_position_embeddings` to at least 100, or `windows` to addressed",
                     );
                 }
             }
@@ -453,7 +454,11 @@ impl<'a> Trainer<'a> {
             let mut sample = None;
             if sampled {
                 let weights = self.engine.arena(Arena::Parameters)?;
-                sample = observer.sample(step, &self.config, &weights)?;
+                // A run is worth more than its sample, whose memory may be taken.
+                sample = observer.sample(step, &self.config, &weights).unwrap_or_else(|error| {
+                    observer.note(&format!("warning: no sample after step {step}: {error:#}"));
+                    None
+                });
             }
             let asked_for = measured || validated || sampled;
             let mut line = None;
