@@ -99,7 +99,7 @@ const PATTERNS: &[&str] = &[
     "red{|.release}{|.global|.shared}.{min|max}.{u32|s32|u64|s64}",
     "red{|.release}{|.global|.shared}.{and|or|xor}.{b32|b64}",
     "membar.{cta|gl|sys}",
-    "fence.{sc|acq_rel}.{cta|gpu|sys}",
+    "fence.{sc|acq_rel|acquire|release}.{cta|cluster|gpu|sys}",
     "prefetch{|.global}.{L1|L2}",
     "cp.async.{ca|cg}.shared.global",
     "cp.async.{commit_group|wait_group|wait_all}",

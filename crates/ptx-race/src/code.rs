@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::op::{Instr, Op, ParamSlot};
+use crate::op::{Instr, Op, ParamSlot, Space};
 use crate::parse::Location;
 use crate::registers::{File, WARP};
 
@@ -165,8 +165,8 @@ impl Decoded {
         layout
     }
 
-    /// Whether an entry, or anything it calls, does atomics on memory that blocks share.
-    pub fn has_global_atomics(&self, entry: usize) -> bool {
+    /// Whether an entry, or anything it calls, has strong accesses to memory that blocks share.
+    pub fn has_global_strong_accesses(&self, entry: usize) -> bool {
         let mut seen = vec![false; self.functions.len()];
         let mut stack = vec![entry];
         while let Some(function) = stack.pop() {
@@ -175,8 +175,15 @@ impl Decoded {
             }
             let code = &self.functions[function];
             stack.extend(code.calls.iter().map(|&callee| callee as usize));
-            let global = |instr: &Instr| matches!(&instr.op, Op::Atomic(atomic) if atomic.space != crate::op::Space::Shared);
-            if code.instrs.iter().any(global) {
+            let global = |space| matches!(space, Space::Global | Space::Generic);
+            let strong = |instr: &Instr| match &instr.op {
+                Op::Atomic(atomic) => global(atomic.space),
+                Op::Load(transfer) | Op::Store(transfer) => {
+                    transfer.strong.is_some() && global(transfer.space)
+                }
+                _ => false,
+            };
+            if code.instrs.iter().any(strong) {
                 return true;
             }
         }

@@ -577,7 +577,12 @@ fn hint(kernel: &Kernel, kind: FaultKind) -> String {
                 .collect();
             format!("give one --arg for each of: {}; a buffer fills a .u64", params.join(", "))
         }
-        FaultKind::Race => "a barrier, __syncwarp, or atomics between fences order accesses".into(),
+        FaultKind::Race => {
+            "a barrier, __syncwarp, or a release (fence, then a strong write of a flag) and an \
+             acquire (strong read of it, then fence), each of a scope that includes both threads, \
+             order accesses"
+                .into()
+        }
         FaultKind::AsyncInFlight => {
             "commit the copies, wait for their group, then pass a barrier before others read".into()
         }

@@ -7,7 +7,7 @@ use crate::float;
 use crate::int;
 use crate::op::{
     Address, Atomic, AtomicOp, AtomicType, BarrierMode, BoolOp, Call, CopyAsync, Mma, MmaType,
-    NONE, Op, ReduxOp, ShuffleMode, Space, Transfer, VoteMode,
+    NONE, Op, ReduxOp, Scope, ShuffleMode, Space, Strong, Transfer, VoteMode,
 };
 use crate::parse::{Operand, Result};
 use crate::registers::{File, Slots};
@@ -40,7 +40,11 @@ pub(crate) fn decode<'a>(
         "exit" => none(d, operands, Op::Exit),
         "trap" => none(d, operands, Op::Trap),
         "bar" | "barrier" => barrier(d, mods, operands),
-        "membar" | "fence" => none(d, operands, Op::Fence { block_only: mods.contains(&"cta") }),
+        "membar" => {
+            let fence = Strong { acquire: true, release: true, ..order_of(mods) };
+            none(d, operands, Op::Fence(fence))
+        }
+        "fence" => none(d, operands, Op::Fence(order_of(mods))),
         "shfl" => shuffle(d, mods, operands),
         "vote" => vote(d, mods, operands),
         "match" => matching(d, mods, operands),
@@ -143,22 +147,31 @@ fn clock(operands: &[Operand]) -> Option<bool> {
 struct MemoryModifiers<'m> {
     space: Option<&'m str>,
     count: u8,
-    strong: bool,
-    orders: bool,
+    strong: Option<Strong>,
     rest: Vec<&'m str>,
 }
 
+/// Scope and order that modifiers name; relaxed on the GPU if they name none.
+fn order_of(mods: &[&str]) -> Strong {
+    let named = |names: &[&str]| mods.iter().any(|modifier| names.contains(modifier));
+    Strong {
+        scope: if named(&["cta", "cluster"]) { Scope::Cta } else { Scope::Gpu },
+        acquire: named(&["acquire", "acq_rel", "sc"]),
+        release: named(&["release", "acq_rel", "sc"]),
+    }
+}
+
 fn memory_modifiers<'m>(mods: &[&'m str]) -> MemoryModifiers<'m> {
-    let mut m =
-        MemoryModifiers { space: None, count: 1, strong: false, orders: false, rest: vec![] };
+    let mut m = MemoryModifiers { space: None, count: 1, strong: None, rest: vec![] };
     for &modifier in mods {
         match modifier {
             "global" | "shared" | "local" | "const" | "param" | "shared::cta" | "param::entry"
             | "param::func" => m.space = Some(modifier.split(':').next().unwrap_or_default()),
             "v2" => m.count = 2,
             "v4" => m.count = 4,
-            "volatile" | "relaxed" => m.strong = true,
-            "acquire" | "release" | "acq_rel" => (m.strong, m.orders) = (true, true),
+            "volatile" | "relaxed" | "acquire" | "release" | "acq_rel" => {
+                m.strong = Some(order_of(mods));
+            }
             "weak" | "cta" | "cluster" | "gpu" | "sys" | "nc" | "ca" | "cg" | "cs" | "lu"
             | "cv" | "wb" | "wt" | "noftz" | "uniform" => {}
             _ if modifier.starts_with("L1::") || modifier.starts_with("L2::") => {}
@@ -319,7 +332,7 @@ fn atomic<'a>(
         b: d.source(&rest[1], file, floating_literal)?,
         c: if three { d.source(&rest[2], file, false)? } else { NONE },
         size,
-        orders: m.orders,
+        order: order_of(mods),
     };
     d.emit(Op::Atomic(Box::new(atomic)));
     Ok(())

@@ -26,8 +26,8 @@ struct Inner {
 /// What an entry and all it calls need.
 struct EntryNeeds {
     layout: SharedLayout,
-    /// It has atomics on memory that blocks share.
-    atomics: bool,
+    /// It has strong accesses to memory that blocks share.
+    serial: bool,
 }
 
 /// A PTX module, decoded once and ready to launch from any thread.
@@ -84,7 +84,7 @@ impl Inner {
     fn entry(&self, index: usize) -> &EntryNeeds {
         self.entries[index].get_or_init(|| EntryNeeds {
             layout: self.decoded.shared_layout(index),
-            atomics: self.decoded.has_global_atomics(index),
+            serial: self.decoded.has_global_strong_accesses(index),
         })
     }
 
@@ -180,8 +180,9 @@ impl Kernel {
     /// Runs the kernel on the buffers of `memory`.
     ///
     /// Blocks run to their end one after another on each thread, so blocks that wait for one
-    /// another never get on. Kernels with atomics on global memory run on one thread, in the
-    /// order of the schedule: their result may depend on that order, but not on `threads`.
+    /// another never get on. Kernels with atomic, volatile or other strong accesses to global
+    /// memory run on one thread, in the order of the schedule: their result may depend on that
+    /// order, but not on `threads`.
     pub fn launch(
         &self,
         memory: &Memory,
@@ -190,7 +191,7 @@ impl Kernel {
         options: &Options,
     ) -> Result<Stats, Box<Fault>> {
         let code = self.code();
-        let EntryNeeds { layout, atomics } = self.module.entry(self.index);
+        let EntryNeeds { layout, serial } = self.module.entry(self.index);
         self.check_shape(config, options, layout)?;
         let mut options = *options;
         if options.check == Check::Races {
@@ -233,7 +234,7 @@ impl Kernel {
             params,
             table: &table,
             addresses,
-            serial: *atomics,
+            serial: *serial,
         };
         sched::run(&launch)
     }

@@ -46,6 +46,22 @@ pub(crate) struct Address {
     pub offset: i64,
 }
 
+/// Threads that a strong operation includes. `.cluster` is `.cta`, as there are no clusters, and
+/// `.sys` is `.gpu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Scope {
+    Cta,
+    Gpu,
+}
+
+/// Scope and memory order of a strong operation or a fence.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Strong {
+    pub scope: Scope,
+    pub acquire: bool,
+    pub release: bool,
+}
+
 /// A load or store of `count` elements.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Transfer {
@@ -57,8 +73,8 @@ pub(crate) struct Transfer {
     pub signed: bool,
     /// The registers are 64 bits wide.
     pub wide: bool,
-    /// `.volatile`, `.relaxed` and stronger: does not race with its like.
-    pub strong: bool,
+    /// None if weak.
+    pub strong: Option<Strong>,
     pub registers: [u32; 4],
 }
 
@@ -95,8 +111,7 @@ pub(crate) struct Atomic {
     pub b: u32,
     pub c: u32,
     pub size: u8,
-    /// `.release`, `.acquire` or `.acq_rel`.
-    pub orders: bool,
+    pub order: Strong,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -292,9 +307,7 @@ pub(crate) enum Op {
     SyncWarp {
         mask: u32,
     },
-    Fence {
-        block_only: bool,
-    },
+    Fence(Strong),
     LoadMatrix {
         address: Address,
         generic: bool,

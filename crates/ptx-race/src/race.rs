@@ -1,10 +1,14 @@
-//! Data races, by vector clocks.
+//! Data races, by vector clocks and the memory consistency model of the PTX ISA.
 //!
-//! Every warp counts its synchronizing operations; that count is the time of its accesses. What a
-//! warp knows of the others' times comes from barriers alone, and, between blocks, from atomics
-//! between fences. Inside a warp each lane knows the others' times from `bar.warp.sync` and
+//! Every warp counts its barriers and releases; that count is the time of its accesses. What a
+//! warp knows of the others' times comes from barriers, and from acquiring what strong writes
+//! left at a location. Inside a warp each lane knows the others' times from `bar.warp.sync` and
 //! barriers: shuffles and running in step order nothing. An access races with an earlier one by
-//! another thread whose time it does not know.
+//! another thread whose time it does not know, unless the two are morally strong.
+//!
+//! A strong write leaves what its warp knew at its last release fence, or knows now if it is a
+//! release itself. Who reads it has seen that, and knows it if the read is an acquire, or else
+//! after an acquire fence. All of this is kept by scope.
 //!
 //! Cells are of two bytes. Each remembers its last write and the reads since that no later read
 //! replaces. A write of what is there already does not race with the write before it: several
@@ -13,6 +17,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::fault::{Access, Place};
+use crate::op::{Scope, Strong};
 use crate::registers::{WARP, lanes_of};
 
 /// Bytes of global memory whose cells are kept together.
@@ -21,7 +26,7 @@ const PAGE: u64 = 512;
 /// Records the detector may hold, of some 24 bytes each.
 const MAX_RECORDS: usize = 1 << 26;
 /// Warps of other blocks whose times a warp may know.
-const MAX_KNOWN_WARPS: usize = 1 << 18;
+const MAX_KNOWN_WARPS: usize = 1 << 16;
 /// Records that cost as much to look at as an instruction to execute.
 const RECORDS_PER_INSTRUCTION: u64 = 64;
 
@@ -41,13 +46,25 @@ pub(crate) struct ByteRange {
     pub size: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub(crate) enum WriteKind {
     Plain,
-    /// Atomic, volatile or relaxed: does not race with its like.
-    Strong,
+    Strong(Strong),
     /// The destination of a copy in flight: nobody may touch it.
     InFlight,
+}
+
+/// Scope of an access, None if it is weak, and its bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Strength {
+    scope: Option<Scope>,
+    size: u8,
+}
+
+impl Strength {
+    fn of(range: ByteRange, strong: Option<Strong>) -> Strength {
+        Strength { scope: strong.map(|strong| strong.scope), size: range.size as u8 }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -56,7 +73,8 @@ struct WriteRecord {
     warp: u32,
     lane: u8,
     bytes: u8,
-    kind: WriteKind,
+    strength: Strength,
+    in_flight: bool,
     time: u32,
     place: Place,
 }
@@ -66,7 +84,7 @@ struct ReadRecord {
     warp: u32,
     lanes: u32,
     bytes: u8,
-    strong: bool,
+    strength: Strength,
     time: u32,
     place: Place,
 }
@@ -86,6 +104,7 @@ struct Known {
 
 impl Known {
     fn join(&mut self, other: &Known) {
+        self.own.resize(self.own.len().max(other.own.len()), 0);
         for (mine, theirs) in self.own.iter_mut().zip(&other.own) {
             *mine = (*mine).max(*theirs);
         }
@@ -96,19 +115,52 @@ impl Known {
     }
 }
 
+/// What a warp knows, and what it may hand on or come to know, by scope.
+#[derive(Clone, Default)]
+pub(crate) struct Clock {
+    known: Known,
+    /// Known at the last release fence of this scope or a wider one.
+    fenced: [Known; 2],
+    /// Left at locations that strong reads read, and not acquired yet.
+    seen: [Known; 2],
+}
+
+impl Clock {
+    fn join(&mut self, other: &Clock) {
+        self.known.join(&other.known);
+        for scope in 0..2 {
+            self.fenced[scope].join(&other.fenced[scope]);
+            self.seen[scope].join(&other.seen[scope]);
+        }
+    }
+
+    /// Times of warps of other blocks.
+    fn records(&self) -> u64 {
+        let all = self.fenced.iter().chain(&self.seen).chain([&self.known]);
+        all.map(|known| known.others.len() as u64).sum()
+    }
+}
+
 struct WarpClock {
     time: u32,
-    known: Known,
-    /// What was known at the last fence: what an atomic hands on.
-    fenced: Option<Known>,
+    now: Clock,
     /// `lanes[i][j]`: the time of lane j that lane i knows.
     lanes: Box<[[u32; WARP]; WARP]>,
 }
 
-/// What a warp knew, and had fenced, as it arrived at a barrier that it did not wait at.
-pub(crate) struct Arrived {
-    known: Known,
-    fenced: Option<Known>,
+/// Times that the last strong write of a location hands on, by warp of the grid.
+#[derive(Default)]
+struct Left {
+    /// Block of the last write.
+    block: u32,
+    /// Of releases of any scope in that block, and of releases of the GPU in all blocks.
+    times: [BTreeMap<u32, u32>; 2],
+}
+
+impl Left {
+    fn records(&self) -> usize {
+        self.times.iter().map(BTreeMap::len).sum()
+    }
 }
 
 /// The detector of one launch.
@@ -118,8 +170,8 @@ pub(crate) struct Race {
     warps: Vec<WarpClock>,
     shared: Vec<Cell>,
     global: HashMap<u64, Vec<Cell>>,
-    /// What atomics left at each location.
-    handed_on: HashMap<(bool, u64), BTreeMap<u32, u32>>,
+    /// What strong writes left at each location.
+    handed_on: HashMap<(bool, u64), Left>,
     /// Records looked at since they were last counted as work.
     cost: u64,
     /// Records held, of some 24 bytes each, and how many may be.
@@ -133,6 +185,7 @@ pub(crate) struct Conflict {
     pub earlier: Access,
     pub was_write: bool,
     pub in_flight: bool,
+    pub both_strong: bool,
 }
 
 impl Race {
@@ -168,15 +221,17 @@ impl Race {
         self.warps = (0..count)
             .map(|_| WarpClock {
                 time: 1,
-                known: Known { own: vec![0; count], others: BTreeMap::new() },
-                fenced: None,
+                now: Clock {
+                    known: Known { own: vec![0; count], ..Known::default() },
+                    ..Clock::default()
+                },
                 lanes: Box::new([[0; WARP]; WARP]),
             })
             .collect();
         // What was kept of shared memory is gone with the block that it was of.
         let mut gone: usize = self.shared.iter().map(|cell| cell.reads.len()).sum();
-        self.handed_on.retain(|&(shared, _), times| {
-            gone += if shared { times.len() } else { 0 };
+        self.handed_on.retain(|&(shared, _), left| {
+            gone += if shared { left.records() } else { 0 };
             !shared
         });
         self.held = self.held.saturating_sub(gone);
@@ -184,18 +239,29 @@ impl Race {
         self.shared.resize(shared_bytes.div_ceil(2), Cell::default());
     }
 
+    /// Index in the block of a warp of the grid.
+    fn in_block(&self, warp: u32) -> Option<usize> {
+        let index = warp.wrapping_sub(self.block * self.warps_per_block);
+        (index < self.warps_per_block).then_some(index as usize)
+    }
+
     /// Whether `who` knows of what another warp's or lane's access at a time did.
     fn ordered(&self, who: Who, warp: u32, lane: usize, time: u32) -> bool {
         let clock = &self.warps[who.warp];
-        let in_block = warp.wrapping_sub(self.block * self.warps_per_block);
-        if in_block >= self.warps_per_block {
-            return clock.known.others.get(&warp).is_some_and(|&known| known >= time);
+        let known = &clock.now.known;
+        match self.in_block(warp) {
+            Some(warp) if warp == who.warp => {
+                lane == who.lane || clock.lanes[who.lane][lane] >= time
+            }
+            Some(warp) => known.own[warp] >= time,
+            None => known.others.get(&warp).is_some_and(|&known| known >= time),
         }
-        let warp = in_block as usize;
-        if warp == who.warp {
-            return lane == who.lane || clock.lanes[who.lane][lane] >= time;
-        }
-        clock.known.own[warp] >= time
+    }
+
+    /// Whether an access and one of a warp to the same bytes, ordered or not, do not race.
+    fn morally_strong(&self, mine: Strength, theirs: Strength, warp: u32) -> bool {
+        let needed = if self.in_block(warp).is_some() { Scope::Cta } else { Scope::Gpu };
+        mine.size == theirs.size && mine.scope.min(theirs.scope) >= Some(needed)
     }
 
     fn cells(range: ByteRange) -> impl Iterator<Item = (u64, u8)> {
@@ -225,14 +291,32 @@ impl Race {
         Access { place, block, thread }
     }
 
-    fn conflict_with_write(&self, who: Who, write: &WriteRecord, strong: bool) -> Option<Conflict> {
-        let in_flight = write.kind == WriteKind::InFlight;
-        let quiet = write.kind == WriteKind::Strong && strong
-            || !in_flight && self.ordered(who, write.warp, write.lane.into(), write.time);
-        (!quiet).then(|| Conflict {
+    /// The race of an access with the last write of a cell, read by `reads` since.
+    fn conflict_with_write(
+        &self,
+        who: Who,
+        bytes: u8,
+        mine: Strength,
+        write: &WriteRecord,
+        reads: &[ReadRecord],
+    ) -> Option<Conflict> {
+        let common = write.bytes & bytes;
+        // Who is ordered after a read of the write is ordered after the write.
+        let observed = |read: &ReadRecord| {
+            read.bytes & common != 0
+                && lanes_of(read.lanes).any(|lane| self.ordered(who, read.warp, lane, read.time))
+        };
+        let quiet = || {
+            self.morally_strong(mine, write.strength, write.warp)
+                || self.ordered(who, write.warp, write.lane.into(), write.time)
+                || reads.iter().any(observed)
+        };
+        let races = common != 0 && (write.in_flight || !quiet());
+        races.then(|| Conflict {
             earlier: self.access(write.warp, write.lane.into(), write.place),
             was_write: true,
-            in_flight,
+            in_flight: write.in_flight,
+            both_strong: mine.scope.min(write.strength.scope).is_some(),
         })
     }
 
@@ -241,38 +325,52 @@ impl Race {
     }
 
     /// A read; gives the write it races with.
-    pub fn read(&mut self, who: Who, range: ByteRange, strong: bool) -> Result<(), Box<Conflict>> {
+    pub fn read(
+        &mut self,
+        who: Who,
+        range: ByteRange,
+        strong: Option<Strong>,
+    ) -> Result<(), Box<Conflict>> {
         let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
+        let strength = Strength::of(range, strong);
         for (index, bytes) in Self::cells(range) {
-            let write = self.cell(range.shared, index).write;
-            let conflict = write
-                .filter(|write| write.bytes & bytes != 0)
-                .and_then(|write| self.conflict_with_write(who, &write, strong));
-            let same = |read: &&mut ReadRecord| {
-                (read.warp, read.time, read.bytes, read.strong) == (warp, time, bytes, strong)
-            };
             let cell = self.cell(range.shared, index);
-            let before = cell.reads.len();
-            if let Some(read) = cell.reads.iter_mut().find(same) {
+            let (write, mut reads) = (cell.write, std::mem::take(&mut cell.reads));
+            let before = reads.len();
+            let conflict = write
+                .and_then(|write| self.conflict_with_write(who, bytes, strength, &write, &reads));
+            let same = |read: &&mut ReadRecord| {
+                (read.warp, read.time, read.bytes, read.strength) == (warp, time, bytes, strength)
+            };
+            if let Some(read) = reads.iter_mut().find(same) {
                 read.lanes |= 1 << who.lane;
             } else {
-                let mut reads = std::mem::take(&mut cell.reads);
-                // Who is ordered after this read is ordered after those it is ordered after.
+                // Who is ordered after this read is ordered after those it is ordered after. What
+                // strong reads observed is theirs alone.
                 reads.retain(|read| {
+                    let alike = match strength.scope {
+                        None => read.strength.scope.is_none(),
+                        Some(_) => (read.warp, read.strength) == (warp, strength),
+                    };
                     read.bytes & !bytes != 0
-                        || strong && !read.strong
+                        || !alike
                         || !lanes_of(read.lanes)
                             .all(|lane| self.ordered(who, read.warp, lane, read.time))
                 });
                 let lanes = 1 << who.lane;
-                reads.push(ReadRecord { warp, lanes, bytes, strong, time, place: who.place });
-                self.held = (self.held + reads.len()).saturating_sub(before);
-                self.cell(range.shared, index).reads = reads;
+                reads.push(ReadRecord { warp, lanes, bytes, strength, time, place: who.place });
             }
+            self.held = (self.held + reads.len()).saturating_sub(before);
+            self.cell(range.shared, index).reads = reads;
             self.cost += before as u64;
             if let Some(conflict) = conflict {
                 return Err(Box::new(conflict));
             }
+        }
+        if let Some(read) = strong
+            && self.follows(who, range, read, true)
+        {
+            self.observe(who, range, read);
         }
         Ok(())
     }
@@ -286,18 +384,59 @@ impl Race {
         kind: WriteKind,
         same: bool,
     ) -> Result<(), Box<Conflict>> {
-        let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
-        let strong = kind == WriteKind::Strong;
+        let WriteKind::Strong(write) = kind else {
+            return self.write_cells(who, range, kind, same);
+        };
+        let follows = self.follows(who, range, write, false);
+        self.write_cells(who, range, kind, same)?;
+        self.hand_on(who, range, write, follows);
+        Ok(())
+    }
+
+    /// An atomic that writes; `red` does not read what others left there.
+    pub fn atomic(
+        &mut self,
+        who: Who,
+        range: ByteRange,
+        order: Strong,
+        reads: bool,
+    ) -> Result<(), Box<Conflict>> {
+        let follows = self.follows(who, range, order, true);
+        self.write_cells(who, range, WriteKind::Strong(order), false)?;
+        if follows && reads {
+            self.observe(who, range, order);
+        }
+        self.hand_on(who, range, order, follows);
+        Ok(())
+    }
+
+    fn write_cells(
+        &mut self,
+        who: Who,
+        range: ByteRange,
+        kind: WriteKind,
+        same: bool,
+    ) -> Result<(), Box<Conflict>> {
+        let strong = match kind {
+            WriteKind::Strong(strong) => Some(strong),
+            WriteKind::Plain | WriteKind::InFlight => None,
+        };
+        let strength = Strength::of(range, strong);
         for (index, bytes) in Self::cells(range) {
             let cell = std::mem::take(self.cell(range.shared, index));
-            let overlapping = cell.write.filter(|write| write.bytes & bytes != 0);
-            let mut conflict = overlapping
-                .and_then(|write| self.conflict_with_write(who, &write, strong))
+            let mut conflict = cell
+                .write
+                .and_then(|write| {
+                    self.conflict_with_write(who, bytes, strength, &write, &cell.reads)
+                })
                 .filter(|conflict| !same || conflict.in_flight);
             self.cost += cell.reads.len() as u64;
             self.held = self.held.saturating_sub(cell.reads.len());
             for read in &cell.reads {
-                if conflict.is_some() || read.bytes & bytes == 0 || read.strong && strong {
+                if conflict.is_some()
+                    || read.bytes & bytes == 0
+                    || self.morally_strong(strength, read.strength, read.warp)
+                {
                     continue;
                 }
                 let racing = lanes_of(read.lanes)
@@ -306,64 +445,135 @@ impl Race {
                     earlier: self.access(read.warp, lane, read.place),
                     was_write: false,
                     in_flight: false,
+                    both_strong: strength.scope.min(read.strength.scope).is_some(),
                 });
             }
             if let Some(conflict) = conflict {
                 return Err(Box::new(conflict));
             }
-            let lane = who.lane as u8;
-            let write = Some(WriteRecord { warp, lane, bytes, kind, time, place: who.place });
-            *self.cell(range.shared, index) = Cell { write, reads: Vec::new() };
+            let in_flight = matches!(kind, WriteKind::InFlight);
+            self.replace(who, range.shared, (index, bytes), strength, in_flight);
         }
         Ok(())
+    }
+
+    /// Makes a write the last of a cell.
+    fn replace(
+        &mut self,
+        who: Who,
+        shared: bool,
+        (index, bytes): (u64, u8),
+        strength: Strength,
+        in_flight: bool,
+    ) {
+        let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
+        let (lane, place) = (who.lane as u8, who.place);
+        let write = Some(WriteRecord { warp, lane, bytes, strength, in_flight, time, place });
+        *self.cell(shared, index) = Cell { write, reads: Vec::new() };
     }
 
     /// An asynchronous copy has landed: from now on it is a plain write of the thread that waited.
     pub fn land(&mut self, who: Who, range: ByteRange) {
-        let (warp, time) = (self.grid_warp(who), self.warps[who.warp].time);
-        for (index, bytes) in Self::cells(range) {
-            let lane = who.lane as u8;
-            let kind = WriteKind::Plain;
-            let write = Some(WriteRecord { warp, lane, bytes, kind, time, place: who.place });
-            *self.cell(range.shared, index) = Cell { write, reads: Vec::new() };
+        for cell in Self::cells(range) {
+            self.replace(who, range.shared, cell, Strength::of(range, None), false);
         }
     }
 
-    /// An atomic hands on what its warp's last fence covered and learns what others left there.
-    pub fn atomic(&mut self, who: Who, range: ByteRange) -> Result<(), Box<Conflict>> {
-        self.write(who, range, WriteKind::Strong, false)?;
-        let (block, count) = (self.block, self.warps_per_block);
-        let location = self.handed_on.entry((range.shared, range.at)).or_default();
-        let before = location.len();
+    /// Whether what is left at a location holds on for a strong access: a read or an atomic (`rmw`)
+    /// continues a write that it is morally strong with, a store only one of its own thread.
+    fn follows(&mut self, who: Who, range: ByteRange, strong: Strong, rmw: bool) -> bool {
+        let Some((index, bytes)) = Self::cells(range).next() else { return false };
+        let Some(write) = self.cell(range.shared, index).write else { return false };
+        let same_thread = (write.warp, usize::from(write.lane)) == (self.grid_warp(who), who.lane);
+        let mine = Strength::of(range, Some(strong));
+        // A neighboring byte's write says nothing of the last one here.
+        write.bytes & bytes == 0
+            || (rmw || same_thread) && self.morally_strong(mine, write.strength, write.warp)
+    }
+
+    /// A strong read sees, and acquires as far as it is an acquire, what is left at a location.
+    fn observe(&mut self, who: Who, range: ByteRange, read: Strong) {
+        let (first, count) = (self.block * self.warps_per_block, self.warps_per_block);
+        let Some(left) = self.handed_on.get(&(range.shared, range.at)) else { return };
+        let Clock { known, seen, .. } = &mut self.warps[who.warp].now;
+        for scope in [Scope::Cta, Scope::Gpu] {
+            if scope == Scope::Cta && left.block != self.block {
+                continue;
+            }
+            let acquired = read.acquire && scope <= read.scope;
+            let into = if acquired { &mut *known } else { &mut seen[scope as usize] };
+            into.own.resize(count as usize, 0);
+            for (&warp, &time) in &left.times[scope as usize] {
+                let in_block = warp.wrapping_sub(first);
+                let mine = if in_block < count {
+                    &mut into.own[in_block as usize]
+                } else {
+                    into.others.entry(warp).or_default()
+                };
+                *mine = time.max(*mine);
+            }
+            self.cost += left.times[scope as usize].len() as u64;
+            self.full |= into.others.len() > MAX_KNOWN_WARPS;
+        }
+    }
+
+    /// A strong write leaves what its warp fenced, and if it is a release what its warp knows.
+    fn hand_on(&mut self, who: Who, range: ByteRange, write: Strong, follows: bool) {
+        let first = self.block * self.warps_per_block;
         let clock = &mut self.warps[who.warp];
-        if let Some(fenced) = &clock.fenced {
-            let own = fenced.own.iter().enumerate();
-            let own = own.map(|(warp, &time)| (block * count + warp as u32, time));
-            for (warp, time) in own.chain(fenced.others.iter().map(|(&w, &t)| (w, t))) {
-                let known = location.entry(warp).or_default();
-                *known = time.max(*known);
+        if write.release {
+            clock.now.known.own[who.warp] = clock.time;
+        }
+        let location = (range.shared, range.at);
+        let mut left = self.handed_on.remove(&location).unwrap_or_default();
+        let before = left.records();
+        if !follows {
+            left = Left::default();
+        }
+        if left.block != self.block {
+            left.block = self.block;
+            left.times[Scope::Cta as usize].clear();
+        }
+        for scope in [Scope::Cta, Scope::Gpu] {
+            let released = write.release && scope <= write.scope;
+            let Clock { known, fenced, .. } = &clock.now;
+            let from = if released { known } else { &fenced[scope as usize] };
+            let own = (first..).zip(from.own.iter().copied()).filter(|&(_, time)| time > 0);
+            for (warp, time) in own.chain(from.others.iter().map(|(&warp, &time)| (warp, time))) {
+                let handed_on = left.times[scope as usize].entry(warp).or_default();
+                *handed_on = time.max(*handed_on);
+            }
+            self.cost += from.others.len() as u64;
+        }
+        let records = left.records();
+        self.held = (self.held + records).saturating_sub(before);
+        if records > 0 {
+            self.handed_on.insert(location, left);
+        }
+    }
+
+    /// A fence of a warp: acquires what strong reads saw, then releases what is known.
+    pub fn fence(&mut self, warp: usize, fence: Strong) {
+        let clock = &mut self.warps[warp];
+        self.cost += clock.now.records();
+        let Clock { known, fenced, seen } = &mut clock.now;
+        let scopes = ..=fence.scope as usize;
+        if fence.acquire {
+            for seen in &mut seen[scopes] {
+                known.join(&std::mem::take(seen));
             }
         }
-        self.cost += location.len() as u64;
-        for (&warp, &time) in &*location {
-            let known = if warp / count == block {
-                &mut clock.known.own[(warp % count) as usize]
-            } else {
-                clock.known.others.entry(warp).or_default()
-            };
-            *known = time.max(*known);
+        self.full |= known.others.len() > MAX_KNOWN_WARPS;
+        if fence.release {
+            known.own[warp] = clock.time;
+            fenced[scopes].fill(known.clone());
+            clock.time += 1;
         }
-        self.held += location.len().saturating_sub(before);
-        self.full |= clock.known.others.len() > MAX_KNOWN_WARPS;
-        Ok(())
     }
 
-    pub fn fence(&mut self, warp: usize) {
-        let clock = &mut self.warps[warp];
-        self.cost += clock.known.others.len() as u64;
-        clock.known.own[warp] = clock.time;
-        clock.fenced = Some(clock.known.clone());
-        clock.time += 1;
+    /// A release instruction is over: it did not hand on what its warp does from now on.
+    pub fn tick(&mut self, warp: usize) {
+        self.warps[warp].time += 1;
     }
 
     /// `bar.warp.sync`: the lanes of the mask learn all that any of them knew.
@@ -385,49 +595,31 @@ impl Race {
     }
 
     /// A barrier completes: its warps, whether each waited there, and what those that did not knew as they arrived.
-    pub fn barrier(&mut self, arrived: &[(usize, bool)], passing: &[Arrived]) {
-        let mut all = Known { own: vec![0; self.warps.len()], ..Known::default() };
-        let mut fenced: Option<Known> = None;
-        let waiting = arrived.iter().filter(|(_, waited)| *waited).map(|&(warp, _)| {
-            let clock = &self.warps[warp];
-            (&clock.known, &clock.fenced)
-        });
-        let passing = passing.iter().map(|arrived| (&arrived.known, &arrived.fenced));
-        for (known, own) in waiting.chain(passing) {
-            self.cost += known.others.len() as u64;
-            // The arrival itself was the end of a time, see `arrive`.
-            all.join(known);
-            if let Some(own) = own {
-                fenced.get_or_insert_with(|| all.clone_empty()).join(own);
-            }
+    pub fn barrier(&mut self, arrived: &[(usize, bool)], passing: &[Clock]) {
+        let mut all = Clock::default();
+        let waiting: Vec<usize> =
+            arrived.iter().filter(|(_, waited)| *waited).map(|&(warp, _)| warp).collect();
+        // The arrival itself was the end of a time, see `arrive`.
+        for clock in waiting.iter().map(|&warp| &self.warps[warp].now).chain(passing) {
+            self.cost += clock.records();
+            all.join(clock);
         }
-        for &(warp, waited) in arrived {
-            if waited {
-                let clock = &mut self.warps[warp];
-                clock.known.join(&all);
-                if let Some(fenced) = &fenced {
-                    clock.fenced.get_or_insert_with(|| all.clone_empty()).join(fenced);
-                }
-            }
+        for warp in waiting {
+            self.cost += all.records();
+            self.warps[warp].now.join(&all);
         }
     }
 
     /// A warp arrives at a barrier: its accesses so far are what the others will know. Of one that goes on without
     /// waiting, what it knows now.
-    pub fn arrive(&mut self, warp: usize, waits: bool) -> Option<Arrived> {
+    pub fn arrive(&mut self, warp: usize, waits: bool) -> Option<Clock> {
         let clock = &mut self.warps[warp];
-        clock.known.own[warp] = clock.time;
+        clock.now.known.own[warp] = clock.time;
         if waits {
             clock.lanes.fill([clock.time; WARP]);
         }
         clock.time += 1;
-        (!waits).then(|| Arrived { known: clock.known.clone(), fenced: clock.fenced.clone() })
-    }
-}
-
-impl Known {
-    fn clone_empty(&self) -> Known {
-        Known { own: vec![0; self.own.len()], others: BTreeMap::new() }
+        (!waits).then(|| clock.now.clone())
     }
 }
 
@@ -436,6 +628,8 @@ mod tests {
     use super::*;
 
     const PLACE: Place = Place { function: 0, pc: 0 };
+    const RELAXED: Strong = Strong { scope: Scope::Gpu, acquire: false, release: false };
+    const ACQ_REL: Strong = Strong { scope: Scope::Gpu, acquire: true, release: true };
 
     fn who(warp: usize, lane: usize) -> Who {
         Who { warp, lane, place: PLACE }
@@ -455,12 +649,12 @@ mod tests {
     fn a_barrier_orders_and_nothing_else_does() {
         let mut race = race();
         assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_ok());
-        assert!(race.read(who(1, 0), shared(0, 4), false).is_err());
+        assert!(race.read(who(1, 0), shared(0, 4), None).is_err());
         for warp in [0, 1] {
             race.arrive(warp, true);
         }
         race.barrier(&[(0, true), (1, true)], &[]);
-        assert!(race.read(who(1, 0), shared(0, 4), false).is_ok());
+        assert!(race.read(who(1, 0), shared(0, 4), None).is_ok());
         // The read must be over before the next write.
         assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_err());
     }
@@ -476,12 +670,12 @@ mod tests {
         let next = race.arrive(0, false).into_iter().collect::<Vec<_>>();
         race.arrive(1, true);
         race.barrier(&[(0, false), (1, true)], &passing);
-        assert!(race.read(who(1, 0), shared(0, 4), false).is_ok());
-        assert!(race.read(who(1, 0), shared(16, 4), false).is_err());
+        assert!(race.read(who(1, 0), shared(0, 4), None).is_ok());
+        assert!(race.read(who(1, 0), shared(16, 4), None).is_err());
         race.arrive(1, true);
         race.barrier(&[(0, false), (1, true)], &next);
-        assert!(race.read(who(1, 0), shared(16, 4), false).is_ok());
-        assert!(race.read(who(0, 0), shared(8, 4), false).is_err());
+        assert!(race.read(who(1, 0), shared(16, 4), None).is_ok());
+        assert!(race.read(who(0, 0), shared(8, 4), None).is_err());
     }
 
     #[test]
@@ -489,10 +683,10 @@ mod tests {
         let mut race = race();
         assert!(race.write(who(0, 3), shared(0, 4), WriteKind::Plain, false).is_ok());
         race.sync_warp(0, 0b0011);
-        assert!(race.read(who(0, 0), shared(0, 4), false).is_err());
+        assert!(race.read(who(0, 0), shared(0, 4), None).is_err());
         race.sync_warp(0, 0b1011);
-        assert!(race.read(who(0, 0), shared(0, 4), false).is_ok());
-        assert!(race.read(who(0, 4), shared(0, 4), false).is_err());
+        assert!(race.read(who(0, 0), shared(0, 4), None).is_ok());
+        assert!(race.read(who(0, 4), shared(0, 4), None).is_err());
     }
 
     #[test]
@@ -501,7 +695,7 @@ mod tests {
         assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_ok());
         assert!(race.write(who(1, 0), shared(0, 4), WriteKind::Plain, true).is_ok());
         assert!(race.write(who(0, 0), shared(0, 4), WriteKind::Plain, false).is_err());
-        assert!(race.read(who(0, 1), shared(0, 4), false).is_err());
+        assert!(race.read(who(0, 1), shared(0, 4), None).is_err());
         assert!(race.write(who(0, 0), shared(8, 4), WriteKind::InFlight, false).is_ok());
         assert!(race.write(who(1, 0), shared(8, 4), WriteKind::Plain, true).is_err());
     }
@@ -518,7 +712,7 @@ mod tests {
         // Reads by ever more warps that nothing orders pile up on a cell, and are work to look at.
         for block in 1..100 {
             race.start_block(block, 0);
-            assert!(race.read(who(0, 0), global(PAGE / 2), false).is_ok());
+            assert!(race.read(who(0, 0), global(PAGE / 2), None).is_ok());
         }
         assert!(race.is_full());
         assert_eq!(race.take_cost(), 2 * (0..99).sum::<u64>() / RECORDS_PER_INSTRUCTION);
@@ -531,19 +725,19 @@ mod tests {
         race.max_held = 8 * PAGE as usize;
         let global = ByteRange { shared: false, at: 0, size: 4 };
         assert!(race.write(who(0, 0), global, WriteKind::Plain, false).is_ok());
-        race.fence(0);
-        assert!(race.atomic(who(0, 0), shared(0, 4)).is_ok());
+        race.fence(0, ACQ_REL);
+        assert!(race.atomic(who(0, 0), shared(0, 4), ACQ_REL, true).is_ok());
         let before = race.held;
         for block in 1..100 {
             race.start_block(block, 64);
             for warp in [0, 1] {
-                assert!(race.read(who(warp, 0), shared(8, 4), false).is_ok());
+                assert!(race.read(who(warp, 0), shared(8, 4), None).is_ok());
             }
         }
         race.start_block(100, 64);
         assert!(race.held < before, "{} after {before}", race.held);
-        assert!(race.atomic(who(0, 0), shared(0, 4)).is_ok());
-        assert!(race.read(who(0, 0), global, false).is_err());
+        assert!(race.atomic(who(0, 0), shared(0, 4), ACQ_REL, true).is_ok());
+        assert!(race.read(who(0, 0), global, None).is_err());
     }
 
     #[test]
@@ -557,16 +751,19 @@ mod tests {
     #[test]
     fn fences_and_atomics_order_blocks() {
         let global = |at| ByteRange { shared: false, at, size: 4 };
-        for fenced in [true, false] {
+        for (release, acquire) in [(true, true), (true, false), (false, true)] {
             let mut race = race();
             assert!(race.write(who(0, 0), global(64), WriteKind::Plain, false).is_ok());
-            if fenced {
-                race.fence(0);
+            if release {
+                race.fence(0, ACQ_REL);
             }
-            assert!(race.atomic(who(0, 0), global(0)).is_ok());
+            assert!(race.atomic(who(0, 0), global(0), RELAXED, true).is_ok());
             race.start_block(1, 0);
-            assert!(race.atomic(who(1, 0), global(0)).is_ok());
-            assert_eq!(race.read(who(1, 0), global(64), false).is_ok(), fenced);
+            assert!(race.atomic(who(1, 0), global(0), RELAXED, true).is_ok());
+            if acquire {
+                race.fence(1, ACQ_REL);
+            }
+            assert_eq!(race.read(who(1, 0), global(64), None).is_ok(), release && acquire);
         }
     }
 }

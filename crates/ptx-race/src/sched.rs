@@ -8,7 +8,7 @@ use crate::config::{Check, Schedule, Stats};
 use crate::fault::{Access, Exec, Fault, FaultKind, Place, Stop, stop};
 use crate::op::{BarrierMode, NONE};
 use crate::profile::Profile;
-use crate::race::{Arrived, Race};
+use crate::race::{Clock, Race};
 use crate::registers::{FULL, Reg, WARP};
 use crate::shared::Shared;
 use crate::state::{Arrival, Block, Launch, Warp, Yield};
@@ -205,7 +205,7 @@ struct Barrier {
     /// Threads named by the instructions; None means all that have not exited.
     count: Option<u32>,
     /// What the detector knows of warps that went on.
-    passing: Vec<Arrived>,
+    passing: Vec<Clock>,
     reductions: Vec<(usize, Arrival)>,
 }
 

@@ -8,7 +8,7 @@ use crate::config::{Check, Config, Options};
 use crate::copies::Copies;
 use crate::fault::{Access, Exec, Fault, FaultKind, Place, Site, SourceLine, Stop, stop};
 use crate::mem::Table;
-use crate::op::{Address, BarrierMode};
+use crate::op::{Address, BarrierMode, Strong};
 use crate::parse::Location;
 use crate::profile::{AccessProfile, AccessSpace, Counts, Profile};
 use crate::race::{ByteRange, Conflict, Race, Who, WriteKind};
@@ -420,7 +420,7 @@ impl Warp {
         block: &mut Block,
         lane: usize,
         range: ByteRange,
-        strong: bool,
+        strong: Option<Strong>,
     ) -> Exec<()> {
         let who = self.who(lane);
         let Some(race) = block.race.as_deref_mut() else { return Ok(()) };
@@ -444,12 +444,28 @@ impl Warp {
         check_room(race, lane)
     }
 
-    pub fn race_atomic(&self, block: &mut Block, lane: usize, range: ByteRange) -> Exec<()> {
+    pub fn race_atomic(
+        &self,
+        block: &mut Block,
+        lane: usize,
+        range: ByteRange,
+        order: Strong,
+        reads: bool,
+    ) -> Exec<()> {
         let who = self.who(lane);
         let Some(race) = block.race.as_deref_mut() else { return Ok(()) };
-        let result = race.atomic(who, range);
+        let result = race.atomic(who, range, order, reads);
         result.map_err(|conflict| race_stop(lane, &conflict, true))?;
         check_room(race, lane)
+    }
+
+    /// Ends the time of what an instruction released, once for all its lanes.
+    pub fn end_release(&self, block: &mut Block, strong: Option<Strong>) {
+        if let Some(race) = &mut block.race
+            && strong.is_some_and(|strong| strong.release)
+        {
+            race.tick(self.index);
+        }
     }
 
     /// Counts an access for the profile, if there is one.
@@ -542,17 +558,17 @@ fn check_room(race: &Race, lane: usize) -> Exec<()> {
 // The result is always wanted as the error of an `Exec`, which is boxed.
 #[allow(clippy::unnecessary_box_returns)]
 fn race_stop(lane: usize, conflict: &Conflict, writes: bool) -> Box<Stop> {
-    let message = match (writes, conflict.was_write, conflict.in_flight) {
-        (_, _, true) => "touches the destination of an asynchronous copy still in flight",
-        (true, true, _) => "writes where another thread wrote, and nothing orders the two",
-        (true, false, _) => "writes where another thread reads, and nothing orders the two",
-        (false, ..) => "reads what another thread wrote, and nothing orders the two",
+    let what = match (writes, conflict.was_write) {
+        (true, true) => "writes where another thread wrote",
+        (true, false) => "writes where another thread reads",
+        (false, _) => "reads what another thread wrote",
     };
-    Box::new(Stop {
-        kind: FaultKind::Race,
-        message: message.to_owned(),
-        lane,
-        at: None,
-        other: Some(conflict.earlier),
-    })
+    let message = if conflict.in_flight {
+        "touches the destination of an asynchronous copy still in flight".to_owned()
+    } else if conflict.both_strong {
+        format!("{what}: both strong, but a scope leaves the other thread out or the sizes differ")
+    } else {
+        format!("{what}, and nothing orders the two")
+    };
+    Box::new(Stop { kind: FaultKind::Race, message, lane, at: None, other: Some(conflict.earlier) })
 }

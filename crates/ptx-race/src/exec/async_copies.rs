@@ -53,7 +53,7 @@ impl Warp {
                 let bytes = u64::from(taken[lane]);
                 block.check_global(&mut self.hint, lane, from, bytes)?;
                 let range = ByteRange { shared: false, at: from, size: bytes };
-                self.race_read(block, lane, range, false)?;
+                self.race_read(block, lane, range, None)?;
             }
             let range = ByteRange { shared: true, at: to, size: size.into() };
             if let Err(trouble) = block.shared.take_off(to, size.into()) {
@@ -111,7 +111,7 @@ impl Warp {
         }
         if taken > 0 {
             let range = ByteRange { shared: false, at: copy.from, size: copy.taken.into() };
-            self.race_read(block, lane, range, false).map_err(blame)?;
+            self.race_read(block, lane, range, None).map_err(blame)?;
         }
         block.shared.land(copy.to, &bytes[..usize::from(copy.size)]);
         if let Some(race) = &mut block.race {

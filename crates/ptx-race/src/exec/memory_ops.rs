@@ -201,8 +201,9 @@ impl Warp {
             self.count_transfer(block, transfer, space, &at, mask);
             if block.race.is_some() && is_watched(space) {
                 for lane in lanes_of(mask) {
-                    let range = transfer_range(transfer, space, at[lane]);
-                    self.race_read(block, lane, range, transfer.strong)?;
+                    for range in transfer_ranges(transfer, space, at[lane]) {
+                        self.race_read(block, lane, range, transfer.strong)?;
+                    }
                 }
             }
         }
@@ -355,13 +356,15 @@ impl Warp {
             }
             self.count_transfer(block, transfer, space, &at, mask);
             if races && is_watched(space) {
-                let kind = if transfer.strong { WriteKind::Strong } else { WriteKind::Plain };
+                let kind = transfer.strong.map_or(WriteKind::Plain, WriteKind::Strong);
                 for lane in lanes_of(mask) {
-                    let range = transfer_range(transfer, space, at[lane]);
-                    self.race_write(block, lane, range, kind, changed >> lane & 1 == 0)?;
+                    for range in transfer_ranges(transfer, space, at[lane]) {
+                        self.race_write(block, lane, range, kind, changed >> lane & 1 == 0)?;
+                    }
                 }
             }
         }
+        self.end_release(block, transfer.strong);
         Ok(())
     }
 
@@ -380,11 +383,6 @@ impl Warp {
         };
         let (b, c) = (read(atomic.b), read(atomic.c));
         let mut old: Lanes<u64> = [0; WARP];
-        if atomic.orders
-            && let Some(race) = &mut block.race
-        {
-            race.fence(self.index);
-        }
         for (space, mask) in Self::by_space(atomic.space, &mut at, mask) {
             let counted =
                 if space == Space::Shared { AccessSpace::Shared } else { AccessSpace::Global };
@@ -408,10 +406,17 @@ impl Warp {
                         return stop(FaultKind::InvalidOperand, lane, message);
                     }
                 };
-                let shared = space == Space::Shared;
-                self.race_atomic(block, lane, ByteRange { shared, at, size })?;
+                let range = ByteRange { shared: space == Space::Shared, at, size };
+                let writes = atomic.op != AtomicOp::CompareSwap
+                    || is_equal(8 * u32::from(atomic.size), old[lane], b[lane]);
+                if writes {
+                    self.race_atomic(block, lane, range, atomic.order, atomic.d != NONE)?;
+                } else {
+                    self.race_read(block, lane, range, Some(atomic.order))?;
+                }
             }
         }
+        self.end_release(block, Some(atomic.order));
         if atomic.d != NONE {
             if wide {
                 u64::put(self.regs_mut(), atomic.d, &old, mask);
@@ -428,9 +433,16 @@ fn is_watched(space: Space) -> bool {
     matches!(space, Space::Global | Space::Shared)
 }
 
-fn transfer_range(transfer: &Transfer, space: Space, at: u64) -> ByteRange {
-    let size = u64::from(transfer.size) * u64::from(transfer.count);
-    ByteRange { shared: space == Space::Shared, at, size }
+/// The accesses of a transfer: a strong vector is as many scalars.
+fn transfer_ranges(
+    transfer: &Transfer,
+    space: Space,
+    at: u64,
+) -> impl Iterator<Item = ByteRange> + use<> {
+    let (size, count) = (u64::from(transfer.size), u64::from(transfer.count));
+    let (size, count) = if transfer.strong.is_some() { (size, count) } else { (size * count, 1) };
+    let shared = space == Space::Shared;
+    (0..count).map(move |i| ByteRange { shared, at: at + i * size, size })
 }
 
 /// Reads the elements of a load, lane by lane: `check` sees the whole access of a lane, `read`
@@ -541,6 +553,10 @@ fn write_words(words: &mut [Lanes<u32>], lane: usize, at: u64, size: usize, valu
     }
 }
 
+fn is_equal(bits: u32, a: u64, b: u64) -> bool {
+    (a ^ b) << (64 - bits) == 0
+}
+
 /// What an atomic leaves in memory.
 fn apply(atomic: &Atomic, space: Space, old: u64, b: u64, c: u64) -> u64 {
     let ty = match atomic.ty {
@@ -562,8 +578,11 @@ fn apply(atomic: &Atomic, space: Space, old: u64, b: u64, c: u64) -> u64 {
         (AtomicOp::Add, _) => old.wrapping_add(b),
         (AtomicOp::Exchange, _) => b,
         (AtomicOp::CompareSwap, _) => {
-            let kept = u64::MAX >> (64 - ty.bits());
-            if old & kept == b & kept { c } else { old }
+            if is_equal(ty.bits(), old, b) {
+                c
+            } else {
+                old
+            }
         }
         (AtomicOp::Min, Scalar::Signed(_)) => signed(old).min(signed(b)) as u64,
         (AtomicOp::Max, Scalar::Signed(_)) => signed(old).max(signed(b)) as u64,

@@ -220,9 +220,9 @@ impl Warp {
                     }
                 }
             }
-            Op::Fence { block_only } => {
-                if let Some(race) = block.race.as_deref_mut().filter(|_| !block_only) {
-                    race.fence(self.index);
+            Op::Fence(fence) => {
+                if let Some(race) = &mut block.race {
+                    race.fence(self.index, *fence);
                 }
             }
             Op::LoadMatrix { address, generic, transpose, count, d } => {

@@ -62,7 +62,7 @@ impl Warp {
                     }
                     Err(trouble) => return block.shared_trouble(lane, at, &trouble),
                 }
-                self.race_read(block, lane, ByteRange { shared: true, at, size: 16 }, false)?;
+                self.race_read(block, lane, ByteRange { shared: true, at, size: 16 }, None)?;
             }
             let values = fragment(&if transpose { transposed(&rows) } else { rows });
             u32::put(self.regs_mut(), register, &values, FULL);

@@ -49,7 +49,9 @@ extern "C" __global__ void grid_sum(const float* __restrict__ in, float* partial
         atomicAdd(total, value);
 #else
         partial[blockIdx.x] = value;
-#ifndef MUTANT_MISSING_FENCE
+#if defined(MUTANT_BLOCK_FENCE)
+        __threadfence_block();
+#elif !defined(MUTANT_MISSING_FENCE)
         __threadfence();
 #endif
         last = atomicAdd(&arrived, 1) == gridDim.x - 1;
@@ -58,7 +60,9 @@ extern "C" __global__ void grid_sum(const float* __restrict__ in, float* partial
 #if !defined(MUTANT_UNORDERED_REDUCTION) && !defined(MUTANT_ATOMIC_REDUCTION)
     __syncthreads();
     if (last && threadIdx.x == 0) {
+#ifndef MUTANT_MISSING_ACQUIRE
         __threadfence();
+#endif
         float sum = 0;
         for (int i = 0; i < gridDim.x; ++i) sum += partial[i];
         *total = sum;

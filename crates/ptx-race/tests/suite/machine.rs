@@ -314,7 +314,9 @@ pub fn control_flow() {
     // An integer literal has the type of its operand.
     check("cvt.rn.f32.u32 %out0, 1; slct.u32.f32 %out1, 5, 6, 0f3F800000;", |_| [0x3F80_0000, 5]);
     check(
-        "prefetch.global.L2 [%rd1]; prefetch.global.L1 [%rd1]; prefetch.L1 [%rd1]; prefetch.L2 [%rd1]; membar.gl; membar.sys; fence.acq_rel.gpu; fence.acq_rel.cta; fence.acq_rel.sys; fence.sc.gpu; fence.sc.sys; fence.sc.cta; membar.cta; nanosleep.u32 20; mov.b32 %out0, 1;",
+        "prefetch.global.L2 [%rd1]; prefetch.global.L1 [%rd1]; prefetch.L1 [%rd1]; prefetch.L2 [%rd1]; membar.gl; membar.sys; fence.acq_rel.gpu; fence.acq_rel.cta; fence.acq_rel.sys; fence.sc.gpu; fence.sc.sys; fence.sc.cta; membar.cta;
+        fence.sc.cluster; fence.acq_rel.cluster; fence.acquire.cta; fence.acquire.cluster; fence.acquire.gpu; fence.acquire.sys;
+        fence.release.cta; fence.release.cluster; fence.release.gpu; fence.release.sys; nanosleep.u32 20; mov.b32 %out0, 1;",
         |_| [1],
     );
 }

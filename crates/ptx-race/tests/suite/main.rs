@@ -1,4 +1,5 @@
-//! The tests of `ptx-race`: instruction forms, real kernels, mutation tests, faults, hostile text.
+//! The tests of `ptx-race`: instruction forms, real kernels, the memory model, mutation tests,
+//! faults, hostile text.
 //!
 //! Kernels in CUDA are compiled by nvcc as the tests run. Without nvcc those tests say so and
 //! pass, unless `LAAM_CUDA=require` is set.
@@ -13,6 +14,7 @@ mod imports;
 mod kernels;
 mod limits;
 mod machine;
+mod memory_model;
 mod mutants;
 mod nvcc;
 mod reference;

@@ -193,6 +193,8 @@ fn grid_reduction_mutants_are_killed() {
             // No race, but its result depends on the order of the blocks.
             ("MUTANT_ATOMIC_REDUCTION", &[Killed::OtherBits]),
             ("MUTANT_MISSING_FENCE", &[by(FaultKind::Race)]),
+            ("MUTANT_BLOCK_FENCE", &[by(FaultKind::Race)]),
+            ("MUTANT_MISSING_ACQUIRE", &[by(FaultKind::Race)]),
         ],
     );
 }
