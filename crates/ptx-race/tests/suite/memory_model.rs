@@ -167,7 +167,8 @@ fn fences_order_around_a_volatile_flag() {
     run("membar.gl", "", "d", "d");
     run("", "membar.gl", "d", "d");
     run("fence.release.gpu", "fence.acquire.gpu", "", "");
-    run("fence.acquire.gpu", "fence.release.gpu", "d", "d");
+    run("fence.acquire.gpu", "membar.gl", "d", "d");
+    run("membar.gl", "fence.release.gpu", "d", "d");
     // What comes after the fence is not handed on, and a plain flag hands on nothing.
     both(&["membar.gl; st d; st.volatile f", &acquire], "d", "d");
     both(&["st d; membar.gl; st f", &acquire], "f", "f");
