@@ -278,12 +278,21 @@ fn named_token<'a>(config: &'a Value, key: &str) -> Option<&'a str> {
     token.as_str().or_else(|| token["content"].as_str())
 }
 
+/// True of no post-processor, and of the one that transformers writes in place of none.
+fn adds_nothing(post_processor: &Value) -> bool {
+    let single = &post_processor["single"];
+    post_processor.is_null()
+        || post_processor["type"] == "TemplateProcessing"
+            && single.as_array().is_some_and(|parts| parts.len() == 1)
+            && single[0]["Sequence"]["id"] == "A"
+}
+
 /// Style of a tokenizer, by the parts that decide the ids of a text.
 fn style_of(json: &Value) -> Option<Style> {
     let added: Vec<_> =
         json["added_tokens"].as_array()?.iter().map(|token| &token["content"]).collect();
     let plain = json["normalizer"].is_null()
-        && json["post_processor"].is_null()
+        && adds_nothing(&json["post_processor"])
         && MODEL_SWITCHES.iter().all(|(switch, usual)| {
             json["model"].get(*switch).is_none_or(|given| given == usual || given.is_null())
         });

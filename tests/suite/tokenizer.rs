@@ -115,6 +115,33 @@ fn prompts_hold_markers_and_text_does_not() {
     );
 }
 
+/// `save_pretrained` of transformers writes a post-processor that adds nothing in place of none.
+#[test]
+fn a_tokenizer_that_transformers_saved_keeps_its_style() {
+    let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+    let mark = serde_json::json!({"SpecialToken": {"id": MARKERS[0], "type_id": 0}});
+    for style in [Style::Exact, Style::Original] {
+        let folder = tempfile::tempdir().unwrap();
+        small(style).save(folder.path()).unwrap();
+        let file = folder.path().join("tokenizer.json");
+        let saved = std::fs::read(&file).unwrap();
+        for (single, kept) in
+            [(vec![text.clone()], true), (vec![mark.clone(), text.clone()], false)]
+        {
+            let mut json: serde_json::Value = serde_json::from_slice(&saved).unwrap();
+            json["post_processor"] = serde_json::json!({
+                "type": "TemplateProcessing", "single": single, "pair": [],
+                "special_tokens": if kept { serde_json::json!({}) } else { serde_json::json!({
+                    MARKERS[0]: {"id": MARKERS[0], "ids": [0], "tokens": [MARKERS[0]]}
+                }) }
+            });
+            std::fs::write(&file, json.to_string()).unwrap();
+            let again = Tokenizer::load(folder.path()).unwrap();
+            assert_eq!(again.style(), kept.then_some(style));
+        }
+    }
+}
+
 #[test]
 fn tokenizer_is_independent_of_threads_and_round_trips() {
     for style in [Style::Exact, Style::Original] {
