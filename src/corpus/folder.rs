@@ -82,10 +82,12 @@ fn walk(folder: &Path, intake: &Intake) -> anyhow::Result<(Vec<Found>, OtherFile
                 ));
             }
             if kind.is_dir() {
-                folders.push(relative);
+                if entry.file_name() != ".git" {
+                    folders.push(relative);
+                }
             } else if counts {
                 found.push(Found { name: name.to_vec(), kind });
-            } else if kind.is_file() && !name.starts_with(b".git/") && filter.lacks_suffix(name) {
+            } else if kind.is_file() && filter.lacks_suffix(name) {
                 other += 1;
                 first_names.insert(name.to_vec());
                 if first_names.len() > MAX_NAMED_FILES {

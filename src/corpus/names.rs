@@ -67,6 +67,9 @@ impl NameFilter {
 
     /// True if a file of this name is kept.
     pub fn keeps(&self, name: &[u8]) -> bool {
+        if is_of_git(name) {
+            return false;
+        }
         let is_included = if self.include.is_empty() {
             is_kept(name)
         } else {
@@ -83,8 +86,16 @@ impl NameFilter {
 
     /// True if only the suffix of its name keeps a file out.
     pub fn lacks_suffix(&self, name: &[u8]) -> bool {
-        self.include.is_empty() && !is_kept(name) && !self.excludes.is_match(as_path(name))
+        self.include.is_empty()
+            && !is_kept(name)
+            && !is_of_git(name)
+            && !self.excludes.is_match(as_path(name))
     }
+}
+
+/// True of what git keeps for itself, credentials among it: no text of the project.
+fn is_of_git(name: &[u8]) -> bool {
+    name.split(|&byte| byte == b'/').any(|part| part == b".git")
 }
 
 /// A name as globs see it: as in the corpus, if it can be there.
@@ -200,6 +211,8 @@ mod tests {
         };
         let plain = filter(&[], &[]).unwrap();
         assert!(plain.keeps(b"a/b.c") && plain.lacks_suffix(b"a/b.py"));
+        assert!(!plain.keeps(b".git/refs/heads/a.c") && !plain.lacks_suffix(b"a/.git/config"));
+        assert!(plain.keeps(b"a/x.git/b.c") && plain.keeps(b".github/b.c"));
         let python = filter(&["*.py", "./doc/*.md"], &["test_*"]).unwrap();
         for (name, kept) in [
             ("a.py", true),

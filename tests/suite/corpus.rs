@@ -129,7 +129,9 @@ fn a_source_without_source_files_is_an_error() {
 #[test]
 fn files_with_other_suffixes_are_counted_and_named() {
     let folder = tempfile::tempdir().unwrap();
-    write_files(folder.path(), &["a.c", "b.py", "README", "d/c.md", ".git/objects/ab"]);
+    write_files(folder.path(), &["a.c", "b.py", "README", "d/c.md"]);
+    // No text of the project, and perhaps with credentials.
+    write_files(folder.path(), &[".git/config", ".git/refs/heads/fix.c", "d/.git/logs/fix.md"]);
     let (documents, manifest) = read(folder.path(), CorpusOptions::default()).unwrap();
     assert_eq!(paths(&documents), ["a.c"]);
     let warning = "3 files left out (by their suffix; `include` takes them): README, b.py, d/c.md";
