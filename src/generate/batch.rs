@@ -339,7 +339,11 @@ fn fitting_slots(
     if cache_bytes(1) > MAX_KV_CACHE_BYTES {
         return Err(error::device(
             format!("the KV cache of {context} tokens would take {} bytes", cache_bytes(1)),
-            format!("generate fewer tokens: {} fit", MAX_KV_CACHE_BYTES / token_bytes),
+            format!(
+                "generate fewer tokens: {} fit",
+                (MAX_KV_CACHE_BYTES / token_bytes)
+                    .saturating_sub(fresh_tokens(shape, 1, context) as u128)
+            ),
         ));
     }
     let limit = backend.memory().map_or(MAX_KV_CACHE_BYTES, |bytes| u128::from(bytes) / 4);
