@@ -1,5 +1,5 @@
-//! Litmus tests of the memory consistency model: what the PTX ISA orders is no race, and what it
-//! does not order is one, between the two instructions named.
+//! Litmus tests of the memory consistency model: accesses that the PTX ISA orders do not race, and those
+//! that it does not order do, at the two instructions named.
 //!
 //! Threads are lists of instructions, with `x` as the register of every result and `d`, `f`, `g`
 //! and `l` as zeroed words: data, two flags and a lock. They run one after another, so that each
